@@ -1,0 +1,42 @@
+"""Everything notifyq raises on purpose, one tree, and the exit code each has on the command line.
+
+    NotifyqError            1   something failed
+    ├── ConfigError         2   wrong usage: a flag, an app, a handler, a task, a setting
+    │   └── EmbeddedError   2   the embedded PostgreSQL can't be had here
+    ├── DatabaseError       3   the database is unreachable, or refuses this user
+    └── SchemaError         4   the schema is missing, or of another version
+
+A message says three things: what is wrong, with its name; what was expected; what to do about it.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class NotifyqError(Exception):
+    """Base of all; catch this one to catch whatever notifyq itself has to say."""
+
+    exit_code: ClassVar[int] = 1
+
+
+class ConfigError(NotifyqError, ValueError):
+    """A mistake in code or configuration, found where it was written."""
+
+    exit_code = 2
+
+
+class EmbeddedError(ConfigError):
+    """The embedded PostgreSQL can't be found or started on this machine."""
+
+
+class DatabaseError(NotifyqError):
+    """The database can't be reached, or doesn't let this user in."""
+
+    exit_code = 3
+
+
+class SchemaError(NotifyqError):
+    """The `notifyq` schema is missing, older or newer than this version of the code."""
+
+    exit_code = 4
