@@ -1,0 +1,89 @@
+# One command from a bare checkout: `make demo`, `make test`. They need python3 >= 3.11 with venv and pip, and
+# make; no database, no node, no root. Everything they install goes to .venv, by hash, from the lock files.
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:           # two targets that both find .venv missing would build it at once
+unexport PYTHONPATH PYTHONHOME
+
+PYTHON ?= python3
+TESTS ?=
+BENCH ?=
+
+# The name of a stamp holds a checksum of what it vouches for, so a changed lock asks for a new set-up and an old
+# one never passes. cksum is POSIX, sha256sum is not; this is about change, the hashes in the locks are about trust.
+checksum = $(shell cat $(1) | cksum | cut -d' ' -f1)
+project_table := $(shell sed -n '/^\[project/,/^\[tool/p' pyproject.toml | cksum | cut -d' ' -f1)
+demo_stamp := .venv/.ok-demo-$(call checksum,requirements-demo.txt)
+test_stamp := .venv/.ok-test-$(call checksum,requirements-test.txt)-$(project_table)
+
+# A venv knows its own path and its python: one that was moved, or lost its python, is built anew, stamp or not.
+venv_lives := $(shell [ "$$(cat .venv/.home 2>/dev/null)" = "$(CURDIR)" ] && .venv/bin/python -c '' 2>/dev/null && echo yes)
+
+# Asked for by name, PYTHON is the only candidate; otherwise python3 may be an old one beside a new one.
+pythons := $(if $(filter file,$(origin PYTHON)),python3 python3.14 python3.13 python3.12 python3.11,"$(PYTHON)")
+
+# Always from nothing: what an interrupted pip leaves behind can't be told from what is whole. The stamps go first
+# and come back last.
+define new_venv
+	@rm -f .venv/.ok-*; \
+	for python in $(pythons); do \
+	    command -v "$$python" >/dev/null 2>&1 || { echo "$$python: not found"; continue; }; \
+	    "$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
+	        || { echo "$$python: not a Python >= 3.11 ($$("$$python" --version 2>&1 | head -n 1))"; continue; }; \
+	    "$$python" -c 'import ensurepip, venv' 2>/dev/null \
+	        || { echo "$$python: has no venv with pip (on Debian and Ubuntu: apt-get install python3-venv)"; continue; }; \
+	    echo "setting up .venv with $$("$$python" --version)"; \
+	    "$$python" -m venv --clear .venv && printf '%s' "$(CURDIR)" > .venv/.home && exit 0; \
+	done; \
+	echo "notifyq needs Python 3.11 or newer with venv and pip; name it: make PYTHON=/path/to/python3.13 ..." >&2; \
+	exit 1
+endef
+pip_install := .venv/bin/python -m pip --disable-pip-version-check --no-input install --quiet --no-deps
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+setup: $(test_stamp)  ## .venv with notifyq (editable), its extras and the test tools; .venv/bin/notifyq
+
+demo: $(or $(wildcard $(test_stamp)),$(demo_stamp))  ## the main job, end to end, on an embedded PostgreSQL
+	.venv/bin/python -m notifyq demo
+
+# Two processes, whole files each: the tests mostly wait, and one file's tests share what their fixtures build.
+test: $(test_stamp)  ## the tests, minutes; TESTS="tests/test_retry.py -k cap" picks some
+	.venv/bin/python -m pytest -q -n 2 --dist loadfile $(TESTS)
+
+test-long: $(test_stamp)  ## the tests marked `long`, hours
+	.venv/bin/python -m pytest -q -m long --timeout 0 $(TESTS)
+
+# Every checker runs, whatever the one before it said; caches go to .venv, nothing in the tree is written.
+check: export PYTHONDONTWRITEBYTECODE = 1
+check: export RUFF_CACHE_DIR = .venv/cache/ruff
+check: export MYPY_CACHE_DIR = .venv/cache/mypy
+check: export PYRIGHT_PYTHON_IGNORE_WARNINGS = 1
+check: $(test_stamp)  ## format, lint and types; writes nothing
+	@failed=; \
+	for checker in "ruff format --check" "ruff check" "mypy" "pyright --project . --pythonpath .venv/bin/python"; do \
+	    echo "== $$checker"; .venv/bin/python -m $$checker || failed="$$failed [$$checker]"; \
+	done; \
+	[ -z "$$failed" ] || { echo "failed:$$failed" >&2; exit 1; }
+
+bench: $(test_stamp)  ## the benchmarks; BENCH=... passes arguments
+	.venv/bin/python -m benchmarks $(BENCH)
+
+clean:  ## removes .venv and every cache
+	rm -rf .venv dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(demo_stamp): $(if $(venv_lives),,FORCE)
+	$(new_venv)
+	$(pip_install) --require-hashes -r requirements-demo.txt
+	@touch $@
+
+$(test_stamp): $(if $(venv_lives),,FORCE)
+	$(new_venv)
+	$(pip_install) --require-hashes -r requirements-test.txt
+	$(pip_install) --no-index --no-build-isolation --editable .
+	@touch $@
+
+FORCE:
+.PHONY: help setup demo test test-long check bench clean FORCE
