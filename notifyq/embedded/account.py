@@ -1,0 +1,99 @@
+"""Who runs the embedded PostgreSQL: we do, unless we are root, whom PostgreSQL refuses.
+
+Root has an account that is there already run it; none is added, and no folder is opened to it but our own.
+"""
+
+from __future__ import annotations
+
+import os
+import pwd
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from notifyq.errors import EmbeddedError
+
+from .binaries import environment
+
+SERVICE_ACCOUNTS = ("postgres", "nobody")
+CURE = "run as an ordinary user, or name a server of your own with --dsn"
+
+
+@dataclass(frozen=True)
+class Account:
+    """Who the server runs as; `switch` is false where that is us already."""
+
+    name: str
+    uid: int
+    gid: int
+    switch: bool
+
+    def run(self, argv: Sequence[str | Path], stdin: str = "") -> subprocess.CompletedProcess[str]:
+        """Run a program to its end, stderr within stdout. In /, as our folder may be closed to it."""
+        switch: dict[str, Any] = {}
+        if self.switch:
+            switch = {"user": self.uid, "group": self.gid, "extra_groups": []}
+        return subprocess.run(
+            argv,
+            input=stdin,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=False,
+            env=environment(),
+            cwd="/",
+            **switch,
+        )
+
+    def can_run(self, bin_dir: Path) -> bool:
+        """Whether PostgreSQL's programs in this folder work for the account."""
+        try:
+            return all(
+                self.run([bin_dir / name, "--version"]).returncode == 0 for name in ("initdb", "postgres")
+            )
+        except PermissionError:
+            return False
+
+    def first_closed(self, folder: Path) -> Path | None:
+        """The first folder on the way to this one that the account may not pass.
+
+        It is asked itself, as the bits of the mode are not all that decides: there are ACLs.
+        """
+        if not self.switch:
+            return None
+        way = [*reversed(folder.parents), folder]
+        script = 'for d in "$@"; do [ -x "$d" ] || { echo "$d"; exit; }; done'
+        try:
+            closed = self.run(["/bin/sh", "-c", script, "sh", *way]).stdout.strip()
+        except OSError as error:  # a "root" of a sandbox, who is nobody else
+            raise EmbeddedError(f"root can't run programs as {self.name} here ({error}); {CURE}") from error
+        return Path(closed) if closed else None
+
+    def own(self, folder: Path) -> None:
+        """Make a folder that is the account's alone."""
+        folder.mkdir(mode=0o700)
+        if self.switch:
+            os.chown(folder, self.uid, self.gid, follow_symlinks=False)
+
+
+def find_account(data: Path | None) -> Account:
+    """Ourselves; for root the owner of the data, if there are any yet, else `postgres`, else `nobody`.
+
+    Raises EmbeddedError if that is nobody with a name, as initdb insists on one.
+    """
+    uid = os.geteuid()
+    owner = uid or (data.stat().st_uid if data and data.exists() else 0)
+    for who in (owner,) if owner else SERVICE_ACCOUNTS:
+        try:
+            entry = pwd.getpwuid(who) if isinstance(who, int) else pwd.getpwnam(who)
+        except KeyError:
+            continue
+        return Account(entry.pw_name, entry.pw_uid, entry.pw_gid, switch=uid == 0)
+    if owner:
+        raise EmbeddedError(
+            f"user id {owner} has no name in /etc/passwd, without which PostgreSQL won't run; {CURE}"
+        )
+    names = " nor ".join(SERVICE_ACCOUNTS)
+    raise EmbeddedError(f"PostgreSQL won't run as root, and there is no account {names} to run it as; {CURE}")
