@@ -197,9 +197,11 @@ class Server:
         """Own the kept folder (True), or attach to the server of the process that does (False)."""
         deadline = time.monotonic() + START_TIMEOUT_SECONDS
         try:
-            if not folder.exists():
+            try:
                 folder.mkdir(parents=True)
                 folder.chmod(0o711 if self._account.switch else 0o700)
+            except FileExistsError:
+                pass  # as its maker wants it
             while (lock := lock_file(folder / "lock")) is None:
                 running = running_postmaster(folder / "data")
                 if running and running.ready:
@@ -215,8 +217,8 @@ class Server:
         self._undo.callback(os.close, lock)
         if closed := self._account.first_closed(folder):
             raise EmbeddedError(
-                f"root runs PostgreSQL as {self._account.name}, and that account may not pass {closed}; choose "
-                f"another data folder (none: a temporary one), or allow it by chmod o+x {closed}"
+                f"root runs PostgreSQL as {self._account.name}, and that account may not pass {closed}; "
+                f"choose another data folder (none: a temporary one), or allow it by chmod o+x {closed}"
             )
         return True
 
