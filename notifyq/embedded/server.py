@@ -233,7 +233,7 @@ class Server:
         if not self._account.switch or self._account.can_run(bin_dir):
             return bin_dir
         # Opening the home is not ours to do. bin/ finds ../lib and ../share by itself, and the libraries of a
-        # wheel as ../../../NAME.libs: all keep their places to each other. 0.1 s, and gone at stop.
+        # wheel as ../../../NAME.libs: all keep their places to each other. 0.4 s; gone at stop.
         home = bin_dir.parent
         copies = self._run_dir / "programs"
         copy = copies / home.parent.name / home.name
