@@ -1,0 +1,80 @@
+"""The words: what a user writes, raises and is given. Imports nothing of ours."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import ClassVar
+
+import msgspec
+
+
+class Task(msgspec.Struct, tag=True, tag_field="$type"):
+    """One unit of work. Subclass it with the fields of the payload; the class name, or `tag=`, names its type.
+
+        class SendMail(notifyq.Task, tag="SEND_MAIL"):
+            timeout = 30.0
+            to: str
+            subject: str = ""
+
+    Three class-level settings, which subclasses may replace (without an annotation, or as a ClassVar):
+
+    max_attempts  runs in all before the task is dead. What the row says, if it says, wins.
+    backoff       seconds. The wait after attempt n is drawn evenly from 0 to backoff * 2**(n - 1), at most an
+                  hour ("full jitter"): up to 2, 4, 8, 16, ... seconds, on average half of that.
+    timeout       seconds a run may take until its handler is cancelled and the attempt counts as failed;
+                  None: as long as it likes.
+
+    The stored payload is the fields' JSON without the tag: that is in the row's `type` column.
+    """
+
+    max_attempts: ClassVar[int] = 10
+    backoff: ClassVar[float] = 2.0
+    timeout: ClassVar[float | None] = None
+
+
+class Context(msgspec.Struct, frozen=True):
+    """What a handler may want to know of the row it runs: its optional second parameter."""
+
+    id: int
+    queue: str
+    attempt: int  # from 1
+    max_attempts: int
+    priority: int
+    created_at: datetime
+
+
+class Ref(msgspec.Struct, frozen=True):
+    """An enqueued task, by its id in notifyq.all_tasks."""
+
+    id: int
+
+
+class Verdict(Exception):  # noqa: N818 - not an error: three ways to end an attempt
+    """Base of Retry, Cancel and Dead, which a handler may return as well as raise."""
+
+
+class Retry(Verdict):
+    """Try again after `delay` seconds (None: the task's backoff). Counts as an attempt; after the last, dead."""
+
+    def __init__(self, delay: float | None = None, reason: str = "retry asked for") -> None:
+        if delay is not None and not 0 <= delay <= 366 * 86400:  # a NaN fails this too
+            raise ValueError(f"Retry(delay={delay!r}): expected seconds, from 0 to a year")
+        super().__init__(reason)
+        self.delay = delay
+        self.reason = reason
+
+
+class Cancel(Verdict):
+    """Don't run it again: it ends as cancelled."""
+
+    def __init__(self, reason: str = "cancelled by its handler") -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+class Dead(Verdict):
+    """Don't run it again: it ends as dead, however many attempts are left."""
+
+    def __init__(self, reason: str = "given up by its handler") -> None:
+        super().__init__(reason)
+        self.reason = reason
