@@ -60,8 +60,8 @@ CREATE TABLE notifyq.task (
     max_attempts  smallint    CHECK (max_attempts >= 1),  -- null: what the task's type says, else 10
     promoted      boolean     NOT NULL DEFAULT false,  -- was scheduled, and its time has come
     aside         boolean     NOT NULL DEFAULT false,
-    queue         text        NOT NULL DEFAULT 'default',
-    type          text        NOT NULL,
+    queue         text        NOT NULL DEFAULT 'default' CHECK (length(queue) <= 200),  -- both are index keys,
+    type          text        NOT NULL CHECK (length(type) <= 200),                     -- which have a size
     payload       jsonb       NOT NULL DEFAULT '{}',
     errors        jsonb                                -- one object for each attempt that failed
 ) WITH (
@@ -100,10 +100,9 @@ CREATE TABLE notifyq.finished (
     result        jsonb,
     errors        jsonb
 ) WITH (autovacuum_vacuum_insert_scale_factor = 0.5, vacuum_truncate = off);
--- Appended in the order of processed_at, so a block-range index, which costs an insert nothing, finds the old end.
-CREATE INDEX finished_processed_at ON notifyq.finished USING brin (processed_at) WITH (pages_per_range = 32);
--- Few of them, and people ask for them.
-CREATE INDEX finished_not_done ON notifyq.finished (state, id) WHERE state <> 'done';
+-- For pruning, each by its own age. Appended at the right edge, so an insert finds its page at once.
+CREATE INDEX finished_old ON notifyq.finished (processed_at) WHERE state <> 'dead';
+CREATE INDEX finished_dead ON notifyq.finished (processed_at) WHERE state = 'dead';
 
 -- Workers that are, or a moment ago were, alive. One heartbeat a worker, not a task. Beside it each worker holds a
 -- session-level advisory lock (1852990827, id), which is gone the moment its backend is.

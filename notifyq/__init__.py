@@ -1,0 +1,21 @@
+"""Background tasks on PostgreSQL: a task is a row, a trigger rings, a worker wakes."""
+
+from .app import App
+from .errors import ConfigError, DatabaseError, NotifyqError, SchemaError
+from .task import Cancel, Context, Dead, Ref, Retry, Task
+from .worker import WorkerInfo
+
+__all__ = [
+    "App",
+    "Cancel",
+    "ConfigError",
+    "Context",
+    "DatabaseError",
+    "Dead",
+    "NotifyqError",
+    "Ref",
+    "Retry",
+    "SchemaError",
+    "Task",
+    "WorkerInfo",
+]

@@ -1,0 +1,170 @@
+"""The App: where handlers are registered, tasks are enqueued from, and a worker is run."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from contextlib import asynccontextmanager
+from datetime import datetime
+from typing import TYPE_CHECKING, Any, Self, TypeVar
+
+import anyio
+import asyncpg
+from anyio.abc import TaskStatus
+
+from . import enqueue
+from .config import WorkerConfig, parse_queues, resolve_dsn
+from .errors import ConfigError
+from .registry import Registry
+from .store import COMMAND_TIMEOUT_SECONDS, Connection, explained
+from .task import Ref, Task
+from .worker import Worker, WorkerInfo
+
+if TYPE_CHECKING:
+    Pool = asyncpg.Pool[asyncpg.Record]
+
+_Handler = TypeVar("_Handler", bound=Callable[..., Any])
+
+
+class App:
+    """Holds the handlers by type and, inside `async with app.connect():`, a pool of connections."""
+
+    def __init__(self) -> None:
+        self.registry = Registry()
+        self._pool: Pool | None = None
+        self._dsn: str | None = None
+
+    def handler(self, function: _Handler) -> _Handler:
+        """Register a handler, an `async def` or, to run in a thread, a plain `def`; use it as a decorator.
+
+        The type of its first parameter, a subclass of Task, says what it handles; a second one is given the
+        Context. What it returns is the task's result. Raises ConfigError for anything that can't work.
+        """
+        self.registry.add(function, sys._getframe(1).f_locals)
+        return function
+
+    @asynccontextmanager
+    async def connect(self, dsn: str | None = None) -> AsyncIterator[Self]:
+        """A pool of up to 10 connections to enqueue with, to `dsn` or where the environment says.
+
+        Raises ConfigError for a DSN that can't be one, DatabaseError for a server that can't be reached.
+        """
+        if self._pool is not None:
+            raise ConfigError(
+                "this app is connected already; one `async with app.connect():` serves all tasks"
+            )
+        url, source = resolve_dsn(dsn)
+        with explained(url, source):
+            pool = await asyncpg.create_pool(
+                url,
+                min_size=1,
+                max_size=10,
+                command_timeout=COMMAND_TIMEOUT_SECONDS,
+                timeout=10,
+                server_settings={"application_name": "notifyq app"},
+                reset=_nothing,  # one statement each, which leaves nothing behind: saves a round trip
+            )
+        try:
+            self._pool, self._dsn = pool, dsn
+            yield self
+        finally:
+            self._pool = self._dsn = None
+            with anyio.move_on_after(5, shield=True):
+                await pool.close()
+            pool.terminate()
+
+    async def enqueue(
+        self,
+        task: Task,
+        *,
+        queue: str = "default",
+        delay: float | None = None,
+        run_at: datetime | None = None,
+        priority: int = 0,
+        max_attempts: int | None = None,
+        conn: Connection | None = None,
+    ) -> Ref:
+        """Enqueue a task and return its Ref; on return it is committed, unless `conn` has an open transaction.
+
+        delay         seconds from now, by the database's clock; or
+        run_at        when, an aware datetime
+        priority      -32768 to 32767, the higher the sooner
+        max_attempts  instead of what its type says
+        conn          an asyncpg connection to do it on, in your transaction: rolled back, it never existed
+
+        Raises ConfigError for a task that doesn't validate against its own type, or an option that can't be.
+        """
+        options = enqueue.Options.check(queue, delay, run_at, priority, max_attempts)
+        return await enqueue.one(self._via(conn), self.registry, task, options)
+
+    async def enqueue_many(
+        self,
+        tasks: Iterable[Task],
+        *,
+        queue: str = "default",
+        delay: float | None = None,
+        run_at: datetime | None = None,
+        priority: int = 0,
+        max_attempts: int | None = None,
+        conn: Connection | None = None,
+    ) -> list[int]:
+        """Enqueue all or none, of any types, with the same options; one statement. Returns the ids in order."""
+        options = enqueue.Options.check(queue, delay, run_at, priority, max_attempts)
+        return await enqueue.many(self._via(conn), self.registry, tasks, options)
+
+    async def run_worker(
+        self,
+        queues: Iterable[str] | Mapping[str, int | None] = ("default",),
+        concurrency: int = 100,
+        *,
+        dsn: str | None = None,
+        shutdown_timeout: float = 25.0,
+        poll_interval: float = 5.0,
+        lease: float = 30.0,
+        history: float = 86400.0,
+        drain: bool = False,
+        stop: anyio.Event | None = None,
+        force: anyio.Event | None = None,
+        task_status: TaskStatus[WorkerInfo] = anyio.TASK_STATUS_IGNORED,
+    ) -> None:
+        """Run a worker here until `stop` is set, or it is cancelled.
+
+        queues            names, or "name:limit" for at most so many of it at once, or {name: limit}
+        concurrency       handlers at once
+        dsn               None: that of `connect`, else the environment's
+        shutdown_timeout  seconds handlers may go on after `stop`, before they are cancelled and handed back
+        poll_interval     seconds between looks that don't need the bell; 0: never
+        lease             seconds without a heartbeat after which others take the worker for dead
+        history           seconds that done and cancelled tasks are kept; 0: not at all
+        drain             return when nothing is runnable
+        stop, force       set `stop` to drain and return, `force` to hand back and return at once
+
+        With `await task_group.start(app.run_worker)` it returns a WorkerInfo when it works. Cancelled, it hands its
+        tasks back at once. Raises ConfigError, DatabaseError or SchemaError if it can't start.
+        """
+        if not self.registry.types:
+            raise ConfigError(
+                "this app has no handlers, so there is nothing to run; decorate one with @app.handler"
+            )
+        config = WorkerConfig(
+            queues=parse_queues(queues),
+            concurrency=concurrency,
+            shutdown_timeout_seconds=shutdown_timeout,
+            poll_interval_seconds=poll_interval,
+            lease_seconds=lease,
+            history_seconds=history,
+            drain=drain,
+        )
+        worker = Worker(self.registry, config, dsn or self._dsn)
+        await worker.run(stop=stop or anyio.Event(), force=force or anyio.Event(), task_status=task_status)
+
+    def _via(self, conn: Connection | None) -> Connection | Pool:
+        if conn is not None:
+            return conn
+        if self._pool is None:
+            raise ConfigError("not connected: enqueue inside `async with app.connect():`, or pass conn=")
+        return self._pool
+
+
+async def _nothing(_: object) -> None:
+    pass

@@ -1,0 +1,408 @@
+"""Claim: when to look, for how many, and what to do when nothing comes.
+
+One loop decides, on two connections: its own, which claims and listens, and the door's. It looks
+
+    * as long as claims come back full (nobody needs the turn while more is waiting anyway);
+    * when a slot is free again in a queue with a limit that it left tasks in;
+    * with the turn: when it gets it, when the bell rings, when it has fallen asleep, when a timer is due, and
+      every 1 to 2 ms while it stays awake;
+    * when the fallback poll is due, which in good health finds nothing.
+
+How much: free slots, and up to 10 ms of work ahead, as measured by itself; so slow handlers have nothing claimed
+ahead that another worker could run now, and empty ones are claimed by the hundreds.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import random
+import uuid
+from collections.abc import Callable
+
+import anyio
+
+from .config import WorkerConfig
+from .doorbell import CHANNEL, Door, Moderation, Place, connect_door, fleet_key
+from .run import Runners
+from .store import SQL, Connection, claim, connect_worker
+
+logger = logging.getLogger("notifyq.claim")
+
+AHEAD_SECONDS = 0.010  # of work to claim ahead of the slots
+AHEAD_MOST = 500  # tasks of it
+PROMOTED_AT_ONCE = 1000
+ECHO_SECONDS = 10.0
+ECHO_LIMIT_SECONDS = 3.0
+DUE_AWAKE_SECONDS = 0.010  # how often to look for due tasks while awake,
+DUE_BUSY_SECONDS = 0.25  # and under a backlog, where they queue up like everybody
+PASS_SECONDS = 0.05  # not more often is the turn passed on for a queue that is full here; doubles up to 1 s
+LAG_SECONDS = 0.005  # a loop that wakes up so late has work enough
+
+
+class BellSilent(ConnectionError):
+    """An echo that should have come by the bell didn't."""
+
+
+class Claimer:
+    """Feeds runners. `run` is one session: from connecting until `stop`, or until a connection fails."""
+
+    def __init__(self, dsn: str | None, config: WorkerConfig, types: list[str], runners: Runners) -> None:
+        self._dsn = dsn
+        self._config = config
+        self._types = types
+        self._runners = runners
+        self._queues = list(config.queues)
+        self._wake = asyncio.Event()
+        self._stopping = False
+        self._failure: BaseException | None = None
+        self._door = Door(fleet_key(config.queues, types), self._door_moved)
+        self._moderation = Moderation()
+        self._look = True  # something happened
+        self._aside = True  # tasks set aside may be ours
+        self._backlog = False  # the last claim came back full
+        self._left: set[str] = set()  # queues with a limit that it left tasks in, maybe
+        self._passing = False
+        self._pass_after = 0.0
+        self._pass_wait = PASS_SECONDS
+        self._listening = False
+        self._away_since = 0.0
+        self._echo = ""  # the one sent and not heard
+        self._echoed = asyncio.Event()
+        self._echo_sent = 0.0
+        self._next_due = math.inf
+        self._due_at = 0.0
+        self._poll_at = 0.0
+        self._inserted = -1
+        self._claimed = 0  # since _inserted was read
+        self._rate = 0.0
+        self._rated: tuple[float, int] = (0.0, 0)
+        self.unsettled: Callable[[], int] = lambda: 0
+        self.bell_seconds: float | None = None  # the round trip that proved the bell; None: polling only
+        self.pids: tuple[int, ...] = ()
+        self.exhausted = False  # --drain: nothing was runnable
+
+    # Called by others on this loop.
+
+    @property
+    def stopping(self) -> bool:
+        return self._stopping
+
+    def stop(self) -> None:
+        """Claim nothing more; `run` returns."""
+        self._stopping = True
+        self._wake.set()
+
+    def freed(self) -> None:
+        """A slot is free, or outcomes were written."""
+        self._wake.set()
+
+    def look_aside(self) -> None:
+        """Somebody has set tasks aside that are ours."""
+        self._aside = self._look = True
+        self._wake.set()
+
+    def fail(self, error: BaseException) -> None:
+        """End this session with `error`."""
+        self._failure = self._failure or error
+        self._wake.set()
+
+    # A session.
+
+    async def run(self, worker: int, ready: Callable[[], None]) -> None:
+        """Claim as `worker` until `stop`. Raises one of store.TRANSIENT, alone or in groups, when it can't."""
+        self._failure = None
+        self._backlog = self._passing = self._listening = False
+        self._look = self._aside = True
+        self._next_due, self._due_at, self._poll_at = (
+            math.inf,
+            0.0,
+            self._later(self._config.poll_interval_seconds),
+        )
+        self._door = Door(fleet_key(self._queues, self._types), self._door_moved)
+        conn = await connect_worker(self._dsn, f"claims {worker}", relaxed=True)
+        door = None
+        try:
+            door = await connect_door(self._dsn, worker)
+            self.pids = (conn.get_server_pid(), door.get_server_pid())
+            conn.add_termination_listener(self._cut)
+            door.add_termination_listener(self._cut)
+            await self._listen(conn)
+            await self._prove(conn)
+            async with anyio.create_task_group() as group:
+                group.start_soon(self._door.run, door, name="notifyq door")
+                ready()
+                await (self._drain(conn, worker) if self._config.drain else self._serve(conn, worker))
+                group.cancel_scope.cancel()
+        finally:
+            self.pids = ()
+            for connection in (conn, door):
+                if connection is not None:
+                    connection.remove_termination_listener(self._cut)
+                    connection.terminate()  # with it go the locks; there is nothing to say good-bye for
+
+    def _cut(self, _: object) -> None:
+        self.fail(ConnectionError("the server closed the connection"))
+
+    async def _serve(self, conn: Connection, worker: int) -> None:
+        clock = asyncio.get_running_loop().time
+        door, moderation = self._door, self._moderation
+        while not self._stopping:
+            self._wake.clear()  # first, so that what happens from here on is seen by the wait below
+            if self._failure is not None:
+                raise self._failure
+            now = clock()
+            rooms, room = self._rooms(now)
+            if not room:
+                door.want(Place.AWAY)
+                await self._wait(math.inf)
+                continue
+            place = door.place
+            if place is Place.AWAY:
+                self._passing = False
+            elif not self._listening:
+                await self._listen(conn)
+            if self._backlog or any(queue in self._left for queue in rooms):
+                await self._claim(conn, worker, rooms, room)
+                if self._backlog:
+                    door.want(Place.AWAY)
+                    if now - self._due_at > DUE_BUSY_SECONDS:
+                        await self._due(conn)
+            elif self._passing:
+                await self._wait(math.inf)
+            elif now >= self._poll_at:
+                self._poll_at = self._later(self._config.poll_interval_seconds)
+                self._look |= await self._due(conn, look=self._queues)
+                if self._look and place is Place.AWAY:
+                    await self._claim(conn, worker, rooms, room)
+            elif place is Place.AWAY:
+                door.want(Place.TURN)
+                if self._listening and now - self._away_since > 1.0:
+                    await self._unlisten(conn)
+                await self._wait(min(self._poll_at, self._away_since + 1.01 if self._listening else math.inf))
+            elif self._echo and now - self._echo_sent > ECHO_LIMIT_SECONDS:
+                raise BellSilent("LISTEN no longer hears what NOTIFY sends")
+            elif now >= self._next_due:
+                await self._due(conn)
+            elif self._look:
+                self._look = False
+                if await self._claim(conn, worker, rooms, room) and self._work_enough(now):
+                    self._pass_on(now)
+                if not self._backlog and (
+                    now - self._due_at > DUE_AWAKE_SECONDS or not moderation.awake(now)
+                ):
+                    await self._due(conn)
+            elif moderation.awake(now):
+                door.want(Place.TURN)
+                gap = moderation.gap()
+                await asyncio.sleep(gap)
+                if clock() - now - gap > LAG_SECONDS:
+                    self._pass_on(now)
+                self._look = True
+            elif now - self._echo_sent > ECHO_SECONDS and self.bell_seconds is not None:
+                await self._due(conn)
+            else:
+                door.want(Place.ASLEEP)
+                echo_at = self._echo_sent + (ECHO_LIMIT_SECONDS if self._echo else ECHO_SECONDS) + 0.001
+                if self.bell_seconds is None:
+                    echo_at = math.inf
+                await self._wait(min(self._next_due, self._poll_at, echo_at))
+
+    async def _drain(self, conn: Connection, worker: int) -> None:
+        """--drain: as long as there is something to run. Neither bell nor turn: nothing is waited for."""
+        clock = asyncio.get_running_loop().time
+        while not self._stopping:
+            self._wake.clear()
+            if self._failure is not None:
+                raise self._failure
+            rooms, room = self._rooms(clock())
+            if room and await self._claim(conn, worker, rooms, room):
+                continue
+            if room and not self._runners.held and not self.unsettled():
+                # Only now, as a handler's last words may have been to enqueue something.
+                if not await self._due(conn) and not await self._claim(conn, worker, rooms, room):
+                    self.exhausted = True
+                    return
+                continue
+            await self._wait(math.inf)
+
+    # What it does.
+
+    async def _claim(self, conn: Connection, worker: int, rooms: dict[str, int], room: int) -> int:
+        """Claim and feed. Never cancelled half-way: what it took would belong to nobody."""
+        with anyio.CancelScope(shield=True):
+            jobs = await claim(conn, worker, rooms, room)
+            if self._aside and len(jobs) < room:
+                self._aside = False
+                # Of each queue what room is left, counted on the safe side.
+                left = {queue: free - len(jobs) for queue, free in rooms.items() if free > len(jobs)}
+                if left:
+                    jobs += await claim(conn, worker, left, room - len(jobs), aside=self._types)
+        self._backlog = len(jobs) >= room
+        taken: dict[str, int] = {}
+        for job in jobs:
+            taken[job.queue] = taken.get(job.queue, 0) + 1
+        for queue, free in rooms.items():
+            if self._config.queues[queue] and taken.get(queue, 0) >= free:
+                self._left.add(queue)
+            else:
+                self._left.discard(queue)
+        self._claimed += len(jobs)
+        self._moderation.arrived(len(jobs), asyncio.get_running_loop().time())
+        self._runners.feed(jobs)
+        return len(jobs)
+
+    async def _due(self, conn: Connection, look: list[str] | None = None) -> bool:
+        """Promote what is due, set the timer, send an echo now and then. True: there is something to claim."""
+        clock = asyncio.get_running_loop().time
+        now = clock()
+        rooms, _ = self._rooms(now)
+        full = [queue for queue in self._queues if queue not in rooms]
+        echo = None
+        holds = self._door.place is not Place.AWAY
+        if (
+            holds
+            and not self._echo
+            and self.bell_seconds is not None
+            and now - self._echo_sent > ECHO_SECONDS * 0.8
+        ):
+            echo = self._new_echo(now)
+            if int(now / ECHO_SECONDS) % 3 == 0:
+                self._door.turn_over()
+        row = await conn.fetchrow(SQL["due"], self._queues, look or full, PROMOTED_AT_ONCE, echo)
+        assert row is not None
+        promoted, seconds, ready, inserted, _ = row
+        now = clock()
+        self._due_at = now
+        self._next_due = math.inf if seconds is None else now + max(0.0, seconds)
+        if promoted:
+            self._look = True
+            if promoted >= PROMOTED_AT_ONCE:
+                self._next_due = now
+        if self._inserted >= 0:
+            # Arrivals of other workers' queues: while those come in numbers, don't make them ring either.
+            self._moderation.arrived(max(0, inserted - self._inserted - self._claimed), now)
+        self._inserted, self._claimed = inserted, 0
+        if ready and look is None and holds:
+            if now >= self._pass_after:
+                self._pass_wait = (
+                    PASS_SECONDS if now > self._pass_after + 5.0 else min(1.0, self._pass_wait * 2)
+                )
+                self._pass_after = now + self._pass_wait
+                self._passing = True
+                self._door.want(Place.AWAY)
+            else:
+                self._next_due = min(self._next_due, self._pass_after)
+        return bool(promoted or (ready and look is not None))
+
+    def _rooms(self, now: float) -> tuple[dict[str, int], int]:
+        """How much may be claimed now: by queue, and in all."""
+        runners = self._runners
+        since, finished = self._rated
+        if now - since > AHEAD_SECONDS:
+            rate = (runners.finished - finished) / (now - since)
+            self._rate = rate if rate < self._rate / 4 else (self._rate + rate) / 2
+            self._rated = (now, runners.finished)
+        ahead = min(AHEAD_MOST, int(self._rate * AHEAD_SECONDS))
+        held = len(runners.held)
+        room = self._config.concurrency + ahead - held
+        if (
+            room <= 0
+            or (runners.waiting > ahead // 2 and runners.waiting > 0)
+            or self.unsettled() > 4 * (held + room)
+        ):
+            return {}, 0
+        rooms: dict[str, int] = {}
+        for queue in self._queues:
+            limit = self._config.queues[queue]
+            free = room if limit is None else min(room, limit - runners.by_queue[queue])
+            if free > 0:
+                rooms[queue] = free
+        if len(rooms) > 1:  # each in turn is the first to be served
+            self._queues.append(self._queues.pop(0))
+        return rooms, min(room, sum(rooms.values()))
+
+    def _work_enough(self, now: float) -> bool:
+        return len(self._runners.held) * 2 > self._config.concurrency and now >= self._pass_after
+
+    def _pass_on(self, now: float) -> None:
+        """Let another have the turn, and queue for it again."""
+        if now >= self._pass_after:
+            self._pass_after = now + PASS_SECONDS
+            self._passing = True
+            self._door.want(Place.AWAY)
+
+    # The bell.
+
+    def _door_moved(self) -> None:
+        if self._door.place is Place.AWAY:
+            self._away_since = asyncio.get_running_loop().time()
+        else:
+            self._look = True  # the claim that follows getting the turn, and falling asleep
+        self._wake.set()
+
+    def _rung(self, _conn: object, _pid: int, _channel: str, payload: object) -> None:
+        if payload == "":
+            self._look = True
+        elif payload == "aside":
+            self._look = self._aside = True
+        elif payload == self._echo:
+            self._echo = ""
+            self._echoed.set()
+            return
+        else:
+            return  # another worker's echo
+        self._wake.set()
+
+    async def _listen(self, conn: Connection) -> None:
+        await conn.add_listener(CHANNEL, self._rung)
+        self._listening = self._look = True
+
+    async def _unlisten(self, conn: Connection) -> None:
+        await conn.remove_listener(CHANNEL, self._rung)
+        self._listening = False
+        self._echo = ""
+
+    def _new_echo(self, now: float) -> str:
+        self._echo = f"echo {uuid.uuid4()}"
+        self._echoed.clear()
+        self._echo_sent = now
+        return self._echo
+
+    async def _prove(self, conn: Connection) -> None:
+        """A round trip through NOTIFY itself. Behind a pooler in transaction mode LISTEN succeeds and is in vain."""
+        clock = asyncio.get_running_loop().time
+        sent = clock()
+        await conn.execute("SELECT pg_notify('notifyq', $1)", self._new_echo(sent))
+        before = self.bell_seconds
+        with anyio.move_on_after(ECHO_LIMIT_SECONDS) as late:
+            await self._echoed.wait()
+        self._echo = ""
+        if late.cancelled_caught:
+            self.bell_seconds = None
+            logger.warning(
+                "the bell is silent: LISTEN gets no NOTIFY here (a pooler in transaction mode?); polling only",
+                extra={"fields": {"poll_interval": self._config.poll_interval_seconds}},
+            )
+        else:
+            self.bell_seconds = clock() - sent
+            if before is None:
+                logger.debug("the bell is proven", extra={"fields": {"seconds": round(self.bell_seconds, 4)}})
+
+    # Waiting.
+
+    async def _wait(self, until: float) -> None:
+        """Until something happens, or that loop time."""
+        if until == math.inf:
+            await self._wake.wait()
+            return
+        try:
+            async with asyncio.timeout_at(until):
+                await self._wake.wait()
+        except TimeoutError:
+            pass
+
+    def _later(self, seconds: float) -> float:
+        """A loop time in about so many seconds, jittered, so that workers don't poll in step; never for 0."""
+        return asyncio.get_running_loop().time() + random.uniform(0.8, 1.2) * seconds if seconds else math.inf

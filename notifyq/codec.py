@@ -1,0 +1,80 @@
+"""Tasks, results and errors to JSON and back. JSON is bytes everywhere: PostgreSQL's jsonb arrives as such.
+
+A Task encodes as {"$type":"SEND_MAIL","to":...}, tag first. The tag is the row's `type`, so the stored payload
+goes without, and what any other client inserts needs none. Decoding takes the decoder of the row's type: a
+union of all types would have to be told the tag again, and a union of one type wouldn't ask for it.
+"""
+
+from __future__ import annotations
+
+import traceback
+from typing import Any
+
+import msgspec
+
+from .errors import ConfigError
+from .task import Task
+
+PAYLOAD_LIMIT = 16 * 1024 * 1024  # bytes of JSON; a worker holds hundreds of payloads at once
+TRACEBACK_LINES = 30
+TEXT_LIMIT = 8_000  # characters of an error's text, and of its traceback
+
+_encoder = msgspec.json.Encoder()
+
+
+def type_name(cls: type[Task]) -> str:
+    """The tag: what the `type` column holds."""
+    return str(cls.__struct_config__.tag)
+
+
+def encode_payload(task: Task) -> bytes:
+    """The payload's JSON, without the tag. Raises ConfigError for what JSON or PostgreSQL can't hold."""
+    name = type_name(type(task))
+    try:
+        text = _encoder.encode(task)
+    except (TypeError, ValueError, RecursionError) as error:  # UnicodeEncodeError is a ValueError
+        raise ConfigError(f"task {name} can't be written as JSON: {error}") from error
+    head = len(b'{"$type":') + len(_encoder.encode(name))
+    body = b"{" + text[head + 1 :] if text[head : head + 1] == b"," else b"{}"
+    if len(body) > PAYLOAD_LIMIT:
+        raise ConfigError(f"task {name}: its payload is {len(body):,} bytes, the limit is {PAYLOAD_LIMIT:,}")
+    return body
+
+
+def encode_result(result: object) -> bytes | None:
+    """A handler's return value as JSON; None stays None. Raises TypeError, ValueError or RecursionError."""
+    return None if result is None else _encoder.encode(result)
+
+
+def encode_error(attempt: int, error: str, where: BaseException | None = None) -> bytes:
+    """One failed attempt, an element of the `errors` column. Never raises, and PostgreSQL takes what it makes."""
+    entry: dict[str, Any] = {"attempt": attempt, "error": _clean(error)}
+    if where is not None:
+        entry["traceback"] = _clean(_tail(where))
+    return _encoder.encode(entry)
+
+
+def describe(error: BaseException) -> str:
+    """`ValueError: the message`. Never raises, whatever the exception's __str__ does."""
+    try:
+        text = str(error)
+    except BaseException as worse:
+        text = f"<its __str__ raised {type(worse).__name__}>"
+    name = type(error).__name__
+    return f"{name}: {text}" if text else name
+
+
+def _tail(error: BaseException) -> str:
+    try:
+        lines = "".join(traceback.format_exception(error)).splitlines()
+    except BaseException:
+        return ""
+    return "\n".join(lines[-TRACEBACK_LINES:])
+
+
+def _clean(text: str) -> str:
+    """Without what jsonb refuses, NUL and lone surrogates, and no longer than people read."""
+    text = text.replace("\x00", "\\x00").encode(errors="backslashreplace").decode()
+    return (
+        text if len(text) <= TEXT_LIMIT else text[: TEXT_LIMIT // 2] + "\n[...]\n" + text[-TEXT_LIMIT // 2 :]
+    )

@@ -1,0 +1,129 @@
+"""Enqueue: validate what is sent, and send it in one statement."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from datetime import datetime
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
+
+import asyncpg
+import msgspec
+
+from .codec import encode_payload, type_name
+from .config import check_name
+from .errors import ConfigError, SchemaError
+from .registry import Registry
+from .store import SQL
+from .task import Ref, Task
+
+if TYPE_CHECKING:
+    from typing import Self
+
+
+class Executor(Protocol):
+    """An asyncpg connection or pool."""
+
+    async def fetch(self, query: str, *args: Any) -> list[Any]: ...
+
+
+class Options(NamedTuple):
+    """Checked options, in the order of the statements' parameters from $3 on."""
+
+    queue: str
+    delay: float | None
+    run_at: datetime | None
+    priority: int
+    max_attempts: int | None
+
+    @classmethod
+    def check(
+        cls, queue: str, delay: float | None, run_at: datetime | None, priority: int, max_attempts: int | None
+    ) -> Self:
+        """Raises ConfigError for what can't be; asyncpg's own message would name a $5."""
+        check_name("queue", queue)
+        if delay is not None:
+            if run_at is not None:
+                raise ConfigError("delay and run_at are both given; they are two ways to say the same")
+            if not (
+                isinstance(delay, int | float) and math.isfinite(delay) and 0 <= delay <= 100 * 366 * 86400
+            ):
+                raise ConfigError(f"delay is {delay!r}; expected seconds, 0 or more")
+        if run_at is not None and (not isinstance(run_at, datetime) or run_at.tzinfo is None):
+            raise ConfigError(
+                f"run_at is {run_at!r}; expected a datetime with a timezone, as datetime.now(timezone.utc)"
+            )
+        if not isinstance(priority, int) or not -32768 <= priority <= 32767:
+            raise ConfigError(f"priority is {priority!r}; expected -32768 to 32767")
+        if max_attempts is not None and (not isinstance(max_attempts, int) or not 1 <= max_attempts <= 32767):
+            raise ConfigError(f"max_attempts is {max_attempts!r}; expected 1 to 32767")
+        return cls(queue, delay or None, run_at, priority, max_attempts)
+
+
+async def one(via: Executor, registry: Registry, task: Task, options: Options) -> Ref:
+    """Insert a task."""
+    type, payload = _checked(registry, task)
+    with _Explained(type):
+        rows = await via.fetch(SQL["enqueue"], type, payload, *options)
+    return Ref(cast(int, rows[0][0]))
+
+
+async def many(via: Executor, registry: Registry, tasks: Iterable[Task], options: Options) -> list[int]:
+    """Insert tasks, all or none. 0.6 µs a row for asyncpg to send as two arrays, half of what COPY costs in all,
+    and unlike COPY it returns the ids."""
+    types: list[str] = []
+    payloads: list[str] = []
+    for task in tasks:
+        type, payload = _checked(registry, task)
+        types.append(type)
+        payloads.append(payload)
+    if not types:
+        return []
+    with _Explained(types[0] if len(set(types)) == 1 else "(one of several)"):
+        rows = await via.fetch(SQL["enqueue_many"], types, payloads, *options)
+    return [row[0] for row in rows]
+
+
+def _checked(registry: Registry, task: Task) -> tuple[str, str]:
+    """Type and payload. A Struct isn't validated when it is made, so what was encoded is decoded again."""
+    if not isinstance(task, Task):
+        raise ConfigError(f"enqueue got {task!r:.100}; expected an instance of a subclass of notifyq.Task")
+    cls = type(task)
+    name = type_name(cls)
+    payload = encode_payload(task)
+    handler = registry.get(name)
+    if handler is not None and handler.task is not cls:
+        raise ConfigError(
+            f"type {name!r} is {handler.task.__qualname__} in this app, and not {cls.__qualname__}"
+        )
+    decode = handler.decode if handler is not None else _decoder(cls)
+    try:
+        decode(payload)
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+        raise ConfigError(f"task {name} doesn't validate against its own type: {error}") from error
+    return name, payload.decode()
+
+
+_decoders: dict[type[Task], Any] = {}
+
+
+def _decoder(cls: type[Task]) -> Any:
+    if cls not in _decoders:
+        _decoders[cls] = msgspec.json.Decoder(cls).decode
+    return _decoders[cls]
+
+
+class _Explained:
+    """What PostgreSQL may have against a task, with the task's name and the cure."""
+
+    def __init__(self, type: str) -> None:
+        self._type = type
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        if isinstance(error, asyncpg.UndefinedTableError):
+            raise SchemaError("this database has no schema notifyq; install it: notifyq migrate") from error
+        if isinstance(error, asyncpg.DataError):
+            raise ConfigError(f"task {self._type}: PostgreSQL can't store this payload: {error}") from error

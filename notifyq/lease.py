@@ -1,0 +1,318 @@
+"""The keeper: a worker's sign of life, what it hears about its leases, and the rescue of what dead workers held.
+
+It has a thread, an event loop and a connection of its own, so a handler that blocks the worker's loop for a minute
+costs no lease. Every 1.5 s it writes one heartbeat for the whole worker (not one a task) and learns in the same
+statement which leases were lost, which workers went silent, and whether tasks of its types were set aside.
+
+A worker is dead when the advisory lock its keeper's session holds is free and it wasn't seen for 2 s, or when it
+wasn't seen for the length of its lease. 1.5 + 2 + at most 1.5 s is the time a killed worker's tasks wait.
+
+It also watches its own worker: if the loop doesn't answer for a second while the worker has the turn at the bell,
+it ends that backend, the turn goes to somebody else, and the log names the handler.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+
+import asyncpg
+
+from .config import WorkerConfig
+from .errors import DatabaseError, SchemaError
+from .registry import Registry
+from .run import Runners
+from .store import SQL, TRANSIENT, Connection, connect_worker
+
+logger = logging.getLogger("notifyq.lease")
+
+TICK_SECONDS = 1.5
+PULSE_SECONDS = 0.4
+BLOCKED_SECONDS = 0.8
+RESCUE_AT_ONCE = 2000
+PRUNE_SECONDS = 60.0
+PRUNE_AT_ONCE = 5000
+DEAD_KEPT_SECONDS = 30 * 86400.0
+ORPHANS_SECONDS = 30.0
+
+
+class Keeper:
+    """Made and told on the worker's loop; `_main` runs in the thread. What crosses is marked below."""
+
+    def __init__(
+        self,
+        dsn: str | None,
+        name: str,
+        config: WorkerConfig,
+        registry: Registry,
+        runners: Runners,
+        *,
+        on_lost: Callable[[list[int]], None],
+        on_aside: Callable[[], None],
+        on_new_id: Callable[[int], None],
+        on_failure: Callable[[BaseException], None],
+        bell_pids: Callable[[], tuple[int, ...]],
+    ) -> None:
+        self._dsn = dsn
+        self._name = name
+        self._config = config
+        self._registry = registry
+        self._runners = runners
+        self._on_lost = on_lost
+        self._on_aside = on_aside
+        self._on_new_id = on_new_id
+        self._on_failure = on_failure
+        self._bell_pids = bell_pids
+        self._home = asyncio.get_running_loop()  # the worker's
+        self._home_thread = threading.get_ident()
+        self._registered: Future[int] = Future()
+        self._thread = threading.Thread(target=self._run, name="notifyq-keeper", daemon=True)
+        self._stop: asyncio.Event | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._release_seconds = 0.0
+        self._ended = asyncio.Event()
+        # Written by the worker's loop, read by the thread; each assignment is whole.
+        self._held: list[tuple[int, int]] = []
+        self._pulse = time.monotonic()
+        self.status = "ok"
+        # Written by the thread.
+        self.pid: int | None = None
+        self._id: int | None = None
+        self._locked = False
+        self._down = False
+
+    # On the worker's loop.
+
+    async def start(self) -> int:
+        """Register the worker and return its id. Raises DatabaseError or SchemaError."""
+        self._thread.start()
+        return await asyncio.wrap_future(self._registered)
+
+    async def stop(self, seconds: float) -> None:
+        """Hand back what is still held, unregister, and end; in `seconds` at most."""
+        self._release_seconds = seconds
+        if self._loop is not None and self._stop is not None:
+            try:
+                self._loop.call_soon_threadsafe(self._stop.set)
+            except RuntimeError:
+                return  # it has ended
+        try:
+            async with asyncio.timeout(seconds + 1.0):
+                await self._ended.wait()
+        except TimeoutError:
+            logger.debug("the keeper didn't end in time")
+
+    def _take_pulse(self) -> None:
+        held = [*self._runners.held.values()]
+        self._held = [(job.id, job.attempt) for job in held]
+        self._pulse = time.monotonic()
+
+    # In the thread.
+
+    def _run(self) -> None:
+        try:
+            asyncio.run(self._main())
+        except BaseException as error:
+            if not self._registered.done():
+                self._registered.set_exception(error)
+            else:
+                self._tell(self._on_failure, error)
+        finally:
+            self._tell(self._ended.set)
+
+    def _tell(self, callback: Callable[..., object], *args: object) -> None:
+        try:
+            self._home.call_soon_threadsafe(callback, *args)
+        except RuntimeError:
+            pass  # the worker's loop is closed: nobody is left to tell
+
+    async def _main(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._stop = asyncio.Event()
+        wait = 0.1
+        conn: Connection | None = None
+        while True:
+            try:
+                conn = await connect_worker(self._dsn, "keeper" if self._id is None else f"keeper {self._id}")
+                self.pid = conn.get_server_pid()
+                await self._serve(conn, self._stop)
+                return
+            except (*TRANSIENT, DatabaseError) as error:
+                if not self._registered.done():
+                    raise _explained(error) from error
+                if isinstance(error, asyncpg.UndefinedTableError | asyncpg.InvalidSchemaNameError):
+                    raise SchemaError(
+                        "the schema notifyq has gone from under this worker; run: notifyq migrate"
+                    ) from error
+                if self._stop.is_set():
+                    logger.warning("stopping without a database: others will rescue what was held here")
+                    return
+                if not self._down:
+                    self._down = True
+                    logger.warning(
+                        "heartbeat: the database is out of reach", extra={"fields": {"error": str(error)}}
+                    )
+            finally:
+                self.pid = None
+                self._locked = False
+                if conn is not None:
+                    conn.terminate()
+                    conn = None
+            await self._sleep(random.uniform(0.5, 1.0) * wait)
+            wait = min(2.0, wait * 2)
+
+    async def _sleep(self, seconds: float) -> bool:
+        """True as soon as it is to stop."""
+        assert self._stop is not None
+        try:
+            async with asyncio.timeout(seconds):
+                await self._stop.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    async def _serve(self, conn: Connection, stop: asyncio.Event) -> None:
+        loop = asyncio.get_running_loop()
+        if self._id is None:
+            self._id = await self._register(conn)
+            self._registered.set_result(self._id)
+        next_tick = loop.time()
+        next_prune = loop.time() + random.uniform(0.2, 1.0) * PRUNE_SECONDS
+        next_orphans = loop.time() + random.uniform(0.2, 1.0) * ORPHANS_SECONDS
+        while not stop.is_set():
+            self._tell(self._take_pulse)
+            now = loop.time()
+            if now >= next_tick:
+                await self._tick(conn)
+                next_tick = now + random.uniform(0.9, 1.0) * TICK_SECONDS
+            if now >= next_prune:
+                next_prune = now + random.uniform(0.5, 1.5) * PRUNE_SECONDS
+                await self._prune(conn)
+            if now >= next_orphans:
+                next_orphans = now + random.uniform(0.5, 1.5) * ORPHANS_SECONDS
+                if orphans := await conn.fetchval(SQL["orphans"]):
+                    logger.warning(
+                        "took back tasks of workers that are gone", extra={"fields": {"tasks": orphans}}
+                    )
+            if await self._sleep(PULSE_SECONDS):
+                break
+            await self._watch(conn)
+        async with asyncio.timeout(self._release_seconds):
+            back = await conn.fetchval(SQL["release"], self._id)
+            if back:
+                logger.info("handed back tasks", extra={"fields": {"tasks": back}})
+            await conn.execute(SQL["unregister"], self._id)
+
+    async def _register(self, conn: Connection) -> int:
+        types, config = self._registry.types, self._config
+        allowed = self._registry.max_attempts
+        args = (self._name, list(config.queues), types, allowed, config.concurrency, config.lease_seconds)
+        id: int = await conn.fetchval(SQL["register"], *args)
+        await self._lock(conn, id)
+        return id
+
+    async def _lock(self, conn: Connection, id: int) -> None:
+        # A session of ours whose end the server hasn't noticed may have it still: then the next tick tries again.
+        self._locked = bool(await conn.fetchval("SELECT pg_try_advisory_lock(1852990827, $1)", id))
+
+    async def _tick(self, conn: Connection) -> None:
+        assert self._id is not None
+        held = self._held
+        row = await conn.fetchrow(
+            SQL["tick"], self._id, len(held), self.status, [id for id, _ in held], [attempt for _, attempt in held],
+            list(self._config.queues), self._registry.types,
+        )  # fmt: skip
+        assert row is not None
+        registered, lost, silent, aside = row
+        if self._down:
+            self._down = False
+            logger.info("heartbeat: the database is back")
+        if not registered:
+            # Frozen for too long, or cut off: others have rescued everything. Come back as somebody new.
+            await conn.execute("SELECT pg_advisory_unlock_all()")
+            old, self._id = self._id, await self._register(conn)
+            logger.warning(
+                "this worker had been given up for dead; it comes back under a new id",
+                extra={"fields": {"old": old, "new": self._id}},
+            )
+            self._tell(self._on_lost, [id for id, _ in held])
+            self._tell(self._on_new_id, self._id)
+            return
+        if not self._locked:
+            await self._lock(conn, self._id)
+        if lost:
+            self._tell(self._on_lost, lost)
+        if aside:
+            self._tell(self._on_aside)
+        for worker in silent:
+            await self._rescue(conn, worker)
+
+    async def _rescue(self, conn: Connection, worker: int) -> None:
+        while True:
+            row = await conn.fetchrow(SQL["rescue"], worker, RESCUE_AT_ONCE)
+            assert row is not None
+            name, ready, dead = row
+            if name is None:  # silent, but alive by its lock: frozen, or far away
+                try:
+                    evicted = await conn.fetchval(SQL["evict"], worker)
+                except asyncpg.InsufficientPrivilegeError:
+                    return
+                if evicted:
+                    logger.warning(
+                        "took the turn from a worker that doesn't answer",
+                        extra={"fields": {"worker": worker}},
+                    )
+                return
+            if not ready and not dead:
+                return
+            logger.warning(
+                "rescued the tasks of a dead worker",
+                extra={"fields": {"worker": name, "ready_again": ready, "dead": dead}},
+            )
+
+    async def _prune(self, conn: Connection) -> None:
+        args = (self._config.history_seconds, DEAD_KEPT_SECONDS, PRUNE_AT_ONCE)
+        while await conn.fetchval(SQL["prune"], *args) >= PRUNE_AT_ONCE:
+            if await self._sleep(0.05):
+                return
+            self._tell(self._take_pulse)
+
+    async def _watch(self, conn: Connection) -> None:
+        """Is the worker's loop alive? If not, and it has the turn: end the door's backend."""
+        if time.monotonic() - self._pulse < BLOCKED_SECONDS:
+            return
+        since = self._pulse
+        who = self._runners.whose(asyncio.current_task(self._home))
+        logger.warning(
+            "the event loop is blocked: a handler computes or sleeps without `await` (make it a plain def)",
+            extra={"fields": {"handler": who or "unknown"}},
+        )
+        for pid in self._bell_pids():
+            await conn.fetchval("SELECT pg_terminate_backend($1)", pid)
+        while self._pulse == since:
+            now = time.monotonic()
+            await self._tick(conn)
+            if await self._sleep(TICK_SECONDS):
+                return
+            self._tell(self._take_pulse)
+            logger.debug("the event loop is still blocked after %.1f s", now - since)
+        logger.info(
+            "the event loop answers again", extra={"fields": {"seconds": round(self._pulse - since, 1)}}
+        )
+
+
+def _explained(error: BaseException) -> BaseException:
+    if isinstance(error, asyncpg.InsufficientPrivilegeError):
+        return DatabaseError(
+            f"this user may not work here: {error}; schema.sql ends with the GRANTs a worker needs"
+        )
+    if isinstance(error, asyncpg.ReadOnlySQLTransactionError):
+        return DatabaseError("this server is read-only (a standby?); a worker needs the primary")
+    if isinstance(error, asyncpg.PostgresError):
+        return DatabaseError(f"the database refused: {error}")
+    return error

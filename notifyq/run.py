@@ -1,0 +1,312 @@
+"""Run one task; and the runners, which do it side by side.
+
+A fixed set of long-lived runners in one task group takes jobs from a deque. A task spawned for each job would
+cost 11 to 13 µs; a deque costs 0.2. A runner has one cancel scope, renewed only after it was cancelled; only
+a job with a timeout gets a scope of its own.
+
+What is held (waiting or running) is counted here, by queue, as that decides how much may be claimed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import logging
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+
+import anyio
+import anyio.to_thread
+import msgspec
+from anyio.abc import TaskGroup
+
+from . import outcome
+from .codec import PAYLOAD_LIMIT, describe
+from .outcome import Aside, Finish, HandBack, Later, Outcome
+from .registry import Handler, Registry
+from .store import Job
+from .task import Context, Task
+
+logger = logging.getLogger("notifyq.run")
+
+FAIR_SECONDS = 0.005  # a runner whose handlers never wait lets the others have the loop after so long
+
+
+class Runner:
+    """One runner's hands: the job it has, and how to take that away from it."""
+
+    __slots__ = ("job", "scope", "stop", "task")
+
+    def __init__(self) -> None:
+        self.job: Job | None = None
+        self.scope = anyio.CancelScope()
+        self.stop: HandBack | None = None  # cancelled from outside: this, or nothing, is the outcome
+        self.task: asyncio.Task[object] | None = None
+
+
+class Runners:
+    """`feed` it jobs; it calls `settle` with each outcome, then `freed`. Lives on one event loop."""
+
+    def __init__(
+        self,
+        registry: Registry,
+        concurrency: int,
+        settle: Callable[[Outcome], None],
+        freed: Callable[[], None],
+    ) -> None:
+        self._registry = registry
+        self._concurrency = concurrency
+        self._settle = settle
+        self._freed = freed
+        self._waiting: deque[Job] = deque()
+        self._runners: set[Runner] = set()
+        self._idle: list[asyncio.Future[None]] = []
+        self._threads = anyio.CapacityLimiter(concurrency)
+        self._group: TaskGroup | None = None
+        self._closed = False
+        self._behind: dict[int, Job] = {}  # next attempts of tasks that are held
+        self.held: dict[int, Job] = {}  # by id: waiting and running
+        self.by_queue: Counter[str] = Counter()  # of these
+        self.finished = 0  # attempts ended, ever
+
+    @property
+    def waiting(self) -> int:
+        """Jobs claimed ahead, not begun."""
+        return len(self._waiting)
+
+    @property
+    def running(self) -> list[Job]:
+        """Jobs begun."""
+        return [runner.job for runner in self._runners if runner.job is not None]
+
+    def start(self, group: TaskGroup) -> None:
+        """Runners are born in `group`, when first needed."""
+        self._group = group
+
+    def feed(self, jobs: Sequence[Job]) -> None:
+        """Run these, in their order."""
+        assert self._group is not None
+        for job in jobs:
+            if job.id in self.held:  # taken from us and claimed by us again, while its handler still winds up
+                self._behind[job.id] = job
+                continue
+            self.held[job.id] = job
+            self.by_queue[job.queue] += 1
+            self._waiting.append(job)
+        for _ in range(min(len(self._waiting), self._concurrency)):
+            if self._idle:
+                waiter = self._idle.pop()
+                if not waiter.done():
+                    waiter.set_result(None)
+            elif len(self._runners) < self._concurrency:
+                self._spawn()
+            else:
+                break
+
+    def hand_back_waiting(self) -> None:
+        """What hasn't begun goes back."""
+        while self._behind:
+            self._settle(HandBack(self._behind.popitem()[1]))
+        while self._waiting:
+            self._end(HandBack(self._waiting.popleft()))
+
+    def hand_back_running(self) -> None:
+        """Cancel every handler, and hand its job back."""
+        for runner in self._runners:
+            if runner.job is not None and runner.stop is None:
+                runner.stop = HandBack(runner.job)
+                runner.scope.cancel()
+
+    def lost(self, job: Job) -> bool:
+        """The lease is gone: cancel the handler, settle nothing. False if it isn't held any more."""
+        if self.held.get(job.id) is not job:
+            return False
+        if job in self._waiting:
+            self._waiting.remove(job)
+            self._drop(job)
+            return True
+        for runner in self._runners:
+            if runner.job is job:
+                runner.scope.cancel()
+        return True
+
+    def close(self) -> None:
+        """Runners without a job end; call it when nothing is held."""
+        self._closed = True
+        for waiter in self._idle:
+            if not waiter.done():
+                waiter.set_result(None)
+        self._idle.clear()
+
+    def whose(self, task: asyncio.Task[object] | None) -> str | None:
+        """`SEND_MAIL (id 5)` of the job that this asyncio task runs. Called from another thread."""
+        for runner in list(self._runners):
+            if runner.task is task and (job := runner.job) is not None:
+                handler = self._registry.get(job.type)
+                return f"{handler.name if handler else job.type} (task {job.id})"
+        return None
+
+    def _spawn(self) -> None:
+        assert self._group is not None
+        runner = Runner()
+        self._runners.add(runner)
+        # In an empty context, not in that of whoever fed the job.
+        contextvars.Context().run(self._group.start_soon, self._run, runner)
+
+    async def _run(self, runner: Runner) -> None:
+        runner.task = asyncio.current_task()
+        clean = contextvars.copy_context()
+        try:
+            while not self._closed:
+                if not self._waiting:
+                    waiter = asyncio.get_running_loop().create_future()
+                    self._idle.append(waiter)
+                    try:
+                        await waiter
+                    finally:
+                        if waiter in self._idle:
+                            self._idle.remove(waiter)
+                    continue
+                runner.scope = anyio.CancelScope()
+                with runner.scope:
+                    await self._take(runner, clean)
+                if runner.job is not None:  # cancelled from outside, in the middle of a handler
+                    self._cut_short(runner)
+                if contextvars.copy_context() != clean:
+                    # A handler left something in its context variables. Its successor starts without them.
+                    break
+        finally:
+            self._runners.discard(runner)
+        if self._waiting and not self._closed and len(self._runners) < self._concurrency:
+            self._spawn()
+
+    async def _take(self, runner: Runner, clean: contextvars.Context) -> None:
+        """Jobs, one after the other, until there are none, or until the scope was cancelled."""
+        waiting, scope = self._waiting, runner.scope
+        breath = time.monotonic() + FAIR_SECONDS
+        while waiting:
+            runner.job = job = waiting.popleft()
+            result = await self._attempt(job)
+            if runner.stop is not None:
+                # To be handed back, and it ended by itself: that counts only if it got to its end. (Of a lost lease
+                # nothing need be said here: what it says is refused by the fence.)
+                if not (isinstance(result, Finish) and result.state == "done"):
+                    result = runner.stop
+                runner.stop = None
+            runner.job = None
+            self._end(result)
+            if scope.cancel_called or contextvars.copy_context() != clean:
+                return
+            if time.monotonic() > breath:
+                await asyncio.sleep(0)
+                breath = time.monotonic() + FAIR_SECONDS
+
+    async def _attempt(self, job: Job) -> Outcome:
+        """Run one task: find its handler, decode, call, decide. Raises nothing but a cancellation of its scope."""
+        handler = self._registry.get(job.type)
+        if handler is None:
+            return Aside(job)
+        if job.payload is None or len(job.payload) > PAYLOAD_LIMIT:
+            return self._log(
+                handler, outcome.undecodable(job, f"its payload is larger than {PAYLOAD_LIMIT:,} bytes")
+            )
+        try:
+            task = handler.decode(job.payload)
+        except Exception as error:
+            why = str(error) if isinstance(error, msgspec.MsgspecError) else describe(error)
+            return self._log(handler, outcome.undecodable(job, why))
+        context = Context(
+            id=job.id,
+            queue=job.queue,
+            attempt=job.attempt,
+            max_attempts=outcome.attempts_allowed(job, handler),
+            priority=job.priority,
+            created_at=job.created_at,
+        )
+        try:
+            if handler.timeout is None:
+                value = await self._call(handler, task, context)
+            else:
+                with anyio.CancelScope(deadline=anyio.current_time() + handler.timeout) as limit:
+                    value = await self._call(handler, task, context)
+                if limit.cancelled_caught:
+                    return self._log(handler, outcome.timed_out(job, handler))
+        except BaseException as error:
+            # Everything a handler raises is its own failure, SystemExit and KeyboardInterrupt too, and so is a
+            # CancelledError of something it waited for. Not so our own cancellation, of which asyncio keeps count.
+            if (
+                isinstance(error, asyncio.CancelledError)
+                and (me := asyncio.current_task())
+                and me.cancelling()
+            ):
+                raise
+            return self._log(handler, outcome.raised(job, handler, error))
+        return self._log(handler, outcome.returned(job, handler, value))
+
+    async def _call(self, handler: Handler, task: Task, context: Context) -> object:
+        if handler.is_async:
+            return await handler.call(task, context)
+        # A thread can't be cancelled, only left alone: its slot goes on, its outcome isn't waited for.
+        return await anyio.to_thread.run_sync(
+            handler.call, task, context, abandon_on_cancel=True, limiter=self._threads
+        )
+
+    def _cut_short(self, runner: Runner) -> None:
+        job, stop = runner.job, runner.stop
+        runner.job = runner.stop = None
+        assert job is not None
+        if stop is None:
+            self._drop(job)  # the lease is lost, so there is nothing to write
+        else:
+            self._end(stop)
+
+    def _end(self, result: Outcome) -> None:
+        self._settle(result)
+        self._drop(result.job)
+
+    def _drop(self, job: Job) -> None:
+        del self.held[job.id]
+        self.by_queue[job.queue] -= 1
+        self.finished += 1
+        if self._behind and (again := self._behind.pop(job.id, None)) is not None:
+            self.feed([again])
+        self._freed()
+
+    def _log(self, handler: Handler, result: Outcome) -> Outcome:
+        job = result.job
+        if isinstance(result, Finish) and result.state == "done":
+            if logger.isEnabledFor(logging.DEBUG):
+                logger.debug("task done", extra=_fields(job, handler))
+            return result
+        why = (
+            msgspec.json.decode(result.error)["error"]
+            if isinstance(result, Finish | Later) and result.error
+            else ""
+        )
+        # No traceback: that is in the row, where it can be found by id.
+        extra = _fields(job, handler, error=why.splitlines()[0][:300] if why else "")
+        match result:
+            case Finish(state="cancelled"):
+                logger.info("task cancelled", extra=extra)
+            case Finish():
+                logger.error("task dead", extra=extra)
+            case Later(delay=delay):
+                extra["fields"]["again_in"] = round(delay, 3)
+                logger.warning("task failed, trying again", extra=extra)
+            case HandBack() | Aside():
+                pass
+        return result
+
+
+def _fields(job: Job, handler: Handler, **more: object) -> dict[str, dict[str, object]]:
+    return {
+        "fields": {
+            "id": job.id,
+            "type": job.type,
+            "queue": job.queue,
+            "attempt": job.attempt,
+            "handler": handler.name,
+        }
+        | more
+    }

@@ -1,0 +1,174 @@
+"""Write outcomes, in fenced batches, each exactly as decided, as often as it takes.
+
+What comes in while a batch is on its way is the next batch: a lone outcome is written at once, and under load
+batches grow by themselves. Only the write is tried again, never the handler. A batch that PostgreSQL refuses for
+what is in it is written one by one, and the one it refuses ends dead with what PostgreSQL said.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from typing import assert_never
+
+import asyncpg
+
+from .codec import describe, encode_error
+from .outcome import Aside, Finish, HandBack, Later, Outcome
+from .store import REFUSED, SQL, TRANSIENT, Connection, connect_worker
+
+logger = logging.getLogger("notifyq.settle")
+
+BATCH = 1000
+
+
+class Settler:
+    """`put` outcomes in, `run` writes them, `idle` tells whether all are written."""
+
+    def __init__(self, dsn: str | None, keep: bool, settled: Callable[[], None]) -> None:
+        self._dsn = dsn
+        self._keep = keep  # done and cancelled tasks in notifyq.finished
+        self._settled = settled
+        self._pending: list[Outcome] = []
+        self._writing = 0
+        self._wake = asyncio.Event()
+        self._stopping = False
+        self._conn: Connection | None = None
+        self.pid: int | None = None
+        self.written = 0
+
+    @property
+    def pending(self) -> int:
+        """Outcomes that aren't in the database yet."""
+        return len(self._pending) + self._writing
+
+    def put(self, outcome: Outcome) -> None:
+        self._pending.append(outcome)
+        self._wake.set()
+
+    def finish(self) -> None:
+        """`run` returns once everything is written."""
+        self._stopping = True
+        self._wake.set()
+
+    async def run(
+        self, back_off: Callable[[str, BaseException], Awaitable[None]], well: Callable[[str], None]
+    ) -> None:
+        """Write until `finish`. `back_off` is awaited after each failure, `well` called after a success."""
+        try:
+            while self._pending or not self._stopping:
+                if not self._pending:
+                    self._wake.clear()
+                    await self._wake.wait()
+                    continue
+                batch, self._pending = self._pending[:BATCH], self._pending[BATCH:]
+                self._writing = len(batch)
+                while batch:
+                    try:
+                        batch = await self._write(batch)
+                        self._writing = len(batch)
+                        well("settle")
+                    except TRANSIENT as error:
+                        self._disconnect()
+                        await back_off("settle", error)
+                self._settled()
+        finally:
+            self._disconnect()
+
+    def _disconnect(self) -> None:
+        if self._conn is not None:
+            self._conn.terminate()
+            self._conn = None
+
+    async def _write(self, batch: list[Outcome]) -> list[Outcome]:
+        """Write a batch; return what is still to be written. Raises TRANSIENT: all of it."""
+        if self._conn is None:
+            self._conn = conn = await connect_worker(self._dsn, "settle")
+            self.pid = conn.get_server_pid()
+        try:
+            for worker in {
+                outcome.job.worker for outcome in batch
+            }:  # one, unless it was given up and came back
+                mine = [outcome for outcome in batch if outcome.job.worker == worker]
+                mine.sort(key=lambda outcome: outcome.job.id)  # everybody locks rows in this order
+                if len({type(outcome) for outcome in mine}) == 1:
+                    await self._write_kinds(self._conn, worker, mine)
+                else:
+                    async with self._conn.transaction():
+                        await self._write_kinds(self._conn, worker, mine)
+        except REFUSED as error:
+            if len(batch) == 1:
+                return [_refused(batch[0], error)]
+            logger.debug("a batch was refused, writing its %d outcomes one by one", len(batch))
+            while batch:
+                rest = await self._write(batch[-1:])
+                batch.pop()
+                batch += rest
+            return batch
+        return []
+
+    async def _write_kinds(self, conn: Connection, worker: int, outcomes: list[Outcome]) -> None:
+        finish: list[Finish] = []
+        later: list[Later] = []
+        back: list[HandBack] = []
+        aside: list[Aside] = []
+        for outcome in outcomes:
+            match outcome:
+                case Finish():
+                    finish.append(outcome)
+                case Later():
+                    later.append(outcome)
+                case HandBack():
+                    back.append(outcome)
+                case Aside():
+                    aside.append(outcome)
+                case _:
+                    assert_never(outcome)
+        if finish:
+            results = [o.result for o in finish] if any(o.result is not None for o in finish) else []
+            errors = [o.error for o in finish] if any(o.error is not None for o in finish) else []
+            states = [o.state for o in finish]
+            rows = await conn.fetch(
+                SQL["finish"], worker, *_keys(finish), states, results, errors, self._keep
+            )
+            self._tell_lost(finish, rows)
+        if later:
+            args = [o.delay for o in later], [o.error for o in later]
+            self._tell_lost(later, await conn.fetch(SQL["retry_later"], worker, *_keys(later), *args))
+        if back:
+            self._tell_lost(back, await conn.fetch(SQL["hand_back"], worker, *_keys(back)))
+        if aside:
+            types = sorted({o.job.type[:100] for o in aside})
+            logger.warning(
+                "no handler here for these types, leaving their tasks to other workers",
+                extra={"fields": {"types": types[:20], "tasks": len(aside)}},
+            )
+            self._tell_lost(aside, await conn.fetch(SQL["set_aside"], worker, *_keys(aside)))
+
+    def _tell_lost(
+        self,
+        outcomes: list[Finish] | list[Later] | list[HandBack] | list[Aside],
+        rows: Sequence[asyncpg.Record],
+    ) -> None:
+        self.written += len(outcomes)
+        if len(rows) == len(outcomes):
+            return
+        applied = {row[0] for row in rows}
+        # After a hiccup some of these were written, and only the answer was lost: indistinguishable, and harmless.
+        lost = [o.job.id for o in outcomes if o.job.id not in applied]
+        logger.warning(
+            "settled nothing for tasks whose lease was lost",
+            extra={"fields": {"ids": lost[:20], "tasks": len(lost)}},
+        )
+
+
+def _keys(outcomes: Iterable[Outcome]) -> tuple[list[int], list[int]]:
+    return [o.job.id for o in outcomes], [o.job.attempt for o in outcomes]
+
+
+def _refused(outcome: Outcome, error: BaseException) -> Outcome:
+    why = encode_error(outcome.job.attempt, f"PostgreSQL can't store its outcome: {describe(error)}")
+    if isinstance(outcome, Finish) and outcome.state == "dead":
+        return Later(outcome.job, 3600.0, why)  # not even that: something is wrong with notifyq.finished
+    return Finish(outcome.job, "dead", error=why)

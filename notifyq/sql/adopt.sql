@@ -1,0 +1,20 @@
+-- As claim.sql, from the tasks that others set aside because they didn't know the type: of the types $5.
+UPDATE notifyq.task t
+SET worker = $1, attempts = t.attempts + 1, processing_at = clock_timestamp(), aside = false
+WHERE t.id = ANY (ARRAY(
+    SELECT ready.id
+    FROM unnest($2::text[], $3::integer[]) AS q (queue, room)
+    CROSS JOIN unnest($5::text[]) AS k (type)
+    CROSS JOIN LATERAL (
+        SELECT r.id
+        FROM notifyq.task r
+        WHERE r.type = k.type AND r.queue = q.queue AND r.worker IS NULL AND r.aside
+        ORDER BY r.priority DESC, r.id
+        LIMIT q.room
+        FOR UPDATE SKIP LOCKED
+    ) AS ready
+    LIMIT $4::integer
+))
+AND EXISTS (SELECT FROM notifyq.worker w WHERE w.id = $1)
+RETURNING t.id, t.attempts, t.type, t.queue, t.priority, t.max_attempts, t.created_at,
+          CASE WHEN pg_column_size(t.payload) <= 16777216 THEN t.payload END AS payload

@@ -1,0 +1,26 @@
+-- Take up to $4 ready tasks under the lease of worker $1: from each queue of $2 at most its room in $3.
+-- Returns what a handler needs, the payload as NULL if it is too large to hold hundreds of.
+--
+-- * = ANY(ARRAY(...)) is run once, before the UPDATE. As a join or an IN the planner may run the LIMIT again
+--   for each outer row and so claim more than asked for; and a CTE costs twice as much for a single row.
+-- * The inner WHERE and ORDER BY are index task_ready's, word for word: it reads as many entries as it takes,
+--   whatever else is in the table.
+-- * The EXISTS is for a worker that was given up for dead: what it claims now nobody would rescue.
+UPDATE notifyq.task t
+SET worker = $1, attempts = t.attempts + 1, processing_at = clock_timestamp()
+WHERE t.id = ANY (ARRAY(
+    SELECT ready.id
+    FROM unnest($2::text[], $3::integer[]) AS q (queue, room)
+    CROSS JOIN LATERAL (
+        SELECT r.id
+        FROM notifyq.task r
+        WHERE r.queue = q.queue AND r.worker IS NULL AND NOT r.aside AND (r.run_at <= r.created_at OR r.promoted)
+        ORDER BY r.priority DESC, r.id
+        LIMIT q.room
+        FOR UPDATE SKIP LOCKED
+    ) AS ready
+    LIMIT $4::integer
+))
+AND EXISTS (SELECT FROM notifyq.worker w WHERE w.id = $1)
+RETURNING t.id, t.attempts, t.type, t.queue, t.priority, t.max_attempts, t.created_at,
+          CASE WHEN pg_column_size(t.payload) <= 16777216 THEN t.payload END AS payload

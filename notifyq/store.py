@@ -1,0 +1,241 @@
+"""Connections and statements: the only module that speaks SQL, beside schema.py. The statements are in sql/*.sql.
+
+A statement is text, run with parameters; asyncpg keeps it prepared. Nothing is ever glued into one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, TypeAlias, cast
+
+import asyncpg
+import asyncpg.exceptions
+
+from .config import redact, resolve_dsn
+from .errors import ConfigError, DatabaseError
+
+if TYPE_CHECKING:
+    from asyncpg.pool import PoolConnectionProxy
+
+    Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record] | PoolConnectionProxy[asyncpg.Record]"
+else:
+    Connection = Any
+
+SQL: Final[Mapping[str, str]] = {
+    path.stem: path.read_text(encoding="utf-8") for path in (Path(__file__).parent / "sql").glob("*.sql")
+}
+
+# What a hiccup of the database, or of the way to it, looks like: the write is tried again, nothing else is.
+# InterfaceError is what asyncpg raises on a connection that is gone.
+TRANSIENT: Final = (
+    asyncpg.PostgresError,
+    asyncpg.InterfaceError,
+    OSError,
+    TimeoutError,
+    asyncpg.InternalClientError,
+)
+
+# A value PostgreSQL won't store: trying again won't help, writing the others will.
+REFUSED: Final = (
+    asyncpg.DataError,
+    asyncpg.ProgramLimitExceededError,
+    asyncpg.IntegrityConstraintViolationError,
+    asyncpg.StatementTooComplexError,
+)
+
+COMMAND_TIMEOUT_SECONDS = 30.0  # and asyncpg bounds with it how long it waits for a cancelled statement
+
+# A queue's statistics are always of another moment, so its statements don't ask the planner: the index that each
+# names in its comment is the way, and the plan is made once.
+WORKER_SETTINGS: Final[Mapping[str, str]] = {
+    "plan_cache_mode": "force_generic_plan",
+    "enable_seqscan": "off",
+    "enable_hashjoin": "off",
+    "enable_mergejoin": "off",
+    "jit": "off",
+    # A backend whose worker is gone must go soon too, with its locks.
+    "tcp_keepalives_idle": "5",
+    "tcp_keepalives_interval": "2",
+    "tcp_keepalives_count": "3",
+    # The sleeper keeps a transaction open, without a snapshot; limits meant for people's sessions would end it.
+    "idle_in_transaction_session_timeout": "0",
+    "statement_timeout": "0",
+    "lock_timeout": "0",
+    "search_path": "pg_catalog",
+}
+
+
+async def connect(
+    dsn: str | None = None,
+    *,
+    role: str = "client",
+    timeout: float = 10.0,
+    settings: Mapping[str, str] | None = None,
+) -> asyncpg.Connection[asyncpg.Record]:
+    """A connection to `dsn`, or to where the environment says. jsonb is bytes on it, both ways.
+
+    Raises ConfigError for a DSN that can't be one, DatabaseError for a server that can't be reached or refuses.
+    """
+    url, source = resolve_dsn(dsn)
+    with explained(url, source):
+        conn = await asyncpg.connect(
+            url,
+            timeout=timeout,
+            command_timeout=COMMAND_TIMEOUT_SECONDS,
+            max_cached_statement_lifetime=0,
+            server_settings={"application_name": f"notifyq {role}", **(settings or {})},
+        )
+    try:
+        await set_codecs(conn)
+        _keep_alive(conn)
+    except BaseException:
+        conn.terminate()
+        raise
+    return conn
+
+
+@contextmanager
+def explained(url: str | None, source: str) -> Iterator[None]:
+    """What goes wrong while connecting, as ConfigError or DatabaseError, with the cure and without the password."""
+    try:
+        yield
+    except asyncpg.exceptions.TargetServerAttributeNotMatched as error:
+        raise DatabaseError(f"no server of {source} will do: {redact(str(error))}") from None
+    except (asyncpg.PostgresError, OSError, TimeoutError) as error:
+        raise DatabaseError(_unreachable(url, source, error)) from error
+    except (asyncpg.InternalClientError, asyncpg.InterfaceError, ValueError) as error:
+        raise ConfigError(f"{source} can't be used: {redact(str(error))}") from None
+
+
+async def connect_worker(
+    dsn: str | None, role: str, *, relaxed: bool = False
+) -> asyncpg.Connection[asyncpg.Record]:
+    """`connect`, with the settings of a worker. relaxed: its commits don't wait for the disk.
+
+    That is for claims alone: if the server crashes, one that is lost is a task still ready.
+    """
+    settings = {**WORKER_SETTINGS, **({"synchronous_commit": "off"} if relaxed else {})}
+    conn = await connect(dsn, role=role, settings=settings)
+    try:
+        await conn.execute(
+            # Not every version has them, and at the start of a session an unknown name is fatal.
+            "SELECT set_config(name, value, false) FROM (VALUES ('client_connection_check_interval', '5s'),"
+            " ('transaction_timeout', '0'), ('idle_session_timeout', '0')) AS s (name, value)"
+            " WHERE name IN (SELECT name FROM pg_catalog.pg_settings)"
+        )
+    except asyncpg.PostgresError:
+        pass  # some systems refuse client_connection_check_interval; then keepalives do it, later
+    except BaseException:
+        conn.terminate()
+        raise
+    return conn
+
+
+async def set_codecs(conn: Connection) -> None:
+    """jsonb as bytes of JSON. Its binary form is that text after one version byte; no str in between."""
+    await conn.set_type_codec(
+        "jsonb", schema="pg_catalog", encoder=_jsonb_encode, decoder=_jsonb_decode, format="binary"
+    )
+
+
+def _jsonb_encode(text: bytes) -> bytes:
+    return b"\x01" + text
+
+
+def _jsonb_decode(binary: bytes) -> bytes:
+    return binary[1:]
+
+
+def _keep_alive(conn: asyncpg.Connection[asyncpg.Record]) -> None:
+    """A peer that vanished is noticed within 15 s. asyncpg sets only TCP_NODELAY (its issue 519)."""
+    transport = cast("asyncio.Transport | None", getattr(conn, "_transport", None))
+    sock = transport.get_extra_info("socket") if transport is not None else None
+    if sock is None or sock.family not in (socket.AF_INET, socket.AF_INET6):
+        return
+    for level, name, value in (
+        (socket.SOL_SOCKET, "SO_KEEPALIVE", 1),
+        (socket.IPPROTO_TCP, "TCP_KEEPIDLE", 5),
+        (socket.IPPROTO_TCP, "TCP_KEEPINTVL", 2),
+        (socket.IPPROTO_TCP, "TCP_KEEPCNT", 3),
+        (
+            socket.IPPROTO_TCP,
+            "TCP_USER_TIMEOUT",
+            12_000,
+        ),  # unacknowledged data, which keepalive doesn't cover
+    ):
+        if hasattr(socket, name):
+            sock.setsockopt(level, getattr(socket, name), value)
+
+
+def _unreachable(url: str | None, source: str, error: BaseException) -> str:
+    what = redact(str(error)) or type(error).__name__
+    where = redact(url) if url else "libpq's defaults and PG*"
+    if isinstance(error, asyncpg.InvalidCatalogNameError):
+        cure = "create it with createdb, or name another"
+    elif isinstance(error, asyncpg.InvalidAuthorizationSpecificationError):
+        cure = "check the user and the password"
+    elif url is None:
+        cure = "name a server with --dsn, NOTIFYQ_DSN or DATABASE_URL (to try one: notifyq dev)"
+    elif isinstance(error, TimeoutError):
+        what, cure = "no answer", "check the address, and what lies between"
+    else:
+        cure = "is the server running there?"
+    return f"can't connect to the database ({source}: {where}): {what}; {cure}"
+
+
+async def server_version(conn: Connection) -> str:
+    """Such as "18.6"."""
+    return str(await conn.fetchval("SHOW server_version")).split()[0]
+
+
+class Job:
+    """A claimed row: one attempt of one task. (id, worker, attempt) is its lease."""
+
+    __slots__ = (
+        "attempt",
+        "created_at",
+        "id",
+        "max_attempts",
+        "payload",
+        "priority",
+        "queue",
+        "type",
+        "worker",
+    )
+
+    def __init__(self, worker: int, row: asyncpg.Record) -> None:
+        self.worker = worker
+        id, attempt, type, queue, priority, max_attempts, created_at, payload = row
+        self.id: int = id
+        self.attempt: int = attempt
+        self.type: str = type
+        self.queue: str = queue
+        self.priority: int = priority
+        self.max_attempts: int | None = max_attempts
+        self.created_at: datetime = created_at
+        self.payload: bytes | None = payload  # None: too large
+
+
+async def claim(
+    conn: Connection, worker: int, rooms: Mapping[str, int], limit: int, aside: Sequence[str] | None = None
+) -> list[Job]:
+    """Up to `limit` ready tasks, from each queue at most its room, in the order to run them.
+
+    With `aside`, of these types those that somebody set aside.
+    """
+    args = (worker, list(rooms), list(rooms.values()), limit)
+    rows = await (
+        conn.fetch(SQL["claim"], *args) if aside is None else conn.fetch(SQL["adopt"], *args, aside)
+    )
+    jobs = [Job(worker, row) for row in rows]
+    jobs.sort(key=_order)  # RETURNING has none
+    return jobs
+
+
+def _order(job: Job) -> tuple[int, int]:
+    return (-job.priority, job.id)

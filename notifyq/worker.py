@@ -1,0 +1,272 @@
+"""A worker: starts the stages, lets work flow through them, stops them in order.
+
+    claim ──jobs──▶ run ──outcomes──▶ settle           lease, in a thread of its own, keeps it all alive
+
+Stopping: claim nothing more; hand back at once what hasn't begun; let handlers end until the deadline; cancel the
+rest and hand it back; write every outcome; unregister. Each step is bounded, with or without a database.
+
+A stage that loses its connection comes back by itself, with jittered backoff; that is said once when it begins
+and once when it ends. Any other failure of a stage is a bug, and takes the worker down visibly.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import random
+import socket
+from typing import TYPE_CHECKING
+
+import anyio
+import asyncpg
+import msgspec
+from anyio.abc import TaskStatus
+
+from . import schema
+from .claim import Claimer
+from .config import WorkerConfig
+from .errors import DatabaseError, SchemaError
+from .lease import Keeper
+from .outcome import HandBack
+from .run import Runners
+from .settle import Settler
+from .store import TRANSIENT, connect, server_version
+
+if TYPE_CHECKING:
+    from .registry import Registry
+
+logger = logging.getLogger("notifyq.worker")
+
+WRITE_SECONDS = 3.0  # at the end, for outcomes and good-byes
+CANCEL_SECONDS = 2.0  # for a handler to end that was cancelled
+
+
+class WorkerInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """What a worker tells when it has started."""
+
+    id: int
+    name: str  # host:pid
+    server_version: str  # such as "18.6"
+    schema_version: int
+    queues: dict[str, int | None]  # name -> limit
+    concurrency: int
+    types: list[str]
+    bell_ms: float | None  # the round trip that proved LISTEN and NOTIFY; None: polling only
+
+
+class Worker:
+    """One worker, good for one `run`."""
+
+    def __init__(self, registry: Registry, config: WorkerConfig, dsn: str | None) -> None:
+        self._registry = registry
+        self._config = config
+        self._dsn = dsn
+        self._id = 0
+        self._down: set[str] = set()  # stages without a database
+        self._waits: dict[str, float] = {}
+        self._fatal: BaseException | None = None
+        self._over = asyncio.Event()  # claiming has ended: drained, stopped, or failed
+        self._working = asyncio.Event()
+        self._changed = asyncio.Event()
+        self._runners = Runners(registry, config.concurrency, self._settle, self._freed)
+        self._settler = Settler(dsn, config.history_seconds > 0, self._freed)
+        self._claimer = Claimer(dsn, config, registry.types, self._runners)
+        self._claimer.unsettled = lambda: self._settler.pending
+
+    async def run(
+        self,
+        *,
+        stop: anyio.Event,
+        force: anyio.Event,
+        task_status: TaskStatus[WorkerInfo] = anyio.TASK_STATUS_IGNORED,
+    ) -> None:
+        """Work until `stop` is set (then drain) or `force` (then not even that), or all is drained.
+
+        Raises DatabaseError or SchemaError if it can't start. Cancelled, it hands everything back, quickly.
+        """
+        conn = await connect(self._dsn, role="worker")
+        try:
+            version = await schema.check(conn)
+            server = await server_version(conn)
+        finally:
+            conn.terminate()
+        name = f"{socket.gethostname()}:{os.getpid()}"
+        keeper = Keeper(
+            self._dsn, name, self._config, self._registry, self._runners,
+            on_lost=self._lost,
+            on_aside=self._claimer.look_aside,
+            on_new_id=self._reborn,
+            on_failure=self._die,
+            bell_pids=lambda: self._claimer.pids[1:],
+        )  # fmt: skip
+        self._id = await keeper.start()
+        try:
+            async with anyio.create_task_group() as group:
+                self._runners.start(group)
+                group.start_soon(self._settler.run, self._back_off, self._well, name="notifyq settle")
+                group.start_soon(self._claim, keeper, name="notifyq claim")
+                group.start_soon(self._watch, force, name="notifyq force")
+                group.start_soon(self._watch, stop, name="notifyq stop")
+                await self._first(self._working, self._over, stop, force)
+                bell = self._claimer.bell_seconds
+                task_status.started(
+                    WorkerInfo(
+                        id=self._id,
+                        name=name,
+                        server_version=server,
+                        schema_version=version,
+                        queues=self._config.queues,
+                        concurrency=self._config.concurrency,
+                        types=self._registry.types,
+                        bell_ms=None if bell is None else bell * 1000,
+                    )
+                )
+                await self._first(stop, force, self._over)
+                await self._stop(force)
+                group.cancel_scope.cancel()
+        finally:
+            with anyio.CancelScope(shield=True):
+                # Cancelled from outside, the group has ended with outcomes unwritten and jobs held.
+                self._claimer.stop()
+                for job in self._runners.held.values():
+                    self._settler.put(HandBack(job))
+                await self._write(WRITE_SECONDS)
+                await keeper.stop(WRITE_SECONDS)
+        if self._fatal is not None:
+            raise self._fatal
+
+    async def _stop(self, force: anyio.Event) -> None:
+        runners, deadline = self._runners, self._config.shutdown_timeout_seconds
+        self._claimer.stop()
+        await self._over.wait()
+        runners.hand_back_waiting()
+        if runners.held and self._fatal is None:
+            logger.info(
+                "stopping: letting handlers finish",
+                extra={"fields": {"running": len(runners.held), "seconds": deadline}},
+            )
+            with anyio.move_on_after(deadline):
+                while runners.held and not force.is_set():
+                    await self._change()
+        if runners.held:
+            logger.warning(
+                "stopping now: cancelling handlers and handing their tasks back",
+                extra={"fields": {"running": len(runners.held)}},
+            )
+            runners.hand_back_running()
+            with anyio.move_on_after(CANCEL_SECONDS):
+                while runners.held:
+                    await self._change()
+        runners.close()
+        with anyio.move_on_after(WRITE_SECONDS):
+            while self._settler.pending:
+                await self._change()
+
+    async def _write(self, seconds: float) -> None:
+        """What the settler's own task could not write any more."""
+        self._settler.finish()
+        if self._settler.pending:
+            with anyio.move_on_after(seconds):
+                await self._settler.run(self._back_off, self._well)
+            if self._settler.pending:
+                logger.warning(
+                    "stopped with outcomes that could not be written: their tasks will run again",
+                    extra={"fields": {"tasks": self._settler.pending}},
+                )
+
+    # The claiming stage, session after session.
+
+    async def _claim(self, keeper: Keeper) -> None:
+        try:
+            while not self._over.is_set():
+                try:
+                    await self._claimer.run(self._id, lambda: self._claiming(keeper))
+                    break  # it was stopped, or has drained
+                except* TRANSIENT as group:
+                    await self._back_off("claim", group)
+                except* DatabaseError as group:
+                    await self._back_off("claim", group)
+                if self._claimer.stopping:
+                    break
+        except BaseExceptionGroup as group:
+            raise _only(group) from None
+        finally:
+            self._over.set()
+            self._freed()
+
+    def _claiming(self, keeper: Keeper) -> None:
+        self._well("claim")
+        keeper.status = (
+            "ok" if self._claimer.bell_seconds is not None else "polling only: no NOTIFY arrives here"
+        )
+        self._working.set()
+
+    # What the stages tell.
+
+    def _settle(self, outcome: object) -> None:
+        self._settler.put(outcome)  # type: ignore[arg-type]
+
+    def _freed(self) -> None:
+        self._claimer.freed()
+        self._changed.set()
+
+    def _lost(self, ids: list[int]) -> None:
+        lost = [id for id in ids if (job := self._runners.held.get(id)) and self._runners.lost(job)]
+        if lost:
+            logger.warning(
+                "lease lost: cancelled its handler", extra={"fields": {"ids": lost[:20], "tasks": len(lost)}}
+            )
+
+    def _reborn(self, id: int) -> None:
+        self._id = id
+        self._claimer.fail(ConnectionResetError("given up for dead, back under a new id"))
+
+    def _die(self, error: BaseException) -> None:
+        self._fatal = error
+        self._claimer.stop()
+        self._claimer.fail(error if isinstance(error, TRANSIENT) else ConnectionError(str(error)))
+
+    # Trouble with the database.
+
+    async def _back_off(self, stage: str, error: BaseException) -> None:
+        error = _only(error)
+        if isinstance(error, asyncpg.UndefinedTableError | asyncpg.InvalidSchemaNameError):
+            self._die(SchemaError("the schema notifyq has gone from under this worker; run: notifyq migrate"))
+            return
+        if stage not in self._down:
+            self._down.add(stage)
+            if not self._claimer.stopping:
+                logger.warning(
+                    "lost the database, trying again",
+                    extra={"fields": {"stage": stage, "error": f"{type(error).__name__}: {error}"}},
+                )
+        wait = self._waits[stage] = min(5.0, self._waits.get(stage, 0.05) * 2)
+        await asyncio.sleep(random.uniform(0.5, 1.0) * wait)
+
+    def _well(self, stage: str) -> None:
+        self._waits.pop(stage, None)
+        if stage in self._down:
+            self._down.discard(stage)
+            logger.info("the database is back", extra={"fields": {"stage": stage}})
+
+    # Waiting.
+
+    async def _watch(self, event: anyio.Event) -> None:
+        await event.wait()
+        self._changed.set()
+
+    async def _change(self) -> None:
+        self._changed.clear()
+        await self._changed.wait()
+
+    async def _first(self, *events: anyio.Event | asyncio.Event) -> None:
+        while not any(event.is_set() for event in events):
+            await self._change()
+
+
+def _only(error: BaseException) -> BaseException:
+    """The first error inside of groups of errors."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
