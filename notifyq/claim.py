@@ -18,6 +18,7 @@ import asyncio
 import logging
 import math
 import random
+import time
 import uuid
 from collections.abc import Callable
 
@@ -372,9 +373,10 @@ class Claimer:
 
     async def _prove(self, conn: Connection) -> None:
         """A round trip through NOTIFY itself. Behind a pooler in transaction mode LISTEN succeeds and is in vain."""
-        clock = asyncio.get_running_loop().time
+        clock = time.perf_counter  # finer than a loop's time, which uvloop keeps in milliseconds
         sent = clock()
-        await conn.execute("SELECT pg_notify('notifyq', $1)", self._new_echo(sent))
+        echo = self._new_echo(asyncio.get_running_loop().time())
+        await conn.execute("SELECT pg_notify('notifyq', $1)", echo)
         before = self.bell_seconds
         with anyio.move_on_after(ECHO_LIMIT_SECONDS) as late:
             await self._echoed.wait()

@@ -17,7 +17,7 @@ NAME_LENGTH = 200  # of a queue or a type, in characters: schema.sql has the sam
 class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
     """A worker's settings. `__post_init__` raises ConfigError, naming the field and what was expected."""
 
-    queues: dict[str, int | None] = {"default": None}  # name -> how many may run at once in this worker
+    queues: dict[str, int | None]  # name -> how many may run at once in this worker
     concurrency: int = 100  # handlers at once
     shutdown_timeout_seconds: float = 25.0  # until running handlers are cancelled and handed back
     poll_interval_seconds: float = 5.0  # the fallback for a bell that fails; 0 switches it off

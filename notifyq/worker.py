@@ -201,6 +201,7 @@ class Worker:
             "ok" if self._claimer.bell_seconds is not None else "polling only: no NOTIFY arrives here"
         )
         self._working.set()
+        self._changed.set()
 
     # What the stages tell.
 
