@@ -1,0 +1,226 @@
+"""One embedded PostgreSQL for a test session, a database of its own for each test, and workers to put there.
+
+A database is a copy of one that was migrated once: 30 to 60 ms. Nothing here waits by the clock; what a test waits
+for has a limit, which only a failing test reaches.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import anyio
+import anyio.abc
+import pytest
+
+import notifyq
+from notifyq import schema, store
+from notifyq.embedded import Server
+
+_numbers = itertools.count()
+
+
+@pytest.fixture(scope="session")
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[Server]:
+    """The session's server. A test that stops or restarts it makes one of its own."""
+    with Server(settings={"max_connections": "300"}) as running:
+        yield running
+
+
+async def admin(server: Server, *statements: str) -> None:
+    """Run statements in the server's own database."""
+    conn = await store.connect(server.dsn("postgres"), role="test")
+    try:
+        for statement in statements:
+            await conn.execute(statement)
+    finally:
+        await conn.close()
+
+
+@pytest.fixture(scope="session")
+async def template(server: Server) -> str:
+    await admin(server, "CREATE DATABASE template_notifyq")
+    conn = await store.connect(server.dsn("template_notifyq"), role="test")
+    await schema.migrate(conn)
+    await conn.close()
+    return "template_notifyq"
+
+
+@pytest.fixture
+async def dsn(server: Server, template: str) -> AsyncIterator[str]:
+    """A database with the schema."""
+    name = f"t{next(_numbers)}"
+    await admin(server, f"CREATE DATABASE {name} TEMPLATE {template}")
+    yield server.dsn(name)
+    await admin(server, f"DROP DATABASE {name} WITH (FORCE)")
+
+
+@pytest.fixture
+async def empty_dsn(server: Server) -> AsyncIterator[str]:
+    """A database without the schema."""
+    name = f"t{next(_numbers)}"
+    await admin(server, f"CREATE DATABASE {name} TEMPLATE template0")
+    yield server.dsn(name)
+    await admin(server, f"DROP DATABASE {name} WITH (FORCE)")
+
+
+class Sessions:
+    """Connections to one database, closed at the end."""
+
+    def __init__(self, dsn: str, stack: AsyncExitStack) -> None:
+        self.dsn = dsn
+        self._stack = stack
+
+    async def __call__(self, dsn: str | None = None) -> Any:
+        conn = await store.connect(dsn or self.dsn, role="test")
+        self._stack.callback(conn.terminate)
+        return conn
+
+
+@pytest.fixture
+async def connect(dsn: str) -> AsyncIterator[Sessions]:
+    """`await connect()`: another connection to the test's database."""
+    async with AsyncExitStack() as stack:
+        yield Sessions(dsn, stack)
+
+
+@pytest.fixture
+async def db(connect: Sessions) -> Any:
+    """A connection to the test's database."""
+    return await connect()
+
+
+class RunningWorker:
+    """A worker in this process."""
+
+    def __init__(self, info: notifyq.WorkerInfo, stop: anyio.Event, force: anyio.Event, done: anyio.Event) -> None:
+        self.info = info
+        self.stop = stop
+        self.force = force
+        self.done = done  # set when it has returned
+
+    async def stopped(self) -> None:
+        self.stop.set()
+        with anyio.fail_after(20):
+            await self.done.wait()
+
+
+@asynccontextmanager
+async def working(app: notifyq.App, dsn: str, **options: Any) -> AsyncIterator[RunningWorker]:
+    """A worker of `app` that works inside the block, the fallback poll off; drained at its end."""
+    options = {"poll_interval": 0.0, "shutdown_timeout": 5.0, **options}
+    stop, force, done = anyio.Event(), anyio.Event(), anyio.Event()
+
+    async def run(*, task_status: anyio.abc.TaskStatus[notifyq.WorkerInfo]) -> None:
+        try:
+            await app.run_worker(dsn=dsn, stop=stop, force=force, task_status=task_status, **options)
+        finally:
+            done.set()
+
+    async with anyio.create_task_group() as group:
+        with anyio.fail_after(20):
+            info = await group.start(run)
+        yield RunningWorker(info, stop, force, done)
+        stop.set()
+
+
+class Seen:
+    """What handlers have done, in order, and a way to wait for it."""
+
+    def __init__(self) -> None:
+        self.items: list[Any] = []
+        self._changed = anyio.Event()
+
+    def add(self, item: Any) -> None:
+        self.items.append(item)
+        self._changed.set()
+        self._changed = anyio.Event()
+
+    async def reach(self, count: int, seconds: float = 20) -> list[Any]:
+        """Wait for that many."""
+        with anyio.fail_after(seconds):
+            while len(self.items) < count:
+                await self._changed.wait()
+        return self.items
+
+
+async def eventually(query: Callable[[], Any], want: Any = True, seconds: float = 20) -> None:
+    """Wait until what the database says is `want`: for what only it knows, and nobody signals."""
+    value = None
+    try:
+        with anyio.fail_after(seconds):
+            while (value := await query()) != want:
+                await anyio.sleep(0.01)
+    except TimeoutError:
+        raise AssertionError(f"after {seconds} s it is {value!r}, not {want!r}") from None
+
+
+class Process:
+    """A worker in a process of its own, running tests/workers.py; it prints a line of JSON for each event."""
+
+    def __init__(self, dsn: str, *args: str) -> None:
+        self.popen = subprocess.Popen(
+            [sys.executable, str(Path(__file__).parent / "workers.py"), dsn, *args],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        )
+        self.pid = self.popen.pid
+
+    async def line(self, event: str, seconds: float = 30) -> dict[str, Any]:
+        """The next line that tells of `event`; others are skipped."""
+        assert self.popen.stdout is not None
+        with anyio.fail_after(seconds):
+            while True:
+                text = await anyio.to_thread.run_sync(self.popen.stdout.readline, abandon_on_cancel=True)
+                if not text:
+                    raise AssertionError(f"the worker ended before {event!r}: {self.popen.communicate()[1]}")
+                line: dict[str, Any] = json.loads(text)
+                if line["event"] == event:
+                    return line
+
+    def signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    async def wait(self, seconds: float = 30) -> int:
+        with anyio.fail_after(seconds):
+            return await anyio.to_thread.run_sync(self.popen.wait, abandon_on_cancel=True)
+
+    def close(self) -> None:
+        self.popen.kill()
+        self.popen.communicate()
+
+
+@pytest.fixture
+def spawn(dsn: str) -> Iterator[Callable[..., Process]]:
+    """`spawn("SLEEP")`: a worker process, killed at the end of the test at the latest."""
+    processes: list[Process] = []
+
+    def start(*args: str) -> Process:
+        processes.append(Process(dsn, *args))
+        return processes[-1]
+
+    yield start
+    for process in processes:
+        process.close()
+
+
+@pytest.fixture
+def logged(caplog: pytest.LogCaptureFixture) -> Callable[[str], list[dict[str, Any]]]:
+    """`logged("lease lost")`: the fields of each record so far whose message has this text."""
+    caplog.set_level(logging.DEBUG, logger="notifyq")
+    return lambda text: [getattr(r, "fields", {}) for r in caplog.records if text in r.getMessage()]
