@@ -21,7 +21,7 @@ from notifyq.errors import NotifyqError
 from notifyq.store import Connection
 
 from .app import ExpireKey, app
-from .check import Facts
+from .check import COPIED, Facts
 from .database import Database
 from .processes import Children
 from .psql import find_psql, insert_by_driver, insert_by_psql
@@ -158,16 +158,17 @@ class Producers:
         text = io.StringIO()
         rows = csv.writer(text)
         for number in range(self.plan.copied):
-            rows.writerow([self.db.queue, "DRAW_AVATAR", json.dumps({"email": f"{number}@example.org"})])
+            payload = json.dumps({"email": f"{number}@example.org"})
+            rows.writerow([self.db.queue, COPIED, payload, -10])  # mails go first
         self.facts.copied_at = await conn.fetchval("SELECT clock_timestamp()")
         await conn.copy_to_table(
             "task",
             schema_name="notifyq",
-            columns=["queue", "type", "payload"],
+            columns=["queue", "type", "payload", "priority"],
             source=io.BytesIO(text.getvalue().encode()),
             format="csv",
         )
-        self.facts.enqueued["DRAW_AVATAR"] += self.plan.copied
+        self.facts.enqueued[COPIED] += self.plan.copied
         return f"{self.plan.copied:,} tasks by COPY"
 
     async def get_it_wrong(self, conn: Connection) -> str:

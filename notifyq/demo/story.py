@@ -25,7 +25,7 @@ from .tasks import Tasks
 WORKERS = 2
 CONCURRENCY = 50
 START_SECONDS = 30.0
-SETTLE_SECONDS = 30.0  # for what is left when nothing new comes; after that the checks say what is missing
+SETTLE_SECONDS = 30.0  # without a task less to do; after that the checks say what is missing
 
 
 class Story:
@@ -181,9 +181,12 @@ class Story:
 
 
 async def _until(remaining: Callable[[], Awaitable[int]], seconds: float) -> bool:
-    """Ask until nothing remains; False if something still does after so long."""
-    with anyio.move_on_after(seconds):
-        while await remaining():  # noqa: ASYNC110 - what is waited for is in other processes
-            await anyio.sleep(0.01)
+    """Ask until nothing remains; False once so long nothing has changed."""
+    least = None
+    with anyio.move_on_after(seconds) as limit:
+        while count := await remaining():
+            if least is None or count < least:
+                least, limit.deadline = count, anyio.current_time() + seconds
+            await anyio.sleep(0.02)
         return True
     return False
