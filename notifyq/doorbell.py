@@ -111,6 +111,9 @@ class Door:
                 wait_ms = ASLEEP_WAIT_MS[min(tries, len(ASLEEP_WAIT_MS) - 1)]
                 tries += 1
                 if await conn.fetchval("SELECT notifyq.fall_asleep($1)", wait_ms):
+                    # asyncpg leaves its portal open, and with it that SELECT's snapshot, until the transaction
+                    # ends; another statement takes the portal's place. (Without: vacuum stops while we sleep.)
+                    await conn.execute("SET LOCAL lock_timeout = 0")
                     self._arrive(Place.ASLEEP)
 
     async def _step_back(self, conn: Connection) -> None:

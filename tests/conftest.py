@@ -36,7 +36,7 @@ def anyio_backend() -> str:
 @pytest.fixture(scope="session")
 def server() -> Iterator[Server]:
     """The session's server. A test that stops or restarts it makes one of its own."""
-    with Server(settings={"max_connections": "300"}) as running:
+    with Server(settings={"max_connections": "300", "max_prepared_transactions": "10"}) as running:
         yield running
 
 
@@ -106,7 +106,9 @@ async def db(connect: Sessions) -> Any:
 class RunningWorker:
     """A worker in this process."""
 
-    def __init__(self, info: notifyq.WorkerInfo, stop: anyio.Event, force: anyio.Event, done: anyio.Event) -> None:
+    def __init__(
+        self, info: notifyq.WorkerInfo, stop: anyio.Event, force: anyio.Event, done: anyio.Event
+    ) -> None:
         self.info = info
         self.stop = stop
         self.force = force

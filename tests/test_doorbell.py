@@ -72,11 +72,15 @@ async def silent_insert(db: Any, session: Any, name: str, app: notifyq.App, seen
     await session.execute(INSERT, mark(name))
     held = """SELECT count(*) FROM pg_locks WHERE relation = 'notifyq.bell'::regclass AND pid = $1
               AND mode = 'RowExclusiveLock'"""
-    assert await db.fetchval(held, session.get_server_pid()) == 1, "it should have been told that nobody sleeps"
+    assert await db.fetchval(held, session.get_server_pid()) == 1, (
+        "it should have been told that nobody sleeps"
+    )
     return transaction
 
 
-async def test_a_task_that_was_there_before_any_worker(app: notifyq.App, seen: Seen, db: Any, dsn: str) -> None:
+async def test_a_task_that_was_there_before_any_worker(
+    app: notifyq.App, seen: Seen, db: Any, dsn: str
+) -> None:
     await db.execute(INSERT, mark("old"))
     async with working(app, dsn):
         assert await seen.reach(1, SOON) == ["old"]
@@ -169,7 +173,11 @@ async def test_another_role_enqueues(
         (f"{name}_b", []),
     ):
         await db.execute(f"CREATE ROLE {role}")
-        for grant in ["USAGE ON SCHEMA notifyq", "INSERT (type, payload), SELECT (id) ON notifyq.task", *grants]:
+        for grant in [
+            "USAGE ON SCHEMA notifyq",
+            "INSERT (type, payload), SELECT (id) ON notifyq.task",
+            *grants,
+        ]:
             await db.execute(f"GRANT {grant} TO {role}")
     b, c = await connect(), await connect()
     await b.execute(f"SET ROLE {name}_a")
@@ -214,7 +222,9 @@ async def test_a_hidden_enqueuer_with_the_newest_transaction_id(
     hidden = await connect()
     async with working(app, dsn):
         await asleep(db)
-        await db.execute("INSERT INTO notifyq.task (type, payload) SELECT 'Mark', '{\"name\": \"x\"}' FROM generate_series(1, 50)")
+        await db.execute(
+            "INSERT INTO notifyq.task (type, payload) SELECT 'Mark', '{\"name\": \"x\"}' FROM generate_series(1, 50)"
+        )
         transaction = await silent_insert_in_burst(db, hidden)
         await seen.reach(50, SOON * 3)
         await awake_and_arming(db)
@@ -249,14 +259,22 @@ async def test_a_repeatable_read_enqueuer_with_an_old_snapshot(
         assert await seen.reach(1, SOON) == ["old"]
 
 
-async def test_a_prepared_transaction_that_said_nothing(app: notifyq.App, seen: Seen, connect: Sessions) -> None:
-    """PREPARE TRANSACTION refuses one that rang, and takes one that didn't: its promise holds until its commit."""
-    pytest.skip("max_prepared_transactions is 0 on the session's server; see test_two_phase in the matrix")
-
-
-async def test_one_wake_one_worker(
-    app: notifyq.App, seen: Seen, db: Any, dsn: str
+async def test_a_prepared_transaction_that_said_nothing(
+    app: notifyq.App, seen: Seen, db: Any, dsn: str, connect: Sessions
 ) -> None:
+    """PREPARE TRANSACTION refuses one that rang, and takes one that didn't: its promise holds until its commit."""
+    b = await connect()
+    await b.execute("BEGIN")
+    await b.execute(INSERT, mark("b"))
+    name = await db.fetchval("SELECT current_database()")
+    await b.execute(f"PREPARE TRANSACTION '{name}'")
+    async with working(app, dsn):
+        await awake_and_arming(db)
+        await db.execute(f"COMMIT PREPARED '{name}'")
+        assert await seen.reach(1, SOON) == ["b"]
+
+
+async def test_one_wake_one_worker(app: notifyq.App, seen: Seen, db: Any, dsn: str) -> None:
     """Of five idle workers one sleeps at the bell; only its backend listens, and the others wait for the turn."""
     async with AsyncExitStack() as stack:
         for _ in range(5):
@@ -337,7 +355,9 @@ async def test_copy_rings_once_for_all(app: notifyq.App, seen: Seen, db: Any, ds
     async with working(app, dsn):
         await asleep(db)
         records = [("Mark", b'{"name": "%d"}' % n) for n in range(3000)]
-        await db.copy_records_to_table("task", schema_name="notifyq", records=records, columns=["type", "payload"])
+        await db.copy_records_to_table(
+            "task", schema_name="notifyq", records=records, columns=["type", "payload"]
+        )
         await seen.reach(3000)
 
 
@@ -387,7 +407,17 @@ async def test_a_full_queue_does_not_keep_the_turn(dsn: str, db: Any, logged: Ca
 
 def test_fleet_key_tells_groups_apart_and_not_their_order() -> None:
     assert fleet_key(["a", "b"], ["X"]) == fleet_key(["b", "a"], ["X"])
-    assert len({fleet_key(["a"], ["X"]), fleet_key(["a"], ["Y"]), fleet_key(["b"], ["X"]), fleet_key(["a", "X"], [])}) == 4
+    assert (
+        len(
+            {
+                fleet_key(["a"], ["X"]),
+                fleet_key(["a"], ["Y"]),
+                fleet_key(["b"], ["X"]),
+                fleet_key(["a", "X"], []),
+            }
+        )
+        == 4
+    )
     assert -(2**31) <= fleet_key(["a"], []) < 2**31
 
 
