@@ -11,7 +11,7 @@ import json
 import random
 import uuid
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import anyio
@@ -74,10 +74,10 @@ class Producers:
     plan: Plan
     seconds: float
     began: float = 0.0
+    emails: list[str] = field(default_factory=list[str])  # of those who have signed up
 
     def begin(self) -> None:
         self.began = anyio.current_time()
-        self.emails: list[str] = []
 
     async def at(self, share: float) -> None:
         """Wait until this share of the time is over."""
