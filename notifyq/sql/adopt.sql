@@ -1,6 +1,6 @@
 -- As claim.sql, from the tasks that others set aside because they didn't know the type: of the types $5.
 UPDATE notifyq.task t
-SET worker = $1, attempts = t.attempts + 1, processing_at = clock_timestamp(), aside = false
+SET worker = $1, attempts = least(t.attempts, 32766) + 1, processing_at = clock_timestamp(), aside = false
 WHERE t.id = ANY (ARRAY(
     SELECT ready.id
     FROM unnest($2::text[], $3::integer[]) AS q (queue, room)
@@ -16,5 +16,6 @@ WHERE t.id = ANY (ARRAY(
     LIMIT $4::integer
 ))
 AND EXISTS (SELECT FROM notifyq.worker w WHERE w.id = $1)
-RETURNING t.id, t.attempts, t.type, t.queue, t.priority, t.max_attempts, t.created_at,
+RETURNING t.id, t.attempts, t.type, t.queue, t.priority, t.max_attempts,
+          greatest(least(t.created_at, '9999-12-30Z'), '0001-01-03Z') AS created_at,
           CASE WHEN pg_column_size(t.payload) <= 16777216 THEN t.payload END AS payload

@@ -5,9 +5,10 @@
 --   for each outer row and so claim more than asked for; and a CTE costs twice as much for a single row.
 -- * The inner WHERE and ORDER BY are index task_ready's, word for word: it reads as many entries as it takes,
 --   whatever else is in the table.
+-- * least and greatest: somebody's odd row must not fail a claim, nor have an answer that Python can't read.
 -- * The EXISTS is for a worker that was given up for dead: what it claims now nobody would rescue.
 UPDATE notifyq.task t
-SET worker = $1, attempts = t.attempts + 1, processing_at = clock_timestamp()
+SET worker = $1, attempts = least(t.attempts, 32766) + 1, processing_at = clock_timestamp()
 WHERE t.id = ANY (ARRAY(
     SELECT ready.id
     FROM unnest($2::text[], $3::integer[]) AS q (queue, room)
@@ -22,5 +23,6 @@ WHERE t.id = ANY (ARRAY(
     LIMIT $4::integer
 ))
 AND EXISTS (SELECT FROM notifyq.worker w WHERE w.id = $1)
-RETURNING t.id, t.attempts, t.type, t.queue, t.priority, t.max_attempts, t.created_at,
+RETURNING t.id, t.attempts, t.type, t.queue, t.priority, t.max_attempts,
+          greatest(least(t.created_at, '9999-12-30Z'), '0001-01-03Z') AS created_at,
           CASE WHEN pg_column_size(t.payload) <= 16777216 THEN t.payload END AS payload

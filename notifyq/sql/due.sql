@@ -3,7 +3,8 @@
 -- ever inserted, rolled back or not. With $4, an echo that proves the bell.
 --
 -- statement_timestamp(), as clock_timestamp() can't be an index condition. The second scan's snapshot is the
--- first one's, so "next" leaves out what is due by the clock rather than by state.
+-- first one's, so "next" leaves out what is due by the clock rather than by state. Two epochs are subtracted, as before
+-- version 17 a time that is infinity can't be.
 WITH due AS MATERIALIZED (
     SELECT s.id
     FROM unnest($1::text[]) AS q (queue)
@@ -20,7 +21,7 @@ WITH due AS MATERIALIZED (
     UPDATE notifyq.task SET promoted = true WHERE id = ANY (ARRAY(SELECT id FROM due)) RETURNING 1
 )
 SELECT (SELECT count(*) FROM promoted) AS promoted,
-       (SELECT extract(epoch FROM min(s.run_at) - clock_timestamp())::float8
+       (SELECT (extract(epoch FROM min(s.run_at)) - extract(epoch FROM clock_timestamp()))::float8
         FROM unnest($1::text[]) AS q (queue)
         CROSS JOIN LATERAL (
             SELECT r.run_at

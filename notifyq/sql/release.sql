@@ -4,7 +4,7 @@ WITH held AS MATERIALIZED (
     SELECT t.id FROM notifyq.task t WHERE t.worker = $1 ORDER BY t.id FOR UPDATE
 ), back AS (
     UPDATE notifyq.task t SET worker = NULL, attempts = t.attempts - 1, run_at = t.run_at
-    FROM held h WHERE t.id = h.id
+    WHERE t.id = ANY (ARRAY(SELECT id FROM held))
     RETURNING 1
 )
 SELECT count(*)::integer FROM back

@@ -5,7 +5,7 @@
 -- how many dead.
 --
 -- A rescue counts as an attempt. FOR UPDATE makes rescuers take turns; SKIP LOCKED steps over what the worker, not
--- quite dead, is settling at this moment. Both leave the rest to the next round.
+-- quite dead, is settling at this moment. Both leave the rest to the next round. Of ANY (ARRAY[...]): finish.sql.
 WITH corpse AS MATERIALIZED (
     SELECT w.id, w.name, w.types, w.max_attempts
     FROM notifyq.worker w
@@ -21,7 +21,7 @@ WITH corpse AS MATERIALIZED (
                                    WHERE k.type = t.type LIMIT 1), 10) AS spent,
            jsonb_build_object('attempt', t.attempts, 'at', clock_timestamp(),
                               'error', 'its worker ' || corpse.name || ' vanished while it ran') AS error
-    FROM corpse JOIN notifyq.task t ON t.worker = corpse.id
+    FROM corpse JOIN notifyq.task t ON t.worker = $1
     ORDER BY t.id
     LIMIT $2::integer
     FOR UPDATE OF t SKIP LOCKED
@@ -29,10 +29,10 @@ WITH corpse AS MATERIALIZED (
     UPDATE notifyq.task t
     SET worker = NULL, run_at = t.run_at, processed_at = clock_timestamp(), errors = coalesce(t.errors, '[]') || h.error
     FROM held h
-    WHERE t.id = h.id AND NOT h.spent
+    WHERE t.id = ANY (ARRAY[h.id]) AND NOT h.spent
     RETURNING t.id
 ), gone AS (
-    DELETE FROM notifyq.task t USING held h WHERE t.id = h.id AND h.spent RETURNING t.*, h.error
+    DELETE FROM notifyq.task t USING held h WHERE t.id = ANY (ARRAY[h.id]) AND h.spent RETURNING t.*, h.error
 ), kept AS (
     INSERT INTO notifyq.finished (id, created_at, run_at, processing_at, processed_at, priority, attempts, max_attempts,
                                   state, queue, type, worker, payload, result, errors)
@@ -42,7 +42,7 @@ WITH corpse AS MATERIALIZED (
 ), buried AS (
     DELETE FROM notifyq.worker w
     USING corpse
-    WHERE w.id = corpse.id AND NOT EXISTS (SELECT FROM notifyq.task t WHERE t.worker = w.id)
+    WHERE w.id = corpse.id AND NOT EXISTS (SELECT FROM notifyq.task t WHERE t.worker = $1)
 )
 SELECT (SELECT name FROM corpse) AS name,
        (SELECT count(*) FROM again)::integer AS ready,

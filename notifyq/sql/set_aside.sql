@@ -4,7 +4,7 @@ WITH moved AS (
     UPDATE notifyq.task t
     SET worker = NULL, attempts = t.attempts - 1, aside = true
     FROM unnest($2::bigint[], $3::smallint[]) AS o (id, attempt)
-    WHERE t.id = o.id AND t.worker = $1 AND t.attempts = o.attempt
+    WHERE t.id = ANY (ARRAY[o.id]) AND t.worker IS NOT DISTINCT FROM $1 AND t.attempts = o.attempt
     RETURNING t.id
 )
 SELECT moved.id FROM moved, (SELECT pg_notify('notifyq', 'aside')) AS told
