@@ -1,0 +1,1 @@
+"""What notifyq costs and how fast it is: `python -m benchmarks [NAME...] [--dsn DSN]`. README.md explains each."""
