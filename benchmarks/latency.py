@@ -67,18 +67,20 @@ async def run(dsn: str) -> list[Line]:
 class Floor:
     """The least that INSERT, NOTIFY and a claim take with asyncpg."""
 
+    def __init__(self, enqueuer: store.Connection, claimer: store.Connection) -> None:
+        self._enqueuer, self._claimer = enqueuer, claimer
+        self._rung = asyncio.Event()
+        self.times: list[float] = []
+
     @classmethod
     async def create(cls, dsn: str) -> Floor:
-        self = cls()
-        self.times = list[float]()
-        self._enqueuer, self._claimer = await store.connect(dsn), await store.connect(dsn)
+        self = cls(await store.connect(dsn), await store.connect(dsn))
         await self._enqueuer.execute(
             """CREATE SCHEMA IF NOT EXISTS bench; DROP TABLE IF EXISTS bench.floor;
                CREATE TABLE bench.floor (id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY, type text, payload jsonb,
                                          created_at timestamptz DEFAULT clock_timestamp(), processing_at timestamptz);
                CREATE INDEX ON bench.floor (id) WHERE processing_at IS NULL"""
         )
-        self._rung = asyncio.Event()
         await self._claimer.add_listener("bench", lambda *_: self._rung.set())
         return self
 
