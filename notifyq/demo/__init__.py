@@ -67,9 +67,7 @@ async def _run(seconds: float, tasks: int, dsn: str | None) -> int:
 
         async def interrupt() -> None:
             hangup = signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN  # it is under nohup
-            with anyio.open_signal_receiver(
-                signal.SIGINT, signal.SIGTERM, *[signal.SIGHUP] * hangup
-            ) as signals:
+            with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM, *[signal.SIGHUP] * hangup) as signals:
                 async for _ in signals:
                     group.cancel_scope.cancel()
 
@@ -109,7 +107,5 @@ def _summary(facts: Facts, screen: Screen) -> int:
         screen.line(f"{'ok    ' if ok else 'FAILED'}  {text}", "green" if ok else "bold red")
     failed = sum(not ok for ok, _ in found)
     screen.line("")
-    screen.line(
-        f"{failed} of {len(found)} checks failed" if failed else f"all {len(found)} checks hold", "bold"
-    )
+    screen.line(f"{failed} of {len(found)} checks failed" if failed else f"all {len(found)} checks hold", "bold")
     return 1 if failed else 0

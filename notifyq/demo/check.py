@@ -93,10 +93,7 @@ def by_type(facts: Facts) -> list[tuple[str, int, int, int, int]]:
     states = Counter((row.type, row.state) for row in facts.rows)
     again = Counter(row.type for row in facts.rows if row.attempts > 1)
     types = sorted(facts.enqueued | Counter(row.type for row in facts.rows))
-    return [
-        (type, facts.enqueued[type], states[type, "done"], states[type, "dead"], again[type])
-        for type in types
-    ]
+    return [(type, facts.enqueued[type], states[type, "done"], states[type, "dead"], again[type]) for type in types]
 
 
 def ended(facts: Facts) -> Finding:
@@ -118,9 +115,7 @@ def dead(facts: Facts) -> Finding:
     wrong = [f"task {id} is malformed and not dead" for id in facts.malformed - gone.keys()]
     wrong += [f"task {id} is dead: {gone[id].error}" for id in gone.keys() - facts.malformed]
     wrong += [f"task {row.id} died without a reason" for row in gone.values() if not row.error]
-    wrong += [
-        f"task {row.id} died after {row.attempts} attempts" for row in gone.values() if row.attempts != 1
-    ]
+    wrong += [f"task {row.id} died after {row.attempts} attempts" for row in gone.values() if row.attempts != 1]
     return _finding(f"dead are the {len(facts.malformed)} malformed rows alone, each with its reason", wrong)
 
 
@@ -128,9 +123,7 @@ def together(facts: Facts) -> Finding:
     """A user and their task are written in one transaction: both are there, or neither."""
     mailed = {row.user for row in _done(facts) if row.user}
     wrong = [f"user {user} signed up and is not in the table" for user in facts.signed_up - facts.users]
-    wrong += [
-        f"user {user} is in the table without having signed up" for user in facts.users - facts.signed_up
-    ]
+    wrong += [f"user {user} is in the table without having signed up" for user in facts.users - facts.signed_up]
     wrong += [f"user {user} got no task" for user in facts.users - mailed]
     wrong += [f"a task is for user {user}, who was rolled back" for user in mailed - facts.users]
     text = (
@@ -158,9 +151,7 @@ def twice(facts: Facts) -> Finding:
         if key not in excused
     ]
     wrong += [f"mail {key} came {count} times for one kill" for key, count in doubles.items() if count > 2]
-    return _finding(
-        f"{len(doubles)} of them came twice, each from a task that ran again after the kill", wrong
-    )
+    return _finding(f"{len(doubles)} of them came twice, each from a task that ran again after the kill", wrong)
 
 
 def attempts(facts: Facts) -> Finding:
@@ -169,8 +160,7 @@ def attempts(facts: Facts) -> Finding:
     wrong = [
         f"task {row.id} took {row.attempts} attempts with {refused} refusals"
         for row in _done(facts)
-        if row.attempts - 1 - (refused := facts.refused[row.key or ""])
-        not in ((0, 1) if row.id in held else (0,))
+        if row.attempts - 1 - (refused := facts.refused[row.key or ""]) not in ((0, 1) if row.id in held else (0,))
     ]
     refusals = facts.refused.total()
     return _finding(f"{refusals} refusals and {len(held)} tasks killed, and so many attempts more", wrong)
@@ -190,11 +180,7 @@ def woken(facts: Facts) -> Finding:
         if row.key and row.attempts == 1 and row.processing_at and not busy(row.created_at)
     ]
     p50, p99 = quantile(waits, 0.5), quantile(waits, 0.99)
-    wrong = (
-        []
-        if p50 < WAKE_P50_MS and p99 < WAKE_P99_MS
-        else [f"expected {WAKE_P50_MS:g} and {WAKE_P99_MS:g} ms"]
-    )
+    wrong = [] if p50 < WAKE_P50_MS and p99 < WAKE_P99_MS else [f"expected {WAKE_P50_MS:g} and {WAKE_P99_MS:g} ms"]
     text = f"wake-up p50 {p50:.1f} ms, p99 {p99:.1f} ms: INSERT to claim, of {len(waits)} enqueued singly"
     return _finding(text, wrong)
 
@@ -268,9 +254,7 @@ def _busy(facts: Facts) -> Callable[[datetime], bool]:
     begin = facts.copied_at
     if begin is None:
         return lambda _: False
-    end = max(
-        (row.processing_at for row in facts.rows if row.type == COPIED and row.processing_at), default=begin
-    )
+    end = max((row.processing_at for row in facts.rows if row.type == COPIED and row.processing_at), default=begin)
     return lambda at: begin <= at <= end
 
 

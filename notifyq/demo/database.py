@@ -29,7 +29,7 @@ TABLES = """
 class Database:
     """A migrated database. All of a demo is in a queue and a schema of its own, so that two don't meet."""
 
-    dsn: str | None  # None: the PG* variables say
+    dsn: str
     queue: str
     schema: str
     last_id: int  # of the tasks before ours
@@ -37,11 +37,7 @@ class Database:
     @property
     def environment(self) -> dict[str, str]:
         """For the processes that are to find it: not as arguments, which other users can see."""
-        return {
-            "DEMO_QUEUE": self.queue,
-            "DEMO_SCHEMA": self.schema,
-            **({"NOTIFYQ_DSN": self.dsn} if self.dsn else {}),
-        }
+        return {"DEMO_QUEUE": self.queue, "DEMO_SCHEMA": self.schema, "NOTIFYQ_DSN": self.dsn}
 
 
 @asynccontextmanager
@@ -51,7 +47,7 @@ async def database(dsn: str | None, say: Callable[[str], None]) -> AsyncGenerato
     async with AsyncExitStack() as stack:
         said = "yours"
         if dsn:
-            url, _ = resolve_dsn(dsn)
+            url = resolve_dsn(dsn)[0] or dsn  # without a "+driver", which psql would not understand
         else:
             server = Server()
             stack.push_async_callback(_stop, server)
@@ -67,9 +63,7 @@ async def database(dsn: str | None, say: Callable[[str], None]) -> AsyncGenerato
         ours = Database(url, f"demo-{name}", f"notifyq_demo_{name}", last_id)
         stack.push_async_callback(_clean_up, conn, ours)
         async with conn.transaction():
-            await conn.execute(
-                f"CREATE SCHEMA {ours.schema}; SET LOCAL search_path = {ours.schema}; {TABLES}"
-            )
+            await conn.execute(f"CREATE SCHEMA {ours.schema}; SET LOCAL search_path = {ours.schema}; {TABLES}")
         yield ours
 
 

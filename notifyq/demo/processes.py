@@ -69,11 +69,11 @@ class Children:
     """Starts children, and on leaving ends all that are left: politely, then not."""
 
     def __init__(self, environment: Mapping[str, str]) -> None:
-        here = str(
-            Path(notifyq.__file__).parents[1]
-        )  # a child finds the notifyq that runs this, installed or not
+        # Children take the notifyq that runs this, installed or not; and no settings meant for real workers.
+        here = str(Path(notifyq.__file__).parents[1])
         path = os.pathsep.join(filter(None, (here, os.environ.get("PYTHONPATH"))))
-        self._environment = {**os.environ, "PYTHONPATH": path, **environment}
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith("NOTIFYQ_")}
+        self._environment = {**inherited, "PYTHONPATH": path, **environment}
         self._all: list[Child] = []
         self._pipe = (-1, -1)
 
@@ -82,7 +82,7 @@ class Children:
         environment: Mapping[str, str] | None = None,
     ) -> Child:  # fmt: skip
         """Start a program. talk: its stdin and stdout are streams. fds: open files it is to have."""
-        log = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the child; it has no name, so it can't be left behind
+        log = tempfile.TemporaryFile()  # noqa: SIM115 - the child's; without a name, so it can't be left behind
         ends = subprocess.PIPE if talk else None
         process = await anyio.open_process(
             [sys.executable, "-I", "-S", "-c", BEGIN, str(self._pipe[0]), *argv],

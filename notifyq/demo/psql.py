@@ -14,12 +14,10 @@ from notifyq.store import connect
 from .processes import Children
 
 
-async def insert_by_psql(
-    children: Children, psql: str, dsn: str | None, statements: AsyncIterator[str]
-) -> int:
+async def insert_by_psql(children: Children, psql: str, dsn: str, statements: AsyncIterator[str]) -> int:
     """Run the INSERTs, each as it comes. Returns how many psql confirmed."""
     url, environment = without_password(dsn)
-    argv = [psql, "-X", "-v", "ON_ERROR_STOP=1", *([url] if url else [])]
+    argv = [psql, "-X", "-v", "ON_ERROR_STOP=1", url]
     child = await children.start("psql", argv, talk=True, environment=environment)
     prompt, answers = child.process.stdin, child.process.stdout
     assert prompt is not None
@@ -33,7 +31,7 @@ async def insert_by_psql(
     return said.count(b"INSERT 0 1")
 
 
-async def insert_by_driver(dsn: str | None, statements: AsyncIterator[str]) -> int:
+async def insert_by_driver(dsn: str, statements: AsyncIterator[str]) -> int:
     """The same where there is no psql."""
     conn = await connect(dsn, role="demo")
     try:
@@ -58,10 +56,8 @@ def find_psql() -> str | None:
     return None
 
 
-def without_password(dsn: str | None) -> tuple[str | None, dict[str, str]]:
+def without_password(dsn: str) -> tuple[str, dict[str, str]]:
     """The DSN as an argument, which other users of the machine can see, and its password as a variable."""
-    if dsn is None:
-        return None, {}
     parts = urlsplit(dsn)
     user, colon, password = parts.netloc.rpartition("@")[0].partition(":")
     if not colon:

@@ -20,12 +20,8 @@ STATES = ("scheduled", "ready", "running", "done", "dead")
 class Snapshot(msgspec.Struct, kw_only=True):
     """How things stand."""
 
-    tasks: Counter[tuple[str, str]] = msgspec.field(
-        default_factory=Counter[tuple[str, str]]
-    )  # by type and state
-    running: dict[str, int | None] = msgspec.field(
-        default_factory=dict[str, int | None]
-    )  # by worker; None: gone
+    tasks: Counter[tuple[str, str]] = msgspec.field(default_factory=Counter[tuple[str, str]])  # by type and state
+    running: dict[str, int | None] = msgspec.field(default_factory=dict[str, int | None])  # by worker; None: gone
     received: int = 0  # mails
     refused: int = 0
 
@@ -80,9 +76,7 @@ class Screen:
             self._live.start()
         return self
 
-    def __exit__(
-        self, _: type[BaseException] | None, __: BaseException | None, ___: TracebackType | None
-    ) -> None:
+    def __exit__(self, _: type[BaseException] | None, __: BaseException | None, ___: TracebackType | None) -> None:
         if self._live:
             self._live.stop()
 

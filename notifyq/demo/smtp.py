@@ -45,9 +45,7 @@ class MailServer:
         logging.getLogger("mail.log").setLevel(logging.CRITICAL)  # aiosmtpd: each connection, each broken one
         loop = asyncio.get_running_loop()
         # With a name given, nothing asks the DNS for one.
-        listener = await loop.create_server(
-            lambda: SMTP(self, hostname="localhost", loop=loop), "127.0.0.1", 0
-        )
+        listener = await loop.create_server(lambda: SMTP(self, hostname="localhost", loop=loop), "127.0.0.1", 0)
         self.port = listener.sockets[0].getsockname()[1]
         try:
             yield self

@@ -90,13 +90,12 @@ class Story:
             child = await self._children.python("web", *command.split(), fds=[fd])
         background.start_soon(self._mind, child)
         self._screen.event(f"web on 127.0.0.1:{port}, mail on 127.0.0.1:{self._mail.port}")
-        async with httpx.AsyncClient(
-            base_url=f"http://127.0.0.1:{port}", timeout=30, trust_env=False
-        ) as client:
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=30, trust_env=False) as client:
             yield client
 
     async def _start_workers(self, background: TaskGroup, ours: Tasks) -> None:
         command = f"notifyq worker notifyq.demo.app:app --queue {self._db.queue} --concurrency {CONCURRENCY}"
+        command += " --history 365d"  # so that on a server of yours they don't prune what you keep
         for number in range(1, WORKERS + 1):
             worker = await self._children.python(f"worker {number}", *command.split())
             self._workers.append(worker)
@@ -168,9 +167,7 @@ class Story:
         async with Tasks.connect(self._db) as ours:
             while True:
                 states, running = await ours.progress()
-                now = Snapshot(
-                    tasks=states, received=self._mail.received.total(), refused=self._mail.refused.total()
-                )
+                now = Snapshot(tasks=states, received=self._mail.received.total(), refused=self._mail.refused.total())
                 for worker in workers:
                     now.running[worker.name] = running[worker.pid] if worker.returncode is None else None
                 self._screen.show(now)
