@@ -15,6 +15,7 @@ from typing import assert_never
 import asyncpg
 
 from .codec import describe, encode_error
+from .errors import DatabaseError
 from .outcome import Aside, Finish, HandBack, Later, Outcome
 from .store import REFUSED, SQL, TRANSIENT, Connection, connect_worker
 
@@ -52,10 +53,13 @@ class Settler:
         self._stopping = True
         self._wake.set()
 
-    async def run(
-        self, back_off: Callable[[str, BaseException], Awaitable[None]], well: Callable[[str], None]
-    ) -> None:
-        """Write until `finish`. `back_off` is awaited after each failure, `well` called after a success."""
+    async def run(self, back_off: Callable[[str, BaseException], Awaitable[None]], well: Callable[[str], None]) -> None:
+        """Write until `finish`. `back_off` is awaited after each failure, `well` called after a success.
+
+        Cancelled in the middle of a batch, it keeps it for the next `run`. If it was written after all, the fence
+        refuses the second time.
+        """
+        batch: list[Outcome] = []
         try:
             while self._pending or not self._stopping:
                 if not self._pending:
@@ -69,11 +73,13 @@ class Settler:
                         batch = await self._write(batch)
                         self._writing = len(batch)
                         well("settle")
-                    except TRANSIENT as error:
+                    except (*TRANSIENT, DatabaseError) as error:  # the latter while connecting
                         self._disconnect()
                         await back_off("settle", error)
                 self._settled()
         finally:
+            self._pending[:0] = batch
+            self._writing = 0
             self._disconnect()
 
     def _disconnect(self) -> None:
@@ -87,9 +93,7 @@ class Settler:
             self._conn = conn = await connect_worker(self._dsn, "settle")
             self.pid = conn.get_server_pid()
         try:
-            for worker in {
-                outcome.job.worker for outcome in batch
-            }:  # one, unless it was given up and came back
+            for worker in {outcome.job.worker for outcome in batch}:  # one, unless it was given up and came back
                 mine = [outcome for outcome in batch if outcome.job.worker == worker]
                 mine.sort(key=lambda outcome: outcome.job.id)  # everybody locks rows in this order
                 if len({type(outcome) for outcome in mine}) == 1:
@@ -129,9 +133,7 @@ class Settler:
             results = [o.result for o in finish] if any(o.result is not None for o in finish) else []
             errors = [o.error for o in finish] if any(o.error is not None for o in finish) else []
             states = [o.state for o in finish]
-            rows = await conn.fetch(
-                SQL["finish"], worker, *_keys(finish), states, results, errors, self._keep
-            )
+            rows = await conn.fetch(SQL["finish"], worker, *_keys(finish), states, results, errors, self._keep)
             self._tell_lost(finish, rows)
         if later:
             args = [o.delay for o in later], [o.error for o in later]
