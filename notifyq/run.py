@@ -1,8 +1,11 @@
 """Run one task; and the runners, which do it side by side.
 
-A fixed set of long-lived runners in one task group takes jobs from a deque. A task spawned for each job would
-cost 11 to 13 µs; a deque costs 0.2. A runner has one cancel scope, renewed only after it was cancelled; only
-a job with a timeout gets a scope of its own.
+A fixed set of long-lived runners takes jobs from a deque. A task spawned for each job would cost 11 to 13 µs; a
+deque costs 0.2. A runner has one cancel scope, renewed only after it was cancelled; only a job with a timeout
+gets a scope of its own.
+
+Their parent is `Runners.run`, and not a task group: that waits for its children however long they take, and a
+handler that swallows its cancellation would keep the worker from ever ending.
 
 What is held (waiting or running) is counted here, by queue, as that decides how much may be claimed.
 """
@@ -15,11 +18,11 @@ import logging
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import anyio
 import anyio.to_thread
 import msgspec
-from anyio.abc import TaskGroup
 
 from . import outcome
 from .codec import PAYLOAD_LIMIT, describe
@@ -30,6 +33,7 @@ from .task import Context, Task
 
 logger = logging.getLogger("notifyq.run")
 
+CANCEL_SECONDS = 2.0  # for a handler to end that was cancelled
 FAIR_SECONDS = 0.005  # a runner whose handlers never wait lets the others have the loop after so long
 
 
@@ -42,7 +46,7 @@ class Runner:
         self.job: Job | None = None
         self.scope = anyio.CancelScope()
         self.stop: HandBack | None = None  # cancelled from outside: this, or nothing, is the outcome
-        self.task: asyncio.Task[object] | None = None
+        self.task: asyncio.Task[Any] | None = None
 
 
 class Runners:
@@ -63,7 +67,8 @@ class Runners:
         self._runners: set[Runner] = set()
         self._idle: list[asyncio.Future[None]] = []
         self._threads = anyio.CapacityLimiter(concurrency)
-        self._group: TaskGroup | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._crash: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._closed = False
         self._behind: dict[int, Job] = {}  # next attempts of tasks that are held
         self.held: dict[int, Job] = {}  # by id: waiting and running
@@ -80,13 +85,30 @@ class Runners:
         """Jobs begun."""
         return [runner.job for runner in self._runners if runner.job is not None]
 
-    def start(self, group: TaskGroup) -> None:
-        """Runners are born in `group`, when first needed."""
-        self._group = group
+    async def run(self) -> None:
+        """The runners' parent: fails when one does. Cancelled, it hands everything back, and leaves alone, after a
+        while, what can't be cancelled."""
+        try:
+            await self._crash
+        finally:
+            seconds = 0.1 if self._closed else CANCEL_SECONDS
+            self.hand_back_waiting()
+            self.hand_back_running()
+            self.close()
+            with anyio.CancelScope(shield=True):
+                stuck = (await asyncio.wait(self._tasks, timeout=seconds))[1] if self._tasks else set()
+            if stuck:
+                logger.error(
+                    "these handlers didn't end when cancelled; they are left alone, and their tasks handed back",
+                    extra={"fields": {"handlers": [self.whose(task) or "unknown" for task in stuck][:20]}},
+                )
 
     def feed(self, jobs: Sequence[Job]) -> None:
         """Run these, in their order."""
-        assert self._group is not None
+        if self._closed:  # claimed by the last statement before the end
+            for job in jobs:
+                self._settle(HandBack(job))
+            return
         for job in jobs:
             if job.id in self.held:  # taken from us and claimed by us again, while its handler still winds up
                 self._behind[job.id] = job
@@ -139,7 +161,7 @@ class Runners:
                 waiter.set_result(None)
         self._idle.clear()
 
-    def whose(self, task: asyncio.Task[object] | None) -> str | None:
+    def whose(self, task: asyncio.Task[Any] | None) -> str | None:
         """`SEND_MAIL (id 5)` of the job that this asyncio task runs. Called from another thread."""
         for runner in list(self._runners):
             if runner.task is task and (job := runner.job) is not None:
@@ -148,11 +170,19 @@ class Runners:
         return None
 
     def _spawn(self) -> None:
-        assert self._group is not None
         runner = Runner()
         self._runners.add(runner)
         # In an empty context, not in that of whoever fed the job.
-        contextvars.Context().run(self._group.start_soon, self._run, runner)
+        task = asyncio.get_running_loop().create_task(
+            self._run(runner), name="notifyq runner", context=contextvars.Context()
+        )
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None and not self._crash.done():
+            self._crash.set_exception(error)
 
     async def _run(self, runner: Runner) -> None:
         runner.task = asyncio.current_task()
@@ -208,9 +238,7 @@ class Runners:
         if handler is None:
             return Aside(job)
         if job.payload is None or len(job.payload) > PAYLOAD_LIMIT:
-            return self._log(
-                handler, outcome.undecodable(job, f"its payload is larger than {PAYLOAD_LIMIT:,} bytes")
-            )
+            return self._log(handler, outcome.undecodable(job, f"its payload is larger than {PAYLOAD_LIMIT:,} bytes"))
         try:
             task = handler.decode(job.payload)
         except Exception as error:
@@ -235,11 +263,7 @@ class Runners:
         except BaseException as error:
             # Everything a handler raises is its own failure, SystemExit and KeyboardInterrupt too, and so is a
             # CancelledError of something it waited for. Not so our own cancellation, of which asyncio keeps count.
-            if (
-                isinstance(error, asyncio.CancelledError)
-                and (me := asyncio.current_task())
-                and me.cancelling()
-            ):
+            if isinstance(error, asyncio.CancelledError) and (me := asyncio.current_task()) and me.cancelling():
                 raise
             return self._log(handler, outcome.raised(job, handler, error))
         return self._log(handler, outcome.returned(job, handler, value))
@@ -279,11 +303,7 @@ class Runners:
             if logger.isEnabledFor(logging.DEBUG):
                 logger.debug("task done", extra=_fields(job, handler))
             return result
-        why = (
-            msgspec.json.decode(result.error)["error"]
-            if isinstance(result, Finish | Later) and result.error
-            else ""
-        )
+        why = msgspec.json.decode(result.error)["error"] if isinstance(result, Finish | Later) and result.error else ""
         # No traceback: that is in the row, where it can be found by id.
         extra = _fields(job, handler, error=why.splitlines()[0][:300] if why else "")
         match result:

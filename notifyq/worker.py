@@ -29,7 +29,7 @@ from .config import WorkerConfig
 from .errors import DatabaseError, SchemaError
 from .lease import Keeper
 from .outcome import HandBack
-from .run import Runners
+from .run import CANCEL_SECONDS, Runners
 from .settle import Settler
 from .store import TRANSIENT, connect, server_version
 
@@ -39,7 +39,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger("notifyq.worker")
 
 WRITE_SECONDS = 3.0  # at the end, for outcomes and good-byes
-CANCEL_SECONDS = 2.0  # for a handler to end that was cancelled
 
 
 class WorkerInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -66,8 +65,10 @@ class Worker:
         self._down: set[str] = set()  # stages without a database
         self._waits: dict[str, float] = {}
         self._fatal: BaseException | None = None
+        self._write_seconds = WRITE_SECONDS
         self._over = asyncio.Event()  # claiming has ended: drained, stopped, or failed
         self._working = asyncio.Event()
+        self._stopping = asyncio.Event()
         self._changed = asyncio.Event()
         self._runners = Runners(registry, config.concurrency, self._settle, self._freed)
         self._settler = Settler(dsn, config.history_seconds > 0, self._freed)
@@ -103,7 +104,7 @@ class Worker:
         self._id = await keeper.start()
         try:
             async with anyio.create_task_group() as group:
-                self._runners.start(group)
+                group.start_soon(self._runners.run, name="notifyq run")
                 group.start_soon(self._settler.run, self._back_off, self._well, name="notifyq settle")
                 group.start_soon(self._claim, keeper, name="notifyq claim")
                 group.start_soon(self._watch, force, name="notifyq force")
@@ -131,7 +132,7 @@ class Worker:
                 self._claimer.stop()
                 for job in self._runners.held.values():
                     self._settler.put(HandBack(job))
-                await self._write(WRITE_SECONDS)
+                await self._write()
                 await keeper.stop(WRITE_SECONDS)
         if self._fatal is not None:
             raise self._fatal
@@ -139,6 +140,7 @@ class Worker:
     async def _stop(self, force: anyio.Event) -> None:
         runners, deadline = self._runners, self._config.shutdown_timeout_seconds
         self._claimer.stop()
+        self._stopping.set()
         await self._over.wait()
         runners.hand_back_waiting()
         if runners.held and self._fatal is None:
@@ -159,15 +161,17 @@ class Worker:
                 while runners.held:
                     await self._change()
         runners.close()
-        with anyio.move_on_after(WRITE_SECONDS):
+        with anyio.move_on_after(self._write_seconds) as late:
             while self._settler.pending:
                 await self._change()
+        if late.cancelled_caught:
+            self._write_seconds = 0.0
 
-    async def _write(self, seconds: float) -> None:
+    async def _write(self) -> None:
         """What the settler's own task could not write any more."""
         self._settler.finish()
         if self._settler.pending:
-            with anyio.move_on_after(seconds):
+            with anyio.move_on_after(self._write_seconds):
                 await self._settler.run(self._back_off, self._well)
             if self._settler.pending:
                 logger.warning(
@@ -197,9 +201,7 @@ class Worker:
 
     def _claiming(self, keeper: Keeper) -> None:
         self._well("claim")
-        keeper.status = (
-            "ok" if self._claimer.bell_seconds is not None else "polling only: no NOTIFY arrives here"
-        )
+        keeper.status = "ok" if self._claimer.bell_seconds is not None else "polling only: no NOTIFY arrives here"
         self._working.set()
         self._changed.set()
 
@@ -243,7 +245,11 @@ class Worker:
                     extra={"fields": {"stage": stage, "error": f"{type(error).__name__}: {error}"}},
                 )
         wait = self._waits[stage] = min(5.0, self._waits.get(stage, 0.05) * 2)
-        await asyncio.sleep(random.uniform(0.5, 1.0) * wait)
+        if self._stopping.is_set():  # no time to be patient, and nothing more to claim
+            await asyncio.sleep(min(0.1, wait))
+            return
+        with anyio.move_on_after(random.uniform(0.5, 1.0) * wait):
+            await self._stopping.wait()
 
     def _well(self, stage: str) -> None:
         self._waits.pop(stage, None)
