@@ -1,0 +1,555 @@
+"""A task's life and a worker's: how attempts end and what is kept of them; how a worker stops, and what it leaves."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import anyio
+import msgspec
+import pytest
+
+import notifyq
+from notifyq.retry import backoff_seconds, ceiling_seconds
+
+from .conftest import Seen, Sessions, eventually, working
+from .test_faults import outage
+
+
+class Note(notifyq.Task):
+    name: str = ""
+
+
+class Hold(notifyq.Task):
+    """Runs until the test says so."""
+
+    name: str = ""
+
+
+class Fail(notifyq.Task):
+    max_attempts = 4
+    backoff = 0.02
+    why: str = "no luck"
+
+
+class Say(notifyq.Task):
+    """Ends as it is told."""
+
+    verdict: str
+    delay: float | None = None
+    returned: bool = False
+
+
+class Slow(notifyq.Task):
+    max_attempts = 1
+    timeout = 0.1
+
+
+class SlowThread(notifyq.Task):
+    max_attempts = 1
+    timeout = 0.1
+
+
+class Parent(notifyq.Task):
+    children: int
+
+
+class Bench:
+    """An app with a handler for each of these tasks, and what they have done."""
+
+    def __init__(self) -> None:
+        self.app = app = notifyq.App()
+        self.seen = seen = Seen()
+        self.held = held = Seen()
+        self.cancelled = cancelled = Seen()
+        self.release = release = anyio.Event()
+        self.running: Counter[str] = Counter()
+        self.peak: Counter[str] = Counter()
+
+        @app.handler
+        async def note(task: Note, ctx: notifyq.Context) -> str:
+            seen.add(task.name)
+            return f"noted {task.name}"
+
+        @app.handler
+        async def hold(task: Hold, ctx: notifyq.Context) -> None:
+            self.running[ctx.queue] += 1
+            self.peak[ctx.queue] = max(self.peak[ctx.queue], self.running[ctx.queue])
+            held.add(ctx.id)
+            try:
+                await release.wait()
+            except BaseException:
+                cancelled.add(ctx.id)
+                raise
+            finally:
+                self.running[ctx.queue] -= 1
+
+        @app.handler
+        async def fail(task: Fail) -> None:
+            seen.add(time.monotonic())
+            raise ValueError(task.why)
+
+        @app.handler
+        async def say(task: Say, ctx: notifyq.Context) -> Any:
+            seen.add(ctx.id)
+            verdict = {
+                "retry": notifyq.Retry(task.delay, "not yet"),
+                "cancel": notifyq.Cancel("not wanted"),
+                "dead": notifyq.Dead("hopeless"),
+            }[task.verdict]
+            if task.returned:
+                return verdict
+            raise verdict
+
+        @app.handler
+        async def slow(task: Slow) -> None:
+            await anyio.sleep(60)
+
+        @app.handler
+        def slow_thread(task: SlowThread) -> None:
+            seen.add("in a thread")
+            threading.Event().wait(0.5)
+
+        @app.handler
+        async def parent(task: Parent) -> None:
+            seen.add("parent")
+            await app.enqueue_many([Note(str(n)) for n in range(task.children)])
+
+
+@pytest.fixture
+async def bench(dsn: str) -> AsyncIterator[Bench]:
+    """Connected, so that tests and handlers can enqueue."""
+    bench = Bench()
+    async with bench.app.connect(dsn):
+        yield bench
+        bench.release.set()
+
+
+async def state(db: Any, id: int) -> str | None:
+    value: str | None = await db.fetchval("SELECT state FROM notifyq.all_tasks WHERE id = $1", id)
+    return value
+
+
+async def errors(db: Any, id: int) -> list[dict[str, Any]]:
+    found = await db.fetchval("SELECT errors FROM notifyq.all_tasks WHERE id = $1", id)
+    return msgspec.json.decode(found, type=list[dict[str, Any]]) if found else []
+
+
+async def ended(db: Any, id: int, want: str) -> dict[str, Any]:
+    """Wait until the task is in the state `want`; its row."""
+    await eventually(lambda: state(db, id), want)
+    row = await db.fetchrow("SELECT * FROM notifyq.all_tasks WHERE id = $1", id)
+    return dict(row)
+
+
+async def handed_back(db: Any, *ids: int) -> bool:
+    """Ready again as if nothing had happened: no attempt counted, no error, nobody's."""
+    rows = await db.fetch("SELECT worker, attempts, errors FROM notifyq.task WHERE id = ANY ($1::bigint[])", ids)
+    return [tuple(row) for row in rows] == [(None, 0, None)] * len(ids)
+
+
+async def nobody_left(db: Any) -> bool:
+    return bool(await db.fetchval("SELECT count(*) = 0 FROM notifyq.worker"))
+
+
+# A worker stops.
+
+
+async def test_stop_lets_handlers_end_and_writes_their_outcomes(bench: Bench, db: Any, dsn: str) -> None:
+    async with working(bench.app, dsn, shutdown_timeout=30) as worker:
+        ids = await bench.app.enqueue_many([Hold() for _ in range(5)])
+        await bench.held.reach(5)
+        worker.stop.set()
+        late = await bench.app.enqueue(Note("after the stop"))
+        await anyio.sleep(0.1)
+        assert not worker.done.is_set(), "it waits for its handlers"
+        bench.release.set()
+        await worker.stopped()
+    assert [await state(db, id) for id in ids] == ["done"] * 5
+    assert not bench.cancelled.items
+    assert await state(db, late.id) == "ready", "it claimed nothing more"
+    assert await nobody_left(db)
+
+
+async def test_what_waits_its_turn_in_the_worker_is_handed_back_at_once(bench: Bench, db: Any, dsn: str) -> None:
+    """Claimed ahead of the slots and not begun, at the stop: ready for others while a handler still runs here."""
+    async with working(bench.app, dsn, concurrency=1, shutdown_timeout=30) as worker:
+        await bench.app.enqueue_many([*(Note() for _ in range(600)), *(Hold() for _ in range(100))])
+        [first] = await bench.held.reach(1)
+        claimed = "SELECT count(*) FROM notifyq.task WHERE worker IS NOT NULL"
+        assert await db.fetchval(claimed) > 1, "it claims ahead of one slot when tasks are short"
+        worker.stop.set()
+        await eventually(lambda: db.fetchval(claimed), 1, 3)
+        others = [row[0] for row in await db.fetch("SELECT id FROM notifyq.task WHERE id <> $1", first)]
+        assert await handed_back(db, *others)
+        assert not worker.done.is_set()
+        bench.release.set()
+        await worker.stopped()
+    assert await state(db, first) == "done"
+
+
+async def test_at_the_deadline_tasks_are_handed_back_without_burning_an_attempt(
+    bench: Bench, db: Any, dsn: str
+) -> None:
+    async with working(bench.app, dsn, shutdown_timeout=0.2) as worker:
+        ids = await bench.app.enqueue_many([Hold() for _ in range(3)])
+        await bench.held.reach(3)
+        await worker.stopped()
+    assert sorted(bench.cancelled.items) == sorted(ids), "each handler was cancelled"
+    assert await handed_back(db, *ids)
+    assert await nobody_left(db)
+    bench.release.set()
+    async with working(bench.app, dsn):
+        assert (await ended(db, ids[0], "done"))["attempts"] == 1
+
+
+async def test_force_hands_back_now(bench: Bench, db: Any, dsn: str) -> None:
+    """At once, and also in the middle of a drain that has an hour."""
+    for first in ("stop", "force"):
+        async with working(bench.app, dsn, shutdown_timeout=3600) as worker:
+            id = (await bench.app.enqueue(Hold())).id
+            await eventually(lambda: state(db, id), "running")  # noqa: B023 - awaited here
+            await bench.held.reach(len(bench.cancelled.items) + 1)
+            getattr(worker, first).set()
+            await anyio.sleep(0.05)
+            worker.force.set()
+            with anyio.fail_after(5):
+                await worker.done.wait()
+        assert await handed_back(db, id)
+        assert await db.fetchval("SELECT notifyq.cancel($1)", id)
+
+
+async def test_cancelling_run_worker_hands_everything_back(bench: Bench, db: Any, dsn: str) -> None:
+    async with anyio.create_task_group() as group:
+        await group.start(
+            lambda *, task_status: bench.app.run_worker(dsn=dsn, poll_interval=0, task_status=task_status)
+        )
+        ids = await bench.app.enqueue_many([Hold() for _ in range(3)])
+        await bench.held.reach(3)
+        group.cancel_scope.cancel()
+    assert await handed_back(db, *ids)
+    assert await nobody_left(db)
+
+
+async def test_an_outcome_on_its_way_survives_the_cancellation(
+    bench: Bench, db: Any, dsn: str, connect: Sessions
+) -> None:
+    """It ran to its end, and its row is locked by somebody while the worker is cancelled: done, and not run again."""
+    async with anyio.create_task_group() as group:
+        await group.start(
+            lambda *, task_status: bench.app.run_worker(dsn=dsn, poll_interval=0, task_status=task_status)
+        )
+        id = (await bench.app.enqueue(Hold())).id
+        await bench.held.reach(1)
+        other = await connect()
+        transaction = other.transaction()
+        await transaction.start()
+        await other.fetchval("SELECT id FROM notifyq.task FOR UPDATE")
+        bench.release.set()
+        waits = """SELECT count(*) FROM pg_stat_activity WHERE application_name = 'notifyq settle'
+                   AND wait_event_type = 'Lock' AND datname = current_database()"""
+        await eventually(lambda: db.fetchval(waits), 1)
+        group.cancel_scope.cancel()
+        with anyio.CancelScope(shield=True):
+            await anyio.sleep(0.3)
+            await transaction.commit()
+    assert await state(db, id) == "done"
+
+
+async def test_a_handler_that_will_not_be_cancelled_cannot_keep_the_worker(db: Any, dsn: str, logged: Any) -> None:
+    """It swallows every cancellation: at the deadline its task is handed back, and the worker is gone in time."""
+    app, begun, over = notifyq.App(), anyio.Event(), anyio.Event()
+
+    @app.handler
+    async def stubborn(task: Hold) -> None:
+        begun.set()
+        while not over.is_set():
+            try:
+                await over.wait()
+            except BaseException:
+                pass  # the mistake that this is about
+
+    try:
+        async with app.connect(dsn), working(app, dsn, shutdown_timeout=0.1) as worker:
+            id = (await app.enqueue(Hold())).id
+            await begun.wait()
+            worker.stop.set()
+            with anyio.move_on_after(10):
+                await worker.done.wait()
+            in_time = worker.done.is_set()
+            over.set()
+    finally:
+        over.set()
+    assert in_time
+    assert await handed_back(db, id)
+    assert logged("didn't end when cancelled")
+
+
+@pytest.mark.parametrize("how", ["stop", "cancel"])
+async def test_it_ends_in_time_without_a_database(bench: Bench, dsn: str, how: str) -> None:
+    """The database is gone, a handler runs: deadline + 2 s to cancel + 3 s to write + 4 s to say good-bye at most."""
+    async with anyio.create_task_group() as group:
+        stop, done = anyio.Event(), anyio.Event()
+
+        async def run(*, task_status: Any) -> None:
+            try:
+                await bench.app.run_worker(
+                    dsn=dsn, poll_interval=0, shutdown_timeout=0.3, stop=stop, task_status=task_status
+                )
+            finally:
+                done.set()
+
+        await group.start(run)
+        await bench.app.enqueue(Hold())
+        await bench.held.reach(1)
+        async with outage(dsn):
+            began = time.monotonic()
+            (stop.set if how == "stop" else group.cancel_scope.cancel)()
+            with anyio.fail_after(15, shield=True):
+                await done.wait()
+            assert time.monotonic() - began < 10.3
+
+
+async def test_drain_returns_when_nothing_is_runnable(bench: Bench, db: Any, dsn: str) -> None:
+    """What handlers enqueue is run too; what is due later is not waited for."""
+    parent = await bench.app.enqueue(Parent(50))
+    again = await bench.app.enqueue(Say("retry", 3600))
+    later = await bench.app.enqueue(Note("tomorrow"), delay=86400)
+    with anyio.fail_after(20):
+        await bench.app.run_worker(dsn=dsn, drain=True, poll_interval=0)
+    assert await state(db, parent.id) == "done"
+    assert bench.seen.items.count("parent") == 1
+    assert len(bench.seen.items) == 52
+    assert [await state(db, ref.id) for ref in (again, later)] == ["scheduled", "scheduled"]
+    assert await db.fetchval("SELECT count(*) FROM notifyq.task") == 2
+    assert await nobody_left(db)
+    with anyio.fail_after(20):
+        await bench.app.run_worker(dsn=dsn, drain=True, poll_interval=0)  # nothing at all to do
+
+
+# A task ends.
+
+
+async def test_result_and_times_are_kept(bench: Bench, db: Any, dsn: str) -> None:
+    async with working(bench.app, dsn) as worker:
+        row = await ended(db, (await bench.app.enqueue(Note("x"))).id, "done")
+    assert msgspec.json.decode(row["result"]) == "noted x"
+    assert row["created_at"] <= row["processing_at"] <= row["processed_at"]
+    assert row["worker"] == worker.info.name
+    assert row["attempts"] == 1
+    assert row["error"] is None
+
+
+async def test_a_failing_task_is_tried_again_until_it_is_dead(bench: Bench, db: Any, dsn: str) -> None:
+    """As often as its class says, or its row if it does; each attempt's error is kept, with the traceback's tail."""
+    async with working(bench.app, dsn):
+        four = (await bench.app.enqueue(Fail())).id
+        two = (await bench.app.enqueue(Fail("worse"), max_attempts=2)).id
+        assert (await ended(db, four, "dead"))["attempts"] == 4
+        row = await ended(db, two, "dead")
+    assert row["attempts"] == 2
+    assert row["error"] == "ValueError: worse"
+    assert msgspec.json.decode(row["payload"]) == {"why": "worse"}
+    kept = await errors(db, four)
+    assert [error["attempt"] for error in kept] == [1, 2, 3, 4]
+    assert all("test_lifecycle.py" in error["traceback"] and error["at"] for error in kept)
+
+
+def test_backoff_is_exponential_with_full_jitter() -> None:
+    assert [ceiling_seconds(n, 2.0) for n in (1, 2, 3, 4, 5)] == [2, 4, 8, 16, 32]
+    assert ceiling_seconds(32767, 2.0) == ceiling_seconds(12, 2.0) == 3600
+    drawn = [backoff_seconds(3, 2.0) for _ in range(2000)]
+    assert 0 <= min(drawn) < 0.5
+    assert 7.5 < max(drawn) <= 8
+    assert 3.6 < sum(drawn) / len(drawn) < 4.4
+    assert backoff_seconds(5, 0.0) == 0
+
+
+@pytest.mark.parametrize("returned", [True, False], ids=["returned", "raised"])
+async def test_verdicts(bench: Bench, db: Any, dsn: str, returned: bool) -> None:
+    """Retry, Cancel and Dead mean the same, returned or raised."""
+    enqueue = bench.app.enqueue
+    async with working(bench.app, dsn):
+        cancelled = await enqueue(Say("cancel", returned=returned))
+        dead = await enqueue(Say("dead", returned=returned))
+        later = await enqueue(Say("retry", 3600, returned))
+        now = await enqueue(Say("retry", 0, returned), max_attempts=3)
+        assert (await ended(db, cancelled.id, "cancelled"))["error"] == "not wanted"
+        row = await ended(db, dead.id, "dead")
+        assert (row["error"], row["attempts"]) == ("hopeless", 1), "no further attempt, although it has ten"
+        row = await ended(db, later.id, "scheduled")
+        assert row["attempts"] == 1
+        assert timedelta(minutes=59) < row["run_at"] - datetime.now(UTC) < timedelta(minutes=61)
+        row = await ended(db, now.id, "dead")
+        assert row["attempts"] == 3
+        assert [error["error"] for error in await errors(db, now.id)] == ["not yet"] * 3
+    assert bench.seen.items.count(now.id) == 3
+
+
+async def test_timeouts(bench: Bench, db: Any, dsn: str) -> None:
+    """An async handler is cancelled, a plain one's thread left alone; either way the attempt has failed."""
+    async with working(bench.app, dsn):
+        ids = [(await bench.app.enqueue(task)).id for task in (Slow(), SlowThread())]
+        for id in ids:
+            assert (await ended(db, id, "dead"))["error"] == "timed out after 0.1 s"
+        await bench.app.enqueue(Note("next"))
+        assert (await bench.seen.reach(2))[-1] == "next"
+
+
+async def test_priorities_and_then_age_decide_the_order(bench: Bench, db: Any, dsn: str) -> None:
+    await db.execute(
+        """INSERT INTO notifyq.task (type, priority, payload)
+           SELECT 'Note', (n * 7 % 5)::smallint - 2,
+                  jsonb_build_object('name', (n * 7 % 5 - 2) || ' ' || to_char(n, 'FM000'))
+           FROM generate_series(1, 200) AS n"""
+    )
+    async with working(bench.app, dsn, concurrency=1):
+        order = await bench.seen.reach(200)
+    by_priority = [(-int(name.split()[0]), int(name.split()[1])) for name in order]
+    assert by_priority == sorted(by_priority)
+
+
+async def test_a_queue_takes_no_more_than_its_limit(bench: Bench, db: Any, dsn: str) -> None:
+    async with working(bench.app, dsn, queues=["two:2", "free"], concurrency=8):
+        await bench.app.enqueue_many([Hold() for _ in range(20)], queue="two")
+        await bench.held.reach(2)
+        await bench.app.enqueue_many([Hold() for _ in range(20)], queue="free")
+        await bench.held.reach(8)
+        assert bench.running == {"two": 2, "free": 6}, "a full queue does not keep another waiting"
+        bench.release.set()
+        done = "SELECT count(*) FROM notifyq.finished WHERE state = 'done'"
+        await eventually(lambda: db.fetchval(done), 40)
+    assert bench.peak["two"] == 2
+    assert bench.peak["free"] <= 8
+
+
+# A person steps in.
+
+
+async def test_cancelling_a_running_task_cancels_its_handler(bench: Bench, db: Any, dsn: str) -> None:
+    """At the next heartbeat, which is every 1.5 s; its slot is free then. A dead one can be retried meanwhile."""
+    async with working(bench.app, dsn, concurrency=1, queues=["default:1"]), working(bench.app, dsn, queues=["b"]):
+        id = (await bench.app.enqueue(Hold())).id
+        await bench.held.reach(1)
+        assert await db.fetchval("SELECT notifyq.cancel($1)", id)
+        assert not await db.fetchval("SELECT notifyq.cancel($1)", id), "there is nothing left to cancel"
+        assert await state(db, id) == "cancelled"
+        dead = (await bench.app.enqueue(Say("dead"), queue="b")).id
+        for runs in (1, 2):
+            await ended(db, dead, "dead")
+            assert bench.seen.items.count(dead) == runs
+            if runs == 1:
+                assert await db.fetchval("SELECT notifyq.retry($1)", dead)
+        row = await ended(db, dead, "dead")
+        assert row["attempts"] == 1, "it started over"
+        assert len(await errors(db, dead)) == 2, "and what went wrong before is still told"
+        assert await bench.cancelled.reach(1, 4) == [id]
+        await bench.app.enqueue(Note("next"))
+        await bench.seen.reach(3, 4)
+    assert await state(db, id) == "cancelled", "what became of its handler changed nothing"
+    assert not await db.fetchval("SELECT notifyq.retry(0)")
+
+
+async def test_history_0_keeps_only_the_dead(bench: Bench, db: Any, dsn: str) -> None:
+    enqueue = bench.app.enqueue
+    async with working(bench.app, dsn, history=0):
+        refs = [await enqueue(task) for task in (Note(), Say("cancel"), Say("dead"))]
+        await ended(db, refs[2].id, "dead")
+        await eventually(lambda: db.fetchval("SELECT count(*) FROM notifyq.all_tasks"), 1)
+
+
+# Enqueue.
+
+
+async def test_in_the_callers_transaction(bench: Bench, db: Any, dsn: str, connect: Sessions) -> None:
+    """Rolled back, it never existed; committed, it runs, and not before."""
+    conn = await connect()
+    async with working(bench.app, dsn):
+        for outcome in ("rollback", "commit"):
+            transaction = conn.transaction()
+            await transaction.start()
+            await bench.app.enqueue(Note(outcome), conn=conn)
+            await bench.app.enqueue_many([Note(outcome)] * 2, conn=conn)
+            await bench.app.enqueue(Note(f"beside {outcome}"))
+            await bench.seen.reach(1 if outcome == "rollback" else 2)
+            await getattr(transaction, outcome)()
+        await bench.seen.reach(5)
+        await eventually(lambda: db.fetchval("SELECT count(*) FROM notifyq.finished"), 5)
+    assert bench.seen.items == ["beside rollback", "beside commit", "commit", "commit", "commit"]
+    assert await db.fetchval("SELECT count(*) FROM notifyq.all_tasks") == 5
+
+
+async def test_a_hundred_thousand_in_one_call(bench: Bench, db: Any) -> None:
+    """All or none, and the ids come in the order of the tasks."""
+    ids = await bench.app.enqueue_many((Note(str(n)) for n in range(100_000)), queue="bulk", priority=3)
+    assert len(set(ids)) == 100_000
+    for n in (0, 1, 54_321, 99_999):
+        row = await db.fetchrow("SELECT payload ->> 'name', queue, priority FROM notifyq.task WHERE id = $1", ids[n])
+        assert tuple(row) == (str(n), "bulk", 3)
+    assert await bench.app.enqueue_many([]) == []
+
+
+class Typed(notifyq.Task):
+    n: int
+    tags: list[str] = msgspec.field(default_factory=list)
+
+
+typed: Any = Typed  # which takes anything, as a caller without a type checker may
+
+
+class Other(notifyq.Task, tag="Note"):
+    pass
+
+
+class Large(notifyq.Task):
+    text: str = msgspec.field(default_factory=lambda: "x" * 17_000_000)
+
+
+@pytest.mark.parametrize(
+    ("task", "options", "message"),
+    [
+        (typed(n="x"), {}, r"Typed .*Expected `int`, got `str` - at `\$.n`"),
+        (typed(n=1, tags=["a", 5]), {}, r"at `\$.tags\[1\]`"),
+        (typed(n=object()), {}, "Typed can't be written as JSON"),
+        (Note("a\x00b"), {}, "Note: PostgreSQL can't store this payload"),
+        (Note("\ud800"), {}, "Note can't be written as JSON"),
+        (Large(), {}, "17,000,0.. bytes, the limit is 16,777,216"),
+        (Other(), {}, "type 'Note' is Note in this app, and not Other"),
+        ({"n": 1}, {}, "expected an instance of a subclass of notifyq.Task"),
+        (Note(), {"queue": ""}, "expected 1 to 200 characters"),
+        (Note(), {"queue": "q" * 201}, "expected 1 to 200 characters"),
+        (Note(), {"queue": "a\x00"}, "none of them NUL"),
+        (Note(), {"delay": -1}, "delay is -1"),
+        (Note(), {"delay": float("nan")}, "delay is nan"),
+        (Note(), {"delay": "5"}, "delay is '5'"),
+        (Note(), {"run_at": datetime(2030, 1, 1)}, "with a timezone"),  # noqa: DTZ001 - the mistake
+        (Note(), {"run_at": datetime.now(UTC), "delay": 1}, "both given"),
+        (Note(), {"priority": 40_000}, "priority is 40000"),
+        (Note(), {"priority": 1.5}, "priority is 1.5"),
+        (Note(), {"max_attempts": 0}, "max_attempts is 0"),
+    ],
+    ids=range(19),
+)
+async def test_what_cannot_be_is_refused_before_it_is_sent(
+    bench: Bench, db: Any, task: Any, options: dict[str, Any], message: str
+) -> None:
+    """And names the task or the option; in enqueue_many one refuses them all."""
+    with pytest.raises(notifyq.ConfigError, match=message):
+        await bench.app.enqueue(task, **options)
+    with pytest.raises(notifyq.ConfigError, match=message):
+        await bench.app.enqueue_many([Note(), task], **options)
+    assert await db.fetchval("SELECT count(*) FROM notifyq.task") == 0
+
+
+async def test_enqueue_says_what_is_missing(empty_dsn: str) -> None:
+    """A connection; a schema."""
+    bench = Bench()
+    with pytest.raises(notifyq.ConfigError, match="not connected"):
+        await bench.app.enqueue(Note())
+    async with bench.app.connect(empty_dsn):
+        with pytest.raises(notifyq.SchemaError, match="notifyq migrate"):
+            await bench.app.enqueue(Note())
