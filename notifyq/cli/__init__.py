@@ -1,0 +1,97 @@
+"""The command line. Each command is in the file of what it deals with; what they share is in the first three.
+
+    options   flags and their environment variables, what a value may be, "did you mean"
+    output    tables for people, plain text for pipes
+    session   a connection, and what can go wrong on it in words
+    database  migrate, dev, demo, stats: the database as a whole
+    tasks     enqueue, tasks, retry, cancel, prune
+    worker    worker: load the app, say what it does, run it
+      load    MODULE:APP, and all that can be wrong with one
+      logs    how log records look
+      watch   signals, and an end to what doesn't end by itself
+      family  --processes: a parent and its workers
+
+Exit codes: 0 clean, 1 forced or failed, 2 usage, import or configuration, 3 database unreachable, 4 schema
+missing or of another version (errors.py has them by class); 130 after Ctrl-C in anything but worker and dev.
+"""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Sequence
+from importlib.metadata import version
+
+import click
+
+from notifyq.errors import NotifyqError
+
+from . import database, tasks, worker
+from .options import did_you_mean
+from .output import say
+
+COMMANDS: tuple[click.Command, ...] = (
+    database.migrate, worker.worker, tasks.enqueue, tasks.tasks, tasks.retry, tasks.cancel, tasks.prune,
+    database.stats, database.demo, database.dev,
+)  # fmt: skip
+
+
+class Cli(click.Group):
+    """Lists the commands in the order in which they are met, and knows what a mistyped one may have meant."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        name = args[0]
+        if not name.startswith("-") and name not in self.commands:
+            known = did_you_mean(name, self.commands) or f"; expected one of {', '.join(self.commands)}"
+            raise click.UsageError(f"there is no command {name!r}{known}", ctx)
+        return super().resolve_command(ctx, args)
+
+
+@click.group(
+    cls=Cli,
+    commands=list(COMMANDS),
+    invoke_without_command=True,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+@click.version_option(version("notifyq"), message="notifyq %(version)s")
+@click.pass_context
+def cli(ctx: click.Context) -> None:
+    """Background tasks on PostgreSQL.
+
+    The database is --dsn, else NOTIFYQ_DSN, else DATABASE_URL, else what libpq's PG* variables say.
+    """
+    if ctx.invoked_subcommand is None:
+        click.echo(ctx.get_help(), err=True)
+        ctx.exit(2)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command in `argv` (sys.argv's) and return its exit code; every error is a message on stderr."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    try:
+        code = cli.main(args, prog_name="notifyq", standalone_mode=False, obj=args)
+    except click.Abort:
+        say("interrupted")
+        return 130
+    except click.UsageError as error:
+        path = error.ctx.command_path if error.ctx else "notifyq"
+        say(f"{error.format_message()}\ntry: {path} --help")
+        return 2
+    except click.ClickException as error:
+        say(error.format_message())
+        return error.exit_code
+    except NotifyqError as error:
+        say(str(error))
+        for note in getattr(error, "__notes__", ()):  # a traceback of theirs
+            click.echo(note, err=True)
+        return error.exit_code
+    except Exception:
+        traceback.print_exc()
+        say("that is a bug in notifyq; please report it with the lines above")
+        return 1
+    return code if isinstance(code, int) else 0

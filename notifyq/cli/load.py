@@ -1,0 +1,104 @@
+"""MODULE:APP: import it, and say what is wrong with it. Everything here is exit code 2."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import pkgutil
+import sys
+import traceback
+from types import ModuleType
+from typing import NoReturn
+
+from notifyq import App
+from notifyq.errors import ConfigError, NotifyqError
+
+from .options import did_you_mean
+
+EXAMPLE = "MODULE:APP, such as myproject.tasks:app"
+
+
+OURS = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+
+def load_app(spec: str) -> App:
+    """The App that `spec` names, imported with the current folder on the path. Raises ConfigError."""
+    name, _, path = spec.partition(":")
+    is_file = name.endswith(".py") and os.path.exists(name)
+    if is_file or not all(part.isidentifier() for part in [*name.split("."), *path.split(".")]):
+        cure = f"; for this file: {_dotted(name)}:{path or 'app'}" if is_file else ""
+        raise ConfigError(f"{spec!r} names no app; expected {EXAMPLE}{cure}")
+    if (folder := os.getcwd()) not in sys.path:
+        sys.path.insert(0, folder)
+    found: object = _import(spec, name)
+    for i, part in enumerate(path.split(".")):
+        if not hasattr(found, part):
+            holder = ":".join(filter(None, [name, ".".join(path.split(".")[:i])]))
+            raise ConfigError(f"{holder} has no {part!r}{_other_apps(found, name, part)}")
+        found = getattr(found, part)
+    if not isinstance(found, App):
+        others = _other_apps(sys.modules[name], name, "")
+        raise ConfigError(f"{spec} is of type {type(found).__name__}; expected a notifyq.App{others}")
+    if not found.registry.types:
+        raise ConfigError(
+            f"{spec} has no handlers, so there is nothing to run; decorate one with @{path}.handler, "
+            "in this module or one that it imports"
+        )
+    return found
+
+
+def _dotted(file: str) -> str:
+    return file.removesuffix(".py").removeprefix("./").strip("/").replace("/", ".")
+
+
+def _other_apps(found: object, name: str, wanted: str) -> str:
+    holder = found if isinstance(found, ModuleType) else sys.modules[name]
+    names = [key for key, value in vars(holder).items() if isinstance(value, App)]
+    if names and not did_you_mean(wanted, names):
+        return f"; its apps: {', '.join(f'{name}:{key}' for key in names)}"
+    close = did_you_mean(wanted, names or [key for key in vars(holder) if not key.startswith("_")])
+    return close or "; make one there: app = notifyq.App()"
+
+
+def _import(spec: str, name: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except KeyboardInterrupt:
+        raise
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{name}.".startswith(f"{error.name}."):
+            _their_failure(name, error)
+        parent = error.name.rpartition(".")[0]
+        # Beside where it was looked for: in the package, or in this folder.
+        places = getattr(sys.modules.get(parent), "__path__", None) if parent else [os.getcwd()]
+        known = [".".join(filter(None, [parent, m.name])) for m in pkgutil.iter_modules(places or [])]
+        guess = did_you_mean(error.name, known) or f"; expected {EXAMPLE}, from this folder or installed"
+        raise ConfigError(f"there is no module {error.name!r} for {spec} (in {os.getcwd()}){guess}") from error
+    except BaseException as error:  # SystemExit too: a script without its `if __name__ == "__main__":`
+        _their_failure(name, error)
+
+
+def _their_failure(name: str, error: BaseException) -> NoReturn:
+    """Three lines of ours, then their traceback; where notifyq itself found what is wrong, the place is enough."""
+    trace = error.__traceback__
+    while trace and _is_ours(trace.tb_frame.f_code.co_filename):
+        trace = trace.tb_next
+    places = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(trace)]
+    if isinstance(error, SyntaxError) and error.filename:
+        places = [(error.filename, error.lineno)]
+    file, line = next((p for p in reversed(places) if not _is_ours(p[0])), (name, None))
+    where = f"{os.path.relpath(file)}, line {line}" if line else name
+    if isinstance(error, NotifyqError):
+        raise ConfigError(f"{where}: {error}") from error
+    what = traceback.format_exception_only(error)[-1].strip().splitlines()[0]
+    failure = ConfigError(
+        f"can't import {name} (looked for in {os.getcwd()} first)\n"
+        f"it failed at {where}: {what}\n"
+        f"correct that; to see whether it helped: python -c 'import {name}'"
+    )
+    failure.add_note("".join(traceback.format_exception(type(error), error, trace)).rstrip())
+    raise failure from error
+
+
+def _is_ours(file: str) -> bool:
+    return file.startswith((OURS + os.sep, "<frozen importlib")) or file == importlib.__file__

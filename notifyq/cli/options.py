@@ -1,0 +1,86 @@
+"""What the commands' flags have in common: an environment variable each, and values a person can write."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from collections.abc import Callable, Iterable
+from datetime import datetime
+from typing import Any, TypeVar
+
+import click
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+LONGEST_SECONDS = 100 * 366 * 86400.0
+
+
+def option(*names: str, **settings: Any) -> Callable[[Command], Command]:
+    """click.option with the variable NOTIFYQ_<FLAG>, which --help shows."""
+    flag = next(name for name in names if name.startswith("--"))
+    variable = "NOTIFYQ_" + flag[2:].replace("-", "_").upper()
+    settings.setdefault("show_default", "default" in settings)
+    return click.option(*names, envvar=variable, show_envvar=True, **settings)
+
+
+def dsn_option(command: Command) -> Command:
+    """--dsn. Its variables are left to config.resolve_dsn, which can then say where a DSN came from."""
+    variables = "env var: NOTIFYQ_DSN, else DATABASE_URL, else PG*"
+    return click.option("--dsn", metavar="URL", help=f"postgresql://user:password@host/database  [{variables}]")(
+        command
+    )
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """`; did you mean "this" or "that"?`, or nothing where nothing is close."""
+    close = difflib.get_close_matches(word.lower(), by_lower := {name.lower(): name for name in known}, n=3)
+    return f"; did you mean {' or '.join(repr(by_lower[name]) for name in close)}?" if close else ""
+
+
+# Types of values: functions, for click to call. BadParameter gets the flag's name from click.
+
+
+def word(*words: str) -> Callable[[str], str]:
+    """One of these words."""
+
+    def convert(value: str) -> str:
+        if (found := value.lower()) not in words:
+            guess = did_you_mean(value, words)
+            raise click.BadParameter(f"{value!r} is not one of {', '.join(words)}{guess}")
+        return found
+
+    return convert
+
+
+def number(low: int, high: int) -> Callable[[str], int]:
+    """A whole number from low to high."""
+
+    def convert(value: str) -> int:
+        if not (re.fullmatch(r"-?[0-9]{1,20}", text := str(value)) and low <= int(text) <= high):
+            raise click.BadParameter(f"{value!r} is not a number from {low} to {high}")
+        return int(text)
+
+    return convert
+
+
+def duration(value: str) -> float:
+    """Seconds, or a number with a unit."""
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([smhd]?)", value.strip())
+    seconds = float(found[1]) * UNITS[found[2]] if found else math.inf
+    if seconds > LONGEST_SECONDS:
+        raise click.BadParameter(f"{value!r} is not a duration; expected seconds, or 90s, 15m, 12h, 1d")
+    return seconds
+
+
+def moment(value: str) -> datetime:
+    """A time in ISO 8601 with its zone."""
+    expected = "expected ISO 8601 with a zone: 2030-01-31T08:00:00Z or 2030-01-31T08:00:00+01:00"
+    try:
+        found = datetime.fromisoformat(value)
+    except ValueError:
+        raise click.BadParameter(f"{value!r} is not a time; {expected}") from None
+    if found.tzinfo is None:
+        raise click.BadParameter(f"{value!r} has no zone; {expected}")
+    return found

@@ -1,0 +1,70 @@
+"""What people and pipes get to see. Results go to stdout, everything else to stderr."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Iterable, Sequence
+
+import click
+
+NUMBERS = ("id", "scheduled", "ready", "running", "done", "dead", "cancelled", "oldest ready", "attempts", "slots")
+
+
+def say(text: str) -> None:
+    """A message on stderr, each line with our name."""
+    for line in text.splitlines() or [""]:
+        click.echo(f"notifyq: {line}", err=True)
+
+
+def span(seconds: float | None) -> str:
+    """5s, 12m, 3h, 2d: enough for a person."""
+    if seconds is None:
+        return ""
+    for limit, unit, size in ((120, "s", 1), (7200, "m", 60), (172_800, "h", 3600)):
+        if seconds < limit:
+            return f"{max(0.0, seconds) / size:.0f}{unit}"
+    return f"{seconds / 86400:.0f}d"
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Rows under their columns: with rich where a person looks and rich is there, aligned text elsewhere."""
+    cells = [[_clean(cell) for cell in row] for row in rows]
+    if sys.stdout.isatty() and importlib.util.find_spec("rich"):
+        _rich(columns, cells)
+        return
+    lines = [list(columns), *cells]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
+    for line in lines:
+        padded = (
+            cell.rjust(width) if column in NUMBERS else cell.ljust(width)
+            for column, cell, width in zip(columns, line, widths, strict=True)
+        )
+        click.echo("  ".join(padded).rstrip())
+
+
+def _rich(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    shown = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
+    for column in columns:
+        last = column == columns[-1]
+        shown.add_column(
+            column,
+            justify="right" if column in NUMBERS else "left",
+            no_wrap=column in NUMBERS or last,
+            overflow="ellipsis" if last else "fold",
+        )
+    styles = {"dead": "red", "running": "green", "scheduled": "cyan", "done": "dim", "cancelled": "dim"}
+    for row in rows:
+        # Text, because a str would be read as markup: a queue may be called [red].
+        shown.add_row(*(Text(cell, style=styles.get(cell, "")) for cell in row))
+    Console().print(shown)
+
+
+def _clean(cell: object) -> str:
+    """One line, and nothing in it that a terminal would obey: the database holds what strangers wrote."""
+    text = "" if cell is None else str(cell)
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)

@@ -1,0 +1,230 @@
+"""Tasks, one by one or in lists: enqueue, tasks, retry, cancel, prune."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from datetime import datetime
+
+import click
+
+from notifyq.codec import PAYLOAD_LIMIT
+from notifyq.config import check_name
+from notifyq.enqueue import Options
+from notifyq.errors import ConfigError
+from notifyq.lease import DEAD_KEPT_SECONDS, PRUNE_AT_ONCE
+from notifyq.store import SQL
+
+from .load import load_app
+from .options import did_you_mean, dsn_option, duration, moment, number, option, word
+from .output import say, span, table
+from .session import LONG_SECONDS, session
+
+STATES = ("scheduled", "ready", "running", "done", "dead", "cancelled")
+ERROR_LENGTH = 60
+task_id = number(1, 2**63 - 1)
+
+
+@click.command()
+@click.argument("type")
+@click.argument("payload", metavar="[JSON]", default="{}")
+@option("-q", "--queue", metavar="NAME", default="default", help="which queue")
+@option("--delay", type=duration, metavar="TIME", help="not before so much time has passed: 90s, 15m, 12h, 1d")
+@option("--run-at", type=moment, metavar="TIME", help="not before this time: 2030-01-31T08:00:00Z")
+@option("--priority", metavar="N", type=number(-32768, 32767), default=0, help="-32768 to 32767, the higher the sooner")
+@option(
+    "--max-attempts",
+    metavar="N",
+    type=number(1, 32767),
+    help="runs in all until it is dead  [default: what its type says]",
+)
+@option("--app", metavar="MODULE:APP", help="validate type and payload against this app's tasks first")
+@dsn_option
+def enqueue(
+    *,
+    type: str,
+    payload: str,
+    queue: str,
+    delay: float | None,
+    run_at: datetime | None,
+    priority: int,
+    max_attempts: int | None,
+    app: str | None,
+    dsn: str | None,
+) -> None:
+    """Enqueue a task and print its id.
+
+    JSON is the payload, an object, {} if it is left out; - reads it from stdin.
+    """
+    check_name("type", type)
+    options = Options.check(queue, delay, run_at, priority, max_attempts)
+    text = _payload(payload)
+    if app is not None:
+        load_app(app).registry.check(type, text.encode())
+
+    async def run() -> int:
+        async with session(dsn, reads=False) as conn:
+            id: int = await conn.fetchval(SQL["enqueue"], type, text, *options)
+            return id
+
+    click.echo(asyncio.run(run()))
+
+
+def _payload(argument: str) -> str:
+    """The JSON text, once it is one. Raises ConfigError that says where it isn't."""
+    where, text = "the payload", argument
+    try:
+        if argument == "-":
+            where, text = "the payload on stdin", sys.stdin.buffer.read().decode("utf-8-sig")
+        size = len(text.encode())
+    except UnicodeError as error:
+        raise ConfigError(f"{where} is not UTF-8: {error}") from error
+    if size > PAYLOAD_LIMIT:
+        raise ConfigError(f"{where} is {size:,} bytes, the limit is {PAYLOAD_LIMIT:,}")
+    example = """such as '{"to": "a@b.c"}', in single quotes for the shell"""
+    try:
+        value = json.loads(text, parse_constant=_refuse)
+    except json.JSONDecodeError as error:
+        near = f", at {text[error.pos : error.pos + 20]!r}" if error.pos < len(text) else ", at its end"
+        raise ConfigError(
+            f"{where} is not JSON: {error.msg}, line {error.lineno} column {error.colno}{near}; "
+            f"expected an object {example}"
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{where} is not JSON that PostgreSQL can store: {error}") from error
+    if not isinstance(value, dict):
+        raise ConfigError(f"{where} is {text.strip():.20}, not an object; expected one {example}")
+    return text
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"it has no {constant}")
+
+
+@click.command()
+@option("--state", type=word(*STATES), metavar="STATE", help=f"one of {', '.join(STATES)}")
+@option("-q", "--queue", metavar="NAME", help="of this queue")
+@option("--type", metavar="TYPE", help="of this type")
+@option("--limit", metavar="N", type=number(1, 1_000_000), default=50, help="at most so many")
+@option("--json", "as_json", is_flag=True, help="a JSON object a line, whole: with payload, result and errors")
+@dsn_option
+def tasks(
+    *, state: str | None, queue: str | None, type: str | None, limit: int, as_json: bool, dsn: str | None
+) -> None:
+    """List tasks, finished ones too, the newest first."""
+
+    async def run() -> tuple[list[tuple[str, float]], str]:
+        async with session(dsn) as conn:
+            args = (state, queue, type, limit, as_json)
+            rows = [(row[0], row[1]) for row in await conn.fetch(SQL["tasks"], *args, timeout=LONG_SECONDS)]
+            guess = ""
+            if not rows and (queue or type):
+                known = await conn.fetchrow(SQL["names"], timeout=LONG_SECONDS)
+                assert known is not None
+                if queue and queue not in known["queues"]:
+                    guess += f"; no task is of queue {queue!r}{did_you_mean(queue, known['queues'])}"
+                if type and type not in known["types"]:
+                    guess += f"; no task is of type {type!r}{did_you_mean(type, known['types'])}"
+            return rows, guess
+
+    rows, guess = asyncio.run(run())
+    if as_json:
+        for text, _ in rows:
+            click.echo(text)
+    elif rows:
+        columns = ("id", "state", "when", "queue", "type", "attempts", "error")
+        table(columns, [_row(json.loads(text), seconds) for text, seconds in rows])
+    if not rows:
+        say(f"no such tasks{guess}")
+
+
+def _row(task: dict[str, object], seconds: float) -> list[object]:
+    words = {"scheduled": "in {}", "running": "for {}", "ready": "waits {}"}
+    when = words.get(str(task["state"]), "{} ago").format(span(abs(seconds)))
+    attempts = "/".join(str(n) for n in (task["attempts"], task["max_attempts"]) if n is not None)
+    error = " ".join(str(task["error"] or "").split())
+    if len(error) > ERROR_LENGTH:
+        error = error[: ERROR_LENGTH - 1] + "…"
+    return [task["id"], task["state"], when, task["queue"], task["type"], attempts, error]
+
+
+@click.command()
+@click.argument("ids", metavar="ID...", type=task_id, nargs=-1, required=True)
+@dsn_option
+def retry(*, ids: tuple[int, ...], dsn: str | None) -> int:
+    """Run tasks again, now.
+
+    Dead and cancelled ones start over with all their attempts, scheduled ones become due.
+    """
+    reasons = {
+        "ready": "it is ready already",
+        "running": "it is running",
+        "done": "it is done; enqueue another to run it once more",
+    }
+    return _each(ids, "SELECT notifyq.retry($1)", "will run now", "not retried", reasons, dsn)
+
+
+@click.command()
+@click.argument("ids", metavar="ID...", type=task_id, nargs=-1, required=True)
+@dsn_option
+def cancel(*, ids: tuple[int, ...], dsn: str | None) -> int:
+    """Cancel tasks that haven't ended.
+
+    The handler of a running one is cancelled within seconds, and whatever it says counts no more.
+    """
+    reasons = {state: f"it has ended already: {state}" for state in ("done", "dead", "cancelled")}
+    return _each(ids, "SELECT notifyq.cancel($1)", "cancelled", "not cancelled", reasons, dsn)
+
+
+def _each(
+    ids: tuple[int, ...], statement: str, done: str, failed: str, reasons: dict[str, str], dsn: str | None
+) -> int:
+    """Apply to each id, say for each what came of it, and return 1 if for any nothing did."""
+
+    async def run() -> list[tuple[int, str | None]]:
+        outcomes: list[tuple[int, str | None]] = []
+        async with session(dsn) as conn:
+            for id in dict.fromkeys(ids):
+                why = None
+                if not await conn.fetchval(statement, id):
+                    state = await conn.fetchval("SELECT state FROM notifyq.all_tasks WHERE id = $1", id)
+                    # It may have moved on in between.
+                    why = reasons.get(state, f"it is {state} by now; try again") if state else _NO_TASK
+                outcomes.append((id, why))
+        return outcomes
+
+    outcomes = asyncio.run(run())
+    for id, why in outcomes:
+        if why is None:
+            click.echo(f"{id}: {done}")
+        else:
+            say(f"{id}: {failed}: {why}")
+    return 1 if any(why for _, why in outcomes) else 0
+
+
+_NO_TASK = "there is no such task; it may have been pruned"
+
+
+@click.command()
+@option("--history", type=duration, metavar="TIME", default="1d", help="keep done and cancelled for so long")
+@option(
+    "--dead", type=duration, metavar="TIME", default=f"{DEAD_KEPT_SECONDS / 86400:.0f}d", help="keep dead for so long"
+)
+@dsn_option
+def prune(*, history: float, dead: float, dsn: str | None) -> None:
+    """Delete what ended long ago. Workers do it too, by the minute.
+
+    Ages are seconds, or 90s, 15m, 12h, 1d; 0 is all.
+    """
+
+    async def run() -> int:
+        total = 0
+        async with session(dsn) as conn:
+            while True:
+                pruned: int = await conn.fetchval(SQL["prune"], history, dead, PRUNE_AT_ONCE)
+                total += pruned
+                if pruned < PRUNE_AT_ONCE:
+                    return total
+
+    click.echo(f"pruned {(count := asyncio.run(run()))} {'task' if count == 1 else 'tasks'}")

@@ -1,0 +1,133 @@
+r"""Signals for a worker, and an end to what doesn't end by itself.
+
+The first SIGTERM or SIGINT sets `stop`, the second `force`. A thread hears them, and not the event loop, which
+a handler may block for as long as it likes: the C half of a signal handler writes to a socket in whichever
+thread it runs, and ours waits there. Should the app's code take that for itself (loop.add_signal_handler
+does), there is still the Python half, which runs in the main thread when that next runs Python. Each tells of
+the same signals, so the larger of two counts is how many there were.
+
+To block the signals and wait in sigwait would be simpler, but the subprocesses of handlers would inherit the
+block, and not end when they are told to.
+
+With --processes there is a third source: a socket whose other end closes however the parent dies.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import select
+import signal
+import socket
+import sys
+import threading
+import time
+
+import anyio
+
+logger = logging.getLogger("notifyq.cli")
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+LATE_SECONDS = 5.0  # beyond the shutdown timeout, for handlers to be cancelled and outcomes to be written
+FORCED_SECONDS = 3.0  # after the second signal
+LEFT_SECONDS = 1.0  # after the worker, for threads that handlers have left and for exit functions
+
+PYTHON_HALF, FINISHED = b"\x00", b"\xff"  # no signal has these numbers
+
+
+class Watch:
+    """Made in the main thread, inside of the event loop that `stop` and `force` belong to."""
+
+    def __init__(self, stop: anyio.Event, force: anyio.Event, timeout: float, parent: socket.socket | None) -> None:
+        self._events = (stop, force)
+        self._timeout = timeout
+        self._parent = parent
+        self._loop = asyncio.get_running_loop()
+        self._received, self._sent = socket.socketpair()
+        self._sent.setblocking(False)
+        # uvloop has a socket of its own there, and until it ends it must still hear of signals: SIGCHLD, say.
+        self._next = signal.set_wakeup_fd(self._sent.fileno(), warn_on_full_buffer=False)
+        for number in SIGNALS:
+            signal.signal(number, lambda _number, _frame: self._send(PYTHON_HALF))
+        self._heard = {"python": 0, "c": 0}
+        self._told = 0
+        self._deadline: float | None = None
+        self._code: int | None = None
+        threading.Thread(target=self._run, name="notifyq-signals", daemon=True).start()
+
+    @property
+    def forced(self) -> bool:
+        """Whether there was a second signal."""
+        return self._told > 1
+
+    def loop_ends(self) -> None:
+        """To be called in the loop, last."""
+        self._next = -1
+
+    def finish(self, code: int) -> None:
+        """The worker has ended. What keeps the process from ending now, a thread say, has a moment left."""
+        self._code = code
+        self._send(FINISHED)
+
+    def _send(self, byte: bytes) -> None:
+        try:
+            self._sent.send(byte)
+        except BlockingIOError:
+            pass  # after thousands of signals, it is awake
+
+    # In the thread.
+
+    def _run(self) -> None:
+        while True:
+            wait = None if self._deadline is None else max(0.0, self._deadline - time.monotonic())
+            sockets = [self._received, *([self._parent] if self._parent else [])]
+            ready, _, _ = select.select(sockets, [], [], wait)
+            if not ready:
+                self._end()
+            if self._received in ready:
+                self._read(self._received.recv(4096))
+            if self._parent in ready:
+                self._parent = None
+                logger.warning("the parent process is gone: stopping")
+                self._heard = {half: count + 1 for half, count in self._heard.items()}
+            self._tell()
+
+    def _read(self, received: bytes) -> None:
+        self._heard["python"] += received.count(PYTHON_HALF)
+        self._heard["c"] += sum(received.count(number) for number in SIGNALS)
+        if FINISHED in received:
+            self._deadline = time.monotonic() + LEFT_SECONDS
+        elif (signals := received.strip(PYTHON_HALF)) and self._next >= 0:
+            try:
+                os.write(self._next, signals)
+            except OSError:
+                pass
+
+    def _tell(self) -> None:
+        """Do what so many signals ask for; nothing more comes of a third."""
+        while self._told < min(2, max(self._heard.values())) and self._code is None:
+            now = time.monotonic()
+            if self._told == 0:
+                self._deadline = now + self._timeout + LATE_SECONDS
+            else:
+                self._deadline = min(self._deadline or now, now + FORCED_SECONDS)
+            event = self._events[self._told]
+            self._told += 1
+            try:
+                self._loop.call_soon_threadsafe(event.set)
+            except RuntimeError:
+                pass  # the loop is closed already
+
+    def _end(self) -> None:
+        # In a thread, as whoever is stuck may hold what writing needs.
+        saying = threading.Thread(target=self._last_words, daemon=True)
+        saying.start()
+        saying.join(0.5)
+        os._exit(1 if self._code is None else self._code)
+
+    def _last_words(self) -> None:
+        if self._code is None:
+            logger.error("handlers don't end: ending the process; their tasks will be rescued and run again")
+        sys.stdout.flush()
+        sys.stderr.flush()

@@ -1,0 +1,178 @@
+"""`notifyq worker`: load the app, say what it does, run it until a signal."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from collections.abc import Callable
+from importlib.metadata import version
+
+import anyio
+import click
+
+from notifyq import App, WorkerInfo
+from notifyq.config import WorkerConfig, parse_queues
+from notifyq.errors import NotifyqError
+
+from . import family, logs
+from .load import load_app
+from .options import dsn_option, duration, number, option, word
+from .output import say
+from .watch import Watch
+
+logger = logging.getLogger("notifyq.cli")
+
+
+@click.command()
+@click.argument("app", metavar="MODULE:APP", envvar="NOTIFYQ_APP")
+@option(
+    "-q",
+    "--queue",
+    "queues",
+    metavar="NAME[:LIMIT]",
+    multiple=True,
+    default=["default"],
+    help="a queue to work on, and how many of its tasks may run at once; repeatable",
+)
+@option("-c", "--concurrency", metavar="N", type=number(1, 10_000), default=100, help="handlers at once")
+@option("--processes", metavar="N", type=number(1, 1000), default=1, help="workers, each with all of the above")
+@option("--drain", is_flag=True, help="exit when nothing is runnable any more")
+@option("--shutdown-timeout", type=duration, metavar="TIME", default="25s", help="that handlers have to end")
+@option(
+    "--poll-interval",
+    type=duration,
+    metavar="TIME",
+    default="5s",
+    help="between looks that don't need the bell; 0: none",
+)
+@option("--history", type=duration, metavar="TIME", default="1d", help="to keep done and cancelled tasks; 0: none")
+@option("--log-level", type=word(*logs.LEVELS), metavar="LEVEL", default="info", help=", ".join(logs.LEVELS))
+@option("--log-format", type=word("text", "json"), metavar="FORMAT", default="text", help="text, json")
+@dsn_option
+@click.pass_context
+def worker(
+    ctx: click.Context,
+    *,
+    app: str,
+    queues: tuple[str, ...],
+    concurrency: int,
+    processes: int,
+    drain: bool,
+    shutdown_timeout: float,
+    poll_interval: float,
+    history: float,
+    log_level: str,
+    log_format: str,
+    dsn: str | None,
+) -> int:
+    """Run a worker for an app, such as myproject.tasks:app.
+
+    MODULE:APP may come from NOTIFYQ_APP too.
+
+    The first SIGTERM or SIGINT (Ctrl-C) lets handlers end for --shutdown-timeout, then hands their tasks
+    back, and exits with 0. The second hands them back at once, and exits with 1.
+
+    Times are seconds, or 90s, 15m, 12h, 1d.
+    """
+    config = WorkerConfig(
+        queues=parse_queues(queues),
+        concurrency=concurrency,
+        shutdown_timeout_seconds=shutdown_timeout,
+        poll_interval_seconds=poll_interval,
+        history_seconds=history,
+        drain=drain,
+    )
+    parent = family.parent()
+    logs.set_up(log_level, log_format, pid=parent is not None or processes > 1)
+    if processes > 1 and parent is None:
+        return asyncio.run(family.supervise(ctx.obj, processes, shutdown_timeout, drain))
+    return _run(load_app(app), config, dsn, parent, log_format)
+
+
+def _run(app: App, config: WorkerConfig, dsn: str | None, parent: socket.socket | None, log_format: str) -> int:
+    watch: Watch | None = None
+
+    async def work() -> None:
+        nonlocal watch
+        stop, force = anyio.Event(), anyio.Event()
+        watch = Watch(stop, force, config.shutdown_timeout_seconds, parent)
+        try:
+            async with app.connect(dsn):  # for handlers that enqueue
+                await app.run_worker(
+                    config.queues,
+                    config.concurrency,
+                    dsn=dsn,
+                    shutdown_timeout=config.shutdown_timeout_seconds,
+                    poll_interval=config.poll_interval_seconds,
+                    history=config.history_seconds,
+                    drain=config.drain,
+                    stop=stop,
+                    force=force,
+                    task_status=Started(config, parent, log_format),
+                )
+        finally:
+            watch.loop_ends()
+
+    code = 0
+    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+        try:
+            runner.run(work())
+        except NotifyqError as error:
+            say(str(error))
+            code = error.exit_code
+        finally:
+            if watch:
+                code = 1 if watch.forced else code
+                watch.finish(code)
+    return code
+
+
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
+    try:
+        import uvloop
+    except ImportError:
+        return asyncio.new_event_loop
+    return uvloop.new_event_loop
+
+
+class Started:
+    """A TaskStatus: told that the worker works, it tells the user and the parent."""
+
+    def __init__(self, config: WorkerConfig, parent: socket.socket | None, log_format: str) -> None:
+        self._config = config
+        self._parent = parent
+        self._log_format = log_format
+
+    def started(self, value: WorkerInfo | None = None) -> None:
+        assert value is not None
+        if self._parent is not None:
+            family.tell_ready(self._parent)
+        queues = [name if limit is None else f"{name} ({limit} at once)" for name, limit in value.queues.items()]
+        bell = "polling only" if value.bell_ms is None else f"{value.bell_ms:.1f} ms"
+        if self._parent is not None or self._log_format == "json":
+            fields = {
+                "id": value.id,
+                "postgresql": value.server_version,
+                "schema": value.schema_version,
+                "queues": queues,
+                "concurrency": value.concurrency,
+                "types": value.types,
+                "bell": bell,
+            }
+            logger.info("worker started", extra={"fields": fields})
+            return
+        poll = self._config.poll_interval_seconds
+        if value.bell_ms is None:
+            bell = f"silent, polling every {poll:g} s (a pooler in transaction mode?)" if poll else "silent, no polling"
+        else:
+            bell = f"proven, {bell} there and back"
+        where = f"PostgreSQL {value.server_version}, schema {value.schema_version}"
+        lines = (
+            f"notifyq {version('notifyq')}: worker {value.id} ({value.name}) on {where}",
+            f"  queues   {', '.join(queues)}; {value.concurrency} tasks at once",
+            f"  types    {', '.join(value.types)}",
+            f"  bell     {bell}",
+            "  stop it  Ctrl-C or SIGTERM: once to let handlers end, twice to stop now",
+        )
+        click.echo("\n".join(lines), err=True)
