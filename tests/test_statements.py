@@ -1,0 +1,931 @@
+"""Each statement of notifyq/sql: what it takes and returns, which indexes it reads, and what it does.
+
+The plans are asserted on a million rows each of history, backlog and future tasks, and with statistics of every kind
+of moment: a queue's statistics are always of another one. On this data nothing may read more than it returns.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any, NamedTuple
+
+import anyio
+import asyncpg
+import pytest
+
+from notifyq import schema, store
+from notifyq.embedded import Server
+from notifyq.store import SQL
+
+from .conftest import Sessions, admin
+
+ROW = "id:int8 attempts:int2 type:text queue:text priority:int2 max_attempts:int2 created_at:timestamptz payload:jsonb"
+
+
+class Statement(NamedTuple):
+    parameters: str
+    columns: str
+    indexes: str | None  # of task and finished, each used with a condition; None: for people, on an ordinary connection
+
+
+STATEMENTS = {
+    "adopt": Statement("int4 text[] int4[] int4 text[]", ROW, "task_aside task_pkey"),
+    "claim": Statement("int4 text[] int4[] int4", ROW, "task_pkey task_ready"),
+    "due": Statement(
+        "text[] text[] int4 text",
+        "promoted:int8 next_seconds:float8 blocked:bool inserted:int8 echo:text",
+        "task_pkey task_ready task_scheduled",
+    ),
+    "enqueue": Statement("text text text float8 timestamptz int2 int2", "id:int8", ""),
+    "enqueue_many": Statement("text[] text[] text float8 timestamptz int2 int2", "id:int8", ""),
+    "evict": Statement("int4", "count:int4", ""),
+    "finish": Statement("int4 int8[] int2[] text[] jsonb[] jsonb[] bool", "id:int8", "task_pkey"),
+    "hand_back": Statement("int4 int8[] int2[]", "id:int8", "task_pkey"),
+    "names": Statement("", "queues:text[] types:text[]", None),
+    "orphans": Statement("", "count:int4", "task_pkey task_running"),
+    "prune": Statement("float8 float8 int4", "count:int4", "finished_dead finished_old finished_pkey"),
+    "register": Statement("text text[] text[] int2[] int4 float8", "id:int4", ""),
+    "release": Statement("int4", "count:int4", "task_pkey task_running"),
+    "rescue": Statement("int4 int4", "name:text ready:int4 dead:int4", "task_pkey task_running"),
+    "retry_later": Statement("int4 int8[] int2[] float8[] jsonb[]", "id:int8", "task_pkey"),
+    "set_aside": Statement("int4 int8[] int2[]", "id:int8", "task_pkey"),
+    "stats": Statement("", "json_build_object:text", None),
+    "tasks": Statement("text text text int8 bool", "task:text seconds:float8", None),
+    "tick": Statement(
+        "int4 int4 text int8[] int2[] text[] text[]",
+        "registered:bool lost:int8[] silent:int4[] aside:bool",
+        "task_aside task_pkey",
+    ),
+    "unregister": Statement("int4", "", "task_running"),
+}
+WORKERS = [name for name, statement in STATEMENTS.items() if statement.indexes is not None]
+
+
+@pytest.fixture(scope="module")
+async def shared(server: Server, template: str) -> AsyncIterator[str]:
+    """One database for this file: a hundred small tests at 20 ms each instead of 300."""
+    await admin(server, f"CREATE DATABASE statements TEMPLATE {template}")
+    yield server.dsn("statements")
+    await admin(server, "DROP DATABASE statements WITH (FORCE)")
+
+
+@pytest.fixture
+async def dsn(shared: str) -> str:
+    conn = await store.connect(shared, role="test")
+    await conn.execute("TRUNCATE notifyq.task, notifyq.finished, notifyq.worker RESTART IDENTITY")
+    await conn.close()
+    return shared
+
+
+# --- What they take and return
+
+
+def test_every_statement_is_in_the_table() -> None:
+    assert sorted(SQL) == sorted(STATEMENTS)
+
+
+@pytest.mark.parametrize("name", STATEMENTS)
+async def test_it_prepares_with_these_types(name: str, worker: Any) -> None:
+    """asyncpg encodes by these: a parameter without a cast that turns from int4 into text fails only when it runs."""
+    statement = await worker.prepare(SQL[name])
+    assert " ".join(p.name for p in statement.get_parameters()) == STATEMENTS[name].parameters
+    assert " ".join(f"{a.name}:{a.type.name}" for a in statement.get_attributes()) == STATEMENTS[name].columns
+
+
+# --- Plans
+
+MILLION = 1_000_000
+BACKLOG = f"""
+    INSERT INTO notifyq.task (type, run_at, worker, attempts, aside)
+    SELECT CASE WHEN i <= 1000 THEN 'Strange' ELSE 'Known' END,
+           CASE WHEN i % 2 = 0 THEN now() + i * interval '1 second' ELSE now() END,
+           CASE WHEN i BETWEEN 1001 AND 2000 THEN 1 END, (i BETWEEN 1001 AND 2000)::integer, i <= 1000
+    FROM generate_series(1, 2 * {MILLION}) AS i"""
+HISTORY = f"""
+    INSERT INTO notifyq.finished (id, created_at, run_at, processing_at, processed_at, priority, attempts, state, queue,
+                                  type, worker, payload)
+    SELECT 10000000 + i, at, at, at, at, 0, 1, CASE WHEN i % 10 = 0 THEN 'dead' ELSE 'done' END, 'default',
+           'Known', 'host:1', '{{}}'
+    FROM (SELECT i, now() - interval '1 second' * ({MILLION} - i) AS at FROM generate_series(1, {MILLION}) AS i) AS s"""
+
+
+@pytest.fixture(scope="module")
+async def crowd(server: Server, template: str) -> AsyncIterator[str]:
+    """A database with a million tasks each that are finished, ready and scheduled; a thousand running, and aside."""
+    await admin(server, f"CREATE DATABASE crowd TEMPLATE {template}")
+
+    async def fill(statement: str, then: str) -> None:
+        conn = await store.connect(server.dsn("crowd"), role="test")
+        await conn.execute(statement, timeout=100)
+        await conn.execute(then, timeout=100)
+        await conn.close()
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(fill, BACKLOG, "VACUUM (ANALYZE) notifyq.task")
+        group.start_soon(fill, HISTORY, "VACUUM (ANALYZE) notifyq.finished")
+    conn = await store.connect_worker(server.dsn("crowd"), "test")
+    assert await register(conn) == 1
+    await conn.close()
+    yield server.dsn("crowd")
+    await admin(server, "DROP DATABASE crowd WITH (FORCE)")
+
+
+# The planner multiplies tuples a page, as last counted, with the pages there are now.
+MOMENTS = {
+    "counted now": "",
+    "counted when empty": "UPDATE pg_class SET reltuples = 0",
+    "never counted": "UPDATE pg_class SET reltuples = -1, relpages = 0",
+}
+
+
+@asynccontextmanager
+async def rolled_back(conn: Any, moment: str = "counted now") -> AsyncIterator[None]:
+    """A transaction that is rolled back whatever happens in it, at that moment."""
+    transaction = conn.transaction()
+    await transaction.start()
+    try:
+        await at_moment(conn, moment)
+        yield
+    finally:
+        await transaction.rollback()
+
+
+async def at_moment(conn: Any, moment: str) -> None:
+    """Inside a transaction that is rolled back: have the planner believe what was counted at some other moment."""
+    if MOMENTS[moment]:
+        await conn.execute("SET LOCAL allow_system_table_mods = on")
+        await conn.execute(f"""
+            {MOMENTS[moment]} WHERE relnamespace = 'notifyq'::regnamespace AND relkind IN ('r', 'i');
+            DELETE FROM pg_statistic WHERE starelid IN ('notifyq.task'::regclass, 'notifyq.finished'::regclass)""")
+
+
+@pytest.fixture(scope="module")
+async def sessions(crowd: str) -> AsyncIterator[dict[str, Any]]:
+    """A worker's connection for each moment, and a person's, in the crowded database."""
+    conns: dict[str, Any] = {}
+    for moment in MOMENTS:
+        conns[moment] = await store.connect_worker(crowd, "test")
+        conns[f"person, {moment}"] = await store.connect(crowd, role="test")
+    yield conns
+    for conn in conns.values():
+        conn.terminate()
+
+
+async def plan_of(conn: Any, name: str) -> list[dict[str, Any]]:
+    """The nodes of the plan that asyncpg's prepared statement runs with: the generic one."""
+    count = len((await conn.prepare(SQL[name])).get_parameters())
+    arguments = f"({', '.join(['NULL'] * count)})" if count else ""
+    await conn.execute(f"PREPARE planned AS {SQL[name]}")
+    plan = json.loads(await conn.fetchval(f"EXPLAIN (FORMAT JSON) EXECUTE planned{arguments}"))
+    await conn.execute("DEALLOCATE planned")
+    nodes, todo = [], [plan[0]["Plan"]]
+    while todo:
+        nodes.append(todo.pop())
+        todo += nodes[-1].get("Plans", [])
+    return nodes
+
+
+def assert_plan(name: str, nodes: list[dict[str, Any]]) -> None:
+    used = set()
+    for node in nodes:
+        relation, index = node.get("Relation Name"), node.get("Index Name", "")
+        if index.startswith(("task_", "finished_")):
+            used.add(index)
+            assert "Index Cond" in node, f"{name} reads all of {index}: {node}"
+        elif relation in ("task", "finished") and "Scan" in node["Node Type"]:
+            assert node["Node Type"] == "Bitmap Heap Scan", f"{name}: {node}"
+        assert node["Node Type"] != "Sort" or name in ("release", "rescue", "tick"), f"{name} sorts: {node}"
+    assert " ".join(sorted(used)) == STATEMENTS[name].indexes
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+async def test_plans_in_a_crowd(sessions: dict[str, Any], moment: str) -> None:
+    conn = sessions[moment]
+    async with rolled_back(conn, moment):
+        for name in WORKERS:
+            assert_plan(name, await plan_of(conn, name))
+
+
+async def test_plans_in_an_empty_database(worker: Any) -> None:
+    """A plan made here may be kept for hours."""
+    for name in WORKERS:
+        assert_plan(name, await plan_of(worker, name))
+
+
+TOUCHED = """
+    SELECT coalesce(sum(pg_stat_get_xact_tuples_returned(oid)), 0)::bigint
+    FROM pg_class
+    WHERE relnamespace = 'notifyq'::regnamespace AND (relname LIKE 'task%' OR relname LIKE 'finished%')"""
+
+
+async def touched(conn: Any, run: Callable[[], Any]) -> tuple[Any, int]:
+    """What it returns, and how many entries of indexes and rows of scans it read for that, as the server counted."""
+    before = await conn.fetchval(TOUCHED)
+    result = await run()
+    return result, await conn.fetchval(TOUCHED) - before
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+async def test_nothing_reads_more_than_it_returns(sessions: dict[str, Any], moment: str) -> None:
+    """Of ten tasks: a few dozen index entries each, with three million rows around them."""
+    conn = sessions[moment]
+    async with rolled_back(conn, moment):
+        rooms: dict[str, int] = {"default": 10, "empty": 10}
+        most = {}
+        for name, *rest in (
+            ("finish", ["done"] * 10, [], [], True),
+            ("retry_later", [1.0] * 10, [b"{}"] * 10),
+            ("hand_back",),
+            ("set_aside",),
+        ):
+            jobs, most["claim"] = await touched(conn, lambda: store.claim(conn, 1, rooms, 10))
+            args = [[job.id for job in jobs], [job.attempt for job in jobs], *rest]
+            rows, most[name] = await touched(conn, lambda name=name, args=args: conn.fetch(SQL[name], 1, *args))  # type: ignore[misc]
+            assert len(jobs) == len(rows) == 10
+        jobs, most["adopt"] = await touched(conn, lambda: store.claim(conn, 1, rooms, 10, ["Strange", "Other"]))
+        assert len(jobs) == 10
+        args = [len(jobs), "ok", [job.id for job in jobs], [job.attempt for job in jobs]]
+        row, most["tick"] = await touched(conn, lambda: conn.fetchrow(SQL["tick"], 1, *args, ["default"], ["Strange"]))
+        assert row["lost"] == []
+        assert row["aside"]
+        await insert(conn, 10, created_at="2000-01-01", run_at="2001-01-01")
+        row, most["due"] = await touched(conn, lambda: conn.fetchrow(SQL["due"], ["default"], ["default"], 10, None))
+        assert row["promoted"] == 10
+        count, most["prune"] = await touched(conn, lambda: conn.fetchval(SQL["prune"], 60.0, 60.0, 5))
+        assert count == 10
+        assert max(most.values()) <= 200, most  # one transaction: each steps over what those before left
+
+
+async def test_a_claim_costs_the_same_in_a_crowd(sessions: dict[str, Any], worker: Any) -> None:
+    """Pages that a claim of ten looks at: a level or two more of each index it descends, and nothing else."""
+    await register(worker)
+    await worker.execute("INSERT INTO notifyq.task (type) SELECT 'Known' FROM generate_series(1, 10)")
+    pages = []
+    for conn in (worker, sessions["counted now"]):
+        async with rolled_back(conn):
+            await conn.execute(f"PREPARE costed AS {SQL['claim']}")
+            plan = await conn.fetchval("""EXPLAIN (ANALYZE, BUFFERS, TIMING OFF, FORMAT JSON)
+                                          EXECUTE costed(1, '{default,empty}', '{10,10}', 10)""")
+        top = json.loads(plan)[0]["Plan"]
+        assert top["Actual Rows"] == 10
+        pages.append(top["Shared Hit Blocks"] + top["Shared Read Blocks"])
+    small, crowded = pages
+    assert crowded < 200
+    assert crowded < small + 10 * 6, pages
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+async def test_what_people_call_is_looked_up_too(sessions: dict[str, Any], moment: str) -> None:
+    """On an ordinary connection, where the planner has its way."""
+    conn = sessions[f"person, {moment}"]
+    ready, scheduled, running, dead, done = 3001, 3002, 1001, 10_000_010, 10_000_011
+    for query, id, want in (
+        ("SELECT notifyq.cancel($1)", ready, True),
+        ("SELECT notifyq.cancel($1)", scheduled, True),
+        ("SELECT notifyq.cancel($1)", running, True),
+        ("SELECT notifyq.cancel($1)", dead, False),
+        ("SELECT notifyq.retry($1)", dead, True),
+        ("SELECT notifyq.retry($1)", scheduled, True),
+        ("SELECT notifyq.retry($1)", done, False),
+        ("SELECT notifyq.retry($1)", ready, False),
+        ("SELECT id = $1 FROM notifyq.all_tasks WHERE id = $1", ready, True),
+        ("SELECT id = $1 FROM notifyq.all_tasks WHERE id = $1", dead, True),
+    ):
+        async with rolled_back(conn, moment):
+            result, count = await touched(conn, lambda query=query, id=id: conn.fetchval(query, id))  # type: ignore[misc]
+        assert (result, count) == (want, min(count, 6)), f"{query} of {id} read {count}"
+
+
+async def test_the_newest_tasks_are_read_from_the_end(sessions: dict[str, Any]) -> None:
+    conn = sessions["person, counted now"]
+    async with conn.transaction():
+        rows, count = await touched(conn, lambda: conn.fetch(SQL["tasks"], None, None, None, 20, False))
+    assert len(rows) == 20
+    assert count <= 100
+
+
+# --- What they do
+
+
+@pytest.fixture
+async def worker(dsn: str) -> AsyncIterator[Any]:
+    """A worker's connection to the test's database."""
+    conn = await store.connect_worker(dsn, "test")
+    yield conn
+    conn.terminate()
+
+
+async def register(conn: Any, name: str = "host:1", **more: Any) -> int:
+    options = {"types": ["Known"], "allowed": [10], "lease": 30.0, **more}
+    args = (["default"], options["types"], options["allowed"], 100, options["lease"])
+    id: int = await conn.fetchval(SQL["register"], name, *args)
+    return id
+
+
+async def insert(conn: Any, count: int = 1, **columns: Any) -> list[int]:
+    """`insert(db, 3, queue="mail")`: rows with these columns, each an SQL literal by itself."""
+    columns = {"type": "Known", **columns}
+    values = ", ".join("NULL" if v is None else "'" + str(v).replace("'", "''") + "'" for v in columns.values())
+    rows = await conn.fetch(
+        f"INSERT INTO notifyq.task ({', '.join(columns)}) SELECT {values} FROM generate_series(1, $1) RETURNING id",
+        count,
+    )
+    return [row[0] for row in rows]
+
+
+async def held(conn: Any, count: int = 1, worker: int | None = None, **columns: Any) -> tuple[int, list[int]]:
+    """A worker that has claimed `count` tasks: its id and theirs."""
+    await insert(conn, count, **columns)
+    worker = worker or await register(conn)
+    jobs = await store.claim(conn, worker, {"default": count}, count)
+    assert len(jobs) == count
+    return worker, [job.id for job in jobs]
+
+
+async def task(conn: Any, id: int) -> Any:
+    return await conn.fetchrow("SELECT * FROM notifyq.all_tasks WHERE id = $1", id)
+
+
+async def states(conn: Any) -> dict[int, str]:
+    return {row[0]: row[1] for row in await conn.fetch("SELECT id, state FROM notifyq.all_tasks ORDER BY id")}
+
+
+def ids(rows: Any) -> list[int]:
+    return sorted(row[0] for row in rows)
+
+
+async def test_claim_goes_by_priority_then_by_id(worker: Any) -> None:
+    me = await register(worker)
+    low, first, second, top, last = [
+        (await insert(worker, priority=priority))[0] for priority in (-32768, 5, 5, 32767, 0)
+    ]
+    jobs = await store.claim(worker, me, {"default": 3}, 3)
+    assert [job.id for job in jobs] == [top, first, second]
+    assert [job.id for job in await store.claim(worker, me, {"default": 3}, 3)] == [last, low]
+
+
+async def test_claim_keeps_to_each_queues_room_and_to_the_limit(worker: Any) -> None:
+    me = await register(worker)
+    for queue in "abc":
+        await insert(worker, 5, queue=queue)
+    jobs = await store.claim(worker, me, {"a": 2, "b": 3, "nobody": 9}, 4)
+    assert [job.queue for job in jobs] == ["a", "a", "b", "b"]
+    jobs = await store.claim(worker, me, {"b": 9, "a": 0}, 100)
+    assert [job.queue for job in jobs] == ["b", "b", "b"]
+
+
+async def test_claim_says_what_a_handler_needs(worker: Any) -> None:
+    me = await register(worker)
+    (id,) = await insert(worker, payload='{"to": "ä"}', priority=7, max_attempts=3)
+    (job,) = await store.claim(worker, me, {"default": 1}, 1)
+    assert (job.id, job.worker, job.attempt, job.priority, job.max_attempts) == (id, me, 1, 7, 3)
+    assert (job.type, job.queue, job.payload) == ("Known", "default", '{"to": "ä"}'.encode())
+    row = await task(worker, id)
+    assert (row["state"], row["worker"], row["attempts"]) == ("running", "host:1", 1)
+    assert row["processing_at"] > row["created_at"] == job.created_at
+
+
+async def test_claim_leaves_what_is_running_scheduled_or_aside(worker: Any) -> None:
+    me, _ = await held(worker, 1)
+    await insert(worker, run_at="2999-01-01")
+    await insert(worker, aside=True)
+    (promoted,) = await insert(worker, run_at="2999-01-01", promoted=True)
+    (early,) = await insert(worker, run_at="-infinity")
+    assert [job.id for job in await store.claim(worker, me, {"default": 9}, 9)] == [promoted, early]
+
+
+async def test_two_claims_at_once_share(worker: Any, dsn: str) -> None:
+    """The second steps over what the first has locked, without waiting; what the first rolls back is there again."""
+    me = await register(worker)
+    all_ids = await insert(worker, 5)
+    other: Any = await store.connect_worker(dsn, "test")
+    transaction = other.transaction()
+    await transaction.start()
+    with anyio.fail_after(5):
+        assert [job.id for job in await store.claim(other, me, {"default": 2}, 2)] == all_ids[:2]
+        assert [job.id for job in await store.claim(worker, me, {"default": 9}, 9)] == all_ids[2:]
+        await transaction.rollback()
+        assert [job.id for job in await store.claim(worker, me, {"default": 9}, 9)] == all_ids[:2]
+    other.terminate()
+
+
+async def test_a_worker_that_was_given_up_claims_nothing(worker: Any) -> None:
+    (id,) = await insert(worker)
+    await insert(worker, aside=True)
+    assert await store.claim(worker, 99, {"default": 9}, 9) == []
+    assert await store.claim(worker, 99, {"default": 9}, 9, ["Known"]) == []
+    assert (await task(worker, id))["attempts"] == 0
+
+
+@pytest.mark.parametrize("at", ["infinity", "-infinity", "20000-01-01", "4000-01-01 BC", "0001-01-01"])
+async def test_an_odd_created_at_is_claimed_all_the_same(worker: Any, at: str) -> None:
+    """It is a time that Python's datetime doesn't have, in one row of a batch that is already leased."""
+    me = await register(worker)
+    await insert(worker, 2)
+    await insert(worker, created_at=at, run_at="-infinity")
+    await insert(worker, created_at=at, aside=True)
+    assert len(await store.claim(worker, me, {"default": 9}, 9)) == 3
+    assert len(await store.claim(worker, me, {"default": 9}, 9, ["Known"])) == 1
+
+
+@pytest.mark.parametrize("attempts", [-32768, -1, 32766, 32767])
+async def test_odd_attempts_are_claimed_all_the_same(worker: Any, attempts: int) -> None:
+    """One row whose counter would overflow must not keep the whole queue from being claimed."""
+    me = await register(worker)
+    await insert(worker, attempts=attempts)
+    await insert(worker, 2)
+    jobs = await store.claim(worker, me, {"default": 9}, 9)
+    assert [job.attempt for job in jobs] == [min(attempts + 1, 32767), 1, 1]
+
+
+async def test_a_payload_too_large_to_hold_comes_as_none(worker: Any) -> None:
+    """By what it takes in the table. One that compressed well comes whole, and is found when it is decoded."""
+    me = await register(worker)
+    limit = 16 * 1024 * 1024
+    async with rolled_back(worker):
+        await worker.execute("ALTER TABLE notifyq.task ALTER payload SET STORAGE EXTERNAL")
+        insert = "INSERT INTO notifyq.task (type, payload) VALUES ('Known', to_jsonb(repeat('x', $1)))"
+        for size in (limit - 100, limit + 100):
+            await worker.execute(insert, size)
+        small, large = await store.claim(worker, me, {"default": 9}, 9)
+    assert small.payload is not None
+    assert len(small.payload) == limit - 98
+    assert large.payload is None
+
+
+HOSTILE = [
+    "it's",
+    '"quoted"',
+    "'); DROP SCHEMA notifyq CASCADE; --",
+    "back\\slash",
+    "{a,b}",
+    "NULL",
+    "$1",
+    "%s",
+    " ",
+    "new\nline",
+    "\ud83d\ude00".encode("utf-16", "surrogatepass").decode("utf-16"),
+    "a\u0301\u202e",
+    "\U0001f600" * 200,
+]
+
+
+@pytest.mark.parametrize("name", HOSTILE, ids=range(len(HOSTILE)))
+async def test_hostile_names_of_queues_and_types(worker: Any, name: str) -> None:
+    """Through every array and every statement, to the end and back; 200 characters of four bytes fit each index."""
+    me = await register(worker, types=[name])
+    await insert(worker, 2, queue=name, type=name)
+    jobs = await store.claim(worker, me, {name: 9}, 9)
+    keys = [job.id for job in jobs], [job.attempt for job in jobs]
+    assert {(job.queue, job.type) for job in jobs} == {(name, name)}
+    assert len(await worker.fetch(SQL["set_aside"], me, *keys)) == 2
+    assert (await worker.fetchrow(SQL["tick"], me, 0, "ok", [], [], [name], [name]))["aside"]
+    assert len(await store.claim(worker, me, {name: 9}, 9, [name])) == 2
+    assert len(await worker.fetch(SQL["finish"], me, *keys, ["done"] * 2, [], [], True)) == 2
+    assert await worker.fetchval("SELECT count(*) FROM notifyq.all_tasks WHERE queue = $1 AND type = $1", name) == 2
+
+
+@pytest.mark.parametrize("column", ["queue", "type"])
+async def test_a_name_of_201_characters_is_refused(worker: Any, column: str) -> None:
+    with pytest.raises(asyncpg.CheckViolationError):
+        await insert(worker, **{column: "x" * 201})
+
+
+async def test_adopt_takes_only_what_is_aside_and_known(worker: Any) -> None:
+    me = await register(worker)
+    await insert(worker)
+    await insert(worker, aside=True, type="Strange")
+    await insert(worker, aside=True, queue="mail")
+    low, high = (await insert(worker, aside=True))[0], (await insert(worker, aside=True, priority=1))[0]
+    jobs = await store.claim(worker, me, {"default": 9}, 9, ["Known", "Other"])
+    assert [job.id for job in jobs] == [high, low]
+    assert await worker.fetchval("SELECT count(*) FROM notifyq.task WHERE aside") == 2
+    assert await store.claim(worker, me, {"default": 1, "mail": 0}, 9, ["Strange"]) != []
+
+
+async def test_due_promotes_and_tells_the_next(worker: Any) -> None:
+    past: dict[str, Any] = {"created_at": "2000-01-01", "run_at": "2001-01-01"}
+    overdue = await insert(worker, 3, **past)
+    await insert(worker, queue="other", **past)
+    await insert(worker, run_at="2999-01-01")
+    (soon,) = await insert(worker)
+    await worker.execute("UPDATE notifyq.task SET run_at = created_at + interval '1 h' WHERE id = $1", soon)
+    row = await worker.fetchrow(SQL["due"], ["default", "none"], [], 2, None)
+    assert row["promoted"] == 2, "at most so many"
+    row = await worker.fetchrow(SQL["due"], ["default", "none"], [], 2, None)
+    assert row["promoted"] == 1
+    assert 3590 < row["next_seconds"] <= 3600
+    assert (row["blocked"], row["inserted"], row["echo"]) == (False, 6, None)
+    assert {id for id, state in (await states(worker)).items() if state == "ready"} == set(overdue)
+
+
+async def test_due_sees_what_waits_in_a_queue_without_room(worker: Any) -> None:
+    assert not (await worker.fetchrow(SQL["due"], [], ["default"], 9, None))["blocked"]
+    await insert(worker, run_at="2999-01-01")
+    assert not (await worker.fetchrow(SQL["due"], [], ["default"], 9, None))["blocked"]
+    await insert(worker)
+    assert (await worker.fetchrow(SQL["due"], [], ["none", "default"], 9, None))["blocked"]
+
+
+@pytest.mark.parametrize("at", ["infinity", "294276-12-31 23:59:59"])
+async def test_a_run_at_beyond_all_days_stops_nobody(worker: Any, at: str) -> None:
+    await insert(worker, run_at=at)
+    row = await worker.fetchrow(SQL["due"], ["default"], [], 9, None)
+    assert row["next_seconds"] > 9e12
+    await insert(worker, run_at="2999-01-01")
+    assert (await worker.fetchrow(SQL["due"], ["default"], [], 9, None))["next_seconds"] < 9e12
+
+
+async def test_due_of_two_workers_at_once(worker: Any, dsn: str) -> None:
+    """A row that another promotes at this moment is stepped over, and isn't told as the next one either."""
+    await insert(worker, 2, created_at="2000-01-01", run_at="2001-01-01")
+    other: Any = await store.connect_worker(dsn, "test")
+    transaction = other.transaction()
+    await transaction.start()
+    assert (await other.fetchrow(SQL["due"], ["default"], [], 9, None))["promoted"] == 2
+    with anyio.fail_after(5):
+        row = await worker.fetchrow(SQL["due"], ["default"], [], 9, None)
+    assert (row["promoted"], row["next_seconds"]) == (0, None)
+    await transaction.rollback()
+    other.terminate()
+
+
+FENCED: dict[str, list[Any]] = {
+    "finish": [["done"], [], [], True],
+    "retry_later": [[0.0], [b'{"error": "x"}']],
+    "hand_back": [],
+    "set_aside": [],
+}
+
+
+@pytest.mark.parametrize("name", FENCED)
+async def test_a_lost_lease_settles_nothing(worker: Any, name: str) -> None:
+    """Not another worker's, not another attempt's, not an unknown id's: the row stays as it is, to the last column."""
+    me, (id,) = await held(worker)
+    other = await register(worker, "other:1")
+    (unclaimed,) = await insert(worker)
+    before = await worker.fetch("SELECT * FROM notifyq.task ORDER BY id")
+    for by, target, attempt in (
+        (other, id, 1),
+        (me, id, 2),
+        (me, id, 0),
+        (me, unclaimed, 0),
+        (me, unclaimed, 1),
+        (me, 10**15, 1),
+        (99, id, 1),
+    ):
+        assert await worker.fetch(SQL[name], by, [target], [attempt], *FENCED[name]) == []
+        assert await worker.fetch("SELECT * FROM notifyq.task ORDER BY id") == before
+    assert await worker.fetchval("SELECT count(*) FROM notifyq.finished") == 0
+    assert ids(await worker.fetch(SQL[name], me, [id], [1], *FENCED[name])) == [id]
+    assert await worker.fetch(SQL[name], me, [id], [1], *FENCED[name]) == [], "a second time nothing"
+
+
+@pytest.mark.parametrize("name", FENCED)
+async def test_a_batch_applies_to_what_is_still_held(worker: Any, name: str) -> None:
+    me, mine = await held(worker, 3)
+    await worker.execute("UPDATE notifyq.task SET attempts = 2 WHERE id = $1", mine[1])
+    args = [argument * 3 if isinstance(argument, list) else argument for argument in FENCED[name]]
+    rows = await worker.fetch(SQL[name], me, mine, [1, 1, 1], *args)
+    assert ids(rows) == [mine[0], mine[2]]
+    assert (await task(worker, mine[1]))["state"] == "running"
+
+
+@pytest.mark.parametrize("name", FENCED)
+async def test_an_empty_batch_is_nothing(worker: Any, name: str) -> None:
+    args = [[] if isinstance(argument, list) else argument for argument in FENCED[name]]
+    assert await worker.fetch(SQL[name], 1, [], [], *args) == []
+
+
+async def test_finish_keeps_the_outcome(worker: Any) -> None:
+    me, (done, dead, cancelled) = await held(worker, 3, payload='{"a": 1}', priority=2, max_attempts=4)
+    errors = [None, b'{"attempt": 1, "error": "oh", "traceback": "..."}', b'{"attempt": 1, "error": "no"}']
+    results = [b'{"x": [1]}', None, None]
+    rows = await worker.fetch(
+        SQL["finish"], me, [done, dead, cancelled], [1, 1, 1], ["done", "dead", "cancelled"], results, errors, True
+    )  # fmt: skip
+    assert ids(rows) == [done, dead, cancelled]
+    row = await task(worker, done)
+    assert (row["state"], row["result"], row["error"], row["errors"]) == ("done", b'{"x": [1]}', None, None)
+    assert (row["worker"], row["payload"], row["priority"], row["max_attempts"]) == (
+        "host:1",
+        b'{"a": 1}',
+        2,
+        4,
+    )
+    assert row["created_at"] <= row["processing_at"] <= row["processed_at"]
+    row = await task(worker, dead)
+    (error,) = json.loads(row["errors"])
+    assert (row["state"], row["error"], error["traceback"], error["attempt"]) == ("dead", "oh", "...", 1)
+    assert error["at"].startswith("20")
+    assert (await task(worker, cancelled))["error"] == "no"
+    assert await worker.fetchval("SELECT count(*) FROM notifyq.task") == 0
+
+
+async def test_without_history_only_the_dead_are_kept(worker: Any) -> None:
+    me, all_ids = await held(worker, 3)
+    rows = await worker.fetch(SQL["finish"], me, all_ids, [1, 1, 1], ["done", "dead", "cancelled"], [], [], False)
+    assert ids(rows) == all_ids
+    assert await states(worker) == {all_ids[1]: "dead"}
+
+
+async def test_an_unknown_state_is_refused_whole(worker: Any) -> None:
+    me, all_ids = await held(worker, 2)
+    with pytest.raises(asyncpg.CheckViolationError):
+        await worker.fetch(SQL["finish"], me, all_ids, [1, 1], ["done", "lost"], [], [], True)
+    assert set((await states(worker)).values()) == {"running"}
+
+
+async def test_retry_later_schedules_and_remembers(worker: Any) -> None:
+    me, (soon, later) = await held(worker, 2)
+    errors = [b'{"attempt": 1, "error": "one"}'] * 2
+    await worker.fetch(SQL["retry_later"], me, [soon, later], [1, 1], [0.0, 3600.0], errors)
+    assert await states(worker) == {soon: "ready", later: "scheduled"}
+    row = await task(worker, later)
+    assert 3590 < (row["run_at"] - row["processed_at"]).total_seconds() < 3610
+    assert (row["attempts"], row["worker"], row["error"]) == (1, None, "one")
+    await store.claim(worker, me, {"default": 1}, 1)
+    await worker.fetch(SQL["retry_later"], me, [soon], [2], [9.0], [b'{"attempt": 2, "error": "two", "at": "x"}'])
+    first, second = json.loads((await task(worker, soon))["errors"])
+    assert (first["error"], second["error"]) == ("one", "two")
+    assert second["at"] > first["at"], "by the database's clock, whatever the worker says"
+
+
+async def test_a_handed_back_attempt_did_not_happen(worker: Any) -> None:
+    me, (id,) = await held(worker, 1)
+    await worker.fetch(SQL["hand_back"], me, [id], [1])
+    row = await task(worker, id)
+    assert (row["state"], row["attempts"], row["errors"], row["processed_at"]) == ("ready", 0, None, None)
+    (job,) = await store.claim(worker, me, {"default": 1}, 1)
+    assert job.attempt == 1
+
+
+async def test_handed_back_after_its_time_had_come_it_is_still_ready(worker: Any) -> None:
+    await insert(worker, created_at="2000-01-01", run_at="2001-01-01")
+    await worker.fetchrow(SQL["due"], ["default"], [], 9, None)
+    me = await register(worker)
+    (job,) = await store.claim(worker, me, {"default": 1}, 1)
+    await worker.fetch(SQL["hand_back"], me, [job.id], [1])
+    assert await states(worker) == {job.id: "ready"}
+
+
+async def test_set_aside_keeps_out_of_the_way(worker: Any) -> None:
+    me, (id,) = await held(worker, 1)
+    await worker.fetch(SQL["set_aside"], me, [id], [1])
+    row = await task(worker, id)
+    assert (row["state"], row["attempts"]) == ("ready", 0)
+    assert await store.claim(worker, me, {"default": 1}, 1) == []
+    (job,) = await store.claim(worker, me, {"default": 1}, 1, ["Known"])
+    assert (job.id, job.attempt) == (id, 1)
+
+
+async def silent(conn: Any, worker: int, seconds: float) -> None:
+    await conn.execute(
+        "UPDATE notifyq.worker SET seen_at = now() - make_interval(secs => $2) WHERE id = $1", worker, seconds
+    )
+
+
+async def test_tick_is_a_sign_of_life_and_hears_of_lost_leases(worker: Any) -> None:
+    me, (mine, gone, again) = await held(worker, 3)
+    quiet, quieter = await register(worker, "quiet:1"), await register(worker, "quieter:1")
+    await silent(worker, me, 20)
+    await silent(worker, quiet, 3)
+    await silent(worker, quieter, 5)
+    await register(worker, "loud:1")
+    await worker.execute("DELETE FROM notifyq.task WHERE id = $1", gone)
+    await worker.execute("UPDATE notifyq.task SET attempts = 2 WHERE id = $1", again)
+    args = (me, 2, "busy", [mine, gone, again], [1, 1, 1], ["default"], ["Known"])
+    row = await worker.fetchrow(SQL["tick"], *args)
+    assert row["registered"]
+    assert not row["aside"]
+    assert sorted(row["lost"]) == [gone, again]
+    assert row["silent"] == [quieter, quiet]
+    seen = await worker.fetchrow(
+        "SELECT running, status, now() - seen_at < interval '9 s' FROM notifyq.worker WHERE id = $1", me
+    )
+    assert tuple(seen) == (2, "busy", True)
+    assert not (await worker.fetchrow(SQL["tick"], 99, *args[1:]))["registered"]
+
+
+async def test_tick_sees_only_what_is_aside_for_it(worker: Any) -> None:
+    me = await register(worker)
+    await insert(worker, aside=True, type="Strange")
+    await insert(worker, aside=True, queue="mail")
+    await insert(worker)
+
+    async def aside(queues: list[str], types: list[str]) -> bool:
+        row = await worker.fetchrow(SQL["tick"], me, 0, "ok", [], [], queues, types)
+        return bool(row["aside"])
+
+    assert not await aside(["default"], ["Known"])
+    assert await aside(["default", "mail"], ["Other", "Known"])
+
+
+LOCK = "SELECT pg_try_advisory_lock(1852990827, $1)"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "locked", "rescued"),
+    [(0, False, False), (1.5, False, False), (2.5, False, True), (2.5, True, False), (31, True, True)],
+)
+async def test_rescue_only_of_the_dead(worker: Any, dsn: str, seconds: float, locked: bool, rescued: bool) -> None:
+    """Its lock free and not seen for 2 seconds, or not seen for its lease of 30, lock or no lock."""
+    me, (id,) = await held(worker)
+    its_own = await store.connect_worker(dsn, "test")
+    if locked:
+        assert await its_own.fetchval(LOCK, me)
+    await silent(worker, me, seconds)
+    row = await worker.fetchrow(SQL["rescue"], me, 100)
+    assert tuple(row) == (("host:1", 1, 0) if rescued else (None, 0, 0))
+    assert (await task(worker, id))["state"] == ("ready" if rescued else "running")
+    its_own.terminate()
+
+
+async def test_rescue_counts_as_an_attempt_and_says_why(worker: Any) -> None:
+    me, (id,) = await held(worker)
+    await silent(worker, me, 5)
+    await worker.fetchrow(SQL["rescue"], me, 100)
+    row = await task(worker, id)
+    (error,) = json.loads(row["errors"])
+    assert (row["attempts"], error["attempt"]) == (1, 1)
+    assert row["error"] == "its worker host:1 vanished while it ran"
+    other = await register(worker, "other:1")
+    (job,) = await store.claim(worker, other, {"default": 1}, 1)
+    assert job.attempt == 2
+
+
+@pytest.mark.parametrize(
+    ("columns", "allowed", "dead"),
+    [
+        ({"attempts": 8}, 10, False),
+        ({"attempts": 9}, 10, True),
+        ({"attempts": 2}, 3, True),
+        ({"attempts": 2, "max_attempts": 4}, 3, False),
+        ({"attempts": 0, "max_attempts": 1}, 3, True),
+        ({"attempts": 8, "type": "Strange"}, 3, False),
+        ({"attempts": 9, "type": "Strange"}, 3, True),
+    ],
+)
+async def test_rescue_ends_what_has_spent_its_attempts(
+    worker: Any, columns: dict[str, Any], allowed: int, dead: bool
+) -> None:
+    """What the row says, else what its worker said of the type, else 10."""
+    me = await register(worker, allowed=[allowed])
+    _, (id,) = await held(worker, worker=me, payload='{"a": 1}', **columns)
+    await silent(worker, me, 5)
+    row = await worker.fetchrow(SQL["rescue"], me, 100)
+    assert tuple(row) == ("host:1", int(not dead), int(dead))
+    row = await task(worker, id)
+    assert row["state"] == ("dead" if dead else "ready")
+    assert (row["attempts"], row["payload"]) == (columns["attempts"] + 1, b'{"a": 1}')
+    assert "vanished" in row["error"]
+    assert row["worker"] == ("host:1" if dead else None)
+
+
+async def test_a_rescue_in_pieces_buries_the_worker_at_the_end(worker: Any) -> None:
+    me, _ = await held(worker, 5)
+    await silent(worker, me, 5)
+    found = [tuple(await worker.fetchrow(SQL["rescue"], me, 2)) for _ in range(5)]
+    assert found == [
+        ("host:1", 2, 0),
+        ("host:1", 2, 0),
+        ("host:1", 1, 0),
+        ("host:1", 0, 0),
+        (None, 0, 0),
+    ]
+    assert await worker.fetchval("SELECT count(*) FROM notifyq.worker") == 0
+
+
+async def test_two_rescuers_take_turns(worker: Any, dsn: str) -> None:
+    me, _ = await held(worker, 2)
+    await silent(worker, me, 5)
+    other: Any = await store.connect_worker(dsn, "test")
+    transaction = other.transaction()
+    await transaction.start()
+    assert tuple(await other.fetchrow(SQL["rescue"], me, 1)) == ("host:1", 1, 0)
+    with anyio.fail_after(5):
+        assert tuple(await worker.fetchrow(SQL["rescue"], me, 9)) == (None, 0, 0)
+    await transaction.commit()
+    assert tuple(await worker.fetchrow(SQL["rescue"], me, 9)) == ("host:1", 1, 0)
+    other.terminate()
+
+
+async def test_rescue_leaves_what_is_being_settled(worker: Any, dsn: str) -> None:
+    """The worker wasn't quite dead: what it settles at this moment is settled, once."""
+    me, (first, second) = await held(worker, 2)
+    await silent(worker, me, 5)
+    settler: Any = await store.connect_worker(dsn, "test")
+    transaction = settler.transaction()
+    await transaction.start()
+    await settler.fetch(SQL["finish"], me, [first], [1], ["done"], [], [], True)
+    with anyio.fail_after(5):
+        assert tuple(await worker.fetchrow(SQL["rescue"], me, 9)) == ("host:1", 1, 0)
+    await transaction.commit()
+    assert await states(worker) == {first: "done", second: "ready"}
+    settler.terminate()
+
+
+async def test_orphans_are_ready_again(worker: Any) -> None:
+    _, (mine,) = await held(worker)
+    gone, (orphan,) = await held(worker, worker=await register(worker, "gone:1"))
+    await worker.execute("DELETE FROM notifyq.worker WHERE id = $1", gone)
+    assert await worker.fetchval(SQL["orphans"]) == 1
+    assert await states(worker) == {mine: "running", orphan: "ready"}
+    assert await worker.fetchval(SQL["orphans"]) == 0
+
+
+async def test_prune_by_age_each_state_by_its_own(worker: Any) -> None:
+    me, all_ids = await held(worker, 6)
+    outcomes = ["done", "dead", "cancelled"] * 2
+    await worker.fetch(SQL["finish"], me, all_ids, [1] * 6, outcomes, [], [], True)
+    await worker.execute(
+        "UPDATE notifyq.finished SET processed_at = now() - interval '1 h' WHERE id = ANY ($1)", all_ids[:3]
+    )
+    await insert(worker)
+    assert await worker.fetchval(SQL["prune"], 7200.0, 7200.0, 100) == 0
+    assert await worker.fetchval(SQL["prune"], 60.0, 7200.0, 100) == 2
+    assert await worker.fetchval(SQL["prune"], 60.0, 60.0, 100) == 1
+    assert await worker.fetchval(SQL["prune"], 0.0, 60.0, 1) == 1, "no more than the limit"
+    assert await worker.fetchval(SQL["prune"], 0.0, 60.0, 1) == 1
+    assert await worker.fetchval(SQL["prune"], 0.0, 60.0, 1) == 0
+    assert sorted((await states(worker)).values()) == ["dead", "ready"]
+
+
+async def test_release_hands_back_all_of_one_worker(worker: Any) -> None:
+    me, mine = await held(worker, 3)
+    _, (other,) = await held(worker, worker=await register(worker, "other:1"))
+    assert await worker.fetchval(SQL["release"], me) == 3
+    assert await states(worker) == {**dict.fromkeys(mine, "ready"), other: "running"}
+    assert await worker.fetchval("SELECT max(attempts) FROM notifyq.task WHERE worker IS NULL") == 0
+
+
+async def test_a_worker_that_holds_a_task_stays_registered(worker: Any) -> None:
+    me, _ = await held(worker)
+    await worker.execute(SQL["unregister"], me)
+    assert await worker.fetchval("SELECT count(*) FROM notifyq.worker") == 1
+    await worker.fetchval(SQL["release"], me)
+    await worker.execute(SQL["unregister"], me)
+    assert await worker.fetchval("SELECT count(*) FROM notifyq.worker") == 0
+
+
+async def test_evict_ends_that_workers_door_and_no_other(worker: Any, dsn: str, db: Any) -> None:
+    doors = [await store.connect_worker(dsn, role) for role in ("door 7", "door 77", "claims 7")]
+    assert await worker.fetchval(SQL["evict"], 7) == 1
+    assert await worker.fetchval(SQL["evict"], 8) == 0
+    with pytest.raises((asyncpg.PostgresError, asyncpg.InterfaceError, OSError)):
+        await doors[0].fetchval("SELECT 1")
+    assert [await door.fetchval("SELECT 1") for door in doors[1:]] == [1, 1]
+    for door in doors:
+        door.terminate()
+
+
+# Who says "look again". A claim or a promotion that rang would wake the whole fleet for nothing.
+RINGS: dict[str, tuple[Any, Callable[[Any, int, int], Any]]] = {
+    "claim": (False, lambda c, w, id: store.claim(c, w, {"default": 9}, 9)),
+    "due": (False, lambda c, w, id: c.fetchrow(SQL["due"], ["default"], [], 9, None)),
+    "tick": (False, lambda c, w, id: c.fetchrow(SQL["tick"], w, 0, "ok", [id], [1], ["default"], ["Known"])),
+    "finish": (False, lambda c, w, id: c.fetch(SQL["finish"], w, [id], [1], ["done"], [], [], True)),
+    "set_aside": ("aside", lambda c, w, id: c.fetch(SQL["set_aside"], w, [id], [1])),
+    "retry_later": (True, lambda c, w, id: c.fetch(SQL["retry_later"], w, [id], [1], [9.0], [b"{}"])),
+    "hand_back": (True, lambda c, w, id: c.fetch(SQL["hand_back"], w, [id], [1])),
+    "release": (True, lambda c, w, id: c.fetchval(SQL["release"], w)),
+    "rescue": (True, lambda c, w, id: c.fetchrow(SQL["rescue"], w, 9)),
+    "insert": (True, lambda c, w, id: insert(c)),
+    "enqueue": (True, lambda c, w, id: c.fetch(SQL["enqueue"], "T", "{}", "q", None, None, 0, None)),
+    "enqueue_many": (
+        True,
+        lambda c, w, id: c.fetch(SQL["enqueue_many"], ["T"], ["{}"], "q", None, None, 0, None),
+    ),
+    "echo": ("hello", lambda c, w, id: c.fetchrow(SQL["due"], [], [], 9, "hello")),
+}
+
+
+@pytest.mark.parametrize("name", RINGS)
+async def test_who_rings_while_somebody_sleeps(worker: Any, db: Any, connect: Sessions, name: str) -> None:
+    want, act = RINGS[name]
+    me, (id,) = await held(worker)
+    await insert(worker, created_at="2000-01-01", run_at="2001-01-01")
+    await silent(worker, me, 5)
+    sleeper = await connect()
+    heard: list[str] = []
+    await db.add_listener("notifyq", lambda *args: heard.append(args[3]))
+    async with sleeper.transaction():
+        await sleeper.execute("LOCK TABLE notifyq.bell IN SHARE MODE")
+        await act(worker, me, id)
+        await worker.execute("NOTIFY notifyq, 'the end'")
+        with anyio.fail_after(5):
+            while "the end" not in heard:
+                await anyio.sleep(0.001)
+    assert heard[:-1] == ([""] if want is True else [want] if want else [])
+
+
+async def test_a_ring_that_fails_aborts_nobodys_insert(worker: Any) -> None:
+    async with rolled_back(worker):
+        await worker.execute("DROP TABLE notifyq.bell")
+        assert len(await insert(worker)) == 1
+
+
+async def test_the_schema_on_disk_is_the_one_that_is_tested(worker: Any) -> None:
+    assert await schema.check(worker) == schema.SCHEMA_VERSION
