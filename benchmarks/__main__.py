@@ -26,7 +26,7 @@ async def one(name: str, dsn: str, server: Server | None) -> list[Line]:
         case "insert":
             return await insert.run(dsn, server.binaries.bin_dir if server else None)
         case _:
-            return await idle.run(dsn)
+            return await idle.run(None if server else dsn)
 
 
 async def migrate(dsn: str) -> str:
@@ -47,9 +47,7 @@ def main() -> None:
     with ExitStack() as stack:
         server = None if options.dsn else stack.enter_context(Server(durable=True))
         dsn = options.dsn or (server.dsn() if server else "")
-        print(
-            f"PostgreSQL {asyncio.run(migrate(dsn))}, {'embedded, fsync on' if server else 'the given server'}"
-        )
+        print(f"PostgreSQL {asyncio.run(migrate(dsn))}, {'embedded, fsync on' if server else 'the given server'}")
         for name in options.names or NAMES:
             for line in asyncio.run(one(name, dsn, server)):
                 print(line, flush=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -59,8 +59,8 @@ median = statistics.median
 
 
 @contextmanager
-def worker_process(dsn: str, *args: str) -> Iterator[None]:
-    """`notifyq worker benchmarks.common:app`, ready when this begins, drained when it ends."""
+def worker_process(dsn: str, *args: str) -> Generator[int, None, None]:
+    """`notifyq worker benchmarks.common:app`, ready when this begins; yields its pid; stopped at the end."""
     command = [sys.executable, "-m", "notifyq", "worker", "benchmarks.common:app", "--dsn", dsn, *args]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     try:
@@ -70,7 +70,7 @@ def worker_process(dsn: str, *args: str) -> Iterator[None]:
                 break
         else:
             raise RuntimeError("the worker didn't start")
-        yield
+        yield process.pid
     finally:
         process.terminate()
         process.communicate()

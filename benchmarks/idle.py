@@ -1,61 +1,47 @@
-"""What an idle worker with 20 queues costs: its statements a second, and the CPU seconds of its process and backends."""
+"""What an idle worker with 20 queues costs: its statements a second, and the CPU of its process and backends.
+
+On a server of its own, which counts statements (pg_stat_statements); with --dsn that extension must be there.
+"""
 
 from __future__ import annotations
 
 import asyncio
-import subprocess
-import sys
+from contextlib import ExitStack
 
-from notifyq import store
+from notifyq import schema, store
+from notifyq.embedded import Server
 
-from .common import Line
+from .common import Line, worker_process
 
-SECONDS = 20.0
+SECONDS = 30.0
+BACKENDS = "SELECT pid FROM pg_stat_activity WHERE application_name ~ '^notifyq (door|claims|settle|keeper)'"
 
 
-async def run(dsn: str) -> list[Line]:
+async def run(given: str | None) -> list[Line]:
+    with ExitStack() as stack:
+        preload = {"shared_preload_libraries": "pg_stat_statements"}
+        dsn = given or stack.enter_context(Server(durable=True, settings=preload)).dsn()
+        return await measure(dsn)
+
+
+async def measure(dsn: str) -> list[Line]:
     conn = await store.connect(dsn)
+    await schema.migrate(conn)
+    await conn.execute("CREATE EXTENSION IF NOT EXISTS pg_stat_statements")
     queues = [argument for n in range(20) for argument in ("-q", f"queue{n}")]
-    command = [sys.executable, "-m", "notifyq", "worker", "benchmarks.common:app", "--dsn", dsn, *queues]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-    try:
-        while (
-            await conn.fetchval("SELECT count(*) FROM pg_stat_activity WHERE state = 'idle in transaction'")
-            == 0
-        ):
-            await asyncio.sleep(0.1)
+    with worker_process(dsn, *queues) as pid:
         await asyncio.sleep(2)
-        pids = [
-            row[0]
-            for row in await conn.fetch(
-                "SELECT pid FROM pg_stat_activity WHERE application_name ~ '^notifyq (door|claims|settle|keeper)'"
-            )
-        ]
-        before, backends = cpu(process.pid), sum(map(cpu, pids))
-        # Each of an idle worker's transactions is one statement, but for the one that sleeps: three in 30 s.
-        count = (
-            "SELECT sum(xact_commit + xact_rollback) FROM pg_stat_database WHERE datname = current_database()"
-        )
-        await conn.execute("SELECT pg_stat_clear_snapshot()")
-        first = await conn.fetchval(count)
+        pids = [row[0] for row in await conn.fetch(BACKENDS)]
+        before, backends = cpu(pid), sum(map(cpu, pids))
+        await conn.execute("SELECT pg_stat_statements_reset()")
         await asyncio.sleep(SECONDS)
-        await asyncio.sleep(1.5)  # the statistics of an idle backend are flushed once a second
-        last = await conn.fetchval(count)
-        share = (cpu(process.pid) - before) / (SECONDS + 1.5)
-        server = (sum(map(cpu, pids)) - backends) / (SECONDS + 1.5)
-    finally:
-        process.terminate()
-        process.wait()
-        await conn.close()
+        statements = await conn.fetchval("SELECT sum(calls) - 1 FROM pg_stat_statements")
+        process, server = cpu(pid) - before, sum(map(cpu, pids)) - backends
+    await conn.close()
     return [
-        Line(
-            "idle worker, 20 queues: transactions a second",
-            float(last - first - 2) / (SECONDS + 1.5),
-            "/s",
-            aim="about 1",
-        ),
-        Line("idle worker, 20 queues: CPU of its process", share * 100, "%"),
-        Line("idle worker, 20 queues: CPU of its backends", server * 100, "%"),
+        Line("idle worker, 20 queues: statements a second", float(statements) / SECONDS, "/s", aim="about 1"),
+        Line("idle worker, 20 queues: CPU of its process", process / SECONDS * 100, "%"),
+        Line("idle worker, 20 queues: CPU of its backends", server / SECONDS * 100, "%"),
     ]
 
 

@@ -19,9 +19,7 @@ async def run(dsn: str) -> list[Line]:
         )
         while await conn.fetchval("SELECT count(*) FROM notifyq.task"):
             await conn.execute("SELECT pg_sleep(0.2)")
-    rows = await conn.fetch(
-        "SELECT extract(epoch FROM processing_at - run_at)::float8 * 1000 FROM notifyq.finished"
-    )
+    rows = await conn.fetch("SELECT extract(epoch FROM processing_at - run_at)::float8 * 1000 FROM notifyq.finished")
     await conn.close()
     late = [row[0] for row in rows]
     return [
