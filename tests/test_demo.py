@@ -192,6 +192,13 @@ def test_a_lost_task(facts: Facts) -> None:
     assert failed(facts) == {"ended", "mailed", "rescued", "twice"}
 
 
+def test_an_outcome_that_was_on_its_way_when_its_worker_was_killed(facts: Facts) -> None:
+    assert facts.killed
+    facts.killed.held[1] = 1
+    assert failed(facts) == set()
+    assert "with 1 tasks" in check.rescued(facts).text
+
+
 def test_nobody_killed_and_nobody_drained(facts: Facts) -> None:
     facts.killed = None
     facts.drained = []

@@ -91,10 +91,14 @@ async def _demo(seconds: float, tasks: int, dsn: str | None) -> int:
             environment = {**db.environment, "DEMO_SMTP_PORT": str(mail.port)}
             async with Children(environment) as children:
                 facts = await Story(db, children, mail, screen).tell(seconds, tasks)
-    return _summary(facts, screen)
+    failed = _summary(facts, screen)
+    for child in children.started if failed else []:
+        screen.line(f"{child.name} said last:\n{child.said()}")
+    return 1 if failed else 0
 
 
 def _summary(facts: Facts, screen: Screen) -> int:
+    """Print it. Returns how many checks failed."""
     from .check import by_type, findings
 
     screen.line("")
@@ -108,4 +112,4 @@ def _summary(facts: Facts, screen: Screen) -> int:
     failed = sum(not ok for ok, _ in found)
     screen.line("")
     screen.line(f"{failed} of {len(found)} checks failed" if failed else f"all {len(found)} checks hold", "bold")
-    return 1 if failed else 0
+    return failed

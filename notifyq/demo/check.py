@@ -205,9 +205,10 @@ def on_time(facts: Facts) -> Finding:
 
 def rescued(facts: Facts) -> Finding:
     """From SIGKILL to its tasks' next claim, if that was the only one since: each overwrites the time."""
-    if facts.killed is None or not facts.killed.held:
+    held = _held(facts)
+    if facts.killed is None or not held:
         return Finding(False, "no worker was killed with a task in its hands")
-    name, at, held = facts.killed.name, facts.killed.at, facts.killed.held
+    name, at = facts.killed.name, facts.killed.at
     rows = {row.id: row for row in facts.rows if row.id in held}
     wrong = [f"task {id} was lost" for id in held.keys() - rows.keys()]
     wrong += [f"task {row.id} is {row.state}" for row in rows.values() if row.state != "done"]
@@ -246,7 +247,11 @@ def _done(facts: Facts) -> list[Row]:
 
 
 def _held(facts: Facts) -> dict[int, int]:
-    return facts.killed.held if facts.killed else {}
+    """What died with the worker: not the tasks whose outcome it had sent, and the database wrote after the kill."""
+    if facts.killed is None:
+        return {}
+    settled = {row.id: row.attempts for row in _done(facts)}
+    return {id: attempt for id, attempt in facts.killed.held.items() if settled.get(id) != attempt}
 
 
 def _busy(facts: Facts) -> Callable[[datetime], bool]:

@@ -74,7 +74,7 @@ class Children:
         path = os.pathsep.join(filter(None, (here, os.environ.get("PYTHONPATH"))))
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("NOTIFYQ_")}
         self._environment = {**inherited, "PYTHONPATH": path, **environment}
-        self._all: list[Child] = []
+        self.started: list[Child] = []
         self._pipe = (-1, -1)
 
     async def start(
@@ -94,7 +94,7 @@ class Children:
             start_new_session=True,  # Ctrl-C in a terminal is for the demo, which then ends them in order
         )
         child = Child(name, process, log)
-        self._all.append(child)
+        self.started.append(child)
         return child
 
     async def python(self, name: str, *argv: str, fds: Sequence[int] = ()) -> Child:
@@ -110,7 +110,7 @@ class Children:
     ) -> None:
         with anyio.CancelScope(shield=True):
             async with anyio.create_task_group() as group:
-                for child in self._all:
+                for child in self.started:
                     group.start_soon(_dismiss, child)
         for end in self._pipe:
             os.close(end)

@@ -126,10 +126,12 @@ class Story:
         self._told_to_go.add(worker)
         self._workers.remove(worker)
         await worker.end(signal.SIGKILL, 5)
-        await anyio.sleep(0.3)  # what it sent the database may still be carried out; a rescue takes 2 s
-        killed = Killed(name=worker.name, pid=worker.pid, at=killed_at, held=await ours.held(worker.pid))
-        self._screen.event(f"SIGKILL to {worker.name}, which ran {len(killed.held)} tasks")
-        return killed
+        held_tasks: dict[int, int] = {}
+        for _ in range(10):  # what it had sent is still carried out: a claim, an outcome. The first rescue may be near
+            held_tasks |= await ours.held(worker.pid)
+            await anyio.sleep(0.02)
+        self._screen.event(f"SIGKILL to {worker.name}, which ran {len(held_tasks)} tasks")
+        return Killed(name=worker.name, pid=worker.pid, at=killed_at, held=held_tasks)
 
     async def _rescue(self, ours: Tasks, killed: Killed) -> None:
         async def still_held() -> int:
