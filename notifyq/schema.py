@@ -32,18 +32,14 @@ async def installed_version(conn: Connection) -> int | None:
     if await conn.fetchval("SELECT to_regnamespace('notifyq') IS NULL"):
         return None
     try:
-        version: int | None = await conn.fetchval("SELECT max(version) FROM notifyq.schema_version")
-    except asyncpg.UndefinedTableError:
+        version: object = await conn.fetchval("SELECT max(version) FROM notifyq.schema_version")
+    except (asyncpg.UndefinedTableError, asyncpg.UndefinedColumnError, asyncpg.UndefinedFunctionError):
         version = None
     except asyncpg.InsufficientPrivilegeError as error:
         user = await conn.fetchval("SELECT current_user")
-        raise DatabaseError(
-            f"user {user} may not use the schema notifyq; schema.sql ends with the GRANTs"
-        ) from error
-    if version is None:
-        raise SchemaError(
-            "this database has a schema notifyq that notifyq didn't make; rename or drop that one"
-        )
+        raise DatabaseError(f"user {user} may not use the schema notifyq; schema.sql ends with the GRANTs") from error
+    if not isinstance(version, int):
+        raise SchemaError("this database has a schema notifyq that notifyq didn't make; rename or drop that one")
     return version
 
 
@@ -54,9 +50,7 @@ async def check(conn: Connection) -> int:
         database = await conn.fetchval("SELECT current_database()")
         raise SchemaError(f"database {database!r} has no schema notifyq; install it: notifyq migrate")
     if version < SCHEMA_VERSION:
-        raise SchemaError(
-            f"the schema is version {version}, this notifyq needs {SCHEMA_VERSION}; run: notifyq migrate"
-        )
+        raise SchemaError(f"the schema is version {version}, this notifyq needs {SCHEMA_VERSION}; run: notifyq migrate")
     _refuse_newer(version)
     return version
 
@@ -67,7 +61,9 @@ async def migrate(conn: Connection) -> tuple[int | None, int]:
     Raises SchemaError for a newer schema, DatabaseError where this user may not create one.
     """
     try:
-        async with conn.transaction():
+        # Read committed, whatever the default is here: who waits for the lock must see what was installed meanwhile.
+        async with conn.transaction(isolation="read_committed"):
+            await conn.execute("SET LOCAL search_path = pg_catalog")  # schema.sql's names mean the usual things
             await conn.execute("SELECT pg_advisory_xact_lock(1852990817, 0)")
             before = await installed_version(conn)
             if before is None:
@@ -75,9 +71,7 @@ async def migrate(conn: Connection) -> tuple[int | None, int]:
             else:
                 _refuse_newer(before)
     except asyncpg.InsufficientPrivilegeError as error:
-        raise DatabaseError(
-            f"this user may not create the schema ({error}); run it as the database's owner"
-        ) from error
+        raise DatabaseError(f"this user may not create the schema ({error}); run it as the database's owner") from error
     except asyncpg.ReadOnlySQLTransactionError as error:
         raise DatabaseError("this server is read-only (a standby?); migrate the primary") from error
     return before, SCHEMA_VERSION

@@ -489,8 +489,9 @@ async def test_hostile_names_of_queues_and_types(worker: Any, name: str) -> None
 
 @pytest.mark.parametrize("column", ["queue", "type"])
 async def test_a_name_of_201_characters_is_refused(worker: Any, column: str) -> None:
+    columns: dict[str, Any] = {column: "x" * 201}
     with pytest.raises(asyncpg.CheckViolationError):
-        await insert(worker, **{column: "x" * 201})
+        await insert(worker, **columns)
 
 
 async def test_adopt_takes_only_what_is_aside_and_known(worker: Any) -> None:
