@@ -6,7 +6,7 @@ import json
 import logging
 import re
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, cast
 
 LEVELS = ("debug", "info", "warning", "error")
 
@@ -16,6 +16,8 @@ def set_up(level: str, style: str, *, pid: bool) -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(JsonLines() if style == "json" else TextLines(pid=pid))
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+    # Its pool tells of every try to reach a lost database, with a traceback; the worker says it once.
+    logging.getLogger("asyncpg.pool").setLevel(logging.ERROR)
 
 
 class TextLines(logging.Formatter):
@@ -62,7 +64,7 @@ def _trace(formatter: logging.Formatter, record: logging.LogRecord) -> list[str]
 
 
 def _value(value: object) -> str:
-    text = str(value)
+    text = ",".join(str(item) for item in cast("list[object]", value)) if isinstance(value, list) else str(value)
     return text if re.fullmatch(r"[^\s\"=]+", text) and text.isprintable() else json.dumps(text, ensure_ascii=False)
 
 

@@ -1,6 +1,7 @@
--- For people and monitors: everything at a glance, as one JSON document. The counts are counted, in one scan of all that
--- is known; 0.2 s a million. It reads only what the role that may read can (see schema.sql), so what nobody serves is told
--- from the workers' own words, and not from task.aside: ready tasks of a queue or a type that no live worker has.
+-- For people and monitors: everything at a glance, as one JSON document. The counts are counted, in one scan of all
+-- that is known; half a second a million, if work_mem lets it hash. It reads only what the role that may read can (see
+-- schema.sql). So what nobody serves is told from the workers' own words, and not from task.aside: ready tasks of a queue
+-- or a type that no live worker has.
 WITH counted AS MATERIALIZED (
     SELECT queue, type, state, count(*) AS n,
            min(greatest(created_at, run_at)) FILTER (WHERE state = 'ready') AS since

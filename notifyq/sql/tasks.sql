@@ -1,7 +1,7 @@
--- For people: the newest $4 tasks in state $1, of queue $2, of type $3 (NULL: any). A row each: all of it as JSON, without
--- what can be large unless $5; and the seconds from now to what matters in its state. json, unlike jsonb, keeps the order
--- of its keys. The ids of both of the view's tables come from their primary keys, backwards and merged, so that without
--- a filter it reads $4 rows.
+-- For people: the newest $4 tasks in state $1, of queue $2, of type $3 (NULL: any). A row each: all of it as JSON,
+-- without what can be large unless $5; and the seconds from now to what matters in its state. json, unlike jsonb, keeps
+-- the order of its keys. The ids of both of the view's tables come from their primary keys, backwards and merged, so that
+-- it reads $4 rows without a filter, and with one until it has $4: all, where there are fewer, in 0.3 s a million.
 SELECT to_json(t)::text AS task,
        extract(epoch FROM CASE t.state WHEN 'scheduled' THEN t.run_at
                                        WHEN 'ready' THEN greatest(t.run_at, t.created_at)
