@@ -139,13 +139,13 @@ CREATE TRIGGER ring AFTER INSERT OR UPDATE OF run_at ON notifyq.task
     FOR EACH STATEMENT EXECUTE FUNCTION notifyq.ring();
 
 -- The worker's side. A blocked SELECT holds a snapshot and with it vacuum, so every wait is bounded and asked for
--- again; and the refusal is caught here, so that it never reaches the server's log.
+-- again; and a refusal, or a worker that stops while it waits, is caught here: neither is for the server's log.
 CREATE FUNCTION notifyq.take_turn(fleet integer, wait_ms integer) RETURNS boolean LANGUAGE plpgsql AS $$
 BEGIN
     PERFORM pg_catalog.set_config('lock_timeout', wait_ms::text, true);
     PERFORM pg_catalog.pg_advisory_lock(1852990836, fleet);
     RETURN true;
-EXCEPTION WHEN lock_not_available THEN
+EXCEPTION WHEN lock_not_available OR query_canceled THEN
     RETURN false;
 END $$;
 
@@ -154,7 +154,7 @@ BEGIN
     PERFORM pg_catalog.set_config('lock_timeout', wait_ms::text, true);
     LOCK TABLE notifyq.bell IN SHARE MODE;
     RETURN true;
-EXCEPTION WHEN lock_not_available THEN
+EXCEPTION WHEN lock_not_available OR query_canceled THEN
     RETURN false;
 END $$;
 

@@ -143,7 +143,11 @@ class Claimer:
             for connection in (conn, door):
                 if connection is not None:
                     connection.remove_termination_listener(self._cut)
-                    connection.terminate()  # with it go the locks; there is nothing to say good-bye for
+                    # Said good-bye to, where that is quick: an end of file is a line in the server's log.
+                    if self._stopping and self._failure is None:
+                        with anyio.move_on_after(1.0, shield=True):
+                            await connection.close()
+                    connection.terminate()
 
     def _cut(self, _: object) -> None:
         self.fail(ConnectionError("the server closed the connection"))
@@ -178,6 +182,7 @@ class Claimer:
                 self._poll_at = self._later(self._config.poll_interval_seconds)
                 self._look |= await self._due(conn, look=self._queues)
                 if self._look and place is Place.AWAY:
+                    self._look = False
                     await self._claim(conn, worker, rooms, room)
             elif place is Place.AWAY:
                 door.want(Place.TURN)

@@ -108,8 +108,10 @@ def explained(url: str | None, source: str) -> Iterator[None]:
         raise DatabaseError(f"no server of {source} will do: {redact(str(error))}") from None
     except (asyncpg.PostgresError, OSError, TimeoutError) as error:
         raise DatabaseError(_unreachable(url, source, error)) from error
-    except (asyncpg.InternalClientError, asyncpg.InterfaceError, ValueError) as error:
+    except (asyncpg.ClientConfigurationError, asyncpg.UnsupportedClientFeatureError, ValueError) as error:
         raise ConfigError(f"{source} can't be used: {redact(str(error))}") from None
+    except (asyncpg.InternalClientError, asyncpg.InterfaceError) as error:
+        raise DatabaseError(_unreachable(url, source, error)) from error
 
 
 async def connect_worker(
