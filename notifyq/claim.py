@@ -253,11 +253,12 @@ class Claimer:
         with anyio.CancelScope(shield=True):
             jobs = await claim(conn, worker, rooms, room)
             if self._aside and len(jobs) < room:
-                self._aside = False
                 # Of each queue what room is left, counted on the safe side.
                 left = {queue: free - len(jobs) for queue, free in rooms.items() if free > len(jobs)}
                 if left:
-                    jobs += await claim(conn, worker, left, room - len(jobs), aside=self._types)
+                    more = await claim(conn, worker, left, room - len(jobs), aside=self._types)
+                    self._aside = len(more) >= min(room - len(jobs), sum(left.values()))
+                    jobs += more
         self._backlog = len(jobs) >= room
         taken: dict[str, int] = {}
         for job in jobs:
