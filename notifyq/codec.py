@@ -34,8 +34,12 @@ def encode_payload(task: Task) -> bytes:
         text = _encoder.encode(task)
     except (TypeError, ValueError, RecursionError) as error:  # UnicodeEncodeError is a ValueError
         raise ConfigError(f"task {name} can't be written as JSON: {error}") from error
-    head = len(b'{"$type":') + len(_encoder.encode(name))
-    body = b"{" + text[head + 1 :] if text[head : head + 1] == b"," else b"{}"
+    tag = b'{"$type":' + _encoder.encode(name)
+    if not text.startswith(tag):  # a class that no handler takes was never checked
+        raise ConfigError(
+            f"task {name} must be a JSON object with a str as its tag; leave tag_field and array_like alone"
+        )
+    body = b"{" + text[len(tag) + 1 :] if text[len(tag)] == ord(",") else b"{}"
     if len(body) > PAYLOAD_LIMIT:
         raise ConfigError(f"task {name}: its payload is {len(body):,} bytes, the limit is {PAYLOAD_LIMIT:,}")
     return body
@@ -75,6 +79,4 @@ def _tail(error: BaseException) -> str:
 def _clean(text: str) -> str:
     """Without what jsonb refuses, NUL and lone surrogates, and no longer than people read."""
     text = text.replace("\x00", "\\x00").encode(errors="backslashreplace").decode()
-    return (
-        text if len(text) <= TEXT_LIMIT else text[: TEXT_LIMIT // 2] + "\n[...]\n" + text[-TEXT_LIMIT // 2 :]
-    )
+    return text if len(text) <= TEXT_LIMIT else text[: TEXT_LIMIT // 2] + "\n[...]\n" + text[-TEXT_LIMIT // 2 :]

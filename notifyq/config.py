@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import math
 import os
 import re
 from collections.abc import Iterable, Mapping
+from typing import cast
+from urllib.parse import urlsplit
 
 import msgspec
 
 from .errors import ConfigError
 
 NAME_LENGTH = 200  # of a queue or a type, in characters: schema.sql has the same CHECK
+
+_ENCODE = "write / as %2F, ? as %3F, # as %23, @ as %40, : as %3A, [ as %5B, ] as %5D and % as %25"
 
 
 class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -30,10 +33,10 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
             raise ConfigError("queues is empty; name at least one, such as 'default'")
         for queue, limit in self.queues.items():
             check_name("queue", queue)
-            if limit is not None and limit < 1:
-                raise ConfigError(f"queue {queue!r} has limit {limit}; expected 1 or more, or no limit")
-        if self.concurrency < 1 or self.concurrency > 10_000:
-            raise ConfigError(f"concurrency is {self.concurrency}; expected 1 to 10000")
+            if limit is not None and (not isinstance(limit, int) or limit < 1):
+                raise ConfigError(f"queue {queue!r} has limit {limit!r}; expected 1 or more, or no limit")
+        if not isinstance(self.concurrency, int) or not 1 <= self.concurrency <= 10_000:
+            raise ConfigError(f"concurrency is {self.concurrency!r}; expected 1 to 10000")
         for name, least in (
             ("shutdown_timeout_seconds", 0.0),
             ("poll_interval_seconds", 0.0),
@@ -41,13 +44,16 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
             ("history_seconds", 0.0),
         ):
             value = getattr(self, name)
-            if not (math.isfinite(value) and least <= value <= 366 * 86400):
-                raise ConfigError(f"{name} is {value}; expected seconds, from {least:g} to a year")
+            if not (isinstance(value, int | float) and least <= value <= 366 * 86400):  # a NaN fails this too
+                raise ConfigError(f"{name} is {value!r}; expected seconds, from {least:g} to a year")
 
 
 def check_name(what: str, name: str) -> None:
     """Raise ConfigError unless PostgreSQL can hold `name` and schema.sql allows it."""
-    if not name or len(name) > NAME_LENGTH or "\x00" in name:
+    if not isinstance(name, str):
+        raise ConfigError(f"{what} is {name!r}; expected its name, a str")
+    # A lone surrogate, which isn't a character, can't be written as UTF-8.
+    if not 1 <= len(name) <= NAME_LENGTH or "\x00" in name or any("\ud800" <= c <= "\udfff" for c in name):
         shown = name if len(name) <= 40 else name[:40] + "..."
         raise ConfigError(f"{what} {shown!r}: expected 1 to {NAME_LENGTH} characters, none of them NUL")
 
@@ -58,11 +64,13 @@ def parse_queues(queues: Iterable[str] | Mapping[str, int | None]) -> dict[str, 
     A name may hold colons; what follows the last one is the limit if it is a number.
     """
     if isinstance(queues, Mapping):
-        return dict(queues)
+        return dict(cast("Mapping[str, int | None]", queues))
     if isinstance(queues, str):
         raise ConfigError(f"queues is the string {queues!r}; expected a list of names, [{queues!r}]")
     parsed: dict[str, int | None] = {}
     for text in queues:
+        if not isinstance(text, str):
+            raise ConfigError(f"queues has {text!r} in it; expected names, or a mapping of names to limits")
         name, colon, limit = text.rpartition(":")
         if not colon:
             name, number = text, None
@@ -93,13 +101,31 @@ def resolve_dsn(dsn: str | None, environ: Mapping[str, str] = os.environ) -> tup
             continue
         scheme, separator, rest = text.strip().partition("://")
         if not separator or scheme.partition("+")[0] not in ("postgresql", "postgres"):
-            shown = f"{scheme}://..." if separator else "no URL"
+            shown = f"{scheme}://..." if separator and re.fullmatch("[a-z][a-z0-9+.-]*", scheme) else "no URL"
             raise ConfigError(f"{source} is {shown}; expected postgresql://user:password@host:5432/database")
+        _check_authority(rest, source)
         return f"postgresql://{rest}", source
     return None, "the PG* environment variables"
 
 
+def _check_authority(rest: str, source: str) -> None:
+    """Raise ConfigError for a password that would be taken for a port or a path, and be shown as such in a message."""
+    try:
+        parts = urlsplit(f"postgresql://{rest}")
+    except ValueError:
+        raise ConfigError(f"{source} is no URL; in a password, {_ENCODE}") from None
+    hosts = re.sub(r"\[[^\]]*\]", "", parts.netloc.rpartition("@")[2])
+    ports = [host.partition(":")[2] for host in hosts.split(",")]
+    astray = "@" in parts.path + parts.fragment
+    if astray or not all(port == "" or (port.isascii() and port.isdigit() and int(port) < 65536) for port in ports):
+        raise ConfigError(f"{source} has no number for a port; in a password, {_ENCODE}")
+
+
 def redact(text: str) -> str:
-    """`text` with the password of every URL and `password=` in it replaced by ***, for people's eyes."""
-    text = re.sub(r"(://[^:/@\s]*):[^\s]*@", r"\1:***@", text)
-    return re.sub(r"(password=)[^&\s]*", r"\1***", text, flags=re.IGNORECASE)
+    """`text` with the password of every URL and `password=` in it replaced by ***, for people's eyes.
+
+    What might be one is: up to the last @, and up to the next &, in whatever text the URL stands.
+    """
+    text = re.sub(r"([?&]\w*password=)[^&]*", r"\1***", text, flags=re.IGNORECASE)
+    text = re.sub(r"(://[^:]*):.*@", r"\1:***@", text, flags=re.DOTALL)
+    return re.sub(r"(\bpassword=)[^&\s]*", r"\1***", text, flags=re.IGNORECASE)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import inspect
 import math
+import re
 from collections.abc import Callable, Mapping
-from typing import Any, Union
+from typing import Any, Union, get_args
 
 import msgspec
 
@@ -91,11 +93,7 @@ class Registry:
         handler = self._handlers.get(type)
         if handler is None:
             near = difflib.get_close_matches(type, self._handlers, n=3, cutoff=0.5)
-            known = (
-                f"did you mean {' or '.join(near)}?"
-                if near
-                else f"known types: {', '.join(self.types) or 'none'}"
-            )
+            known = f"did you mean {' or '.join(near)}?" if near else f"known types: {', '.join(self.types) or 'none'}"
             raise ConfigError(f"no handler takes type {type!r}; {known}")
         try:
             handler.decode(payload)
@@ -112,21 +110,15 @@ def _signature(function: Callable[..., Any], scope: Mapping[str, Any]) -> tuple[
     if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
         raise ConfigError(f"handler {name} is a generator (it has a `yield`); a handler returns its result")
     positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    required = [
-        p for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
-    ]
+    required = [p for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     if not positional or len(required) > 2 or any(p.kind is p.KEYWORD_ONLY for p in required):
-        raise ConfigError(
-            f"handler {name}{inspect.signature(function)} is called with a task and a context: {example}"
-        )
-    annotation = positional[0].annotation
+        raise ConfigError(f"handler {name}{inspect.signature(function)} is called with a task and a context: {example}")
+    annotation, globals = positional[0].annotation, _globals(function)
     if annotation is inspect.Parameter.empty:
-        raise ConfigError(
-            f"handler {name}: its first parameter has no type, which says what it handles: {example}"
-        )
-    if isinstance(annotation, str):  # postponed; only this one, as others may exist for type checkers alone
+        raise ConfigError(f"handler {name}: its first parameter has no type, which says what it handles: {example}")
+    while isinstance(annotation, str):  # postponed, or in quotes, or both
         try:
-            annotation = eval(annotation, getattr(inspect.unwrap(function), "__globals__", {}), dict(scope))
+            annotation = eval(annotation, globals, dict(scope))
         except Exception as error:
             raise ConfigError(
                 f"handler {name}: the type {annotation!r} of its first parameter can't be looked up ({error}); "
@@ -136,11 +128,39 @@ def _signature(function: Callable[..., Any], scope: Mapping[str, Any]) -> tuple[
         raise ConfigError(
             f"handler {name}: its first parameter is a {annotation!r}, expected a subclass of notifyq.Task"
         )
-    second = positional[1] if len(positional) > 1 else None
-    wants_context = second is not None and (
-        second.default is second.empty or "Context" in str(second.annotation)
-    )
-    return annotation, wants_context
+    if len(positional) == 1:
+        return annotation, False
+    second = positional[1]
+    needed, fits = second.default is second.empty, _is_context(second.annotation, globals, scope)
+    if needed and fits is False:
+        raise ConfigError(
+            f"handler {name}: its second parameter is a {second.annotation!r}, but it is given a notifyq.Context"
+        )
+    return annotation, needed or fits is True
+
+
+def _is_context(annotation: Any, globals: dict[str, Any], scope: Mapping[str, Any]) -> bool | None:
+    """Whether a Context fits; None: who knows. Its name may exist for type checkers alone."""
+    while isinstance(annotation, str):
+        try:
+            annotation = eval(annotation, globals, dict(scope))
+        except Exception:
+            return True if re.search(r"(?<![\w.])(notifyq\.)?Context\b", annotation) else None
+    if annotation in (inspect.Parameter.empty, Any):
+        return None
+    choices = get_args(annotation) or (annotation,)
+    if Context in choices:
+        return True
+    return False if all(isinstance(choice, type) and not issubclass(Context, choice) for choice in choices) else None
+
+
+def _globals(function: Callable[..., Any]) -> dict[str, Any]:
+    """Of the module where it was written, through partials, wrappers and objects with a __call__."""
+    inner = inspect.unwrap(function)
+    while isinstance(inner, functools.partial):
+        inner = inspect.unwrap(inner.func)
+    found: dict[str, Any] = getattr(inner, "__globals__", None) or getattr(type(inner).__call__, "__globals__", {})
+    return found
 
 
 def _check_task(task: type[Task]) -> None:
@@ -168,7 +188,12 @@ def _check_task(task: type[Task]) -> None:
         raise ConfigError(f"task {name}: timeout is {timeout!r}; expected seconds above 0, or None")
     try:
         msgspec.json.Decoder(task)
-    except (TypeError, NameError) as error:
+    except NameError as error:
+        raise ConfigError(
+            f"task {name}: {error}; the types of fields are looked up in its module at run time, so define or import "
+            "them there"
+        ) from error
+    except TypeError as error:
         raise ConfigError(f"task {name}: msgspec can't decode its fields: {error}") from error
 
 
