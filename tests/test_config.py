@@ -106,9 +106,11 @@ async def test_run_worker_says_so_before_it_connects() -> None:
     @app.handler
     async def some(task: Some) -> None: ...
 
-    for options in ({"concurrency": 0}, {"queues": "default"}, {"queues": []}, {"lease": 1}, {"history": -1}):
+    wrong: list[dict[str, Any]]
+    wrong = [{"concurrency": 0}, {"queues": "default"}, {"queues": []}, {"lease": 1}, {"history": -1}]
+    for options in wrong:
         with pytest.raises(ConfigError):
-            await app.run_worker(dsn="postgresql://nobody@127.0.0.1:1/x", **options)  # type: ignore[arg-type]
+            await app.run_worker(dsn="postgresql://nobody@127.0.0.1:1/x", **options)
 
 
 # --- The DSN
