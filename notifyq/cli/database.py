@@ -121,7 +121,7 @@ def dev(*, data_dir: Path | None, port: int | None) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        return _serve(data_dir or _state_folder(), port)
+        return _serve(data_dir or state_folder(), port)
     except KeyboardInterrupt:
         return 0
 
@@ -156,7 +156,7 @@ def _lives(pid: int) -> bool:
     return True
 
 
-def _state_folder() -> Path:
+def state_folder() -> Path:
     """XDG's. Not for root without one: its home is closed to the account that runs PostgreSQL for it."""
     named = Path(os.environ.get("XDG_STATE_HOME", ""))
     if named.is_absolute():

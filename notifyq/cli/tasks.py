@@ -73,10 +73,9 @@ def enqueue(
 
 def _payload(argument: str) -> str:
     """The JSON text, once it is one. Raises ConfigError that says where it isn't."""
-    where, text = "the payload", argument
+    where = "the payload on stdin" if argument == "-" else "the payload"
     try:
-        if argument == "-":
-            where, text = "the payload on stdin", sys.stdin.buffer.read().decode("utf-8-sig")
+        text = sys.stdin.buffer.read().decode("utf-8-sig") if argument == "-" else argument
         size = len(text.encode())
     except UnicodeError as error:
         raise ConfigError(f"{where} is not UTF-8: {error}") from error

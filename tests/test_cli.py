@@ -1,0 +1,1037 @@
+"""The command line: every command, every exit code, every wrong flag, and what a person reads then.
+
+Commands that end by themselves run in this process, in a thread; workers and `dev` in processes of their own, as
+signals and exit codes are what they are about. Those are followed by what they print.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import anyio
+import anyio.to_thread
+import click
+import pytest
+
+from notifyq import schema
+from notifyq.cli import COMMANDS, database, logs, main, tasks
+from notifyq.cli.load import load_app
+from notifyq.cli.output import span
+from notifyq.embedded import Server
+from notifyq.errors import ConfigError
+
+from .conftest import Sessions, admin, eventually
+
+NOWHERE = "postgresql://somebody:secret@127.0.0.1:1/nothing"
+SCHEMA_COMMANDS = ["tasks", "stats", "enqueue X", "retry 1", "cancel 1", "prune"]
+
+
+@dataclass
+class Said:
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def lines(self) -> list[str]:
+        return self.out.splitlines()
+
+
+Run = Callable[..., Awaitable[Said]]
+
+
+@pytest.fixture(autouse=True)
+def bare_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in list(os.environ):
+        if name.startswith(("NOTIFYQ_", "PG", "DATABASE_URL", "XDG_")) and name != "NOTIFYQ_PG_BIN":
+            monkeypatch.delenv(name)
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+    """`await run("tasks --limit 1", dsn=dsn)`; further arguments that aren't to be split follow the first."""
+
+    async def command(words: str, *more: str, dsn: str | None = None, stdin: bytes = b"") -> Said:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+        args = [*words.split(), *more, *([] if dsn is None else ["--dsn", dsn])]
+        code = await anyio.to_thread.run_sync(main, args)
+        return Said(code, *capsys.readouterr())
+
+    return command
+
+
+# -------------------------------------------------------------------------------- the command line itself
+
+
+def options() -> Iterator[tuple[str, click.Option]]:
+    for command in COMMANDS:
+        for parameter in command.params:
+            if isinstance(parameter, click.Option):
+                yield command.name or "", parameter
+
+
+def test_every_flag_has_its_variable_and_help() -> None:
+    """Only the DSN's variables are read elsewhere, by config.resolve_dsn."""
+    for command, flag in options():
+        name = next(opt for opt in flag.opts if opt.startswith("--"))
+        assert flag.help, (command, name)
+        if name != "--dsn":
+            assert flag.envvar == "NOTIFYQ_" + name[2:].replace("-", "_").upper(), (command, name)
+            assert flag.show_envvar, (command, name)
+
+
+def test_the_commands_of_the_contract() -> None:
+    expected = ["migrate", "worker", "enqueue", "tasks", "retry", "cancel", "prune", "stats", "demo", "dev"]
+    assert [command.name for command in COMMANDS] == expected
+
+
+async def test_help_and_version(run: Run) -> None:
+    """No command is a mistake, but one that is answered with help."""
+    nothing, asked, short = await run(""), await run("--help"), await run("-h")
+    assert (nothing.code, nothing.out) == (2, "")
+    assert (asked.code, asked.err) == (0, "")
+    assert asked.out == short.out == nothing.err
+    for command in COMMANDS:
+        said = await run(f"{command.name} --help")
+        assert said.code == 0
+        assert "env var: NOTIFYQ_" in said.out.replace("\n", " ").replace("  ", " ") or command.params == []
+    assert re.fullmatch(r"notifyq \d+\.\d+.*\n", (await run("--version")).out)
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("wroker tasks:app", "there is no command 'wroker'; did you mean 'worker'?"),
+        ("xyzzy", "there is no command 'xyzzy'; expected one of migrate, worker, enqueue"),
+        ("--nonsense", "--nonsense"),
+        ("worker", "MODULE:APP"),
+        ("worker a:b c:d", "c:d"),
+        ("worker a:b --concurency 5", "--concurrency"),
+        ("worker a:b -c 0", "'-c' / '--concurrency' (env var: 'NOTIFYQ_CONCURRENCY'): '0' is not a number from 1"),
+        ("worker a:b -c many", "'many' is not a number from 1 to 10000"),
+        ("worker a:b --processes -1", "'-1' is not a number from 1 to 1000"),
+        ("worker a:b -q mail:0", "queue 'mail' has limit 0"),
+        ("worker a:b -q mail:1.5", "queue 'mail:1.5': expected NAME or NAME:LIMIT"),
+        ("worker a:b -q mail -q mail:5", "queue 'mail' is named twice"),
+        ("worker a:b --shutdown-timeout soon", "'soon' is not a duration; expected seconds, or 90s, 15m, 12h, 1d"),
+        ("worker a:b --shutdown-timeout 9999d", "shutdown_timeout_seconds is"),
+        ("worker a:b --poll-interval -1", "'-1' is not a duration"),
+        ("worker a:b --history nan", "'nan' is not a duration"),
+        ("worker a:b --log-level loud", "'loud' is not one of debug, info, warning, error"),
+        ("worker a:b --log-format jsn", "did you mean 'json'?"),
+        ("worker a:b --drain=x", "--drain"),
+        ("enqueue", "TYPE"),
+        ("enqueue X {} more", "more"),
+        ("enqueue X --delay tomorrow", "'tomorrow' is not a duration"),
+        ("enqueue X --delay 1e9", "'1e9' is not a duration"),
+        ("enqueue X --delay 99999999d", "'99999999d' is not a duration"),
+        ("enqueue X --run-at tomorrow", "'tomorrow' is not a time; expected ISO 8601 with a zone: 2030-"),
+        ("enqueue X --run-at 2030-01-31T08:00:00", "has no zone; expected ISO 8601 with a zone"),
+        ("enqueue X --run-at 2030-01-31T08:00:00Z --delay 5", "delay and run_at are both given"),
+        ("enqueue X --priority 32768", "'32768' is not a number from -32768 to 32767"),
+        ("enqueue X --priority high", "'high' is not a number"),
+        ("enqueue X --max-attempts 0", "'0' is not a number from 1 to 32767"),
+        (f"enqueue {'X' * 201}", "expected 1 to 200 characters"),
+        (f"enqueue X -q {'q' * 201}", "expected 1 to 200 characters"),
+        ("tasks --state redy", "'redy' is not one of scheduled, ready, running, done, dead, cancelled; did you"),
+        ("tasks --limit 0", "'0' is not a number from 1"),
+        ("tasks 5", "5"),
+        ("retry", "ID..."),
+        ("retry five", "'five' is not a number"),
+        ("cancel", "ID..."),
+        ("cancel 9223372036854775808", "is not a number from 1"),
+        ("prune --history old", "'old' is not a duration"),
+        ("prune --dead 1w", "'1w' is not a duration"),
+        ("stats --jsn", "--json"),
+        ("migrate --sgl", "--sgl"),
+        ("demo --seconds long", "'long' is not a valid float"),
+        ("demo --seconds 1", "expected 5 to 3600"),
+        ("dev --port 0", "'0' is not a number from 1 to 65535"),
+        ("dev --port http", "'http' is not a number"),
+    ],
+)  # fmt: skip
+async def test_wrong_usage(run: Run, words: str, says: str) -> None:
+    """Exit code 2 before anything is done, and a message with what was expected."""
+    said = await run(words)
+    assert (said.code, said.out) == (2, "")
+    assert says in said.err
+    assert all(line.startswith("notifyq: ") for line in said.err.splitlines())
+
+
+async def test_a_wrong_variable_is_named(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A flag that nobody typed has to say where its value came from."""
+    monkeypatch.setenv("NOTIFYQ_LIMIT", "lots")
+    said = await run("tasks")
+    assert said.code == 2
+    assert "'--limit' (env var: 'NOTIFYQ_LIMIT'): 'lots' is not a number" in said.err
+
+
+async def test_what_is_not_foreseen(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C is 130, without a traceback. A bug is 1, with one and a request."""
+
+    def fail(with_what: BaseException) -> None:
+        def schema_sql() -> str:
+            raise with_what
+
+        monkeypatch.setattr(schema, "schema_sql", schema_sql)
+
+    fail(KeyboardInterrupt())
+    said = await run("migrate --sql")
+    assert (said.code, said.err.strip()) == (130, "notifyq: interrupted")
+    fail(ZeroDivisionError("oh"))
+    said = await run("migrate --sql")
+    assert said.code == 1
+    assert "ZeroDivisionError: oh" in said.err
+    assert "a bug in notifyq; please report it" in said.err
+
+
+# -------------------------------------------------------------------------------- the database
+
+
+@pytest.mark.parametrize("command", ["migrate", *SCHEMA_COMMANDS])
+async def test_no_server(run: Run, command: str) -> None:
+    """Exit code 3; the message says where it looked and who told it to, and keeps the password to itself."""
+    said = await run(command, dsn=NOWHERE)
+    assert (said.code, said.out) == (3, "")
+    assert "--dsn: postgresql://somebody:***@127.0.0.1:1/nothing" in said.err
+    assert "secret" not in said.err
+    assert len(said.err.splitlines()) == 1
+
+
+async def test_where_a_dsn_comes_from(run: Run, dsn: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """--dsn before NOTIFYQ_DSN before DATABASE_URL, whose +driver is ignored, before PG*."""
+    monkeypatch.setenv("PGHOST", "127.0.0.1")
+    monkeypatch.setenv("PGPORT", "1")
+    said = await run("stats")
+    assert said.code == 3
+    assert "name a server with --dsn, NOTIFYQ_DSN or DATABASE_URL (to try one: notifyq dev)" in said.err
+    monkeypatch.setenv("DATABASE_URL", dsn.replace("postgresql://", "postgresql+asyncpg://"))
+    assert (await run("stats")).code == 0
+    monkeypatch.setenv("NOTIFYQ_DSN", NOWHERE)
+    said = await run("stats")
+    assert said.code == 3
+    assert "(NOTIFYQ_DSN: postgresql://somebody:***@" in said.err
+    assert (await run("stats", dsn=dsn)).code == 0
+    for wrong in ("mysql://root:secret@localhost/x", "localhost"):
+        monkeypatch.setenv("NOTIFYQ_DSN", wrong)
+        said = await run("stats")
+        assert said.code == 2
+        assert "expected postgresql://user:password@host:5432/database" in said.err
+        assert "secret" not in said.err
+
+
+async def test_no_schema(run: Run, empty_dsn: str) -> None:
+    """Exit code 4, and the cure."""
+    for command in SCHEMA_COMMANDS:
+        said = await run(command, dsn=empty_dsn)
+        assert (said.code, said.out) == (4, "")
+        assert "has no schema notifyq; install it: notifyq migrate" in said.err
+
+
+async def test_migrate(run: Run, empty_dsn: str, connect: Sessions) -> None:
+    """Installs, then has nothing to do; a newer schema, or somebody else's of that name, is refused with 4."""
+    said = await run("migrate", dsn=empty_dsn)
+    assert (said.code, said.err) == (0, "")
+    assert said.out.startswith(f"installed schema notifyq, version {schema.SCHEMA_VERSION}, in database ")
+    said = await run("migrate", dsn=empty_dsn)
+    assert (said.code, said.out.endswith(f"version {schema.SCHEMA_VERSION}, already\n")) == (0, True)
+    conn = await connect(empty_dsn)
+    await conn.execute("INSERT INTO notifyq.schema_version (version) VALUES (99)")
+    for command in ("migrate", *SCHEMA_COMMANDS):
+        said = await run(command, dsn=empty_dsn)
+        assert (said.code, said.out) == (4, "")
+        assert "version 99, newer than this notifyq" in said.err
+    await conn.execute("DROP SCHEMA notifyq CASCADE; CREATE SCHEMA notifyq")
+    for command in ("migrate", "stats"):
+        said = await run(command, dsn=empty_dsn)
+        assert said.code == 4
+        assert "that notifyq didn't make" in said.err
+
+
+async def test_migrate_sql_needs_no_database(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NOTIFYQ_DSN", NOWHERE)
+    said = await run("migrate --sql")
+    assert (said.code, said.out, said.err) == (0, schema.schema_sql(), "")
+
+
+async def test_roles(run: Run, server: Server, dsn: str, db: Any) -> None:
+    """What schema.sql grants is enough for the commands it is meant for; the others say what is missing."""
+    await admin(server, "CREATE ROLE cli_reads LOGIN", "CREATE ROLE cli_enqueues LOGIN")
+    try:
+        grants = schema.schema_sql().split("-- Roles.")[1]
+        for role, heading in (("cli_reads", "may read"), ("cli_enqueues", "may enqueue")):
+            block = grants.split(heading)[1].split("   may ")[0].split("   worker ")[0]
+            for grant in re.findall(r"GRANT [^;]+;", block.replace("\n--", "")):
+                await db.execute(re.sub(r" TO r;", f" TO {role};", grant))
+        reads, enqueues = (dsn.replace("notifyq@", f"{role}@") for role in ("cli_reads", "cli_enqueues"))
+        assert (await run("enqueue X", dsn=enqueues)).code == 0
+        for command in ("stats", "tasks", "stats --json", "tasks --json", "tasks --type Y"):
+            assert (await run(command, dsn=reads)).code == 0
+        for command, as_whom in (("enqueue X", reads), ("prune", reads), ("cancel 1", reads), ("stats", enqueues)):
+            said = await run(command, dsn=as_whom)
+            assert said.code == 3
+            assert "schema.sql ends with the GRANTs" in said.err
+    finally:
+        await db.execute("DROP OWNED BY cli_reads, cli_enqueues")
+        await admin(server, "DROP ROLE cli_reads", "DROP ROLE cli_enqueues")
+
+
+async def test_a_standby_is_refused(run: Run, dsn: str) -> None:
+    said = await run("enqueue X", dsn=f"{dsn}&default_transaction_read_only=on")
+    assert said.code == 3
+    assert "read-only" in said.err
+
+
+# -------------------------------------------------------------------------------- enqueue
+
+
+async def test_enqueue(run: Run, dsn: str, db: Any) -> None:
+    """The id is all that it prints, and the row is as asked."""
+    said = await run("enqueue", "SEND MAIL", '{"to": "ü"}', dsn=dsn)
+    assert (said.code, said.err) == (0, "")
+    row = await db.fetchrow("SELECT * FROM notifyq.task WHERE id = $1", int(said.out))
+    assert (row["type"], row["queue"], row["priority"], row["max_attempts"]) == ("SEND MAIL", "default", 0, None)
+    assert json.loads(row["payload"]) == {"to": "ü"}
+    said = await run("enqueue X -q mail --priority -3 --max-attempts 2 --run-at 2030-01-31T08:00:00+01:00", dsn=dsn)
+    row = await db.fetchrow("SELECT * FROM notifyq.task WHERE id = $1", int(said.out))
+    assert (row["queue"], row["priority"], row["max_attempts"], row["payload"]) == ("mail", -3, 2, b"{}")
+    assert row["run_at"].isoformat() == "2030-01-31T07:00:00+00:00"
+    for text, seconds in (("90", 90), ("1.5m", 90), ("2h", 7200), ("1d", 86400), ("0", 0)):
+        said = await run(f"enqueue X --delay {text}", dsn=dsn)
+        wait = "SELECT extract(epoch FROM run_at - created_at)::float8 FROM notifyq.task WHERE id = $1"
+        assert await db.fetchval(wait, int(said.out)) == pytest.approx(seconds, abs=1)
+
+
+async def test_enqueue_from_stdin(run: Run, dsn: str, db: Any) -> None:
+    """With or without the mark that some editors put in front of UTF-8."""
+    said = await run("enqueue X -", dsn=dsn, stdin=b'\xef\xbb\xbf{"n":\n 1}\n')
+    payload = await db.fetchval("SELECT payload FROM notifyq.task WHERE id = $1", int(said.out))
+    assert json.loads(payload) == {"n": 1}
+
+
+BAD_PAYLOADS = [
+    (
+        "{to:a@b}",
+        b"",
+        "the payload is not JSON: Expecting property name enclosed in double quotes, line 1 column 2, at ",
+    ),
+    ("", b"", 'line 1 column 1, at its end; expected an object such as \'{"to": '),
+    ('{"a": 1', b"", "line 1 column 8, at its end"),
+    ("-", b'{\n "a": tru }', "the payload on stdin is not JSON: Expecting value, line 2 column 7, at 'tru }'"),
+    ("-", b"\xff\xfe", "the payload on stdin is not UTF-8"),
+    ("[1, 2]", b"", "the payload is [1, 2], not an object"),
+    ("null", b"", "the payload is null, not an object"),
+    ('{"a": NaN}', b"", "it has no NaN"),
+    ('{"a": "\\u0000"}', b"", "PostgreSQL can't store this"),
+    ('{"a": "\\ud800"}', b"", "PostgreSQL can't store this"),
+    ("[" * 100_000, b"", "is not JSON that PostgreSQL can store: "),
+    ("-", b'{"a": "' + b"x" * 17_000_000 + b'"}', "is 17,000,009 bytes, the limit is 16,777,216"),
+]
+
+
+async def test_bad_payloads(run: Run, dsn: str, db: Any) -> None:
+    """Exit code 2, and where it is wrong."""
+    for payload, stdin, says in BAD_PAYLOADS:
+        said = await run("enqueue X", payload, dsn=dsn, stdin=stdin)
+        assert (said.code, said.out) == (2, "")
+        assert says in said.err
+    assert await db.fetchval("SELECT count(*) FROM notifyq.task") == 0
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The current folder, with an app in it."""
+    (tmp_path / "mailer.py").write_text(MAILER)
+    monkeypatch.chdir(tmp_path)
+    before = set(sys.modules)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
+    yield tmp_path
+    for name in set(sys.modules) - before:
+        if getattr(sys.modules[name], "__file__", None) and str(tmp_path) in str(sys.modules[name].__file__):
+            del sys.modules[name]
+
+
+MAILER = """
+import asyncio, signal, subprocess, time
+import notifyq
+
+app = notifyq.App()
+
+class Mail(notifyq.Task, tag="SEND_MAIL"):
+    to: str
+
+class Sleep(notifyq.Task, tag="SLEEP"):
+    how: str = "well"
+
+class Thread(notifyq.Task, tag="THREAD"):
+    pass
+
+@app.handler
+async def mail(task: Mail, ctx: notifyq.Context) -> str:
+    if task.to == "again":
+        await app.enqueue(Mail(to="me"))
+    print("mail", task.to, flush=True)
+    return "sent"
+
+@app.handler
+async def sleep(task: Sleep, ctx: notifyq.Context) -> None:
+    if task.how == "takes signals":
+        asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, print)
+    if task.how == "child":
+        child = subprocess.Popen(["sleep", "60"])
+        child.terminate()
+        print("child ended with", child.wait(), flush=True)
+    print("sleeps", task.how, flush=True)
+    if task.how == "blocks":
+        time.sleep(60)
+    await asyncio.sleep(60)
+
+@app.handler
+def thread(task: Thread) -> None:
+    print("sleeps in a thread", flush=True)
+    time.sleep(60)
+"""
+
+
+async def test_enqueue_validates_against_an_app(run: Run, dsn: str, folder: Path) -> None:
+    """A type or a payload that the app doesn't take is refused before it is sent."""
+    assert (await run("enqueue SEND_MAIL --app mailer:app", '{"to": "a@b.c"}', dsn=dsn)).code == 0
+    for words, payload, says in (
+        ("SEND_MIAL --app mailer:app", "{}", "no handler takes type 'SEND_MIAL'; did you mean SEND_MAIL?"),
+        ("SEND_MAIL --app mailer:app", '{"to": 5}', "doesn't fit SEND_MAIL: Expected `str`, got `int` - at `$.to`"),
+        ("SEND_MAIL --app mailer:ap", "{}", "mailer has no 'ap'; did you mean 'app'?"),
+    ):  # fmt: skip
+        said = await run(f"enqueue {words}", payload, dsn=NOWHERE)
+        assert (said.code, said.out) == (2, "")
+        assert says in said.err
+
+
+# -------------------------------------------------------------------------------- MODULE:APP
+
+
+def unloadable(spec: str) -> ConfigError:
+    with pytest.raises(ConfigError) as raised:
+        load_app(spec)
+    return raised.value
+
+
+@pytest.mark.parametrize(
+    ("spec", "says"),
+    [
+        ("mailer", "'mailer' names no app; expected MODULE:APP, such as myproject.tasks:app"),
+        ("mailer:", "names no app"),
+        (":app", "names no app"),
+        ("mailer.py:app", "names no app; expected MODULE:APP, such as myproject.tasks:app; for this file: mailer:app"),
+        ("./mailer.py", "for this file: mailer:app"),
+        ("a b:c", "names no app"),
+        ("maler:app", "there is no module 'maler' for maler:app (in "),
+        ("maler:app", "); did you mean 'mailer'?"),
+        ("xyzzy:app", "expected MODULE:APP, such as myproject.tasks:app, from this folder or installed"),
+        ("package.taks:app", "there is no module 'package.taks'"),
+        ("package.taks:app", "did you mean 'package.tasks'?"),
+        ("mailer.tasks:app", "there is no module 'mailer.tasks'"),
+        ("mailer:ap", "mailer has no 'ap'; did you mean 'app'?"),
+        ("mailer:xyzzy", "mailer has no 'xyzzy'; its apps: mailer:app"),
+        ("mailer:app.inner", "mailer:app has no 'inner'; its apps: mailer:app"),
+        ("mailer:Mail", "mailer:Mail is of type StructMeta; expected a notifyq.App; its apps: mailer:app"),
+        ("nothing:app", "nothing has no 'app'; make one there: app = notifyq.App()"),
+        ("empty:app", "empty:app has no handlers, so there is nothing to run; decorate one with @app.handler"),
+        ("untyped:app", "untyped.py, line 3: handler untyped.f: its first parameter has no type"),
+        ("twice:app", "twice.py, line 6: "),
+    ],
+)  # fmt: skip
+def test_an_app_that_cannot_be_loaded(folder: Path, spec: str, says: str) -> None:
+    """What is wrong, what was expected, and what it may have meant."""
+    (folder / "package").mkdir()
+    (folder / "package" / "__init__.py").touch()
+    (folder / "package" / "tasks.py").touch()
+    (folder / "nothing.py").touch()
+    (folder / "empty.py").write_text("import notifyq\napp = notifyq.App()")
+    (folder / "untyped.py").write_text("import notifyq\napp = notifyq.App()\n@app.handler\nasync def f(task): ...")
+    two = "import notifyq\nclass A(notifyq.Task): ...\napp = notifyq.App()\n@app.handler\ndef f(t: A): ...\n"
+    (folder / "twice.py").write_text(two + "@app.handler\ndef g(t: A): ...")
+    error = unloadable(spec)
+    assert says in str(error)
+    assert not hasattr(error, "__notes__")
+
+
+@pytest.mark.parametrize(
+    ("code", "what", "where"),
+    [
+        ("def f():\n    return 1 / 0\nf()", "ZeroDivisionError: division by zero", "broken.py, line 2"),
+        ("import nowhere_to_be_found", "No module named 'nowhere_to_be_found'", "broken.py, line 1"),
+        ("import mailer.nowhere", "No module named 'mailer.nowhere'", "broken.py, line 1"),
+        ("x = = 1", "SyntaxError: invalid syntax", "broken.py, line 1"),
+        ("import sys\nsys.exit(7)", "SystemExit: 7", "broken.py, line 2"),
+        ("raise ValueError('a\\nb')", "ValueError: a", "broken.py, line 1"),
+    ],
+)
+def test_an_app_that_fails(folder: Path, code: str, what: str, where: str) -> None:
+    """Three lines of ours: what was imported, what failed and where, what to do. Then their traceback, and no more."""
+    (folder / "broken.py").write_text(code)
+    error = unloadable("broken:app")
+    lines = str(error).splitlines()
+    assert len(lines) == 3
+    assert lines[0] == f"can't import broken (looked for in {folder} first)"
+    assert lines[1].startswith(f"it failed at {where}: ")
+    assert what in lines[1]
+    assert "python -c 'import broken'" in lines[2]
+    (trace,) = error.__notes__
+    assert 'broken.py", line' in trace
+    assert "importlib" not in trace
+    assert "load.py" not in trace
+
+
+async def test_the_traceback_of_a_failing_app_is_shown(run: Run, folder: Path) -> None:
+    """After our lines, as it is."""
+    (folder / "broken.py").write_text("1 / 0")
+    said = await run("enqueue X --app broken:app")
+    lines = said.err.splitlines()
+    assert said.code == 2
+    assert [line.startswith("notifyq: ") for line in lines[:4]] == [True, True, True, False]
+    assert lines[3] == "Traceback (most recent call last):"
+    assert lines[-1] == "ZeroDivisionError: division by zero"
+
+
+# -------------------------------------------------------------------------------- tasks, retry, cancel, prune
+
+
+async def fill(db: Any) -> dict[str, int]:
+    """A task in each state, the newest last; its id by its state."""
+    ids: dict[str, int] = {}
+    finish = """
+        WITH gone AS (DELETE FROM notifyq.task WHERE id = $1 RETURNING *)
+        INSERT INTO notifyq.finished (id, created_at, run_at, processed_at, priority, attempts, max_attempts, state,
+                                      queue, type, payload, errors)
+        SELECT id, created_at, run_at, now() - $4::text::interval, priority, 2, 2, $2, queue, type, payload, $3
+        FROM gone"""
+    insert = "INSERT INTO notifyq.task (type, queue, payload) VALUES ($1, $2, $3) RETURNING id"
+    for state in tasks.STATES:
+        ids[state] = await db.fetchval(insert, f"A_{state}".upper(), "q1", b'{"to": "a@b.c"}')
+    await db.execute("UPDATE notifyq.task SET run_at = now() + '90 min' WHERE id = $1", ids["scheduled"])
+    worker = await db.fetchval(
+        "INSERT INTO notifyq.worker (name, queues, types, max_attempts, concurrency, lease, running)"
+        " VALUES ('here:1', '{q1}', '{A_RUNNING}', '{10}', 5, '30 s', 1) RETURNING id"
+    )
+    await db.execute(
+        "UPDATE notifyq.task SET worker = $2, attempts = 1, processing_at = now() - interval '3 s' WHERE id = $1",
+        ids["running"], worker,
+    )  # fmt: skip
+    errors = [{"error": "first"}, {"error": "no such host\n\x1b[31m" + "x" * 100}]
+    await db.execute(finish, ids["done"], "done", None, "1 h")
+    await db.execute(finish, ids["dead"], "dead", json.dumps(errors).encode(), "3 d")
+    await db.execute(finish, ids["cancelled"], "cancelled", None, "3 d")
+    return ids
+
+
+async def test_tasks(run: Run, dsn: str, db: Any) -> None:
+    """Newest first, with the time that matters in each state, and the error's first characters, harmless ones."""
+    ids = await fill(db)
+    said = await run("tasks", dsn=dsn)
+    assert (said.code, said.err) == (0, "")
+    header, *rows = [re.split(r"  +", line.strip()) for line in said.lines]
+    assert header == ["id", "state", "when", "queue", "type", "attempts", "error"]
+    assert [row[1] for row in rows] == list(reversed(tasks.STATES))
+    by_state = {row[1]: row for row in rows}
+    assert by_state["scheduled"][2:] == ["in 90m", "q1", "A_SCHEDULED", "0"]
+    assert by_state["running"][2:] == ["for 3s", "q1", "A_RUNNING", "1"]
+    assert by_state["done"][2:] == ["60m ago", "q1", "A_DONE", "2/2"]
+    assert by_state["dead"][2:6] == ["3d ago", "q1", "A_DEAD", "2/2"]
+    assert by_state["dead"][6].startswith("no such host \\x1b[31mxxx")
+    assert by_state["dead"][6].endswith("…")
+    assert len(by_state["dead"][6]) < 70
+    assert len({line.index(" q1 ") for line in said.lines[1:]}) == 1, "aligned"
+    for flags, states in (
+        ("--state dead", ["dead"]), ("--state DEAD", ["dead"]), ("--type A_READY", ["ready"]), ("--queue q2", []),
+        ("--limit 2", ["cancelled", "dead"]), ("-q q1 --state running --type A_RUNNING --limit 9", ["running"]),
+    ):  # fmt: skip
+        said = await run(f"tasks --json {flags}", dsn=dsn)
+        assert [json.loads(line)["state"] for line in said.lines] == states
+    assert said.code == 0
+    assert json.loads(said.out)["id"] == ids["running"]
+
+
+async def test_tasks_as_json(run: Run, dsn: str, db: Any) -> None:
+    """A line each with all that the view has, whole."""
+    await fill(db)
+    said = await run("tasks --json --state dead", dsn=dsn)
+    task = json.loads(said.out)
+    assert list(task) == [
+        "id", "queue", "type", "state", "priority", "attempts", "max_attempts", "created_at", "run_at",
+        "processing_at", "processed_at", "payload", "error", "result", "worker", "errors",
+    ]  # fmt: skip
+    assert task["payload"] == {"to": "a@b.c"}
+    assert [error["error"][:5] for error in task["errors"]] == ["first", "no su"]
+    assert task["created_at"].endswith("+00:00")
+
+
+async def test_tasks_that_are_not_there(run: Run, dsn: str, db: Any) -> None:
+    """Nothing on stdout; on stderr what may have been meant."""
+    assert (await run("tasks", dsn=dsn)).err == "notifyq: no such tasks\n"
+    await fill(db)
+    said = await run("tasks --type A_REDY -q q", dsn=dsn)
+    assert (said.code, said.out) == (0, "")
+    assert "no task is of type 'A_REDY'; did you mean 'A_READY'" in said.err
+    assert "no task is of queue 'q'; did you mean 'q1'?" in said.err
+
+
+async def test_retry(run: Run, dsn: str, db: Any) -> None:
+    """What can be retried is; for the others it says why not; 1 if there was one."""
+    ids = await fill(db)
+    can = [str(ids[state]) for state in ("dead", "cancelled", "scheduled")]
+    said = await run("retry", *can, dsn=dsn)
+    assert (said.code, said.err) == (0, "")
+    assert said.lines == [f"{id}: will run now" for id in can]
+    assert await db.fetchval("SELECT count(*) FROM notifyq.all_tasks WHERE state = 'ready'") == 4
+    said = await run("retry", *(str(ids[state]) for state in ("ready", "running", "done")), "999", "999", dsn=dsn)
+    assert (said.code, said.out) == (1, "")
+    assert said.err.splitlines() == [
+        f"notifyq: {ids['ready']}: not retried: it is ready already",
+        f"notifyq: {ids['running']}: not retried: it is running",
+        f"notifyq: {ids['done']}: not retried: it is done; enqueue another to run it once more",
+        "notifyq: 999: not retried: there is no such task; it may have been pruned",
+    ]
+
+
+async def test_cancel(run: Run, dsn: str, db: Any) -> None:
+    """A task that hasn't ended ends so; 1 if one had, or isn't there."""
+    ids = await fill(db)
+    said = await run("cancel", *(str(ids[state]) for state in ("scheduled", "ready", "running")), dsn=dsn)
+    assert (said.code, said.err, len(said.lines)) == (0, "", 3)
+    assert await db.fetchval("SELECT count(*) FROM notifyq.task") == 0
+    said = await run("cancel", "999", str(ids["done"]), str(ids["dead"]), dsn=dsn)
+    assert said.code == 1
+    assert said.err.splitlines() == [
+        "notifyq: 999: not cancelled: there is no such task; it may have been pruned",
+        f"notifyq: {ids['done']}: not cancelled: it has ended already: done",
+        f"notifyq: {ids['dead']}: not cancelled: it has ended already: dead",
+    ]
+
+
+async def test_prune(run: Run, dsn: str, db: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By default what workers do; by age; and all, in batches."""
+    await fill(db)
+    assert (await run("prune", dsn=dsn)).out == "pruned 1 task\n"  # the one cancelled 3 days ago
+    assert (await run("prune --history 2h --dead 4d", dsn=dsn)).out == "pruned 0 tasks\n"
+    assert (await run("prune --history 30m --dead 4d", dsn=dsn)).out == "pruned 1 task\n"
+    monkeypatch.setattr(tasks, "PRUNE_AT_ONCE", 2)
+    await db.execute("INSERT INTO notifyq.task (type) SELECT 'X' FROM generate_series(1, 5)")
+    await db.execute("SELECT notifyq.cancel(id) FROM notifyq.task WHERE type = 'X'")
+    assert (await run("prune --history 0 --dead 0", dsn=dsn)).out == "pruned 6 tasks\n"
+    assert await db.fetchval("SELECT count(*) FROM notifyq.task") == 3
+
+
+# -------------------------------------------------------------------------------- stats, tables
+
+
+async def test_stats(run: Run, dsn: str, db: Any) -> None:
+    """Counts by queue and state, how long the oldest waits, what nobody takes, and the workers."""
+    await fill(db)
+    await db.execute(
+        "INSERT INTO notifyq.task (queue, type, created_at, run_at)"
+        " VALUES ('q0', 'B', now() - interval '1 min', now() - interval '1 h')"
+    )
+    await db.execute(
+        "INSERT INTO notifyq.worker (name, queues, types, max_attempts, concurrency, lease, seen_at)"
+        " VALUES ('gone:2', '{q0}', '{B}', '{10}', 5, '30 s', now() - interval '5 min')"
+    )
+    said = await run("stats --json", dsn=dsn)
+    found = json.loads(said.out)
+    assert len(said.lines) == 1
+    zeros = dict.fromkeys(tasks.STATES, 0)
+    q0, q1 = found["queues"]
+    assert q0 == {"queue": "q0", **zeros, "ready": 1, "oldest_ready_seconds": pytest.approx(60, abs=5)}
+    assert q1 == {"queue": "q1", **dict.fromkeys(tasks.STATES, 1), "oldest_ready_seconds": pytest.approx(0, abs=5)}
+    assert found["oldest_ready_seconds"] == q0["oldest_ready_seconds"]
+    assert [(row["queue"], row["type"], row["ready"]) for row in found["unserved"]] == [
+        ("q0", "B", 1),
+        ("q1", "A_READY", 1),
+    ]
+    lives, gone = found["workers"]
+    assert (lives["name"], lives["status"], lives["running"], lives["concurrency"]) == ("here:1", "ok", 1, 5)
+    assert (lives["queues"], lives["types"]) == (["q1"], ["A_RUNNING"])
+    assert (gone["status"], gone["seen_seconds"]) == ("silent", pytest.approx(300, abs=5))
+
+    said = await run("stats", dsn=dsn)
+    assert (said.code, said.err) == (0, "")
+    rows = [line.split() for line in said.lines]
+    assert rows[:3] == [
+        ["queue", *tasks.STATES, "oldest", "ready"],
+        ["q0", "0", "1", "0", "0", "0", "0", rows[1][7], "s"],
+        ["q1", *"111111", rows[2][7], "s"],
+    ]
+    assert "ready, but no worker that lives takes this type from this queue:" in said.lines
+    assert any(re.fullmatch(r" *\d+  gone:2 +0 +5  5m ago  q0 +silent", line) for line in said.lines)
+
+
+async def test_stats_of_nothing(run: Run, dsn: str) -> None:
+    said = await run("stats", dsn=dsn)
+    assert (said.code, said.lines[1:]) == (0, ["", "no workers"])
+    found = json.loads((await run("stats --json", dsn=dsn)).out)
+    assert found == {"queues": [], "oldest_ready_seconds": None, "unserved": [], "workers": []}
+
+
+async def test_a_terminal_gets_a_rich_table(run: Run, dsn: str, db: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same cells, whatever is in them; and plain text where rich isn't installed."""
+    await db.execute("INSERT INTO notifyq.task (queue, type) VALUES ('[red]', E'a\\nb')")
+    plain = (await run("tasks", dsn=dsn)).lines
+    monkeypatch.setattr(type(sys.stdout), "isatty", lambda _: True)
+    for name, value in {"COLUMNS": "120", "TERM": "xterm", "COLORTERM": "truecolor"}.items():
+        monkeypatch.setenv(name, value)
+    shown = (await run("tasks", dsn=dsn)).out
+    assert "\x1b[" in shown
+    seen = [re.sub(r"\x1b\[[0-9;]*m", "", line).split() for line in shown.splitlines()]
+    assert seen[0] == plain[0].split()
+    assert seen[1][5:] == plain[1].split()[5:] or seen[1][-3:] == ["[red]", "a\\nb", "0"]
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    assert "\x1b[" not in (await run("tasks", dsn=dsn)).out
+
+
+def test_spans() -> None:
+    assert [span(s) for s in (None, 0, -1, 59.6, 119, 120, 7199, 7200, 172_799, 172_800)] == [
+        "", "0s", "0s", "60s", "119s", "2m", "120m", "2h", "48h", "2d",
+    ]  # fmt: skip
+
+
+# -------------------------------------------------------------------------------- worker
+
+
+class Program:
+    """`notifyq ...` in a process of its own. `line` and `end` read what it prints, stderr in between."""
+
+    def __init__(self, words: str, folder: Path, dsn: str, first: str = "", **environment: str) -> None:
+        code = f"import sys; {first}\nfrom notifyq.cli import main\nsys.exit(main(sys.argv[1:]))"
+        self.popen = subprocess.Popen(
+            [sys.executable, "-c", code, *words.split()],
+            cwd=folder,
+            env={**os.environ, "NOTIFYQ_DSN": dsn, **environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        self.said = ""
+
+    async def line(self, text: str) -> str:
+        """The next line with this text."""
+        assert self.popen.stdout is not None
+        with anyio.fail_after(30):
+            while read := await anyio.to_thread.run_sync(self.popen.stdout.readline, abandon_on_cancel=True):
+                self.said += read
+                if text in read:
+                    return read
+        raise AssertionError(f"it ended with {self.popen.wait()} before {text!r}:\n{self.said}")
+
+    async def end(self, *signals: int) -> int:
+        """Send it these; its exit code. Whoever else writes to the same place, a child, has ended too."""
+        for number in signals:
+            self.popen.send_signal(number)
+        with anyio.fail_after(30):
+            rest, _ = await anyio.to_thread.run_sync(self.popen.communicate, abandon_on_cancel=True)
+        self.said += rest
+        return self.popen.returncode
+
+
+@pytest.fixture
+def start(folder: Path, dsn: str) -> Iterator[Callable[..., Program]]:
+    """`start("worker mailer:app")`: killed at the end of the test, if it still runs."""
+    programs: list[Program] = []
+
+    def program(words: str, *, at: str = dsn, first: str = "", **environment: str) -> Program:
+        programs.append(Program(words, folder, at, first, **environment))
+        return programs[-1]
+
+    yield program
+    for running in programs:
+        if running.popen.poll() is None:
+            running.popen.kill()
+            running.popen.communicate()
+        assert running.popen.stdout
+        running.popen.stdout.close()
+
+
+Start = Callable[..., Program]
+LOOPS = {"uvloop": "", "asyncio": "sys.modules['uvloop'] = None"}
+INSERT = "INSERT INTO notifyq.task (type, payload) VALUES ($1, $2) RETURNING id"
+STATE = "SELECT state, attempts::integer FROM notifyq.all_tasks WHERE id = $1"
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+async def test_a_worker(start: Start, db: Any, loop: str) -> None:
+    """Says what it is, runs tasks, lets handlers enqueue through the app, and ends clean; logs have no payloads."""
+    worker = start("worker mailer:app -q default -q mail:5 -c 7", first=LOOPS[loop])
+    banner = await worker.line("notifyq 0")
+    assert re.fullmatch(r"notifyq \S+: worker \d+ \(\S+:\d+\) on PostgreSQL [\d.]+, schema 1\n", banner)
+    assert await worker.line("queues") == "  queues   default, mail (5 at once); 7 tasks at once\n"
+    assert await worker.line("types") == "  types    SEND_MAIL, SLEEP, THREAD\n"
+    assert re.search(r"proven, \d+\.\d ms there and back", await worker.line("bell"))
+    await db.fetchval(INSERT, "SEND_MAIL", b'{"to": "again"}')
+    await worker.line("mail again")
+    await worker.line("mail me")
+    bad = await db.fetchval(INSERT, "SEND_MAIL", b'{"to": 5, "password": "secret"}')
+    line = await worker.line("task dead")
+    assert re.match(r"\d{4}-\d\d-\d\dT\S+ ERROR notifyq\.run: task dead id=\d+ type=SEND_MAIL queue=default ", line)
+    assert f"id={bad} " in line
+    assert await worker.end(signal.SIGTERM) == 0
+    assert "secret" not in worker.said
+    assert await db.fetchval("SELECT count(*) FROM notifyq.worker") == 0
+
+
+async def test_drain_and_json_logs(start: Start, db: Any) -> None:
+    """The app and every flag may come from variables. Every line of the log is an object."""
+    await db.execute(
+        "INSERT INTO notifyq.task (type, payload) SELECT 'SEND_MAIL', '{\"to\": \"x\"}' FROM generate_series(1, 20)"
+    )
+    flags = {"APP": "mailer:app", "DRAIN": "1", "LOG_FORMAT": "json", "HISTORY": "0", "QUEUE": "default:2 mail"}
+    worker = start("worker", **{f"NOTIFYQ_{name}": value for name, value in flags.items()})
+    assert await worker.end() == 0
+    lines = worker.said.splitlines()
+    assert lines.count("mail x") == 20
+    first = json.loads(lines[0])
+    assert (first["message"], first["level"], first["logger"]) == ("worker started", "info", "notifyq.cli")
+    assert (first["queues"], first["types"]) == (["default (2 at once)", "mail"], ["SEND_MAIL", "SLEEP", "THREAD"])
+    assert (first["pid"], first["schema"], first["bell"][-3:]) == (worker.popen.pid, 1, " ms")
+    assert await db.fetchval("SELECT count(*) FROM notifyq.all_tasks") == 0, "no history was asked for"
+
+
+async def test_a_worker_that_cannot_start(start: Start, empty_dsn: str) -> None:
+    """3 without a server, 4 without a schema, 2 without an app; a line each."""
+    for program, code, says in [
+        (start("worker mailer:app", at=NOWHERE), 3, "(NOTIFYQ_DSN: postgresql://somebody:***@127.0.0.1:1/nothing)"),
+        (start("worker mailer:app", at=empty_dsn), 4, "install it: notifyq migrate"),
+        (start("worker mailer:app --processes 2", at=empty_dsn), 4, "install it: notifyq migrate"),
+        (start("worker mailr:app"), 2, "there is no module 'mailr' for mailr:app"),
+        (start("worker mailr:app --processes 3"), 2, "there is no module 'mailr' for mailr:app"),
+    ]:
+        assert await program.end() == code
+        assert says in program.said
+        assert len(program.said.splitlines()) == 1, program.said
+        assert "secret" not in program.said
+
+
+QUICK = "import notifyq.cli.watch as w; w.LATE_SECONDS, w.FORCED_SECONDS = 0.3, 0.3; "
+
+
+HANDED_BACK, ENDED = "handing their tasks back", "handlers don't end: ending the process"
+ONE, TWO = [signal.SIGTERM], [signal.SIGINT, signal.SIGTERM]
+
+
+@pytest.mark.parametrize(
+    ("loop", "how", "timeout", "signals", "code", "after", "says"),
+    [
+        ("uvloop", "well", 0, ONE, 0, ("ready", 0), HANDED_BACK),
+        ("asyncio", "well", 20, TWO, 1, ("ready", 0), HANDED_BACK),
+        ("uvloop", "child", 0, ONE, 0, ("ready", 0), "child ended with -15"),
+        *((loop, "takes signals", 0, ONE, 0, ("ready", 0), HANDED_BACK) for loop in LOOPS),
+        *((loop, "takes signals", 20, TWO, 1, ("ready", 0), HANDED_BACK) for loop in LOOPS),
+        *((loop, "blocks", 0, ONE, 1, ("running", 1), ENDED) for loop in LOOPS),
+        *((loop, "blocks", 20, TWO, 1, ("running", 1), ENDED) for loop in LOOPS),
+    ],
+)
+async def test_signals(
+    start: Start, db: Any, loop: str, how: str, timeout: int, signals: list[int], code: int, after: Any, says: str
+) -> None:
+    """The first stops with the timeout, the second now; whatever a handler does to the loop, or to signals."""
+    worker = start(f"worker mailer:app --shutdown-timeout {timeout}", first=QUICK + LOOPS[loop])
+    id = await db.fetchval(INSERT, "SLEEP", json.dumps({"how": how}).encode())
+    await worker.line(f"sleeps {how}")
+    assert await worker.end(*signals) == code
+    assert says in worker.said
+    assert "Traceback" not in worker.said
+    assert tuple(await db.fetchrow(STATE, id)) == after
+
+
+async def test_a_thread_keeps_nobody(start: Start, db: Any) -> None:
+    """A plain handler can't be cancelled. Its task is handed back, and the process ends without waiting for it."""
+    worker = start("worker mailer:app --shutdown-timeout 0")
+    id = await db.fetchval(INSERT, "THREAD", b"{}")
+    await worker.line("sleeps in a thread")
+    assert await worker.end(signal.SIGTERM) == 0
+    assert tuple(await db.fetchrow(STATE, id)) == ("ready", 0)
+
+
+async def test_the_schema_goes_away(start: Start, db: Any) -> None:
+    """Nothing to wait for: exit code 4."""
+    worker = start("worker mailer:app")
+    await worker.line("stop it")
+    await db.execute("DROP SCHEMA notifyq CASCADE")
+    assert await worker.end() == 4
+    assert "notifyq migrate" in worker.said
+
+
+def record(message: str, **fields: object) -> logging.LogRecord:
+    made = logging.LogRecord("notifyq.run", logging.INFO, "", 1, message, None, None)
+    made.fields = fields
+    return made
+
+
+def test_log_lines() -> None:
+    """key=value, in quotes where a reader would lose the thread; one line a record, and a traceback after it."""
+    text = logs.TextLines(pid=False).format(
+        record("a\nb", id=5, types=["A", "B"], error='he said "no"', empty="", x="\x1b")
+    )
+    assert text.split("notifyq.run: ")[1] == 'a\\nb id=5 types=A,B error="he said \\"no\\"" empty="" x="\\u001b"'
+    assert f" INFO notifyq.run[{os.getpid()}]: hello" in logs.TextLines(pid=True).format(record("hello"))
+    try:
+        raise ValueError("oh")
+    except ValueError:
+        failed = record("failed", id=5)
+        failed.exc_info = sys.exc_info()
+    assert logs.TextLines(pid=False).format(failed).splitlines()[-1] == "ValueError: oh"
+    line = json.loads(logs.JsonLines().format(failed))
+    assert (line["message"], line["id"], line["pid"]) == ("failed", 5, os.getpid())
+    assert line["traceback"].endswith("ValueError: oh")
+
+
+# -------------------------------------------------------------------------------- --processes
+
+
+async def pids(family: Program, count: int) -> list[int]:
+    """Of so many workers, as they start."""
+    started = [await family.line("worker started") for _ in range(count)]
+    return [int(line.split("[")[1].split("]")[0]) for line in started]
+
+
+async def test_a_family(start: Start, db: Any) -> None:
+    """Each is a worker. One that dies is replaced; Ctrl-C is for the parent, which ends them all."""
+    family = start(
+        "worker mailer:app --processes 2", first="import notifyq.cli.family as f; f.BACKOFF_SECONDS = 0.01, 1"
+    )
+    one, two = await pids(family, 2)
+    assert len({one, two, family.popen.pid}) == 3
+    assert os.getsid(one) == one, "a terminal's Ctrl-C would reach the children"
+    os.kill(two, signal.SIGKILL)
+    line = await family.line("ended by itself, starting another")
+    assert f"notifyq.cli[{family.popen.pid}]" in line
+    assert "ended=SIGKILL" in line
+    (three,) = await pids(family, 1)
+    assert three not in {one, two}
+    for _ in range(2):
+        await db.fetchval(INSERT, "SEND_MAIL", b'{"to": "x"}')
+        await family.line("mail x")
+    assert await family.end(signal.SIGINT) == 0
+
+
+async def test_a_family_whose_parent_is_killed(start: Start, db: Any) -> None:
+    """The children notice, and drain. (That `end` returns says that they are gone.)"""
+    family = start("worker mailer:app --processes 2")
+    await pids(family, 2)
+    assert await family.end(signal.SIGKILL) == -signal.SIGKILL
+    assert family.said.count("the parent process is gone: stopping") == 2
+    # By themselves they are gone from the database too, but for one that had no time to say so.
+    await eventually(lambda: db.fetchval("SELECT count(*) FROM notifyq.worker"), 0)
+
+
+async def test_a_family_drains(start: Start, db: Any) -> None:
+    await db.execute(
+        "INSERT INTO notifyq.task (type, payload) SELECT 'SEND_MAIL', '{\"to\": \"x\"}' FROM generate_series(1, 20)"
+    )
+    family = start("worker mailer:app --processes 2 --drain")
+    assert await family.end() == 0
+    assert family.said.count("mail x") == 20
+
+
+async def test_a_family_that_is_stuck(start: Start, db: Any) -> None:
+    """Two signals reach a child that blocks, and don't help; the parent ends it then, and its own exit code is 1."""
+    quick = "import notifyq.cli.family as f; f.FORCED_SECONDS = f.PATIENCE_SECONDS = 0.2"
+    family = start("worker mailer:app --processes 2", first=quick)
+    await pids(family, 2)
+    await db.fetchval(INSERT, "SLEEP", b'{"how": "blocks"}')
+    await family.line("sleeps blocks")
+    assert await family.end(signal.SIGTERM, signal.SIGINT) == 1
+    assert "a worker process doesn't end: killing it" in family.said
+
+
+# -------------------------------------------------------------------------------- dev, demo
+
+
+@pytest.fixture
+def open_folder() -> Iterator[Path]:
+    """A folder that the account which runs PostgreSQL for root may pass; pytest's are closed."""
+    with tempfile.TemporaryDirectory(prefix="nq-", dir="/tmp") as name:
+        Path(name).chmod(0o755)
+        yield Path(name)
+
+
+async def test_dev(start: Start, open_folder: Path, connect: Sessions, run: Run) -> None:
+    """Its first line is a DSN to a migrated database. A second one attaches, and leaves the server as it was. If the
+    server dies, so does dev; a signal ends both."""
+    state = {"XDG_STATE_HOME": str(open_folder)}
+    first = start("dev", **state)
+    dsn = (await first.line("")).strip()
+    assert dsn.startswith("postgresql://notifyq@")
+    assert f"data in {open_folder}/notifyq/dev" in await first.line("PostgreSQL ")
+    assert f"export NOTIFYQ_DSN='{dsn}'" in await first.line("use it")
+    assert (await run("enqueue X", dsn=dsn)).out == "1\n"
+    second = start("dev", **state)
+    again = (await second.line("postgresql://")).strip()
+    assert [json.loads(line)["id"] for line in (await run("tasks --json", dsn=again)).lines] == [1]
+    assert await second.end(signal.SIGTERM) == 0
+    assert (await run("tasks", dsn=dsn)).code == 0
+    server = int(re.search(r"process (\d+)", first.said)[1])  # type: ignore[index]
+    os.kill(server, signal.SIGKILL)
+    assert await first.end() == 1
+    assert "PostgreSQL has ended by itself;" in first.said
+    third = start("dev", **state)
+    dsn = (await third.line("postgresql://")).strip()
+    assert (await run("tasks", dsn=dsn)).lines[1].split()[0] == "1", "its data are kept"
+    assert await third.end(signal.SIGINT) == 0
+    assert (await run("tasks", dsn=dsn)).code == 3
+
+
+async def test_dev_that_cannot_start(start: Start, open_folder: Path) -> None:
+    """Exit code 2, and a way out."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        program = start(f"dev --port {port} --data-dir {open_folder}/data")
+        assert await program.end() == 2
+        assert f"notifyq: port {port} of 127.0.0.1 is taken; choose another" in program.said
+    (open_folder / "file").touch()
+    program = start(f"dev --data-dir {open_folder}/file")
+    assert await program.end() == 2
+    assert "choose a folder" in program.said
+    program = start("dev", NOTIFYQ_PG_BIN="/nowhere")
+    assert await program.end() == 2
+    assert "NOTIFYQ_PG_BIN" in program.said
+
+
+def test_where_dev_keeps_its_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where XDG says; root has a place that others may pass."""
+    monkeypatch.setenv("XDG_STATE_HOME", "relative")  # to be ignored, says XDG
+    monkeypatch.setenv("HOME", "/home/somebody")
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    assert database.state_folder() == Path("/home/somebody/.local/state/notifyq/dev")
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    assert database.state_folder() == Path("/var/lib/notifyq/dev")
+    monkeypatch.setenv("XDG_STATE_HOME", "/state")
+    assert database.state_folder() == Path("/state/notifyq/dev")
+
+
+async def test_demo(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is handed its flags, and its exit code is ours. Where NOTIFYQ_DSN points is none of its business."""
+    asked: list[Any] = []
+
+    def demo(seconds: float, tasks: int, dsn: str | None) -> int:
+        asked.append((seconds, tasks, dsn))
+        return 1
+
+    monkeypatch.setattr("notifyq.demo.main", demo)
+    monkeypatch.setenv("NOTIFYQ_DSN", NOWHERE)
+    monkeypatch.setenv("NOTIFYQ_SECONDS", "7")
+    assert (await run("demo")).code == 1
+    assert (await run("demo --seconds 6.5 --tasks 300", dsn="postgresql://x/y")).code == 1
+    assert asked == [(7.0, 5000, None), (6.5, 300, "postgresql://x/y")]
