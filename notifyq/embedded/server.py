@@ -261,7 +261,9 @@ class Server:
         self._must_run("initdb", "-D", str(new), *words.split())
         # Not psql or createdb, which some sets of programs lack; and nothing listens yet to a driver.
         fsync = f"fsync={'on' if self._durable else 'off'}"
-        create = f"CREATE DATABASE {DATABASE}\n"
+        # The user is called as notifyq's schema is, and "$user" comes first in a search_path: the tables that people
+        # make here would land in there.
+        create = f"CREATE DATABASE {DATABASE}\nALTER ROLE {USER} SET search_path = public\n"
         self._must_run("postgres", "--single", "-D", str(new), "-c", fsync, "postgres", stdin=create)
         os.rename(new, data)
 
