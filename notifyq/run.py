@@ -272,9 +272,12 @@ class Runners:
         if handler.is_async:
             return await handler.call(task, context)
         # A thread can't be cancelled, only left alone: its slot goes on, its outcome isn't waited for.
-        return await anyio.to_thread.run_sync(
-            handler.call, task, context, abandon_on_cancel=True, limiter=self._threads
+        value, error = await anyio.to_thread.run_sync(
+            _caught, handler.call, task, context, abandon_on_cancel=True, limiter=self._threads
         )
+        if error is not None:
+            raise error
+        return value
 
     def _cut_short(self, runner: Runner) -> None:
         job, stop = runner.job, runner.stop
@@ -317,6 +320,17 @@ class Runners:
             case HandBack() | Aside():
                 pass
         return result
+
+
+def _caught(
+    call: Callable[[Task, Context], object], task: Task, context: Context
+) -> tuple[object, BaseException | None]:
+    """What it returns, or raises. A future that is given a GeneratorExit to raise would throw it into our coroutine,
+    where it means something else: to close; and a StopIteration it doesn't take."""
+    try:
+        return call(task, context), None
+    except BaseException as error:
+        return None, error
 
 
 def _fields(job: Job, handler: Handler, **more: object) -> dict[str, dict[str, object]]:
