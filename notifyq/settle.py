@@ -32,7 +32,7 @@ class Settler:
         self._keep = keep  # done and cancelled tasks in notifyq.finished
         self._settled = settled
         self._pending: list[Outcome] = []
-        self._writing = 0
+        self._writing: list[Outcome] = []
         self._wake = asyncio.Event()
         self._stopping = False
         self._conn: Connection | None = None
@@ -42,7 +42,12 @@ class Settler:
     @property
     def pending(self) -> int:
         """Outcomes that aren't in the database yet."""
-        return len(self._pending) + self._writing
+        return len(self._pending) + len(self._writing)
+
+    @property
+    def ids(self) -> list[int]:
+        """Their tasks."""
+        return [outcome.job.id for outcome in (*self._pending, *self._writing)]
 
     def put(self, outcome: Outcome) -> None:
         self._pending.append(outcome)
@@ -59,27 +64,24 @@ class Settler:
         Cancelled in the middle of a batch, it keeps it for the next `run`. If it was written after all, the fence
         refuses the second time.
         """
-        batch: list[Outcome] = []
         try:
             while self._pending or not self._stopping:
                 if not self._pending:
                     self._wake.clear()
                     await self._wake.wait()
                     continue
-                batch, self._pending = self._pending[:BATCH], self._pending[BATCH:]
-                self._writing = len(batch)
-                while batch:
+                self._writing, self._pending = self._pending[:BATCH], self._pending[BATCH:]
+                while self._writing:
                     try:
-                        batch = await self._write(batch)
-                        self._writing = len(batch)
+                        self._writing = await self._write(self._writing)
                         well("settle")
                     except (*TRANSIENT, DatabaseError) as error:  # the latter while connecting
                         self._disconnect()
                         await back_off("settle", error)
                 self._settled()
         finally:
-            self._pending[:0] = batch
-            self._writing = 0
+            self._pending[:0] = self._writing
+            self._writing = []
             self._disconnect()
 
     def _disconnect(self) -> None:

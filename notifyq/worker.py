@@ -31,7 +31,7 @@ from .lease import Keeper
 from .outcome import HandBack
 from .run import CANCEL_SECONDS, Runners
 from .settle import Settler
-from .store import TRANSIENT, connect, server_version
+from .store import SQL, TRANSIENT, connect, connect_worker, server_version
 
 if TYPE_CHECKING:
     from .registry import Registry
@@ -182,9 +182,13 @@ class Worker:
     # The claiming stage, session after session.
 
     async def _claim(self, keeper: Keeper) -> None:
+        again = False
         try:
             while not self._over.is_set():
                 try:
+                    if again:
+                        await self._find_strays()
+                    again = True
                     await self._claimer.run(self._id, lambda: self._claiming(keeper))
                     break  # it was stopped, or has drained
                 except* TRANSIENT as group:
@@ -198,6 +202,18 @@ class Worker:
         finally:
             self._over.set()
             self._freed()
+
+    async def _find_strays(self) -> None:
+        """The connection for claims was lost: what it may have claimed, without our hearing of it, is nobody's."""
+        conn = await connect_worker(self._dsn, "strays")
+        try:
+            if not await conn.fetchval(SQL["end_claims"], self._id):
+                raise TimeoutError("the backend of the lost connection is still there")
+            known = [*self._runners.held, *self._settler.ids]
+            if strays := await conn.fetchval(SQL["strays"], self._id, known):
+                logger.warning("took back tasks whose claim went unanswered", extra={"fields": {"tasks": strays}})
+        finally:
+            conn.terminate()
 
     def _claiming(self, keeper: Keeper) -> None:
         self._well("claim")
@@ -214,8 +230,13 @@ class Worker:
         self._claimer.freed()
         self._changed.set()
 
-    def _lost(self, ids: list[int]) -> None:
-        lost = [id for id in ids if (job := self._runners.held.get(id)) and self._runners.lost(job)]
+    def _lost(self, leases: list[tuple[int, int]]) -> None:
+        # By attempt too: what was held when the heartbeat left may have ended, and be held again, by the time it answers.
+        lost = [
+            id
+            for id, attempt in leases
+            if (job := self._runners.held.get(id)) and job.attempt == attempt and self._runners.lost(job)
+        ]
         if lost:
             logger.warning(
                 "lease lost: cancelled its handler", extra={"fields": {"ids": lost[:20], "tasks": len(lost)}}

@@ -38,6 +38,7 @@ STATEMENTS = {
         "promoted:int8 next_seconds:float8 blocked:bool inserted:int8 echo:text",
         "task_pkey task_ready task_scheduled",
     ),
+    "end_claims": Statement("int4", "coalesce:bool", ""),
     "enqueue": Statement("text text text float8 timestamptz int2 int2", "id:int8", ""),
     "enqueue_many": Statement("text[] text[] text float8 timestamptz int2 int2", "id:int8", ""),
     "evict": Statement("int4", "count:int4", ""),
@@ -52,6 +53,7 @@ STATEMENTS = {
     "retry_later": Statement("int4 int8[] int2[] float8[] jsonb[]", "id:int8", "task_pkey"),
     "set_aside": Statement("int4 int8[] int2[]", "id:int8", "task_pkey"),
     "stats": Statement("", "json_build_object:text", None),
+    "strays": Statement("int4 int8[]", "count:int4", "task_running"),
     "tasks": Statement("text text text int8 bool", "task:text seconds:float8", None),
     "tick": Statement(
         "int4 int4 text int8[] int2[] text[] text[]",
