@@ -5,7 +5,8 @@ costs no lease. Every 1.5 s it writes one heartbeat for the whole worker (not on
 statement which leases were lost, which workers went silent, and whether tasks of its types were set aside.
 
 A worker is dead when the advisory lock its keeper's session holds is free and it wasn't seen for 2 s, or when it
-wasn't seen for the length of its lease. 1.5 + 2 + at most 1.5 s is the time a killed worker's tasks wait.
+wasn't seen for the length of its lease. 1.5 + 2 + at most 1.5 s is the time a killed worker's tasks wait. A keeper that
+lost its own connection gives others 4 s: after an outage they all look dead, and the first one back would rob them.
 
 It also watches its own worker: if the loop doesn't answer for a second while the worker has the turn at the bell,
 it ends that backend, the turn goes to somebody else, and the log names the handler.
@@ -39,6 +40,7 @@ PRUNE_SECONDS = 60.0
 PRUNE_AT_ONCE = 5000
 DEAD_KEPT_SECONDS = 30 * 86400.0
 ORPHANS_SECONDS = 30.0
+GRACE_SECONDS = 4.0  # after an outage, for the others to come back too: longer than the longest back-off
 
 
 class Keeper:
@@ -52,7 +54,7 @@ class Keeper:
         registry: Registry,
         runners: Runners,
         *,
-        on_lost: Callable[[list[int]], None],
+        on_lost: Callable[[list[tuple[int, int]]], None],
         on_aside: Callable[[], None],
         on_new_id: Callable[[int], None],
         on_failure: Callable[[BaseException], None],
@@ -85,6 +87,8 @@ class Keeper:
         self._id: int | None = None
         self._locked = False
         self._down = False
+        self._rescue_from = 0.0
+        self._wait = 0.1
 
     # On the worker's loop.
 
@@ -134,8 +138,8 @@ class Keeper:
     async def _main(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._stop = asyncio.Event()
-        wait = 0.1
         conn: Connection | None = None
+        last_try = False
         while True:
             try:
                 conn = await connect_worker(self._dsn, "keeper" if self._id is None else f"keeper {self._id}")
@@ -150,21 +154,23 @@ class Keeper:
                         "the schema notifyq has gone from under this worker; run: notifyq migrate"
                     ) from error
                 if self._stop.is_set():
-                    logger.warning("stopping without a database: others will rescue what was held here")
-                    return
+                    if last_try:
+                        logger.warning("stopping without a database: others will rescue what was held here")
+                        return
+                    last_try = True
+                    continue  # it may have been only this connection
                 if not self._down:
                     self._down = True
-                    logger.warning(
-                        "heartbeat: the database is out of reach", extra={"fields": {"error": str(error)}}
-                    )
+                    self._wait = 0.1
+                    logger.warning("heartbeat: the database is out of reach", extra={"fields": {"error": str(error)}})
             finally:
                 self.pid = None
                 self._locked = False
                 if conn is not None:
                     conn.terminate()
                     conn = None
-            await self._sleep(random.uniform(0.5, 1.0) * wait)
-            wait = min(2.0, wait * 2)
+            await self._sleep(random.uniform(0.5, 1.0) * self._wait)
+            self._wait = min(2.0, self._wait * 2)
 
     async def _sleep(self, seconds: float) -> bool:
         """True as soon as it is to stop."""
@@ -181,6 +187,8 @@ class Keeper:
         if self._id is None:
             self._id = await self._register(conn)
             self._registered.set_result(self._id)
+        else:
+            self._rescue_from = loop.time() + GRACE_SECONDS
         next_tick = loop.time()
         next_prune = loop.time() + random.uniform(0.2, 1.0) * PRUNE_SECONDS
         next_orphans = loop.time() + random.uniform(0.2, 1.0) * ORPHANS_SECONDS
@@ -196,9 +204,7 @@ class Keeper:
             if now >= next_orphans:
                 next_orphans = now + random.uniform(0.5, 1.5) * ORPHANS_SECONDS
                 if orphans := await conn.fetchval(SQL["orphans"]):
-                    logger.warning(
-                        "took back tasks of workers that are gone", extra={"fields": {"tasks": orphans}}
-                    )
+                    logger.warning("took back tasks of workers that are gone", extra={"fields": {"tasks": orphans}})
             if await self._sleep(PULSE_SECONDS):
                 break
             await self._watch(conn)
@@ -240,17 +246,19 @@ class Keeper:
                 "this worker had been given up for dead; it comes back under a new id",
                 extra={"fields": {"old": old, "new": self._id}},
             )
-            self._tell(self._on_lost, [id for id, _ in held])
+            self._tell(self._on_lost, held)
             self._tell(self._on_new_id, self._id)
             return
         if not self._locked:
             await self._lock(conn, self._id)
         if lost:
-            self._tell(self._on_lost, lost)
+            gone = set(lost)
+            self._tell(self._on_lost, [(id, attempt) for id, attempt in held if id in gone])
         if aside:
             self._tell(self._on_aside)
-        for worker in silent:
-            await self._rescue(conn, worker)
+        if silent and asyncio.get_running_loop().time() >= self._rescue_from:
+            for worker in silent:
+                await self._rescue(conn, worker)
 
     async def _rescue(self, conn: Connection, worker: int) -> None:
         while True:
@@ -301,16 +309,12 @@ class Keeper:
                 return
             self._tell(self._take_pulse)
             logger.debug("the event loop is still blocked after %.1f s", now - since)
-        logger.info(
-            "the event loop answers again", extra={"fields": {"seconds": round(self._pulse - since, 1)}}
-        )
+        logger.info("the event loop answers again", extra={"fields": {"seconds": round(self._pulse - since, 1)}})
 
 
 def _explained(error: BaseException) -> BaseException:
     if isinstance(error, asyncpg.InsufficientPrivilegeError):
-        return DatabaseError(
-            f"this user may not work here: {error}; schema.sql ends with the GRANTs a worker needs"
-        )
+        return DatabaseError(f"this user may not work here: {error}; schema.sql ends with the GRANTs a worker needs")
     if isinstance(error, asyncpg.ReadOnlySQLTransactionError):
         return DatabaseError("this server is read-only (a standby?); a worker needs the primary")
     if isinstance(error, asyncpg.PostgresError):
