@@ -2,13 +2,78 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import json
+import signal
+import threading
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from typing import Any
 from urllib.parse import urlsplit
 
 import anyio
+import asyncpg
+import pytest
 
-from notifyq import store
+import notifyq
+from notifyq import schema, store
+from notifyq.embedded import Server
+
+from .conftest import Process, Seen, Sessions, eventually, working
+
+INSERT = "INSERT INTO notifyq.task (type, payload) VALUES ($1, $2::text::jsonb) RETURNING id"
+Spawn = Callable[..., Process]
+Logged = Callable[[str], list[dict[str, Any]]]
+
+
+class Story:
+    """What a worker process tells, all of it, each line with the time it came."""
+
+    def __init__(self, process: Process) -> None:
+        self.process = process
+        self.lines: list[tuple[float, dict[str, Any]]] = []
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self) -> None:
+        assert self.process.popen.stdout is not None
+        try:
+            for text in self.process.popen.stdout:
+                self.lines.append((time.monotonic(), json.loads(text)))
+        except ValueError:
+            assert self.process.popen.poll() is not None  # closed
+
+    def error(self) -> str:
+        """What it wrote to stderr, if it has ended."""
+        ended = self.process.popen.poll()
+        return "it lives" if ended is None else f"exit {ended}: {self.process.popen.stderr.read()}"  # type: ignore[union-attr]
+
+    def of(self, event: str, **fields: Any) -> list[tuple[float, dict[str, Any]]]:
+        return [
+            (at, line)
+            for at, line in self.lines
+            if line["event"] == event and all(line.get(name) == value for name, value in fields.items())
+        ]
+
+    def logged(self, text: str) -> list[dict[str, Any]]:
+        return [line["fields"] for _, line in self.of("log") if text in line["message"]]
+
+    async def reach(self, count: int, event: str, seconds: float = 20, **fields: Any) -> float:
+        """Wait for that many; when the last of them came."""
+        with anyio.move_on_after(seconds):
+            while len(self.of(event, **fields)) < count:
+                await anyio.sleep(0.01)
+        found = self.of(event, **fields)
+        assert len(found) >= count, (
+            f"{len(found)} of {count} times {event!r} after {seconds} s in {self.lines}; {self.error()}"
+        )
+        return found[count - 1][0]
+
+
+async def started(spawn: Spawn, *options: str) -> Story:
+    story = Story(spawn(*options))
+    await story.reach(1, "started", 30)
+    return story
 
 
 @asynccontextmanager
@@ -25,3 +90,321 @@ async def outage(dsn: str) -> AsyncIterator[None]:
         with anyio.CancelScope(shield=True):
             await admin.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS true")
             await admin.close()
+
+
+async def insert(db: Any, type: str, count: int = 1, queue: str = "default", **payload: Any) -> list[int]:
+    many = """INSERT INTO notifyq.task (type, queue, payload) SELECT $1, $2, $3::text::jsonb
+              FROM generate_series(1, $4::integer) RETURNING id"""
+    return [row[0] for row in await db.fetch(many, type, queue, json.dumps(payload), count)]
+
+
+async def states(db: Any, ids: list[int]) -> dict[tuple[str, int], int]:
+    """How many of them are in which state at which attempt."""
+    rows = await db.fetch("SELECT state, attempts FROM notifyq.all_tasks WHERE id = ANY ($1::bigint[])", ids)
+    return dict(Counter((row[0], row[1]) for row in rows))
+
+
+async def whose(db: Any, stories: list[Story]) -> list[Story]:
+    """Whose the running tasks are, first: one worker's, which had the turn and room for them all."""
+    names = "SELECT DISTINCT worker FROM notifyq.all_tasks WHERE state = 'running'"
+    [pid] = [int(row[0].rpartition(":")[2]) for row in await db.fetch(names)]
+    return sorted(stories, key=lambda story: story.process.pid != pid)
+
+
+# Processes.
+
+
+async def test_killed(spawn: Spawn, db: Any) -> None:
+    """A killed worker's 50 tasks run in another within 5 s; and a task that kills its worker each time ends dead."""
+    mortal = [spawn('queues=["die"]') for _ in range(2)]
+    workers = [await started(spawn, 'queues=["default"]') for _ in range(2)]
+    dying = [Story(process) for process in mortal]
+    for story in dying:
+        await story.reach(1, "started")
+    ids = await insert(db, "Sleep", 50)
+    await eventually(lambda: states(db, ids), {("running", 1): 50})
+    victim, heir = await whose(db, workers)
+    await victim.reach(50, "ran")
+    # Both faults at once, as both wait for the same.
+    [fatal] = await insert(db, "Die", queue="die")
+    killed = time.monotonic()
+    victim.process.signal(signal.SIGKILL)
+    last = await heir.reach(50, "ran", 10, attempt=2)
+    print(f"rescued after {last - killed:.2f} s")
+    assert last - killed < 5
+    assert await states(db, ids) == {("running", 2): 50}
+    await eventually(lambda: db.fetchval("SELECT state FROM notifyq.all_tasks WHERE id = $1", fatal), "dead", 15)
+    attempts, error, errors = await db.fetchrow(
+        "SELECT attempts, error, jsonb_array_length(errors) FROM notifyq.all_tasks WHERE id = $1", fatal
+    )
+    assert (attempts, errors) == (2, 2)
+    assert "vanished while it ran" in error
+    assert [await process.wait(5) for process in mortal] == [-signal.SIGKILL] * 2
+    names = await db.fetch("SELECT name FROM notifyq.worker")
+    assert [row[0].rpartition(":")[2] for row in names] == [str(heir.process.pid)], "the dead are buried"
+
+
+async def test_frozen_past_its_lease(spawn: Spawn, db: Any) -> None:
+    """Frozen with the turn: another takes that soon, and after the lease the tasks. Thawed, it settles nothing, says
+    so, cancels its handlers, and comes back as somebody new."""
+    workers = [await started(spawn, "lease=6", "shutdown_timeout=0.1") for _ in range(2)]
+    async with db.transaction():
+        long = await insert(db, "Sleep", 5, seconds=3600)
+        short = await insert(db, "Sleep", 5, seconds=2)
+    await eventually(lambda: states(db, long + short), {("running", 1): 10})
+    frozen, other = await whose(db, workers)
+    await frozen.reach(10, "ran")
+    frozen.process.signal(signal.SIGSTOP)
+    stopped = time.monotonic()
+    [quick] = await insert(db, "Quick")
+    turn = await other.reach(1, "ran", 15, id=quick) - stopped
+    rescue = await other.reach(10, "ran", 15, attempt=2) - stopped
+    print(f"turn after {turn:.2f} s, tasks after {rescue:.2f} s")
+    assert turn < 8
+    assert rescue < 10
+    await other.reach(5, "ended")
+    await eventually(lambda: states(db, short), {("done", 2): 5})
+    before = await db.fetch("SELECT * FROM notifyq.finished ORDER BY id")
+
+    frozen.process.signal(signal.SIGCONT)
+    await frozen.reach(5, "cancelled", 10)
+    assert {line["id"] for _, line in frozen.of("cancelled")} == set(long)
+    assert sum(fields["tasks"] for fields in frozen.logged("lease lost")) >= 5
+    assert sum(fields["tasks"] for fields in frozen.logged("settled nothing")) == len(frozen.of("ended"))
+    [again] = frozen.logged("comes back under a new id")
+    assert again["new"] > again["old"] == frozen.of("started")[0][1]["id"]
+    assert await db.fetch("SELECT * FROM notifyq.finished ORDER BY id") == before
+    assert await states(db, long) == {("running", 2): 5}, "they belong to the other"
+
+    other.process.signal(signal.SIGTERM)
+    assert await other.process.wait(15) == 0
+    await frozen.reach(5, "ran", attempt=2)
+    owners = await db.fetch("SELECT DISTINCT worker FROM notifyq.task")
+    assert [row[0] for row in owners] == [again["new"]]
+
+
+async def test_a_blocked_event_loop(spawn: Spawn, db: Any) -> None:
+    """It has the turn, a handler sleeps without `await`: another goes on, the log says who it was, no lease goes."""
+    workers = [await started(spawn) for _ in range(2)]
+    [block] = await insert(db, "Block", seconds=3)
+    await eventually(lambda: states(db, [block]), {("running", 1): 1})
+    blocked, other = await whose(db, workers)
+    await blocked.reach(1, "ran")
+    began = time.monotonic()
+    ids = await insert(db, "Quick", 3)
+    turn = await other.reach(3, "ran", 10) - began
+    print(f"turn after {turn:.2f} s")
+    assert turn < 2.5
+    await eventually(lambda: states(db, [block]), {("done", 1): 1})
+    assert await states(db, ids) == {("done", 1): 3}
+    [told] = blocked.logged("event loop is blocked")
+    assert told["handler"].endswith(f"block (task {block})")
+    await blocked.reach(1, "log", message="the event loop answers again")
+    assert not blocked.logged("lease lost") + other.logged("rescued")
+
+
+# Connections.
+
+
+class Bench:
+    """An app whose handlers count their runs."""
+
+    def __init__(self) -> None:
+        self.app = notifyq.App()
+        self.seen = seen = Seen()
+        self.held = held = Seen()
+        self.release = release = anyio.Event()
+
+        class Note(notifyq.Task):
+            seconds: float = 0
+
+        class Hold(notifyq.Task):
+            pass
+
+        @self.app.handler
+        async def note(task: Note, ctx: notifyq.Context) -> None:
+            seen.add(ctx.id)
+            await anyio.sleep(task.seconds)
+
+        @self.app.handler
+        async def hold(task: Hold, ctx: notifyq.Context) -> None:
+            held.add(ctx.id)
+            await release.wait()
+
+    async def ran(self, id: int, seconds: float) -> float:
+        """Wait until task `id` has begun; how long that took."""
+        began = time.monotonic()
+        with anyio.fail_after(seconds):
+            while id not in self.seen.items:
+                await anyio.sleep(0.002)
+        return time.monotonic() - began
+
+
+CONNECTIONS = ("door %", "claims %", "settle", "keeper%")
+
+
+async def terminate(db: Any, role: str) -> int:
+    end = """SELECT count(*) FILTER (WHERE pg_terminate_backend(pid)) FROM pg_stat_activity
+             WHERE application_name LIKE 'notifyq ' || $1 AND datname = current_database()"""
+    return int(await db.fetchval(end, role))
+
+
+async def test_each_connection_is_ended_while_idle(db: Any, dsn: str, logged: Logged) -> None:
+    """The next task runs soon all the same, and both workers say once that something was lost and is back."""
+    bench = Bench()
+    async with working(bench.app, dsn) as worker, working(bench.app, dsn):
+        ids = await insert(db, "Hold", 3)
+        await bench.held.reach(3)
+        ids += await insert(db, "Note")
+        await bench.seen.reach(1)
+        for role in CONNECTIONS:
+            await eventually(lambda: alive(db, role), 1 if role == "settle" else 2)  # noqa: B023 - awaited here
+            assert await terminate(db, role) >= 1, role
+            [id] = await insert(db, "Note")
+            print(f"{role} {await bench.ran(id, 4):.3f} s")
+            ids.append(id)
+        bench.release.set()
+        await eventually(lambda: states(db, ids), {("done", 1): len(ids)})
+        everybody = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND classid = 1852990827 AND granted"
+        await eventually(lambda: db.fetchval(everybody), 2)
+        assert not worker.done.is_set()
+    assert len(bench.held.items) == 3, "what ran meanwhile was not run again"
+    assert sorted(bench.seen.items) == sorted(set(bench.seen.items))
+    lost = Counter(fields["stage"] for fields in logged("lost the database, trying again"))
+    assert lost == Counter(fields["stage"] for fields in logged("the database is back") if fields)
+    assert set(lost) == {"claim", "settle"}
+    assert len(logged("heartbeat: the database is out of reach")) == len(logged("heartbeat: the database is back")) == 2
+
+
+async def test_each_connection_is_ended_under_load(db: Any, dsn: str, connect: Sessions) -> None:
+    """Every committed task is done, and none is run twice."""
+    bench, ids = Bench(), list[int]()
+    enqueuer, over = await connect(), anyio.Event()
+
+    async def enqueue() -> None:
+        while not over.is_set():
+            ids.extend(await insert(enqueuer, "Note", 5, seconds=0.02))
+            await anyio.sleep(0.004)
+
+    async with working(bench.app, dsn, concurrency=30), working(bench.app, dsn, concurrency=30):
+        async with anyio.create_task_group() as group:
+            group.start_soon(enqueue)
+            for role in CONNECTIONS * 2:
+                await eventually(lambda: alive(db, role), 2)  # noqa: B023 - awaited here
+                assert await terminate(db, role) == 2
+                [id] = await insert(db, "Note")
+                ids.append(id)
+                await bench.ran(id, 5)
+            over.set()
+        await eventually(lambda: db.fetchval("SELECT count(*) FROM notifyq.task"), 0)
+    assert len(ids) > 100
+    assert await states(db, ids) == {("done", 1): len(ids)}
+    assert Counter(bench.seen.items).most_common(1)[0][1] == 1
+
+
+async def alive(db: Any, role: str) -> int:
+    found = """SELECT count(*) FROM pg_stat_activity
+               WHERE application_name LIKE 'notifyq ' || $1 AND datname = current_database()"""
+    return int(await db.fetchval(found, role))
+
+
+async def test_a_claim_whose_answer_never_came(db: Any, dsn: str, logged: Logged) -> None:
+    """It was committed, and the connection was cut before the worker heard of it: the worker finds its stray tasks."""
+    bench = Bench()
+    async with working(bench.app, dsn) as worker:
+        [held] = await insert(db, "Hold")
+        await bench.held.reach(1)
+        [stray] = await db.fetch(
+            "INSERT INTO notifyq.task (type, worker, attempts) VALUES ('Note', $1, 1) RETURNING id", worker.info.id
+        )
+        assert await terminate(db, "claims %") == 1
+        await bench.ran(stray[0], 4)
+        bench.release.set()
+        await eventually(lambda: states(db, [held, stray[0]]), {("done", 1): 2})
+    assert len(bench.held.items) == 1
+
+
+async def test_a_database_out_of_reach(db: Any, dsn: str, connect: Sessions, logged: Logged) -> None:
+    """For more than the 2 s after which a worker looks dead: both come back, and none takes the other's tasks."""
+    bench = Bench()
+    async with working(bench.app, dsn), working(bench.app, dsn):
+        ids = await insert(db, "Hold", 5)
+        await bench.held.reach(5)
+        async with outage(dsn):
+            await anyio.sleep(2.5)
+            bench.release.set()  # outcomes that can't be written yet
+            await anyio.sleep(0.2)
+        began = time.monotonic()
+        again = await connect()
+        [id] = await insert(again, "Note")
+        await bench.ran(id, 8)
+        print(f"healed after {time.monotonic() - began:.2f} s")
+        await eventually(lambda: states(again, [*ids, id]), {("done", 1): 6})
+    assert len(bench.held.items) == 5
+    assert not logged("rescued") + logged("given up for dead") + logged("lease lost")
+
+
+# The server.
+
+
+@pytest.fixture
+async def own() -> AsyncIterator[Server]:
+    """A server of the test's own, with the schema."""
+    server = Server()
+    await anyio.to_thread.run_sync(server.start)
+    try:
+        conn = await store.connect(server.dsn(), role="test")
+        await schema.migrate(conn)
+        await conn.close()
+        yield server
+    finally:
+        with anyio.CancelScope(shield=True):
+            await anyio.to_thread.run_sync(server.stop)
+
+
+async def test_a_server_that_crashes_under_load(own: Server, logged: Logged) -> None:
+    """Everything whose commit was acknowledged is done; only what ran when it crashed may have run twice."""
+    bench, acknowledged, over = Bench(), list[int](), anyio.Event()
+    begun: dict[int, float] = {}
+
+    async def enqueue() -> None:
+        conn = None
+        while not over.is_set():
+            try:
+                conn = conn or await store.connect(own.dsn(), role="test")
+                for id in await insert(conn, "Note", 5, seconds=0.05):
+                    acknowledged.append(id)
+                    begun[id] = time.monotonic()
+                await anyio.sleep(0.005)
+            except (notifyq.DatabaseError, asyncpg.PostgresError, asyncpg.InterfaceError, OSError):
+                conn = None
+                await anyio.sleep(0.02)
+        if conn is not None:
+            await conn.close()
+
+    async with working(bench.app, own.dsn(), concurrency=30), working(bench.app, own.dsn(), concurrency=30):
+        async with anyio.create_task_group() as group:
+            group.start_soon(enqueue)
+            await bench.seen.reach(100)
+            crashes: list[float] = []
+            for _ in range(3):
+                crashes.append(time.monotonic())
+                await anyio.to_thread.run_sync(own.restart, "immediate")
+                back, seen = time.monotonic(), len(bench.seen.items)
+                with anyio.fail_after(10):
+                    while not any(begun.get(id, 0) > back for id in bench.seen.items[seen:]):
+                        await anyio.sleep(0.005)
+                print(f"down for {back - crashes[-1]:.2f} s, healed {time.monotonic() - back:.2f} s after")
+                assert time.monotonic() - back < 5
+                await bench.seen.reach(seen + 100)
+            over.set()
+        db = await store.connect(own.dsn(), role="test")
+        await eventually(lambda: db.fetchval("SELECT count(*) FROM notifyq.task"), 0)
+        done = {row[0] for row in await db.fetch("SELECT id FROM notifyq.finished WHERE state = 'done'")}
+        await db.close()
+    assert set(acknowledged) <= done
+    twice = [id for id, runs in Counter(bench.seen.items).items() if runs > 1]
+    print(f"{len(acknowledged)} tasks, {len(twice)} run twice")
+    assert len(twice) <= 3 * 60
+    for id in twice:
+        assert any(-2 < crash - begun.get(id, crash) < 2 for crash in crashes), "only those that were about then"

@@ -22,12 +22,13 @@ app = notifyq.App()
 
 
 def say(event: str, **fields: Any) -> None:
-    print(json.dumps({"event": event, "pid": os.getpid(), **fields}, default=str), flush=True)
+    # One write, whole: the keeper's thread logs too.
+    os.write(1, json.dumps({"event": event, "pid": os.getpid(), **fields}, default=str).encode() + b"\n")
 
 
 class Log(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
-        say("log", message=record.getMessage(), **{"fields": getattr(record, "fields", {})})
+        say("log", message=record.getMessage(), fields=getattr(record, "fields", {}))
 
 
 class Quick(notifyq.Task):
@@ -44,7 +45,7 @@ class Block(notifyq.Task):
 
 
 class Die(notifyq.Task):
-    max_attempts = 3
+    max_attempts = 2
 
 
 @app.handler
