@@ -110,7 +110,7 @@ async def test_help_and_version(run: Run) -> None:
         said = await run(f"{command.name} --help")
         assert said.code == 0
         assert "env var: NOTIFYQ_" in said.out.replace("\n", " ").replace("  ", " ") or command.params == []
-    assert re.fullmatch(r"notifyq \d+\.\d+.*\n", (await run("--version")).out)
+    assert re.fullmatch(r"notifyq \d\S+\n", (await run("--version")).out)
 
 
 @pytest.mark.parametrize(

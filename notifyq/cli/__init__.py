@@ -20,7 +20,6 @@ from __future__ import annotations
 import sys
 import traceback
 from collections.abc import Sequence
-from importlib.metadata import version
 
 import click
 
@@ -28,7 +27,7 @@ from notifyq.errors import NotifyqError
 
 from . import database, tasks, worker
 from .options import did_you_mean
-from .output import say
+from .output import our_version, say
 
 COMMANDS: tuple[click.Command, ...] = (
     database.migrate, worker.worker, tasks.enqueue, tasks.tasks, tasks.retry, tasks.cancel, tasks.prune,
@@ -58,7 +57,7 @@ class Cli(click.Group):
     invoke_without_command=True,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
-@click.version_option(version("notifyq"), message="notifyq %(version)s")
+@click.version_option(our_version(), message="notifyq %(version)s")
 @click.pass_context
 def cli(ctx: click.Context) -> None:
     """Background tasks on PostgreSQL.

@@ -5,10 +5,19 @@ from __future__ import annotations
 import importlib.util
 import sys
 from collections.abc import Iterable, Sequence
+from importlib.metadata import PackageNotFoundError, version
 
 import click
 
 NUMBERS = ("id", "scheduled", "ready", "running", "done", "dead", "cancelled", "oldest ready", "attempts", "slots")
+
+
+def our_version() -> str:
+    """Of the installed notifyq."""
+    try:
+        return version("notifyq")
+    except PackageNotFoundError:
+        return "0+checkout"
 
 
 def say(text: str) -> None:

@@ -67,6 +67,10 @@ class Watch:
 
     def finish(self, code: int) -> None:
         """The worker has ended. What keeps the process from ending now, a thread say, has a moment left."""
+        try:
+            sys.stdout.flush()  # what handlers printed; nobody else may come to do it
+        except (OSError, ValueError):
+            pass  # nobody reads it
         self._code = code
         self._send(FINISHED)
 
@@ -120,14 +124,17 @@ class Watch:
                 pass  # the loop is closed already
 
     def _end(self) -> None:
-        # In a thread, as whoever is stuck may hold what writing needs.
-        saying = threading.Thread(target=self._last_words, daemon=True)
-        saying.start()
-        saying.join(0.5)
-        os._exit(1 if self._code is None else self._code)
+        if self._code is not None:  # the interpreter is on its way out: it starts no more threads
+            os._exit(self._code)
+        try:
+            # In a thread, as whoever is stuck may hold what writing needs.
+            saying = threading.Thread(target=_last_words, daemon=True)
+            saying.start()
+            saying.join(0.5)
+        finally:
+            os._exit(1)
 
-    def _last_words(self) -> None:
-        if self._code is None:
-            logger.error("handlers don't end: ending the process; their tasks will be rescued and run again")
-        sys.stdout.flush()
-        sys.stderr.flush()
+
+def _last_words() -> None:
+    logger.error("handlers don't end: ending the process; their tasks will be rescued and run again")
+    sys.stdout.flush()

@@ -6,7 +6,6 @@ import asyncio
 import logging
 import socket
 from collections.abc import Callable
-from importlib.metadata import version
 
 import anyio
 import click
@@ -18,7 +17,7 @@ from notifyq.errors import NotifyqError
 from . import family, logs
 from .load import load_app
 from .options import dsn_option, duration, number, option, word
-from .output import say
+from .output import our_version, say
 from .watch import Watch
 
 logger = logging.getLogger("notifyq.cli")
@@ -114,10 +113,11 @@ def _run(app: App, config: WorkerConfig, dsn: str | None, parent: socket.socket 
         finally:
             watch.loop_ends()
 
-    code = 0
+    code = 1
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
         try:
             runner.run(work())
+            code = 0
         except NotifyqError as error:
             say(str(error))
             code = error.exit_code
@@ -169,7 +169,7 @@ class Started:
             bell = f"proven, {bell} there and back"
         where = f"PostgreSQL {value.server_version}, schema {value.schema_version}"
         lines = (
-            f"notifyq {version('notifyq')}: worker {value.id} ({value.name}) on {where}",
+            f"notifyq {our_version()}: worker {value.id} ({value.name}) on {where}",
             f"  queues   {', '.join(queues)}; {value.concurrency} tasks at once",
             f"  types    {', '.join(value.types)}",
             f"  bell     {bell}",
