@@ -1,0 +1,183 @@
+"""What users import: exactly what is documented, and typed as the contract's example uses it."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import notifyq
+
+PUBLIC = {
+    "App",
+    "Task",
+    "Context",
+    "Ref",
+    "Retry",
+    "Cancel",
+    "Dead",
+    "NotifyqError",
+    "ConfigError",
+    "DatabaseError",
+    "SchemaError",
+    "WorkerInfo",
+}
+
+EXAMPLE = """
+from collections.abc import Sequence
+from datetime import datetime, timezone
+
+import anyio
+import asyncpg
+import msgspec
+import notifyq
+
+
+class User(msgspec.Struct):
+    id: str
+    email: str
+
+
+class SendVerificationEmail(notifyq.Task, tag="SEND_VERIFICATION_EMAIL"):
+    max_attempts = 5
+    timeout = 30.0
+    user: User
+    verification_key: str
+
+
+class Thumbnail(notifyq.Task):
+    path: str
+    width: int = 200
+
+
+app = notifyq.App()
+
+
+@app.handler
+async def send_verification_email(task: SendVerificationEmail, ctx: notifyq.Context) -> None:
+    print(task.user.email, ctx.attempt + 1, ctx.created_at.year)
+    if ctx.attempt > 3:
+        raise notifyq.Dead("no such mailbox")
+
+
+@app.handler
+def thumbnail(task: Thumbnail) -> dict[str, int] | notifyq.Retry:
+    return {"width": task.width} if task.width else notifyq.Retry(delay=5.0, reason="later")
+
+
+async def use(dsn: str | None, tasks: Sequence[notifyq.Task], connection: "asyncpg.Connection[asyncpg.Record]") -> None:
+    async with app.connect(dsn) as connected:
+        task = SendVerificationEmail(user=User(id="1", email="a@b.c"), verification_key="k")
+        ref: notifyq.Ref = await connected.enqueue(task)
+        id: int = ref.id
+        await app.enqueue(task, queue="mail", delay=60, priority=5)
+        await app.enqueue(task, run_at=datetime.now(timezone.utc), max_attempts=3)
+        await app.enqueue(task, conn=connection)
+        ids: list[int] = await app.enqueue_many(tasks)
+        async with anyio.create_task_group() as group:
+            info: notifyq.WorkerInfo = await group.start(app.run_worker)
+            print(id, ids, info.bell_ms)
+        await app.run_worker(queues=["default", "mail:5"], concurrency=100, stop=anyio.Event())
+        await app.run_worker({"mail": 5, "default": None}, drain=True)
+
+
+async def direct() -> None:
+    # A handler is still the function it was.
+    await send_verification_email(SendVerificationEmail(User("1", "e"), "k"), notifyq.Context(
+        id=1, queue="q", attempt=1, max_attempts=2, priority=0, created_at=datetime.now(timezone.utc)))
+    print(thumbnail(Thumbnail(path="x")))
+    try:
+        await app.enqueue(Thumbnail(path="x"))
+    except notifyq.SchemaError as error:
+        assert isinstance(error, notifyq.NotifyqError)
+"""
+
+# Each a line that replaces the last of the example's, and must not pass.
+MISTAKES = [
+    'Thumbnail(path=5)',
+    'Thumbnail()',
+    'app.enqueue("not a task")',
+    'app.enqueue(Thumbnail(path="x"), delay="60")',
+    'app.enqueue(Thumbnail(path="x"), priorty=5)',
+    'app.run_worker(concurrency="many")',
+    'notifyq.Retry(delay="5")',
+    'thumbnail(5)',
+    'notifyq.Missing',
+]  # fmt: skip
+
+
+def test_all_is_what_is_documented() -> None:
+    assert set(notifyq.__all__) == PUBLIC
+    assert list(notifyq.__all__) == sorted(notifyq.__all__)
+    exported = {
+        name for name, value in vars(notifyq).items() if not name.startswith("_") and not inspect.ismodule(value)
+    }
+    assert exported == PUBLIC
+
+
+@pytest.mark.parametrize("name", sorted(PUBLIC))
+def test_everything_public_is_explained(name: str) -> None:
+    thing = getattr(notifyq, name)
+    assert inspect.getdoc(thing)
+    for method, value in vars(thing).items():
+        if inspect.isfunction(value) and not method.startswith("_"):
+            assert value.__doc__, f"{name}.{method}"
+            assert "return" in value.__annotations__, f"{name}.{method}"
+
+
+def test_the_tree_of_errors_and_their_exit_codes() -> None:
+    codes = {"NotifyqError": 1, "ConfigError": 2, "DatabaseError": 3, "SchemaError": 4}
+    for name, code in codes.items():
+        error: Any = getattr(notifyq, name)
+        assert issubclass(error, notifyq.NotifyqError)
+        assert error.exit_code == code
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A user's project: the example, and each mistake in a file of its own."""
+    folder = tmp_path_factory.mktemp("user")
+    (folder / "example.py").write_text(EXAMPLE)
+    for number, mistake in enumerate(MISTAKES):
+        (folder / f"mistake{number}.py").write_text(f"{EXAMPLE}\n\nasync def wrong() -> None:\n    print({mistake})\n")
+    return folder
+
+
+def run(folder: Path, *command: str) -> tuple[int, str]:
+    found = subprocess.run([sys.executable, "-m", *command], cwd=folder, capture_output=True, text=True, check=False)
+    return found.returncode, found.stdout + found.stderr
+
+
+def wrong_lines(output: str) -> set[str]:
+    """The files that were complained about, each only for its last line."""
+    last = EXAMPLE.count("\n") + 4
+    found = set()
+    for line in output.splitlines():
+        if ".py:" in line and "error" in line:
+            file, number = line.strip().split(":")[:2]
+            assert int(number) == last, line
+            found.add(Path(file).name)
+    return found
+
+
+def test_mypy_strict_from_outside(folder: Path) -> None:
+    options = ("--strict", "--python-executable", sys.executable, "--cache-dir", str(folder / "cache"))
+    _, output = run(folder, "mypy", *options, ".")
+    assert wrong_lines(output) == {f"mistake{n}.py" for n in range(len(MISTAKES))}, output
+
+
+def test_pyright_strict_from_outside(folder: Path) -> None:
+    (folder / "pyrightconfig.json").write_text(json.dumps({"typeCheckingMode": "strict", "include": ["."]}))
+    _, output = run(folder, "pyright", "--pythonpath", sys.executable)
+    assert wrong_lines(output) == {f"mistake{n}.py" for n in range(len(MISTAKES))}, output
+
+
+def test_the_example_runs() -> None:
+    space: dict[str, Any] = {"__name__": "example"}
+    exec(compile(EXAMPLE, "example.py", "exec", dont_inherit=True), space)
+    assert space["app"].registry.types == ["SEND_VERIFICATION_EMAIL", "Thumbnail"]
