@@ -402,6 +402,15 @@ async def test_timeouts(bench: Bench, db: Any, dsn: str) -> None:
         assert (await bench.seen.reach(2))[-1] == "next"
 
 
+async def test_threads_that_were_left_alone_are_not_in_the_way(bench: Bench, db: Any, dsn: str) -> None:
+    """As many as there are slots are stuck past their timeout; the next plain handler runs all the same."""
+    async with working(bench.app, dsn, concurrency=2):
+        stuck = await bench.app.enqueue_many([SlowThread() for _ in range(6)])
+        for id in stuck:
+            await ended(db, id, "dead")
+        assert len(bench.seen.items) == 6, "each of them has begun"
+
+
 async def test_priorities_and_then_age_decide_the_order(bench: Bench, db: Any, dsn: str) -> None:
     await db.execute(
         """INSERT INTO notifyq.task (type, priority, payload)
