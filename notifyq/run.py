@@ -1,11 +1,11 @@
 """Run one task; and the runners, which do it side by side.
 
-A fixed set of long-lived runners takes jobs from a deque. A task spawned for each job would cost 11 to 13 µs; a
-deque costs 0.2. A runner has one cancel scope, renewed only after it was cancelled; only a job with a timeout
-gets a scope of its own.
+A fixed set of long-lived runners in one task group takes jobs from a deque. A task spawned for each job would cost
+11 to 13 µs; a deque costs 0.2. A runner has one cancel scope, renewed only after it was cancelled; only a job with a
+timeout gets a scope of its own.
 
-Their parent is `Runners.run`, and not a task group: that waits for its children however long they take, and a
-handler that swallows its cancellation would keep the worker from ever ending.
+The task group has an asyncio task of its own for host, since it waits for its children however long they take, and a
+handler that swallows its cancellation must not keep the worker from ending.
 
 What is held (waiting or running) is counted here, by queue, as that decides how much may be claimed.
 """
@@ -23,6 +23,7 @@ from typing import Any
 import anyio
 import anyio.to_thread
 import msgspec
+from anyio.abc import TaskGroup
 
 from . import outcome
 from .codec import PAYLOAD_LIMIT, describe
@@ -67,8 +68,8 @@ class Runners:
         self._runners: set[Runner] = set()
         self._idle: list[asyncio.Future[None]] = []
         self._threads = anyio.CapacityLimiter(concurrency)
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._crash: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._group: TaskGroup | None = None
+        self._closing = asyncio.Event()
         self._closed = False
         self._behind: dict[int, Job] = {}  # next attempts of tasks that are held
         self.held: dict[int, Job] = {}  # by id: waiting and running
@@ -86,22 +87,29 @@ class Runners:
         return [runner.job for runner in self._runners if runner.job is not None]
 
     async def run(self) -> None:
-        """The runners' parent: fails when one does. Cancelled, it hands everything back, and leaves alone, after a
-        while, what can't be cancelled."""
+        """Fails when a runner does. Cancelled, it hands everything back, and leaves alone, after a while, what can't
+        be cancelled."""
+        host = asyncio.get_running_loop().create_task(self._host(), name="notifyq runners")
         try:
-            await self._crash
+            await asyncio.wait([host])
+            host.result()
         finally:
             seconds = 0.1 if self._closed else CANCEL_SECONDS
             self.hand_back_waiting()
             self.hand_back_running()
             self.close()
             with anyio.CancelScope(shield=True):
-                stuck = (await asyncio.wait(self._tasks, timeout=seconds))[1] if self._tasks else set()
-            if stuck:
+                await asyncio.wait([host], timeout=seconds)
+            if not host.done():
+                stuck = [self.whose(runner.task) or "unknown" for runner in self._runners]
                 logger.error(
                     "these handlers didn't end when cancelled; they are left alone, and their tasks handed back",
-                    extra={"fields": {"handlers": [self.whose(task) or "unknown" for task in stuck][:20]}},
+                    extra={"fields": {"handlers": stuck[:20]}},
                 )
+
+    async def _host(self) -> None:
+        async with anyio.create_task_group() as self._group:
+            await self._closing.wait()
 
     def feed(self, jobs: Sequence[Job]) -> None:
         """Run these, in their order."""
@@ -156,6 +164,7 @@ class Runners:
     def close(self) -> None:
         """Runners without a job end; call it when nothing is held."""
         self._closed = True
+        self._closing.set()
         for waiter in self._idle:
             if not waiter.done():
                 waiter.set_result(None)
@@ -172,17 +181,9 @@ class Runners:
     def _spawn(self) -> None:
         runner = Runner()
         self._runners.add(runner)
+        assert self._group is not None
         # In an empty context, not in that of whoever fed the job.
-        task = asyncio.get_running_loop().create_task(
-            self._run(runner), name="notifyq runner", context=contextvars.Context()
-        )
-        self._tasks.add(task)
-        task.add_done_callback(self._ended)
-
-    def _ended(self, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None and not self._crash.done():
-            self._crash.set_exception(error)
+        contextvars.Context().run(self._group.start_soon, self._run, runner)
 
     async def _run(self, runner: Runner) -> None:
         runner.task = asyncio.current_task()
