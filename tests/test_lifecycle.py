@@ -117,6 +117,7 @@ class Bench:
         @app.handler
         async def parent(task: Parent) -> None:
             seen.add("parent")
+            await anyio.sleep(0.2)  # nothing is runnable meanwhile, and yet it isn't over
             await app.enqueue_many([Note(str(n)) for n in range(task.children)])
 
 
@@ -250,12 +251,14 @@ async def test_an_outcome_on_its_way_survives_the_cancellation(
         await transaction.start()
         await other.fetchval("SELECT id FROM notifyq.task FOR UPDATE")
         bench.release.set()
-        waits = """SELECT count(*) FROM pg_stat_activity WHERE application_name = 'notifyq settle'
+        waits = """SELECT pid FROM pg_stat_activity WHERE application_name = 'notifyq settle'
                    AND wait_event_type = 'Lock' AND datname = current_database()"""
-        await eventually(lambda: db.fetchval(waits), 1)
+        await eventually(lambda: db.fetchval(f"SELECT EXISTS ({waits})"))
+        pid = await db.fetchval(waits)
         group.cancel_scope.cancel()
         with anyio.CancelScope(shield=True):
-            await anyio.sleep(0.3)
+            await eventually(lambda: db.fetchval(f"SELECT EXISTS ({waits} AND pid <> $1)", pid))  # it tries again
+            await db.execute("SELECT pg_terminate_backend($1)", pid)  # the first doesn't know that it was cut off
             await transaction.commit()
     assert await state(db, id) == "done"
 
