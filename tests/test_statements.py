@@ -884,6 +884,27 @@ async def test_evict_ends_that_workers_door_and_no_other(worker: Any, dsn: str, 
         door.terminate()
 
 
+async def test_end_claims_ends_that_workers_claims_and_no_other(worker: Any, dsn: str) -> None:
+    conns = [await store.connect_worker(dsn, role) for role in ("claims 7", "claims 77", "door 7")]
+    assert await worker.fetchval(SQL["end_claims"], 7) is True
+    assert (
+        await worker.fetchval("SELECT count(*) FROM pg_stat_activity WHERE application_name = 'notifyq claims 7'") == 0
+    )
+    assert await worker.fetchval(SQL["end_claims"], 7) is True, "there is none"
+    assert [await conn.fetchval("SELECT 1") for conn in conns[1:]] == [1, 1]
+    for conn in conns:
+        conn.terminate()
+
+
+async def test_strays_are_what_the_worker_does_not_know_of(worker: Any) -> None:
+    me, mine = await held(worker, 3)
+    _, (other,) = await held(worker, worker=await register(worker, "other:1"))
+    assert await worker.fetchval(SQL["strays"], me, mine[:1]) == 2
+    assert await states(worker) == {mine[0]: "running", mine[1]: "ready", mine[2]: "ready", other: "running"}
+    assert await worker.fetchval("SELECT max(attempts) FROM notifyq.task WHERE worker IS NULL") == 0
+    assert await worker.fetchval(SQL["strays"], me, []) == 1
+
+
 # Who says "look again". A claim or a promotion that rang would wake the whole fleet for nothing.
 RINGS: dict[str, tuple[Any, Callable[[Any, int, int], Any]]] = {
     "claim": (False, lambda c, w, id: store.claim(c, w, {"default": 9}, 9)),
@@ -893,6 +914,8 @@ RINGS: dict[str, tuple[Any, Callable[[Any, int, int], Any]]] = {
     "set_aside": ("aside", lambda c, w, id: c.fetch(SQL["set_aside"], w, [id], [1])),
     "retry_later": (True, lambda c, w, id: c.fetch(SQL["retry_later"], w, [id], [1], [9.0], [b"{}"])),
     "hand_back": (True, lambda c, w, id: c.fetch(SQL["hand_back"], w, [id], [1])),
+    "strays": (True, lambda c, w, id: c.fetchval(SQL["strays"], w, [])),
+    "cancel": (False, lambda c, w, id: c.fetchval("SELECT notifyq.cancel($1)", id)),
     "release": (True, lambda c, w, id: c.fetchval(SQL["release"], w)),
     "rescue": (True, lambda c, w, id: c.fetchrow(SQL["rescue"], w, 9)),
     "insert": (True, lambda c, w, id: insert(c)),
