@@ -877,7 +877,7 @@ async def test_evict_ends_that_workers_door_and_no_other(worker: Any, dsn: str, 
     doors = [await store.connect_worker(dsn, role) for role in ("door 7", "door 77", "claims 7")]
     assert await worker.fetchval(SQL["evict"], 7) == 1
     assert await worker.fetchval(SQL["evict"], 8) == 0
-    with pytest.raises((asyncpg.PostgresError, asyncpg.InterfaceError, OSError)):
+    with pytest.raises(store.TRANSIENT):
         await doors[0].fetchval("SELECT 1")
     assert [await door.fetchval("SELECT 1") for door in doors[1:]] == [1, 1]
     for door in doors:
