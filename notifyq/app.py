@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+import inspect
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Self, TypeVar
@@ -40,30 +40,35 @@ class App:
         The type of its first parameter, a subclass of Task, says what it handles; a second one is given the
         Context. What it returns is the task's result. Raises ConfigError for anything that can't work.
         """
-        self.registry.add(function, sys._getframe(1).f_locals)
+        caller = inspect.currentframe()
+        scope = caller.f_back.f_locals if caller is not None and caller.f_back is not None else {}
+        self.registry.add(function, scope)
         return function
 
     @asynccontextmanager
-    async def connect(self, dsn: str | None = None) -> AsyncIterator[Self]:
+    async def connect(self, dsn: str | None = None) -> AsyncGenerator[Self, None]:
         """A pool of up to 10 connections to enqueue with, to `dsn` or where the environment says.
 
         Raises ConfigError for a DSN that can't be one, DatabaseError for a server that can't be reached.
         """
         if self._pool is not None:
-            raise ConfigError(
-                "this app is connected already; one `async with app.connect():` serves all tasks"
-            )
+            raise ConfigError("this app is connected already; one `async with app.connect():` serves all tasks")
         url, source = resolve_dsn(dsn)
         with explained(url, source):
             pool = await asyncpg.create_pool(
                 url,
-                min_size=1,
+                min_size=0,  # a pool that must keep one logs a traceback each time it can't
                 max_size=10,
                 command_timeout=COMMAND_TIMEOUT_SECONDS,
                 timeout=10,
                 server_settings={"application_name": "notifyq app"},
                 reset=_nothing,  # one statement each, which leaves nothing behind: saves a round trip
             )
+            try:
+                await pool.fetchval("SELECT 1")
+            except BaseException:
+                pool.terminate()
+                raise
         try:
             self._pool, self._dsn = pool, dsn
             yield self
@@ -143,9 +148,7 @@ class App:
         tasks back at once. Raises ConfigError, DatabaseError or SchemaError if it can't start.
         """
         if not self.registry.types:
-            raise ConfigError(
-                "this app has no handlers, so there is nothing to run; decorate one with @app.handler"
-            )
+            raise ConfigError("this app has no handlers, so there is nothing to run; decorate one with @app.handler")
         config = WorkerConfig(
             queues=parse_queues(queues),
             concurrency=concurrency,

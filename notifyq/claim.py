@@ -27,7 +27,7 @@ import anyio
 from .config import WorkerConfig
 from .doorbell import CHANNEL, Door, Moderation, Place, connect_door, fleet_key
 from .run import Runners
-from .store import SQL, Connection, claim, connect_worker
+from .store import SQL, Connection, Job, claim, connect_worker
 
 logger = logging.getLogger("notifyq.claim")
 
@@ -83,6 +83,7 @@ class Claimer:
         self._rated: tuple[float, int] = (0.0, 0)
         self.unsettled: Callable[[], int] = lambda: 0
         self.bell_seconds: float | None = None  # the round trip that proved the bell; None: polling only
+        self._connections: list[Connection] = []
         self.pids: tuple[int, ...] = ()
         self.exhausted = False  # --drain: nothing was runnable
 
@@ -111,6 +112,11 @@ class Claimer:
         self._failure = self._failure or error
         self._wake.set()
 
+    def abort(self) -> None:
+        """Cut this session's connections, whatever is under way on them."""
+        for connection in self._connections:
+            connection.terminate()
+
     # A session.
 
     async def run(self, worker: int, ready: Callable[[], None]) -> None:
@@ -124,13 +130,14 @@ class Claimer:
             self._later(self._config.poll_interval_seconds),
         )
         self._door = Door(fleet_key(self._queues, self._types), self._door_moved)
-        conn = await connect_worker(self._dsn, f"claims {worker}", relaxed=True)
-        door = None
         try:
+            conn = await connect_worker(self._dsn, f"claims {worker}", relaxed=True)
+            self._connections.append(conn)
             door = await connect_door(self._dsn, worker)
+            self._connections.append(door)
             self.pids = (conn.get_server_pid(), door.get_server_pid())
-            conn.add_termination_listener(self._cut)
-            door.add_termination_listener(self._cut)
+            for connection in self._connections:
+                connection.add_termination_listener(self._cut)
             await self._listen(conn)
             await self._prove(conn)
             async with anyio.create_task_group() as group:
@@ -140,14 +147,14 @@ class Claimer:
                 group.cancel_scope.cancel()
         finally:
             self.pids = ()
-            for connection in (conn, door):
-                if connection is not None:
-                    connection.remove_termination_listener(self._cut)
-                    # Said good-bye to, where that is quick: an end of file is a line in the server's log.
-                    if self._stopping and self._failure is None:
-                        with anyio.move_on_after(1.0, shield=True):
-                            await connection.close()
-                    connection.terminate()
+            while self._connections:
+                connection = self._connections.pop(0)
+                connection.remove_termination_listener(self._cut)
+                # Said good-bye to, where that is quick: an end of file is a line in the server's log.
+                if self._stopping and self._failure is None and not connection.is_closed():
+                    with anyio.move_on_after(1.0, shield=True):
+                        await connection.close()
+                connection.terminate()
 
     def _cut(self, _: object) -> None:
         self.fail(ConnectionError("the server closed the connection"))
@@ -197,9 +204,7 @@ class Claimer:
                 self._look = False
                 if await self._claim(conn, worker, rooms, room) and self._work_enough(now):
                     self._pass_on(now)
-                if not self._backlog and (
-                    now - self._due_at > DUE_AWAKE_SECONDS or not moderation.awake(now)
-                ):
+                if not self._backlog and (now - self._due_at > DUE_AWAKE_SECONDS or not moderation.awake(now)):
                     await self._due(conn)
             elif moderation.awake(now):
                 door.want(Place.TURN)
@@ -250,8 +255,9 @@ class Claimer:
 
     async def _claim(self, conn: Connection, worker: int, rooms: dict[str, int], room: int) -> int:
         """Claim and feed. Never cancelled half-way: what it took would belong to nobody."""
+        jobs: list[Job] = []
         with anyio.CancelScope(shield=True):
-            jobs = await claim(conn, worker, rooms, room)
+            jobs += await claim(conn, worker, rooms, room)
             if self._aside and len(jobs) < room:
                 # Of each queue what room is left, counted on the safe side.
                 left = {queue: free - len(jobs) for queue, free in rooms.items() if free > len(jobs)}
@@ -281,12 +287,7 @@ class Claimer:
         full = [queue for queue in self._queues if queue not in rooms]
         echo = None
         holds = self._door.place is not Place.AWAY
-        if (
-            holds
-            and not self._echo
-            and self.bell_seconds is not None
-            and now - self._echo_sent > ECHO_SECONDS * 0.8
-        ):
+        if holds and not self._echo and self.bell_seconds is not None and now - self._echo_sent > ECHO_SECONDS * 0.8:
             echo = self._new_echo(now)
             if int(now / ECHO_SECONDS) % 3 == 0:
                 self._door.turn_over()
@@ -306,9 +307,7 @@ class Claimer:
         self._inserted, self._claimed = inserted, 0
         if ready and look is None and holds:
             if now >= self._pass_after:
-                self._pass_wait = (
-                    PASS_SECONDS if now > self._pass_after + 5.0 else min(1.0, self._pass_wait * 2)
-                )
+                self._pass_wait = PASS_SECONDS if now > self._pass_after + 5.0 else min(1.0, self._pass_wait * 2)
                 self._pass_after = now + self._pass_wait
                 self._passing = True
                 self._door.want(Place.AWAY)
@@ -327,11 +326,7 @@ class Claimer:
         ahead = min(AHEAD_MOST, int(self._rate * AHEAD_SECONDS))
         held = len(runners.held)
         room = self._config.concurrency + ahead - held
-        if (
-            room <= 0
-            or (runners.waiting > ahead // 2 and runners.waiting > 0)
-            or self.unsettled() > 4 * (held + room)
-        ):
+        if room <= 0 or (runners.waiting > ahead // 2 and runners.waiting > 0) or self.unsettled() > 4 * (held + room):
             return {}, 0
         rooms: dict[str, int] = {}
         for queue in self._queues:

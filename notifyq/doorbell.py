@@ -90,14 +90,16 @@ class Door:
 
     async def run(self, conn: Connection) -> None:
         """Runs until it is cancelled or the connection fails; its locks are gone with the connection."""
-        self.place, self._in_transaction = Place.AWAY, False
+        self._in_transaction = False
+        self._arrive(Place.AWAY)
         tries = 0
         while True:
+            wanted = self._wanted  # which may change during any await
             refused = self._in_transaction and self.place is Place.TURN  # to fall asleep, so far
-            if self._refresh or self._wanted < self.place or (refused and self._wanted is Place.TURN):
+            if self._refresh or wanted < self.place or (refused and wanted is Place.TURN):
                 self._refresh = False
                 await self._step_back(conn)
-            elif self._wanted is self.place:
+            elif wanted is self.place:
                 tries = 0
                 self._changed.clear()
                 await self._changed.wait()

@@ -28,9 +28,7 @@ class Finish:
 
     __slots__ = ("error", "job", "result", "state")
 
-    def __init__(
-        self, job: Job, state: State, result: bytes | None = None, error: bytes | None = None
-    ) -> None:
+    def __init__(self, job: Job, state: State, result: bytes | None = None, error: bytes | None = None) -> None:
         self.job = job
         self.state: State = state
         self.result = result

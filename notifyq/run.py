@@ -257,6 +257,7 @@ class Runners:
             if handler.timeout is None:
                 value = await self._call(handler, task, context)
             else:
+                value = None
                 with anyio.CancelScope(deadline=anyio.current_time() + handler.timeout) as limit:
                     value = await self._call(handler, task, context)
                 if limit.cancelled_caught:

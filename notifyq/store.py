@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
@@ -100,7 +100,7 @@ async def connect(
 
 
 @contextmanager
-def explained(url: str | None, source: str) -> Iterator[None]:
+def explained(url: str | None, source: str) -> Generator[None, None, None]:
     """What goes wrong while connecting, as ConfigError or DatabaseError, with the cure and without the password."""
     try:
         yield
@@ -114,9 +114,7 @@ def explained(url: str | None, source: str) -> Iterator[None]:
         raise DatabaseError(_unreachable(url, source, error)) from error
 
 
-async def connect_worker(
-    dsn: str | None, role: str, *, relaxed: bool = False
-) -> asyncpg.Connection[asyncpg.Record]:
+async def connect_worker(dsn: str | None, role: str, *, relaxed: bool = False) -> asyncpg.Connection[asyncpg.Record]:
     """`connect`, with the settings of a worker. relaxed: its commits don't wait for the disk.
 
     That is for claims alone: if the server crashes, one that is lost is a task still ready.
@@ -231,9 +229,7 @@ async def claim(
     With `aside`, of these types those that somebody set aside.
     """
     args = (worker, list(rooms), list(rooms.values()), limit)
-    rows = await (
-        conn.fetch(SQL["claim"], *args) if aside is None else conn.fetch(SQL["adopt"], *args, aside)
-    )
+    rows = await (conn.fetch(SQL["claim"], *args) if aside is None else conn.fetch(SQL["adopt"], *args, aside))
     jobs = [Job(worker, row) for row in rows]
     jobs.sort(key=_order)  # RETURNING has none
     return jobs

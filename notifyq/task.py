@@ -49,7 +49,7 @@ class Ref(msgspec.Struct, frozen=True):
     id: int
 
 
-class Verdict(Exception):  # noqa: N818 - not an error: three ways to end an attempt
+class Verdict(Exception):
     """Base of Retry, Cancel and Dead, which a handler may return as well as raise."""
 
 

@@ -16,7 +16,7 @@ import logging
 import os
 import random
 import socket
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import anyio
 import asyncpg
@@ -28,7 +28,7 @@ from .claim import Claimer
 from .config import WorkerConfig
 from .errors import DatabaseError, SchemaError
 from .lease import Keeper
-from .outcome import HandBack
+from .outcome import HandBack, Outcome
 from .run import CANCEL_SECONDS, Runners
 from .settle import Settler
 from .store import SQL, TRANSIENT, connect, connect_worker, server_version
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("notifyq.worker")
 
+CLAIM_SECONDS = 2.0  # at the end, for the last claim's answer
 WRITE_SECONDS = 3.0  # at the end, for outcomes and good-byes
 
 
@@ -141,7 +142,10 @@ class Worker:
         runners, deadline = self._runners, self._config.shutdown_timeout_seconds
         self._claimer.stop()
         self._stopping.set()
-        await self._over.wait()
+        with anyio.move_on_after(CLAIM_SECONDS) as late:
+            await self._over.wait()
+        if late.cancelled_caught:
+            self._claimer.abort()  # a claim that isn't answered; should it have taken something, that is handed back too
         runners.hand_back_waiting()
         if runners.held and self._fatal is None:
             logger.info(
@@ -223,15 +227,15 @@ class Worker:
 
     # What the stages tell.
 
-    def _settle(self, outcome: object) -> None:
-        self._settler.put(outcome)  # type: ignore[arg-type]
+    def _settle(self, outcome: Outcome) -> None:
+        self._settler.put(outcome)
 
     def _freed(self) -> None:
         self._claimer.freed()
         self._changed.set()
 
     def _lost(self, leases: list[tuple[int, int]]) -> None:
-        # By attempt too: what was held when the heartbeat left may have ended, and be held again, by the time it answers.
+        # By attempt too: what was held when the heartbeat left may have ended, and be held again, when it answers.
         lost = [
             id
             for id, attempt in leases
@@ -296,5 +300,5 @@ class Worker:
 def _only(error: BaseException) -> BaseException:
     """The first error inside of groups of errors."""
     while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
+        error = cast("BaseExceptionGroup[BaseException]", error).exceptions[0]
     return error
