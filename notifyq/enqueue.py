@@ -12,7 +12,7 @@ import msgspec
 
 from .codec import encode_payload, type_name
 from .config import check_name
-from .errors import ConfigError, SchemaError
+from .errors import ConfigError, DatabaseError, SchemaError
 from .registry import Registry
 from .store import SQL
 from .task import Ref, Task
@@ -125,5 +125,9 @@ class _Explained:
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         if isinstance(error, asyncpg.UndefinedTableError):
             raise SchemaError("this database has no schema notifyq; install it: notifyq migrate") from error
+        if isinstance(error, asyncpg.InsufficientPrivilegeError):
+            raise DatabaseError(f"this user may not enqueue: {error}; schema.sql ends with the GRANTs") from error
+        if isinstance(error, asyncpg.ReadOnlySQLTransactionError):
+            raise DatabaseError("this server, or this transaction, is read-only; enqueue on the primary") from error
         if isinstance(error, asyncpg.DataError):
             raise ConfigError(f"task {self._type}: PostgreSQL can't store this payload: {error}") from error

@@ -29,15 +29,18 @@ def schema_sql() -> str:
 
 async def installed_version(conn: Connection) -> int | None:
     """The schema's version in this database, None if it isn't there. Raises SchemaError for a stranger's schema."""
-    if await conn.fetchval("SELECT to_regnamespace('notifyq') IS NULL"):
+    found = await conn.fetchrow("SELECT to_regnamespace('notifyq') IS NULL AS missing, current_user::text AS role")
+    assert found is not None
+    if found["missing"]:
         return None
     try:
         version: object = await conn.fetchval("SELECT max(version) FROM notifyq.schema_version")
     except (asyncpg.UndefinedTableError, asyncpg.UndefinedColumnError, asyncpg.UndefinedFunctionError):
         version = None
     except asyncpg.InsufficientPrivilegeError as error:
-        user = await conn.fetchval("SELECT current_user")
-        raise DatabaseError(f"user {user} may not use the schema notifyq; schema.sql ends with the GRANTs") from error
+        raise DatabaseError(
+            f"user {found['role']} may not use the schema notifyq; schema.sql ends with the GRANTs"
+        ) from error
     if not isinstance(version, int):
         raise SchemaError("this database has a schema notifyq that notifyq didn't make; rename or drop that one")
     return version

@@ -106,9 +106,7 @@ async def db(connect: Sessions) -> Any:
 class RunningWorker:
     """A worker in this process."""
 
-    def __init__(
-        self, info: notifyq.WorkerInfo, stop: anyio.Event, force: anyio.Event, done: anyio.Event
-    ) -> None:
+    def __init__(self, info: notifyq.WorkerInfo, stop: anyio.Event, force: anyio.Event, done: anyio.Event) -> None:
         self.info = info
         self.stop = stop
         self.force = force

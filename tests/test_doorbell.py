@@ -6,6 +6,7 @@ holds a transaction open at the moment that matters, and nothing else happens th
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
 from contextlib import AsyncExitStack
@@ -44,7 +45,7 @@ def app(seen: Seen) -> notifyq.App:
 
 
 def mark(name: str) -> str:
-    return '{"name": "%s"}' % name
+    return json.dumps({"name": name})
 
 
 async def asleep(db: Any, workers: int = 1) -> None:
@@ -72,15 +73,11 @@ async def silent_insert(db: Any, session: Any, name: str, app: notifyq.App, seen
     await session.execute(INSERT, mark(name))
     held = """SELECT count(*) FROM pg_locks WHERE relation = 'notifyq.bell'::regclass AND pid = $1
               AND mode = 'RowExclusiveLock'"""
-    assert await db.fetchval(held, session.get_server_pid()) == 1, (
-        "it should have been told that nobody sleeps"
-    )
+    assert await db.fetchval(held, session.get_server_pid()) == 1, "it should have been told that nobody sleeps"
     return transaction
 
 
-async def test_a_task_that_was_there_before_any_worker(
-    app: notifyq.App, seen: Seen, db: Any, dsn: str
-) -> None:
+async def test_a_task_that_was_there_before_any_worker(app: notifyq.App, seen: Seen, db: Any, dsn: str) -> None:
     await db.execute(INSERT, mark("old"))
     async with working(app, dsn):
         assert await seen.reach(1, SOON) == ["old"]
@@ -112,9 +109,7 @@ async def test_b_commits_after_the_worker_has_seen_to_a(
         assert await seen.reach(2, SOON) == ["a", "b"]
 
 
-async def test_b_stays_open_for_seconds(
-    app: notifyq.App, seen: Seen, db: Any, dsn: str, connect: Sessions
-) -> None:
+async def test_b_stays_open_for_seconds(app: notifyq.App, seen: Seen, db: Any, dsn: str, connect: Sessions) -> None:
     """Meanwhile others are served at once, and at its commit so is B, although its session never rang."""
     b = await connect()
     in_b = await silent_insert(db, b, "b", app, seen)
@@ -163,9 +158,7 @@ async def test_a_rolled_back_insert_after_one_that_stays(
         assert await seen.reach(1, SOON) == ["b"]
 
 
-async def test_another_role_enqueues(
-    app: notifyq.App, seen: Seen, db: Any, dsn: str, connect: Sessions
-) -> None:
+async def test_another_role_enqueues(app: notifyq.App, seen: Seen, db: Any, dsn: str, connect: Sessions) -> None:
     """A role with the documented grants, and one without the right to lock the bell, which always rings."""
     name = db.get_settings().session_authorization + "_" + await db.fetchval("SELECT current_database()")
     for role, grants in (
@@ -280,7 +273,8 @@ async def test_one_wake_one_worker(app: notifyq.App, seen: Seen, db: Any, dsn: s
         for _ in range(5):
             await stack.enter_async_context(working(app, dsn))
         await asleep(db, 1)
-        turn = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND classid = 1852990836 AND granted AND database = (SELECT oid FROM pg_database WHERE datname = current_database())"
+        turn = """SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND classid = 1852990836 AND granted
+                  AND database = (SELECT oid FROM pg_database WHERE datname = current_database())"""
         assert await db.fetchval(turn) == 1
         before = await claims(db)
         for n in range(20):
@@ -339,7 +333,8 @@ async def test_timer(app: notifyq.App, seen: Seen, db: Any, dsn: str) -> None:
 
 
 async def test_an_earlier_timer_replaces_a_later_one(app: notifyq.App, seen: Seen, db: Any, dsn: str) -> None:
-    later = "INSERT INTO notifyq.task (type, run_at, payload) VALUES ('Mark', clock_timestamp() + $1::float8 * interval '1 s', $2::text::jsonb)"
+    later = """INSERT INTO notifyq.task (type, run_at, payload)
+               VALUES ('Mark', clock_timestamp() + $1::float8 * interval '1 s', $2::text::jsonb)"""
     async with working(app, dsn):
         await asleep(db)
         await db.execute(later, 3600.0, mark("in an hour"))
@@ -355,9 +350,7 @@ async def test_copy_rings_once_for_all(app: notifyq.App, seen: Seen, db: Any, ds
     async with working(app, dsn):
         await asleep(db)
         records = [("Mark", b'{"name": "%d"}' % n) for n in range(3000)]
-        await db.copy_records_to_table(
-            "task", schema_name="notifyq", records=records, columns=["type", "payload"]
-        )
+        await db.copy_records_to_table("task", schema_name="notifyq", records=records, columns=["type", "payload"])
         await seen.reach(3000)
 
 

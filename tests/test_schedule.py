@@ -18,9 +18,7 @@ import notifyq
 from .conftest import Sessions, eventually, working
 
 SEED = os.environ.get("NOTIFYQ_SEED")
-LATE_SECONDS = (
-    1.5  # a wake-up that was lost is found by nothing, with the fallback poll off; a slow machine isn't lost
-)
+LATE_SECONDS = 1.5  # a wake-up that was lost is found by nothing, with the fallback poll off; a slow machine isn't lost
 QUEUES = ["a", "b", "c"]
 
 
@@ -138,7 +136,8 @@ async def one(seed: int, dsn: str, connect: Sessions, db: Any) -> None:
         await schedule.check(db)
         late = await db.fetch(
             """SELECT id, queue, extract(epoch FROM processing_at - greatest(created_at, run_at))::float8 AS late
-               FROM notifyq.finished WHERE processing_at - greatest(created_at, run_at) > $1::float8 * interval '1 s'""",
+               FROM notifyq.finished
+               WHERE processing_at - greatest(created_at, run_at) > $1::float8 * interval '1 s'""",
             LATE_SECONDS,
         )
         assert not late, "a start was late"
