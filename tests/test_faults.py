@@ -140,8 +140,8 @@ async def test_killed(spawn: Spawn, db: Any) -> None:
     assert (attempts, errors) == (2, 2)
     assert "vanished while it ran" in error
     assert [await process.wait(5) for process in mortal] == [-signal.SIGKILL] * 2
-    names = await db.fetch("SELECT name FROM notifyq.worker")
-    assert [row[0].rpartition(":")[2] for row in names] == [str(heir.process.pid)], "the dead are buried"
+    buried = "SELECT array_agg(split_part(name, ':', 2)) FROM notifyq.worker"
+    await eventually(lambda: db.fetchval(buried), [str(heir.process.pid)])
 
 
 async def test_frozen_past_its_lease(spawn: Spawn, db: Any) -> None:
