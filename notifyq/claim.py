@@ -262,8 +262,9 @@ class Claimer:
                 # Of each queue what room is left, counted on the safe side.
                 left = {queue: free - len(jobs) for queue, free in rooms.items() if free > len(jobs)}
                 if left:
+                    self._aside = False  # before the claim: somebody may ring meanwhile
                     more = await claim(conn, worker, left, room - len(jobs), aside=self._types)
-                    self._aside = len(more) >= min(room - len(jobs), sum(left.values()))
+                    self._aside |= len(more) >= min(room - len(jobs), sum(left.values()))
                     jobs += more
         self._backlog = len(jobs) >= room
         taken: dict[str, int] = {}
@@ -372,7 +373,7 @@ class Claimer:
 
     async def _listen(self, conn: Connection) -> None:
         await conn.add_listener(CHANNEL, self._rung)
-        self._listening = self._look = True
+        self._listening = self._look = self._aside = True  # what was said before wasn't heard
 
     async def _unlisten(self, conn: Connection) -> None:
         await conn.remove_listener(CHANNEL, self._rung)

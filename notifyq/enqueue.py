@@ -45,9 +45,7 @@ class Options(NamedTuple):
         if delay is not None:
             if run_at is not None:
                 raise ConfigError("delay and run_at are both given; they are two ways to say the same")
-            if not (
-                isinstance(delay, int | float) and math.isfinite(delay) and 0 <= delay <= 100 * 366 * 86400
-            ):
+            if not (isinstance(delay, int | float) and math.isfinite(delay) and 0 <= delay <= 100 * 366 * 86400):
                 raise ConfigError(f"delay is {delay!r}; expected seconds, 0 or more")
         if run_at is not None and (not isinstance(run_at, datetime) or run_at.tzinfo is None):
             raise ConfigError(
@@ -93,9 +91,7 @@ def _checked(registry: Registry, task: Task) -> tuple[str, str]:
     payload = encode_payload(task)
     handler = registry.get(name)
     if handler is not None and handler.task is not cls:
-        raise ConfigError(
-            f"type {name!r} is {handler.task.__qualname__} in this app, and not {cls.__qualname__}"
-        )
+        raise ConfigError(f"type {name!r} is {handler.task.__qualname__} in this app, and not {cls.__qualname__}")
     decode = handler.decode if handler is not None else _decoder(cls)
     try:
         decode(payload)

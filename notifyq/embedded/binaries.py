@@ -89,9 +89,7 @@ def _candidates() -> Iterator[tuple[str, Path | None]]:
     on_path = shutil.which("postgres")
     yield "postgres on PATH", Path(on_path).resolve().parent if on_path else None
     if pg_config := shutil.which("pg_config"):
-        asked = subprocess.run(
-            [pg_config, "--bindir"], env=environment(), capture_output=True, text=True, check=False
-        )
+        asked = subprocess.run([pg_config, "--bindir"], env=environment(), capture_output=True, text=True, check=False)
         yield "pg_config --bindir", Path(asked.stdout.strip()) if asked.stdout.strip() else None
     for place in SYSTEM_PLACES:
         yield f"the newest of /{place}", _newest(Path("/"), place)

@@ -129,9 +129,7 @@ def end_leftover(data: Path) -> None:
     deadline = time.monotonic() + LEFTOVER_TIMEOUT_SECONDS
     while left := running_postmaster(data):
         if time.monotonic() > deadline:
-            raise EmbeddedError(
-                f"the server on {data} (pid {left.pid}) has no owner and doesn't stop; kill it"
-            )
+            raise EmbeddedError(f"the server on {data} (pid {left.pid}) has no owner and doesn't stop; kill it")
         os.kill(left.pid, signal.SIGINT)
         time.sleep(0.01)
     # PostgreSQL would refuse to start if the pid in there lives again as any other process of the account.

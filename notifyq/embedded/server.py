@@ -246,9 +246,7 @@ class Server:
                 path.chmod(0o755)
         if not self._account.can_run(copy / "bin"):
             account = self._account.name
-            raise EmbeddedError(
-                f"account {account} can run neither {bin_dir}/postgres nor a copy of it; {CURE}"
-            )
+            raise EmbeddedError(f"account {account} can run neither {bin_dir}/postgres nor a copy of it; {CURE}")
         return copy / "bin"
 
     def _initdb(self, data: Path) -> None:
@@ -272,9 +270,7 @@ class Server:
         # The status alone won't do: a single-user server is content with a statement that failed.
         if done.returncode or re.search("ERROR:|FATAL:|PANIC:", done.stdout):
             said = last_lines(done.stdout)
-            raise EmbeddedError(
-                f"{program} failed in {self._home}:\n{said}\nchoose another folder, or {CURE}"
-            )
+            raise EmbeddedError(f"{program} failed in {self._home}:\n{said}\nchoose another folder, or {CURE}")
 
     def _launch(self) -> None:
         """Run `postgres`, on return ready."""
