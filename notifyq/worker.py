@@ -102,8 +102,8 @@ class Worker:
             on_failure=self._die,
             bell_pids=lambda: self._claimer.pids[1:],
         )  # fmt: skip
-        self._id = await keeper.start()
         try:
+            self._id = await keeper.start()
             async with anyio.create_task_group() as group:
                 group.start_soon(self._runners.run, name="notifyq run")
                 group.start_soon(self._settler.run, self._back_off, self._well, name="notifyq settle")
