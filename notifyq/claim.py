@@ -288,7 +288,7 @@ class Claimer:
         full = [queue for queue in self._queues if queue not in rooms]
         echo = None
         holds = self._door.place is not Place.AWAY
-        if holds and not self._echo and self.bell_seconds is not None and now - self._echo_sent > ECHO_SECONDS * 0.8:
+        if holds and not self._echo and self.bell_seconds is not None and now - self._echo_sent > ECHO_SECONDS * 0.6:
             echo = self._new_echo(now)
             if int(now / ECHO_SECONDS) % 3 == 0:
                 self._door.turn_over()
