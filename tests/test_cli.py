@@ -383,9 +383,9 @@ class Thread(notifyq.Task, tag="THREAD"):
 
 @app.handler
 async def mail(task: Mail, ctx: notifyq.Context) -> str:
+    print("mail", task.to, flush=True)  # first: what it enqueues may run before its enqueue returns
     if task.to == "again":
         await app.enqueue(Mail(to="me"))
-    print("mail", task.to, flush=True)
     return "sent"
 
 @app.handler
