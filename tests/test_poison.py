@@ -7,6 +7,7 @@ import asyncio
 import contextvars
 import datetime
 import re
+import sys
 import uuid
 from collections.abc import Callable
 from typing import Annotated, Any
@@ -202,7 +203,6 @@ BAD_PAYLOADS = {
     '{"user": {"id": 1}, "day": "2026-02-30"}': r"Invalid RFC3339.* - at `\$.day`",
     '{"user": {"id": 1}, "key": "no"}': r"Invalid UUID - at `\$.key`",
     '{"user": {"id": 1}, "$type": "Good"}': r"Invalid value 'Good' - at `\$.\$type`",
-    '{"user": {"id": 1}, "anything": %s}' % ("[" * 3000 + "]" * 3000): "RecursionError",
 }
 GOOD_PAYLOADS = (
     '{"user": {"id": 1}, "more": {"than": ["it", "knows"]}}',
@@ -212,6 +212,11 @@ GOOD_PAYLOADS = (
     '{"user": {"id": 1}, "anything": "\\u0001 \\\\u0000 \\ud83d\\ude00"}',
     '{"user": {"id": 1}, "anything": %s}' % ("[" * 200 + "]" * 200),
 )
+DEEP = '{"user": {"id": 1}, "anything": %s}' % ("[" * 3000 + "]" * 3000)
+if sys.version_info < (3, 13):  # which lets C code go deeper than PostgreSQL lets jsonb
+    BAD_PAYLOADS[DEEP] = "RecursionError"
+else:
+    GOOD_PAYLOADS = (*GOOD_PAYLOADS, DEEP)
 
 
 async def test_payloads(bench: Bench, db: Any, dsn: str) -> None:
