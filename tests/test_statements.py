@@ -275,7 +275,7 @@ async def test_a_claim_costs_the_same_in_a_crowd(sessions: dict[str, Any], worke
         pages.append(top["Shared Hit Blocks"] + top["Shared Read Blocks"])
     small, crowded = pages
     assert crowded < 200
-    assert crowded < small + 10 * 6, pages
+    assert crowded < 3 * small, pages
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
