@@ -25,7 +25,7 @@ from collections.abc import Callable
 import anyio
 
 from .config import WorkerConfig
-from .doorbell import CHANNEL, Door, Moderation, Place, connect_door, fleet_key
+from .doorbell import CHANNEL, Door, Moderation, Place, fleet_key
 from .run import Runners
 from .store import SQL, Connection, Job, claim, connect_worker
 
@@ -59,7 +59,7 @@ class Claimer:
         self._wake = asyncio.Event()
         self._stopping = False
         self._failure: BaseException | None = None
-        self._door = Door(fleet_key(config.queues, types), self._door_moved)
+        self._door: Door  # each session's own
         self._moderation = Moderation()
         self._look = True  # something happened
         self._aside = True  # tasks set aside may be ours
@@ -84,8 +84,7 @@ class Claimer:
         self.unsettled: Callable[[], int] = lambda: 0
         self.bell_seconds: float | None = None  # the round trip that proved the bell; None: polling only
         self._connections: list[Connection] = []
-        self.pids: tuple[int, ...] = ()
-        self.exhausted = False  # --drain: nothing was runnable
+        self.door_pid: int | None = None  # of the backend that keeps the turn
 
     # Called by others on this loop.
 
@@ -124,18 +123,16 @@ class Claimer:
         self._failure = None
         self._backlog = self._passing = self._listening = False
         self._look = self._aside = True
-        self._next_due, self._due_at, self._poll_at = (
-            math.inf,
-            0.0,
-            self._later(self._config.poll_interval_seconds),
-        )
+        self._next_due, self._due_at = math.inf, 0.0
+        self._poll_at = self._later(self._config.poll_interval_seconds)
         self._door = Door(fleet_key(self._queues, self._types), self._door_moved)
         try:
             conn = await connect_worker(self._dsn, f"claims {worker}", relaxed=True)
             self._connections.append(conn)
-            door = await connect_door(self._dsn, worker)
+            # evict.sql finds it by this name, to end it when its worker is frozen.
+            door = await connect_worker(self._dsn, f"door {worker}")
             self._connections.append(door)
-            self.pids = (conn.get_server_pid(), door.get_server_pid())
+            self.door_pid = door.get_server_pid()
             for connection in self._connections:
                 connection.add_termination_listener(self._cut)
             await self._listen(conn)
@@ -146,7 +143,7 @@ class Claimer:
                 await (self._drain(conn, worker) if self._config.drain else self._serve(conn, worker))
                 group.cancel_scope.cancel()
         finally:
-            self.pids = ()
+            self.door_pid = None
             while self._connections:
                 connection = self._connections.pop(0)
                 connection.remove_termination_listener(self._cut)
@@ -246,7 +243,6 @@ class Claimer:
             if room and not self._runners.held and not self.unsettled():
                 # Only now, as a handler's last words may have been to enqueue something.
                 if not await self._due(conn) and not await self._claim(conn, worker, rooms, room):
-                    self.exhausted = True
                     return
                 continue
             await self._wait(math.inf)

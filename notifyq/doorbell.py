@@ -35,7 +35,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from enum import IntEnum
 
-from .store import Connection, connect_worker
+from .store import Connection
 
 CHANNEL = "notifyq"
 TURN_WAIT_MS = 5000
@@ -177,8 +177,3 @@ class Moderation:
     def _forget(self, now: float) -> None:
         while self._arrivals and self._arrivals[0][0] < now - WINDOW_SECONDS:
             self._in_window -= self._arrivals.popleft()[1]
-
-
-async def connect_door(dsn: str | None, worker: int) -> Connection:
-    """The connection the locks are kept on; its name lets others end it when its worker is frozen."""
-    return await connect_worker(dsn, f"door {worker}")

@@ -24,8 +24,9 @@ from concurrent.futures import Future
 
 import asyncpg
 
+from . import schema
 from .config import WorkerConfig
-from .errors import DatabaseError, SchemaError
+from .errors import DatabaseError
 from .registry import Registry
 from .run import Runners
 from .store import SQL, TRANSIENT, Connection, connect_worker
@@ -58,7 +59,7 @@ class Keeper:
         on_aside: Callable[[], None],
         on_new_id: Callable[[int], None],
         on_failure: Callable[[BaseException], None],
-        bell_pids: Callable[[], tuple[int, ...]],
+        door_pid: Callable[[], int | None],
     ) -> None:
         self._dsn = dsn
         self._name = name
@@ -69,9 +70,8 @@ class Keeper:
         self._on_aside = on_aside
         self._on_new_id = on_new_id
         self._on_failure = on_failure
-        self._bell_pids = bell_pids
+        self._door_pid = door_pid
         self._home = asyncio.get_running_loop()  # the worker's
-        self._home_thread = threading.get_ident()
         self._registered: Future[int] = Future()
         self._thread = threading.Thread(target=self._run, name="notifyq-keeper", daemon=True)
         self._stop: asyncio.Event | None = None
@@ -83,7 +83,6 @@ class Keeper:
         self._pulse = time.monotonic()
         self.status = "ok"
         # Written by the thread.
-        self.pid: int | None = None
         self._id: int | None = None
         self._locked = False
         self._down = False
@@ -143,16 +142,13 @@ class Keeper:
         while True:
             try:
                 conn = await connect_worker(self._dsn, "keeper" if self._id is None else f"keeper {self._id}")
-                self.pid = conn.get_server_pid()
                 await self._serve(conn, self._stop)
                 return
-            except (*TRANSIENT, DatabaseError) as error:
+            except TRANSIENT as error:
                 if not self._registered.done():
                     raise _explained(error) from error
-                if isinstance(error, asyncpg.UndefinedTableError | asyncpg.InvalidSchemaNameError):
-                    raise SchemaError(
-                        "the schema notifyq has gone from under this worker; run: notifyq migrate"
-                    ) from error
+                if gone := schema.gone(error):
+                    raise gone from error
                 if self._stop.is_set():
                     if last_try:
                         logger.warning("stopping without a database: others will rescue what was held here")
@@ -164,7 +160,6 @@ class Keeper:
                     self._wait = 0.1
                     logger.warning("heartbeat: the database is out of reach", extra={"fields": {"error": str(error)}})
             finally:
-                self.pid = None
                 self._locked = False
                 if conn is not None:
                     conn.terminate()
@@ -300,7 +295,7 @@ class Keeper:
             "the event loop is blocked: a handler computes or sleeps without `await` (make it a plain def)",
             extra={"fields": {"handler": who or "unknown"}},
         )
-        for pid in self._bell_pids():
+        if (pid := self._door_pid()) is not None:
             await conn.fetchval("SELECT pg_terminate_backend($1)", pid)
         while self._pulse == since:
             now = time.monotonic()

@@ -20,7 +20,6 @@ from .store import Job
 from .task import Cancel, Dead, Retry, Verdict
 
 State: TypeAlias = Literal["done", "dead", "cancelled"]
-DEFAULT_MAX_ATTEMPTS = 10  # for a row without one whose type is unknown; rescue.sql has the same
 
 
 class Finish:

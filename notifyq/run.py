@@ -81,11 +81,6 @@ class Runners:
         """Jobs claimed ahead, not begun."""
         return len(self._waiting)
 
-    @property
-    def running(self) -> list[Job]:
-        """Jobs begun."""
-        return [runner.job for runner in self._runners if runner.job is not None]
-
     async def run(self) -> None:
         """Fails when a runner does. Cancelled, it hands everything back, and leaves alone, after a while, what can't
         be cancelled."""

@@ -80,6 +80,13 @@ async def migrate(conn: Connection) -> tuple[int | None, int]:
     return before, SCHEMA_VERSION
 
 
+def gone(error: BaseException) -> SchemaError | None:
+    """If that is what `error` of a worker's statement means: the schema was there, and is no more."""
+    if isinstance(error, asyncpg.UndefinedTableError | asyncpg.InvalidSchemaNameError):
+        return SchemaError("the schema notifyq has gone from under this worker; run: notifyq migrate")
+    return None
+
+
 def _refuse_newer(version: int) -> None:
     if version > SCHEMA_VERSION:
         raise SchemaError(

@@ -15,7 +15,6 @@ from typing import assert_never
 import asyncpg
 
 from .codec import describe, encode_error
-from .errors import DatabaseError
 from .outcome import Aside, Finish, HandBack, Later, Outcome
 from .store import REFUSED, SQL, TRANSIENT, Connection, connect_worker
 
@@ -25,7 +24,7 @@ BATCH = 1000
 
 
 class Settler:
-    """`put` outcomes in, `run` writes them, `idle` tells whether all are written."""
+    """`put` outcomes in, `run` writes them, `pending` tells how many are not written yet."""
 
     def __init__(self, dsn: str | None, keep: bool, settled: Callable[[], None]) -> None:
         self._dsn = dsn
@@ -36,8 +35,6 @@ class Settler:
         self._wake = asyncio.Event()
         self._stopping = False
         self._conn: Connection | None = None
-        self.pid: int | None = None
-        self.written = 0
 
     @property
     def pending(self) -> int:
@@ -75,7 +72,7 @@ class Settler:
                     try:
                         self._writing = await self._write(self._writing)
                         well("settle")
-                    except (*TRANSIENT, DatabaseError) as error:  # the latter while connecting
+                    except TRANSIENT as error:
                         self._disconnect()
                         await back_off("settle", error)
                 self._settled()
@@ -92,8 +89,7 @@ class Settler:
     async def _write(self, batch: list[Outcome]) -> list[Outcome]:
         """Write a batch; return what is still to be written. Raises TRANSIENT: all of it."""
         if self._conn is None:
-            self._conn = conn = await connect_worker(self._dsn, "settle")
-            self.pid = conn.get_server_pid()
+            self._conn = await connect_worker(self._dsn, "settle")
         try:
             for worker in {outcome.job.worker for outcome in batch}:  # one, unless it was given up and came back
                 mine = [outcome for outcome in batch if outcome.job.worker == worker]
@@ -155,7 +151,6 @@ class Settler:
         outcomes: list[Finish] | list[Later] | list[HandBack] | list[Aside],
         rows: Sequence[asyncpg.Record],
     ) -> None:
-        self.written += len(outcomes)
         if len(rows) == len(outcomes):
             return
         applied = {row[0] for row in rows}

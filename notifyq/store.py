@@ -31,13 +31,14 @@ SQL: Final[Mapping[str, str]] = {
 }
 
 # What a hiccup of the database, or of the way to it, looks like: the write is tried again, nothing else is.
-# InterfaceError is what asyncpg raises on a connection that is gone.
+# InterfaceError is what asyncpg raises on a connection that is gone, DatabaseError what `connect` makes of it all.
 TRANSIENT: Final = (
     asyncpg.PostgresError,
     asyncpg.InterfaceError,
     OSError,
     TimeoutError,
     asyncpg.InternalClientError,
+    DatabaseError,
 )
 
 # A value PostgreSQL won't store: trying again won't help, writing the others will.
@@ -162,11 +163,8 @@ def _keep_alive(conn: asyncpg.Connection[asyncpg.Record]) -> None:
         (socket.IPPROTO_TCP, "TCP_KEEPIDLE", 5),
         (socket.IPPROTO_TCP, "TCP_KEEPINTVL", 2),
         (socket.IPPROTO_TCP, "TCP_KEEPCNT", 3),
-        (
-            socket.IPPROTO_TCP,
-            "TCP_USER_TIMEOUT",
-            12_000,
-        ),  # unacknowledged data, which keepalive doesn't cover
+        # For unacknowledged data, which keepalive doesn't cover.
+        (socket.IPPROTO_TCP, "TCP_USER_TIMEOUT", 12_000),
     ):
         if hasattr(socket, name):
             sock.setsockopt(level, getattr(socket, name), value)

@@ -19,14 +19,12 @@ import socket
 from typing import TYPE_CHECKING, cast
 
 import anyio
-import asyncpg
 import msgspec
 from anyio.abc import TaskStatus
 
 from . import schema
 from .claim import Claimer
 from .config import WorkerConfig
-from .errors import DatabaseError, SchemaError
 from .lease import Keeper
 from .outcome import HandBack, Outcome
 from .run import CANCEL_SECONDS, Runners
@@ -100,7 +98,7 @@ class Worker:
             on_aside=self._claimer.look_aside,
             on_new_id=self._reborn,
             on_failure=self._die,
-            bell_pids=lambda: self._claimer.pids[1:],
+            door_pid=lambda: self._claimer.door_pid,
         )  # fmt: skip
         try:
             self._id = await keeper.start()
@@ -197,8 +195,6 @@ class Worker:
                     break  # it was stopped, or has drained
                 except* TRANSIENT as group:
                     await self._back_off("claim", group)
-                except* DatabaseError as group:
-                    await self._back_off("claim", group)
                 if self._claimer.stopping:
                     break
         except BaseExceptionGroup as group:
@@ -259,8 +255,8 @@ class Worker:
 
     async def _back_off(self, stage: str, error: BaseException) -> None:
         error = _only(error)
-        if isinstance(error, asyncpg.UndefinedTableError | asyncpg.InvalidSchemaNameError):
-            self._die(SchemaError("the schema notifyq has gone from under this worker; run: notifyq migrate"))
+        if gone := schema.gone(error):
+            self._die(gone)
             return
         if stage not in self._down:
             self._down.add(stage)
