@@ -19,6 +19,7 @@ from notifyq.store import SQL, server_version
 from .options import dsn_option, number, option
 from .output import say, span, table
 from .session import LONG_SECONDS, session
+from .tasks import STATES
 
 
 @click.command()
@@ -66,10 +67,9 @@ def stats(*, as_json: bool, dsn: str | None) -> None:
     if as_json:
         click.echo(json.dumps(found))
         return
-    states = ("scheduled", "ready", "running", "done", "dead", "cancelled")
     table(
-        ("queue", *states, "oldest ready"),
-        [[q["queue"], *(q[state] for state in states), _age(q)] for q in found["queues"]],
+        ("queue", *STATES, "oldest ready"),
+        [[q["queue"], *(q[state] for state in STATES), _age(q)] for q in found["queues"]],
     )
     if found["unserved"]:
         click.echo("\nready, but no worker that lives takes this type from this queue:")

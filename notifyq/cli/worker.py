@@ -13,6 +13,7 @@ import click
 from notifyq import App, WorkerInfo
 from notifyq.config import WorkerConfig, parse_queues
 from notifyq.errors import NotifyqError
+from notifyq.worker import Worker
 
 from . import family, logs
 from .load import load_app
@@ -98,18 +99,8 @@ def _run(app: App, config: WorkerConfig, dsn: str | None, parent: socket.socket 
         watch = Watch(stop, force, config.shutdown_timeout_seconds, parent)
         try:
             async with app.connect(dsn):  # for handlers that enqueue
-                await app.run_worker(
-                    config.queues,
-                    config.concurrency,
-                    dsn=dsn,
-                    shutdown_timeout=config.shutdown_timeout_seconds,
-                    poll_interval=config.poll_interval_seconds,
-                    history=config.history_seconds,
-                    drain=config.drain,
-                    stop=stop,
-                    force=force,
-                    task_status=Started(config, parent, log_format),
-                )
+                started = Started(config, parent, log_format)
+                await Worker(app.registry, config, dsn).run(stop=stop, force=force, task_status=started)
         finally:
             watch.loop_ends()
 
