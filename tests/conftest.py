@@ -50,6 +50,23 @@ async def admin(server: Server, *statements: str) -> None:
         await conn.close()
 
 
+@asynccontextmanager
+async def database(server: Server, template: str) -> AsyncIterator[str]:
+    """A copy of `template`: its DSN. Gone at the end, whoever is still connected."""
+    name = f"t{next(_numbers)}"
+    await admin(server, f"CREATE DATABASE {name} TEMPLATE {template}")
+    yield server.dsn(name)
+    await admin(server, f"DROP DATABASE {name} WITH (FORCE)")
+
+
+async def empty(dsn: str, *tables: str) -> str:
+    """A database that several tests share, with nothing in these tables, and ids from 1: its DSN."""
+    conn = await store.connect(dsn, role="test")
+    await conn.execute(f"TRUNCATE {', '.join(tables)} RESTART IDENTITY")
+    await conn.close()
+    return dsn
+
+
 @pytest.fixture(scope="session")
 async def template(server: Server) -> str:
     await admin(server, "CREATE DATABASE template_notifyq")
@@ -62,19 +79,15 @@ async def template(server: Server) -> str:
 @pytest.fixture
 async def dsn(server: Server, template: str) -> AsyncIterator[str]:
     """A database with the schema."""
-    name = f"t{next(_numbers)}"
-    await admin(server, f"CREATE DATABASE {name} TEMPLATE {template}")
-    yield server.dsn(name)
-    await admin(server, f"DROP DATABASE {name} WITH (FORCE)")
+    async with database(server, template) as dsn:
+        yield dsn
 
 
 @pytest.fixture
 async def empty_dsn(server: Server) -> AsyncIterator[str]:
     """A database without the schema."""
-    name = f"t{next(_numbers)}"
-    await admin(server, f"CREATE DATABASE {name} TEMPLATE template0")
-    yield server.dsn(name)
-    await admin(server, f"DROP DATABASE {name} WITH (FORCE)")
+    async with database(server, "template0") as dsn:
+        yield dsn
 
 
 class Sessions:

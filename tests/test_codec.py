@@ -21,7 +21,7 @@ from notifyq.embedded import Server
 from notifyq.errors import ConfigError
 from notifyq.store import SQL
 
-from .conftest import admin
+from .conftest import database
 
 
 class Color(enum.Enum):
@@ -87,23 +87,22 @@ def test_a_payload_comes_back_as_it_went(task: Everything) -> None:
 
 
 @pytest.fixture(scope="module")
-async def database(server: Server, template: str) -> Any:
+async def shared(server: Server, template: str) -> Any:
     """A connection to one database for all of hypothesis's examples."""
-    await admin(server, f"CREATE DATABASE codec TEMPLATE {template}")
-    conn = await store.connect(server.dsn("codec"), role="test")
-    yield conn
-    await conn.close()
-    await admin(server, "DROP DATABASE codec WITH (FORCE)")
+    async with database(server, template) as dsn:
+        conn = await store.connect(dsn, role="test")
+        yield conn
+        await conn.close()
 
 
 @settings(max_examples=40, deadline=None)
 @given(st.lists(EVERYTHING, min_size=1, max_size=3))
-async def test_postgresql_gives_back_what_it_was_given(database: Any, tasks: list[Everything]) -> None:
+async def test_postgresql_gives_back_what_it_was_given(shared: Any, tasks: list[Everything]) -> None:
     """jsonb orders keys, drops space and writes numbers its own way: 1e22 becomes 10000000000000000000000."""
     payloads = [encode_payload(task).decode() for task in tasks]
     types = [type_name(Everything)] * len(tasks)
-    rows = await database.fetch(SQL["enqueue_many"], types, payloads, "codec", None, None, 0, None)
-    stored = await database.fetch(
+    rows = await shared.fetch(SQL["enqueue_many"], types, payloads, "codec", None, None, 0, None)
+    stored = await shared.fetch(
         "DELETE FROM notifyq.task WHERE id = ANY ($1) RETURNING id, payload, type", [row[0] for row in rows]
     )
     decode = msgspec.json.Decoder(Everything).decode
@@ -222,9 +221,9 @@ def test_an_error_is_always_written(attempt: int, text: str) -> None:
         assert found["error"].endswith(text[-100:])
 
 
-async def test_postgresql_takes_every_error(database: Any) -> None:
+async def test_postgresql_takes_every_error(shared: Any) -> None:
     for text in ("\x00", "\ud800\udfff", "\\u0000", '"', "\U0010ffff" * 9000, "\x1b[31m"):
-        row = await database.fetchval("SELECT $1::jsonb ->> 'error'", encode_error(1, text))
+        row = await shared.fetchval("SELECT $1::jsonb ->> 'error'", encode_error(1, text))
         assert row is not None
 
 

@@ -13,11 +13,10 @@ import msgspec
 import pytest
 
 import notifyq
-from notifyq import store
 from notifyq.embedded import Server
 from notifyq.errors import ConfigError, DatabaseError, SchemaError
 
-from .conftest import Sessions, admin
+from .conftest import Sessions, database, empty
 
 
 class Mail(notifyq.Task, tag="MAIL"):
@@ -32,17 +31,13 @@ class Other(notifyq.Task):
 
 @pytest.fixture(scope="module")
 async def shared(server: Server, template: str) -> AsyncIterator[str]:
-    await admin(server, f"CREATE DATABASE enqueue TEMPLATE {template}")
-    yield server.dsn("enqueue")
-    await admin(server, "DROP DATABASE enqueue WITH (FORCE)")
+    async with database(server, template) as dsn:
+        yield dsn
 
 
 @pytest.fixture
 async def dsn(shared: str) -> str:
-    conn = await store.connect(shared, role="test")
-    await conn.execute("TRUNCATE notifyq.task RESTART IDENTITY")
-    await conn.close()
-    return shared
+    return await empty(shared, "notifyq.task")
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from notifyq.embedded import Server
 from notifyq.errors import DatabaseError, SchemaError
 from notifyq.store import SQL
 
-from .conftest import Seen, admin, working
+from .conftest import Seen, admin, database, working
 
 # --- Installing
 
@@ -130,9 +130,8 @@ async def test_a_standby_is_told_so(empty_dsn: str) -> None:
 
 @pytest.fixture(scope="module")
 async def shared(server: Server, template: str) -> AsyncIterator[str]:
-    await admin(server, f"CREATE DATABASE schemata TEMPLATE {template}")
-    yield server.dsn("schemata")
-    await admin(server, "DROP DATABASE schemata WITH (FORCE)")
+    async with database(server, template) as dsn:
+        yield dsn
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from notifyq import schema, store
 from notifyq.embedded import Server
 from notifyq.store import SQL
 
-from .conftest import Sessions, admin
+from .conftest import Sessions, admin, database, empty
 
 ROW = "id:int8 attempts:int2 type:text queue:text priority:int2 max_attempts:int2 created_at:timestamptz payload:jsonb"
 
@@ -68,17 +68,13 @@ WORKERS = [name for name, statement in STATEMENTS.items() if statement.indexes i
 @pytest.fixture(scope="module")
 async def shared(server: Server, template: str) -> AsyncIterator[str]:
     """One database for this file: a hundred small tests at 20 ms each instead of 300."""
-    await admin(server, f"CREATE DATABASE statements TEMPLATE {template}")
-    yield server.dsn("statements")
-    await admin(server, "DROP DATABASE statements WITH (FORCE)")
+    async with database(server, template) as dsn:
+        yield dsn
 
 
 @pytest.fixture
 async def dsn(shared: str) -> str:
-    conn = await store.connect(shared, role="test")
-    await conn.execute("TRUNCATE notifyq.task, notifyq.finished, notifyq.worker RESTART IDENTITY")
-    await conn.close()
-    return shared
+    return await empty(shared, "notifyq.task", "notifyq.finished", "notifyq.worker")
 
 
 # --- What they take and return
