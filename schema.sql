@@ -74,8 +74,9 @@ CREATE TABLE notifyq.task (
     vacuum_index_cleanup = on, vacuum_truncate = off
 );
 
--- The claim's index: its order is the claim's ORDER BY, its predicate the claim's WHERE, word for word.
-CREATE INDEX task_ready ON notifyq.task (queue, priority DESC, id)
+-- The claim's index: its order is the claim's ORDER BY, its predicate the claim's WHERE, word for word. id + 0, since no
+-- planner may take task_pkey for "from this id on, in the order of ids" and read all that isn't ready on the way.
+CREATE INDEX task_ready ON notifyq.task (queue, priority DESC, (id + 0))
     WHERE worker IS NULL AND NOT aside AND (run_at <= created_at OR promoted);
 CREATE INDEX task_scheduled ON notifyq.task (queue, run_at)
     WHERE worker IS NULL AND run_at > created_at AND NOT promoted;

@@ -21,11 +21,13 @@ import random
 import time
 import uuid
 from collections.abc import Callable
+from datetime import datetime
 
 import anyio
 
 from .config import WorkerConfig
 from .doorbell import CHANNEL, Door, Moderation, Place, fleet_key
+from .marks import OWED_TIMES, SLOW_SECONDS, Marks
 from .run import Runners
 from .store import SQL, Connection, Job, claim, connect_worker
 
@@ -61,6 +63,7 @@ class Claimer:
         self._failure: BaseException | None = None
         self._door: Door  # each session's own
         self._moderation = Moderation()
+        self._marks = Marks()
         self._look = True  # something happened
         self._aside = True  # tasks set aside may be ours
         self._backlog = False  # the last claim came back full
@@ -76,6 +79,8 @@ class Claimer:
         self._echo_sent = 0.0
         self._next_due = math.inf
         self._due_at = 0.0
+        self._due_mark: datetime | None = None  # due tasks of before it were promoted, or are very late to be seen
+        self._due_front_at = 0.0  # when to look for those
         self._poll_at = 0.0
         self._inserted = -1
         self._claimed = 0  # since _inserted was read
@@ -197,7 +202,7 @@ class Claimer:
                 raise BellSilent("LISTEN no longer hears what NOTIFY sends")
             elif now >= self._next_due:
                 await self._due(conn)
-            elif self._look:
+            elif self._look or now >= self._marks.owed_at:
                 self._look = False
                 if await self._claim(conn, worker, rooms, room) and self._work_enough(now):
                     self._pass_on(now)
@@ -219,7 +224,7 @@ class Claimer:
                 echo_at = self._echo_sent + (ECHO_LIMIT_SECONDS if self._echo else ECHO_SECONDS) + 0.001
                 if self.bell_seconds is None:
                     echo_at = math.inf
-                until = min(self._next_due, self._poll_at, echo_at)
+                until = min(self._next_due, self._poll_at, self._marks.owed_at, echo_at)
                 if place is Place.TURN:
                     # Some transactions that said nothing are open, or this would be over. Who commits first of
                     # them tells nobody: the lock waits for the last. So look, after 2 % of the time it has lasted.
@@ -238,22 +243,29 @@ class Claimer:
             if self._failure is not None:
                 raise self._failure
             rooms, room = self._rooms(clock())
-            if room and await self._claim(conn, worker, rooms, room):
+            if room and await self._claim(conn, worker, rooms, room, front=not self._backlog):
                 continue
             if room and not self._runners.held and not self.unsettled():
                 # Only now, as a handler's last words may have been to enqueue something.
-                if not await self._due(conn) and not await self._claim(conn, worker, rooms, room):
+                if not await self._due(conn) and not await self._claim(conn, worker, rooms, room, front=True):
                     return
                 continue
             await self._wait(math.inf)
 
     # What it does.
 
-    async def _claim(self, conn: Connection, worker: int, rooms: dict[str, int], room: int) -> int:
+    async def _claim(
+        self, conn: Connection, worker: int, rooms: dict[str, int], room: int, *, front: bool = False
+    ) -> int:
         """Claim and feed. Never cancelled half-way: what it took would belong to nobody."""
+        clock = asyncio.get_running_loop().time
+        now = begin = clock()
         jobs: list[Job] = []
+        onward = None if front else self._marks.onward(begin, self._backlog)
         with anyio.CancelScope(shield=True):
-            jobs += await claim(conn, worker, rooms, room)
+            jobs += await claim(conn, worker, rooms, room, onward=onward)
+            now = clock()
+            self._marks.claimed(jobs, onward is not None, now - begin, now)
             if self._aside and len(jobs) < room:
                 # Of each queue what room is left, counted on the safe side.
                 left = {queue: free - len(jobs) for queue, free in rooms.items() if free > len(jobs)}
@@ -272,14 +284,14 @@ class Claimer:
             else:
                 self._left.discard(queue)
         self._claimed += len(jobs)
-        self._moderation.arrived(len(jobs), asyncio.get_running_loop().time())
+        self._moderation.arrived(len(jobs), now)
         self._runners.feed(jobs)
         return len(jobs)
 
     async def _due(self, conn: Connection, look: list[str] | None = None) -> bool:
         """Promote what is due, set the timer, send an echo now and then. True: there is something to claim."""
         clock = asyncio.get_running_loop().time
-        now = clock()
+        now = begin = clock()
         rooms, _ = self._rooms(now)
         full = [queue for queue in self._queues if queue not in rooms]
         echo = None
@@ -288,12 +300,22 @@ class Claimer:
             echo = self._new_echo(now)
             if int(now / ECHO_SECONDS) % 3 == 0:
                 self._door.turn_over()
-        row = await conn.fetchrow(SQL["due"], self._queues, look or full, PROMOTED_AT_ONCE, echo)
+        onward = look is None and now < self._due_front_at
+        row = await conn.fetchrow(
+            SQL["due"], self._queues, look or ([] if onward else full), PROMOTED_AT_ONCE, echo,
+            self._due_mark if onward else None,
+        )  # fmt: skip
         assert row is not None
-        promoted, seconds, ready, inserted, _ = row
+        promoted, seconds, ready, inserted, mark, _ = row
         now = clock()
         self._due_at = now
         self._next_due = math.inf if seconds is None else now + max(0.0, seconds)
+        if promoted < PROMOTED_AT_ONCE:
+            self._due_mark = mark
+        if onward:
+            self._next_due = min(self._next_due, self._due_front_at)
+        else:
+            self._due_front_at = now + (OWED_TIMES * (now - begin) if now - begin > SLOW_SECONDS else 0.0)
         if promoted:
             self._look = True
             if promoted >= PROMOTED_AT_ONCE:

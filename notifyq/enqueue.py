@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import AsyncExitStack
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
+from itertools import islice
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, cast
 
+import anyio
+import anyio.lowlevel
 import asyncpg
 import msgspec
 
 from .codec import encode_payload, type_name
 from .config import check_name
-from .errors import ConfigError, DatabaseError, SchemaError
+from .errors import ConfigError, DatabaseError, SchemaError, only
 from .registry import Registry
 from .store import SQL
 from .task import Ref, Task
@@ -20,11 +24,15 @@ from .task import Ref, Task
 if TYPE_CHECKING:
     from typing import Self
 
+    from .store import Connection
 
-class Executor(Protocol):
-    """An asyncpg connection or pool."""
+    Pool = asyncpg.Pool[asyncpg.Record]
 
-    async def fetch(self, query: str, *args: Any) -> list[Any]: ...
+
+CHUNK = 2000  # tasks in a statement
+SLICE = 100  # tasks encoded without a break: 0.2 ms
+
+Row: TypeAlias = tuple[str, str]  # type and payload
 
 
 class Options(NamedTuple):
@@ -58,7 +66,7 @@ class Options(NamedTuple):
         return cls(queue, delay or None, run_at, priority, max_attempts)
 
 
-async def one(via: Executor, registry: Registry, task: Task, options: Options) -> Ref:
+async def one(via: Connection | Pool, registry: Registry, task: Task, options: Options) -> Ref:
     """Insert a task."""
     type, payload = _checked(registry, task)
     with _Explained(type):
@@ -66,24 +74,63 @@ async def one(via: Executor, registry: Registry, task: Task, options: Options) -
     return Ref(cast(int, rows[0][0]))
 
 
-async def many(via: Executor, registry: Registry, tasks: Iterable[Task], options: Options) -> list[int]:
-    """Insert tasks, all or none. 0.6 µs a row for asyncpg to send as two arrays, half of what COPY costs in all,
-    and unlike COPY it returns the ids."""
-    types: list[str] = []
-    payloads: list[str] = []
-    for task in tasks:
-        type, payload = _checked(registry, task)
-        types.append(type)
-        payloads.append(payload)
-    if not types:
+async def many(via: Connection | Pool, registry: Registry, tasks: Iterable[Task], options: Options) -> list[int]:
+    """Insert tasks, all or none: up to CHUNK in one statement, more in a transaction of several, each encoded while
+    PostgreSQL works on the one before.
+
+    0.6 µs a row for asyncpg to send as two arrays, half of what COPY costs in all, and unlike COPY it returns the ids.
+    """
+    rest = iter(tasks)
+    first = [_checked(registry, task) for task in islice(rest, CHUNK)]
+    if not first:
         return []
+    if len(first) < CHUNK:
+        return await _insert(via, first, options)
+    async with AsyncExitStack() as stack:
+        conn = await stack.enter_async_context(via.acquire()) if isinstance(via, asyncpg.Pool) else via
+        await stack.enter_async_context(conn.transaction())
+        try:
+            return await _stream(conn, registry, first, rest, options)
+        except BaseExceptionGroup as group:
+            raise only(group) from None
+
+
+async def _stream(
+    conn: Connection, registry: Registry, first: list[Row], rest: Iterator[Task], options: Options
+) -> list[int]:
+    send, receive = anyio.create_memory_object_stream[list[Row]](1)
+    ids: list[int] = []
+
+    async def encode() -> None:
+        async with send:
+            chunk: list[Row] = []
+            for task in rest:
+                chunk.append(_checked(registry, task))
+                if len(chunk) == CHUNK:
+                    await send.send(chunk)
+                    chunk = []
+                elif len(chunk) % SLICE == 0:
+                    await anyio.lowlevel.checkpoint()  # what is on its way is written to the socket in between
+            if chunk:
+                await send.send(chunk)
+
+    async with receive, anyio.create_task_group() as group:
+        group.start_soon(encode)
+        ids += await _insert(conn, first, options)
+        async for chunk in receive:
+            ids += await _insert(conn, chunk, options)
+    return ids
+
+
+async def _insert(via: Connection | Pool, rows: list[Row], options: Options) -> list[int]:
+    types, payloads = [type for type, _ in rows], [payload for _, payload in rows]
     with _Explained(types[0] if len(set(types)) == 1 else "(one of several)"):
-        rows = await via.fetch(SQL["enqueue_many"], types, payloads, *options)
-    return [row[0] for row in rows]
+        inserted = await via.fetch(SQL["enqueue_many"], types, payloads, *options)
+    return [row[0] for row in inserted]
 
 
-def _checked(registry: Registry, task: Task) -> tuple[str, str]:
-    """Type and payload. A Struct isn't validated when it is made, so what was encoded is decoded again."""
+def _checked(registry: Registry, task: Task) -> Row:
+    """A Struct isn't validated when it is made, so what was encoded is decoded again."""
     if not isinstance(task, Task):
         raise ConfigError(f"enqueue got {task!r:.100}; expected an instance of a subclass of notifyq.Task")
     cls = type(task)

@@ -11,7 +11,7 @@ A message says three things: what is wrong, with its name; what was expected; wh
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, cast
 
 
 class NotifyqError(Exception):
@@ -40,3 +40,10 @@ class SchemaError(NotifyqError):
     """The `notifyq` schema is missing, older or newer than this version of the code."""
 
     exit_code = 4
+
+
+def only(error: BaseException) -> BaseException:
+    """The first error inside of groups of errors: what a task group was ended by, the others follow from it."""
+    while isinstance(error, BaseExceptionGroup):
+        error = cast("BaseExceptionGroup[BaseException]", error).exceptions[0]
+    return error

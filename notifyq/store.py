@@ -11,7 +11,7 @@ from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias, cast
 
 import asyncpg
 import asyncpg.exceptions
@@ -191,6 +191,14 @@ async def server_version(conn: Connection) -> str:
     return str(await conn.fetchval("SHOW server_version")).split()[0]
 
 
+class Onward(NamedTuple):
+    """Where a claim begins to read, as claim_onward.sql wants it, beside each other; the highest priority first."""
+
+    queues: list[str]
+    priorities: list[int]
+    ids: list[int]
+
+
 class Job:
     """A claimed row: one attempt of one task. (id, worker, attempt) is its lease."""
 
@@ -220,14 +228,25 @@ class Job:
 
 
 async def claim(
-    conn: Connection, worker: int, rooms: Mapping[str, int], limit: int, aside: Sequence[str] | None = None
+    conn: Connection,
+    worker: int,
+    rooms: Mapping[str, int],
+    limit: int,
+    *,
+    onward: Onward | None = None,
+    aside: Sequence[str] | None = None,
 ) -> list[Job]:
     """Up to `limit` ready tasks, from each queue at most its room, in the order to run them.
 
-    With `aside`, of these types those that somebody set aside.
+    With `onward`, only from those marks; with `aside`, of these types those that somebody set aside.
     """
     args = (worker, list(rooms), list(rooms.values()), limit)
-    rows = await (conn.fetch(SQL["claim"], *args) if aside is None else conn.fetch(SQL["adopt"], *args, aside))
+    if aside is not None:
+        rows = await conn.fetch(SQL["adopt"], *args, aside)
+    elif onward is not None:
+        rows = await conn.fetch(SQL["claim_onward"], *args, *onward)
+    else:
+        rows = await conn.fetch(SQL["claim"], *args)
     jobs = [Job(worker, row) for row in rows]
     jobs.sort(key=_order)  # RETURNING has none
     return jobs

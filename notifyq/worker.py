@@ -16,7 +16,7 @@ import logging
 import os
 import random
 import socket
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import anyio
 import msgspec
@@ -25,6 +25,7 @@ from anyio.abc import TaskStatus
 from . import schema
 from .claim import Claimer
 from .config import WorkerConfig
+from .errors import only
 from .lease import Keeper
 from .outcome import HandBack, Outcome
 from .run import CANCEL_SECONDS, Runners
@@ -198,7 +199,7 @@ class Worker:
                 if self._claimer.stopping:
                     break
         except BaseExceptionGroup as group:
-            raise _only(group) from None
+            raise only(group) from None
         finally:
             self._over.set()
             self._freed()
@@ -254,7 +255,7 @@ class Worker:
     # Trouble with the database.
 
     async def _back_off(self, stage: str, error: BaseException) -> None:
-        error = _only(error)
+        error = only(error)
         if gone := schema.gone(error):
             self._die(gone)
             return
@@ -291,10 +292,3 @@ class Worker:
     async def _first(self, *events: anyio.Event | asyncio.Event) -> None:
         while not any(event.is_set() for event in events):
             await self._change()
-
-
-def _only(error: BaseException) -> BaseException:
-    """The first error inside of groups of errors."""
-    while isinstance(error, BaseExceptionGroup):
-        error = cast("BaseExceptionGroup[BaseException]", error).exceptions[0]
-    return error

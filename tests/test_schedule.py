@@ -16,6 +16,7 @@ import pytest
 import notifyq
 
 from .conftest import Sessions, eventually, working
+from .test_marks import force
 
 SEED = os.environ.get("NOTIFYQ_SEED")
 LATE_SECONDS = 1.5  # a wake-up that was lost is found by nothing, with the fallback poll off; a slow machine isn't lost
@@ -152,6 +153,15 @@ SEEDS = [int(SEED)] if SEED else list(range(24))
 @pytest.mark.parametrize("seed", SEEDS)
 async def test_schedule(seed: int, dsn: str, connect: Sessions, db: Any) -> None:
     """One random schedule for each seed."""
+    await one(seed, dsn, connect, db)
+
+
+@pytest.mark.parametrize("seed", SEEDS[:8])
+async def test_schedule_with_every_fast_path(
+    monkeypatch: pytest.MonkeyPatch, seed: int, dsn: str, connect: Sessions, db: Any
+) -> None:
+    """The same, and whatever may begin at a mark does."""
+    force(monkeypatch, 20.0)
     await one(seed, dsn, connect, db)
 
 

@@ -458,7 +458,7 @@ async def test_an_enqueuer_may_run_no_statement_of_a_worker(as_role: Any, name: 
     """Claim, settle, rescue, heartbeat: refused. (Two read only what the system shows everybody.)"""
     conn = await as_role("enqueuer")
     statement = await conn.prepare(SQL[name])
-    values = {"int4": 1, "int8": 1, "text": "x", "float8": 1.0, "bool": True}
+    values = {"int4": 1, "int8": 1, "text": "x", "float8": 1.0, "bool": True, "timestamptz": datetime.now(UTC)}
     arguments = [values.get(parameter.name, []) for parameter in statement.get_parameters()]
     with pytest.raises(asyncpg.InsufficientPrivilegeError):
         await statement.fetch(*arguments)

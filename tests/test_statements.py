@@ -33,9 +33,10 @@ class Statement(NamedTuple):
 STATEMENTS = {
     "adopt": Statement("int4 text[] int4[] int4 text[]", ROW, "task_aside task_pkey"),
     "claim": Statement("int4 text[] int4[] int4", ROW, "task_pkey task_ready"),
+    "claim_onward": Statement("int4 text[] int4[] int4 text[] int2[] int8[]", ROW, "task_pkey task_ready"),
     "due": Statement(
-        "text[] text[] int4 text",
-        "promoted:int8 next_seconds:float8 blocked:bool inserted:int8 echo:text",
+        "text[] text[] int4 text timestamptz",
+        "promoted:int8 next_seconds:float8 blocked:bool inserted:int8 mark:timestamptz echo:text",
         "task_pkey task_ready task_scheduled",
     ),
     "end_claims": Statement("int4", "coalesce:bool", ""),
@@ -242,14 +243,16 @@ async def test_nothing_reads_more_than_it_returns(sessions: dict[str, Any], mome
             args = [[job.id for job in jobs], [job.attempt for job in jobs], *rest]
             rows, most[name] = await touched(conn, lambda name=name, args=args: conn.fetch(SQL[name], 1, *args))  # type: ignore[misc]
             assert len(jobs) == len(rows) == 10
-        jobs, most["adopt"] = await touched(conn, lambda: store.claim(conn, 1, rooms, 10, ["Strange", "Other"]))
+        jobs, most["adopt"] = await touched(conn, lambda: store.claim(conn, 1, rooms, 10, aside=["Strange", "Other"]))
         assert len(jobs) == 10
         args = [len(jobs), "ok", [job.id for job in jobs], [job.attempt for job in jobs]]
         row, most["tick"] = await touched(conn, lambda: conn.fetchrow(SQL["tick"], 1, *args, ["default"], ["Strange"]))
         assert row["lost"] == []
         assert row["aside"]
         await insert(conn, 10, created_at="2000-01-01", run_at="2001-01-01")
-        row, most["due"] = await touched(conn, lambda: conn.fetchrow(SQL["due"], ["default"], ["default"], 10, None))
+        row, most["due"] = await touched(
+            conn, lambda: conn.fetchrow(SQL["due"], ["default"], ["default"], 10, None, None)
+        )
         assert row["promoted"] == 10
         count, most["prune"] = await touched(conn, lambda: conn.fetchval(SQL["prune"], 60.0, 60.0, 5))
         assert count == 10
@@ -272,6 +275,39 @@ async def test_a_claim_costs_the_same_in_a_crowd(sessions: dict[str, Any], worke
     small, crowded = pages
     assert crowded < 200
     assert crowded < 3 * small, pages
+
+
+async def test_marks_step_over_nothing_that_is_dead(worker: Any, connect: Sessions, db: Any) -> None:
+    """Under a held snapshot the entries of a thousand finished tasks stay: a claim, or a look for what is due, that
+    begins at the front reads them all, and one that begins at a mark none."""
+    me = await register(worker)
+    await insert(worker, 1010)
+    await db.execute(
+        """INSERT INTO notifyq.task (type, created_at, run_at)
+           SELECT 'Known', '2000-01-01', timestamptz '2001-01-01' + i * interval '1 s'
+           FROM generate_series(1, 1010) AS i"""
+    )
+    await db.execute("VACUUM notifyq.task")
+    await (await connect()).execute("BEGIN ISOLATION LEVEL REPEATABLE READ; SELECT 1")
+    row = await worker.fetchrow(SQL["due"], ["default"], [], 1000, None, None)
+    assert row["promoted"] == 1000
+    jobs = await store.claim(worker, me, {"default": 2000}, 2000)
+    await worker.fetch(
+        SQL["finish"], me, [j.id for j in jobs], [j.attempt for j in jobs], ["done"] * 2000, [], [], True
+    )
+    later = await db.fetchval("SELECT min(run_at) FROM notifyq.task WHERE run_at > created_at AND NOT promoted")
+    for name, run, onward in (
+        ("claim", lambda mark: store.claim(worker, me, {"default": 5}, 5, onward=mark),
+         store.Onward(["default"], [0], [max(job.id for job in jobs)])),
+        ("due", lambda mark: worker.fetch(SQL["due"], ["default"], [], 5, None, mark), later),
+    ):  # fmt: skip
+        async with rolled_back(worker):
+            _, front = await touched(worker, lambda run=run: run(None))  # type: ignore[misc]
+        async with rolled_back(worker):
+            rows, marked = await touched(worker, lambda run=run, onward=onward: run(onward))  # type: ignore[misc]
+        assert rows
+        assert marked < 50, (name, marked)
+        assert front >= 1000, (name, front)
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
@@ -364,6 +400,20 @@ async def test_claim_goes_by_priority_then_by_id(worker: Any) -> None:
     assert [job.id for job in await store.claim(worker, me, {"default": 3}, 3)] == [last, low]
 
 
+async def test_a_claim_from_marks_sees_nothing_before_them(worker: Any) -> None:
+    """By level: the highest priority of a queue first, within its room; what has no mark isn't looked at."""
+    me = await register(worker)
+    a = [await insert(worker, 4, queue="a", priority=priority) for priority in (0, 5)]
+    b = await insert(worker, 4, queue="b")
+    await insert(worker, 4, queue="b", priority=1)
+    onward = store.Onward(["a", "a", "b"], [5, 0, 0], [a[1][2], a[0][1], b[1]])
+    jobs = await store.claim(worker, me, {"a": 3, "b": 2}, 9, onward=onward)
+    assert [job.id for job in jobs if job.queue == "a"] == [*a[1][2:], a[0][1]]
+    assert [job.id for job in jobs if job.queue == "b"] == b[1:3]
+    assert len(await store.claim(worker, me, {"a": 9, "b": 9}, 2, onward=onward)) == 2
+    assert [job.id for job in await store.claim(worker, me, {"a": 9}, 9)] == [*a[1][:2], a[0][0]]
+
+
 async def test_claim_keeps_to_each_queues_room_and_to_the_limit(worker: Any) -> None:
     me = await register(worker)
     for queue in "abc":
@@ -413,7 +463,7 @@ async def test_a_worker_that_was_given_up_claims_nothing(worker: Any) -> None:
     (id,) = await insert(worker)
     await insert(worker, aside=True)
     assert await store.claim(worker, 99, {"default": 9}, 9) == []
-    assert await store.claim(worker, 99, {"default": 9}, 9, ["Known"]) == []
+    assert await store.claim(worker, 99, {"default": 9}, 9, aside=["Known"]) == []
     assert (await task(worker, id))["attempts"] == 0
 
 
@@ -425,7 +475,7 @@ async def test_an_odd_created_at_is_claimed_all_the_same(worker: Any, at: str) -
     await insert(worker, created_at=at, run_at="-infinity")
     await insert(worker, created_at=at, aside=True)
     assert len(await store.claim(worker, me, {"default": 9}, 9)) == 3
-    assert len(await store.claim(worker, me, {"default": 9}, 9, ["Known"])) == 1
+    assert len(await store.claim(worker, me, {"default": 9}, 9, aside=["Known"])) == 1
 
 
 @pytest.mark.parametrize("attempts", [-32768, -1, 32766, 32767])
@@ -480,7 +530,7 @@ async def test_hostile_names_of_queues_and_types(worker: Any, name: str) -> None
     assert {(job.queue, job.type) for job in jobs} == {(name, name)}
     assert len(await worker.fetch(SQL["set_aside"], me, *keys)) == 2
     assert (await worker.fetchrow(SQL["tick"], me, 0, "ok", [], [], [name], [name]))["aside"]
-    assert len(await store.claim(worker, me, {name: 9}, 9, [name])) == 2
+    assert len(await store.claim(worker, me, {name: 9}, 9, aside=[name])) == 2
     assert len(await worker.fetch(SQL["finish"], me, *keys, ["done"] * 2, [], [], True)) == 2
     assert await worker.fetchval("SELECT count(*) FROM notifyq.all_tasks WHERE queue = $1 AND type = $1", name) == 2
 
@@ -498,10 +548,10 @@ async def test_adopt_takes_only_what_is_aside_and_known(worker: Any) -> None:
     await insert(worker, aside=True, type="Strange")
     await insert(worker, aside=True, queue="mail")
     low, high = (await insert(worker, aside=True))[0], (await insert(worker, aside=True, priority=1))[0]
-    jobs = await store.claim(worker, me, {"default": 9}, 9, ["Known", "Other"])
+    jobs = await store.claim(worker, me, {"default": 9}, 9, aside=["Known", "Other"])
     assert [job.id for job in jobs] == [high, low]
     assert await worker.fetchval("SELECT count(*) FROM notifyq.task WHERE aside") == 2
-    assert await store.claim(worker, me, {"default": 1, "mail": 0}, 9, ["Strange"]) != []
+    assert await store.claim(worker, me, {"default": 1, "mail": 0}, 9, aside=["Strange"]) != []
 
 
 async def test_due_promotes_and_tells_the_next(worker: Any) -> None:
@@ -511,9 +561,9 @@ async def test_due_promotes_and_tells_the_next(worker: Any) -> None:
     await insert(worker, run_at="2999-01-01")
     (soon,) = await insert(worker)
     await worker.execute("UPDATE notifyq.task SET run_at = created_at + interval '1 h' WHERE id = $1", soon)
-    row = await worker.fetchrow(SQL["due"], ["default", "none"], [], 2, None)
+    row = await worker.fetchrow(SQL["due"], ["default", "none"], [], 2, None, None)
     assert row["promoted"] == 2, "at most so many"
-    row = await worker.fetchrow(SQL["due"], ["default", "none"], [], 2, None)
+    row = await worker.fetchrow(SQL["due"], ["default", "none"], [], 2, None, None)
     assert row["promoted"] == 1
     assert 3590 < row["next_seconds"] <= 3600
     assert (row["blocked"], row["inserted"], row["echo"]) == (False, 6, None)
@@ -521,20 +571,20 @@ async def test_due_promotes_and_tells_the_next(worker: Any) -> None:
 
 
 async def test_due_sees_what_waits_in_a_queue_without_room(worker: Any) -> None:
-    assert not (await worker.fetchrow(SQL["due"], [], ["default"], 9, None))["blocked"]
+    assert not (await worker.fetchrow(SQL["due"], [], ["default"], 9, None, None))["blocked"]
     await insert(worker, run_at="2999-01-01")
-    assert not (await worker.fetchrow(SQL["due"], [], ["default"], 9, None))["blocked"]
+    assert not (await worker.fetchrow(SQL["due"], [], ["default"], 9, None, None))["blocked"]
     await insert(worker)
-    assert (await worker.fetchrow(SQL["due"], [], ["none", "default"], 9, None))["blocked"]
+    assert (await worker.fetchrow(SQL["due"], [], ["none", "default"], 9, None, None))["blocked"]
 
 
 @pytest.mark.parametrize("at", ["infinity", "294276-12-31 23:59:59"])
 async def test_a_run_at_beyond_all_days_stops_nobody(worker: Any, at: str) -> None:
     await insert(worker, run_at=at)
-    row = await worker.fetchrow(SQL["due"], ["default"], [], 9, None)
+    row = await worker.fetchrow(SQL["due"], ["default"], [], 9, None, None)
     assert row["next_seconds"] > 9e12
     await insert(worker, run_at="2999-01-01")
-    assert (await worker.fetchrow(SQL["due"], ["default"], [], 9, None))["next_seconds"] < 9e12
+    assert (await worker.fetchrow(SQL["due"], ["default"], [], 9, None, None))["next_seconds"] < 9e12
 
 
 async def test_due_of_two_workers_at_once(worker: Any, dsn: str) -> None:
@@ -543,9 +593,9 @@ async def test_due_of_two_workers_at_once(worker: Any, dsn: str) -> None:
     other: Any = await store.connect_worker(dsn, "test")
     transaction = other.transaction()
     await transaction.start()
-    assert (await other.fetchrow(SQL["due"], ["default"], [], 9, None))["promoted"] == 2
+    assert (await other.fetchrow(SQL["due"], ["default"], [], 9, None, None))["promoted"] == 2
     with anyio.fail_after(5):
-        row = await worker.fetchrow(SQL["due"], ["default"], [], 9, None)
+        row = await worker.fetchrow(SQL["due"], ["default"], [], 9, None, None)
     assert (row["promoted"], row["next_seconds"]) == (0, None)
     await transaction.rollback()
     other.terminate()
@@ -663,7 +713,7 @@ async def test_a_handed_back_attempt_did_not_happen(worker: Any) -> None:
 
 async def test_handed_back_after_its_time_had_come_it_is_still_ready(worker: Any) -> None:
     await insert(worker, created_at="2000-01-01", run_at="2001-01-01")
-    await worker.fetchrow(SQL["due"], ["default"], [], 9, None)
+    await worker.fetchrow(SQL["due"], ["default"], [], 9, None, None)
     me = await register(worker)
     (job,) = await store.claim(worker, me, {"default": 1}, 1)
     await worker.fetch(SQL["hand_back"], me, [job.id], [1])
@@ -676,7 +726,7 @@ async def test_set_aside_keeps_out_of_the_way(worker: Any) -> None:
     row = await task(worker, id)
     assert (row["state"], row["attempts"]) == ("ready", 0)
     assert await store.claim(worker, me, {"default": 1}, 1) == []
-    (job,) = await store.claim(worker, me, {"default": 1}, 1, ["Known"])
+    (job,) = await store.claim(worker, me, {"default": 1}, 1, aside=["Known"])
     assert (job.id, job.attempt) == (id, 1)
 
 
@@ -904,7 +954,7 @@ async def test_strays_are_what_the_worker_does_not_know_of(worker: Any) -> None:
 # Who says "look again". A claim or a promotion that rang would wake the whole fleet for nothing.
 RINGS: dict[str, tuple[Any, Callable[[Any, int, int], Any]]] = {
     "claim": (False, lambda c, w, id: store.claim(c, w, {"default": 9}, 9)),
-    "due": (False, lambda c, w, id: c.fetchrow(SQL["due"], ["default"], [], 9, None)),
+    "due": (False, lambda c, w, id: c.fetchrow(SQL["due"], ["default"], [], 9, None, None)),
     "tick": (False, lambda c, w, id: c.fetchrow(SQL["tick"], w, 0, "ok", [id], [1], ["default"], ["Known"])),
     "finish": (False, lambda c, w, id: c.fetch(SQL["finish"], w, [id], [1], ["done"], [], [], True)),
     "set_aside": ("aside", lambda c, w, id: c.fetch(SQL["set_aside"], w, [id], [1])),
@@ -920,7 +970,7 @@ RINGS: dict[str, tuple[Any, Callable[[Any, int, int], Any]]] = {
         True,
         lambda c, w, id: c.fetch(SQL["enqueue_many"], ["T"], ["{}"], "q", None, None, 0, None),
     ),
-    "echo": ("hello", lambda c, w, id: c.fetchrow(SQL["due"], [], [], 9, "hello")),
+    "echo": ("hello", lambda c, w, id: c.fetchrow(SQL["due"], [], [], 9, "hello", None)),
 }
 
 

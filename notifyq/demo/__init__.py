@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 
 import anyio
 
-from notifyq.errors import ConfigError, NotifyqError
+from notifyq.errors import ConfigError, NotifyqError, only
 
 if TYPE_CHECKING:
     from .check import Facts
@@ -56,10 +56,7 @@ def main(seconds: float = 20.0, tasks: int = 5000, dsn: str | None = None) -> in
         ours, others = group.split(NotifyqError)
         if ours is None:
             raise
-        error: BaseException = ours
-        while isinstance(error, BaseExceptionGroup):
-            error = error.exceptions[0]
-        raise error from others
+        raise only(ours) from others
 
 
 async def _run(seconds: float, tasks: int, dsn: str | None) -> int:

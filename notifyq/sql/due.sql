@@ -1,6 +1,8 @@
 -- What a worker asks before it sleeps. Of the queues $1: make up to $3 due tasks of each ready; when is the next
 -- one due; has one of the queues $2, which this worker has no room for, a ready task; and how many tasks were
--- ever inserted, rolled back or not. With $4, an echo that proves the bell.
+-- ever inserted, rolled back or not. With $4, an echo that proves the bell. With $5 it looks for due tasks from that time
+-- on only, and steps over none that were promoted before it and that vacuum may not remove (marks.py); it returns as
+-- mark what to give as $5 later, of a moment ago as rows become visible a little after their time.
 --
 -- statement_timestamp(), as clock_timestamp() can't be an index condition. The second scan's snapshot is the
 -- first one's, so "next" leaves out what is due by the clock rather than by state. Two epochs are subtracted, as before
@@ -12,7 +14,7 @@ WITH due AS MATERIALIZED (
         SELECT r.id
         FROM notifyq.task r
         WHERE r.queue = q.queue AND r.worker IS NULL AND r.run_at > r.created_at AND NOT r.promoted
-          AND r.run_at <= statement_timestamp()
+          AND r.run_at <= statement_timestamp() AND r.run_at >= coalesce($5::timestamptz, '-infinity')
         ORDER BY r.run_at
         LIMIT $3::integer
         FOR UPDATE SKIP LOCKED
@@ -38,8 +40,9 @@ SELECT (SELECT count(*) FROM promoted) AS promoted,
                 SELECT
                 FROM notifyq.task r
                 WHERE r.queue = q.queue AND r.worker IS NULL AND NOT r.aside AND (r.run_at <= r.created_at OR r.promoted)
-                ORDER BY r.priority DESC, r.id
+                ORDER BY r.priority DESC, r.id + 0
                 LIMIT 1
             ) AS s) AS blocked,
        (SELECT last_value FROM notifyq.task_id_seq) AS inserted,
+       statement_timestamp() - interval '50 ms' AS mark,
        CASE WHEN $4::text IS NOT NULL THEN pg_notify('notifyq', $4)::text END AS echo
