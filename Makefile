@@ -15,6 +15,7 @@ checksum = $(shell cat $(1) | cksum | cut -d' ' -f1)
 project_table := $(shell sed -n '/^\[project/,/^\[tool/p' pyproject.toml | cksum | cut -d' ' -f1)
 demo_stamp := .venv/.ok-demo-$(call checksum,requirements-demo.txt)
 test_stamp := .venv/.ok-test-$(call checksum,requirements-test.txt)-$(project_table)
+bench_stamp := .venv/.ok-bench-$(call checksum,requirements-bench.txt)
 
 # A venv knows its own path and its python: one that was moved, or lost its python, is built anew, stamp or not.
 venv_lives := $(shell [ "$$(cat .venv/.home 2>/dev/null)" = "$(CURDIR)" ] && .venv/bin/python -c '' 2>/dev/null && echo yes)
@@ -67,7 +68,7 @@ check: $(test_stamp)  ## format, lint and types; writes nothing
 	done; \
 	[ -z "$$failed" ] || { echo "failed:$$failed" >&2; exit 1; }
 
-bench: $(test_stamp)  ## the benchmarks; BENCH=... passes arguments
+bench: $(bench_stamp)  ## the benchmarks, minutes; BENCH="drain --quick" picks, and passes arguments
 	.venv/bin/python -m benchmarks $(BENCH)
 
 clean:  ## removes .venv and every cache
@@ -83,6 +84,11 @@ $(test_stamp): $(if $(venv_lives),,FORCE)
 	$(new_venv)
 	$(pip_install) --require-hashes -r requirements-test.txt
 	$(pip_install) --no-index --no-build-isolation --editable .
+	@touch $@
+
+# What draws the plots, on top of the above: a new .venv has no stamp of it.
+$(bench_stamp): $(test_stamp)
+	$(pip_install) --require-hashes -r requirements-bench.txt
 	@touch $@
 
 FORCE:

@@ -11,20 +11,20 @@ from contextlib import ExitStack
 from notifyq import schema, store
 from notifyq.embedded import Server
 
-from .common import Line, worker_process
+from .common import Bench, Line, Result, worker_process
 
 SECONDS = 30.0
 BACKENDS = "SELECT pid FROM pg_stat_activity WHERE application_name ~ '^notifyq (door|claims|settle|keeper)'"
 
 
-async def run(given: str | None) -> list[Line]:
+async def run(bench: Bench) -> Result:
     with ExitStack() as stack:
         preload = {"shared_preload_libraries": "pg_stat_statements"}
-        dsn = given or stack.enter_context(Server(durable=True, settings=preload)).dsn()
+        dsn = bench.dsn if bench.server is None else stack.enter_context(Server(durable=True, settings=preload)).dsn()
         return await measure(dsn)
 
 
-async def measure(dsn: str) -> list[Line]:
+async def measure(dsn: str) -> Result:
     conn = await store.connect(dsn)
     await schema.migrate(conn)
     await conn.execute("CREATE EXTENSION IF NOT EXISTS pg_stat_statements")
@@ -38,11 +38,13 @@ async def measure(dsn: str) -> list[Line]:
         statements = await conn.fetchval("SELECT sum(calls) - 1 FROM pg_stat_statements")
         process, server = cpu(pid) - before, sum(map(cpu, pids)) - backends
     await conn.close()
-    return [
-        Line("idle worker, 20 queues: statements a second", float(statements) / SECONDS, "/s", aim="about 1"),
-        Line("idle worker, 20 queues: CPU of its process", process / SECONDS * 100, "%"),
-        Line("idle worker, 20 queues: CPU of its backends", server / SECONDS * 100, "%"),
-    ]
+    return Result(
+        [
+            Line("idle worker, 20 queues: statements a second", float(statements) / SECONDS, "/s", most=1),
+            Line("idle worker, 20 queues: CPU of its process", process / SECONDS * 100, "%"),
+            Line("idle worker, 20 queues: CPU of its backends", server / SECONDS * 100, "%"),
+        ]
+    )
 
 
 def cpu(pid: int) -> float:
