@@ -22,12 +22,10 @@ from notifyq import schema, store
 from notifyq.embedded import Server
 
 from . import plots
-from .common import Bench, Line, Result
+from .common import SERVER, Bench, Line, Result
 
-NAMES = ("timers", "idle")
+NAMES = ("drain", "enqueue", "latency", "timers", "idle")
 
-# Room for many workers, and for a checkpoint not to fall into one variant and not into another.
-SERVER = {"max_connections": "300", "shared_buffers": "512MB", "max_wal_size": "4GB"}
 TOLD = (
     "fsync", "synchronous_commit", "wal_sync_method", "full_page_writes", "wal_level", "commit_delay", "shared_buffers",
     "max_wal_size", "max_connections", "autovacuum", "jit",

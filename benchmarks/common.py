@@ -16,6 +16,9 @@ import msgspec
 import notifyq
 from notifyq.embedded import Server
 
+# Of every embedded server here: room for many workers, and no checkpoint that falls into one variant and not another.
+SERVER = {"max_connections": "300", "shared_buffers": "512MB", "max_wal_size": "4GB"}
+
 app = notifyq.App()
 
 

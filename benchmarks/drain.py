@@ -1,73 +1,137 @@
-"""100,000 ready tasks, one worker process, no-op handlers, history kept: from its start until all outcomes are durable.
+"""100,000 ready tasks, worked off by 1, 2 and 4 processes with no-op handlers, history kept and not kept.
 
-The floor beside it, in turns: a bare asyncpg loop over one connection and a table without history: claim 500 with an
-UPDATE, decode with msgspec, call an empty coroutine, settle with a DELETE.
+A process runs `app.run_worker(drain=True)`. Clock: from the moment all of them are told to go, before they connect,
+until the last has returned: every outcome is committed and flushed by then.
+
+Floors beside it, in turns, each a process with one connection: the same statements without a framework (claim 500,
+decode, call, settle 500); and the same loop over one plain table that keeps no history and settles by DELETE.
 """
 
 from __future__ import annotations
 
-import asyncio
+import sys
 import time
 
 import msgspec
 
 from notifyq import store
 
-from .common import TASK, Line, Mail, app, median
+from .children import child, children, say, told
+from .common import TASK, Bench, Line, Mail, Result, app, mail, median, ratio
 
-TASKS, ROUNDS = 100_000, 3
+TASKS, ROUNDS, BATCH = 100_000, 3, 500
+PROCESSES = (1, 2, 4)
+SAME, PLAIN = "the same statements, no framework", "one table, no history, DELETE"
 
 
-async def run(dsn: str) -> list[Line]:
-    ours, floor, bulk = [], [], []
-    conn = await store.connect(dsn)
+async def run(bench: Bench) -> Result:
+    tasks = bench.work(TASKS)
+    conn = await store.connect(bench.dsn)
     await conn.execute(
         """CREATE SCHEMA IF NOT EXISTS bench; DROP TABLE IF EXISTS bench.floor;
            CREATE TABLE bench.floor (id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY, type text, payload jsonb,
                                      processing_at timestamptz);
            CREATE INDEX floor_ready ON bench.floor (id) WHERE processing_at IS NULL"""
     )
-    for _ in range(ROUNDS):
-        await conn.execute("TRUNCATE notifyq.task, notifyq.finished, bench.floor")
-        async with app.connect(dsn):
+    rates: dict[str, list[float]] = {}
+
+    async def measure(name: str, processes: int, what: str, history: str = "") -> None:
+        table = "bench.floor" if what == "plain" else "notifyq.task"
+        await fill(conn, table, tasks)
+        with children(processes, "drain", bench.dsn, what, history) as running:
             begin = time.perf_counter()
-            await app.enqueue_many([TASK] * TASKS)
-            bulk.append(TASKS / (time.perf_counter() - begin))
-        await conn.execute("INSERT INTO bench.floor (type, payload) SELECT type, payload FROM notifyq.task")
-        await conn.execute("VACUUM ANALYZE notifyq.task; ".rstrip("; "))
-        begin = time.perf_counter()
-        await app.run_worker(dsn=dsn, drain=True)
-        ours.append(TASKS / (time.perf_counter() - begin))
-        assert await conn.fetchval("SELECT count(*) FROM notifyq.finished WHERE state = 'done'") == TASKS
-        begin = time.perf_counter()
-        await bare(dsn)
-        floor.append(TASKS / (time.perf_counter() - begin))
-    await conn.execute("DROP SCHEMA bench CASCADE; TRUNCATE notifyq.task, notifyq.finished")
+            for one in running:
+                one.tell()
+            done = [one.read() for one in running]
+            seconds = time.perf_counter() - begin
+        assert all(done)
+        assert not await conn.fetchval(f"SELECT count(*) FROM {table} WHERE processing_at IS NULL")
+        kept = await conn.fetchval("SELECT count(*) FROM notifyq.finished WHERE state = 'done'")
+        assert kept == (tasks if history == "kept" else 0)
+        rates.setdefault(name, []).append(tasks / seconds)
+
+    for _ in range(bench.rounds(ROUNDS)):
+        for history in ("kept", "none"):
+            await measure(f"{SAME}, {history}", 1, "same", history)
+            for processes in PROCESSES:
+                await measure(f"{processes}, {history}", processes, "notifyq", history)
+        await measure(PLAIN, 1, "plain")
+    await conn.execute("DROP SCHEMA bench CASCADE")
     await conn.close()
-    ratio = median(a / b for a, b in zip(ours, floor, strict=True))
-    return [
-        Line("drain 100,000, one process, history kept", median(ours), "/s", "floor", ratio, ">= 40,000/s"),
-        Line("floor: a bare asyncpg loop, no history", median(floor), "/s"),
-        Line("enqueue_many of 100,000", median(bulk), "/s"),
-    ]
+
+    lines: list[Line] = []
+    for history, words in (("kept", "history kept"), ("none", "no history")):
+        one, floor = rates[f"1, {history}"], rates[f"{SAME}, {history}"]
+        least = 0.8 if history == "kept" else None
+        lines.append(Line(f"drain, 1 process, {words}", median(one), "/s", SAME, ratio(one, floor), least))
+        for processes in PROCESSES[1:]:
+            several = rates[f"{processes}, {history}"]
+            least = 1.0 if processes == 2 else None
+            what = f"drain, {processes} processes, {words}"
+            lines.append(Line(what, median(several), "/s", "1 process", ratio(several, one), least))
+        lines.append(Line(f"floor: {SAME}, {words}", median(floor), "/s"))
+    lines.append(Line(f"floor: {PLAIN}", median(rates[PLAIN]), "/s"))
+    return Result(lines, {"tasks": tasks, "rates": rates})
 
 
-async def bare(dsn: str) -> None:
+async def fill(conn: store.Connection, table: str, tasks: int) -> None:
+    """`tasks` ready ones, and nothing else."""
+    await conn.execute("TRUNCATE notifyq.task, notifyq.finished")
+    await conn.execute(f"TRUNCATE {table}")
+    payload = msgspec.json.encode(TASK)
+    insert = f"INSERT INTO {table} (type, payload) SELECT 'Mail', $1::jsonb FROM generate_series(1, $2)"
+    await conn.execute(insert, payload, tasks)
+    await conn.execute(f"VACUUM ANALYZE {table}")
+
+
+# In the children. They connect when told to.
+
+
+async def work() -> bool:
+    dsn, what, history = sys.argv[1:]
+    say("ready")
+    await told()
+    if what == "notifyq":
+        await app.run_worker(dsn=dsn, drain=True, history=86400.0 if history == "kept" else 0.0)
+    elif what == "same":
+        await same_statements(dsn, keep=history == "kept")
+    else:
+        await plain_table(dsn)
+    return True
+
+
+async def same_statements(dsn: str, *, keep: bool) -> None:
+    conn = await store.connect_worker(dsn, "floor")
+    worker = await conn.fetchval(
+        """INSERT INTO notifyq.worker (name, queues, types, max_attempts, concurrency, lease)
+           VALUES ('floor', '{default}', '{Mail}', '{10}', 1, '1 hour') RETURNING id"""
+    )
+    decode = msgspec.json.Decoder(Mail).decode
+    while jobs := await store.claim(conn, worker, {"default": BATCH}, BATCH):
+        for job in jobs:
+            assert job.payload is not None
+            await mail(decode(job.payload))
+        ids, attempts = [job.id for job in jobs], [job.attempt for job in jobs]
+        done = await conn.fetch(store.SQL["finish"], worker, ids, attempts, ["done"] * len(jobs), [], [], keep)
+        assert len(done) == len(jobs)
+    await conn.execute("DELETE FROM notifyq.worker WHERE id = $1", worker)
+    await conn.close()
+
+
+async def plain_table(dsn: str) -> None:
     conn = await store.connect_worker(dsn, "floor")
     decode = msgspec.json.Decoder(Mail).decode
-
-    async def handler(task: Mail) -> None: ...
-
-    while True:
-        rows = await conn.fetch(
-            """UPDATE bench.floor SET processing_at = clock_timestamp() WHERE id = ANY(ARRAY(
-                   SELECT id FROM bench.floor WHERE processing_at IS NULL ORDER BY id LIMIT 500 FOR UPDATE SKIP LOCKED))
-               RETURNING id, payload"""
-        )
-        if not rows:
-            break
+    while rows := await conn.fetch(
+        """UPDATE bench.floor SET processing_at = clock_timestamp() WHERE id = ANY(ARRAY(
+               SELECT id FROM bench.floor WHERE processing_at IS NULL ORDER BY id LIMIT $1 FOR UPDATE SKIP LOCKED))
+           RETURNING id, payload""",
+        BATCH,
+    ):
         for row in rows:
-            await handler(decode(row["payload"]))
+            await mail(decode(row["payload"]))
         await conn.execute("DELETE FROM bench.floor WHERE id = ANY($1)", [row["id"] for row in rows])
-        await asyncio.sleep(0)
     await conn.close()
+
+
+if __name__ == "__main__":
+    child(work)
