@@ -1,54 +1,61 @@
-"""What an idle worker with 20 queues costs: its statements a second, and the CPU of its process and backends.
+"""What an idle worker costs with 1 and with 50 queues, and how much memory one keeps after a million tasks.
 
-On a server of its own, which counts statements (pg_stat_statements); with --dsn that extension must be there.
+Idle for 20 s each: statements (pg_stat_statements), CPU of the process and of its backends. Then a fresh one works off
+100,000 no-op tasks, and 900,000 more; its memory is read when it has been idle again for a second.
 """
 
 from __future__ import annotations
 
 import asyncio
-from contextlib import ExitStack
 
-from notifyq import schema, store
-from notifyq.embedded import Server
+from notifyq.codec import encode_payload
+from notifyq.store import Connection
 
-from .common import Bench, Line, Result, worker_process
+from .common import TASK, Bench, Line, Result, worker_process
+from .counting import backends_cpu, calls, counting, cpu, resident
 
-SECONDS = 30.0
-BACKENDS = "SELECT pid FROM pg_stat_activity WHERE application_name ~ '^notifyq (door|claims|settle|keeper)'"
+SECONDS, QUEUES = 20, (1, 50)
+TASKS = (100_000, 1_000_000)
 
 
 async def run(bench: Bench) -> Result:
-    with ExitStack() as stack:
-        preload = {"shared_preload_libraries": "pg_stat_statements"}
-        dsn = bench.dsn if bench.server is None else stack.enter_context(Server(durable=True, settings=preload)).dsn()
-        return await measure(dsn)
+    lines = list[Line]()
+    async with counting(bench) as (dsn, conn):
+        for queues in QUEUES:
+            lines += await _idle(conn, dsn, queues, bench.work(SECONDS))
+        with worker_process(dsn) as pid:
+            found = [await _memory(conn, pid, tasks) for tasks in map(bench.work, TASKS)]
+    for tasks, memory in zip(map(bench.work, TASKS), found, strict=True):
+        lines.append(Line(f"memory of a worker after {tasks:,} tasks", memory, "MB", most=80))
+    lines.append(Line("what it grew by from the one to the other", found[1] - found[0], "MB", most=5))
+    return Result(lines)
 
 
-async def measure(dsn: str) -> Result:
-    conn = await store.connect(dsn)
-    await schema.migrate(conn)
-    await conn.execute("CREATE EXTENSION IF NOT EXISTS pg_stat_statements")
-    queues = [argument for n in range(20) for argument in ("-q", f"queue{n}")]
-    with worker_process(dsn, *queues) as pid:
-        await asyncio.sleep(2)
-        pids = [row[0] for row in await conn.fetch(BACKENDS)]
-        before, backends = cpu(pid), sum(map(cpu, pids))
-        await conn.execute("SELECT pg_stat_statements_reset()")
-        await asyncio.sleep(SECONDS)
-        statements = await conn.fetchval("SELECT sum(calls) - 1 FROM pg_stat_statements")
-        process, server = cpu(pid) - before, sum(map(cpu, pids)) - backends
-    await conn.close()
-    return Result(
-        [
-            Line("idle worker, 20 queues: statements a second", float(statements) / SECONDS, "/s", most=1),
-            Line("idle worker, 20 queues: CPU of its process", process / SECONDS * 100, "%"),
-            Line("idle worker, 20 queues: CPU of its backends", server / SECONDS * 100, "%"),
-        ]
-    )
+async def _idle(conn: Connection, dsn: str, queues: int, seconds: int) -> list[Line]:
+    names = [word for n in range(queues) for word in ("-q", f"queue{n}")]
+    with worker_process(dsn, *names) as pid:
+        await asyncio.sleep(3)  # until it sleeps
+        before = await calls(conn), cpu(pid), await backends_cpu(conn)
+        await asyncio.sleep(seconds)
+        after = await calls(conn), cpu(pid), await backends_cpu(conn)
+        memory = resident(pid)
+    statements, process, backends = ((b - a) / seconds for a, b in zip(before, after, strict=True))
+    who = f"idle worker, {queues} queue{'s' if queues > 1 else ''}"
+    return [
+        Line(f"{who}: statements", statements, "/s", most=1),
+        Line(f"{who}: CPU of its process", process * 100, "%"),
+        Line(f"{who}: CPU of its backends", backends * 100, "%"),
+        Line(f"{who}: memory of its process", memory, "MB"),
+    ]
 
 
-def cpu(pid: int) -> float:
-    """CPU seconds so far (Linux)."""
-    with open(f"/proc/{pid}/stat", encoding="ascii") as file:
-        fields = file.read().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / 100
+async def _memory(conn: Connection, pid: int, tasks: int) -> float:
+    """MB after so many tasks, those it has worked off before included."""
+    finished = "SELECT count(*) FROM notifyq.finished"
+    more = tasks - await conn.fetchval(finished)
+    enqueue = "INSERT INTO notifyq.task (type, payload) SELECT 'Mail', $2 FROM generate_series(1, $1)"
+    await conn.execute(enqueue, more, encode_payload(TASK))
+    while await conn.fetchval(finished) < tasks:
+        await conn.execute("SELECT pg_sleep(0.5)")
+    await asyncio.sleep(1)
+    return resident(pid)
