@@ -1,8 +1,7 @@
 """One task, many idle workers: what it costs with 1, 8 and 32 worker processes.
 
-200 tasks, one every 20 to 50 ms. What the same workers do and use without tasks is measured just before, over as
-long a time, and subtracted: that is the price of being there, see `idle`. Sizes go up and down again, half of the
-tasks each way.
+200 tasks each, one every 20 to 50 ms. What the same workers do and use without tasks is measured just before, over as
+long a time, and subtracted: that is the price of being there, see `idle`. One worker comes first and last.
 """
 
 from __future__ import annotations
@@ -17,10 +16,11 @@ from notifyq.codec import encode_payload
 from notifyq.doorbell import CHANNEL
 from notifyq.store import SQL, Connection
 
-from .common import TASK, Bench, Line, Plot, Result, median, ratio, worker_process
+from .common import TASK, Bench, Line, Plot, Result, median, worker_process
 from .counting import backends_cpu, calls, counting, cpu
 
-SIZES, TASKS = (1, 8, 32), 200
+SIZES, TASKS = (1, 32, 8, 1), 200
+WARM_SECONDS = 10.0  # a new worker's first polls and plans are not what it costs later
 GAP_SECONDS = (0.020, 0.050)
 
 
@@ -34,21 +34,22 @@ class Used(NamedTuple):
 
 
 async def run(bench: Bench) -> Result:
-    found: dict[int, list[Used]] = {size: [] for size in SIZES}
-    idle: dict[int, list[Used]] = {size: [] for size in SIZES}
-    tasks = bench.work(TASKS) // 2
+    found: dict[int, list[Used]] = {size: [] for size in sorted(SIZES)}
+    idle: dict[int, list[Used]] = {size: [] for size in sorted(SIZES)}
+    tasks = bench.work(TASKS)
     async with counting(bench) as (dsn, conn):
         enqueuer, rings = await store.connect(dsn), list[object]()
         await conn.add_listener(CHANNEL, lambda *said: rings.append(said) if said[-1] == "" else None)
         with ExitStack() as stack:
             workers: list[tuple[ExitStack, int]] = []
-            for size in (*SIZES, *reversed(SIZES)):
+            for size in SIZES:
+                more = size > len(workers)
                 while len(workers) < size:  # one after the other
                     own = stack.enter_context(ExitStack())
                     workers.append((own, own.enter_context(worker_process(dsn))))
                 while len(workers) > size:
                     workers.pop()[0].close()
-                await asyncio.sleep(2)  # until each is in its place
+                await asyncio.sleep(WARM_SECONDS if more else 1.0)
                 marks = [await _used(conn, rings, workers)]
                 for busy in (False, True):
                     for _ in range(tasks):
@@ -64,22 +65,22 @@ async def run(bench: Bench) -> Result:
                 each = [(b - a - c) / tasks for a, b, c in zip(middle, after, quiet, strict=True)]
                 found[size].append(Used(*each))
         done = await conn.fetchval("SELECT count(*) FROM notifyq.finished WHERE state = 'done'")
-        assert done == 2 * len(SIZES) * tasks
+        assert done == len(SIZES) * tasks
         assert await calls(conn, SQL["claim"]) >= done, "its statements are counted by another text"
         await enqueuer.close()
 
     def values(size: int, field: str) -> list[float]:
         return [getattr(used, field) for used in found[size]]
 
-    lines = list[Line]()
-    for size in SIZES:
+    lines, one = list[Line](), median(values(1, "server"))
+    for size in found:
         who, largest = f"{size} idle worker{'s' if size > 1 else ''}", size == max(SIZES)
         lines += [
             Line(f"{who}: claim statements", median(values(size, "claims")), "/task", most=2 if largest else None),
             Line(f"{who}: NOTIFYs", median(values(size, "rings")), "/task"),
             Line(
                 f"{who}: server CPU", median(values(size, "server")), "ms/task", "1 worker",
-                ratio(values(size, "server"), values(1, "server")), most=1.3 if largest else None,
+                median(values(size, "server")) / one, most=1.3 if largest else None,
             ),
             Line(f"{who}: workers' CPU", median(values(size, "workers")), "ms/task"),
         ]  # fmt: skip
