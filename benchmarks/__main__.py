@@ -22,7 +22,7 @@ from notifyq import schema, store
 from notifyq.embedded import Server
 
 from . import plots
-from .common import SERVER, Bench, Line, Result
+from .common import SERVER, Bench, Line, Result, warm_up
 
 NAMES = ("drain", "enqueue", "latency", "timers", "idle")
 
@@ -46,6 +46,8 @@ async def measure(name: str, bench: Bench) -> tuple[Result, dict[str, Any]]:
     conn = await store.connect(bench.dsn, role="benchmark")
     await schema.migrate(conn)
     await conn.execute("TRUNCATE notifyq.task, notifyq.finished")
+    if bench.server and not bench.quick:
+        await warm_up(conn)
     began = time.perf_counter()
     result: Result = await import_module(f".{name}", __package__).run(bench)
     where = {

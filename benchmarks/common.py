@@ -14,10 +14,12 @@ from typing import Any, NamedTuple
 import msgspec
 
 import notifyq
+from notifyq import store
 from notifyq.embedded import Server
 
 # Of every embedded server here: room for many workers, and no checkpoint that falls into one variant and not another.
-SERVER = {"max_connections": "300", "shared_buffers": "512MB", "max_wal_size": "4GB"}
+SERVER = {"max_connections": "300", "shared_buffers": "512MB", "max_wal_size": "4GB", "min_wal_size": "2GB"}
+WAL_FILES = 64  # 1 GB
 
 app = notifyq.App()
 
@@ -110,6 +112,18 @@ class Bench:
     def rounds(self, count: int) -> int:
         """`count` rounds, or one."""
         return 1 if self.quick else count
+
+
+async def warm_up(conn: store.Connection) -> None:
+    """Make a new server like one that has run for a while: with WAL files to use again.
+
+    A new file is 16 MB of zeroes and an fsync, during which nobody commits: 50 ms each here, and one a second under
+    load. It made the p99 of latency at half load 60 ms instead of 9. A superuser's; 4 s.
+    """
+    for _ in range(WAL_FILES):
+        await conn.execute("SELECT pg_logical_emit_message(false, '', '')")  # an empty one isn't switched from
+        await conn.execute("SELECT pg_switch_wal()")
+    await conn.execute("CHECKPOINT")
 
 
 def percentile(values: Sequence[float], share: float) -> float:

@@ -37,7 +37,7 @@ async def run(bench: Bench) -> Result:
 
     async def measure(name: str, processes: int, what: str, history: str = "") -> None:
         table = "bench.floor" if what == "plain" else "notifyq.task"
-        await fill(conn, table, tasks)
+        await fill(bench, conn, table, tasks)
         with children(processes, "drain", bench.dsn, what, history) as running:
             begin = time.perf_counter()
             for one in running:
@@ -74,10 +74,12 @@ async def run(bench: Bench) -> Result:
     return Result(lines, {"tasks": tasks, "rates": rates})
 
 
-async def fill(conn: store.Connection, table: str, tasks: int) -> None:
+async def fill(bench: Bench, conn: store.Connection, table: str, tasks: int) -> None:
     """`tasks` ready ones, and nothing else."""
     await conn.execute("TRUNCATE notifyq.task, notifyq.finished")
     await conn.execute(f"TRUNCATE {table}")
+    if bench.server:
+        await conn.execute("CHECKPOINT")  # so that WAL files are used again; before, so that no page is logged whole
     payload = msgspec.json.encode(TASK)
     insert = f"INSERT INTO {table} (type, payload) SELECT 'Mail', $1::jsonb FROM generate_series(1, $2)"
     await conn.execute(insert, payload, tasks)

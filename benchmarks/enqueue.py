@@ -6,7 +6,7 @@ for each fsync. Clock: pgbench's own, over transactions that have committed. Eac
     no trigger             nobody rings, so the worker polls, every 2 ms: it has the same work as in the others
     always, per row        a trigger that calls pg_notify for each row, as most queues ship
     always, per statement  the same, once a statement
-    notifyq, busy worker   tasks come in all the while, 1,000 a second beside pgbench's, so it never sleeps
+    notifyq, busy worker   tasks come in all the while, 500 a second beside pgbench's, so it never sleeps
     notifyq, idle worker   it sleeps when the run begins
 
 Then from Python, until it has returned, which is after the commit: `enqueue_many` of 100,000, and `app.enqueue` by 16
@@ -27,7 +27,7 @@ import msgspec
 
 from notifyq import schema, store
 
-from .common import TASK, Bench, Line, Plot, Result, app, median, ratio, worker_process
+from .common import TASK, Bench, Line, Plot, Result, app, median, ratio, warm_up, worker_process
 from .slow_disk import missing, slow_server
 
 ROUNDS, SECONDS = 3, 1
@@ -60,6 +60,8 @@ async def run(bench: Bench) -> Result:
         with slow_server() as server:
             conn = await store.connect(server.dsn())
             await schema.migrate(conn)
+            if not bench.quick:
+                await warm_up(conn)
             await conn.close()
             disks[SLOW] = await curve(bench, server.dsn())
             slowed = max(disks[SLOW][PLAIN, 1])
@@ -153,11 +155,11 @@ async def prepared(conn: store.Connection, name: str) -> AsyncGenerator[None]:
 
 
 async def feed(conn: store.Connection) -> None:
-    """1,000 tasks a second."""
+    """500 tasks a second."""
     due = time.perf_counter()
-    insert = "INSERT INTO notifyq.task (type, payload) SELECT 'Mail', $1::jsonb FROM generate_series(1, 5)"
+    insert = "INSERT INTO notifyq.task (type, payload) SELECT 'Mail', $1::jsonb FROM generate_series(1, 6)"
     while True:
-        due += 0.005
+        due += 0.012
         await asyncio.sleep(max(0.0, due - time.perf_counter()))
         with anyio.CancelScope(shield=True):
             await conn.execute(insert, msgspec.json.encode(TASK))

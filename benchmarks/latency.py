@@ -161,7 +161,7 @@ async def enqueue_floor(conn: store.Connection, sent: float) -> None:
 
 async def drain_rate(bench: Bench, conn: store.Connection) -> float:
     tasks = bench.work(DRAINED)
-    await fill(conn, "notifyq.task", tasks)
+    await fill(bench, conn, "notifyq.task", tasks)
     with children(1, "drain", bench.dsn, "notifyq", "kept") as (one,):
         begin = clock()
         one.tell()

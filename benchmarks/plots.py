@@ -32,7 +32,7 @@ def draw(folder: Path, plots: Sequence[Plot]) -> None:
     for name, group in groupby(plots, key=lambda plot: plot.name):
         panels = list(group)
         figure = Figure(figsize=(6.4 * len(panels), 4.4), layout="constrained")
-        for axes, plot in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        for axes, plot in zip(figure.subplots(1, len(panels), squeeze=False, sharey=True)[0], panels, strict=True):
             _panel(axes, plot)
         figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
 
@@ -41,6 +41,8 @@ def _panel(axes: Axes, plot: Plot) -> None:
     for marker, (label, points) in zip(MARKERS * 9, plot.series.items(), strict=False):
         axes.plot([x for x, _ in points], [y for _, y in points], marker=marker, markersize=5, label=label)
     axes.set(title=plot.title, xlabel=plot.x, ylabel=plot.y)
+    from matplotlib.ticker import NullFormatter
+
     if plot.log_x:
         axes.set_xscale("log")
         ticks = sorted({x for points in plot.series.values() for x, _ in points})
@@ -49,6 +51,7 @@ def _panel(axes: Axes, plot: Plot) -> None:
     if plot.log_y:
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter("{x:,g}")
+        axes.yaxis.set_minor_formatter(NullFormatter())
     else:
         axes.set_ylim(bottom=0)
     axes.grid(which="both", alpha=0.25)
