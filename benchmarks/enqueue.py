@@ -72,7 +72,7 @@ async def run(bench: Bench) -> Result:
     plots = [
         Plot(
             "enqueue",
-            {LOCAL: "Local disk", SLOW: "1 ms more for each fsync"}[disk],
+            {LOCAL: "The cost of NOTIFY, local disk", SLOW: "with 1 ms more for each fsync"}[disk],
             "clients that enqueue",
             "committed INSERTs a second",
             {name: [(n, median(rates[name, n])) for n in CLIENTS] for name in TRIGGERS},

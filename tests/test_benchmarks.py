@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import plots
 from benchmarks.__main__ import NAMES, table
-from benchmarks.common import Line
+from benchmarks.common import Line, Plot
 
 PROJECT = Path(__file__).parent.parent
-FAST = {"timers"}
+FAST = {"codec"}
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in FAST else [pytest.mark.long]) for n in NAMES])
@@ -40,6 +41,19 @@ def test_failure_is_reported(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert "FAILED: DatabaseError" in done.stdout
     assert "failed: timers" in done.stderr
+
+
+def test_plots(tmp_path: Path) -> None:
+    """One file a name, the same bytes each time."""
+    pytest.importorskip("matplotlib", reason="`make bench` installs it")
+    series = {"a": [(1.0, 2.0), (4.0, 30.0)], "b": [(1.0, 3.0)]}
+    panels = [Plot("two", title, "x", "y", series, log_x=True, log_y=True) for title in ("left", "right")]
+    drawn: list[bytes] = []
+    for _ in range(2):
+        plots.draw(tmp_path, [*panels, Plot("one", "alone", "x", "y", series)])
+        drawn.append((tmp_path / "two.svg").read_bytes())
+    assert drawn[0] == drawn[1]
+    assert {path.name for path in tmp_path.iterdir()} == {"one.svg", "two.svg"}
 
 
 def test_aims() -> None:
