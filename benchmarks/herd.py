@@ -85,7 +85,7 @@ async def run(bench: Bench) -> Result:
             Line(f"{who}: workers' CPU", median(values(size, "workers")), "ms/task"),
         ]  # fmt: skip
     series = {
-        name: [(size, median(values(size, field))) for size in SIZES]
+        name: [(size, median(values(size, field))) for size in found]
         for name, field in (("claim statements", "claims"), ("NOTIFYs", "rings"), ("server CPU, ms", "server"))
     }
     plot = Plot("herd", "What one task costs", "idle workers", "a task", series, log_x=True)

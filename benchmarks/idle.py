@@ -1,6 +1,6 @@
 """What an idle worker costs with 1 and with 50 queues, and how much memory one keeps after a million tasks.
 
-Idle for 20 s each: statements (pg_stat_statements), CPU of the process and of its backends. Then a fresh one works off
+Idle for 30 s each: statements (pg_stat_statements), CPU of the process and of its backends. Then a fresh one works off
 100,000 no-op tasks, and 900,000 more; its memory is read when it has been idle again for a second.
 """
 
@@ -14,7 +14,7 @@ from notifyq.store import Connection
 from .common import TASK, Bench, Line, Result, worker_process
 from .counting import backends_cpu, calls, counting, cpu, resident
 
-SECONDS, QUEUES = 20, (1, 50)
+SECONDS, QUEUES = 30, (1, 50)
 TASKS = (100_000, 1_000_000)
 
 
