@@ -21,6 +21,7 @@ import tempfile
 import time
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager, nullcontext
+from itertools import product
 
 import anyio
 import msgspec
@@ -110,22 +111,24 @@ async def curve(bench: Bench, dsn: str) -> Rates:
     rates: Rates = {}
     conn = await store.connect(dsn)
     await conn.execute(ALWAYS)
-    with tempfile.NamedTemporaryFile("w", suffix=".sql") as script:
-        script.write(INSERT)
-        script.flush()
-        for _ in range(bench.rounds(ROUNDS)):
-            for names, poll in (((PLAIN,), "0.002"), ((ROW, STATEMENT, BUSY, IDLE), "5")):
-                with worker_process(dsn, "--poll-interval", poll):
-                    for clients in CLIENTS:
+    try:
+        with tempfile.NamedTemporaryFile("w", suffix=".sql") as script:
+            script.write(INSERT)
+            script.flush()
+            for _ in range(bench.rounds(ROUNDS)):
+                # By the number of clients, so that what is divided by each other is seconds apart.
+                for clients, names in product(CLIENTS, ((PLAIN,), (ROW, STATEMENT, BUSY, IDLE))):
+                    with worker_process(dsn, "--poll-interval", "0.002" if PLAIN in names else "5"):
                         for name in names:
                             await use_trigger(conn, TRIGGERS[name])
                             async with prepared(conn, name):
                                 found = await pgbench(bench, dsn, script.name, clients)
                             rates.setdefault((name, clients), []).append(found)
                             await drained(conn)
-    await use_trigger(conn, "ring")
-    await conn.execute("DROP SCHEMA bench CASCADE")
-    await conn.close()
+    finally:  # it may be somebody's database
+        await use_trigger(conn, "ring")
+        await conn.execute("DROP SCHEMA bench CASCADE")
+        await conn.close()
     return rates
 
 
