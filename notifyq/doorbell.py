@@ -30,16 +30,22 @@ for a lock would hear the bell when it needs to no more.
 from __future__ import annotations
 
 import asyncio
+import math
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterable
 from enum import IntEnum
+
+import anyio
 
 from .store import Connection
 
 CHANNEL = "notifyq"
 TURN_WAIT_MS = 5000
 ASLEEP_WAIT_MS = (20, 50, 100, 200, 400, 800)  # below the deadlock timeout: a waiter of 1 s is looked at
+LEAVE_SECONDS = (
+    0.005  # for that wait to end by itself, as it mostly does, before it is cancelled: that takes a connection
+)
 
 WINDOW_SECONDS = 0.020  # two arrivals within it are the beginning of a burst
 BURST = 5  # arrivals within it keep the worker awake: 250 a second
@@ -69,6 +75,7 @@ class Door:
         self._changed = asyncio.Event()
         self._in_transaction = False
         self._refresh = False
+        self._waiting = anyio.CancelScope()  # for SHARE
         self.place = Place.AWAY
         self._wanted = Place.AWAY
 
@@ -77,10 +84,12 @@ class Door:
         return self._wanted
 
     def want(self, place: Place) -> None:
-        """Go there. A wait that is under way is finished first."""
+        """Go there. A wait that is under way is finished first; but who waits for SHARE keeps the turn, which others
+        may have use for: so that wait is cut short by who wants to be away."""
         if place is not self._wanted:
             self._wanted = place
             self._changed.set()
+            self._waiting.deadline = anyio.current_time() + LEAVE_SECONDS if place is Place.AWAY else math.inf
 
     def turn_over(self) -> None:
         """Asleep, fall asleep anew: a transaction that is open for hours looks like somebody's mistake."""
@@ -106,13 +115,17 @@ class Door:
             elif self.place is Place.AWAY:
                 if await conn.fetchval("SELECT notifyq.take_turn($1, $2)", self._fleet, TURN_WAIT_MS):
                     self._arrive(Place.TURN)
+            elif not self._in_transaction:
+                self._in_transaction = True
+                await conn.execute("BEGIN")
             else:
-                if not self._in_transaction:
-                    self._in_transaction = True
-                    await conn.execute("BEGIN")
                 wait_ms = ASLEEP_WAIT_MS[min(tries, len(ASLEEP_WAIT_MS) - 1)]
                 tries += 1
-                if await conn.fetchval("SELECT notifyq.fall_asleep($1)", wait_ms):
+                asleep = False
+                with anyio.CancelScope() as self._waiting:
+                    # Cancelled, it may have SHARE all the same: the transaction that has it is rolled back.
+                    asleep = await conn.fetchval("SELECT notifyq.fall_asleep($1)", wait_ms)
+                if asleep:
                     # asyncpg leaves its portal open, and with it that SELECT's snapshot, until the transaction
                     # ends; another statement takes the portal's place. (Without: vacuum stops while we sleep.)
                     await conn.execute("SET LOCAL lock_timeout = 0")

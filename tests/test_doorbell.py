@@ -16,6 +16,7 @@ import anyio
 import pytest
 
 import notifyq
+from notifyq import doorbell
 from notifyq.doorbell import BURST, WINDOW_SECONDS, Moderation, fleet_key
 
 from .conftest import Seen, Sessions, eventually, working
@@ -107,6 +108,32 @@ async def test_b_commits_after_the_worker_has_seen_to_a(
         await awake_and_arming(db)
         await in_b.commit()
         assert await seen.reach(2, SOON) == ["a", "b"]
+
+
+async def test_a_full_worker_lets_go_of_the_turn_while_it_waits_to_sleep(
+    db: Any, dsn: str, connect: Sessions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One waits for SHARE, since B is open, is rung for and full: the next ring is for the other, before B ends."""
+    monkeypatch.setattr(doorbell, "ASLEEP_WAIT_MS", (60_000,))
+    seen, never = Seen(), anyio.Event()
+    app = notifyq.App()
+
+    @app.handler
+    async def mark(task: Mark) -> None:
+        seen.add(task.name)
+        await never.wait()
+
+    b = await connect()
+    in_b = await silent_insert(db, b, "b", app, seen)
+    async with working(app, dsn, concurrency=1), working(app, dsn, concurrency=1):
+        await awake_and_arming(db)
+        await db.execute(INSERT, json.dumps({"name": "1"}))
+        assert await seen.reach(1, SOON) == ["1"]
+        await db.execute(INSERT, json.dumps({"name": "2"}))
+        assert await seen.reach(2, SOON) == ["1", "2"]
+        never.set()
+        await in_b.commit()
+        assert await seen.reach(3, SOON) == ["1", "2", "b"]
 
 
 async def test_b_stays_open_for_seconds(app: notifyq.App, seen: Seen, db: Any, dsn: str, connect: Sessions) -> None:
