@@ -72,6 +72,7 @@ class Runners:
         self._closing = asyncio.Event()
         self._closed = False
         self._behind: dict[int, Job] = {}  # next attempts of tasks that are held
+        self._lost: set[Job] = set()  # of those held: their leases; the handlers wind up
         self.held: dict[int, Job] = {}  # by id: waiting and running
         self.by_queue: Counter[str] = Counter()  # of these
         self.finished = 0  # attempts ended, ever
@@ -80,6 +81,11 @@ class Runners:
     def waiting(self) -> int:
         """Jobs claimed ahead, not begun."""
         return len(self._waiting)
+
+    @property
+    def leases(self) -> list[Job]:
+        """What is held, or will be, but for what was lost."""
+        return [job for job in (*self.held.values(), *self._behind.values()) if job not in self._lost]
 
     async def run(self) -> None:
         """Fails when a runner does. Cancelled, it hands everything back, and leaves alone, after a while, what can't
@@ -151,6 +157,7 @@ class Runners:
             self._waiting.remove(job)
             self._drop(job)
             return True
+        self._lost.add(job)
         for runner in self._runners:
             if runner.job is job:
                 runner.scope.cancel()
@@ -291,6 +298,7 @@ class Runners:
 
     def _drop(self, job: Job) -> None:
         del self.held[job.id]
+        self._lost.discard(job)
         self.by_queue[job.queue] -= 1
         self.finished += 1
         if self._behind and (again := self._behind.pop(job.id, None)) is not None:

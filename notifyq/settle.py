@@ -16,7 +16,7 @@ import asyncpg
 
 from .codec import describe, encode_error
 from .outcome import Aside, Finish, HandBack, Later, Outcome
-from .store import REFUSED, SQL, TRANSIENT, Connection, connect_worker
+from .store import REFUSED, SQL, TRANSIENT, Connection, Job, connect_worker
 
 logger = logging.getLogger("notifyq.settle")
 
@@ -42,9 +42,9 @@ class Settler:
         return len(self._pending) + len(self._writing)
 
     @property
-    def ids(self) -> list[int]:
-        """Their tasks."""
-        return [outcome.job.id for outcome in (*self._pending, *self._writing)]
+    def leases(self) -> list[Job]:
+        """What they are the outcomes of."""
+        return [outcome.job for outcome in (*self._pending, *self._writing)]
 
     def put(self, outcome: Outcome) -> None:
         self._pending.append(outcome)

@@ -210,8 +210,9 @@ class Worker:
         try:
             if not await conn.fetchval(SQL["end_claims"], self._id):
                 raise TimeoutError("the backend of the lost connection is still there")
-            known = [*self._runners.held, *self._settler.ids]
-            if strays := await conn.fetchval(SQL["strays"], self._id, known):
+            known = [job for job in (*self._runners.leases, *self._settler.leases) if job.worker == self._id]
+            args = [job.id for job in known], [job.attempt for job in known]
+            if strays := await conn.fetchval(SQL["strays"], self._id, *args):
                 logger.warning("took back tasks whose claim went unanswered", extra={"fields": {"tasks": strays}})
         finally:
             conn.terminate()
