@@ -1,0 +1,382 @@
+"""Claim, settle and rescue: one task, and the worker processes that may have it, a step for each statement.
+
+A process has a keeper (lease.py: heartbeat, advisory lock, rescue), a connection that claims (claim.py), runners
+(run.py) and a settler (settle.py), each of which goes on by itself. A worker's id is its process and how often that
+registered. A fault may come at any time: killed, frozen and thawed, told to stop, either connection cut, an answer lost
+after the statement ran, the server crashed and with it a claim that was committed without a flush; and somebody at
+psql cancels and retries.
+
+What no program sees, but the model: of each job and outcome, whether the claim it comes from still is the task's last
+(`current`). Whatever is applied by another is wrong, whatever worker and attempt it names. A claim that a crash undid,
+or that somebody at psql cancelled, and that the same worker makes again, has the same two, and is the same lease.
+
+What is merged or left out, and why that hides nothing:
+
+* One task. Statements see each row by itself, and the fence is by row; batches are many of the same step. Three things
+  are for several tasks only: locks taken in the order of ids, LIMITs, and a rescue that leaves what is being settled
+  to the next round; the first can't change what is written, the others leave the rest as it was.
+* A statement is one step, but for the claim: its snapshot, which says whether the worker is registered; the rows it
+  takes, when it comes to them; its answer. Its backend goes on when its client is gone.
+* Silence is three steps (fresh, over 2 s, over the lease) that pass while nothing is heard. A keeper that is in good
+  health is never silent. The keeper's grace after an outage only delays rescues.
+* A task of a type that nobody here knows (Aside) is a hand-back to another index. A worker registers twice at most.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator
+from enum import IntEnum
+from typing import NamedTuple
+
+from .explore import Comes, Promise, Step
+
+NOW, SOON, MAYBE = Comes.NOW, Comes.SOON, Comes.MAYBE
+REGISTRATIONS = 2
+
+
+class Task(IntEnum):
+    __hash__ = int.__hash__  # an Enum's own is slow
+
+    READY = 0
+    SCHEDULED = 1
+    RUNNING = 2
+    DONE = 3
+    DEAD = 4
+    CANCELLED = 5
+
+
+class Life(IntEnum):
+    __hash__ = int.__hash__
+
+    UP = 0
+    STOPPING = 1
+    FROZEN = 2
+    OVER = 3
+
+
+class Says(IntEnum):
+    """An outcome."""
+
+    __hash__ = int.__hash__
+
+    FINISH = 0
+    LATER = 1
+    HAND_BACK = 2
+
+
+class Job(NamedTuple):
+    id: int  # of the worker that claimed it: which registration of its process
+    attempt: int
+    current: bool = True
+    lost: bool = False  # the handler was cancelled, as the lease is gone
+    says: Says = Says.FINISH  # once it is an outcome
+
+
+class Worker(NamedTuple):
+    """A process, and what the database has of it."""
+
+    life: Life = Life.UP
+    id: int = 1
+    registered: bool = True  # notifyq.worker has a row for this id
+    locked: bool = True  # its keeper's session has the advisory lock
+    silent: int = 0  # since its heartbeat: 1: over 2 s; 2: over its lease
+    owns: int = 0  # the task's row names this id of it; 0: not this process
+    sent: int = 0  # claim.sql runs for this id; negative: its client is gone; 0: none runs
+    connected: bool = True  # its connection for claims
+    answer: Job | None = None  # of claim.sql, on its way
+    held: Job | None = None
+    behind: Job | None = None  # claimed again, while the handler of `held` winds up
+    outcomes: tuple[Job, ...] = ()
+
+
+class State(NamedTuple):
+    workers: tuple[Worker, ...]
+    task: Task = Task.READY
+    attempts: int = 0
+    relaxed: bool = False  # the last thing that was done to the row is a claim, not flushed yet
+    faults: int = 0  # left
+    cancels: int = 0
+    orphaned: int = 0  # how often; an attempt that didn't happen, or did, and counts though the task isn't given up
+    bad: str = ""
+
+
+# Each a change that looks harmless, and isn't.
+WRONG = {
+    "no worker": "the fence is the attempt alone",
+    "no attempt": "the fence is the worker alone",
+    "no liveness": "rescue doesn't ask whether the worker is dead",
+    "bare hand-back": "hand_back.sql isn't fenced",
+    "known ids": "strays.sql goes by the ids of the tasks that are known, not by their leases",
+    "early strays": "strays.sql doesn't wait for the end of the backend that claims",
+    "no strays": "a claim whose answer was lost is left as it is",
+    "no orphans": "what a claim took for a worker that was given up meanwhile is left as it is",
+    "free rescue": "a rescue gives the attempt back",
+}
+
+
+class Lease:
+    """`faults` and `cancels`: how many of each, at most. `kills`: the task's handler kills its worker, each time."""
+
+    def __init__(
+        self, workers: int, attempts: int, faults: int, cancels: int, kills: bool = False, wrong: str = ""
+    ) -> None:
+        self.max_attempts = attempts
+        self._kills = kills
+        self._wrong = wrong
+        self.start = State((Worker(),) * workers, faults=faults, cancels=cancels)
+        self.promises: list[Promise[State]] = [
+            Promise("the task never ends, though a worker is up: nobody has it, and nobody will", SOON, self._ends)
+        ]
+
+    def _ends(self, state: State) -> bool:
+        if self._kills:  # whoever is killed is started again
+            return state.task is Task.DEAD
+        return state.task >= Task.DONE or not any(worker.life is Life.UP for worker in state.workers)
+
+    def wrong(self, state: State) -> str | None:
+        if not 0 <= state.attempts <= self.max_attempts + state.orphaned:
+            return f"{state.attempts} attempts of a task that is allowed {self.max_attempts}"
+        return state.bad or None
+
+    def same(self, state: State) -> Hashable:
+        # None can't be compared with a job, so sort by what can.
+        return (tuple(sorted(state.workers, key=_key)), *state[1:])
+
+    def steps(self, state: State) -> Iterator[Step[State]]:
+        yield from self._sql(state)
+        for n, worker in enumerate(state.workers):
+            for text, after, comes in self._server(state, n, worker):
+                yield Step(f"the server, for worker {n + 1}: {text}", after, comes)
+            for text, after, comes in self._faults(state, n, worker):
+                yield Step(f"worker {n + 1} {text}", after, comes)
+            if worker.life <= Life.STOPPING:
+                for part in (self._claims, self._runs, self._settles, self._keeps):
+                    for text, after, comes in part(state, n, worker):
+                        yield Step(f"worker {n + 1}: {text}", after, comes)
+                if worker.life is Life.UP:
+                    yield from self._rescues(state, n)
+
+    # The task's row.
+
+    def _free(self, state: State, task: Task, attempts: int) -> State:
+        """The row is nobody's: every job there is of it is of the past."""
+        workers = tuple(_outdated(worker._replace(owns=0)) for worker in state.workers)
+        return state._replace(workers=workers, task=task, attempts=attempts, relaxed=False)
+
+    def _sql(self, state: State) -> Iterator[Step[State]]:
+        if state.task is Task.SCHEDULED:
+            yield Step("its time has come (due.sql)", state._replace(task=Task.READY, relaxed=False), SOON)
+        if state.cancels and state.task < Task.DONE:
+            gone = self._free(state, Task.CANCELLED, state.attempts)
+            yield Step("psql: notifyq.cancel", gone._replace(cancels=state.cancels - 1), MAYBE)
+        if state.cancels and state.task in {Task.CANCELLED, Task.DEAD}:
+            again = state._replace(task=Task.READY, attempts=0, orphaned=0)
+            yield Step("psql: notifyq.retry", again, MAYBE)
+
+    def _server(self, state: State, n: int, worker: Worker) -> Iterator[tuple[str, State, Comes]]:
+        """Backends go on whatever becomes of their clients; time passes."""
+        if worker.sent:
+            if state.task is Task.READY:
+                attempt = state.attempts + 1
+                answer = Job(worker.sent, attempt) if worker.sent > 0 else None
+                taken = _put(state, n, **_renamed(worker, attempt)._asdict())
+                taken = _put(taken, n, owns=abs(worker.sent), sent=0, answer=answer)
+                after = taken._replace(task=Task.RUNNING, attempts=attempt, relaxed=True)
+                yield f"claim.sql takes the task, attempt {attempt}", after, NOW
+            else:
+                yield "claim.sql finds nothing", _put(state, n, sent=0), NOW
+        silent = worker.life >= Life.FROZEN or not worker.locked
+        if worker.registered and silent and worker.silent < 2:
+            passed = "2 s without a heartbeat" if worker.silent == 0 else "its lease's length without a heartbeat"
+            yield passed, _put(state, n, silent=worker.silent + 1), SOON if worker.life >= Life.FROZEN else MAYBE
+
+    def _faults(self, state: State, n: int, worker: Worker) -> Iterator[tuple[str, State, Comes]]:
+        if worker.life is Life.OVER:
+            if not worker.registered and not worker.owns and not worker.sent:
+                # With its old id, which nothing remembers.
+                yield "is started again", _put(state, n, **Worker()._asdict()), NOW if self._kills else MAYBE
+            return
+        left = state._replace(faults=state.faults - 1)
+        if worker.life is Life.FROZEN:
+            yield "goes on (SIGCONT)", _put(state, n, life=Life.UP), MAYBE
+        elif state.faults:
+            yield "is frozen (SIGSTOP)", _put(left, n, life=Life.FROZEN), MAYBE
+        if state.faults:
+            yield "is killed", _killed(left, n), MAYBE
+            if worker.life is Life.UP:
+                yield "is told to stop (SIGTERM)", _put(left, n, life=Life.STOPPING), MAYBE
+            if worker.connected:
+                cut = _put(left, n, connected=False, sent=-abs(worker.sent), answer=None)
+                yield "loses its connection for claims", cut, MAYBE
+            if worker.locked:
+                yield "loses its keeper's connection, and the lock", _put(left, n, locked=False), MAYBE
+            if n == 0:
+                crashed = left
+                for m, other in enumerate(left.workers):
+                    crashed = _put(crashed, m, locked=False, connected=False, sent=0, answer=None)
+                    if other.life is Life.OVER:
+                        crashed = _put(crashed, m, connected=True)
+                yield "sees the server crash, and restart", crashed._replace(relaxed=False), MAYBE
+                if state.relaxed:
+                    undone = self._free(crashed, Task.READY, state.attempts - 1)
+                    yield "sees the server crash; the claim wasn't flushed, so never was", undone, MAYBE
+
+    # A worker that is up, by stages.
+
+    def _claims(self, state: State, n: int, worker: Worker) -> Iterator[tuple[str, State, Comes]]:
+        """Claimer, and Worker._claim around it."""
+        if worker.answer is not None:
+            job, text = worker.answer, "has the claim's answer"
+            if worker.life is Life.STOPPING:
+                job = job._replace(says=Says.HAND_BACK)
+                yield f"{text}; too late (feed)", _put(state, n, answer=None, outcomes=(*worker.outcomes, job)), NOW
+            elif worker.held is None:
+                yield f"{text}, and runs it", _put(state, n, answer=None, held=job), NOW
+            elif worker.behind is None:
+                yield f"{text}; its old handler still winds up (feed)", _put(state, n, answer=None, behind=job), NOW
+        elif not worker.connected:
+            if worker.life is Life.STOPPING:
+                return
+            if worker.sent > 0:
+                return  # under its old id: it is answered first
+            ended = worker.sent == -worker.id and self._wrong != "early strays"
+            after = _put(state, n, sent=0) if ended else state
+            text = "end_claims.sql; strays.sql"
+            if worker.owns == worker.id and not self._knows(state, worker) and self._wrong != "no strays":
+                after = self._free(after, Task.READY, state.attempts - 1)
+                text += " takes back the task"
+            yield f"{text}; claims on a new connection", _put(after, n, connected=True), NOW
+        elif not worker.sent and worker.life is Life.UP and worker.registered and state.task is Task.READY:
+            yield "claim.sql begins, and sees it is registered", _put(state, n, sent=worker.id), NOW
+
+    def _knows(self, state: State, worker: Worker) -> bool:
+        """Whether it has the task that its row says it has."""
+        known = [job for job in (worker.held, worker.behind, *worker.outcomes) if job is not None]
+        if self._wrong == "known ids":
+            return bool(known)
+        return any((job.id, job.attempt, job.lost) == (worker.id, state.attempts, False) for job in known)
+
+    def _runs(self, state: State, n: int, worker: Worker) -> Iterator[tuple[str, State, Comes]]:
+        """Runners: what is behind the one that ends begins."""
+        if (job := worker.held) is None:
+            return
+        if self._kills:
+            yield "is killed by the handler", _killed(state, n), NOW
+            return
+        next_ = {"held": worker.behind, "behind": None}
+        if len(worker.outcomes) < 2:
+            for says in [Says.FINISH, Says.LATER] if job.attempt < self.max_attempts else [Says.FINISH]:
+                text = "the handler returns" if says is Says.FINISH else "the handler raises, to be tried later"
+                outcomes = (*worker.outcomes, job._replace(says=says, lost=False))
+                yield text, _put(state, n, outcomes=outcomes, **next_), NOW
+        if worker.life is Life.STOPPING:
+            back = tuple(job._replace(says=Says.HAND_BACK, lost=False) for job in (job, worker.behind) if job)
+            after = _put(state, n, outcomes=worker.outcomes + back, held=None, behind=None)
+            yield "the handler is cancelled, to hand its task back", after, NOW
+        elif job.lost:
+            yield "the handler has ended, cancelled: nothing to write", _put(state, n, **next_), NOW
+
+    def _settles(self, state: State, n: int, worker: Worker) -> Iterator[tuple[str, State, Comes]]:
+        """Settler: finish.sql, retry_later.sql, hand_back.sql."""
+        if not worker.outcomes:
+            return
+        job = worker.outcomes[0]
+        text = ("finish.sql", "retry_later.sql", "hand_back.sql")[job.says]
+        owner = worker.owns == job.id or self._wrong == "no worker"
+        attempt = state.attempts == job.attempt or self._wrong == "no attempt"
+        if self._wrong == "bare hand-back" and job.says is Says.HAND_BACK:
+            owner = attempt = True
+        if state.task is not Task.RUNNING or not owner or not attempt:
+            yield f"{text}: refused by the fence", _put(state, n, outcomes=worker.outcomes[1:]), NOW
+            return
+        after = {
+            Says.FINISH: (Task.DONE, state.attempts),
+            Says.LATER: (Task.SCHEDULED, state.attempts),
+            Says.HAND_BACK: (Task.READY, state.attempts - 1),
+        }[job.says]
+        applied = self._free(state, *after)
+        if not job.current:
+            applied = applied._replace(bad=f"{text} was applied by a worker that hasn't the lease any more")
+        done = _put(applied, n, outcomes=applied.workers[n].outcomes[1:])
+        yield f"{text} is applied", done, NOW
+        if state.faults:
+            yield f"{text} is applied, but its answer lost", applied._replace(faults=state.faults - 1), MAYBE
+
+    def _keeps(self, state: State, n: int, worker: Worker) -> Iterator[tuple[str, State, Comes]]:
+        """Keeper: tick.sql; and the end."""
+        if worker.life is Life.STOPPING and worker.held is None and worker.behind is None:
+            # Outcomes that couldn't be written in time are given up.
+            over = _put(state, n, life=Life.OVER, registered=False, locked=False, silent=0, answer=None, outcomes=())
+            if worker.owns == worker.id:
+                over = self._free(over, Task.READY, state.attempts - 1)
+            yield "release.sql; unregister.sql; ends", over, NOW
+        if not worker.registered:
+            if worker.id == REGISTRATIONS:
+                yield "is given up for dead once more, and has had enough", _killed(state, n), NOW
+                return
+            held = None if worker.held is None else worker.held._replace(lost=True)
+            # Its session for claims ends too, but for a claim that is under way: that is answered first.
+            after = _put(state, n, id=worker.id + 1, registered=True, locked=True, silent=0, held=held, connected=False)
+            yield "tick.sql: isn't registered; register.sql: comes back under a new id", after, NOW
+            return
+        held = worker.held
+        if held is not None and not (worker.owns == worker.id == held.id and held.attempt == state.attempts):
+            held = held._replace(lost=True)
+        if (worker.silent, worker.locked, worker.held) != (0, True, held):
+            text = "tick.sql: the heartbeat" + ("; its lease is lost" if held != worker.held else "")
+            yield text, _put(state, n, silent=0, locked=True, held=held), NOW
+
+    def _rescues(self, state: State, n: int) -> Iterator[Step[State]]:
+        """Keeper: rescue.sql and orphans.sql, for the others."""
+        for m, other in enumerate(state.workers):
+            if m != n and other.registered:
+                dead = other.silent == 2 or (other.silent == 1 and not other.locked)
+                if dead or self._wrong == "no liveness":
+                    buried = _put(state, m, registered=False, silent=0)
+                    if other.owns == other.id:
+                        spent = state.attempts >= self.max_attempts
+                        attempts = state.attempts - (self._wrong == "free rescue")
+                        buried = self._free(
+                            buried, Task.DEAD if spent and attempts == state.attempts else Task.READY, attempts
+                        )
+                    if not dead and other.life is Life.UP:
+                        buried = buried._replace(bad="a worker that is well was robbed of what it runs")
+                    yield Step(f"worker {n + 1}: rescue.sql, of worker {m + 1}", buried, NOW)
+            if other.owns and not (other.registered and other.owns == other.id) and self._wrong != "no orphans":
+                again = self._free(state, Task.READY, state.attempts)._replace(orphaned=state.orphaned + 1)
+                yield Step(f"worker {n + 1}: orphans.sql takes back the task of worker {m + 1}", again, SOON)
+
+
+def _put(state: State, n: int, **fields: object) -> State:
+    worker = state.workers[n]._replace(**fields)  # type: ignore[arg-type]
+    return state._replace(workers=(*state.workers[:n], worker, *state.workers[n + 1 :]))
+
+
+def _killed(state: State, n: int) -> State:
+    """Nothing is left of it but its row, and what its backend is at."""
+    was = state.workers[n]
+    left = Worker(Life.OVER, was.id, was.registered, False, was.silent, was.owns, -abs(was.sent), False)
+    return _put(state, n, **left._asdict())
+
+
+def _outdated(worker: Worker) -> Worker:
+    def old(job: Job | None) -> Job | None:
+        return job._replace(current=False) if job else None
+
+    answer, held, behind = old(worker.answer), old(worker.held), old(worker.behind)
+    outcomes = tuple(job._replace(current=False) for job in worker.outcomes)
+    return worker._replace(answer=answer, held=held, behind=behind, outcomes=outcomes)
+
+
+def _renamed(worker: Worker, attempt: int) -> Worker:
+    """What it has under the same id and attempt as it claims now is of the current lease again."""
+
+    def again(job: Job | None) -> Job | None:
+        return job and job._replace(current=job.current or (job.id, job.attempt) == (abs(worker.sent), attempt))
+
+    outcomes = tuple(job for job in map(again, worker.outcomes) if job)
+    return worker._replace(held=again(worker.held), behind=again(worker.behind), outcomes=outcomes)
+
+
+def _key(worker: Worker) -> tuple[object, ...]:
+    return tuple(field or () if field is None or isinstance(field, tuple) else field for field in worker)

@@ -1,0 +1,59 @@
+"""What is explored: the right protocols, in several sizes; and each wrong one, in the smallest that shows it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+from .doorbell import WRONG as WRONG_DOORBELL
+from .doorbell import Doorbell
+from .explore import Model
+from .lease import WRONG as WRONG_LEASE
+from .lease import Lease
+
+
+class Run(NamedTuple):
+    text: str
+    model: Callable[[], Model[Any]]
+    long: bool = False  # takes more than some seconds
+
+
+RUNS = [
+    Run("doorbell: 3 enqueuers, 1 worker", lambda: Doorbell(3, (0,), 1)),
+    Run("doorbell: 3 enqueuers, 2 workers", lambda: Doorbell(3, (0, 0), 1)),
+    Run("doorbell: 2 enqueuers, 3 workers", lambda: Doorbell(2, (0, 0, 0), 1)),
+    Run("doorbell: 2 enqueuers, 2 workers with 2 slots", lambda: Doorbell(2, (0, 0), 2)),
+    Run("doorbell: 2 enqueuers, 2 workers with 3 slots", lambda: Doorbell(2, (0, 0), 3)),
+    Run("doorbell: 3 enqueuers, 3 workers", lambda: Doorbell(3, (0, 0, 0), 1), long=True),
+    Run("doorbell: 3 enqueuers, 3 workers with 2 slots", lambda: Doorbell(3, (0, 0, 0), 2), long=True),
+    Run("doorbell: 3 enqueuers, 2 workers of two fleets", lambda: Doorbell(3, (0, 1), 1), long=True),
+    Run("doorbell: 2 enqueuers, 3 workers of two fleets", lambda: Doorbell(2, (0, 0, 1), 1), long=True),
+    Run("lease: 1 worker, 3 faults, a cancel and retries", lambda: Lease(1, 2, faults=3, cancels=1)),
+    Run("lease: 2 workers, 1 fault", lambda: Lease(2, 2, faults=1, cancels=0)),
+    Run("lease: 3 workers, each killed by the task", lambda: Lease(3, 2, faults=0, cancels=0, kills=True)),
+    Run("lease: 2 workers, 1 fault, a cancel and retries", lambda: Lease(2, 2, faults=1, cancels=1), long=True),
+]
+
+
+def wrong_doorbell(name: str) -> tuple[Doorbell, Doorbell]:
+    """A wrong one, and the right one of the same size."""
+    fleets = (0, 0) if name in {"turn survives", "no turn"} else (0,)
+    slots = 3 if name == "long wait" else 1
+    return Doorbell(2, fleets, slots, name), Doorbell(2, fleets, slots)
+
+
+def wrong_lease(name: str) -> tuple[Lease, Lease]:
+    """A wrong one, and the right one of the same size."""
+    if name == "free rescue":
+        return Lease(3, 2, 0, 0, True, name), Lease(3, 2, 0, 0, True)
+    if name in {"no worker", "no liveness", "no orphans"}:
+        return Lease(2, 2, 1, 0, False, name), Lease(2, 2, 1, 0)
+    return Lease(1, 2, 2, 0, False, name), Lease(1, 2, 2, 0)
+
+
+# What is changed: the two models.
+WRONG: dict[str, Callable[[], tuple[Model[Any], Model[Any]]]] = {
+    **{f"doorbell: {text}": partial(wrong_doorbell, name) for name, text in WRONG_DOORBELL.items()},
+    **{f"lease: {text}": partial(wrong_lease, name) for name, text in WRONG_LEASE.items()},
+}
