@@ -36,24 +36,22 @@ RUNS = [
 ]
 
 
-def wrong_doorbell(name: str) -> tuple[Doorbell, Doorbell]:
-    """A wrong one, and the right one of the same size."""
-    fleets = (0, 0) if name in {"turn survives", "no turn"} else (0,)
-    slots = 3 if name == "long wait" else 1
-    return Doorbell(2, fleets, slots, name), Doorbell(2, fleets, slots)
+# Each of these, right, is a part of a run above.
 
 
-def wrong_lease(name: str) -> tuple[Lease, Lease]:
-    """A wrong one, and the right one of the same size."""
+def wrong_doorbell(name: str) -> Doorbell:
+    return Doorbell(2, (0, 0) if name in {"turn survives", "no turn"} else (0,), 3 if name == "long wait" else 1, name)
+
+
+def wrong_lease(name: str) -> Lease:
     if name == "free rescue":
-        return Lease(3, 2, 0, 0, True, name), Lease(3, 2, 0, 0, True)
-    if name in {"no worker", "no liveness", "no orphans"}:
-        return Lease(2, 2, 1, 0, False, name), Lease(2, 2, 1, 0)
-    return Lease(1, 2, 2, 0, False, name), Lease(1, 2, 2, 0)
+        return Lease(3, 2, faults=0, cancels=0, kills=True, wrong=name)
+    two = name in {"no worker", "no liveness", "no orphans"}
+    return Lease(2 if two else 1, 2, faults=1 if two else 2, cancels=0, wrong=name)
 
 
-# What is changed: the two models.
-WRONG: dict[str, Callable[[], tuple[Model[Any], Model[Any]]]] = {
+# What is changed, and the model of it.
+WRONG: dict[str, Callable[[], Model[Any]]] = {
     **{f"doorbell: {text}": partial(wrong_doorbell, name) for name, text in WRONG_DOORBELL.items()},
     **{f"lease: {text}": partial(wrong_lease, name) for name, text in WRONG_LEASE.items()},
 }
