@@ -1,0 +1,150 @@
+"""What workers and people say to the database, as functions of a connection: the statements' parameters in one place.
+
+Each is one statement of notifyq/sql, run as notifyq runs it. What settles says which ids it applied to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from notifyq import store
+from notifyq.store import SQL, Job
+
+KNOWN = "Known"  # the type that workers here know
+ERROR = b'{"attempt": 1, "error": "oh"}'
+OVERDUE: dict[str, Any] = {"created_at": "2000-01-01", "run_at": "2001-01-01"}  # scheduled, and its time has come
+
+
+async def insert(conn: Any, count: int = 1, **columns: Any) -> list[int]:
+    """Tasks with these columns, each an SQL literal; their ids."""
+    columns = {"type": KNOWN, **columns}
+    values = ", ".join("NULL" if v is None else "'" + str(v).replace("'", "''") + "'" for v in columns.values())
+    rows = await conn.fetch(
+        f"INSERT INTO notifyq.task ({', '.join(columns)}) SELECT {values} FROM generate_series(1, $1) RETURNING id",
+        count,
+    )
+    return [row[0] for row in rows]
+
+
+async def register(conn: Any, name: str = "host:1") -> int:
+    id: int = await conn.fetchval(SQL["register"], name, ["default"], [KNOWN], [10], 100, 30.0)
+    return id
+
+
+async def unregister(conn: Any, worker: int) -> bool:
+    return str(await conn.execute(SQL["unregister"], worker)) == "DELETE 1"
+
+
+async def claim(conn: Any, worker: int, count: int = 9) -> list[Job]:
+    return await store.claim(conn, worker, {"default": count}, count)
+
+
+async def adopt(conn: Any, worker: int, count: int = 9) -> list[Job]:
+    return await store.claim(conn, worker, {"default": count}, count, [KNOWN])
+
+
+async def held(conn: Any, count: int = 1, **columns: Any) -> list[Job]:
+    """A new worker's, which has just claimed so many new tasks."""
+    await insert(conn, count, **columns)
+    jobs = await claim(conn, await register(conn), count)
+    assert len(jobs) == count
+    return jobs
+
+
+async def _settle(conn: Any, name: str, jobs: Sequence[Job], *rest: Any) -> list[int]:
+    keys = [job.id for job in jobs], [job.attempt for job in jobs]
+    return sorted(row[0] for row in await conn.fetch(SQL[name], jobs[0].worker, *keys, *rest))
+
+
+async def finish(conn: Any, jobs: Sequence[Job], state: str = "done") -> list[int]:
+    return await _settle(conn, "finish", jobs, [state] * len(jobs), [], [], True)
+
+
+async def later(conn: Any, jobs: Sequence[Job], delay: float = 3600.0) -> list[int]:
+    return await _settle(conn, "retry_later", jobs, [delay] * len(jobs), [ERROR] * len(jobs))
+
+
+async def hand_back(conn: Any, jobs: Sequence[Job]) -> list[int]:
+    return await _settle(conn, "hand_back", jobs)
+
+
+async def set_aside(conn: Any, jobs: Sequence[Job]) -> list[int]:
+    return await _settle(conn, "set_aside", jobs)
+
+
+# What a worker may write about a task, and what that is then: its state and attempts.
+SETTLES = {
+    finish: ("done", 1),
+    later: ("scheduled", 1),
+    hand_back: ("ready", 0),
+    set_aside: ("ready", 0),
+}
+
+
+async def promote(conn: Any) -> int:
+    row = await conn.fetchrow(SQL["due"], ["default"], [], 9, None)
+    return int(row["promoted"])
+
+
+async def tick(conn: Any, worker: int, jobs: Sequence[Job] = ()) -> tuple[bool, list[int], list[int]]:
+    """Is it registered, what has it lost, who is silent."""
+    keys = [job.id for job in jobs], [job.attempt for job in jobs]
+    row = await conn.fetchrow(SQL["tick"], worker, len(jobs), "ok", *keys, ["default"], [KNOWN])
+    return row["registered"], sorted(row["lost"]), row["silent"]
+
+
+async def rescue(conn: Any, worker: int, most: int = 100) -> tuple[str | None, int, int]:
+    """Whose tasks it took back, how many are ready again, how many dead."""
+    name, ready, dead = await conn.fetchrow(SQL["rescue"], worker, most)
+    return name, ready, dead
+
+
+async def silent(conn: Any, worker: int) -> None:
+    """Long enough, as nobody here holds its lock."""
+    await conn.execute("UPDATE notifyq.worker SET seen_at = now() - interval '5 s' WHERE id = $1", worker)
+
+
+async def orphans(conn: Any) -> int:
+    return int(await conn.fetchval(SQL["orphans"]))
+
+
+async def release(conn: Any, worker: int) -> int:
+    return int(await conn.fetchval(SQL["release"], worker))
+
+
+async def strays(conn: Any, worker: int, known: list[int]) -> int:
+    return int(await conn.fetchval(SQL["strays"], worker, known))
+
+
+async def end_claims(conn: Any, worker: int) -> bool:
+    return bool(await conn.fetchval(SQL["end_claims"], worker))
+
+
+async def prune(conn: Any, most: int = 100) -> int:
+    """Whatever its age."""
+    return int(await conn.fetchval(SQL["prune"], 0.0, 0.0, most))
+
+
+async def cancel(conn: Any, id: int) -> bool:
+    return bool(await conn.fetchval("SELECT notifyq.cancel($1)", id))
+
+
+async def retry(conn: Any, id: int) -> bool:
+    return bool(await conn.fetchval("SELECT notifyq.retry($1)", id))
+
+
+async def take_turn(conn: Any, wait_ms: int = 5000, fleet: int = 7) -> bool:
+    return bool(await conn.fetchval("SELECT notifyq.take_turn($1, $2)", fleet, wait_ms))
+
+
+async def fall_asleep(conn: Any, wait_ms: int = 5000) -> bool:
+    return bool(await conn.fetchval("SELECT notifyq.fall_asleep($1)", wait_ms))
+
+
+async def states(conn: Any) -> dict[int, tuple[str, int]]:
+    """State and attempts of each task that is known; none is known twice."""
+    rows = await conn.fetch("SELECT id, state, attempts FROM notifyq.all_tasks ORDER BY id")
+    found = {row["id"]: (row["state"], row["attempts"]) for row in rows}
+    assert len(found) == len(rows), "a task lives and is over, both at once"
+    return found
