@@ -67,6 +67,8 @@ WORKER_SETTINGS: Final[Mapping[str, str]] = {
     "idle_in_transaction_session_timeout": "0",
     "statement_timeout": "0",
     "lock_timeout": "0",
+    # Whatever is the default there: in a stricter transaction a sleeper would hold a snapshot, and with it vacuum.
+    "default_transaction_isolation": "read committed",
     "search_path": "pg_catalog",
 }
 
