@@ -35,7 +35,7 @@ from .verbs import (
     strays,
     tick,
     unregister,
-)  # fmt: skip
+)
 
 settle = pytest.mark.parametrize("settle", SETTLES)
 LOCK, UNLOCK = "SELECT pg_try_advisory_lock(1852990827, $1)", "SELECT pg_advisory_unlock(1852990827, $1)"

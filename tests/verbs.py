@@ -5,7 +5,7 @@ Each is one statement of notifyq/sql, run as notifyq runs it. What settles says 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 from notifyq import store
@@ -74,7 +74,7 @@ async def set_aside(conn: Any, jobs: Sequence[Job]) -> list[int]:
 
 
 # What a worker may write about a task, and what that is then: its state and attempts.
-SETTLES = {
+SETTLES: dict[Callable[..., Awaitable[list[int]]], tuple[str, int]] = {
     finish: ("done", 1),
     later: ("scheduled", 1),
     hand_back: ("ready", 0),
