@@ -76,10 +76,10 @@ async def test_a_step_that_should_wait_and_does_not_is_found(w: Session, p: Sess
 async def test_a_step_that_waits_for_somebody_else_is_found(
     s: Steps, w: Session, p: Session, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tests.steps.LIMIT_SECONDS", 0.1)
     [job] = await w(held)
     await p("BEGIN")
     await p(cancel, job.id)
+    monkeypatch.setattr("tests.steps.LIMIT_SECONDS", 0.3)
     with pytest.raises(AssertionError, match="w waits for nobody"):
         await w.blocked_by(await s.session("q"), finish, [job])
     q = await s.session("q")

@@ -382,7 +382,7 @@ async def late(s: Steps, why: str, waiter: Session) -> None:
     if why == "cancelled":
         await s.db.fetch("SELECT pg_cancel_backend($1)", waiter.pid)
     else:
-        await s.db.fetch("SELECT pg_sleep(0.3)")
+        await s.db.fetch("SELECT pg_sleep(0.7)")
 
 
 @pytest.mark.parametrize("why", ["cancelled", "timed out"])
@@ -390,11 +390,12 @@ async def test_an_arming_that_is_granted_when_it_ends(s: Steps, door: Session, p
     """Sleep, granted at the moment at which the wait ends: what it says is what it holds."""
     await p("BEGIN")
     await p(insert)
-    waiting = await door.blocked_by(p, fall_asleep, 250)
+    waiting = await door.blocked_by(p, fall_asleep, 600)
     with frozen(door):
         await p("COMMIT")
         await late(s, why, door)
-    assert await locks(s, door) == (["ShareLock"] if await waiting else [])
+    granted = await waiting
+    assert await locks(s, door) == (["ShareLock"] if granted else [])
 
 
 @pytest.mark.parametrize("why", ["cancelled", "timed out"])
@@ -402,13 +403,13 @@ async def test_a_turn_that_is_granted_when_the_wait_ends(s: Steps, why: str) -> 
     """The turn, granted at the moment at which the wait ends: what it says is what it holds, and it is passed on."""
     first, second, third = [await s.worker(f"door {n}") for n in range(3)]
     assert await first(take_turn)
-    waiting = await second.blocked_by(first, take_turn, 250)
+    waiting = await second.blocked_by(first, take_turn, 600)
     with frozen(second):
         await first("SELECT pg_advisory_unlock(1852990836, 7)")
         await late(s, why, second)
     took = await waiting
     assert await locks(s, second) == (["turn"] if took else [])
-    assert took or await third(take_turn, 250)
+    assert took or await third(take_turn)
 
 
 async def test_the_turn_goes_round_in_order(s: Steps) -> None:
