@@ -30,6 +30,7 @@ from .verbs import (
     adopt,
     cancel,
     claim,
+    claim_onward,
     finish,
     held,
     insert,
@@ -41,6 +42,7 @@ from .verbs import (
 )
 
 settle = pytest.mark.parametrize("settle", SETTLES)
+take = pytest.mark.parametrize("take", [claim, claim_onward])
 
 
 @pytest.fixture(scope="module")
@@ -90,33 +92,38 @@ async def test_a_step_that_waits_for_somebody_else_is_found(
 # --- Claim and cancel
 
 
-async def test_a_claim_steps_over_what_is_being_cancelled(s: Steps, w: Session, p: Session) -> None:
+@take
+async def test_a_claim_steps_over_what_is_being_cancelled(s: Steps, w: Session, p: Session, take: Any) -> None:
     """Claim during cancel: committed, the task is never claimed."""
     first, second = await insert(s.db, 2)
     await p("BEGIN")
     assert await p(cancel, first)
-    assert [job.id for job in await w(claim, await w(register))] == [second]
+    assert [job.id for job in await w(take, await w(register))] == [second]
     await p("COMMIT")
     assert await states(s.db) == {first: ("cancelled", 0), second: ("running", 1)}
 
 
-async def test_a_cancel_that_is_rolled_back_has_lost_nothing(s: Steps, w: Session, p: Session) -> None:
+@take
+async def test_a_cancel_that_is_rolled_back_has_lost_nothing(s: Steps, w: Session, p: Session, take: Any) -> None:
     """Claim during cancel: rolled back, the next claim has it."""
     [id] = await insert(s.db)
     me = await w(register)
     await p("BEGIN")
     await p(cancel, id)
-    assert await w(claim, me) == []
+    assert await w(take, me) == []
     await p("ROLLBACK")
-    assert [job.id for job in await w(claim, me)] == [id]
+    assert [job.id for job in await w(take, me)] == [id]
 
 
-async def test_a_cancel_during_a_claim_takes_the_task_from_its_worker(s: Steps, w: Session, p: Session) -> None:
+@take
+async def test_a_cancel_during_a_claim_takes_the_task_from_its_worker(
+    s: Steps, w: Session, p: Session, take: Any
+) -> None:
     """Cancel during claim: it waits, and then ends the task that runs; its worker settles nothing more."""
     [id] = await insert(s.db)
     me = await w(register)
     await w("BEGIN")
-    [job] = await w(claim, me)
+    [job] = await w(take, me)
     waiting = await p.blocked_by(w, cancel, id)
     await w("COMMIT")
     assert await waiting
@@ -148,18 +155,19 @@ async def test_claims_of_the_same_queues_in_opposite_order(s: Steps, w: Session)
     assert await w(store.claim, me, {"b": 1, "a": 1}, 2) == []
 
 
+@take
 @pytest.mark.parametrize("end", ["pg_cancel_backend", "pg_terminate_backend"])
-async def test_a_claim_that_is_ended_half_way(s: Steps, w: Session, p: Session, end: str) -> None:
+async def test_a_claim_that_is_ended_half_way(s: Steps, w: Session, p: Session, end: str, take: Any) -> None:
     """Claim and the end of its statement or its session: it took all or nothing, so nothing, and another has it."""
     await insert(s.db, 3)
     me, other = await w(register), await s.worker("other")
     async with half_way(s, p):
-        waiting = await w.blocked_by(p, claim, me, 3)
-        assert await other(claim, me, 3) == [], "its rows are locked"
+        waiting = await w.blocked_by(p, take, me, 3)
+        assert await other(take, me, 3) == [], "its rows are locked"
         await s.db.fetch(f"SELECT {end}($1)", w.pid)
         with pytest.raises((asyncpg.QueryCanceledError, *store.TRANSIENT)):
             await waiting
-    assert [job.attempt for job in await other(claim, me, 3)] == [1, 1, 1]
+    assert [job.attempt for job in await other(take, me, 3)] == [1, 1, 1]
 
 
 @asynccontextmanager
@@ -519,15 +527,16 @@ async def test_a_person_puts_off_what_is_being_claimed(s: Steps, w: Session, p: 
     assert await w(finish, jobs) == [id]
 
 
-async def test_a_claim_of_what_a_person_puts_off(s: Steps, w: Session, p: Session) -> None:
+@take
+async def test_a_claim_of_what_a_person_puts_off(s: Steps, w: Session, p: Session, take: Any) -> None:
     """Claim during UPDATE OF run_at: it steps over the task, which then isn't ready any more."""
     [id] = await insert(s.db)
     me = await w(register)
     await p("BEGIN")
     await p("UPDATE notifyq.task SET run_at = '2999-01-01' WHERE id = $1", id)
-    assert await w(claim, me) == []
+    assert await w(take, me) == []
     await p("COMMIT")
-    assert await w(claim, me) == []
+    assert await w(take, me) == []
     assert await states(s.db) == {id: ("scheduled", 0)}
 
 

@@ -16,7 +16,7 @@ import pytest
 import notifyq
 from notifyq.embedded import Server
 
-from .conftest import Seen, database, empty, working
+from .conftest import Seen, database, empty, eventually, working
 from .steps import PREPARED, Session, Steps, frozen, steps
 from .test_doorbell import asleep
 from .verbs import OVERDUE, cancel, claim, fall_asleep, insert, register, retry, states, take_turn
@@ -567,5 +567,8 @@ async def test_a_row_lock_that_is_given_up(s: Steps, p: Session, work: Work, dsn
     await p(cancel, id)
     async with working(work.app, dsn):
         await asleep(s.db)
+        quiet = """SELECT bool_and(clock_timestamp() - state_change > interval '0.3 s') FROM pg_stat_activity
+                   WHERE application_name LIKE 'notifyq claims %' AND datname = current_database()"""
+        await eventually(lambda: s.db.fetchval(quiet))
         await p("ROLLBACK")
         assert await work.seen.reach(1, SOON / 3) == [id]

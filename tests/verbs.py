@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 from notifyq import store
-from notifyq.store import SQL, Job
+from notifyq.store import SQL, Job, Onward
 
 KNOWN = "Known"  # the type that workers here know
 ERROR = b'{"attempt": 1, "error": "oh"}'
@@ -40,8 +40,13 @@ async def claim(conn: Any, worker: int, count: int = 9) -> list[Job]:
     return await store.claim(conn, worker, {"default": count}, count)
 
 
+async def claim_onward(conn: Any, worker: int, count: int = 9) -> list[Job]:
+    """From a mark, as under a backlog; here one that hides nothing."""
+    return await store.claim(conn, worker, {"default": count}, count, onward=Onward(["default"], [0], [1]))
+
+
 async def adopt(conn: Any, worker: int, count: int = 9) -> list[Job]:
-    return await store.claim(conn, worker, {"default": count}, count, [KNOWN])
+    return await store.claim(conn, worker, {"default": count}, count, aside=[KNOWN])
 
 
 async def held(conn: Any, count: int = 1, **columns: Any) -> list[Job]:
@@ -83,7 +88,7 @@ SETTLES: dict[Callable[..., Awaitable[list[int]]], tuple[str, int]] = {
 
 
 async def promote(conn: Any) -> int:
-    row = await conn.fetchrow(SQL["due"], ["default"], [], 9, None)
+    row = await conn.fetchrow(SQL["due"], ["default"], [], 9, None, None)
     return int(row["promoted"])
 
 
