@@ -42,6 +42,7 @@ DUE_AWAKE_SECONDS = 0.010  # how often to look for due tasks while awake,
 DUE_BUSY_SECONDS = 0.25  # and under a backlog, where they queue up like everybody
 PASS_SECONDS = 0.05  # not more often is the turn passed on for a queue that is full here; doubles up to 1 s
 ARMING_SHARE, ARMING_LEAST, ARMING_MOST = 0.02, 0.002, 0.05  # of the time spent arming; seconds, seconds
+AGAIN_LEAST, AGAIN_MOST = 0.002, 0.5  # until it looks again for what somebody has locked; doubles
 LAG_SECONDS = 0.005  # a loop that wakes up so late has work enough
 
 
@@ -81,6 +82,8 @@ class Claimer:
         self._due_at = 0.0
         self._due_mark: datetime | None = None  # due tasks of before it were promoted, or are very late to be seen
         self._due_front_at = 0.0  # when to look for those
+        self._again_at = math.inf  # when to claim what was locked
+        self._again_wait = 0.0
         self._poll_at = 0.0
         self._inserted = -1
         self._claimed = 0  # since _inserted was read
@@ -202,7 +205,7 @@ class Claimer:
                 raise BellSilent("LISTEN no longer hears what NOTIFY sends")
             elif now >= self._next_due:
                 await self._due(conn)
-            elif self._look or now >= self._marks.owed_at:
+            elif self._look or now >= min(self._marks.owed_at, self._again_at):
                 self._look = False
                 if await self._claim(conn, worker, rooms, room) and self._work_enough(now):
                     self._pass_on(now)
@@ -224,7 +227,7 @@ class Claimer:
                 echo_at = self._echo_sent + (ECHO_LIMIT_SECONDS if self._echo else ECHO_SECONDS) + 0.001
                 if self.bell_seconds is None:
                     echo_at = math.inf
-                until = min(self._next_due, self._poll_at, self._marks.owed_at, echo_at)
+                until = min(self._next_due, self._poll_at, self._marks.owed_at, self._again_at, echo_at)
                 if place is Place.TURN:
                     # Some transactions that said nothing are open, or this would be over. Who commits first of
                     # them tells nobody: the lock waits for the last. So look, after 2 % of the time it has lasted.
@@ -296,13 +299,12 @@ class Claimer:
         full = [queue for queue in self._queues if queue not in rooms]
         echo = None
         holds = self._door.place is not Place.AWAY
-        if holds and not self._echo and self.bell_seconds is not None and now - self._echo_sent > ECHO_SECONDS * 0.6:
+        if holds and not self._echo and self.bell_seconds is not None and now - self._echo_sent > ECHO_SECONDS / 3:
             echo = self._new_echo(now)
-            if int(now / ECHO_SECONDS) % 3 == 0:
-                self._door.turn_over()
+            self._door.turn_over()
         onward = look is None and now < self._due_front_at
         row = await conn.fetchrow(
-            SQL["due"], self._queues, look or ([] if onward else full), PROMOTED_AT_ONCE, echo,
+            SQL["due"], self._queues, [] if onward else look or full or self._queues, PROMOTED_AT_ONCE, echo,
             self._due_mark if onward else None,
         )  # fmt: skip
         assert row is not None
@@ -324,6 +326,15 @@ class Claimer:
             # Arrivals of other workers' queues: while those come in numbers, don't make them ring either.
             self._moderation.arrived(max(0, inserted - self._inserted - self._claimed), now)
         self._inserted, self._claimed = inserted, 0
+        self._again_at = math.inf
+        if ready and look is None and not full:
+            # There is room, and yet it wasn't claimed: it has just come, or somebody has locked it, who won't ring when
+            # he lets it go.
+            self._again_wait = min(AGAIN_MOST, max(AGAIN_LEAST, self._again_wait * 2))
+            self._again_at = now + self._again_wait
+            ready = False
+        else:
+            self._again_wait = 0.0
         if ready and look is None and holds:
             if now >= self._pass_after:
                 self._pass_wait = PASS_SECONDS if now > self._pass_after + 5.0 else min(1.0, self._pass_wait * 2)

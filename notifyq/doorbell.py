@@ -43,9 +43,8 @@ from .store import Connection
 CHANNEL = "notifyq"
 TURN_WAIT_MS = 5000
 ASLEEP_WAIT_MS = (20, 50, 100, 200, 400, 800)  # below the deadlock timeout: a waiter of 1 s is looked at
-LEAVE_SECONDS = (
-    0.005  # for that wait to end by itself, as it mostly does, before it is cancelled: that takes a connection
-)
+ASLEEP_SECONDS = 60.0
+LEAVE_SECONDS = 0.005  # for that wait to end by itself, as it mostly does; to cancel it takes a connection
 
 WINDOW_SECONDS = 0.020  # two arrivals within it are the beginning of a burst
 BURST = 5  # arrivals within it keep the worker awake: 250 a second
@@ -75,6 +74,7 @@ class Door:
         self._changed = asyncio.Event()
         self._in_transaction = False
         self._refresh = False
+        self._asleep_since = 0.0
         self._waiting = anyio.CancelScope()  # for SHARE
         self.place = Place.AWAY
         self._wanted = Place.AWAY
@@ -92,8 +92,8 @@ class Door:
             self._waiting.deadline = anyio.current_time() + LEAVE_SECONDS if place is Place.AWAY else math.inf
 
     def turn_over(self) -> None:
-        """Asleep, fall asleep anew: a transaction that is open for hours looks like somebody's mistake."""
-        if self.place is Place.ASLEEP:
+        """Asleep for long, fall asleep anew: a transaction that is open for hours looks like somebody's mistake."""
+        if self.place is Place.ASLEEP and anyio.current_time() > self._asleep_since + ASLEEP_SECONDS:
             self._refresh = True
             self._changed.set()
 
@@ -129,6 +129,7 @@ class Door:
                     # asyncpg leaves its portal open, and with it that SELECT's snapshot, until the transaction
                     # ends; another statement takes the portal's place. (Without: vacuum stops while we sleep.)
                     await conn.execute("SET LOCAL lock_timeout = 0")
+                    self._asleep_since = anyio.current_time()
                     self._arrive(Place.ASLEEP)
 
     async def _step_back(self, conn: Connection) -> None:

@@ -198,7 +198,7 @@ class Keeper:
                 await self._prune(conn)
             if now >= next_orphans:
                 next_orphans = now + random.uniform(0.5, 1.5) * ORPHANS_SECONDS
-                if orphans := await conn.fetchval(SQL["orphans"]):
+                if await conn.fetchval(SQL["orphaned"]) and (orphans := await conn.fetchval(SQL["orphans"])):
                     logger.warning("took back tasks of workers that are gone", extra={"fields": {"tasks": orphans}})
             if await self._sleep(PULSE_SECONDS):
                 break

@@ -119,9 +119,13 @@ class Runners:
                 self._settle(HandBack(job))
             return
         for job in jobs:
-            if job.id in self.held:  # taken from us and claimed by us again, while its handler still winds up
-                self._behind[job.id] = job
-                continue
+            if (held := self.held.get(job.id)) is not None:
+                # Claimed by us again, so the lease we had is gone, whether we were told or not: taken by others, undone
+                # by a crash of the server, or cancelled and retried. Its handler winds up first.
+                self.lost(held)
+                if job.id in self.held:
+                    self._behind[job.id] = job
+                    continue
             self.held[job.id] = job
             self.by_queue[job.queue] += 1
             self._waiting.append(job)
@@ -222,13 +226,15 @@ class Runners:
             runner.job = job = waiting.popleft()
             result = await self._attempt(job)
             if runner.stop is not None:
-                # To be handed back, and it ended by itself: that counts only if it got to its end. (Of a lost lease
-                # nothing need be said here: what it says is refused by the fence.)
+                # To be handed back, and it ended by itself: that counts only if it got to its end.
                 if not (isinstance(result, Finish) and result.state == "done"):
                     result = runner.stop
                 runner.stop = None
             runner.job = None
-            self._end(result)
+            if job in self._lost:  # the fence would refuse it, but not where we hold the same attempt once more
+                self._drop(job)
+            else:
+                self._end(result)
             if scope.cancel_called or contextvars.copy_context() != clean:
                 return
             if time.monotonic() > breath:

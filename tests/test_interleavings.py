@@ -621,7 +621,6 @@ class Known(notifyq.Task):
     pass
 
 
-@pytest.mark.xfail(reason="retry starts the attempts over, and the worker's first lease fits its second")
 async def test_cancelled_and_retried_while_its_handler_runs(s: Steps, p: Session, shared: str) -> None:
     """Cancel, retry and a second claim by the same worker, before its heartbeat: the first run settles nothing."""
     app, begun, release = notifyq.App(), Seen(), [anyio.Event(), anyio.Event()]

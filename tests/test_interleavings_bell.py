@@ -559,7 +559,6 @@ async def test_a_database_whose_default_is_strict(s: Steps, work: Work, dsn: str
 
 
 @pytest.mark.parametrize("state", ["ready", "overdue"])
-@pytest.mark.xfail(reason="what a claim or a promotion stepped over is looked at again by the fallback poll alone")
 async def test_a_row_lock_that_is_given_up(s: Steps, p: Session, work: Work, dsn: str, state: str) -> None:
     """Claim and promotion during a cancel that is rolled back: nobody rings for that, and the worker sleeps."""
     [id] = await insert(s.db, **(OVERDUE if state == "overdue" else {}))

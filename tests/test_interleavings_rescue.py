@@ -406,7 +406,7 @@ async def test_strays_while_something_known_is_settled(s: Steps, w: Session, k: 
     known, stray = await w(held, 2)
     await w("BEGIN")
     await w(finish, [known])
-    assert await k(strays, known.worker, [known.id]) == 1
+    assert await k(strays, known.worker, [known]) == 1
     await w("COMMIT")
     assert await states(s.db) == {known.id: ("done", 1), stray.id: ("ready", 0)}
 

@@ -118,8 +118,8 @@ async def release(conn: Any, worker: int) -> int:
     return int(await conn.fetchval(SQL["release"], worker))
 
 
-async def strays(conn: Any, worker: int, known: list[int]) -> int:
-    return int(await conn.fetchval(SQL["strays"], worker, known))
+async def strays(conn: Any, worker: int, known: Sequence[Job]) -> int:
+    return int(await conn.fetchval(SQL["strays"], worker, [job.id for job in known], [job.attempt for job in known]))
 
 
 async def end_claims(conn: Any, worker: int) -> bool:

@@ -1,6 +1,6 @@
 -- What a worker asks before it sleeps. Of the queues $1: make up to $3 due tasks of each ready; when is the next
--- one due; has one of the queues $2, which this worker has no room for, a ready task; and how many tasks were
--- ever inserted, rolled back or not. With $4, an echo that proves the bell. With $5 it looks for due tasks from that time
+-- one due; is a ready task left in one of the queues $2, or a due one in those of $1, which somebody has locked; and how
+-- many tasks were ever inserted, rolled back or not. With $4, an echo that proves the bell. With $5 it looks for due tasks from that time
 -- on only, and steps over none that were promoted before it and that vacuum may not remove (marks.py); it returns as
 -- mark what to give as $5 later, of a moment ago as rows become visible a little after their time.
 --
@@ -41,6 +41,17 @@ SELECT (SELECT count(*) FROM promoted) AS promoted,
                 FROM notifyq.task r
                 WHERE r.queue = q.queue AND r.worker IS NULL AND NOT r.aside AND (r.run_at <= r.created_at OR r.promoted)
                 ORDER BY r.priority DESC, r.id + 0
+                LIMIT 1
+            ) AS s)
+       OR EXISTS (
+            SELECT
+            FROM unnest($1::text[]) AS q (queue)
+            CROSS JOIN LATERAL (
+                SELECT
+                FROM notifyq.task r
+                WHERE r.queue = q.queue AND r.worker IS NULL AND r.run_at > r.created_at AND NOT r.promoted
+                  AND r.run_at <= statement_timestamp() AND r.run_at >= coalesce($5::timestamptz, '-infinity')
+                  AND NOT r.id = ANY (ARRAY(SELECT id FROM due))
                 LIMIT 1
             ) AS s) AS blocked,
        (SELECT last_value FROM notifyq.task_id_seq) AS inserted,
