@@ -8,6 +8,7 @@ unexport PYTHONPATH PYTHONHOME
 PYTHON ?= python3
 TESTS ?=
 BENCH ?=
+PEERS ?=
 
 # The name of a stamp holds a checksum of what it vouches for, so a changed lock asks for a new set-up and an old
 # one never passes. cksum is POSIX, sha256sum is not; this is about change, the hashes in the locks are about trust.
@@ -42,7 +43,7 @@ endef
 pip_install := .venv/bin/python -m pip --disable-pip-version-check --no-input install --quiet --no-deps
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 setup: $(test_stamp)  ## .venv with notifyq (editable), its extras and the test tools; .venv/bin/notifyq
 
@@ -71,8 +72,12 @@ check: $(test_stamp)  ## format, lint and types; writes nothing
 bench: $(bench_stamp)  ## the benchmarks, minutes; BENCH="drain --quick" picks, and passes arguments
 	.venv/bin/python -m benchmarks $(BENCH)
 
-clean:  ## removes .venv and every cache
-	rm -rf .venv dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+# The peers' environments are made by the target itself, which names those that can't be made, and goes on.
+bench-peers: $(bench_stamp)  ## beside other queues, a quarter of an hour; PEERS="pgqueuer saq" picks some
+	.venv/bin/python -m benchmarks.peers $(PEERS)
+
+clean:  ## removes .venv, .venv.peers and every cache
+	rm -rf .venv .venv.peers dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(demo_stamp): $(if $(venv_lives),,FORCE)
@@ -92,4 +97,4 @@ $(bench_stamp): $(test_stamp)
 	@touch $@
 
 FORCE:
-.PHONY: help setup demo test test-long check bench clean FORCE
+.PHONY: help setup demo test test-long check bench bench-peers clean FORCE

@@ -1,0 +1,1 @@
+"""notifyq beside the queues people know: see README.md."""
