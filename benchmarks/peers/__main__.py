@@ -12,10 +12,11 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
+from notifyq import store
 from notifyq.embedded import Server
 
 from ..__main__ import keep, table
-from ..common import SERVER, Result
+from ..common import SERVER, Result, warm_up
 from . import measures
 from .driven import Peer
 from .environments import PEERS
@@ -36,6 +37,9 @@ STEPS: dict[str, Callable[[Peer], Awaitable[Any]]] = {
 
 async def measure(names: list[str], server: Server, rounds: int) -> tuple[Figures, dict[str, str]]:
     """step -> queue -> what each round gave; and queue -> what it failed at."""
+    conn = await store.connect(server.dsn(), role="benchmark")
+    await warm_up(conn)
+    await conn.close()
     failed: dict[str, str] = {}
     peers: list[Peer] = []
     for name in ("notifyq", *names):

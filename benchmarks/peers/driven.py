@@ -69,6 +69,7 @@ class Peer:
     async def database(self, mode: str) -> AsyncGenerator[str]:
         """A fresh database: its DSN; dropped at the end."""
         await self._sql(f'CREATE DATABASE measured TEMPLATE "{self.name} {mode}"')
+        await self._sql("CHECKPOINT")  # its writes are no part of what follows
         try:
             yield self.server.dsn("measured")
         finally:

@@ -5,8 +5,9 @@ import { CONNECTIONS, main, started } from "./kit.mjs";
 
 const settings = {
   // "useListenNotify" with the queue's "notify": creating a job wakes workers. "batchSize": jobs a fetch.
-  // "burstWhenBatchFull": fetches again at once while fetches are full.
-  tuned: { useListenNotify: true, notify: true, batchSize: 3000, burstWhenBatchFull: true },
+  // "burstWhenBatchFull": fetches again at once while fetches are full. "localConcurrency": how many fetch and complete
+  // side by side in this process.
+  tuned: { useListenNotify: true, notify: true, batchSize: 3000, burstWhenBatchFull: true, localConcurrency: 2 },
   defaults: {}, // a poll each 2 s fetches 1 job
 };
 
