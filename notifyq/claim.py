@@ -209,6 +209,7 @@ class Claimer:
                 self._look = False
                 if await self._claim(conn, worker, rooms, room) and self._work_enough(now):
                     self._pass_on(now)
+                await asyncio.sleep(0)  # what was claimed starts before anything else is asked
                 if not self._backlog and (now - self._due_at > DUE_AWAKE_SECONDS or not moderation.awake(now)):
                     await self._due(conn)
             elif moderation.awake(now):
@@ -443,11 +444,11 @@ class Claimer:
         if until == math.inf:
             await self._wake.wait()
             return
+        timer = asyncio.get_running_loop().call_at(until, self._wake.set)
         try:
-            async with asyncio.timeout_at(until):
-                await self._wake.wait()
-        except TimeoutError:
-            pass
+            await self._wake.wait()
+        finally:
+            timer.cancel()
 
     def _later(self, seconds: float) -> float:
         """A loop time in about so many seconds, jittered, so that workers don't poll in step; never for 0."""
