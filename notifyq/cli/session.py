@@ -23,7 +23,8 @@ async def session(dsn: str | None, *, reads: bool = True, migrated: bool = True)
 
     Raises ConfigError, DatabaseError, SchemaError, or for the rest NotifyqError.
     """
-    conn = await connect(dsn, role="cli", settings={"TimeZone": "UTC"})
+    # Whoever may create a function in public could have to_json(record) called by the administrator who looks.
+    conn = await connect(dsn, role="cli", settings={"TimeZone": "UTC", "search_path": "pg_catalog"})
     try:
         with _explained():
             if migrated:
