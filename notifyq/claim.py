@@ -91,6 +91,7 @@ class Claimer:
         self._rated: tuple[float, int] = (0.0, 0)
         self.unsettled: Callable[[], int] = lambda: 0
         self.bell_seconds: float | None = None  # the round trip that proved the bell; None: polling only
+        self._robbed = False
         self._connections: list[Connection] = []
         self.door_pid: int | None = None  # of the backend that keeps the turn
 
@@ -99,6 +100,13 @@ class Claimer:
     @property
     def stopping(self) -> bool:
         return self._stopping
+
+    @property
+    def trouble(self) -> str:
+        """What is degraded, in words."""
+        if self.bell_seconds is None:
+            return "polling only: no NOTIFY arrives here"
+        return "the turn at the bell is with a stranger" if self._robbed else ""
 
     def stop(self) -> None:
         """Claim nothing more; `run` returns."""
@@ -195,7 +203,8 @@ class Claimer:
                 self._look |= await self._due(conn, look=self._queues)
                 if self._look and place is Place.AWAY:
                     self._look = False
-                    await self._claim(conn, worker, rooms, room)
+                    if await self._claim(conn, worker, rooms, room):
+                        door.suspect()
             elif place is Place.AWAY:
                 door.want(Place.TURN)
                 if self._listening and now - self._away_since > 1.0:
@@ -382,6 +391,12 @@ class Claimer:
     # The bell.
 
     def _door_moved(self) -> None:
+        if self._door.robbed is not self._robbed:
+            self._robbed = self._door.robbed
+            if self._robbed:
+                logger.warning("somebody who is no worker has the turn at the bell; going without: each task wakes all")
+            else:
+                logger.info("the turn at the bell is back")
         if self._door.place is Place.AWAY:
             self._away_since = asyncio.get_running_loop().time()
         else:

@@ -23,6 +23,10 @@ Interrupts and polling, as a network card has both: a ring costs an enqueuer a c
 that notified doesn't share its flush), so under a burst the worker stays awake and polls instead, and nobody rings.
 Falling asleep at each quiet moment would gain nothing: fast workers have one after each task. `Moderation` decides.
 
+Any role of the database can take any advisory lock, and keep it. A turn that is with somebody who is no worker
+("robbed") is noticed once a poll has found what the bell should have told of; then the workers go without it: they
+all sleep and listen, which loses nothing, and a task wakes them all.
+
 What listens is the claims' connection: a backend delivers notifications only between statements, so one that waits
 for a lock would hear the bell when it needs to no more.
 """
@@ -38,7 +42,7 @@ from enum import IntEnum
 
 import anyio
 
-from .store import Connection
+from .store import SQL, Connection
 
 CHANNEL = "notifyq"
 TURN_WAIT_MS = 5000
@@ -76,6 +80,8 @@ class Door:
         self._refresh = False
         self._asleep_since = 0.0
         self._waiting = anyio.CancelScope()  # for SHARE
+        self._suspicious = False
+        self.robbed = False  # in TURN and ASLEEP: without the turn itself
         self.place = Place.AWAY
         self._wanted = Place.AWAY
 
@@ -97,9 +103,13 @@ class Door:
             self._refresh = True
             self._changed.set()
 
+    def suspect(self) -> None:
+        """Somebody who has the turn should have claimed what was found without it."""
+        self._suspicious = True
+
     async def run(self, conn: Connection) -> None:
         """Runs until it is cancelled or the connection fails; its locks are gone with the connection."""
-        self._in_transaction = False
+        self._in_transaction = self.robbed = False
         self._arrive(Place.AWAY)
         tries = 0
         while True:
@@ -113,8 +123,14 @@ class Door:
                 self._changed.clear()
                 await self._changed.wait()
             elif self.place is Place.AWAY:
-                if await conn.fetchval("SELECT notifyq.take_turn($1, $2)", self._fleet, TURN_WAIT_MS):
+                wait_ms = 1 if self.robbed else TURN_WAIT_MS
+                if await conn.fetchval("SELECT notifyq.take_turn($1, $2)", self._fleet, wait_ms):
+                    self.robbed = False
                     self._arrive(Place.TURN)
+                elif self._suspicious or self.robbed:
+                    self._suspicious = False
+                    self.robbed = bool(await conn.fetchval(SQL["turn_stolen"], self._fleet))
+                    self._arrive(Place.TURN if self.robbed else Place.AWAY)
             elif not self._in_transaction:
                 self._in_transaction = True
                 await conn.execute("BEGIN")
@@ -136,10 +152,11 @@ class Door:
         if self._in_transaction:
             await conn.execute("ROLLBACK")
             self._in_transaction = False
-            self._arrive(Place.TURN)
+            self._arrive(Place.AWAY if self.robbed else Place.TURN)  # robbed: to see if it still is
         elif self.place is Place.TURN:
             self.place = Place.AWAY
-            await conn.execute("SELECT pg_advisory_unlock(1852990836, $1)", self._fleet)
+            if not self.robbed:
+                await conn.execute("SELECT pg_advisory_unlock(1852990836, $1)", self._fleet)
             self._moved()
 
     def _arrive(self, place: Place) -> None:

@@ -60,6 +60,7 @@ class Keeper:
         on_new_id: Callable[[int], None],
         on_failure: Callable[[BaseException], None],
         door_pid: Callable[[], int | None],
+        trouble: Callable[[], str],
     ) -> None:
         self._dsn = dsn
         self._name = name
@@ -71,6 +72,7 @@ class Keeper:
         self._on_new_id = on_new_id
         self._on_failure = on_failure
         self._door_pid = door_pid
+        self._trouble = trouble
         self._home = asyncio.get_running_loop()  # the worker's
         self._registered: Future[int] = Future()
         self._thread = threading.Thread(target=self._run, name="notifyq-keeper", daemon=True)
@@ -81,7 +83,7 @@ class Keeper:
         # Written by the worker's loop, read by the thread; each assignment is whole.
         self._held: list[tuple[int, int]] = []
         self._pulse = time.monotonic()
-        self.status = "ok"
+        self._status = "ok"
         # Written by the thread.
         self._id: int | None = None
         self._locked = False
@@ -113,6 +115,7 @@ class Keeper:
     def _take_pulse(self) -> None:
         held = [*self._runners.held.values()]
         self._held = [(job.id, job.attempt) for job in held]
+        self._status = self._trouble() or "ok"
         self._pulse = time.monotonic()
 
     # In the thread.
@@ -225,7 +228,7 @@ class Keeper:
         assert self._id is not None
         held = self._held
         row = await conn.fetchrow(
-            SQL["tick"], self._id, len(held), self.status, [id for id, _ in held], [attempt for _, attempt in held],
+            SQL["tick"], self._id, len(held), self._status, [id for id, _ in held], [attempt for _, attempt in held],
             list(self._config.queues), self._registry.types,
         )  # fmt: skip
         assert row is not None

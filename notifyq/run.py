@@ -68,6 +68,8 @@ class Runners:
         self._runners: set[Runner] = set()
         self._idle: list[asyncio.Future[None]] = []
         self._threads = anyio.CapacityLimiter(concurrency)
+        self._left: list[_Call] = []  # threads that were left alone
+        self._told_left = False
         self._group: TaskGroup | None = None
         self._closing = asyncio.Event()
         self._closed = False
@@ -86,6 +88,23 @@ class Runners:
     def leases(self) -> list[Job]:
         """What is held, or will be, but for what was lost."""
         return [job for job in (*self.held.values(), *self._behind.values()) if job not in self._lost]
+
+    @property
+    def trouble(self) -> str:
+        """What is degraded, in words; looked at now and then."""
+        self._left = [call for call in self._left if not call.over]
+        if len(self._left) < self._concurrency:
+            if self._told_left and not self._left:
+                self._told_left = False
+                logger.info("the threads that were left alone have ended")
+            return ""
+        if not self._told_left:
+            self._told_left = True
+            logger.warning(
+                "as many threads as it has slots were left alone and still run: does a plain handler never return?",
+                extra={"fields": {"threads": len(self._left), "handler": self._left[-1].handler.name}},
+            )
+        return f"{len(self._left)} threads left alone"
 
     async def run(self) -> None:
         """Fails when a runner does. Cancelled, it hands everything back, and leaves alone, after a while, what can't
@@ -246,6 +265,8 @@ class Runners:
         handler = self._registry.get(job.type)
         if handler is None:
             return Aside(job)
+        if isinstance(job.payload, str):
+            return self._log(handler, outcome.undecodable(job, job.payload))
         if job.payload is None or len(job.payload) > PAYLOAD_LIMIT:
             return self._log(handler, outcome.undecodable(job, f"its payload is larger than {PAYLOAD_LIMIT:,} bytes"))
         try:
@@ -282,9 +303,14 @@ class Runners:
         if handler.is_async:
             return await handler.call(task, context)
         # A thread can't be cancelled, only left alone: its slot goes on, its outcome isn't waited for.
-        value, error = await anyio.to_thread.run_sync(
-            _caught, handler.call, task, context, abandon_on_cancel=True, limiter=self._threads
-        )
+        call = _Call(handler)
+        try:
+            value, error = await anyio.to_thread.run_sync(
+                call, task, context, abandon_on_cancel=True, limiter=self._threads
+            )
+        except BaseException:
+            self._left.append(call)
+            raise
         if error is not None:
             raise error
         return value
@@ -333,15 +359,24 @@ class Runners:
         return result
 
 
-def _caught(
-    call: Callable[[Task, Context], object], task: Task, context: Context
-) -> tuple[object, BaseException | None]:
-    """What it returns, or raises. A future that is given a GeneratorExit to raise would throw it into our coroutine,
-    where it means something else: to close; and a StopIteration it doesn't take."""
-    try:
-        return call(task, context), None
-    except BaseException as error:
-        return None, error
+class _Call:
+    """A plain handler's run, in a thread."""
+
+    __slots__ = ("handler", "over")
+
+    def __init__(self, handler: Handler) -> None:
+        self.handler = handler
+        self.over = False
+
+    def __call__(self, task: Task, context: Context) -> tuple[object, BaseException | None]:
+        """What it returns, or raises. A future that is given a GeneratorExit to raise would throw it into our
+        coroutine, where it means something else: to close; and a StopIteration it doesn't take."""
+        try:
+            return self.handler.call(task, context), None
+        except BaseException as error:
+            return None, error
+        finally:
+            self.over = True
 
 
 def _fields(job: Job, handler: Handler, **more: object) -> dict[str, dict[str, object]]:

@@ -49,6 +49,10 @@ REFUSED: Final = (
     asyncpg.StatementTooComplexError,
 )
 
+# What one odd row can make of a claim, however often it is tried again.
+UNREADABLE: Final = (asyncpg.ProgramLimitExceededError, asyncpg.OutOfMemoryError, asyncpg.InternalServerError)
+BLIND = 10  # tasks claimed at once after that
+
 COMMAND_TIMEOUT_SECONDS = 30.0  # and asyncpg bounds with it how long it waits for a cancelled statement
 
 # A queue's statistics are always of another moment, so its statements don't ask the planner: the index that each
@@ -226,7 +230,7 @@ class Job:
         self.priority: int = priority
         self.max_attempts: int | None = max_attempts
         self.created_at: datetime = created_at
-        self.payload: bytes | None = payload  # None: too large
+        self.payload: bytes | str | None = payload  # None: too large; a str: why PostgreSQL can't read it out
 
 
 async def claim(
@@ -242,16 +246,39 @@ async def claim(
 
     With `onward`, only from those marks; with `aside`, of these types those that somebody set aside.
     """
-    args = (worker, list(rooms), list(rooms.values()), limit)
-    if aside is not None:
-        rows = await conn.fetch(SQL["adopt"], *args, aside)
-    elif onward is not None:
-        rows = await conn.fetch(SQL["claim_onward"], *args, *onward)
-    else:
-        rows = await conn.fetch(SQL["claim"], *args)
-    jobs = [Job(worker, row) for row in rows]
+    try:
+        jobs = await _claim(conn, worker, rooms, limit, onward, aside, blind=False)
+    except UNREADABLE:
+        # A payload that was stored, and can't be sent: ten thousand times 1e131071 is more than a GB as text. So a few
+        # without their payloads, and then those, one by one.
+        jobs = await _claim(conn, worker, rooms, min(limit, BLIND), onward, aside, blind=True)
+        for job in jobs:
+            try:
+                job.payload = await conn.fetchval(SQL["payload"], worker, job.id)
+            except UNREADABLE as error:
+                job.payload = f"PostgreSQL can't read out its payload: {error}"
     jobs.sort(key=_order)  # RETURNING has none
     return jobs
+
+
+async def _claim(
+    conn: Connection,
+    worker: int,
+    rooms: Mapping[str, int],
+    limit: int,
+    onward: Onward | None,
+    aside: Sequence[str] | None,
+    *,
+    blind: bool,
+) -> list[Job]:
+    args = (worker, list(rooms), list(rooms.values()), limit)
+    if aside is not None:
+        rows = await conn.fetch(SQL["adopt"], *args, aside, blind)
+    elif onward is not None:
+        rows = await conn.fetch(SQL["claim_onward"], *args, *onward, blind)
+    else:
+        rows = await conn.fetch(SQL["claim"], *args, blind)
+    return [Job(worker, row) for row in rows]
 
 
 def _order(job: Job) -> tuple[int, int]:

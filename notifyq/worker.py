@@ -100,13 +100,14 @@ class Worker:
             on_new_id=self._reborn,
             on_failure=self._die,
             door_pid=lambda: self._claimer.door_pid,
+            trouble=self._trouble,
         )  # fmt: skip
         try:
             self._id = await keeper.start()
             async with anyio.create_task_group() as group:
                 group.start_soon(self._runners.run, name="notifyq run")
                 group.start_soon(self._settler.run, self._back_off, self._well, name="notifyq settle")
-                group.start_soon(self._claim, keeper, name="notifyq claim")
+                group.start_soon(self._claim, name="notifyq claim")
                 group.start_soon(self._watch, force, name="notifyq force")
                 group.start_soon(self._watch, stop, name="notifyq stop")
                 await self._first(self._working, self._over, stop, force)
@@ -184,7 +185,7 @@ class Worker:
 
     # The claiming stage, session after session.
 
-    async def _claim(self, keeper: Keeper) -> None:
+    async def _claim(self) -> None:
         again = False
         try:
             while not self._over.is_set():
@@ -192,7 +193,7 @@ class Worker:
                     if again:
                         await self._find_strays()
                     again = True
-                    await self._claimer.run(self._id, lambda: self._claiming(keeper))
+                    await self._claimer.run(self._id, self._claiming)
                     break  # it was stopped, or has drained
                 except* TRANSIENT as group:
                     await self._back_off("claim", group)
@@ -217,9 +218,8 @@ class Worker:
         finally:
             conn.terminate()
 
-    def _claiming(self, keeper: Keeper) -> None:
+    def _claiming(self) -> None:
         self._well("claim")
-        keeper.status = "ok" if self._claimer.bell_seconds is not None else "polling only: no NOTIFY arrives here"
         self._working.set()
         self._changed.set()
 
@@ -231,6 +231,9 @@ class Worker:
     def _freed(self) -> None:
         self._claimer.freed()
         self._changed.set()
+
+    def _trouble(self) -> str:
+        return "; ".join(filter(None, (self._claimer.trouble, self._runners.trouble)))
 
     def _lost(self, leases: list[tuple[int, int]]) -> None:
         # By attempt too: what was held when the heartbeat left may have ended, and be held again, when it answers.

@@ -453,9 +453,9 @@ async def test_what_each_role_may(as_role: Any, role: str) -> None:
         await transaction.rollback()
 
 
-@pytest.mark.parametrize("name", sorted(set(SQL) - {"enqueue", "enqueue_many", "evict", "end_claims"}))
+@pytest.mark.parametrize("name", sorted(set(SQL) - {"enqueue", "enqueue_many", "evict", "end_claims", "turn_stolen"}))
 async def test_an_enqueuer_may_run_no_statement_of_a_worker(as_role: Any, name: str) -> None:
-    """Claim, settle, rescue, heartbeat: refused. (Two read only what the system shows everybody.)"""
+    """Claim, settle, rescue, heartbeat: refused. (Three read only what the system shows everybody.)"""
     conn = await as_role("enqueuer")
     statement = await conn.prepare(SQL[name])
     values = {"int4": 1, "int8": 1, "text": "x", "float8": 1.0, "bool": True, "timestamptz": datetime.now(UTC)}

@@ -31,9 +31,9 @@ class Statement(NamedTuple):
 
 
 STATEMENTS = {
-    "adopt": Statement("int4 text[] int4[] int4 text[]", ROW, "task_aside task_pkey"),
-    "claim": Statement("int4 text[] int4[] int4", ROW, "task_pkey task_ready"),
-    "claim_onward": Statement("int4 text[] int4[] int4 text[] int2[] int8[]", ROW, "task_pkey task_ready"),
+    "adopt": Statement("int4 text[] int4[] int4 text[] bool", ROW, "task_aside task_pkey"),
+    "claim": Statement("int4 text[] int4[] int4 bool", ROW, "task_pkey task_ready"),
+    "claim_onward": Statement("int4 text[] int4[] int4 text[] int2[] int8[] bool", ROW, "task_pkey task_ready"),
     "due": Statement(
         "text[] text[] int4 text timestamptz",
         "promoted:int8 next_seconds:float8 blocked:bool inserted:int8 mark:timestamptz echo:text",
@@ -48,6 +48,7 @@ STATEMENTS = {
     "names": Statement("", "queues:text[] types:text[]", None),
     "orphaned": Statement("", "exists:bool", "task_running"),
     "orphans": Statement("", "count:int4", "task_pkey task_running"),
+    "payload": Statement("int4 int8", "payload:jsonb", "task_pkey"),
     "prune": Statement("float8 float8 int4", "count:int4", "finished_dead finished_old finished_pkey"),
     "register": Statement("text text[] text[] int2[] int4 float8", "id:int4", ""),
     "release": Statement("int4", "count:int4", "task_pkey task_running"),
@@ -62,6 +63,7 @@ STATEMENTS = {
         "registered:bool lost:int8[] silent:int4[] aside:bool",
         "task_aside task_pkey",
     ),
+    "turn_stolen": Statement("int4", "exists:bool", ""),
     "unregister": Statement("int4", "", "task_running"),
 }
 WORKERS = [name for name, statement in STATEMENTS.items() if statement.indexes is not None]
@@ -270,7 +272,7 @@ async def test_a_claim_costs_the_same_in_a_crowd(sessions: dict[str, Any], worke
         async with rolled_back(conn):
             await conn.execute(f"PREPARE costed AS {SQL['claim']}")
             plan = await conn.fetchval("""EXPLAIN (ANALYZE, BUFFERS, TIMING OFF, FORMAT JSON)
-                                          EXECUTE costed(1, '{default,empty}', '{10,10}', 10)""")
+                                          EXECUTE costed(1, '{default,empty}', '{10,10}', 10, false)""")
         top = json.loads(plan)[0]["Plan"]
         assert top["Actual Rows"] == 10
         pages.append(top["Shared Hit Blocks"] + top["Shared Read Blocks"])

@@ -1,6 +1,7 @@
 -- As claim.sql, but only from the marks: of queue $5 and priority $6 the tasks from id $7 on, the highest priority of a
 -- queue first. An equality on the priority, since only then the scan begins at the mark, and steps over nothing that
--- is dead before it (marks.py says why that matters, and who looks for what lies before the marks).
+-- is dead before it (marks.py says why that matters, and who looks for what lies before the marks). $8 is
+-- claim.sql's $5.
 UPDATE notifyq.task t
 SET worker = $1, attempts = least(t.attempts, 32766) + 1, processing_at = clock_timestamp()
 WHERE t.id = ANY (ARRAY(
@@ -26,4 +27,7 @@ WHERE t.id = ANY (ARRAY(
 AND EXISTS (SELECT FROM notifyq.worker w WHERE w.id = $1)
 RETURNING t.id, t.attempts, t.type, t.queue, t.priority, t.max_attempts,
           greatest(least(t.created_at, '9999-12-30Z'), '0001-01-03Z') AS created_at,
-          CASE WHEN pg_column_size(t.payload) <= 16777216 THEN t.payload END AS payload
+          CASE WHEN NOT $8::boolean
+            AND (pg_column_size(t.payload) <= 65536
+                 OR pg_column_size(t.payload) <= 16777216 AND pg_column_size(ARRAY[t.payload]) <= 67108864)
+       THEN t.payload END AS payload
