@@ -92,6 +92,7 @@ class Claimer:
         self.unsettled: Callable[[], int] = lambda: 0
         self.bell_seconds: float | None = None  # the round trip that proved the bell; None: polling only
         self._robbed = False
+        self._silent = False
         self._connections: list[Connection] = []
         self.door_pid: int | None = None  # of the backend that keeps the turn
 
@@ -404,6 +405,10 @@ class Claimer:
         self._wake.set()
 
     def _rung(self, _conn: object, _pid: int, _channel: str, payload: object) -> None:
+        if self._silent:
+            self._silent = False
+            self.bell_seconds = ECHO_LIMIT_SECONDS  # or more; echoes go on from here
+            logger.info("the bell rings again")
         if payload == "":
             self._look = True
         elif payload == "aside":
@@ -436,15 +441,19 @@ class Claimer:
         clock = time.perf_counter  # finer than a loop's time, which uvloop keeps in milliseconds
         sent = clock()
         echo = self._new_echo(asyncio.get_running_loop().time())
-        await conn.execute("SELECT pg_notify('notifyq', $1)", echo)
+        await conn.execute(
+            "SELECT CASE WHEN pg_notification_queue_usage() < 0.9 THEN pg_notify('notifyq', $1)::text END", echo
+        )
         before = self.bell_seconds
         with anyio.move_on_after(ECHO_LIMIT_SECONDS) as late:
             await self._echoed.wait()
         self._echo = ""
-        if late.cancelled_caught:
+        self._silent = late.cancelled_caught
+        if self._silent:
             self.bell_seconds = None
             logger.warning(
-                "the bell is silent: LISTEN gets no NOTIFY here (a pooler in transaction mode?); polling only",
+                "the bell is silent: LISTEN gets no NOTIFY here (a pooler in transaction mode, or the queue of"
+                " notifications is full?); polling only",
                 extra={"fields": {"poll_interval": self._config.poll_interval_seconds}},
             )
         else:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import logging
+import math
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
@@ -229,13 +230,23 @@ class Runners:
                     await self._take(runner, clean)
                 if runner.job is not None:  # cancelled from outside, in the middle of a handler
                     self._cut_short(runner)
-                if contextvars.copy_context() != clean:
-                    # A handler left something in its context variables. Its successor starts without them.
+                if self._spoilt(runner, clean):
+                    # Its successor starts without that. A cancellation that is still to come would end the group.
+                    try:
+                        await asyncio.sleep(0)
+                    except asyncio.CancelledError:
+                        pass
                     break
         finally:
             self._runners.discard(runner)
         if self._waiting and not self._closed and len(self._runners) < self._concurrency:
             self._spawn()
+
+    @staticmethod
+    def _spoilt(runner: Runner, clean: contextvars.Context) -> bool:
+        """Whether a handler left something in its context variables, or has cancelled the asyncio task it ran in."""
+        assert runner.task is not None
+        return contextvars.copy_context() != clean or runner.task.cancelling() > 0
 
     async def _take(self, runner: Runner, clean: contextvars.Context) -> None:
         """Jobs, one after the other, until there are none, or until the scope was cancelled."""
@@ -254,7 +265,7 @@ class Runners:
                 self._drop(job)
             else:
                 self._end(result)
-            if scope.cancel_called or contextvars.copy_context() != clean:
+            if scope.cancel_called or self._spoilt(runner, clean):
                 return
             if time.monotonic() > breath:
                 await asyncio.sleep(0)
@@ -293,8 +304,9 @@ class Runners:
                     return self._log(handler, outcome.timed_out(job, handler))
         except BaseException as error:
             # Everything a handler raises is its own failure, SystemExit and KeyboardInterrupt too, and so is a
-            # CancelledError of something it waited for. Not so our own cancellation, of which asyncio keeps count.
-            if isinstance(error, asyncio.CancelledError) and (me := asyncio.current_task()) and me.cancelling():
+            # CancelledError of something it waited for, or of its own doing. Not so our own cancellation, which comes
+            # from a scope.
+            if isinstance(error, asyncio.CancelledError) and anyio.current_effective_deadline() == -math.inf:
                 raise
             return self._log(handler, outcome.raised(job, handler, error))
         return self._log(handler, outcome.returned(job, handler, value))

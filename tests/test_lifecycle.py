@@ -414,6 +414,29 @@ async def test_threads_that_were_left_alone_are_not_in_the_way(bench: Bench, db:
         assert len(bench.seen.items) == 6, "each of them has begun"
 
 
+async def test_threads_that_were_left_alone_are_told(bench: Bench, db: Any, dsn: str, logged: Any) -> None:
+    """Nothing can end them, so the log and `stats` say when they are as many as there are slots; once, and the end."""
+    app, over = notifyq.App(), threading.Event()
+
+    @app.handler
+    def slow_thread(task: SlowThread) -> None:
+        over.wait(60)
+
+    try:
+        async with working(app, dsn, concurrency=2):
+            for id in await bench.app.enqueue_many([SlowThread() for _ in range(3)]):
+                await ended(db, id, "dead")
+            status = "SELECT status FROM notifyq.worker"
+            await eventually(lambda: db.fetchval(status), "3 threads left alone")
+            over.set()
+            await eventually(lambda: db.fetchval(status), "ok")
+    finally:
+        over.set()
+    [told] = logged("left alone and still run")
+    assert told["handler"].endswith("slow_thread")
+    assert len(logged("that were left alone have ended")) == 1
+
+
 async def test_priorities_and_then_age_decide_the_order(bench: Bench, db: Any, dsn: str) -> None:
     await db.execute(
         """INSERT INTO notifyq.task (type, priority, payload)

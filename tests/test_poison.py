@@ -117,6 +117,7 @@ class Bench:
         self.app = app = notifyq.App()
         self.good = good = Seen()
         self.leaks: list[str] = []
+        self.behind: list[asyncio.Task[Any]] = []
 
         @app.handler
         async def run_good(task: Good) -> str:
@@ -165,6 +166,16 @@ class Bench:
                     raise ValueError("and failed")
                 case "recurses":
                     deep()
+                case "cancels itself" | "cancels itself, and returns":
+                    me = asyncio.current_task()
+                    assert me is not None
+                    me.cancel()
+                    if task.what == "cancels itself":
+                        await anyio.lowlevel.checkpoint()
+                case "leaves a task behind":
+                    self.behind.append(asyncio.create_task(asyncio.Event().wait()))
+                case "prints":
+                    print("x" * 2_000_000)
             return None
 
 
@@ -324,7 +335,8 @@ async def test_what_handlers_return(bench: Bench, db: Any, dsn: str) -> None:
     assert await db.fetchval(done) == len(RESULTS)
 
 
-async def test_what_handlers_do(bench: Bench, db: Any, dsn: str) -> None:
+@pytest.mark.parametrize("concurrency", [1, 2])
+async def test_what_handlers_do(bench: Bench, db: Any, dsn: str, concurrency: int) -> None:
     """Each between good tasks, on few runners, so that a successor would notice."""
     expected = {
         "never returns": "timed out after 0.1 s",
@@ -333,15 +345,23 @@ async def test_what_handlers_do(bench: Bench, db: Any, dsn: str) -> None:
         "leaves a context variable": None,
         "fails and leaves a context variable": "ValueError: and failed",
         "recurses": "RecursionError",
+        "cancels itself": "CancelledError",
+        "cancels itself, and returns": None,
+        "leaves a task behind": None,
+        "prints": None,
     }
     ids = {}
     for what in expected:
         for n in range(4):
             ids[what] = await insert(db, "Odd", {"what": what})
             await insert(db, "Good", {"name": f"beside {what} {n}"})
-    async with working(bench.app, dsn, concurrency=2):
+    async with working(bench.app, dsn, concurrency=concurrency):
         await nothing_live(db)
+    for task in bench.behind:
+        assert not task.done(), "what a handler has begun is its own affair"
+        task.cancel()
     assert len(bench.good.items) == 4 * len(expected)
+    assert await db.fetchval("SELECT count(*) FROM notifyq.finished WHERE type = 'Good' AND attempts > 1") == 0
     assert bench.leaks == []
     for what, error in expected.items():
         found = await row(db, ids[what])

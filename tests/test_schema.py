@@ -16,7 +16,7 @@ from notifyq.embedded import Server
 from notifyq.errors import DatabaseError, SchemaError
 from notifyq.store import SQL
 
-from .conftest import Seen, admin, database, working
+from .conftest import Seen, admin, database, grants, working
 
 # --- Installing
 
@@ -347,55 +347,6 @@ async def test_the_functions_take_no_names_from_the_search_path(conn: Any) -> No
 
 
 # --- Roles, by the GRANTs that schema.sql documents
-
-
-def grants(role: str) -> list[str]:
-    """The GRANTs for this role, as they stand in the comment at the end of schema.sql."""
-    text = schema.schema_sql().rpartition("-- Roles.")[2]
-    lines = [line.removeprefix("--").strip().partition("  -- ")[0] for line in text.splitlines()]
-    starts = {"enqueuer": "may enqueue", "reader": "may read", "worker": "worker"}
-    found: list[str] = []
-    inside = False
-    for line in lines:
-        if any(line.startswith(start) for start in starts.values()):
-            inside = line.startswith(starts[role])
-            line = line[line.index("GRANT") :]  # noqa: PLW2901
-        if inside and line.startswith("GRANT") and " TO r;" in line:
-            found.append(line.replace("TO r;", f"TO {role};"))
-    return found
-
-
-@pytest.fixture(scope="module")
-async def roles(server: Server, template: str) -> AsyncIterator[Any]:
-    """A database where each role has exactly what is documented, and `roles("reader")` is a DSN for it."""
-    await admin(server, f"CREATE DATABASE roles TEMPLATE {template}")
-    for role in ("enqueuer", "reader", "worker"):
-        await admin(server, f"CREATE ROLE {role} LOGIN")
-        conn = await store.connect(server.dsn("roles"), role="test")
-        assert len(grants(role)) >= 2
-        for grant in grants(role):
-            await conn.execute(grant)
-        await conn.close()
-
-    def dsn(role: str) -> str:
-        return server.dsn("roles").replace("://notifyq@", f"://{role}@")
-
-    yield dsn
-    await admin(server, "DROP DATABASE roles WITH (FORCE)", "DROP ROLE enqueuer, reader, worker")
-
-
-@pytest.fixture
-async def as_role(roles: Any) -> AsyncIterator[Any]:
-    conns: list[Any] = []
-
-    async def connect(role: str) -> Any:
-        conns.append(await store.connect(roles(role), role="test"))
-        assert await conns[-1].fetchval("SELECT current_user") == role
-        return conns[-1]
-
-    yield connect
-    for conn in conns:
-        conn.terminate()
 
 
 INSERT = "INSERT INTO notifyq.task (type, payload) VALUES ('T', '{}')"

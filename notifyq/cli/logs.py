@@ -65,7 +65,10 @@ def _trace(formatter: logging.Formatter, record: logging.LogRecord) -> list[str]
 
 def _value(value: object) -> str:
     text = ",".join(str(item) for item in cast("list[object]", value)) if isinstance(value, list) else str(value)
-    return text if re.fullmatch(r"[^\s\"=]+", text) and text.isprintable() else json.dumps(text, ensure_ascii=False)
+    if re.fullmatch(r"[^\s\"=]+", text) and text.isprintable():
+        return text
+    # What a terminal might obey is \u009b and the like: of what isn't printable, JSON escapes only the beginning.
+    return "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in json.dumps(text, ensure_ascii=False))
 
 
 def _one_line(text: str) -> str:

@@ -56,4 +56,4 @@ SELECT (SELECT count(*) FROM promoted) AS promoted,
             ) AS s) AS blocked,
        (SELECT last_value FROM notifyq.task_id_seq) AS inserted,
        statement_timestamp() - interval '50 ms' AS mark,
-       CASE WHEN $4::text IS NOT NULL THEN pg_notify('notifyq', $4)::text END AS echo
+       CASE WHEN $4::text IS NOT NULL AND pg_notification_queue_usage() < 0.9 THEN pg_notify('notifyq', $4)::text END AS echo
