@@ -57,6 +57,9 @@ test: $(test_stamp)  ## the tests, minutes; TESTS="tests/test_retry.py -k cap" p
 test-long: $(test_stamp)  ## the tests marked `long`, hours
 	.venv/bin/python -m pytest -q -m long --timeout 0 $(TESTS)
 
+soak: $(test_stamp)  ## a million tasks through one worker: what grows is a failure; minutes; TASKS=...
+	.venv/bin/python -m tests.soak $(or $(TASKS),1000000)
+
 # Every checker runs, whatever the one before it said; caches go to .venv, nothing in the tree is written.
 check: export PYTHONDONTWRITEBYTECODE = 1
 check: export RUFF_CACHE_DIR = .venv/cache/ruff
@@ -97,4 +100,4 @@ $(bench_stamp): $(test_stamp)
 	@touch $@
 
 FORCE:
-.PHONY: help setup demo test test-long check bench bench-peers clean FORCE
+.PHONY: help setup demo test test-long soak check bench bench-peers clean FORCE

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
+import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 from typing import Any
 
 import anyio
@@ -120,7 +123,7 @@ async def test_a_stranger_who_holds_the_turn(
     """A poll finds out; from then on the workers go without it, and say so; and again with it once they can."""
     monkeypatch.setattr(doorbell, "TURN_WAIT_MS", 300)
     stranger, enqueuer = await as_role("enqueuer"), await as_role("enqueuer")
-    key = claiming.fleet_key(["default"], bench.app.registry.types)
+    key = doorbell.fleet_key(["default"], bench.app.registry.types)
     assert await stranger.fetchval("SELECT notifyq.take_turn($1, 1000)", key)
     async with (
         working(bench.app, roles("worker"), poll_interval=0.2),
@@ -156,7 +159,8 @@ async def test_a_stranger_who_holds_the_turn(
 
 async def test_a_stranger_who_holds_a_dead_workers_lock(db: Any, dsn: str, connect: Sessions) -> None:
     """Its tasks are taken back at the end of its lease, and not after 2 s."""
-    stranger, worker = await connect(), await store.connect_worker(dsn, "test")
+    stranger: Any = await connect()
+    worker: Any = await store.connect_worker(dsn, "test")
     id = await worker.fetchval(SQL["register"], "host:1", ["default"], ["Good"], [10], 1, 30.0)
     await db.execute("INSERT INTO notifyq.task (type, worker, attempts) VALUES ('Good', $1, 1)", id)
     await stranger.execute("SELECT pg_advisory_lock(1852990827, $1)", id)
@@ -421,3 +425,38 @@ async def test_payloads_are_not_told(db: Any, dsn: str, caplog: pytest.LogCaptur
     kept = await db.fetch("SELECT errors::text FROM notifyq.finished")
     assert len(kept) == 6
     assert "hunter2" not in str([row[0] for row in kept])
+
+
+APP = """
+import notifyq
+app = notifyq.App()
+
+class T(notifyq.Task):
+    pass
+
+@app.handler
+async def t(task: T) -> None:
+    pass
+"""
+
+
+async def test_a_password_is_not_to_be_seen(db: Any, dsn: str, tmp_path: Path) -> None:
+    """In NOTIFYQ_DSN it is in no command line, the children's included, and in no line of the log."""
+    (tmp_path / "secretive.py").write_text(APP)
+    env = {**os.environ, "NOTIFYQ_DSN": dsn.replace("notifyq@", "notifyq:hunter2@")}
+    words = [sys.executable, "-m", "notifyq", "worker", "secretive:app", "--processes", "2", "--log-level", "debug"]
+    process = subprocess.Popen(words, env=env, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    try:
+        pids = "SELECT split_part(name, ':', 2)::integer FROM notifyq.worker"
+        await eventually(lambda: db.fetchval(f"SELECT count(*) FROM ({pids}) p"), 2)
+        for pid in (process.pid, *[row[0] for row in await db.fetch(pids)]):
+            line = Path(f"/proc/{pid}/cmdline").read_text()
+            assert "secretive:app" in line
+            assert "hunter2" not in line
+        end = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name LIKE 'notifyq claims%'"
+        assert await db.fetch(f"{end} AND datname = current_database()")
+    finally:
+        process.terminate()
+        told = await anyio.to_thread.run_sync(lambda: process.communicate(timeout=20)[1])
+    assert "hunter2" not in told
+    assert "notifyq" in told
