@@ -212,7 +212,8 @@ class Runners:
         contextvars.Context().run(self._group.start_soon, self._run, runner)
 
     async def _run(self, runner: Runner) -> None:
-        runner.task = asyncio.current_task()
+        runner.task = me = asyncio.current_task()
+        assert me is not None
         clean = contextvars.copy_context()
         try:
             while not self._closed:
@@ -230,7 +231,7 @@ class Runners:
                     await self._take(runner, clean)
                 if runner.job is not None:  # cancelled from outside, in the middle of a handler
                     self._cut_short(runner)
-                if self._spoilt(runner, clean):
+                if me.cancelling() or contextvars.copy_context() != clean:
                     # Its successor starts without that. A cancellation that is still to come would end the group.
                     try:
                         await asyncio.sleep(0)
@@ -242,15 +243,10 @@ class Runners:
         if self._waiting and not self._closed and len(self._runners) < self._concurrency:
             self._spawn()
 
-    @staticmethod
-    def _spoilt(runner: Runner, clean: contextvars.Context) -> bool:
-        """Whether a handler left something in its context variables, or has cancelled the asyncio task it ran in."""
-        assert runner.task is not None
-        return contextvars.copy_context() != clean or runner.task.cancelling() > 0
-
     async def _take(self, runner: Runner, clean: contextvars.Context) -> None:
         """Jobs, one after the other, until there are none, or until the scope was cancelled."""
-        waiting, scope = self._waiting, runner.scope
+        assert runner.task is not None
+        waiting, scope, cancelling = self._waiting, runner.scope, runner.task.cancelling
         breath = time.monotonic() + FAIR_SECONDS
         while waiting:
             runner.job = job = waiting.popleft()
@@ -265,7 +261,8 @@ class Runners:
                 self._drop(job)
             else:
                 self._end(result)
-            if scope.cancel_called or self._spoilt(runner, clean):
+            # A handler may have left something in its context variables, or have cancelled the asyncio task it ran in.
+            if scope.cancel_called or cancelling() or contextvars.copy_context() != clean:
                 return
             if time.monotonic() > breath:
                 await asyncio.sleep(0)
