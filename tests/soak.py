@@ -41,7 +41,7 @@ BOUNDS = {
     "connections": 0,
     "statements": 6,  # prepared: some kinds of outcomes are rare
     "task MB": 8.0,  # table, indexes and TOAST
-    "finished MB": 4.0,
+    "finished MB": 2.0,
     "worker MB": 0.2,
 }
 
