@@ -66,7 +66,7 @@ test-matrix: $(test_stamp)  ## the tests on each PostgreSQL from 14 to 18; PG="1
 	@failed=; \
 	for pg in $(PG); do \
 	    echo "== PostgreSQL $$pg"; began=$$(date +%s); \
-	    $(MAKE) --no-print-directory .venv.matrix/$$pg/.ok-$(call checksum,requirements-matrix.txt) \
+	    $(value MAKE) --no-print-directory .venv.matrix/$$pg/.ok-$(call checksum,requirements-matrix.txt) \
 	        && NOTIFYQ_PG_BIN="$(CURDIR)/.venv.matrix/$$pg/bin" \
 	            .venv/bin/python -m pytest -q -n 2 --dist loadfile $(TESTS) && is=passed || is=FAILED; \
 	    [ $$is = passed ] || failed="$$failed $$pg"; \

@@ -16,7 +16,7 @@ from . import enqueue
 from .config import WorkerConfig, parse_queues, resolve_dsn
 from .errors import ConfigError
 from .registry import Registry
-from .store import COMMAND_TIMEOUT_SECONDS, Connection, explained
+from .store import COMMAND_TIMEOUT_SECONDS, Connection, explained, keep_alive
 from .task import Ref, Task
 from .worker import Worker, WorkerInfo
 
@@ -62,6 +62,7 @@ class App:
                 command_timeout=COMMAND_TIMEOUT_SECONDS,
                 timeout=10,
                 server_settings={"application_name": "notifyq app"},
+                init=_keep_alive,
                 reset=_nothing,  # one statement each, which leaves nothing behind: saves a round trip
             )
             try:
@@ -167,6 +168,10 @@ class App:
         if self._pool is None:
             raise ConfigError("not connected: enqueue inside `async with app.connect():`, or pass conn=")
         return self._pool
+
+
+async def _keep_alive(conn: asyncpg.Connection[asyncpg.Record]) -> None:
+    keep_alive(conn)
 
 
 async def _nothing(_: object) -> None:

@@ -29,7 +29,7 @@ from .config import WorkerConfig
 from .doorbell import CHANNEL, Door, Moderation, Place, fleet_key
 from .marks import OWED_TIMES, SLOW_SECONDS, Marks
 from .run import Runners
-from .store import SQL, Connection, Job, claim, connect_worker
+from .store import PROOF_SECONDS, SQL, Connection, Job, claim, connect_worker
 
 logger = logging.getLogger("notifyq.claim")
 
@@ -317,6 +317,7 @@ class Claimer:
         row = await conn.fetchrow(
             SQL["due"], self._queues, [] if onward else look or full or self._queues, PROMOTED_AT_ONCE, echo,
             self._due_mark if onward else None,
+            timeout=PROOF_SECONDS if echo else None,
         )  # fmt: skip
         assert row is not None
         promoted, seconds, ready, inserted, mark, _ = row

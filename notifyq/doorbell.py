@@ -42,7 +42,7 @@ from enum import IntEnum
 
 import anyio
 
-from .store import SQL, Connection
+from .store import PROOF_SECONDS, SQL, Connection
 
 CHANNEL = "notifyq"
 TURN_WAIT_MS = 5000
@@ -79,6 +79,7 @@ class Door:
         self._in_transaction = False
         self._refresh = False
         self._asleep_since = 0.0
+        self._doubted = False
         self._waiting = anyio.CancelScope()  # for SHARE
         self._suspicious = False
         self.robbed = False  # in TURN and ASLEEP: without the turn itself
@@ -98,9 +99,13 @@ class Door:
             self._waiting.deadline = anyio.current_time() + LEAVE_SECONDS if place is Place.AWAY else math.inf
 
     def turn_over(self) -> None:
-        """Asleep for long, fall asleep anew: a transaction that is open for hours looks like somebody's mistake."""
-        if self.place is Place.ASLEEP and anyio.current_time() > self._asleep_since + ASLEEP_SECONDS:
-            self._refresh = True
+        """Asleep, ask whether somebody is still there, as nothing else is said on that connection. Asleep for long, fall
+        asleep anew: a transaction that is open for hours looks like somebody's mistake."""
+        if self.place is Place.ASLEEP:
+            if anyio.current_time() > self._asleep_since + ASLEEP_SECONDS:
+                self._refresh = True
+            else:
+                self._doubted = True
             self._changed.set()
 
     def suspect(self) -> None:
@@ -118,6 +123,9 @@ class Door:
             if self._refresh or wanted < self.place or (refused and wanted is Place.TURN):
                 self._refresh = False
                 await self._step_back(conn)
+            elif self._doubted:
+                self._doubted = False
+                await conn.execute("SET lock_timeout = 0", timeout=PROOF_SECONDS)  # takes no snapshot
             elif wanted is self.place:
                 tries = 0
                 self._changed.clear()

@@ -54,6 +54,10 @@ UNREADABLE: Final = (asyncpg.ProgramLimitExceededError, asyncpg.OutOfMemoryError
 BLIND = 10  # tasks claimed at once after that
 
 COMMAND_TIMEOUT_SECONDS = 30.0  # and asyncpg bounds with it how long it waits for a cancelled statement
+# A worker's statements take milliseconds, or 5 s where they wait for the turn. One that isn't answered for longer went
+# where bytes vanish though some kernel on the way acknowledges them: no keepalive tells.
+WORKER_TIMEOUT_SECONDS = 8.0
+PROOF_SECONDS = 4.0  # for a statement that is sent to see whether somebody is there
 
 # A queue's statistics are always of another moment, so its statements don't ask the planner: the index that each
 # names in its comment is the way, and the plan is made once.
@@ -82,6 +86,7 @@ async def connect(
     *,
     role: str = "client",
     timeout: float = 10.0,
+    command_timeout: float = COMMAND_TIMEOUT_SECONDS,
     settings: Mapping[str, str] | None = None,
 ) -> asyncpg.Connection[asyncpg.Record]:
     """A connection to `dsn`, or to where the environment says. jsonb is bytes on it, both ways.
@@ -93,13 +98,13 @@ async def connect(
         conn = await asyncpg.connect(
             url,
             timeout=timeout,
-            command_timeout=COMMAND_TIMEOUT_SECONDS,
+            command_timeout=command_timeout,
             max_cached_statement_lifetime=0,
             server_settings={"application_name": f"notifyq {role}", **(settings or {})},
         )
     try:
         await set_codecs(conn)
-        _keep_alive(conn)
+        keep_alive(conn)
     except BaseException:
         conn.terminate()
         raise
@@ -127,7 +132,7 @@ async def connect_worker(dsn: str | None, role: str, *, relaxed: bool = False) -
     That is for claims alone: if the server crashes, one that is lost is a task still ready.
     """
     settings = {**WORKER_SETTINGS, **({"synchronous_commit": "off"} if relaxed else {})}
-    conn = await connect(dsn, role=role, settings=settings)
+    conn = await connect(dsn, role=role, command_timeout=WORKER_TIMEOUT_SECONDS, settings=settings)
     try:
         await conn.execute(
             # Not every version has them, and at the start of a session an unknown name is fatal.
@@ -158,7 +163,7 @@ def _jsonb_decode(binary: bytes) -> bytes:
     return binary[1:]
 
 
-def _keep_alive(conn: asyncpg.Connection[asyncpg.Record]) -> None:
+def keep_alive(conn: asyncpg.Connection[asyncpg.Record]) -> None:
     """A peer that vanished is noticed within 15 s. asyncpg sets only TCP_NODELAY (its issue 519)."""
     transport = cast("asyncio.Transport | None", getattr(conn, "_transport", None))
     sock = transport.get_extra_info("socket") if transport is not None else None

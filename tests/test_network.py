@@ -1,0 +1,258 @@
+"""What networks do to a worker's connections, each by its role: nothing is lost, nothing runs twice, the next task is
+woken soon. Half-open connections, over which no more bytes come, are found within 15 s."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Any
+
+import anyio
+import asyncpg
+import pytest
+
+import notifyq
+from notifyq import schema, store
+from notifyq.embedded import Server
+
+from .conftest import RunningWorker, Seen, admin, database, eventually, working
+from .proxy import Proxy, free_port, proxy_to
+
+ROLES = ("claims *", "door *", "settle", "keeper*", "app")
+LOST = (notifyq.NotifyqError, asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError)
+
+
+@pytest.fixture(scope="module")
+def tcp() -> Iterator[Server]:
+    """A server on TCP."""
+    with Server(port=free_port(), settings={"max_connections": "300"}) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+async def tcp_template(tcp: Server) -> str:
+    await admin(tcp, "CREATE DATABASE template_notifyq")
+    conn = await store.connect(tcp.dsn("template_notifyq"), role="test")
+    await schema.migrate(conn)
+    await conn.close()
+    return "template_notifyq"
+
+
+class Note(notifyq.Task):
+    seconds: float = 0
+    ballast: str = ""
+
+
+class Hold(notifyq.Task):
+    pass
+
+
+class Rig:
+    """An app and workers behind a proxy, and a connection that isn't."""
+
+    def __init__(self, proxy: Proxy, dsn: str, db: Any) -> None:
+        self.proxy = proxy
+        self.dsn = proxy.dsn(dsn)
+        self.db = db
+        self.app = notifyq.App()
+        self.ran, self.held, self.release = Seen(), Seen(), anyio.Event()
+        self.acknowledged: list[int] = []
+
+        @self.app.handler
+        async def note(task: Note, ctx: notifyq.Context) -> None:
+            self.ran.add(ctx.id)
+            await anyio.sleep(task.seconds)
+
+        @self.app.handler
+        async def hold(task: Hold, ctx: notifyq.Context) -> None:
+            self.held.add(ctx.id)
+            await self.release.wait()
+
+    async def insert(self, type: str = "Note", count: int = 1, ballast: int = 0) -> list[int]:
+        """Tasks from elsewhere."""
+        many = """INSERT INTO notifyq.task (type, payload)
+                  SELECT $1, jsonb_build_object('ballast', repeat('.', $3::integer)) FROM generate_series(1, $2::integer)
+                  RETURNING id"""
+        ids = [row[0] for row in await self.db.fetch(many, type, count, ballast)]
+        self.acknowledged += ids
+        return ids
+
+    async def woken(self, seconds: float) -> float:
+        """Insert a task from elsewhere; how long until it runs."""
+        began = time.monotonic()
+        [id] = await self.insert()
+        with anyio.fail_after(seconds):
+            while id not in self.ran.items:
+                await anyio.sleep(0.002)
+        return time.monotonic() - began
+
+    async def all_done_once(self) -> None:
+        """Whatever was acknowledged is done, at the first attempt, and no handler ran twice."""
+        await eventually(lambda: self.db.fetchval("SELECT count(*) FROM notifyq.task"), 0)
+        rows = await self.db.fetch("SELECT id, state, attempts FROM notifyq.finished")
+        assert {(row[1], row[2]) for row in rows} == {("done", 1)}
+        assert set(self.acknowledged) <= {row[0] for row in rows}
+        assert Counter(self.ran.items + self.held.items).most_common(1)[0][1] == 1
+
+
+@asynccontextmanager
+async def rig(server: Server, template: str) -> AsyncIterator[Rig]:
+    async with database(server, template) as dsn, proxy_to(server._port or 0) as proxy:
+        db = await store.connect(dsn, role="test")
+        try:
+            yield Rig(proxy, dsn, db)
+        finally:
+            await db.close()
+
+
+@pytest.fixture
+async def net(tcp: Server, tcp_template: str) -> AsyncIterator[Rig]:
+    async with rig(tcp, tcp_template) as net:
+        yield net
+
+
+async def hurt(proxy: Proxy, fault: str, role: str) -> None:
+    """One of the faults that pass, or that are found at once, on all connections of a role."""
+    match fault:
+        case "cut":
+            assert proxy.cut(role)
+        case "reset":
+            assert proxy.reset(role)
+        case "reset in mid-result":
+            assert proxy.reset_in_result(role)
+        case "stall":
+            assert proxy.stall(role)
+            await anyio.sleep(0.3)
+            assert proxy.resume(role)
+        case "delay":
+            assert proxy.delay(role, 0.2)
+        case "throttle":
+            assert proxy.throttle(role, 20_000)
+        case _:
+            raise AssertionError(fault)
+
+
+FAULTS = ("cut", "reset", "reset in mid-result", "stall", "delay", "throttle")
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+async def test_while_idle(net: Rig, fault: str) -> None:
+    """The next task runs soon, whichever connection it was, and what was running meanwhile is done."""
+    proxy = net.proxy
+    async with net.app.connect(net.dsn), working(net.app, net.dsn) as worker:
+        await net.insert("Hold", 3)
+        await net.held.reach(3)
+        await net.woken(5)
+        for role in ROLES:
+            await proxy.new(role, 0.0)
+            await hurt(proxy, fault, role)
+            took = [await net.woken(3), await net.woken(3)]
+            if role == "app":
+                # In mid-result, whose doing it is can't be known, and the caller is told.
+                for _ in range(2):
+                    try:
+                        net.acknowledged.append((await net.app.enqueue(Note())).id)
+                    except LOST:
+                        assert fault == "reset in mid-result"
+            print(f"{fault}, {role}: woken after {max(took):.3f} s")
+            proxy.delay(role, 0)
+            proxy.throttle(role, 0)
+        net.release.set()
+        await net.all_done_once()
+        assert not worker.done.is_set()
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+async def test_under_load(net: Rig, fault: str) -> None:
+    """Two workers, an enqueuer: everything whose enqueuing was acknowledged is done, once."""
+    proxy, over = net.proxy, anyio.Event()
+
+    async def enqueue() -> None:
+        while not over.is_set():
+            try:
+                net.acknowledged += await net.app.enqueue_many([Note(seconds=0.02)] * 5)
+            except LOST:
+                assert fault in ("cut", "reset", "reset in mid-result")
+            await anyio.sleep(0.004)
+
+    async with (
+        net.app.connect(net.dsn),
+        working(net.app, net.dsn, concurrency=30),
+        working(net.app, net.dsn, concurrency=30),
+        anyio.create_task_group() as group,
+    ):
+        group.start_soon(enqueue)
+        for role in ROLES:
+            await proxy.new(role, 0.0)
+            await hurt(proxy, fault, role)
+            await net.woken(5)
+            proxy.delay(role, 0)
+            proxy.throttle(role, 0)
+        over.set()
+    assert len(net.acknowledged) > 50
+    await net.all_done_once()
+
+
+async def test_a_claim_cut_in_mid_result(net: Rig) -> None:
+    """It has taken 100 tasks, and the worker heard of ten: the others are found, and none has lost an attempt."""
+    async with working(net.app, net.dsn, concurrency=200):
+        await net.woken(5)
+        assert net.proxy.reset_in_result("claims *", 100_000) == 1
+        await net.insert(count=100, ballast=10_000)
+        await net.ran.reach(101, 10)
+        await net.all_done_once()
+    assert net.ran.items[0] == 1
+
+
+@pytest.mark.parametrize("busy", [True, pytest.param(False, marks=pytest.mark.long)])
+async def test_half_open(tcp: Server, tcp_template: str, busy: bool) -> None:
+    """Bytes vanish both ways, and the kernels find nothing: the worker does within 15 s, ends what the server still
+    takes for its old connection, and keeps its lease. Tasks are woken meanwhile: by the fallback poll, or once it is
+    found. Not busy, there is no poll either, and nothing to do."""
+
+    async def one(role: str) -> None:
+        async with (
+            rig(tcp, tcp_template) as net,
+            working(net.app, net.dsn, poll_interval=5 if busy else 0),
+            anyio.create_task_group() as group,
+        ):
+            await net.insert("Hold", 3)
+            await net.held.reach(3)
+            await net.woken(5)
+            await net.proxy.new(role, 0.0)
+            if not busy:
+                await eventually(lambda: net.db.fetchval(ASLEEP), 1)
+            began = time.monotonic()
+            assert net.proxy.half_open(role) == 1
+            woken = list[float]()
+
+            async def wake() -> None:
+                while True:
+                    woken.append(await net.woken(20))
+                    await anyio.sleep(0.5)
+
+            if busy:
+                group.start_soon(wake)
+            found = await net.proxy.new(role, began, 45)
+            group.cancel_scope.cancel()
+            with anyio.CancelScope(shield=True):
+                print(f"half-open, {role}: found after {found:.1f} s, woken after {max(woken, default=0):.3f} s")
+                assert found < 15
+                assert max(woken, default=0) < 15
+                took = [await net.woken(3) for _ in range(3)]
+                print(f"half-open, {role}: then woken after {max(took):.3f} s")
+                assert await net.db.fetchval(STALE) == 1
+                net.release.set()
+                await net.all_done_once()
+
+    async with anyio.create_task_group() as group:
+        for role in ROLES[:-1] if busy else ("claims *", "door *", "keeper*"):
+            group.start_soon(one, role)
+
+
+STALE = """SELECT count(*) FROM pg_stat_activity
+           WHERE application_name LIKE 'notifyq door %' AND datname = current_database()"""
+ASLEEP = """SELECT count(*) FROM pg_locks
+            WHERE relation = 'notifyq.bell'::regclass AND mode = 'ShareLock' AND granted"""
