@@ -61,6 +61,9 @@ test-long: $(test_stamp)  ## the tests marked `long`, hours
 soak: $(test_stamp)  ## a million tasks through one worker: what grows is a failure; minutes; TASKS=...
 	.venv/bin/python -m tests.soak $(or $(TASKS),1000000)
 
+test-servers: $(test_stamp)  ## TLS, pooler, standby, full disk; wants root, openssl, Debian's postgresql-15 and pgbouncer
+	.venv/bin/python -m pytest -q -m servers $(TESTS)
+
 # Every version gets its turn, whatever came of the one before it; one that can't be had here has failed.
 test-matrix: $(test_stamp)  ## the tests on each PostgreSQL from 14 to 18; PG="14 17" picks some, TESTS as above
 	@failed=; \
@@ -128,4 +131,4 @@ $(bench_stamp): $(test_stamp)
 	@touch $@
 
 FORCE:
-.PHONY: help setup demo test test-long soak check bench bench-peers clean test-matrix FORCE
+.PHONY: help setup demo test test-long soak check bench bench-peers clean test-matrix test-servers FORCE

@@ -190,6 +190,8 @@ def _unreachable(url: str | None, source: str, error: BaseException) -> str:
         cure = "check the user and the password"
     elif url is None:
         cure = "name a server with --dsn, NOTIFYQ_DSN or DATABASE_URL (to try one: notifyq dev)"
+    elif "SSL" in what:  # ssl.SSLError, or asyncpg's ConnectionError where the server has none
+        cure = "check sslmode and sslrootcert"
     elif isinstance(error, TimeoutError):
         what, cure = "no answer", "check the address, and what lies between"
     else:

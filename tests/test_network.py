@@ -255,4 +255,5 @@ async def test_half_open(tcp: Server, tcp_template: str, busy: bool) -> None:
 STALE = """SELECT count(*) FROM pg_stat_activity
            WHERE application_name LIKE 'notifyq door %' AND datname = current_database()"""
 ASLEEP = """SELECT count(*) FROM pg_locks
-            WHERE relation = 'notifyq.bell'::regclass AND mode = 'ShareLock' AND granted"""
+            WHERE relation = 'notifyq.bell'::regclass AND mode = 'ShareLock' AND granted
+              AND database = (SELECT oid FROM pg_database WHERE datname = current_database())"""

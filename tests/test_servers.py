@@ -1,0 +1,308 @@
+"""Around the server, with what a distribution brings: TLS, a pooler, a standby that takes over, a full disk.
+
+Debian's packages postgresql-15 and pgbouncer, and openssl; the disk wants root. `make test-servers`; nothing is skipped.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import anyio
+import asyncpg
+import pytest
+
+import notifyq
+from notifyq import schema, store
+from notifyq.embedded import Binaries, Server
+from notifyq.embedded.account import find_account
+
+from .conftest import Seen, eventually, working
+from .proxy import free_port
+
+pytestmark = pytest.mark.servers
+
+DEBIAN = Path("/usr/lib/postgresql/15/bin")
+LOST = (notifyq.NotifyqError, asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError)
+Logged = Callable[[str], list[dict[str, Any]]]
+
+
+def debian(data_dir: Path | None = None, **settings: str) -> Server:
+    """Debian's PostgreSQL on a port of its own."""
+    if not (DEBIAN / "postgres").exists():
+        pytest.fail(f"needs Debian's postgresql-15: there is no {DEBIAN}/postgres")
+    return Server(data_dir, port=free_port(), settings=settings, binaries=Binaries(DEBIAN, "15", "Debian"))
+
+
+@contextmanager
+def open_folder() -> Iterator[Path]:
+    """A folder that the account that runs the server can pass."""
+    folder = Path(tempfile.mkdtemp(prefix="notifyq-test-"))
+    folder.chmod(0o711)
+    yield folder
+    shutil.rmtree(folder)
+
+
+async def migrated(dsn: str) -> Any:
+    """A connection to it, with the schema."""
+    conn = await store.connect(dsn, role="test")
+    await schema.migrate(conn)
+    return conn
+
+
+async def command(*args: str) -> tuple[int, str]:
+    """`notifyq ARGS`: exit code and stderr."""
+    done = await anyio.run_process([sys.executable, "-m", "notifyq", *args], check=False)
+    return done.returncode, done.stderr.decode()
+
+
+class Note(notifyq.Task):
+    seconds: float = 0
+
+
+class Bench:
+    """An app whose handler counts its runs."""
+
+    def __init__(self) -> None:
+        self.app = notifyq.App()
+        self.ran = Seen()
+
+        @self.app.handler
+        async def note(task: Note, ctx: notifyq.Context) -> None:
+            self.ran.add(ctx.id)
+            await anyio.sleep(task.seconds)
+
+    async def woken(self, db: Any, seconds: float) -> float:
+        began = time.monotonic()
+        id = await db.fetchval("INSERT INTO notifyq.task (type) VALUES ('Note') RETURNING id")
+        with anyio.fail_after(seconds):
+            while id not in self.ran.items:
+                await anyio.sleep(0.002)
+        return time.monotonic() - began
+
+    async def enqueue_until(self, over: anyio.Event, dsn: str) -> list[int]:
+        """Enqueue, whatever comes; the ids that were acknowledged."""
+        acknowledged = list[int]()
+        while not over.is_set():
+            try:
+                async with self.app.connect(dsn):
+                    while not over.is_set():
+                        acknowledged += await self.app.enqueue_many([Note(seconds=0.02)] * 5)
+                        await anyio.sleep(0.01)
+            except LOST:
+                await anyio.sleep(0.05)
+        return acknowledged
+
+
+# TLS.
+
+
+def certificate(folder: Path, name: str) -> Path:
+    """For localhost, signed by itself; its key is beside it."""
+    path = folder / f"{name}.crt"
+    words = "req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=localhost -addext subjectAltName=DNS:localhost"
+    key = path.with_suffix(".key")
+    subprocess.run(["openssl", *words.split(), "-keyout", key, "-out", path], check=True, capture_output=True)
+    key.chmod(0o600)
+    account = find_account(None)
+    if account.switch:
+        os.chown(key, account.uid, account.gid)
+    return path
+
+
+async def test_tls() -> None:
+    """Every connection of app and worker is encrypted; another CA is refused at the start, and so is no TLS."""
+    with open_folder() as folder:
+        ours, other = certificate(folder, "ours"), certificate(folder, "other")
+        with debian(ssl="on", ssl_cert_file=str(ours), ssl_key_file=str(ours.with_suffix(".key"))) as server:
+            plain = server.dsn().partition("?")[0].replace("127.0.0.1", "localhost")
+            db = await migrated(server.dsn())
+            for mode in (f"verify-full&sslrootcert={ours}", "require"):
+                bench, dsn = Bench(), f"{plain}?sslmode={mode}"
+                async with bench.app.connect(dsn), working(bench.app, dsn):
+                    await bench.app.enqueue(Note())
+                    await bench.ran.reach(1)
+                    roles = await db.fetch(
+                        "SELECT application_name, ssl FROM pg_stat_ssl JOIN pg_stat_activity USING (pid)"
+                        " WHERE application_name LIKE 'notifyq %' AND application_name <> 'notifyq test'"
+                    )
+                    assert {row[0].split()[1] for row in roles} >= {"app", "claims", "door", "keeper"}
+                    assert all(row[1] for row in roles)
+            await db.close()
+            code, said = await command(
+                "worker", "tests.workers:app", "--dsn", f"{plain}?sslmode=verify-full&sslrootcert={other}"
+            )
+            print(said)
+            assert code == 3
+            assert "certificate verify failed" in said.lower()
+            assert "check sslmode and sslrootcert" in said
+            code, said = await command(
+                "worker", "tests.workers:app", "--dsn", f"{plain}?sslmode=verify-full&sslrootcert={folder}/none.crt"
+            )
+            print(said)
+            assert code == 2
+            assert "none.crt" in said
+    with debian() as server:
+        code, said = await command("stats", "--dsn", server.dsn().replace("sslmode=disable", "sslmode=require"))
+        print(said)
+        assert code == 3
+        assert "check sslmode and sslrootcert" in said
+
+
+# A standby.
+
+
+@asynccontextmanager
+async def standby_of(primary: Server) -> AsyncIterator[Server]:
+    with open_folder() as folder:
+        account = find_account(None)
+        account.own(folder / "data")
+        port = primary.dsn().partition("?")[0].rpartition(":")[2].partition("/")[0]
+        words = f"-h 127.0.0.1 -p {port} -U notifyq -R -X stream -c fast --no-sync -D {folder}/data"
+        done = await anyio.to_thread.run_sync(account.run, [primary._bin_dir / "pg_basebackup", *words.split()])
+        assert done.returncode == 0, done.stdout
+        standby = Server(folder, port=free_port(), binaries=primary.binaries)
+        await anyio.to_thread.run_sync(standby.start)
+        try:
+            yield standby
+        finally:
+            standby.stop()
+
+
+def both(primary: Server, standby: Server) -> str:
+    """A DSN of two hosts."""
+    first, second = (server.dsn().split("@")[1].partition("/")[0] for server in (primary, standby))
+    return f"postgresql://notifyq@{first},{second}/notifyq?sslmode=disable&target_session_attrs=read-write"
+
+
+@pytest.mark.parametrize("synchronous", [True, False])
+async def test_failover(synchronous: bool, logged: Logged) -> None:
+    """The primary crashes under load and the standby is promoted: workers and enqueuers come over by themselves. With
+    synchronous replication, what was acknowledged is done; without it, what had come over. None ran twice but then."""
+    with debian() as primary:
+        db = await migrated(primary.dsn())
+        async with standby_of(primary) as standby:
+            if synchronous:
+                await db.execute("ALTER SYSTEM SET synchronous_standby_names = '*'")
+                await db.execute("SELECT pg_reload_conf()")
+                await eventually(lambda: db.fetchval("SELECT sync_state FROM pg_stat_replication"), "sync")
+            await db.close()
+            bench, dsn, over, acknowledged = Bench(), both(primary, standby), anyio.Event(), list[int]()
+
+            async def enqueue() -> None:
+                acknowledged.extend(await bench.enqueue_until(over, dsn))
+
+            async with (
+                working(bench.app, dsn, concurrency=30),
+                working(bench.app, dsn, concurrency=30),
+                anyio.create_task_group() as group,
+            ):
+                group.start_soon(enqueue)
+                await bench.ran.reach(200)
+                await anyio.to_thread.run_sync(primary.stop, "immediate")
+                before = len(bench.ran.items)
+                promoting = await store.connect(standby.dsn(), role="test")
+                assert await promoting.fetchval("SELECT pg_promote()")
+                began = time.monotonic()
+                took = await bench.woken(promoting, 10)
+                print(f"healed {took:.2f} s after the promotion")
+                await bench.ran.reach(len(bench.ran.items) + 200)
+                over.set()
+                print(f"enqueuer and workers: {time.monotonic() - began:.2f} s")
+            async with working(bench.app, dsn):
+                await eventually(lambda: promoting.fetchval("SELECT count(*) FROM notifyq.task"), 0)
+            done = {row[0] for row in await promoting.fetch("SELECT id FROM notifyq.finished WHERE state = 'done'")}
+            assert len(done) == await promoting.fetchval("SELECT count(*) FROM notifyq.finished")
+            await promoting.close()
+    lost = set(acknowledged) - done
+    again = [id for id, runs in Counter(bench.ran.items).items() if runs > 1]
+    print(f"{len(acknowledged)} acknowledged, {len(lost)} lost, {len(again)} run again")
+    if synchronous:
+        assert not lost
+    assert set(again) <= set(bench.ran.items[:before]), "only those that had begun before"
+    assert len(again) < 200
+
+
+async def test_a_standby_at_the_start() -> None:
+    """Exit code 3, and it says so."""
+    with debian() as primary:
+        await (await migrated(primary.dsn())).close()
+        async with standby_of(primary) as standby:
+            code, said = await command("worker", "tests.workers:app", "--dsn", standby.dsn())
+            print(said)
+            assert (code, "read-only (a standby?)" in said) == (3, True)
+            dsn = f"{standby.dsn()}&target_session_attrs=read-write"
+            code, said = await command("worker", "tests.workers:app", "--dsn", dsn)
+            print(said)
+            assert (code, "no server of --dsn will do" in said) == (3, True)
+
+
+# A disk that is full.
+
+
+async def test_a_full_disk() -> None:
+    """On the server: what was acknowledged is done when there is space again."""
+    with open_folder() as folder:
+        mounted = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=180m,mode=711", "tmpfs", folder], capture_output=True, text=True
+        )
+        if mounted.returncode:
+            pytest.fail(f"needs root, to mount a small disk: {mounted.stderr}")
+        try:
+            await fill(folder)
+        finally:
+            subprocess.run(["umount", folder], check=True)
+
+
+async def fill(disk: Path) -> None:
+    server = debian(disk / "home")
+    await anyio.to_thread.run_sync(server.start)
+    try:
+        db = await migrated(server.dsn())
+        await db.close()
+        bench, over, acknowledged = Bench(), anyio.Event(), list[int]()
+
+        async def enqueue() -> None:
+            acknowledged.extend(await bench.enqueue_until(over, server.dsn()))
+
+        async with working(bench.app, server.dsn()), anyio.create_task_group() as group:
+            group.start_soon(enqueue)
+            await bench.ran.reach(100)
+            with (disk / "ballast").open("wb", buffering=0) as ballast, pytest.raises(OSError, match="No space left"):
+                while True:
+                    ballast.write(bytes(65536))
+            # Until the log says that it hurts: by an ERROR, or by a PANIC when it is WAL.
+            with anyio.fail_after(60):
+                while "No space left" not in server.log_path.read_text():
+                    load = await store.connect(server.dsn(), role="test")
+                    try:
+                        await load.execute("CREATE TABLE IF NOT EXISTS ballast AS SELECT repeat('.', 1000) AS x")
+                        await load.execute("INSERT INTO ballast SELECT x FROM ballast, generate_series(1, 30000)")
+                    except LOST as error:
+                        print(type(error).__name__, error)
+                    finally:
+                        load.terminate()
+            await anyio.sleep(1)
+            (disk / "ballast").unlink()
+            await anyio.to_thread.run_sync(server.restart, "immediate")
+            db = await store.connect(server.dsn(), role="test")
+            print(f"healed {await bench.woken(db, 10):.2f} s after")
+            await bench.ran.reach(len(bench.ran.items) + 50)
+            over.set()
+        async with working(bench.app, server.dsn()):
+            await eventually(lambda: db.fetchval("SELECT count(*) FROM notifyq.task"), 0)
+        done = {row[0] for row in await db.fetch("SELECT id FROM notifyq.finished WHERE state = 'done'")}
+        await db.close()
+        print(f"{len(acknowledged)} acknowledged")
+        assert set(acknowledged) <= done
+    finally:
+        server.stop("immediate")
