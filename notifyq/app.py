@@ -12,11 +12,11 @@ import anyio
 import asyncpg
 from anyio.abc import TaskStatus
 
-from . import enqueue
+from . import enqueue, store
 from .config import WorkerConfig, parse_queues, resolve_dsn
 from .errors import ConfigError
 from .registry import Registry
-from .store import COMMAND_TIMEOUT_SECONDS, Connection, explained, keep_alive
+from .store import Connection, explained
 from .task import Ref, Task
 from .worker import Worker, WorkerInfo
 
@@ -55,21 +55,20 @@ class App:
             raise ConfigError("this app is connected already; one `async with app.connect():` serves all tasks")
         url, source = resolve_dsn(dsn)
         with explained(url, source):
+            conn = await store.open(url, "app", {}, timeout=10, command_timeout=store.COMMAND_TIMEOUT_SECONDS)
+            pooled: dict[str, Any] = {"statement_cache_size": 0} if store.is_pooled(conn) else {}
+            await conn.close(timeout=10)
             pool = await asyncpg.create_pool(
                 url,
                 min_size=0,  # a pool that must keep one logs a traceback each time it can't
                 max_size=10,
-                command_timeout=COMMAND_TIMEOUT_SECONDS,
+                command_timeout=store.COMMAND_TIMEOUT_SECONDS,
                 timeout=10,
                 server_settings={"application_name": "notifyq app"},
                 init=_keep_alive,
                 reset=_nothing,  # one statement each, which leaves nothing behind: saves a round trip
+                **pooled,
             )
-            try:
-                await pool.fetchval("SELECT 1")
-            except BaseException:
-                pool.terminate()
-                raise
         try:
             self._pool, self._dsn = pool, dsn
             yield self
@@ -171,7 +170,7 @@ class App:
 
 
 async def _keep_alive(conn: asyncpg.Connection[asyncpg.Record]) -> None:
-    keep_alive(conn)
+    store.keep_alive(conn)
 
 
 async def _nothing(_: object) -> None:

@@ -29,7 +29,7 @@ from .config import WorkerConfig
 from .doorbell import CHANNEL, Door, Moderation, Place, fleet_key
 from .marks import OWED_TIMES, SLOW_SECONDS, Marks
 from .run import Runners
-from .store import PROOF_SECONDS, SQL, Connection, Job, claim, connect_worker
+from .store import PROOF_SECONDS, SQL, Connection, Job, claim, connect_worker, is_pooled
 
 logger = logging.getLogger("notifyq.claim")
 
@@ -146,6 +146,11 @@ class Claimer:
         try:
             conn = await connect_worker(self._dsn, f"claims {worker}", relaxed=True)
             self._connections.append(conn)
+            if is_pooled(conn):
+                self._warn_silent()
+                ready()
+                await (self._drain(conn, worker) if self._config.drain else self._serve(conn, worker))
+                return
             # evict.sql finds it by this name, to end it when its worker is frozen.
             door = await connect_worker(self._dsn, f"door {worker}")
             self._connections.append(door)
@@ -451,16 +456,19 @@ class Claimer:
         self._echo = ""
         self._silent = late.cancelled_caught
         if self._silent:
-            self.bell_seconds = None
-            logger.warning(
-                "the bell is silent: LISTEN gets no NOTIFY here (a pooler in transaction mode, or the queue of"
-                " notifications is full?); polling only",
-                extra={"fields": {"poll_interval": self._config.poll_interval_seconds}},
-            )
+            self._warn_silent()
         else:
             self.bell_seconds = clock() - sent
             if before is None:
                 logger.debug("the bell is proven", extra={"fields": {"seconds": round(self.bell_seconds, 4)}})
+
+    def _warn_silent(self) -> None:
+        self.bell_seconds = None
+        logger.warning(
+            "the bell is silent: LISTEN gets no NOTIFY here (a pooler in transaction mode, or the queue of"
+            " notifications is full?); polling only",
+            extra={"fields": {"poll_interval": self._config.poll_interval_seconds}},
+        )
 
     # Waiting.
 

@@ -95,13 +95,7 @@ async def connect(
     """
     url, source = resolve_dsn(dsn)
     with explained(url, source):
-        conn = await asyncpg.connect(
-            url,
-            timeout=timeout,
-            command_timeout=command_timeout,
-            max_cached_statement_lifetime=0,
-            server_settings={"application_name": f"notifyq {role}", **(settings or {})},
-        )
+        conn = await open(url, role, settings or {}, timeout=timeout, command_timeout=command_timeout)
     try:
         await set_codecs(conn)
         keep_alive(conn)
@@ -109,6 +103,51 @@ async def connect(
         conn.terminate()
         raise
     return conn
+
+
+class Pooled(asyncpg.Connection):  # type: ignore[type-arg]  # at run time it has no parameter
+    """Through a pooler in transaction mode: each transaction may be another backend's. What outlives one is in vain
+    there or in somebody else's way: LISTEN, locks and settings of a session, statements that stay prepared."""
+
+
+def is_pooled(conn: Connection) -> bool:
+    """Not isinstance, which asyncpg answers with yes for every connection."""
+    return type(conn) is Pooled
+
+
+async def open(
+    url: str | None, role: str, settings: Mapping[str, str], *, timeout: float, command_timeout: float
+) -> asyncpg.Connection[asyncpg.Record]:
+    """A bare connection, Pooled where it is one. Its backend's process id tells: a pooler makes up one of its own."""
+    name = {"application_name": f"notifyq {role}"}
+    try:
+        conn = await asyncpg.connect(
+            url,
+            timeout=timeout,
+            command_timeout=command_timeout,
+            max_cached_statement_lifetime=0,
+            server_settings={**name, **settings},
+        )
+    except asyncpg.ProtocolViolationError:
+        pass  # pgbouncer, of settings that it doesn't know
+    else:
+        try:
+            async with conn.transaction():
+                backend = await (await conn.prepare("SELECT pg_backend_pid()", name="")).fetchval()
+            if backend == conn.get_server_pid():
+                return conn
+        except BaseException:
+            conn.terminate()
+            raise
+        await conn.close(timeout=timeout)
+    return await asyncpg.connect(
+        url,
+        timeout=timeout,
+        command_timeout=command_timeout,
+        statement_cache_size=0,
+        server_settings=name,
+        connection_class=Pooled,
+    )
 
 
 @contextmanager
@@ -133,6 +172,8 @@ async def connect_worker(dsn: str | None, role: str, *, relaxed: bool = False) -
     """
     settings = {**WORKER_SETTINGS, **({"synchronous_commit": "off"} if relaxed else {})}
     conn = await connect(dsn, role=role, command_timeout=WORKER_TIMEOUT_SECONDS, settings=settings)
+    if is_pooled(conn):
+        return conn
     try:
         await conn.execute(
             # Not every version has them, and at the start of a session an unknown name is fatal.
@@ -190,7 +231,8 @@ def _unreachable(url: str | None, source: str, error: BaseException) -> str:
         cure = "check the user and the password"
     elif url is None:
         cure = "name a server with --dsn, NOTIFYQ_DSN or DATABASE_URL (to try one: notifyq dev)"
-    elif "SSL" in what:  # ssl.SSLError, or asyncpg's ConnectionError where the server has none
+    elif "SSL" in what or (isinstance(error, FileNotFoundError) and "sslrootcert" in where):
+        # ssl.SSLError, or asyncpg's ConnectionError where the server has none.
         cure = "check sslmode and sslrootcert"
     elif isinstance(error, TimeoutError):
         what, cure = "no answer", "check the address, and what lies between"
