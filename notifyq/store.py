@@ -105,7 +105,7 @@ async def connect(
     return conn
 
 
-class Pooled(asyncpg.Connection):  # type: ignore[type-arg]  # at run time it has no parameter
+class Pooled(asyncpg.Connection):
     """Through a pooler in transaction mode: each transaction may be another backend's. What outlives one is in vain
     there or in somebody else's way: LISTEN, locks and settings of a session, statements that stay prepared."""
 

@@ -11,7 +11,7 @@ import asyncio
 import socket
 import struct
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from fnmatch import fnmatch
 from urllib.parse import urlsplit
@@ -100,11 +100,11 @@ class Proxy:
 
     def cut(self, roles: str) -> int:
         """Both ends are closed."""
-        return len([link.close() for link in self.open(roles)])
+        return self._each(roles, Link.close)
 
     def reset(self, roles: str) -> int:
         """Both ends get a RST."""
-        return len([link.close(reset=True) for link in self.open(roles)])
+        return self._each(roles, lambda link: link.close(reset=True))
 
     def reset_in_result(self, roles: str, after: int = 20) -> int:
         """Both ends get a RST when so many more bytes have come from the server."""
@@ -122,15 +122,18 @@ class Proxy:
         return self._set(roles, "rate", bytes_per_second)
 
     def stall(self, roles: str) -> int:
-        return len([link.flowing.clear() for link in self.open(roles)])
+        return self._each(roles, lambda link: link.flowing.clear())
 
     def resume(self, roles: str) -> int:
-        return len([link.flowing.set() for link in self.open(roles)])
+        return self._each(roles, lambda link: link.flowing.set())
 
     def _set(self, roles: str, name: str, value: object) -> int:
+        return self._each(roles, lambda link: setattr(link, name, value))
+
+    def _each(self, roles: str, hit: Callable[[Link], None]) -> int:
         links = self.open(roles)
         for link in links:
-            setattr(link, name, value)
+            hit(link)
         return len(links)
 
     async def new(self, roles: str, since: float, seconds: float = 20) -> float:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import asynccontextmanager
 from typing import Any
 
 import anyio
@@ -17,7 +17,7 @@ import notifyq
 from notifyq import schema, store
 from notifyq.embedded import Server
 
-from .conftest import RunningWorker, Seen, admin, database, eventually, working
+from .conftest import Seen, admin, database, eventually, working
 from .proxy import Proxy, free_port, proxy_to
 
 ROLES = ("claims *", "door *", "settle", "keeper*", "app")
@@ -73,8 +73,8 @@ class Rig:
     async def insert(self, type: str = "Note", count: int = 1, ballast: int = 0) -> list[int]:
         """Tasks from elsewhere."""
         many = """INSERT INTO notifyq.task (type, payload)
-                  SELECT $1, jsonb_build_object('ballast', repeat('.', $3::integer)) FROM generate_series(1, $2::integer)
-                  RETURNING id"""
+                  SELECT $1, jsonb_build_object('ballast', repeat('.', $3::integer))
+                  FROM generate_series(1, $2::integer) RETURNING id"""
         ids = [row[0] for row in await self.db.fetch(many, type, count, ballast)]
         self.acknowledged += ids
         return ids
