@@ -142,6 +142,7 @@ async def test_while_idle(net: Rig, fault: str) -> None:
     """The next task runs soon, whichever connection it was, and what was running meanwhile is done."""
     proxy = net.proxy
     async with net.app.connect(net.dsn), working(net.app, net.dsn) as worker:
+        net.acknowledged.append((await net.app.enqueue(Note())).id)  # the app connects when it has something to say
         await net.insert("Hold", 3)
         await net.held.reach(3)
         await net.woken(5)
