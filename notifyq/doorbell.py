@@ -99,8 +99,8 @@ class Door:
             self._waiting.deadline = anyio.current_time() + LEAVE_SECONDS if place is Place.AWAY else math.inf
 
     def turn_over(self) -> None:
-        """Asleep, ask whether somebody is still there, as nothing else is said on that connection. Asleep for long, fall
-        asleep anew: a transaction that is open for hours looks like somebody's mistake."""
+        """Asleep, ask whether the server is still there, as nothing else is said on that connection. Asleep for long,
+        fall asleep anew: a transaction that is open for hours looks like somebody's mistake."""
         if self.place is Place.ASLEEP:
             if anyio.current_time() > self._asleep_since + ASLEEP_SECONDS:
                 self._refresh = True
