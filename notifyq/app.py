@@ -56,7 +56,9 @@ class App:
         url, source = resolve_dsn(dsn)
         with explained(url, source):
             conn = await store.open(url, "app", {}, timeout=10, command_timeout=store.COMMAND_TIMEOUT_SECONDS)
-            pooled: dict[str, Any] = {"statement_cache_size": 0} if store.is_pooled(conn) else {}
+            options: dict[str, Any] = {"connect": _dial}  # with types that asyncpg's pool has, and its stubs don't
+            if store.is_pooled(conn):
+                options["statement_cache_size"] = 0
             await conn.close(timeout=10)
             pool = await asyncpg.create_pool(
                 url,
@@ -67,7 +69,7 @@ class App:
                 server_settings={"application_name": "notifyq app"},
                 init=_keep_alive,
                 reset=_nothing,  # one statement each, which leaves nothing behind: saves a round trip
-                **pooled,
+                **options,
             )
         try:
             self._pool, self._dsn = pool, dsn
@@ -167,6 +169,10 @@ class App:
         if self._pool is None:
             raise ConfigError("not connected: enqueue inside `async with app.connect():`, or pass conn=")
         return self._pool
+
+
+async def _dial(url: str | None, *, loop: object, **options: Any) -> asyncpg.Connection[asyncpg.Record]:
+    return await store.dial(url, **options)
 
 
 async def _keep_alive(conn: asyncpg.Connection[asyncpg.Record]) -> None:

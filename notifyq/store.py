@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias, cast
+from urllib.parse import urlsplit
 
 import asyncpg
 import asyncpg.exceptions
@@ -57,6 +58,7 @@ COMMAND_TIMEOUT_SECONDS = 30.0  # and asyncpg bounds with it how long it waits f
 # A worker's statements take milliseconds, or 5 s where they wait for the turn. One that isn't answered for longer went
 # where bytes vanish though some kernel on the way acknowledges them: no keepalive tells.
 WORKER_TIMEOUT_SECONDS = 8.0
+HOST_SECONDS = 3.0  # for each of several hosts to answer in, but the last
 PROOF_SECONDS = 4.0  # for a statement that is sent to see whether somebody is there
 
 # A queue's statistics are always of another moment, so its statements don't ask the planner: the index that each
@@ -115,13 +117,35 @@ def is_pooled(conn: Connection) -> bool:
     return type(conn) is Pooled
 
 
+async def dial(url: str | None, *, timeout: float, **options: Any) -> asyncpg.Connection[asyncpg.Record]:
+    """asyncpg.connect, host after host. Its own timeout is for all of a URL's hosts together: one that has vanished
+    without a word would be the only one that is ever tried."""
+    parts = urlsplit(url or "")
+    user, at, hosts = parts.netloc.rpartition("@")
+    *others, last = hosts.split(",")
+    for host in others:
+        try:
+            one = parts._replace(netloc=f"{user}{at}{host}").geturl()
+            return await asyncpg.connect(one, timeout=min(timeout, HOST_SECONDS), **options)
+        except (
+            OSError,
+            TimeoutError,
+            asyncpg.CannotConnectNowError,
+            asyncpg.exceptions.TargetServerAttributeNotMatched,
+        ):
+            pass
+    if others:
+        url = parts._replace(netloc=f"{user}{at}{last}").geturl()
+    return await asyncpg.connect(url, timeout=timeout, **options)
+
+
 async def open(
     url: str | None, role: str, settings: Mapping[str, str], *, timeout: float, command_timeout: float
 ) -> asyncpg.Connection[asyncpg.Record]:
     """A bare connection, Pooled where it is one. Its backend's process id tells: a pooler makes up one of its own."""
     name = {"application_name": f"notifyq {role}"}
     try:
-        conn = await asyncpg.connect(
+        conn = await dial(
             url,
             timeout=timeout,
             command_timeout=command_timeout,
@@ -140,7 +164,7 @@ async def open(
             conn.terminate()
             raise
         await conn.close(timeout=timeout)
-    return await asyncpg.connect(
+    return await dial(
         url,
         timeout=timeout,
         command_timeout=command_timeout,

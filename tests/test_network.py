@@ -3,6 +3,7 @@ woken soon. Half-open connections, over which no more bytes come, are found with
 
 from __future__ import annotations
 
+import socket
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
@@ -205,6 +206,17 @@ async def test_a_claim_cut_in_mid_result(net: Rig) -> None:
         await net.ran.reach(101, 10)
         await net.all_done_once()
     assert net.ran.items[0] == 1
+
+
+async def test_a_host_that_vanished(net: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first of two hosts takes connections and says nothing: the second is had all the same."""
+    monkeypatch.setattr(store, "HOST_SECONDS", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as mute:
+        dsn = net.dsn.replace("@", f"@127.0.0.1:{mute.getsockname()[1]},") + "&target_session_attrs=read-write"
+        async with net.app.connect(dsn), working(net.app, dsn):
+            net.acknowledged.append((await net.app.enqueue(Note())).id)
+            await net.woken(3)
+            await net.all_done_once()
 
 
 @pytest.mark.parametrize("busy", [True, pytest.param(False, marks=pytest.mark.long)])
