@@ -11,7 +11,6 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import anyio
-import asyncpg
 import pytest
 
 import notifyq
@@ -22,7 +21,7 @@ from .conftest import Seen, admin, database, eventually, working
 from .proxy import Proxy, free_port, proxy_to
 
 ROLES = ("claims *", "door *", "settle", "keeper*", "app")
-LOST = (notifyq.NotifyqError, asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError)
+LOST = store.TRANSIENT
 
 
 @pytest.fixture(scope="module")

@@ -33,7 +33,7 @@ from .proxy import free_port
 pytestmark = pytest.mark.servers
 
 DEBIAN = Path("/usr/lib/postgresql/15/bin")
-LOST = (notifyq.NotifyqError, asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError)
+LOST = store.TRANSIENT
 Logged = Callable[[str], list[dict[str, Any]]]
 
 
