@@ -478,6 +478,7 @@ async def test_ddl_on_the_bell_while_a_worker_sleeps(s: Steps, p: Session, work:
         await work.seen.reach(1, SOON)
         assert not waiting.over
         await waiting.cancelled()
+        await p("SELECT 1")  # waits until the server has heard of it: once nobody sleeps, the bell would be dropped
 
 
 async def test_vacuum_has_the_bell_while_a_worker_wants_to_sleep(s: Steps, p: Session, work: Work, dsn: str) -> None:
