@@ -125,7 +125,7 @@ class Door:
                 await self._step_back(conn)
             elif self._doubted:
                 self._doubted = False
-                await conn.execute("SET lock_timeout = 0", timeout=PROOF_SECONDS)  # takes no snapshot
+                await conn.execute("", timeout=PROOF_SECONDS)  # takes no snapshot, and counts as no statement
             elif wanted is self.place:
                 tries = 0
                 self._changed.clear()

@@ -40,7 +40,7 @@ RESCUE_AT_ONCE = 2000
 PRUNE_SECONDS = 60.0
 PRUNE_AT_ONCE = 5000
 DEAD_KEPT_SECONDS = 30 * 86400.0
-ORPHANS_SECONDS = 30.0
+ORPHANS_SECONDS = 60.0
 GRACE_SECONDS = 4.0  # after an outage, for the others to come back too: longer than the longest back-off
 
 
