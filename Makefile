@@ -10,6 +10,9 @@ TESTS ?=
 BENCH ?=
 PEERS ?=
 PG ?= 14 15 16 17 18
+MINUTES ?=
+SEED ?=
+MUTANT ?=
 
 # The name of a stamp holds a checksum of what it vouches for, so a changed lock asks for a new set-up and an old
 # one never passes. cksum is POSIX, sha256sum is not; this is about change, the hashes in the locks are about trust.
@@ -77,6 +80,9 @@ test-matrix: $(test_stamp)  ## the tests on each PostgreSQL from 14 to 18; PG="1
 	done; \
 	printf "== PostgreSQL\n$$table"; \
 	[ -z "$$failed" ] || { echo "failed on:$$failed" >&2; exit 1; }
+chaos: $(test_stamp)  ## workers and enqueuers under faults, five minutes; MINUTES=60 goes on, SEED=7 replays
+	.venv/bin/python -m tests.chaos $(if $(MINUTES),--minutes $(MINUTES)) $(if $(SEED),--seed $(SEED)) \
+	    $(if $(MUTANT),--mutant "$(MUTANT)")
 
 # Every checker runs, whatever the one before it said; caches go to .venv, nothing in the tree is written.
 check: export PYTHONDONTWRITEBYTECODE = 1
@@ -131,4 +137,4 @@ $(bench_stamp): $(test_stamp)
 	@touch $@
 
 FORCE:
-.PHONY: help setup demo test test-long soak check bench bench-peers clean test-matrix test-servers FORCE
+.PHONY: help setup demo test test-long soak check bench bench-peers clean test-matrix test-servers chaos FORCE

@@ -1,0 +1,100 @@
+"""Faults of the server: crashed, frozen, crowded, vacuumed."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import asyncpg
+
+from notifyq import NotifyqError, store
+
+from . import Hit, Missed, fault
+
+if TYPE_CHECKING:
+    from ..stage import Stage
+
+
+@fault("server crashes and restarts", everybody=True)
+async def restart(stage: Stage, hit: Hit) -> None:
+    await asyncio.to_thread(stage.server.restart, "immediate")
+
+
+@fault("a backend is killed", everybody=True)
+async def backend_killed(stage: Stage, hit: Hit) -> None:
+    """kill -9, of one: PostgreSQL then ends all the others and recovers."""
+    rows = await stage.sql("SELECT pid FROM pg_stat_activity WHERE usename LIKE 'w%' ORDER BY random() LIMIT 1")
+    if not rows:
+        raise Missed
+    os.kill(rows[0][0], signal.SIGKILL)
+    await stage.reachable()
+
+
+@fault("server frozen", everybody=True, quick=False)
+async def server_frozen(stage: Stage, hit: Hit) -> None:
+    pids = [stage.server.pid, *_children(stage.server.pid)]
+    try:
+        for pid in pids:
+            os.kill(pid, signal.SIGSTOP)
+        await asyncio.sleep(stage.random.uniform(1.0, 4.0))
+    finally:
+        for pid in reversed(pids):
+            try:
+                os.kill(pid, signal.SIGCONT)
+            except ProcessLookupError:
+                pass  # it was on its way out
+
+
+def _children(parent: int) -> list[int]:
+    found: list[int] = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            after_name = stat.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue  # it has ended
+        if int(after_name[1]) == parent:
+            found.append(int(stat.parent.name))
+    return found
+
+
+@fault("connections exhausted", everybody=True)
+async def exhausted(stage: Stage, hit: Hit) -> None:
+    """A stranger takes all there are, and then some sessions of ours have to come back."""
+    dsn = stage.dsn.replace("//notifyq@", "//chaos_stranger@", 1)
+    taken: list[asyncpg.Connection[asyncpg.Record]] = []
+
+    async def take() -> None:
+        try:
+            while True:
+                taken.append(await store.connect(dsn, role="stranger", timeout=3))
+        except NotifyqError:
+            pass  # that was the last one
+
+    try:
+        await take()
+        await stage.sql(
+            """SELECT pg_terminate_backend(pid) FROM
+               (SELECT pid FROM pg_stat_activity WHERE usename LIKE 'w%' ORDER BY random() LIMIT 3) AS picked"""
+        )
+        await take()
+        await asyncio.sleep(2)
+    finally:
+        for conn in taken:
+            conn.terminate()
+
+
+@fault("VACUUM FULL")
+async def vacuum_full(stage: Stage, hit: Hit) -> None:
+    for table in ("task", "finished", "worker"):
+        await stage.sql(f"VACUUM FULL notifyq.{table}")
+
+
+@fault("REINDEX, ANALYZE, VACUUM")
+async def reindex(stage: Stage, hit: Hit) -> None:
+    """All the indexes anew, and plans made in the middle of it."""
+    for statement in ("REINDEX TABLE notifyq.task", "ANALYZE notifyq.task", "VACUUM notifyq.task"):
+        await stage.sql(statement)
+        await asyncio.sleep(0.2)

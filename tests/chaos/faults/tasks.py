@@ -1,0 +1,66 @@
+"""Faults of handlers and rows: tasks that block, kill, leak, swallow, and those that can't be decoded."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+from . import Hit, fault
+
+if TYPE_CHECKING:
+    from ..stage import Stage
+
+
+@fault("handler blocks the loop")
+async def block(stage: Stage, hit: Hit) -> None:
+    """For 2 s. The checker itself adds the worker to those that were touched."""
+    await stage.insert("Block", 1, seconds=2.0)
+    await asyncio.sleep(2.2)
+
+
+@fault("handler kills its worker")
+async def kamikaze(stage: Stage, hit: Hit) -> None:
+    """Twice, as its rescue runs it again; then it is dead."""
+    await stage.insert("Kamikaze", 1)
+    await stage.until("SELECT count(*) = 0 FROM notifyq.task WHERE type = 'Kamikaze'", 15)
+
+
+@fault("handler swallows cancellation")
+async def stubborn(stage: Stage, hit: Hit) -> None:
+    await stage.insert("Stubborn", 3, seconds=2.0)
+    await asyncio.sleep(0.5)
+    await stage.sql("SELECT notifyq.cancel(id) FROM notifyq.task WHERE type = 'Stubborn' LIMIT 1")
+    await asyncio.sleep(1.5)
+
+
+@fault("handlers leak")
+async def leak(stage: Stage, hit: Hit) -> None:
+    await stage.insert("Leak", 200)
+
+
+@fault("handlers raise SystemExit and worse")
+async def rude(stage: Stage, hit: Hit) -> None:
+    for what in range(5):
+        await stage.insert("Rude", 2, what=what)
+
+
+@fault("poison rows")
+async def poison(stage: Stage, hit: Hit) -> None:
+    """2,000 that can't be decoded, and 200 of a type that nobody knows, before all others."""
+    await stage.sql(
+        """INSERT INTO notifyq.task (type, payload, priority)
+           SELECT 'Quick', CASE g % 4 WHEN 0 THEN '[]' WHEN 1 THEN '{"n": "x"}' WHEN 2 THEN 'null'
+                                      ELSE '{"n": {"n": 1e400}}' END::jsonb, 9
+           FROM generate_series(1, 2000) AS g"""
+    )
+    await stage.sql(
+        """INSERT INTO notifyq.task (type, priority, run_at)
+           SELECT 'Unknown', 9, '-infinity' FROM generate_series(1, 200)"""
+    )
+
+
+@fault("a burst")
+async def burst(stage: Stage, hit: Hit) -> None:
+    """Of tasks that are all settled at once, in all queues."""
+    for queue in ("default", "mail", "narrow"):
+        await stage.insert("Quick", 1000, queue=queue)

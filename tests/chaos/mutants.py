@@ -1,0 +1,65 @@
+"""notifyq, broken on purpose: each a known mistake, made in a copy of the package, which the workers then run.
+
+A run with one must fail, or the checker proves nothing: make chaos MUTANT=fence.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import notifyq
+
+Change = tuple[str, str, str]
+
+MUTANTS: dict[str, list[Change]] = {
+    # Whoever settles, settles: a worker that was frozen past its lease does so for its successor.
+    "fence": [
+        (
+            f"sql/{name}.sql",
+            "t.id = ANY (ARRAY[o.id]) AND t.worker IS NOT DISTINCT FROM $1 AND t.attempts = o.attempt",
+            "t.id = ANY (ARRAY[o.id]) AND ($1::integer IS NOT NULL OR t.attempts = o.attempt)",
+        )
+        for name in ("finish", "retry_later", "hand_back")
+    ],
+    # No claim after it has fallen asleep: who committed in between, and was told that nobody sleeps, waits.
+    "final claim": [
+        (
+            "claim.py",
+            "self._look = True  # the claim that follows getting the turn, and falling asleep",
+            "self._look |= self._door.place is Place.TURN",
+        )
+    ],
+    # The others are dead, whatever their lock and their heartbeat say.
+    "liveness": [
+        ("sql/rescue.sql", "AND CASE WHEN", "AND CASE WHEN true OR"),
+        ("sql/tick.sql", "AND w.seen_at < statement_timestamp() - interval '2 seconds'", ""),
+    ],
+    # The insert trigger looks whether somebody sleeps, and holds nothing until its commit.
+    "peek": [
+        (
+            "schema.sql",
+            "LOCK TABLE notifyq.bell IN ROW EXCLUSIVE MODE NOWAIT;",
+            """IF EXISTS (SELECT FROM pg_catalog.pg_locks WHERE relation = 'notifyq.bell'::regclass
+                          AND mode = 'ShareLock') THEN RAISE EXCEPTION 'ring'; END IF;""",
+        )
+    ],
+    # After a lost connection for claims nobody looks what the unanswered one took.
+    "strays": [("worker.py", "if again:", "if again and self._down == {0}:")],
+}
+
+
+def breed(name: str, folder: Path) -> str:
+    """A copy of the package with that mistake, in `folder`; returns its schema.sql."""
+    package = Path(notifyq.__file__).parent
+    copy = folder / "notifyq"
+    shutil.copytree(package, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    schema = package.parent / "schema.sql"
+    shutil.copy(schema, folder / "schema.sql")
+    for file, old, new in MUTANTS[name]:
+        path = (folder if file == "schema.sql" else copy) / file
+        text = path.read_text(encoding="utf-8")
+        if old not in text:
+            raise ValueError(f"mutant {name!r}: {file} has changed, and has no {old!r}")
+        path.write_text(text.replace(old, new), encoding="utf-8")
+    return (folder / "schema.sql").read_text(encoding="utf-8")

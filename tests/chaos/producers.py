@@ -1,0 +1,203 @@
+"""Enqueuers: through the App, in transactions of their own, by COPY, INSERT ... SELECT and psql; cancels and retries.
+
+Each writes down what it tried before it tries, and what it knows afterwards: committed only when the commit has
+returned, rolled back only when none was sent; everything else is unknown, and both are right.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import time
+from collections.abc import Callable
+from typing import Any
+
+import notifyq
+from notifyq import store
+
+from . import app as tempers
+from .history import Batch
+
+LOST = (*store.TRANSIENT, notifyq.NotifyqError, OSError)
+
+
+class Producer:
+    """One enqueuer: a way, a connection of its own, and its own dice."""
+
+    def __init__(self, way: str, seed: str, dsn: str, psql: str | None, numbers: Callable[[], int]) -> None:
+        self.way = way
+        self.random = random.Random(seed)
+        self.batches: list[Batch] = []
+        self._dsn = dsn
+        self._program = psql
+        self._numbers = numbers
+        self._conn: Any = None
+        self._app = notifyq.App()
+
+    async def run(self, stop: asyncio.Event) -> None:
+        act = getattr(self, f"_{self.way}")
+        while not stop.is_set():
+            try:
+                if self._conn is None and self.way not in ("pool", "psql"):
+                    self._conn = await store.connect(self._dsn, role=f"chaos {self.way}")
+                await act()
+            except LOST:
+                if self._conn is not None:
+                    self._conn.terminate()
+                    self._conn = None
+                await asyncio.sleep(0.1)
+            await self._pause(0.8)
+        if self._conn is not None:
+            self._conn.terminate()
+
+    # Ways.
+
+    async def _pool(self) -> None:
+        """App.enqueue and enqueue_many, through its pool."""
+        async with self._app.connect(self._dsn):
+            for _ in range(10):
+                batch = self._batch(self.random.choice([1, 1, 1, 20]))
+                tasks = [self._task(n) for n in batch.numbers]
+                if len(tasks) == 1:
+                    await self._app.enqueue(tasks[0], **self._options())
+                else:
+                    await self._app.enqueue_many(tasks, **self._options())
+                self._ends(batch, "committed")
+                await self._pause(0.5)
+
+    async def _transaction(self) -> None:
+        """App.enqueue with conn=, in a transaction that dawdles, and may be rolled back."""
+        await self._conn.execute("BEGIN")
+        batch = self._batch(self.random.choice([1, 2, 3]))
+        try:
+            for n in batch.numbers:
+                await self._app.enqueue(self._task(n), conn=self._conn, **self._options())
+                await self._pause(0.3)
+        except BaseException:
+            self._ends(batch, "rolled back")
+            raise
+        if self.random.random() < 0.2:
+            await self._conn.execute("ROLLBACK")
+            self._ends(batch, "rolled back")
+        else:
+            await self._conn.execute("COMMIT")
+            self._ends(batch, "committed")
+
+    async def _insert(self) -> None:
+        """A plain INSERT; or notifyq.enqueue."""
+        batch = self._batch(1)
+        task = self._task(batch.numbers[0])
+        statement = self.random.choice(
+            [
+                "INSERT INTO notifyq.task (type, payload) VALUES ($1, $2) RETURNING id",
+                "SELECT notifyq.enqueue($1, $2, priority => 5)",
+                "SELECT notifyq.enqueue($1, $2, queue => 'narrow')",
+            ]
+        )
+        await self._conn.fetchval(statement, type(task).__name__, payload_of(task))
+        self._ends(batch, "committed")
+
+    async def _copy(self) -> None:
+        batch = self._batch(self.random.choice([1, 5, 60]))
+        tasks = [self._task(n) for n in batch.numbers]
+        records = [(type(task).__name__, payload_of(task), self._queue()) for task in tasks]
+        columns = ["type", "payload", "queue"]
+        await self._conn.copy_records_to_table("task", schema_name="notifyq", records=records, columns=columns)
+        self._ends(batch, "committed")
+
+    async def _select(self) -> None:
+        """INSERT ... SELECT, of tasks that are due in a moment, or in a while."""
+        batch = self._batch(self.random.choice([1, 5, 20]))
+        await self._conn.execute(
+            """INSERT INTO notifyq.task (type, payload, queue, run_at, priority)
+               SELECT 'Quick', jsonb_build_object('n', n), $2, clock_timestamp() + $3::float8 * interval '1 s', n % 3
+               FROM unnest($1::bigint[]) AS n""",
+            batch.numbers, self._queue(), self.random.choice([0.0, 0.05, 0.5, 3.0]),
+        )  # fmt: skip
+        self._ends(batch, "committed")
+
+    async def _psql(self) -> None:
+        assert self._program is not None
+        batch = self._batch(1)
+        statement = f"""INSERT INTO notifyq.task (type, payload) VALUES ('Quick', '{{"n": {batch.numbers[0]}}}')"""
+        process = await asyncio.create_subprocess_exec(
+            self._program, "-X", "-q", "-v", "ON_ERROR_STOP=1", "-c", statement, self._dsn,
+            stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.DEVNULL,
+        )  # fmt: skip
+        if await process.wait() == 0:
+            self._ends(batch, "committed")
+
+    async def _meddle(self) -> None:
+        """A person at psql: cancels and retries, whatever state the task is in."""
+        ids = await self._conn.fetch(
+            """SELECT id FROM notifyq.all_tasks WHERE id > (SELECT last_value - 100 FROM notifyq.task_id_seq)
+               ORDER BY random() LIMIT 2"""
+        )
+        for row in ids:
+            what = self.random.choice(["cancel", "retry"])
+            await self._conn.fetchval(f"SELECT notifyq.{what}($1)", row[0])
+        await self._pause(1.0)
+
+    # What is enqueued.
+
+    def _batch(self, count: int) -> Batch:
+        batch = Batch(by=self.way, numbers=[self._numbers() for _ in range(count)], at=time.time())
+        self.batches.append(batch)
+        return batch
+
+    def _ends(self, batch: Batch, outcome: str) -> None:
+        batch.outcome, batch.at = outcome, time.time()
+
+    def _queue(self) -> str:
+        return self.random.choice(["default", "default", "mail", "narrow"])
+
+    def _options(self) -> dict[str, Any]:
+        rnd = self.random
+        options: dict[str, Any] = {"queue": self._queue(), "priority": rnd.choice([0, 0, 0, 7])}
+        if rnd.random() < 0.15:
+            options["delay"] = rnd.choice([0.01, 0.3, 2.0])
+        return options
+
+    def _task(self, n: int) -> tempers.Numbered:
+        rnd = self.random
+        match rnd.randrange(24):
+            case 0 | 1 | 2:
+                return tempers.Slow(n=n, seconds=rnd.choice([0.01, 0.1, 0.5, 2.0]))
+            case 3:
+                return tempers.Slow(n=n, seconds=rnd.choice([2.0, 5.0]))
+            case 4 | 5:
+                return tempers.Fail(n=n, times=rnd.choice([1, 2]))
+            case 6:
+                return tempers.Doomed(n=n)
+            case 7:
+                return tempers.TimedOut(n=n)
+            case 8 | 9:
+                return tempers.Thread(n=n, seconds=rnd.choice([0.0, 0.05, 0.5]))
+            case 10:
+                return tempers.Verdict(n=n, says=rnd.choice(["retry", "cancel", "dead"]))
+            case _:
+                return tempers.Quick(n=n)
+
+    async def _pause(self, longest: float) -> None:
+        await asyncio.sleep(self.random.random() ** 3 * longest)
+
+
+def payload_of(task: tempers.Numbered) -> bytes:
+    fields: dict[str, Any] = {name: getattr(task, name) for name in task.__struct_fields__}
+    return json.dumps(fields).encode()
+
+
+WAYS = (
+    "pool",
+    "pool",
+    "transaction",
+    "transaction",
+    "transaction",
+    "insert",
+    "insert",
+    "copy",
+    "select",
+    "psql",
+    "meddle",
+)

@@ -1,0 +1,223 @@
+"""The history checker on made-up histories, right ones and wrong ones; and a short run of the chaos itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from .chaos import report
+from .chaos.checker import check
+from .chaos.faults import FAULTS
+from .chaos.fleet import PLACES
+from .chaos.history import Batch, History, Lag, Process, Row, Run, Window
+from .chaos.mutants import MUTANTS, breed
+from .chaos.stage import Stage
+
+T = 1000.0  # when everything begins
+QUEUES: dict[str, int | None] = {"default": None}
+
+
+def row(op: str, at: float, **fields: Any) -> Row:
+    """A transition of task 1 at T + `at`, by the enqueuer if nothing else is said."""
+    fields = {"who": "notifyq", "n": "7", "run_at": T, **fields}
+    row.seq += 1  # type: ignore[attr-defined]
+    return Row(op=op, id=fields.pop("id", 1), seq=row.seq, at=T + at, committed=T + at, **fields)  # type: ignore[attr-defined]
+
+
+row.seq = 0  # type: ignore[attr-defined]
+
+
+def claim(at: float, worker: int = 1, attempt: int = 1) -> Row:
+    who, app = f"w{worker}", f"notifyq claims {worker}"
+    return row("U", at, worker=worker, attempts=attempt, was_attempts=attempt - 1, who=who, app=app)
+
+
+def done(at: float, worker: int = 1, attempt: int = 1, by: int | None = None, run: str = "w1-1") -> list[Row]:
+    """Settled as done, by that worker's process; the lease is `worker`'s."""
+    who, lease = f"w{by or worker}", {"was_worker": worker, "was_attempts": attempt, "attempts": attempt}
+    gone = row("D", at, who=who, app="notifyq settle", **lease)
+    return [gone, row("F", at, who=who, app="notifyq settle", attempts=attempt, note=f'done "run {run}"')]
+
+
+def taken(at: float, by: int, worker: int = 1, attempt: int = 1) -> Row:
+    """Rescued."""
+    lease = {"was_worker": worker, "was_attempts": attempt, "attempts": attempt}
+    return row("U", at, who=f"w{by}", app=f"notifyq keeper {by}", note="its worker vanished", **lease)
+
+
+def ran(run: str, start: float, end: float | None, attempt: int = 1) -> Run:
+    ended = None if end is None else T + end
+    return Run(run=run, id=1, attempt=attempt, who=run.partition("-")[0], started=T + start, ended=ended)
+
+
+def history(rows: list[Row], runs: list[Run], **fields: Any) -> History:
+    born = [row("W", -9, id=number, who=f"w{number}") for number in (1, 2)]
+    idle = [Process(who=f"w{number}", started=T - 9, queues=QUEUES, concurrency=10) for number in (1, 2)]
+    batch = Batch(by="test", numbers=[7], outcome="committed", at=T)
+    return History(rows=born + rows, runs=runs, **{"batches": [batch], "processes": idle, **fields})
+
+
+def well() -> History:
+    return history([row("I", 0), claim(0.01), *done(0.1)], [ran("w1-1", 0.02, 0.1)])
+
+
+def kill(until: float = 1.1) -> Window:
+    return Window(name="worker killed", since=T + 1, until=T + until, who={"w1"}, round=1)
+
+
+def rescue(at: float, **fields: Any) -> History:
+    """Killed after a second with the task in hand, which its heir ends."""
+    dead = Process(who="w1", started=T - 9, queues=QUEUES, concurrency=10, killed=T + 1, ended=T + 1, code=-9)
+    heir = Process(who="w2", started=T - 9, queues=QUEUES, concurrency=10)
+    rows = [row("I", 0), claim(0.01), taken(at, 2), claim(at + 0.1, 2, 2), *done(at + 0.2, 2, 2, run="w2-1")]
+    runs = [ran("w1-1", 0.02, None), ran("w2-1", at + 0.11, at + 0.2, 2)]
+    return history(rows, runs, **{"windows": [kill()], "processes": [dead, heir], **fields})
+
+
+def test_a_history_in_which_all_is_well() -> None:
+    """And one with a fault in which all is well too."""
+    assert check(well()) == []
+    assert check(rescue(3.0)) == []
+
+
+def lost() -> History:
+    return history([], [])
+
+
+def half() -> History:
+    return history([row("I", 0), claim(0.01), *done(0.1)], [ran("w1-1", 0.02, 0.1)],
+                   batches=[Batch(by="test", numbers=[7, 8], at=T)])  # fmt: skip
+
+
+def undead() -> History:
+    batch = Batch(by="test", numbers=[7], outcome="rolled back", at=T)
+    return history([row("I", 0), claim(0.01), *done(0.1)], [ran("w1-1", 0.02, 0.1)], batches=[batch])
+
+
+def vanished() -> History:
+    return history([row("I", 0), claim(0.01), done(0.1)[0]], [ran("w1-1", 0.02, 0.1)])
+
+
+def stuck() -> History:
+    return history([row("I", 0)], [], left={1: "Quick"})
+
+
+def twice() -> History:
+    return history([row("I", 0), claim(0.01), *done(0.1), done(0.2)[1]], [ran("w1-1", 0.02, 0.1)])
+
+
+def stolen() -> History:
+    rows = [row("I", 0), claim(0.01)]
+    rows.append(row("U", 0.05, was_worker=1, was_attempts=1, worker=2, attempts=2, who="w2", app="notifyq claims 2"))
+    rows += done(0.1, 2, 2, run="w2-1")
+    return history(rows, [ran("w1-1", 0.02, 0.04), ran("w2-1", 0.06, 0.1, 2)])
+
+
+def unfenced() -> History:
+    """It was frozen, another has the lease now, and it settles all the same."""
+    frozen = Window(name="worker frozen", since=T + 0.03, until=T + 9, who={"w1"}, round=1)
+    rows = [row("I", 0), claim(0.01), taken(7, 2), claim(7.1, 2, 2), *done(9.1, 2, 2, by=1)]
+    return history(rows, [ran("w1-1", 0.02, 9.05), ran("w2-1", 7.2, 9.5, 2)], windows=[frozen])
+
+
+def robbed() -> History:
+    """A rescue without a fault."""
+    rows = [row("I", 0), claim(0.01), taken(7, 2), claim(7.1, 2, 2), *done(7.3, 2, 2, run="w2-1")]
+    return history(rows, [ran("w1-1", 0.02, 0.5), ran("w2-1", 7.15, 7.3, 2)])
+
+
+def at_once() -> History:
+    rows = [row("I", 0), claim(0.01), taken(0.3, 1), claim(0.4, 2, 2), *done(0.6, 2, 2, run="w2-1")]
+    return history(rows, [ran("w1-1", 0.02, 0.7), ran("w2-1", 0.41, 0.6, 2)])
+
+
+def without_a_lease() -> History:
+    rows = [row("I", 0), claim(0.01), *done(0.1)]
+    return history(rows, [ran("w1-1", 0.02, 0.1), ran("w2-1", 0.03, 0.05)])
+
+
+def after_the_end() -> History:
+    return history([row("I", 0), claim(0.01), *done(0.1)], [ran("w1-1", 0.02, 0.1), ran("w1-2", 0.3, 0.4)])
+
+
+def not_woken() -> History:
+    return history([row("I", 0), claim(4), *done(4.1)], [ran("w1-1", 4.05, 4.1)])
+
+
+def not_healed() -> History:
+    window = Window(name="connection ended", since=T - 3, until=T - 2, who=set(), round=1)
+    return history([row("I", 0), claim(4), *done(4.1)], [ran("w1-1", 4.05, 4.1)], windows=[window])
+
+
+def never_ends() -> History:
+    told = Process(who="w1", started=T - 9, queues=QUEUES, concurrency=10, told=T + 5, ended=T + 25, code=0)
+    return history([row("I", 0), claim(0.01), *done(0.1)], [ran("w1-1", 0.02, 0.1)], processes=[told])
+
+
+def gave_up() -> History:
+    gone = Process(who="w1", started=T - 9, queues=QUEUES, concurrency=10, ended=T + 5, code=1)
+    return history([row("I", 0), claim(0.01), *done(0.1)], [ran("w1-1", 0.02, 0.1)], processes=[gone])
+
+
+WRONG: dict[Callable[[], History], str] = {
+    lost: "P1 lost: numbers [7] by test were committed",
+    half: "P1 of numbers [7, 8] by test only [7] are there",
+    undead: "P1 numbers [7] by test were rolled back",
+    vanished: "P1 lost: it is gone without an outcome",
+    stuck: "P1 a Quick has not ended",
+    twice: "P2 settled twice",
+    stolen: "P2 claimed by 2 under the lease of 1",
+    unfenced: "P2 settled by w1, which didn't hold the lease",
+    robbed: "P2 taken from w1, which no fault had touched",
+    at_once: "P2 runs w1-1 and w2-1 at once",
+    without_a_lease: "P2 run w2-1 began without a lease",
+    after_the_end: "P2 run w1-2 began after its lease had ended",
+    not_woken: "P3 started 4.050 s after its time, before any fault",
+    not_healed: "P3 started 4.050 s after its time, 6.0 s after connection ended",
+    lambda: rescue(8.0): "P4 its worker w1 was killed, and 7.0 s later",
+    never_ends: "P4 worker w1 was told to stop, and ended after 20.0 s",
+    gave_up: "P5 worker w1 ended by itself, with 1",
+}
+
+
+@pytest.mark.parametrize(("made_up", "breach"), WRONG.items(), ids=list(WRONG.values()))
+def test_a_promise_that_is_broken(made_up: Callable[[], History], breach: str) -> None:
+    """Each is found, and told with its task's story."""
+    wrong = made_up()
+    found = check(wrong)
+    assert any(f"{one.promise} {one.what}".startswith(breach) for one in found), found
+    story = report.told(wrong, found)[1:]
+    assert any("inserted" in line for line in story) or not any(one.id for one in found)
+    assert len(report.table(wrong, found)) == 1 + len({window.name for window in wrong.windows})
+
+
+@pytest.mark.parametrize("excuse", ["a slot of nobody's", "a lag of the machine"])
+def test_a_late_start_with_an_excuse(excuse: str) -> None:
+    """All slots were taken, or a process that only sleeps was late as well."""
+    late = not_woken()
+    if excuse == "a slot of nobody's":
+        late.processes = []
+    else:
+        late.lags = [Lag(at=T + 2, seconds=1.5)]
+    assert check(late) == []
+
+
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_mutants_are_of_this_notifyq(mutant: str, tmp_path: Path) -> None:
+    """What they change is there to be changed."""
+    breed(mutant, tmp_path)
+
+
+async def test_chaos(tmp_path: Path) -> None:
+    """A few quick faults against two workers: `make chaos` has the others, and the time."""
+    names = ("connection ended: door", "connection ended: claims", "connection ended: settle", "worker killed with")
+    faults = [fault for fault in FAULTS if fault.name.startswith(names)]
+    stage = Stage(5, tmp_path, faults=faults, places=PLACES[1:3], patience=0.1)
+    history = await stage.run(5)
+    breaches = check(history)
+    assert not breaches, "\n".join(report.told(history, breaches))
+    assert {window.name for window in history.windows} > {"(no fault)"}
+    assert len(history.runs) > 100
