@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import os
 import random
 import sys
 import tempfile
 import time
 from pathlib import Path
 
+import msgspec
+
 from . import mutants, report
 from .checker import check
 from .faults import FAULTS
+from .fleet import PROJECT
+from .history import History
 from .stage import Stage
 
 
@@ -23,7 +26,11 @@ def main() -> int:
     parser.add_argument("--seed", type=int, help="the schedule of an earlier run")
     parser.add_argument("--fault", action="append", metavar="NAME", help="only those that begin so; repeatable")
     parser.add_argument("--mutant", choices=sorted(mutants.MUTANTS), help="run notifyq with a known mistake; must fail")
+    parser.add_argument("--save", type=Path, metavar="FILE", help="keep the history, as JSON")
+    parser.add_argument("--check", type=Path, metavar="FILE", help="run nothing, and check that one")
     options = parser.parse_args()
+    if options.check:
+        return tell(msgspec.json.decode(options.check.read_bytes(), type=History))
     seed = random.randrange(1_000_000) if options.seed is None else options.seed
     chosen = [fault for fault in FAULTS if not options.fault or fault.name.startswith(tuple(options.fault))]
     if not chosen:
@@ -32,29 +39,29 @@ def main() -> int:
     begin = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="notifyq-chaos-") as name:
         folder = Path(name)
-        environment: dict[str, str] = {}
-        schema = None
-        if options.mutant:
-            (folder / "mutant").mkdir()
-            schema = mutants.breed(options.mutant, folder / "mutant")
-            environment["PYTHONPATH"] = os.pathsep.join([str(folder / "mutant"), os.environ.get("PYTHONPATH", "")])
+        project = mutants.breed(options.mutant, folder / "mutant") if options.mutant else PROJECT
         stage = Stage(
             seed,
             folder,
             faults=chosen,
-            environment=environment,
-            schema=schema,
+            project=project,
             say=lambda text: print(text, flush=True),
         )
         history = asyncio.run(stage.run(options.minutes * 60))
+    print("all has ended; reading the history", flush=True)
+    if options.save:
+        options.save.write_bytes(msgspec.json.encode(history))
+    code = tell(history)
+    print(f"{time.monotonic() - begin:.0f} s; the same schedule again: SEED={seed}")
+    return code
+
+
+def tell(history: History) -> int:
     breaches = check(history)
     print(*report.told(history, breaches), "", *report.table(history, breaches), "", sep="\n")
     print(report.summary(history))
     injected = sum(window.name != "(no fault)" for window in history.windows)
-    print(
-        f"{injected} faults in {time.monotonic() - begin:.0f} s, {len(breaches)} promises broken; "
-        f"the same schedule again: SEED={seed}"
-    )
+    print(f"{injected} faults, {len(breaches)} promises broken")
     if not injected:
         print("nothing was injected, so nothing was shown")
     return 1 if breaches or not injected else 0

@@ -22,7 +22,7 @@ from .history import Process
 PROJECT = Path(__file__).parent.parent.parent
 SHUTDOWN_SECONDS = 3.0
 LEASE_SECONDS = 6.0
-QUEUES: dict[str, int | None] = {"default": None, "mail": None, "narrow": 3}
+QUEUES: dict[str, int | None] = {"default": None, "mail": None, "narrow": 8}
 
 
 class Place(msgspec.Struct):
@@ -77,13 +77,11 @@ class Member:
 
 
 class Fleet:
-    def __init__(
-        self, dsn: str, folder: Path, role: Callable[[str], Awaitable[None]], environment: dict[str, str]
-    ) -> None:
+    def __init__(self, dsn: str, folder: Path, role: Callable[[str], Awaitable[None]], project: Path) -> None:
         self._dsn = dsn
         self._folder = folder
         self._role = role
-        self._environment = environment
+        self._project = project
         self._number = 0
         self._closing = asyncio.Event()
         self.all: list[Member] = []
@@ -143,7 +141,7 @@ class Fleet:
         environment = {**os.environ, "CHAOS_WHO": who, "CHAOS_EVENTS": str(self._folder), "NOTIFYQ_DSN": dsn}
         with open(self._folder / f"{who}.log", "wb") as log:
             process = await asyncio.create_subprocess_exec(
-                sys.executable, *argv, cwd=PROJECT, env=environment | self._environment, stdout=log, stderr=log
+                sys.executable, *argv, cwd=self._project, env=environment, stdout=log, stderr=log
             )
         seen = Process(who=who, started=time.time(), queues=place.queues, concurrency=place.concurrency)
         member = Member(place, process, seen)

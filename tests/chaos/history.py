@@ -99,7 +99,9 @@ class Lag(msgspec.Struct):
     seconds: float
 
 
-class History(msgspec.Struct, kw_only=True, dict=True):
+class History(msgspec.Struct, kw_only=True, dict=True, eq=False):
+    """All of it. What is derived from it is worked out once."""
+
     rows: list[Row] = []
     runs: list[Run] = []
     batches: list[Batch] = []

@@ -49,8 +49,8 @@ MUTANTS: dict[str, list[Change]] = {
 }
 
 
-def breed(name: str, folder: Path) -> str:
-    """A copy of the package with that mistake, in `folder`; returns its schema.sql."""
+def breed(name: str, folder: Path) -> Path:
+    """A project with that mistake in its copy of the package, in `folder`."""
     package = Path(notifyq.__file__).parent
     copy = folder / "notifyq"
     shutil.copytree(package, copy, ignore=shutil.ignore_patterns("__pycache__"))
@@ -62,4 +62,5 @@ def breed(name: str, folder: Path) -> str:
         if old not in text:
             raise ValueError(f"mutant {name!r}: {file} has changed, and has no {old!r}")
         path.write_text(text.replace(old, new), encoding="utf-8")
-    return (folder / "schema.sql").read_text(encoding="utf-8")
+    (folder / "tests").symlink_to(package.parent / "tests")
+    return folder

@@ -47,7 +47,7 @@ class Producer:
                     self._conn.terminate()
                     self._conn = None
                 await asyncio.sleep(0.1)
-            await self._pause(0.8)
+            await self._pause(2.0)
         if self._conn is not None:
             self._conn.terminate()
 
@@ -99,7 +99,7 @@ class Producer:
         self._ends(batch, "committed")
 
     async def _copy(self) -> None:
-        batch = self._batch(self.random.choice([1, 5, 60]))
+        batch = self._batch(self.random.choice([1, 1, 5, 60]))
         tasks = [self._task(n) for n in batch.numbers]
         records = [(type(task).__name__, payload_of(task), self._queue()) for task in tasks]
         columns = ["type", "payload", "queue"]
@@ -108,7 +108,7 @@ class Producer:
 
     async def _select(self) -> None:
         """INSERT ... SELECT, of tasks that are due in a moment, or in a while."""
-        batch = self._batch(self.random.choice([1, 5, 20]))
+        batch = self._batch(self.random.choice([1, 1, 5, 20]))
         await self._conn.execute(
             """INSERT INTO notifyq.task (type, payload, queue, run_at, priority)
                SELECT 'Quick', jsonb_build_object('n', n), $2, clock_timestamp() + $3::float8 * interval '1 s', n % 3
@@ -150,7 +150,7 @@ class Producer:
         batch.outcome, batch.at = outcome, time.time()
 
     def _queue(self) -> str:
-        return self.random.choice(["default", "default", "mail", "narrow"])
+        return self.random.choice(["default", "default", "default", "mail", "mail", "narrow"])
 
     def _options(self) -> dict[str, Any]:
         rnd = self.random
@@ -163,9 +163,9 @@ class Producer:
         rnd = self.random
         match rnd.randrange(24):
             case 0 | 1 | 2:
-                return tempers.Slow(n=n, seconds=rnd.choice([0.01, 0.1, 0.5, 2.0]))
+                return tempers.Slow(n=n, seconds=rnd.choice([0.01, 0.1, 0.5]))
             case 3:
-                return tempers.Slow(n=n, seconds=rnd.choice([2.0, 5.0]))
+                return tempers.Slow(n=n, seconds=rnd.choice([1.0, 2.0, 5.0]))
             case 4 | 5:
                 return tempers.Fail(n=n, times=rnd.choice([1, 2]))
             case 6:

@@ -16,7 +16,7 @@ from typing import Any
 import asyncpg
 import msgspec
 
-from notifyq import schema, store
+from notifyq import store
 from notifyq.demo.psql import find_psql
 from notifyq.embedded import Server
 
@@ -43,8 +43,7 @@ class Stage:
         faults: list[Fault] = FAULTS,
         places: tuple[Place, ...] = PLACES,
         patience: float = PATIENCE,
-        environment: dict[str, str] | None = None,
-        schema: str | None = None,
+        project: Path = PROJECT,
         say: Callable[[str], None] = lambda text: None,
     ) -> None:
         self.random = random.Random(seed)
@@ -55,8 +54,7 @@ class Stage:
         self._faults = faults
         self._places = places
         self._patience = patience
-        self._environment = environment or {}
-        self._schema = schema
+        self._project = project
         self._say = say
         self._numbers = itertools.count(1)
         self._producers: list[Producer] = []
@@ -65,7 +63,7 @@ class Stage:
         with Server(settings=SETTINGS) as self.server:
             self.dsn = self.server.dsn()
             await self._install()
-            self.fleet = Fleet(self.dsn, self._folder, self._role, self._environment)
+            self.fleet = Fleet(self.dsn, self._folder, self._role, self._project)
             canary = await asyncio.create_subprocess_exec(
                 sys.executable, "-m", "tests.chaos.canary", str(self._folder / "canary"), cwd=PROJECT
             )
@@ -213,7 +211,7 @@ class Stage:
     async def _install(self) -> None:
         conn = await store.connect(self.dsn)
         try:
-            await (schema.migrate(conn) if self._schema is None else conn.execute(self._schema))
+            await conn.execute((self._project / "schema.sql").read_text(encoding="utf-8"))
             await conn.execute(ledger.INSTALL)
         finally:
             conn.terminate()

@@ -8,7 +8,10 @@ P5  no worker ends by itself
 
 from __future__ import annotations
 
+import functools
 import itertools
+from bisect import bisect_left
+from collections import Counter
 from collections.abc import Iterator
 
 import msgspec
@@ -18,7 +21,9 @@ from .fleet import SHUTDOWN_SECONDS
 from .history import History, Lease, Process, Run
 
 LATE_SECONDS = 0.25
+LIMITED_SECONDS = 1.0  # more, in a queue with limits: who has the turn and is full there passes it on once a second
 LAG_TIMES = 5  # a wake-up is some hops long, and each may find the machine busy
+START_SECONDS = 3.0  # for a Python to start
 RESCUE_SECONDS = 5.0
 EXIT_SECONDS = SHUTDOWN_SECONDS + 7.0  # cancelling, writing and good-byes: 5 s, and a Python to end
 
@@ -57,10 +62,12 @@ def rounds(history: History) -> list[Round]:
     return ordered
 
 
+@functools.cache
 def starts(history: History) -> list[Start]:
     """The first start of each claim."""
     found: list[Start] = []
     seen: set[int] = set()
+    full = crowded(history)
     for run in sorted(history.runs, key=lambda run: run.started):
         lease = lease_of(history, run)
         if lease is None or lease.claim.seq in seen:
@@ -68,40 +75,64 @@ def starts(history: History) -> list[Start]:
         seen.add(lease.claim.seq)
         start = Start(run, lease, run.started - lease.ready)
         if start.late > LATE_SECONDS:
-            start.excuse = _excuse(history, start)
+            start.excuse = _excuse(history, start, full)
         found.append(start)
     return found
 
 
-def _excuse(history: History, start: Start) -> str:
+def _excuse(history: History, start: Start, full: dict[str, list[tuple[float, float]]]) -> str:
     ready, begun = start.lease.ready, start.run.started
+    queue = start.lease.claim.queue
     if start.late < LATE_SECONDS + LAG_TIMES * history.lag(ready, begun):
         return "the machine was busy"
-    if not slot_free(history, start.lease.claim.queue, ready, begun - LATE_SECONDS):
-        return "no free slot"
-    return ""
+    if start.late < LATE_SECONDS + LIMITED_SECONDS and any(process.queues.get(queue) for process in history.processes):
+        return "a queue with a limit"
+    crowds = full.get(queue)
+    if crowds is None:
+        return "nobody serves that queue"
+    last = bisect_left(crowds, (begun - LATE_SECONDS,)) - 1  # of those that began before; they don't overlap
+    return "no free slot" if last >= 0 and crowds[last][1] >= ready else ""
 
 
-def slot_free(history: History, queue: str, since: float, until: float) -> bool:
-    """Whether at each moment in between some worker had a slot for that queue, as far as the database knows."""
-    near = [lease for lease in history.leases if lease.claim.at <= until and _ends(lease) >= since]
-    moments = {since, until, *(lease.claim.at for lease in near), *(_ends(lease) for lease in near)}
-    for moment in sorted(moment for moment in moments if since <= moment <= until):
-        held = [lease for lease in near if lease.claim.at <= moment <= _ends(lease)]
-        if not any(_room(process, held, queue, moment) for process in history.processes):
-            return False
-    return True
+def crowded(history: History) -> dict[str, list[tuple[float, float]]]:
+    """For each queue when no worker had a slot for it, as far as the database knows: since, until; in order."""
+    moments: list[tuple[float, int, Process, str]] = []
+    process_of = {process.who: process for process in history.processes}
+    for process in history.processes:
+        ends = [end for end in (process.told, process.killed, process.ended) if end is not None]
+        moments.append((process.started + START_SECONDS, 0, process, "begins"))
+        moments.append((min(ends, default=float("inf")), 0, process, "ends"))
+    for lease in history.leases:
+        if lease.who in process_of:
+            whose = process_of[lease.who], lease.claim.queue
+            moments += [(lease.claim.at, 1, *whose), (_ends(lease), -1, *whose)]
+    queues = {queue for process in history.processes for queue in process.queues}
+    found: dict[str, list[tuple[float, float]]] = {queue: [] for queue in queues}
+    since = dict.fromkeys(queues, 0.0)  # crowded since then; nobody is there at first
+    held: Counter[tuple[str, str]] = Counter()
+    alive: set[str] = set()
+    for at, change, process, what in sorted(moments, key=lambda moment: moment[0]):
+        if change:
+            held[process.who, what] += change
+            held[process.who, ""] += change
+        elif what == "begins":
+            alive.add(process.who)
+        else:
+            alive.discard(process.who)
+        for queue in queues:
+            room = any(_room(process_of[who], held, queue) for who in alive)
+            if room and queue in since:
+                found[queue].append((since.pop(queue), at))
+            elif not room:
+                since.setdefault(queue, at)
+    for queue, begin in since.items():
+        found[queue].append((begin, float("inf")))
+    return found
 
 
-def _room(process: Process, held: list[Lease], queue: str, moment: float) -> bool:
-    ended = min(process.told or moment + 1, process.killed or moment + 1, process.ended or moment + 1)
-    # A Python takes its time to start.
-    if queue not in process.queues or not process.started + 3 <= moment <= ended:
-        return False
-    mine = [lease for lease in held if lease.who == process.who]
-    limit = process.queues[queue]
-    full = limit is not None and sum(lease.claim.queue == queue for lease in mine) >= limit
-    return len(mine) < process.concurrency and not full
+def _room(process: Process, held: Counter[tuple[str, str]], queue: str) -> bool:
+    limit = process.queues.get(queue, 0)
+    return held[process.who, ""] < process.concurrency and (limit is None or held[process.who, queue] < limit)
 
 
 def _ends(lease: Lease) -> float:

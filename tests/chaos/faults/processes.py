@@ -20,6 +20,9 @@ ARMING = """SELECT a.usename FROM pg_locks l JOIN pg_stat_activity a USING (pid)
 SETTLING = """SELECT usename FROM pg_stat_activity
               WHERE application_name = 'notifyq settle' AND wait_event_type = 'Lock' LIMIT 1"""
 
+BUSIEST = """SELECT l.who FROM notifyq.task t JOIN chaos.ledger l ON l.op = 'W' AND l.id = t.worker
+             GROUP BY l.who ORDER BY count(*) DESC"""
+
 
 def some(stage: Stage) -> Member:
     if not stage.fleet.members:
@@ -87,13 +90,13 @@ async def frozen_with_turn(stage: Stage, hit: Hit) -> None:
 @fault("worker frozen past its lease", quick=False)
 async def frozen_long(stage: Stage, hit: Hit) -> None:
     """Those of 6 s. With something in hand that ends while it is frozen, so that it tries to settle when it wakes."""
-    members = [member for member in stage.fleet.members if not member.place.cli]
-    if not members:
-        raise Missed
-    member = stage.random.choice(members)
-    await stage.insert("Slow", 40, seconds=1.5)
+    await stage.insert("Slow", 100, seconds=4.0)
     await asyncio.sleep(0.5)
-    await freeze(member, 9.5, hit)
+    for row in await stage.sql(BUSIEST):
+        member = stage.fleet.named(row[0])
+        if member and not member.place.cli:
+            return await freeze(member, 9.5, hit)
+    raise Missed
 
 
 async def freeze(member: Member, seconds: float, hit: Hit) -> None:
