@@ -14,7 +14,7 @@ from .chaos.faults import FAULTS
 from .chaos.fleet import PLACES
 from .chaos.history import Batch, History, Lag, Process, Row, Run, Window
 from .chaos.mutants import MUTANTS, breed
-from .chaos.stage import Stage
+from .chaos.play import play
 
 T = 1000.0  # when everything begins
 QUEUES: dict[str, int | None] = {"default": None}
@@ -215,8 +215,7 @@ async def test_chaos(tmp_path: Path) -> None:
     """A few quick faults against two workers: `make chaos` has the others, and the time."""
     names = ("connection ended: door", "connection ended: claims", "connection ended: settle", "worker killed with")
     faults = [fault for fault in FAULTS if fault.name.startswith(names)]
-    stage = Stage(5, tmp_path, faults=faults, places=PLACES[1:3], patience=0.1)
-    history = await stage.run(5)
+    history = await play(5, 4, tmp_path, faults=faults, places=PLACES[:2], patience=0.0)
     breaches = check(history)
     assert not breaches, "\n".join(report.told(history, breaches))
     assert {window.name for window in history.windows} > {"(no fault)"}

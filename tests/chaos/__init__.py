@@ -7,7 +7,8 @@ ledger           triggers on notifyq's tables: every transition of every row, wi
 producers        enqueuers of all kinds, which write down what they know to be committed
 fleet            the worker processes, each with a role of its own in the database
 faults           the list of what is done to them
-stage            one run: all of that together, until the last task has ended
+stage            what the faults act on
+play             one run: all of that together, until the last task has ended
 history          what was recorded, read into one place
 checker, timing  the promises, proven from the history or not
 report           the table, and the story of a task that a promise was broken for

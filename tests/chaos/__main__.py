@@ -17,7 +17,11 @@ from .checker import check
 from .faults import FAULTS
 from .fleet import PROJECT
 from .history import History
-from .stage import Stage
+from .play import play
+
+
+def say(text: str) -> None:
+    print(text, flush=True)
 
 
 def main() -> int:
@@ -40,14 +44,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="notifyq-chaos-") as name:
         folder = Path(name)
         project = mutants.breed(options.mutant, folder / "mutant") if options.mutant else PROJECT
-        stage = Stage(
-            seed,
-            folder,
-            faults=chosen,
-            project=project,
-            say=lambda text: print(text, flush=True),
-        )
-        history = asyncio.run(stage.run(options.minutes * 60))
+        history = asyncio.run(play(seed, options.minutes * 60, folder, faults=chosen, project=project, say=say))
     print("all has ended; reading the history", flush=True)
     if options.save:
         options.save.write_bytes(msgspec.json.encode(history))

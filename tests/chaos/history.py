@@ -6,6 +6,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable
 from functools import cached_property
+from pathlib import Path
 
 import msgspec
 
@@ -184,6 +185,25 @@ class History(msgspec.Struct, kw_only=True, dict=True, eq=False):
     def lag(self, since: float, until: float) -> float:
         """Seconds that the machine was late in between."""
         return sum(lag.seconds for lag in self.lags if since <= lag.at and lag.at - lag.seconds <= until)
+
+
+def read_events(folder: Path, history: History) -> None:
+    """What the worker processes and the canary wrote."""
+    canary = folder / "canary"
+    if canary.exists():
+        history.lags = [msgspec.json.decode(line, type=Lag) for line in canary.read_bytes().splitlines()]
+    runs: dict[str, Run] = {}
+    for path in folder.glob("*.jsonl"):
+        for line in path.read_bytes().splitlines():
+            event = msgspec.json.decode(line)
+            match event["event"]:
+                case "started":
+                    runs[event["run"]] = msgspec.convert({**event, "started": event["at"]}, Run)
+                case "ended":
+                    runs[event["run"]].ended, runs[event["run"]].how = event["at"], event["how"]
+                case _:
+                    history.logs.append((event["at"], event["who"], event["message"], event["ids"]))
+    history.runs = list(runs.values())
 
 
 def _grouped(rows: Iterable[Row]) -> dict[int, list[Row]]:

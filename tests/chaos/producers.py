@@ -36,6 +36,8 @@ class Producer:
         self._app = notifyq.App()
 
     async def run(self, stop: asyncio.Event) -> None:
+        if self.way == "psql" and self._program is None:
+            return
         act = getattr(self, f"_{self.way}")
         while not stop.is_set():
             try:

@@ -30,7 +30,7 @@ async def backend_killed(stage: Stage, hit: Hit) -> None:
     if not rows:
         raise Missed
     os.kill(rows[0][0], signal.SIGKILL)
-    await stage.reachable()
+    await stage.until("SELECT true", 15)
 
 
 @fault("server frozen", everybody=True, quick=False)
