@@ -163,13 +163,13 @@ def overlapping(history: History) -> Iterator[Breach]:
                 yield Breach("P2", f"runs {first.run} and {second.run} at once", id, second.started)
 
 
-def again_after_fault(history: History) -> Iterator[float]:
-    """When leases were taken from workers that a fault had touched, with handlers under way."""
+def taken(history: History) -> Iterator[Lease]:
+    """Leases that were taken from their workers, or given up by them, with a handler under way."""
     for lease in history.leases:
         if lease.end is None or lease.end.who == CONDUCTOR or own_outcome(lease.end, lease):
             continue
         if any(run.attempt == lease.attempt and run.who == lease.who for run in history.runs_of[lease.id]):
-            yield lease.end.at
+            yield lease
 
 
 def own_outcome(end: Row, lease: Lease) -> bool:

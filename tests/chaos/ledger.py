@@ -67,7 +67,7 @@ READ = """
 SELECT op, id, seq, extract(epoch FROM at)::float8 AS at,
        extract(epoch FROM pg_xact_commit_timestamp(xmin))::float8 AS committed, who, app,
        was_worker, coalesce(was_attempts, 0) AS was_attempts, worker, coalesce(attempts, 0) AS attempts,
-       coalesce(extract(epoch FROM run_at), 0)::float8 AS run_at, coalesce(aside, false) AS aside,
+       coalesce(extract(epoch FROM greatest(run_at, 'epoch')), 0)::float8 AS run_at, coalesce(aside, false) AS aside,
        coalesce(queue, '') AS queue, coalesce(type, '') AS type, n, coalesce(note, '') AS note
 FROM chaos.ledger ORDER BY seq
 """

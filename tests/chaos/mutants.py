@@ -28,7 +28,12 @@ MUTANTS: dict[str, list[Change]] = {
             "claim.py",
             "self._look = True  # the claim that follows getting the turn, and falling asleep",
             "self._look |= self._door.place is Place.TURN",
-        )
+        ),
+        (
+            "claim.py",
+            "await self._wait(until)\n                    self._look = True",
+            "await self._wait(until)\n                    self._look |= self._door.place is Place.TURN",
+        ),
     ],
     # The others are dead, whatever their lock and their heartbeat say.
     "liveness": [

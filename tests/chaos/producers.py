@@ -19,6 +19,7 @@ from notifyq import store
 from . import app as tempers
 from .history import Batch
 
+TIDE_SECONDS = 5.0
 LOST = (*store.TRANSIENT, notifyq.NotifyqError, OSError)
 
 
@@ -49,9 +50,17 @@ class Producer:
                     self._conn.terminate()
                     self._conn = None
                 await asyncio.sleep(0.1)
-            await self._pause(2.0)
+            try:
+                await asyncio.wait_for(stop.wait(), self.random.random() ** 3 * self._longest())
+            except TimeoutError:
+                pass
         if self._conn is not None:
             self._conn.terminate()
+
+    def _longest(self) -> float:
+        """Seconds between what it does. All have their quiet times together: then workers sleep, and a task that
+        nobody was woken for isn't found by the next one's bell."""
+        return 2.0 if self.way == "burst" or time.time() // TIDE_SECONDS % 2 else 20.0
 
     # Ways.
 
@@ -99,6 +108,29 @@ class Producer:
         )
         await self._conn.fetchval(statement, type(task).__name__, payload_of(task))
         self._ends(batch, "committed")
+
+    async def _burst(self) -> None:
+        """One by one, as fast as they go, so that the workers stay awake; meanwhile a transaction, which is told that
+        nobody sleeps, and commits when they are about to."""
+        other = await store.connect(self._dsn, role="chaos burst")
+        try:
+            for _ in range(60):
+                self._ends(await self._one(self._conn), "committed")
+            await other.execute("BEGIN")
+            late = await self._one(other)
+            for _ in range(60):
+                self._ends(await self._one(self._conn), "committed")
+            await self._pause(1.0)
+            await other.execute("COMMIT")
+            self._ends(late, "committed")
+        finally:
+            other.terminate()
+
+    async def _one(self, conn: Any) -> Batch:
+        batch = self._batch(1)
+        insert = "INSERT INTO notifyq.task (type, payload) VALUES ('Quick', jsonb_build_object('n', $1::bigint))"
+        await conn.execute(insert, batch.numbers[0])
+        return batch
 
     async def _copy(self) -> None:
         batch = self._batch(self.random.choice([1, 1, 5, 60]))
@@ -191,15 +223,6 @@ def payload_of(task: tempers.Numbered) -> bytes:
 
 
 WAYS = (
-    "pool",
-    "pool",
-    "transaction",
-    "transaction",
-    "transaction",
-    "insert",
-    "insert",
-    "copy",
-    "select",
-    "psql",
-    "meddle",
+    *("pool", "pool", "transaction", "transaction", "transaction", "insert", "insert"),
+    *("burst", "copy", "select", "psql", "meddle"),
 )

@@ -8,7 +8,7 @@ from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Iterable
 
-from .checker import Breach, again_after_fault
+from .checker import Breach, taken
 from .history import History
 from .timing import LATE_SECONDS, rounds, starts
 
@@ -16,10 +16,11 @@ HEAD = ("fault", "times", "tasks", "run again", "lost", "settled twice", "other"
 
 
 def table(history: History, breaches: list[Breach]) -> list[str]:
-    """A line for each fault: tasks that lived through it, what broke, and how late a start was after it, worst."""
+    """A line for each fault: tasks that lived through it, what broke, how late a start was after it, worst; and how
+    long after it the last lease was taken back from who had died of it, or the last late start came."""
     lives = {id: (rows[0].at, rows[-1].at) for id, rows in history.rows_of.items()}
     births, deaths = sorted(life[0] for life in lives.values()), sorted(life[1] for life in lives.values())
-    rerun = sorted(again_after_fault(history))
+    again = list(taken(history))
     ordered, begun = rounds(history), [start for start in starts(history) if not start.excuse]
     lines: dict[str, list[float]] = {}
     for window in history.windows:
@@ -27,7 +28,11 @@ def table(history: History, breaches: list[Breach]) -> list[str]:
         one = next(one for one in ordered if one.since <= window.since <= one.until)
         line[0] += 1
         line[1] += bisect_right(births, one.until) - bisect_left(deaths, window.since)
-        line[2] += bisect_right(rerun, one.next) - bisect_left(rerun, window.since)
+        for lease in again:
+            ended = lease.end.at if lease.end else 0.0
+            if (window.who is None or lease.who in window.who) and window.since < ended < window.until + window.heal:
+                line[2] += 1
+                line[7] = max(line[7], ended - window.until)
         for breach in breaches:
             first, last = lives.get(breach.id, (breach.at, breach.at))
             if first <= one.next and window.since <= last:
