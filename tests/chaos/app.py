@@ -21,8 +21,8 @@ import anyio
 import notifyq
 
 WHO = os.environ.get("CHAOS_WHO", "")
-_file = os.open(os.path.join(os.environ["CHAOS_EVENTS"], f"{WHO}.jsonl"), os.O_CREAT | os.O_APPEND | os.O_WRONLY) \
-    if WHO else -1  # fmt: skip
+_flags = os.O_CREAT | os.O_APPEND | os.O_WRONLY
+_file = os.open(os.path.join(os.environ["CHAOS_EVENTS"], f"{WHO}.jsonl"), _flags) if WHO else -1
 _numbers = itertools.count(1)
 _left: list[Any] = []
 

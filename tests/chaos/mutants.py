@@ -49,8 +49,6 @@ MUTANTS: dict[str, list[Change]] = {
                           AND mode = 'ShareLock') THEN RAISE EXCEPTION 'ring'; END IF;""",
         )
     ],
-    # After a lost connection for claims nobody looks what the unanswered one took.
-    "strays": [("worker.py", "if again:", "if again and self._down == {0}:")],
 }
 
 

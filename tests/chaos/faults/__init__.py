@@ -31,15 +31,14 @@ class Fault(msgspec.Struct, frozen=True):
     act: Act
     everybody: bool = False
     heal: float = 5.0  # seconds after which all is as before
-    quick: bool = True  # fit for the short run among the tests
 
 
 FAULTS: list[Fault] = []
 
 
-def fault(name: str, *, everybody: bool = False, heal: float = 5.0, quick: bool = True) -> Callable[[Act], Act]:
+def fault(name: str, *, everybody: bool = False, heal: float = 5.0) -> Callable[[Act], Act]:
     def add(act: Act) -> Act:
-        FAULTS.append(Fault(name, act, everybody, heal, quick))
+        FAULTS.append(Fault(name, act, everybody, heal))
         return act
 
     return add

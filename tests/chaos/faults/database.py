@@ -33,7 +33,7 @@ async def backend_killed(stage: Stage, hit: Hit) -> None:
     await stage.until("SELECT true", 15)
 
 
-@fault("server frozen", everybody=True, quick=False)
+@fault("server frozen", everybody=True)
 async def server_frozen(stage: Stage, hit: Hit) -> None:
     pids = [stage.server.pid, *_children(stage.server.pid)]
     try:

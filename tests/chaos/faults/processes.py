@@ -87,7 +87,7 @@ async def frozen_with_turn(stage: Stage, hit: Hit) -> None:
     await freeze(await found(stage, TURN), 2.5, hit)
 
 
-@fault("worker frozen past its lease", quick=False)
+@fault("worker frozen past its lease")
 async def frozen_long(stage: Stage, hit: Hit) -> None:
     """Those of 6 s. With something in hand that ends while it is frozen, so that it tries to settle when it wakes."""
     await stage.insert("Slow", 100, seconds=4.0)

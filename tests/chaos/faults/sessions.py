@@ -44,7 +44,7 @@ async def keeper(stage: Stage, hit: Hit) -> None:
     await terminate(stage, hit, "keeper")
 
 
-@fault("connection ended: enqueuers")
+@fault("connection ended: enqueuers", heal=0.5)
 async def enqueuers(stage: Stage, hit: Hit) -> None:
     for _ in range(10):
         await stage.sql(TERMINATE, "notifyq app%", 10)
@@ -67,21 +67,21 @@ async def cancelled(stage: Stage, hit: Hit) -> None:
     hit.who.update(member.who for member in stage.fleet.members)
 
 
-@fault("snapshot held")
+@fault("snapshot held", heal=0.5)
 async def snapshot(stage: Stage, hit: Hit) -> None:
     async with stage.session() as conn, conn.transaction(isolation="repeatable_read"):
         await conn.fetchval("SELECT count(*) FROM notifyq.task")
         await asyncio.sleep(3)
 
 
-@fault("enqueuer idle in transaction")
+@fault("enqueuer idle in transaction", heal=0.5)
 async def idle_in_transaction(stage: Stage, hit: Hit) -> None:
     """What it enqueued starts when it commits, and nobody else waits for it."""
     async with stage.open_enqueue("idle in transaction"):
         await asyncio.sleep(stage.random.uniform(1, 4))
 
 
-@fault("enqueuer killed in its transaction")
+@fault("enqueuer killed in its transaction", heal=0.5)
 async def psql_killed(stage: Stage, hit: Hit) -> None:
     if stage.psql is None:
         raise Missed
@@ -99,7 +99,7 @@ async def psql_killed(stage: Stage, hit: Hit) -> None:
     await stage.sql("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE query LIKE 'SELECT pg_sleep(60)%'")
 
 
-@fault("stranger listens in a transaction")
+@fault("stranger listens in a transaction", heal=0.5)
 async def stranger(stage: Stage, hit: Hit) -> None:
     """One that has heard nothing since, so that the queue of notifications can't be emptied."""
     async with stage.session() as conn:

@@ -33,12 +33,12 @@ async def stubborn(stage: Stage, hit: Hit) -> None:
     await asyncio.sleep(1.5)
 
 
-@fault("handlers leak")
+@fault("handlers leak", heal=0.5)
 async def leak(stage: Stage, hit: Hit) -> None:
     await stage.insert("Leak", 200)
 
 
-@fault("handlers raise SystemExit and worse")
+@fault("handlers raise SystemExit and worse", heal=0.5)
 async def rude(stage: Stage, hit: Hit) -> None:
     for what in range(5):
         await stage.insert("Rude", 2, what=what)
