@@ -80,6 +80,7 @@ test-matrix: $(test_stamp)  ## the tests on each PostgreSQL from 14 to 18; PG="1
 	done; \
 	printf "== PostgreSQL\n$$table"; \
 	[ -z "$$failed" ] || { echo "failed on:$$failed" >&2; exit 1; }
+
 chaos: $(test_stamp)  ## workers and enqueuers under faults, five minutes; MINUTES=60 goes on, SEED=7 replays
 	.venv/bin/python -m tests.chaos $(if $(MINUTES),--minutes $(MINUTES)) $(if $(SEED),--seed $(SEED)) \
 	    $(if $(MUTANT),--mutant "$(MUTANT)")
