@@ -47,7 +47,8 @@ from .store import PROOF_SECONDS, SQL, Connection
 CHANNEL = "notifyq"
 TURN_WAIT_MS = 5000
 ASLEEP_WAIT_MS = (20, 50, 100, 200, 400, 800)  # below the deadlock timeout: a waiter of 1 s is looked at
-ASLEEP_SECONDS = 60.0
+ASLEEP_SECONDS = 120.0
+DOUBT_SECONDS = 5.0  # and PROOF_SECONDS, and the two polls (of 4 to 6 s) that it may take to ask: below 15 s
 LEAVE_SECONDS = 0.005  # for that wait to end by itself, as it mostly does; to cancel it takes a connection
 
 WINDOW_SECONDS = 0.020  # two arrivals within it are the beginning of a burst
@@ -79,6 +80,7 @@ class Door:
         self._in_transaction = False
         self._refresh = False
         self._asleep_since = 0.0
+        self._heard = 0.0
         self._doubted = False
         self._waiting = anyio.CancelScope()  # for SHARE
         self._suspicious = False
@@ -99,14 +101,17 @@ class Door:
             self._waiting.deadline = anyio.current_time() + LEAVE_SECONDS if place is Place.AWAY else math.inf
 
     def turn_over(self) -> None:
-        """Asleep, ask whether the server is still there, as nothing else is said on that connection. Asleep for long,
-        fall asleep anew: a transaction that is open for hours looks like somebody's mistake."""
-        if self.place is Place.ASLEEP:
-            if anyio.current_time() > self._asleep_since + ASLEEP_SECONDS:
-                self._refresh = True
-            else:
-                self._doubted = True
-            self._changed.set()
+        """Asleep for a while, ask whether the server is still there, as nothing else is said on that connection. Asleep
+        for long, fall asleep anew: a transaction that is open for hours looks like somebody's mistake."""
+        now = anyio.current_time()
+        if self.place is not Place.ASLEEP or now < self._heard + DOUBT_SECONDS:
+            return
+        self._heard = now
+        if now > self._asleep_since + ASLEEP_SECONDS:
+            self._refresh = True
+        else:
+            self._doubted = True
+        self._changed.set()
 
     def suspect(self) -> None:
         """Somebody who has the turn should have claimed what was found without it."""
@@ -125,7 +130,7 @@ class Door:
                 await self._step_back(conn)
             elif self._doubted:
                 self._doubted = False
-                await conn.execute("", timeout=PROOF_SECONDS)  # takes no snapshot, and counts as no statement
+                await conn.execute("SET lock_timeout = 0", timeout=PROOF_SECONDS)  # takes no snapshot
             elif wanted is self.place:
                 tries = 0
                 self._changed.clear()
@@ -153,7 +158,7 @@ class Door:
                     # asyncpg leaves its portal open, and with it that SELECT's snapshot, until the transaction
                     # ends; another statement takes the portal's place. (Without: vacuum stops while we sleep.)
                     await conn.execute("SET LOCAL lock_timeout = 0")
-                    self._asleep_since = anyio.current_time()
+                    self._asleep_since = self._heard = anyio.current_time()
                     self._arrive(Place.ASLEEP)
 
     async def _step_back(self, conn: Connection) -> None:
