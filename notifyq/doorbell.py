@@ -48,7 +48,7 @@ CHANNEL = "notifyq"
 TURN_WAIT_MS = 5000
 ASLEEP_WAIT_MS = (20, 50, 100, 200, 400, 800)  # below the deadlock timeout: a waiter of 1 s is looked at
 ASLEEP_SECONDS = 120.0
-DOUBT_SECONDS = 5.0  # and PROOF_SECONDS, and the two polls (of 4 to 6 s) that it may take to ask: below 15 s
+DOUBT_SECONDS = 5.5  # and PROOF_SECONDS, and the two polls (of 4 to 6 s) that it may take to ask: below 15 s
 LEAVE_SECONDS = 0.005  # for that wait to end by itself, as it mostly does; to cancel it takes a connection
 
 WINDOW_SECONDS = 0.020  # two arrivals within it are the beginning of a burst

@@ -59,7 +59,7 @@ COMMAND_TIMEOUT_SECONDS = 30.0  # and asyncpg bounds with it how long it waits f
 # where bytes vanish though some kernel on the way acknowledges them: no keepalive tells.
 WORKER_TIMEOUT_SECONDS = 8.0
 HOST_SECONDS = 3.0  # for each of several hosts to answer in, but the last
-PROOF_SECONDS = 3.5  # for a statement that is sent to see whether somebody is there
+PROOF_SECONDS = 3.0  # for a statement that is sent to see whether somebody is there
 
 # A queue's statistics are always of another moment, so its statements don't ask the planner: the index that each
 # names in its comment is the way, and the plan is made once.
