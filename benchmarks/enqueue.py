@@ -3,7 +3,7 @@
 Single-row INSERTs by pgbench, 1 to 64 clients, a worker draining, on the local disk and on one that takes 1 ms longer
 for each fsync. Clock: pgbench's own, over transactions that have committed. Each round runs every variant once:
 
-    no trigger             nobody rings, so the worker polls, every 2 ms: it has the same work as in the others
+    no trigger             nobody rings, so the worker polls, every 2 ms; it has the work of the busy one
     always, per row        a trigger that calls pg_notify for each row, as most queues ship
     always, per statement  the same, once a statement
     notifyq, busy worker   tasks come in all the while, 500 a second beside pgbench's, so it never sleeps
@@ -147,7 +147,7 @@ async def prepared(conn: store.Connection, name: str) -> AsyncGenerator[None]:
             while not await conn.fetchval(ASLEEP):
                 await asyncio.sleep(0.01)
         yield
-    elif name == BUSY:
+    elif name in (PLAIN, BUSY):
         async with anyio.create_task_group() as group:
             group.start_soon(feed, conn)
             await asyncio.sleep(0.1)
