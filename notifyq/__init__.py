@@ -2,6 +2,7 @@
 
 from .app import App
 from .errors import ConfigError, DatabaseError, NotifyqError, SchemaError
+from .sync import SyncClient
 from .task import Cancel, Context, Dead, Ref, Retry, Task
 from .worker import WorkerInfo
 
@@ -16,6 +17,7 @@ __all__ = [
     "Ref",
     "Retry",
     "SchemaError",
+    "SyncClient",
     "Task",
     "WorkerInfo",
 ]

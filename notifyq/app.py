@@ -12,7 +12,7 @@ import anyio
 import asyncpg
 from anyio.abc import TaskStatus
 
-from . import enqueue, store
+from . import enqueue, foreign, store
 from .config import WorkerConfig, parse_queues, resolve_dsn
 from .errors import ConfigError
 from .registry import Registry
@@ -89,7 +89,7 @@ class App:
         run_at: datetime | None = None,
         priority: int = 0,
         max_attempts: int | None = None,
-        conn: Connection | None = None,
+        conn: foreign.AsyncConnection | None = None,
     ) -> Ref:
         """Enqueue a task and return its Ref; on return it is committed, unless `conn` has an open transaction.
 
@@ -97,7 +97,8 @@ class App:
         run_at        when, an aware datetime
         priority      -32768 to 32767, the higher the sooner
         max_attempts  instead of what its type says
-        conn          an asyncpg connection to do it on, in your transaction: rolled back, it never existed
+        conn          a connection to do it on, in your transaction: rolled back, it never existed. asyncpg's, psycopg's
+                      AsyncConnection, SQLAlchemy's AsyncSession or AsyncConnection; for others: SyncClient
 
         Raises ConfigError for a task that doesn't validate against its own type, or an option that can't be.
         """
@@ -113,7 +114,7 @@ class App:
         run_at: datetime | None = None,
         priority: int = 0,
         max_attempts: int | None = None,
-        conn: Connection | None = None,
+        conn: foreign.AsyncConnection | None = None,
     ) -> list[int]:
         """Enqueue all or none, of any types, with the same options; one statement. Returns the ids in order."""
         options = enqueue.Options.check(queue, delay, run_at, priority, max_attempts)
@@ -163,9 +164,9 @@ class App:
         worker = Worker(self.registry, config, dsn or self._dsn)
         await worker.run(stop=stop or anyio.Event(), force=force or anyio.Event(), task_status=task_status)
 
-    def _via(self, conn: Connection | None) -> Connection | Pool:
+    def _via(self, conn: foreign.AsyncConnection | None) -> Connection | Pool | foreign.Foreign:
         if conn is not None:
-            return conn
+            return foreign.awaited(conn)
         if self._pool is None:
             raise ConfigError("not connected: enqueue inside `async with app.connect():`, or pass conn=")
         return self._pool

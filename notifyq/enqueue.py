@@ -17,6 +17,7 @@ import msgspec
 from .codec import encode_payload, type_name
 from .config import check_name
 from .errors import ConfigError, DatabaseError, SchemaError, only
+from .foreign import Foreign
 from .registry import Registry
 from .store import SQL
 from .task import Ref, Task
@@ -66,25 +67,33 @@ class Options(NamedTuple):
         return cls(queue, delay or None, run_at, priority, max_attempts)
 
 
-async def one(via: Connection | Pool, registry: Registry, task: Task, options: Options) -> Ref:
+async def one(via: Connection | Pool | Foreign, registry: Registry, task: Task, options: Options) -> Ref:
     """Insert a task."""
-    type, payload = _checked(registry, task)
-    with _Explained(type):
+    type, payload = checked(registry, task)
+    with Explained(type):
         rows = await via.fetch(SQL["enqueue"], type, payload, *options)
     return Ref(cast(int, rows[0][0]))
 
 
-async def many(via: Connection | Pool, registry: Registry, tasks: Iterable[Task], options: Options) -> list[int]:
+async def many(
+    via: Connection | Pool | Foreign, registry: Registry, tasks: Iterable[Task], options: Options
+) -> list[int]:
     """Insert tasks, all or none: up to CHUNK in one statement, more in a transaction of several, each encoded while
     PostgreSQL works on the one before.
 
     0.6 µs a row for asyncpg to send as two arrays, half of what COPY costs in all, and unlike COPY it returns the ids.
     """
     rest = iter(tasks)
-    first = [_checked(registry, task) for task in islice(rest, CHUNK)]
+    first = [checked(registry, task) for task in islice(rest, CHUNK)]
     if not first:
         return []
     if len(first) < CHUNK:
+        return await _insert(via, first, options)
+    if isinstance(via, Foreign):  # one statement, since each library has its own way with savepoints
+        for task in rest:
+            first.append(checked(registry, task))
+            if len(first) % SLICE == 0:
+                await anyio.lowlevel.checkpoint()
         return await _insert(via, first, options)
     async with AsyncExitStack() as stack:
         conn = await stack.enter_async_context(via.acquire()) if isinstance(via, asyncpg.Pool) else via
@@ -105,7 +114,7 @@ async def _stream(
         async with send:
             chunk: list[Row] = []
             for task in rest:
-                chunk.append(_checked(registry, task))
+                chunk.append(checked(registry, task))
                 if len(chunk) == CHUNK:
                     await send.send(chunk)
                     chunk = []
@@ -122,14 +131,14 @@ async def _stream(
     return ids
 
 
-async def _insert(via: Connection | Pool, rows: list[Row], options: Options) -> list[int]:
+async def _insert(via: Connection | Pool | Foreign, rows: list[Row], options: Options) -> list[int]:
     types, payloads = [type for type, _ in rows], [payload for _, payload in rows]
-    with _Explained(types[0] if len(set(types)) == 1 else "(one of several)"):
+    with Explained(types[0] if len(set(types)) == 1 else "(one of several)"):
         inserted = await via.fetch(SQL["enqueue_many"], types, payloads, *options)
     return [row[0] for row in inserted]
 
 
-def _checked(registry: Registry, task: Task) -> Row:
+def checked(registry: Registry, task: Task) -> Row:
     """A Struct isn't validated when it is made, so what was encoded is decoded again."""
     if not isinstance(task, Task):
         raise ConfigError(f"enqueue got {task!r:.100}; expected an instance of a subclass of notifyq.Task")
@@ -156,7 +165,7 @@ def _decoder(cls: type[Task]) -> Any:
     return _decoders[cls]
 
 
-class _Explained:
+class Explained:
     """What PostgreSQL may have against a task, with the task's name and the cure."""
 
     def __init__(self, type: str) -> None:
@@ -166,11 +175,22 @@ class _Explained:
         pass
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
-        if isinstance(error, asyncpg.UndefinedTableError):
+        state, message = _sqlstate(error)
+        if state == "42P01":
             raise SchemaError("this database has no schema notifyq; install it: notifyq migrate") from error
-        if isinstance(error, asyncpg.InsufficientPrivilegeError):
-            raise DatabaseError(f"this user may not enqueue: {error}; schema.sql ends with the GRANTs") from error
-        if isinstance(error, asyncpg.ReadOnlySQLTransactionError):
+        if state == "42501":
+            raise DatabaseError(f"this user may not enqueue: {message}; schema.sql ends with the GRANTs") from error
+        if state == "25006":
             raise DatabaseError("this server, or this transaction, is read-only; enqueue on the primary") from error
-        if isinstance(error, asyncpg.DataError):
-            raise ConfigError(f"task {self._type}: PostgreSQL can't store this payload: {error}") from error
+        if state.startswith("22"):
+            raise ConfigError(f"task {self._type}: PostgreSQL can't store this payload: {message}") from error
+
+
+def _sqlstate(error: BaseException | None) -> tuple[str, str]:
+    """What PostgreSQL said, in the driver's exception, inside of whatever exceptions are around that."""
+    while isinstance(error, Exception):
+        state = getattr(error, "sqlstate", None) or getattr(error, "pgcode", None)  # psycopg2's name
+        if isinstance(state, str):
+            return state, str(error)
+        error = getattr(error, "orig", None) or error.__cause__  # SQLAlchemy's name
+    return "", ""

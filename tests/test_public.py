@@ -25,6 +25,7 @@ PUBLIC = {
     "ConfigError",
     "DatabaseError",
     "SchemaError",
+    "SyncClient",
     "WorkerInfo",
 }
 

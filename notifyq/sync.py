@@ -1,0 +1,167 @@
+"""Enqueue from code that isn't async: WSGI applications, scripts, Django. Workers, and all else, are App's."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Generator, Iterable, Sequence
+from contextlib import contextmanager
+from datetime import datetime
+from typing import TYPE_CHECKING, Any, Self
+
+from . import foreign
+from .config import redact, resolve_dsn
+from .enqueue import Explained, Options, checked
+from .errors import ConfigError, DatabaseError
+from .store import SQL
+from .task import Ref, Task
+
+if TYPE_CHECKING:
+    from psycopg import Connection
+    from psycopg_pool import ConnectionPool
+
+    from .app import App
+
+POOL_SIZE = 10
+TIMEOUT_SECONDS = 10
+
+
+class SyncClient:
+    """Enqueues an app's tasks, from any thread: with `connect`, on connections of its own; without, on yours.
+
+        client = notifyq.SyncClient(app)
+        client.connect(dsn)                 # once; or `with client.connect(dsn):`, which closes it
+        client.enqueue(task)
+        client.enqueue(task, conn=session)
+
+    `connect` needs psycopg and its pool: pip install 'notifyq[sync]'. A process that is forked from a connected one
+    opens connections anew.
+    """
+
+    def __init__(self, app: App) -> None:
+        self._registry = app.registry
+        self._lock = threading.Lock()
+        self._pool: tuple[int, ConnectionPool[Connection[Any]]] | None = None  # and the process it is of
+        self._where: tuple[str, str] | None = None  # the DSN, and how to name it
+
+    def connect(self, dsn: str | None = None) -> Self:
+        """Connect to `dsn`, or where the environment says, with up to 10 connections, opened when needed.
+
+        Raises ConfigError for a DSN that can't be one, DatabaseError for a server that can't be reached.
+        """
+        if self._where is not None:
+            raise ConfigError("this client is connected already; one serves all threads")
+        try:
+            import psycopg
+            import psycopg_pool  # noqa: F401 # pyright: ignore[reportUnusedImport] - to learn it here, not at a task
+        except ImportError as error:
+            raise ConfigError(f"SyncClient.connect needs psycopg ({error}): pip install 'notifyq[sync]'") from error
+        url, source = resolve_dsn(dsn)
+        where = f"{source}: {redact(url)}" if url else source
+        try:
+            psycopg.connect(url or "", connect_timeout=TIMEOUT_SECONDS).close()
+        except psycopg.OperationalError as error:
+            raise DatabaseError(f"can't connect to the database ({where}): {redact(str(error))}") from error
+        except psycopg.ProgrammingError as error:
+            raise ConfigError(f"{source} can't be used: {redact(str(error))}") from None
+        self._where = url or "", where
+        return self
+
+    def close(self) -> None:
+        """Close its connections. It may be connected again."""
+        with self._lock:
+            pool, self._pool, self._where = self._pool, None, None
+        if pool is not None and pool[0] == os.getpid():
+            pool[1].close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def enqueue(
+        self,
+        task: Task,
+        *,
+        queue: str = "default",
+        delay: float | None = None,
+        run_at: datetime | None = None,
+        priority: int = 0,
+        max_attempts: int | None = None,
+        conn: foreign.SyncConnection | None = None,
+    ) -> Ref:
+        """As App.enqueue. conn: a psycopg.Connection, SQLAlchemy's Session or Connection, or django.db.connection."""
+        options = Options.check(queue, delay, run_at, priority, max_attempts)
+        type, payload = checked(self._registry, task)
+        with Explained(type):
+            rows = self._fetch(conn, SQL["enqueue"], (type, payload, *options))
+        return Ref(rows[0][0])
+
+    def enqueue_many(
+        self,
+        tasks: Iterable[Task],
+        *,
+        queue: str = "default",
+        delay: float | None = None,
+        run_at: datetime | None = None,
+        priority: int = 0,
+        max_attempts: int | None = None,
+        conn: foreign.SyncConnection | None = None,
+    ) -> list[int]:
+        """As App.enqueue_many: all or none, in one statement. Returns the ids in order."""
+        options = Options.check(queue, delay, run_at, priority, max_attempts)
+        rows = [checked(self._registry, task) for task in tasks]
+        if not rows:
+            return []
+        types, payloads = [type for type, _ in rows], [payload for _, payload in rows]
+        with Explained(types[0] if len(set(types)) == 1 else "(one of several)"):
+            return [row[0] for row in self._fetch(conn, SQL["enqueue_many"], (types, payloads, *options))]
+
+    def _fetch(self, conn: foreign.SyncConnection | None, query: str, args: Sequence[Any]) -> Sequence[Any]:
+        if conn is not None:
+            return foreign.fetch(conn, query, args)
+        with self._own() as own:
+            return foreign.fetch(own, query, args)
+
+    @contextmanager
+    def _own(self) -> Generator[Connection[Any]]:
+        from psycopg_pool import PoolTimeout
+
+        pool = self._opened()
+        try:
+            # Not around what is done with it, which has errors of its own.
+            own = pool.getconn()
+        except PoolTimeout as error:
+            where = self._where[1] if self._where else "closed meanwhile"
+            raise DatabaseError(f"no connection to the database within {TIMEOUT_SECONDS} s ({where})") from error
+        try:
+            yield own
+        finally:
+            pool.putconn(own)
+
+    def _opened(self) -> ConnectionPool[Connection[Any]]:
+        """This process's pool: threads and sockets don't outlive a fork, and servers fork what they have loaded."""
+        from psycopg_pool import ConnectionPool
+
+        with self._lock:
+            if self._where is None:
+                raise ConfigError("not connected: call connect() first, or pass conn=")
+            if self._pool is None or self._pool[0] != os.getpid():
+                pool: ConnectionPool[Connection[Any]] = ConnectionPool(
+                    self._where[0],
+                    min_size=0,
+                    max_size=POOL_SIZE,
+                    timeout=TIMEOUT_SECONDS,
+                    open=True,
+                    check=ConnectionPool.check_connection,  # a server that restarted isn't noticed otherwise
+                    name="notifyq",
+                    kwargs={
+                        "autocommit": True,  # each statement is its own transaction, in one round trip
+                        "prepare_threshold": None,  # behind a pooler it would fail
+                        "connect_timeout": TIMEOUT_SECONDS,
+                        "application_name": "notifyq client",
+                    },
+                )
+                self._pool = os.getpid(), pool
+            return self._pool[1]
