@@ -34,6 +34,12 @@ STATEMENTS = {
     "adopt": Statement("int4 text[] int4[] int4 text[] bool", ROW, "task_aside task_pkey"),
     "claim": Statement("int4 text[] int4[] int4 bool", ROW, "task_pkey task_ready"),
     "claim_onward": Statement("int4 text[] int4[] int4 text[] int2[] int8[] bool", ROW, "task_pkey task_ready"),
+    "django_result": Statement(
+        "int8",
+        "type:text queue:text priority:int2 state:text attempts:int2 created_at:timestamptz run_at:timestamptz "
+        "processing_at:timestamptz processed_at:timestamptz payload:text result:text worker:text errors:text",
+        None,
+    ),
     "due": Statement(
         "text[] text[] int4 text timestamptz",
         "promoted:int8 next_seconds:float8 blocked:bool inserted:int8 mark:timestamptz echo:text",

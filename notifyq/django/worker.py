@@ -1,0 +1,19 @@
+"""An app of a Django project's tasks: `DJANGO_SETTINGS_MODULE=site.settings notifyq worker notifyq.django.worker:app`.
+
+They are looked for where Django projects have them, in the module `tasks` of each of INSTALLED_APPS.
+"""
+
+from __future__ import annotations
+
+import django
+from django.utils.module_loading import autodiscover_modules
+
+from notifyq.app import App
+
+from .handlers import add_tasks
+
+django.setup()
+autodiscover_modules("tasks")
+
+app = App()
+add_tasks(app)

@@ -1,0 +1,263 @@
+"""Django: its connection, and the backend for its Tasks, in a project (tests/django_site) with real ones."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import anyio
+import msgspec
+import pytest
+
+import notifyq
+from notifyq.embedded import Server
+from notifyq.errors import ConfigError
+
+from .conftest import database, empty, eventually, working
+
+T = TypeVar("T")
+
+ROOT = Path(__file__).parent.parent
+
+
+class Mail(notifyq.Task, tag="MAIL"):
+    to: str
+
+
+@pytest.fixture(scope="module")
+async def shared(server: Server, template: str) -> AsyncIterator[str]:
+    async with database(server, template) as dsn:
+        yield dsn
+
+
+@pytest.fixture
+async def dsn(shared: str) -> str:
+    return await empty(shared, "notifyq.task", "notifyq.finished", "notifyq.worker")
+
+
+@pytest.fixture(scope="module")
+def site(shared: str) -> Iterator[Any]:
+    """The project's tasks. Its settings are of this database, and of this file alone."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NOTIFYQ_DSN", shared)
+        patch.setenv("DJANGO_SETTINGS_MODULE", "tests.django_site.settings")
+        importlib.import_module("notifyq.django.worker")
+    return importlib.import_module("tests.django_site.tasks")
+
+
+@pytest.fixture
+def app(site: Any) -> notifyq.App:
+    app: notifyq.App = importlib.import_module("notifyq.django.worker").app
+    return app
+
+
+async def apart(function: Callable[[], T]) -> T:
+    """In a thread, as Django's connection wants it, and the thread's connections closed."""
+    from django.db import connections
+
+    def run() -> T:
+        try:
+            return function()
+        finally:
+            connections.close_all()
+
+    return await anyio.to_thread.run_sync(run)
+
+
+def rolled_back(function: Callable[[], T]) -> T:
+    from django.db import transaction
+
+    with transaction.atomic():
+        value = function()
+        transaction.set_rollback(True)
+    return value
+
+
+async def finished(db: Any, *ids: str) -> None:
+    query = "SELECT count(*) FROM notifyq.finished WHERE id = ANY($1)"
+    await eventually(lambda: db.fetchval(query, [int(id) for id in ids]), len(ids))
+
+
+async def test_djangos_connection(site: Any, dsn: str, db: Any) -> None:
+    """In its transaction: committed with it, rolled back with it; the same with values sent beside the statement."""
+    from django.db import connection, connections, transaction
+
+    client = notifyq.SyncClient(notifyq.App())
+
+    def use() -> list[int]:
+        with transaction.atomic():
+            ids = [client.enqueue(Mail(to="a%s"), conn=connection, delay=60, priority=3, queue="q%").id]
+            ids += client.enqueue_many([Mail(to="b"), Mail(to="c")], conn=connections["default"])
+        rolled_back(lambda: client.enqueue(Mail(to="never"), conn=connection))
+        ids.append(client.enqueue(Mail(to="d"), conn=connections["beside"], delay=1.5, max_attempts=2).id)
+        ids += client.enqueue_many([Mail(to="e")], conn=connections["beside"])
+        with pytest.raises(ConfigError, match="task MAIL: PostgreSQL can't store this payload: "):
+            client.enqueue(Mail(to="\x00"), conn=connection)
+        with pytest.raises(ConfigError, match=r"conn is Django's for sqlite; expected"):
+            client.enqueue(Mail(to="x"), conn=connections["lite"])
+        return ids
+
+    ids = await apart(use)
+    rows = await db.fetch("SELECT * FROM notifyq.task ORDER BY id")
+    assert [row["id"] for row in rows] == ids
+    assert [json.loads(row["payload"])["to"] for row in rows] == ["a%s", "b", "c", "d", "e"]
+    assert (rows[0]["queue"], rows[0]["priority"], rows[3]["max_attempts"]) == ("q%", 3, 2)
+
+
+async def test_djangos_connection_where_one_is_awaited(site: Any) -> None:
+    from django.db import connection
+
+    with pytest.raises(ConfigError, match=r"conn is a django\..*, which would block the event loop; .*SyncClient"):
+        await notifyq.App().enqueue(Mail(to="a"), conn=connection)  # type: ignore[arg-type]
+
+
+async def test_a_task_from_enqueue_to_result(site: Any, app: notifyq.App, dsn: str, db: Any) -> None:
+    """Sent in a transaction, run in a worker, read from where it was sent."""
+    gone = await apart(lambda: rolled_back(lambda: site.add.enqueue(0)))
+    sent = await apart(lambda: site.told.using(priority=9).enqueue("a", 2, named={"c": (3,)}))
+    plain = await apart(lambda: site.add.enqueue(20, b=22))
+    twice = await site.doubled.aenqueue(21)
+    assert (sent.status, sent.attempts, sent.is_finished, sent.args) == ("READY", 0, False, ["a", 2])
+    row = await db.fetchrow("SELECT * FROM notifyq.task WHERE id = $1", int(sent.id))
+    assert (row["type"], row["queue"], row["priority"]) == ("tests.django_site.tasks.told", "mail", 9)
+    assert json.loads(row["payload"]) == {"args": ["a", 2], "kwargs": {"named": {"c": [3]}}}
+    async with working(app, dsn, queues=["default", "mail"]):
+        await finished(db, sent.id, plain.id, twice.id)
+        await apart(sent.refresh)
+        value = sent.return_value
+        backend = value.pop("backend")
+        # What its thread had connected was closed after it.
+        query = "SELECT count(*) FROM pg_stat_activity WHERE pid = $1"
+        await eventually(lambda: db.fetchval(query, backend), 0)
+
+    assert (sent.status, sent.attempts, sent.is_finished) == ("SUCCESSFUL", 1, True)
+    assert value == {
+        "attempt": 1, "id": sent.id, "args": ["a", 2], "kwargs": {"named": {"c": [3]}}, "queue": "mail", "priority": 9,
+        "pid": os.getpid(),
+    }  # fmt: skip
+    assert sent.enqueued_at <= sent.started_at <= sent.finished_at
+    assert (await apart(lambda: site.add.get_result(plain.id))).return_value == 42
+    assert (await site.doubled.aget_result(twice.id)).return_value == 42
+    with pytest.raises(Exception, match=f"{gone.id} isn't in notifyq.all_tasks"):
+        await apart(lambda: site.add.get_result(gone.id))
+    with pytest.raises(Exception, match="Task does not match"):
+        await apart(lambda: site.doubled.get_result(plain.id))
+    await close_shared()
+
+
+async def close_shared() -> None:
+    """Of the thread that Django's own async methods share."""
+    from asgiref.sync import sync_to_async
+    from django.db import connections
+
+    await sync_to_async(connections.close_all)()
+
+
+async def test_tasks_that_fail(site: Any, app: notifyq.App, dsn: str, db: Any) -> None:
+    """Tried again until the attempts are used up, told once that it is over, and each error kept."""
+    from notifyq.django.framework import task_finished, task_started
+
+    told: list[tuple[str, str]] = []
+
+    def starts(sender: object, task_result: Any, **_: object) -> None:
+        told.append((task_result.task.name, "started"))
+
+    def ends(sender: object, task_result: Any, **_: object) -> None:
+        told.append((task_result.task.name, task_result.status))
+
+    task_started.connect(starts)
+    task_finished.connect(ends)
+    try:
+        refused = await apart(lambda: site.flaky.enqueue("now"))
+        await db.execute("UPDATE notifyq.task SET max_attempts = 2")
+        given_up = await apart(site.given_up.enqueue)
+        once = await apart(site.once.enqueue)
+        async with working(app, dsn):
+            await finished(db, once.id, given_up.id)
+            await db.execute("UPDATE notifyq.task SET run_at = now(), promoted = true WHERE worker IS NULL")
+            await finished(db, refused.id)
+    finally:
+        task_started.disconnect(starts)
+        task_finished.disconnect(ends)
+    by_name = {name: [what for of, what in told if of == name] for name in ("flaky", "given_up", "once")}
+    assert by_name == {
+        "flaky": ["started", "started", "FAILED"], "given_up": ["started", "FAILED"], "once": ["started", "FAILED"]
+    }  # fmt: skip
+
+    def look() -> None:
+        for result in (refused, given_up, once):
+            result.refresh()
+            with pytest.raises(ValueError, match="Task failed"):
+                result.return_value  # noqa: B018 - a property that raises
+
+    await apart(look)
+    assert (refused.attempts, given_up.attempts, once.attempts) == (2, 1, 1)
+    assert [error.exception_class for error in refused.errors] == [site.Refused] * 2
+    assert "tests.django_site.tasks.Refused: not now" in refused.errors[1].traceback
+    assert [error.exception_class for error in once.errors] == [ValueError]
+    assert [(error.exception_class, error.traceback) for error in given_up.errors] == [(notifyq.NotifyqError, "no use")]
+
+
+async def test_nothing_of_a_row_is_imported(site: Any, app: notifyq.App, dsn: str, db: Any) -> None:
+    """Neither the task nor the exception that somebody with the right to insert has named there."""
+    assert "antigravity" not in sys.modules
+    strange, known = await db.fetch(
+        "INSERT INTO notifyq.task (type, payload) VALUES ('antigravity.fly', '{\"args\": []}'), ($1, $2) RETURNING id",
+        "tests.django_site.tasks.once", b'{"args": [], "kwargs": {}}',
+    )  # fmt: skip
+    trace = b'[{"attempt": 1, "error": "Geohash: x", "traceback": "Traceback:\\nantigravity.Geohash: x"}]'
+    await db.execute("UPDATE notifyq.task SET errors = $1, max_attempts = 1", trace)
+    async with working(app, dsn):
+        await finished(db, str(known[0]))
+    assert await db.fetchval("SELECT state FROM notifyq.all_tasks WHERE id = $1", strange[0]) == "ready"
+    with pytest.raises(Exception, match=f"{strange[0]} is of type antigravity.fly, which is no task here"):
+        await apart(lambda: site.once.get_result(str(strange[0])))
+    error = (await apart(lambda: site.once.get_result(str(known[0])))).errors[0]
+    assert error.exception_class_path == "antigravity.Geohash"
+    with pytest.raises(ValueError, match=r"'antigravity\.Geohash' is no exception that this process has imported"):
+        error.exception_class  # noqa: B018 - a property that raises
+    assert "antigravity" not in sys.modules
+
+
+async def test_a_worker_of_the_command_line(site: Any, dsn: str, db: Any) -> None:
+    """It needs nothing but the settings to find the project's tasks."""
+    sent = await apart(lambda: site.add.enqueue(1, 2))
+    environment = {**os.environ, "DJANGO_SETTINGS_MODULE": "tests.django_site.settings", "NOTIFYQ_DSN": dsn}
+    command = [sys.executable, "-m", "notifyq", "worker", "notifyq.django.worker:app", "--drain"]
+    with anyio.fail_after(30):
+        found = await anyio.run_process(command, env=environment, cwd=ROOT, check=False, stderr=subprocess.STDOUT)
+    assert found.returncode == 0, found.stdout.decode()
+    assert (await apart(lambda: site.add.get_result(sent.id))).return_value == 3
+
+
+async def test_what_cannot_be_declared_or_sent(site: Any, dsn: str) -> None:
+    from django.core.exceptions import ImproperlyConfigured
+
+    from notifyq.django import TaskBackend
+    from notifyq.django.declared import Declared, declare
+    from notifyq.django.framework import InvalidTask
+
+    with pytest.raises(InvalidTask, match="Queue 'nowhere' is not valid for backend"):
+        site.add.using(queue_name="nowhere")
+    with pytest.raises(TypeError):
+        site.add.enqueue(object())
+    with pytest.raises(ImproperlyConfigured, match=r"TASKS\['x'\] has the OPTIONS queue; notifyq knows database, max_"):
+        TaskBackend("x", {"OPTIONS": {"queue": "a"}})
+    (wrong,) = TaskBackend("x", {"OPTIONS": {"database": "lite"}}).check()
+    assert wrong.msg == "TASKS['x'] is notifyq's, and its database 'lite' is sqlite."
+    declared: Declared = declare(site.add.using(priority=5))
+    assert declared.task is site.add
+    assert msgspec.json.decode(b"{}", type=declared.call) == declared.call()
+
+
+def test_a_project_without_tasks(site: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    handlers = importlib.import_module("notifyq.django.handlers")
+    monkeypatch.setattr(handlers, "BY_TYPE", {})
+    with pytest.raises(ConfigError, match="no Django task is declared for notifyq; expected an @task"):
+        handlers.add_tasks(notifyq.App())
