@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
+import inspect
 import json
 import os
+import re
 import subprocess
 import sys
+import types
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -114,7 +118,7 @@ async def test_djangos_connection_where_one_is_awaited(site: Any) -> None:
     from django.db import connection
 
     with pytest.raises(ConfigError, match=r"conn is a django\..*, which would block the event loop; .*SyncClient"):
-        await notifyq.App().enqueue(Mail(to="a"), conn=connection)  # type: ignore[arg-type]
+        await notifyq.App().enqueue(Mail(to="a"), conn=connection)
 
 
 async def test_a_task_from_enqueue_to_result(site: Any, app: notifyq.App, dsn: str, db: Any) -> None:
@@ -261,3 +265,34 @@ def test_a_project_without_tasks(site: Any, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(handlers, "BY_TYPE", {})
     with pytest.raises(ConfigError, match="no Django task is declared for notifyq; expected an @task"):
         handlers.add_tasks(notifyq.App())
+
+
+# --- docs/connections.md
+
+
+def blocks() -> list[str]:
+    text = (ROOT / "docs" / "connections.md").read_text(encoding="utf-8")
+    return re.findall(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+
+
+async def test_the_examples_of_the_page(site: Any, dsn: str, db: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each is run as it stands, what awaits on the event loop and the others in a thread, and so are their tasks."""
+    await db.execute("CREATE TABLE person (email text)")
+    space: dict[str, Any] = {"__name__": "example", "dsn": dsn}
+    for number, block in enumerate(blocks()):
+        code = compile(block, f"block {number}", "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT, dont_inherit=True)
+        run = types.FunctionType(code, space)
+        await (run() if inspect.iscoroutinefunction(run) else apart(run))
+    assert space["TASKS"]["default"]["BACKEND"] == space["greet"].get_backend().__class__.__module__.rpartition(".")[
+        0
+    ] + (".TaskBackend")
+    people = [f"{letter}@b.c" for letter in "abcdefgh"]
+    rows = await db.fetch("SELECT coalesce(payload ->> 'to', payload -> 'args' ->> 0) FROM notifyq.task ORDER BY id")
+    assert [row[0] for row in rows] == people
+    assert [row[0] for row in await db.fetch("SELECT email FROM person ORDER BY 1")] == [
+        person for person in people if person[0] in "abcdg"
+    ]
+    importlib.import_module("notifyq.django").add_tasks(space["app"])
+    async with working(space["app"], dsn, queues=["default", "mail"]):
+        await eventually(lambda: db.fetchval("SELECT count(*) FROM notifyq.finished WHERE state = 'done'"), 8)
+    assert sorted(re.findall(r"^to (\S+)$", capsys.readouterr().out, re.MULTILINE)) == people[:7]

@@ -170,7 +170,7 @@ async def test_a_pool_and_its_connections(app: notifyq.App, dsn: str, db: Any) -
     async with asyncpg.create_pool(dsn, min_size=1, max_size=1) as pool:
         async with pool.acquire() as conn:
             await app.enqueue(Mail(to="a"), conn=conn)
-        await app.enqueue(Mail(to="b"), conn=pool)  # type: ignore[arg-type]
+        await app.enqueue(Mail(to="b"), conn=pool)
     assert len(await db.fetch(ROWS)) == 2
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 _url = urlsplit(os.environ["NOTIFYQ_DSN"])
@@ -11,7 +12,7 @@ _where = parse_qs(_url.query)
 SECRET_KEY = "x"
 USE_TZ = True
 INSTALLED_APPS = ["tests.django_site"]
-DATABASES = {
+DATABASES: dict[str, dict[str, Any]] = {
     "default": {
         "ENGINE": "django.db.backends.postgresql",
         "NAME": _url.path.strip("/"),

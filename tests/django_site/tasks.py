@@ -30,7 +30,7 @@ add = task(_add)  # under another name than its function's
 
 
 @task(queue_name="mail", priority=7, takes_context=True)
-def told(context: TaskContext[..., Any], *words: str, **named: Any) -> dict[str, Any]:
+def told(context: TaskContext[..., Any], word: str, number: int, named: dict[str, Any]) -> dict[str, Any]:
     result = context.task_result
     with connection.cursor() as cursor:
         cursor.execute("SELECT pg_backend_pid()")
