@@ -133,14 +133,17 @@ async def test_a_task_from_enqueue_to_result(site: Any, app: notifyq.App, dsn: s
     assert json.loads(row["payload"]) == {"args": ["a", 2], "kwargs": {"named": {"c": [3]}}}
     async with working(app, dsn, queues=["default", "mail"]):
         await finished(db, sent.id, plain.id, twice.id)
-        await apart(sent.refresh)
-        value = sent.return_value
-        backend = value.pop("backend")
-        # What its thread had connected was closed after it.
-        query = "SELECT count(*) FROM pg_stat_activity WHERE pid = $1"
-        await eventually(lambda: db.fetchval(query, backend), 0)
+        # What a task's thread connects is closed after it; nothing else is done in a thread until then.
+        alone = await apart(lambda: site.told.enqueue("", 0, {}))
+        await finished(db, alone.id)
+        backend = "SELECT (result ->> 'backend')::integer FROM notifyq.finished WHERE id = $1"
+        query = f"SELECT count(*) FROM pg_stat_activity WHERE pid = ({backend})"
+        await eventually(lambda: db.fetchval(query, int(alone.id)), 0)
 
+    await apart(sent.refresh)
     assert (sent.status, sent.attempts, sent.is_finished) == ("SUCCESSFUL", 1, True)
+    value = sent.return_value
+    assert value.pop("backend")
     assert value == {
         "attempt": 1, "id": sent.id, "args": ["a", 2], "kwargs": {"named": {"c": [3]}}, "queue": "mail", "priority": 9,
         "pid": os.getpid(),

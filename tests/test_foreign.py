@@ -6,6 +6,7 @@ import inspect
 import json
 import os
 import re
+import signal
 import sqlite3
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -375,19 +376,29 @@ async def test_a_client_after_a_fork(app: notifyq.App, dsn: str, db: Any) -> Non
     """Servers load an application and then fork: the child doesn't talk on its parent's connection."""
     with notifyq.SyncClient(app).connect(dsn) as client:
         client.enqueue(Mail(to="parent"))
-        read, write = os.pipe()
-        pid = fork()
-        if pid == 0:
+        (said, saying), (heard, hearing) = os.pipe(), os.pipe()
+        child = fork()
+        if child == 0:
             try:
                 client.enqueue(Mail(to="child"))
+                os.write(saying, b"ok")
+                os.read(heard, 1)
                 client.close()
-                os.write(write, b"ok")
             finally:
                 os._exit(0)
-        os.close(write)
-        with open(read, "rb") as pipe:
-            assert pipe.read() == b"ok"
-        os.waitpid(pid, 0)
+        os.close(saying)
+        try:
+            assert os.read(said, 2) == b"ok"
+            backends = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'notifyq client'"
+            assert await db.fetchval(backends) == 2
+            os.write(hearing, b".")
+        except BaseException:
+            os.kill(child, signal.SIGKILL)
+            raise
+        finally:
+            os.waitpid(child, 0)
+        for end in (said, heard, hearing):
+            os.close(end)
         client.enqueue(Mail(to="parent"))
     rows = await db.fetch("SELECT payload ->> 'to' FROM notifyq.task ORDER BY id")
     assert [row[0] for row in rows] == ["parent", "child", "parent"]
