@@ -37,6 +37,7 @@ import anyio
 import asyncpg
 import msgspec
 import notifyq
+import psycopg
 
 
 class User(msgspec.Struct):
@@ -87,6 +88,17 @@ async def use(dsn: str | None, tasks: Sequence[notifyq.Task], connection: "async
         await app.run_worker({"mail": 5, "default": None}, drain=True)
 
 
+async def of_psycopg(connection: psycopg.AsyncConnection) -> list[int]:
+    return await app.enqueue_many([Thumbnail(path="x")], conn=connection)
+
+
+def blocking(connection: psycopg.Connection) -> None:
+    with notifyq.SyncClient(app).connect() as client:
+        ref: notifyq.Ref = client.enqueue(Thumbnail(path="x"), queue="mail")
+        ids: list[int] = client.enqueue_many([Thumbnail(path="x")], conn=connection, delay=5)
+        print(ref.id, ids)
+
+
 async def direct() -> None:
     # A handler is still the function it was.
     await send_verification_email(SendVerificationEmail(User("1", "e"), "k"), notifyq.Context(
@@ -105,6 +117,8 @@ MISTAKES = [
     'app.enqueue("not a task")',
     'app.enqueue(Thumbnail(path="x"), delay="60")',
     'app.enqueue(Thumbnail(path="x"), priorty=5)',
+    'app.enqueue(Thumbnail(path="x"), conn="postgresql://")',
+    'notifyq.SyncClient(app).enqueue(Thumbnail(path="x"), conn=app)',
     'app.run_worker(concurrency="many")',
     'notifyq.Retry(delay="5")',
     'thumbnail(5)',
