@@ -55,7 +55,10 @@ class SyncClient:
             import psycopg
             import psycopg_pool  # noqa: F401 # pyright: ignore[reportUnusedImport] - to learn it here, not at a task
         except ImportError as error:
-            raise ConfigError(f"SyncClient.connect needs psycopg ({error}): pip install 'notifyq[sync]'") from error
+            raise ConfigError(
+                f"SyncClient.connect needs psycopg ({error}): pip install 'notifyq[sync]', and 'psycopg[binary]' where "
+                "the system has no libpq"
+            ) from error
         url, source = resolve_dsn(dsn)
         where = f"{source}: {redact(url)}" if url else source
         try:
