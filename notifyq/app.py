@@ -116,7 +116,7 @@ class App:
         max_attempts: int | None = None,
         conn: foreign.AsyncConnection | None = None,
     ) -> list[int]:
-        """Enqueue all or none, of any types, with the same options; one statement. Returns the ids in order."""
+        """Enqueue all or none, of any types, with the same options, 2000 in a statement. Returns the ids in order."""
         options = enqueue.Options.check(queue, delay, run_at, priority, max_attempts)
         return await enqueue.many(self._via(conn), self.registry, tasks, options)
 
