@@ -73,6 +73,7 @@ class Runners:
         self._told_left = False
         self._group: TaskGroup | None = None
         self._closing = asyncio.Event()
+        self.ready = asyncio.Event()  # it may be fed
         self._closed = False
         self._behind: dict[int, Job] = {}  # next attempts of tasks that are held
         self._lost: set[Job] = set()  # of those held: their leases; the handlers wind up
@@ -130,6 +131,7 @@ class Runners:
 
     async def _host(self) -> None:
         async with anyio.create_task_group() as self._group:
+            self.ready.set()
             await self._closing.wait()
 
     def feed(self, jobs: Sequence[Job]) -> None:

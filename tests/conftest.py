@@ -22,8 +22,11 @@ import anyio.abc
 import pytest
 
 import notifyq
-from notifyq import schema, store
+from notifyq import store
 from notifyq.embedded import Server
+from notifyq.testing import Databases
+
+pytest_plugins = ["notifyq.testing.plugin"]
 
 _numbers = itertools.count()
 
@@ -38,6 +41,12 @@ def server() -> Iterator[Server]:
     """The session's server. A test that stops or restarts it makes one of its own."""
     with Server(settings={"max_connections": "300", "max_prepared_transactions": "10"}) as running:
         yield running
+
+
+@pytest.fixture(scope="session")
+def notifyq_server_dsn(server: Server) -> str:
+    """The plugin's databases are on it too."""
+    return server.dsn("postgres")
 
 
 async def admin(server: Server, *statements: str) -> None:
@@ -68,19 +77,15 @@ async def empty(dsn: str, *tables: str) -> str:
 
 
 @pytest.fixture(scope="session")
-async def template(server: Server) -> str:
-    await admin(server, "CREATE DATABASE template_notifyq")
-    conn = await store.connect(server.dsn("template_notifyq"), role="test")
-    await schema.migrate(conn)
-    await conn.close()
-    return "template_notifyq"
+def template(notifyq_databases: Databases) -> str:
+    """The name of a database with the schema, to make copies of."""
+    return notifyq_databases.template
 
 
 @pytest.fixture
-async def dsn(server: Server, template: str) -> AsyncIterator[str]:
+def dsn(notifyq_dsn: str) -> str:
     """A database with the schema."""
-    async with database(server, template) as dsn:
-        yield dsn
+    return notifyq_dsn
 
 
 @pytest.fixture

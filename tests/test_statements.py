@@ -32,6 +32,7 @@ class Statement(NamedTuple):
 
 STATEMENTS = {
     "adopt": Statement("int4 text[] int4[] int4 text[] bool", ROW, "task_aside task_pkey"),
+    "advance": Statement("float8", "count:int8", None),
     "claim": Statement("int4 text[] int4[] int4 bool", ROW, "task_pkey task_ready"),
     "claim_onward": Statement("int4 text[] int4[] int4 text[] int2[] int8[] bool", ROW, "task_pkey task_ready"),
     "django_result": Statement(
@@ -48,6 +49,11 @@ STATEMENTS = {
     "end_claims": Statement("int4", "coalesce:bool", ""),
     "enqueue": Statement("text text text float8 timestamptz int2 int2", "id:int8", ""),
     "enqueue_many": Statement("text[] text[] text float8 timestamptz int2 int2", "id:int8", ""),
+    "enqueued": Statement(
+        "text",
+        "id:int8 queue:text state:text priority:int2 run_at:timestamptz payload:text delay:float8",
+        None,
+    ),
     "evict": Statement("int4", "count:int4", ""),
     "finish": Statement("int4 int8[] int2[] text[] jsonb[] jsonb[] bool", "id:int8", "task_pkey"),
     "hand_back": Statement("int4 int8[] int2[]", "id:int8", "task_pkey"),
@@ -56,13 +62,16 @@ STATEMENTS = {
     "orphans": Statement("", "count:int4", "task_pkey task_running"),
     "payload": Statement("int4 int8", "payload:jsonb", "task_pkey"),
     "prune": Statement("float8 float8 int4", "count:int4", "finished_dead finished_old finished_pkey"),
+    "ran": Statement("timestamptz", "id:int8 state:text", None),
     "register": Statement("text text[] text[] int2[] int4 float8", "id:int4", ""),
     "release": Statement("int4", "count:int4", "task_pkey task_running"),
     "rescue": Statement("int4 int4", "name:text ready:int4 dead:int4", "task_pkey task_running"),
     "retry_later": Statement("int4 int8[] int2[] float8[] jsonb[]", "id:int8", "task_pkey"),
+    "runnable": Statement("text[]", "queues:text[] next_seconds:float8 at:timestamptz", None),
     "set_aside": Statement("int4 int8[] int2[]", "id:int8", "task_pkey"),
     "stats": Statement("", "json_build_object:text", None),
     "strays": Statement("int4 int8[] int2[]", "count:int4", "task_running"),
+    "tally": Statement("", "type:text state:text n:int8", None),
     "tasks": Statement("text text text int8 bool", "task:text seconds:float8", None),
     "tick": Statement(
         "int4 int4 text int8[] int2[] text[] text[]",

@@ -1,0 +1,79 @@
+"""A database for each test: a copy of one that was migrated once.
+
+The server is your own, where the role may create databases, or an embedded one. Without a schema to install, a copy
+costs tens of ms, and nothing that a test does can be seen by another.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from typing import Self
+from urllib.parse import urlsplit
+
+import asyncpg
+
+from notifyq import schema
+from notifyq.config import resolve_dsn
+from notifyq.errors import DatabaseError
+from notifyq.store import connect
+
+
+class Databases:
+    """`async with Databases(dsn) as databases, databases.new() as dsn: ...`
+
+    dsn  a database of the server, to connect to while others are created and dropped; in it nothing is changed
+    """
+
+    def __init__(self, dsn: str) -> None:
+        self._dsn = dsn
+        self._prefix = f"notifyq_test_{secrets.token_hex(4)}"  # others may test on the same server
+        self._number = 0
+
+    @property
+    def template(self) -> str:
+        """The name of the database that is copied."""
+        return f"{self._prefix}_template"
+
+    async def __aenter__(self) -> Self:
+        """Raises DatabaseError for a server that can't be reached, or a role that may not create databases."""
+        await self._run(f"CREATE DATABASE {self.template} TEMPLATE template0")
+        try:
+            conn = await connect(self._url(self.template), role="test")
+            try:
+                await schema.migrate(conn)
+            finally:
+                await conn.close()
+        except BaseException:
+            await self.__aexit__()
+            raise
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._run(f"DROP DATABASE {self.template} WITH (FORCE)")
+
+    @asynccontextmanager
+    async def new(self) -> AsyncGenerator[str, None]:
+        """A database with the schema, and nothing in it: its DSN. Dropped in the end, whoever is connected."""
+        self._number += 1
+        name = f"{self._prefix}_{self._number}"
+        await self._run(f"CREATE DATABASE {name} TEMPLATE {self.template}")
+        try:
+            yield self._url(name)
+        finally:
+            await self._run(f"DROP DATABASE {name} WITH (FORCE)")
+
+    def _url(self, database: str) -> str:
+        parts = urlsplit(resolve_dsn(self._dsn)[0] or "")
+        return f"postgresql://{parts.netloc}/{database}" + (f"?{parts.query}" if parts.query else "")
+
+    async def _run(self, statement: str) -> None:
+        # A connection each, as one that is kept belongs to an event loop, and a test session may have many.
+        conn = await connect(self._dsn, role="test")
+        try:
+            await conn.execute(statement)
+        except asyncpg.InsufficientPrivilegeError as error:
+            raise DatabaseError(f"this role may not create databases ({error}); ALTER ROLE ... CREATEDB") from error
+        finally:
+            await conn.close()

@@ -1,0 +1,219 @@
+"""What waits in the database, as typed tasks; and assertions on it, by type and some of the fields.
+
+A task counts from its enqueue, seen from the connection that is asked (so in your open transaction it counts too),
+until it has ended. When an assertion fails it says what was there instead, the nearest first, and what is different.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
+from typing import Any, Generic, TypeVar
+
+import asyncpg
+import msgspec
+
+from notifyq.codec import type_name
+from notifyq.errors import ConfigError
+from notifyq.store import SQL
+from notifyq.task import Task
+
+from .source import Source, connection
+
+T = TypeVar("T", bound=Task)
+
+SHOWN = 5  # tasks in a message
+DELAY_SECONDS = 1.0  # a delay within so much is the one that is meant
+
+Fields = Mapping[str, Any]
+
+
+class _Found(Generic[T]):
+    """A task that waits, and how it differs from what was expected: [] for not at all."""
+
+    def __init__(self, row: asyncpg.Record, task: T, expected: Fields, options: Fields) -> None:
+        self.id: int = row["id"]
+        self.task = task
+        self.differences = [
+            f"{name} is {row[name]!r}, not {value!r}"
+            for name, value in options.items()
+            if value is not None and not _same(name, value, row[name])
+        ]
+        self.differences += _differences("", expected, task)
+
+    def __str__(self) -> str:
+        return f"  id {self.id}: " + "; ".join([*self.differences, f"{self.task!r:.300}"])
+
+
+async def enqueued(
+    source: Source,
+    task: type[T],
+    fields: Fields | None = None,
+    /,
+    *,
+    queue: str | None = None,
+    priority: int | None = None,
+    delay: float | None = None,
+    run_at: datetime | None = None,
+    **more: Any,
+) -> list[T]:
+    """The tasks of this type that haven't ended, the oldest first: those with these fields, queue, and so on.
+
+    source        a connected app, a connection (in a transaction it sees what was enqueued there), or a DSN
+    fields, more  fields and their values; of a nested Struct or dict, a dict with some of its fields is enough, and
+                  of a list each item is compared so. In `fields` those go that have the name of another parameter
+    delay         seconds between its enqueue and its time, to within a second
+    run_at        its time, exactly
+
+    Raises ConfigError for a field that the type doesn't have, AssertionError for a payload that doesn't fit the type.
+    """
+    found = await _find(source, task, fields, more, queue, priority, delay, run_at)
+    return [one.task for one in found if not one.differences]
+
+
+async def assert_enqueued(
+    source: Source,
+    task: type[T],
+    fields: Fields | None = None,
+    /,
+    *,
+    count: int | None = None,
+    queue: str | None = None,
+    priority: int | None = None,
+    delay: float | None = None,
+    run_at: datetime | None = None,
+    **more: Any,
+) -> list[T]:
+    """Fail unless `enqueued` with the same arguments finds some, or exactly `count`; return them."""
+    found = await _find(source, task, fields, more, queue, priority, delay, run_at)
+    matches = [one for one in found if not one.differences]
+    if len(matches) == count or (count is None and matches):
+        return [one.task for one in matches]
+    what = _described(task, {**(fields or {}), **more}, queue, priority, delay, run_at)
+    if matches:
+        raise AssertionError(f"{_count(len(matches), 'task')} enqueued, not {count}, as {what}:\n" + _list(matches))
+    expected = "no task" if count is None else f"no task, instead of {count},"
+    raise AssertionError(f"{expected} is enqueued as {what}{await _instead(source, task, found)}")
+
+
+async def refute_enqueued(
+    source: Source,
+    task: type[Task],
+    fields: Fields | None = None,
+    /,
+    *,
+    queue: str | None = None,
+    priority: int | None = None,
+    delay: float | None = None,
+    run_at: datetime | None = None,
+    **more: Any,
+) -> None:
+    """Fail if `enqueued` with the same arguments finds any."""
+    found = await _find(source, task, fields, more, queue, priority, delay, run_at)
+    if matches := [one for one in found if not one.differences]:
+        what = _described(task, {**(fields or {}), **more}, queue, priority, delay, run_at)
+        raise AssertionError(f"{_count(len(matches), 'task')} enqueued as {what}:\n" + _list(matches))
+
+
+async def _find(
+    source: Source,
+    task: type[T],
+    fields: Fields | None,
+    more: Fields,
+    queue: str | None,
+    priority: int | None,
+    delay: float | None,
+    run_at: datetime | None,
+) -> list[_Found[T]]:
+    if not (isinstance(task, type) and issubclass(task, Task)):
+        raise ConfigError(f"expected a subclass of notifyq.Task and some of its fields, not {task!r:.100}")
+    expected = {**(fields or {}), **more}
+    _check_names(task, expected)
+    name, decode = type_name(task), msgspec.json.Decoder(task).decode
+    async with connection(source) as conn:
+        rows = await conn.fetch(SQL["enqueued"], name)
+    found: list[_Found[T]] = []
+    for row in rows:
+        try:
+            decoded = decode(row["payload"])
+        except msgspec.MsgspecError as error:
+            raise AssertionError(
+                f"task {row['id']} is enqueued, but its payload doesn't fit {name}: {error}; "
+                f"it is {row['payload']:.300}"
+            ) from error
+        options = {"queue": queue, "priority": priority, "delay": delay, "run_at": run_at}
+        found.append(_Found(row, decoded, expected, options))
+    return found
+
+
+def _same(name: str, expected: Any, actual: Any) -> bool:
+    if name == "delay":
+        return actual is not None and abs(actual - expected) <= DELAY_SECONDS
+    return bool(expected == actual)
+
+
+def _differences(path: str, expected: Any, actual: Any) -> list[str]:
+    """Where `actual` isn't as expected, with the way there; [] if it is."""
+    pairs: Iterable[tuple[str, Any, Any]]
+    if _is_a(expected, Mapping) and _is_a(actual, Mapping, msgspec.Struct):
+        values = actual
+        if _is_a(actual, msgspec.Struct):
+            _check_names(actual.__class__, expected)
+            values = {name: getattr(actual, name) for name in actual.__struct_fields__}
+        pairs = ((f".{name}", value, values.get(name, _MISSING)) for name, value in expected.items())
+    elif _is_a(expected, list, tuple) and _is_a(actual, list, tuple) and len(expected) == len(actual):
+        pairs = ((f"[{i}]", one, value) for i, (one, value) in enumerate(zip(expected, actual, strict=True)))
+    else:
+        different = actual is _MISSING or expected != actual
+        return [f"{path.removeprefix('.')} is {actual!r:.200}, not {expected!r:.200}"] if different else []
+    return [difference for step, one, value in pairs for difference in _differences(path + step, one, value)]
+
+
+def _is_a(value: Any, *types: type) -> bool:
+    """isinstance, which would turn an Any into an Unknown."""
+    return isinstance(value, types)
+
+
+class _Missing:
+    def __repr__(self) -> str:
+        return "missing"
+
+
+_MISSING = _Missing()
+
+
+def _check_names(cls: type[msgspec.Struct], expected: Iterable[Any]) -> None:
+    """A field that isn't there would never match, and a test that refutes it would never fail."""
+    for name in expected:
+        if name not in cls.__struct_fields__:
+            near = difflib.get_close_matches(str(name), cls.__struct_fields__, n=1)
+            known = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(cls.__struct_fields__) or 'none'}"
+            raise ConfigError(f"{cls.__name__} has no field {name!r}; {known}")
+
+
+def _described(task: type[Task], expected: Fields, *options: object) -> str:
+    fields = ", ".join(f"{name}={value!r}" for name, value in expected.items())
+    named = zip(("queue", "priority", "delay", "run_at"), options, strict=True)
+    told = "".join(f", {name} {value!r}" for name, value in named if value is not None)
+    return f"{task.__name__}({fields}){told}"
+
+
+async def _instead(source: Source, task: type[T], found: Sequence[_Found[T]]) -> str:
+    if found:
+        return ". There is, the nearest first:\n" + _list(sorted(found, key=lambda one: len(one.differences)))
+    async with connection(source) as conn:
+        rows = await conn.fetch(SQL["tally"])
+    mine = [f"{n} {state}" for type, state, n in rows if type == type_name(task)]
+    others = [f"{type} {n} {state}" for type, state, n in rows if type != type_name(task)]
+    told = f"; of this type there is {', '.join(mine)}" if mine else "; there is none of this type"
+    return told + f"; of others: {', '.join(others[:10])}" if others else told
+
+
+def _list(found: Sequence[_Found[T]]) -> str:
+    rest = [f"  and {len(found) - SHOWN} more"] if len(found) > SHOWN else []
+    return "\n".join([*map(str, found[:SHOWN]), *rest])
+
+
+def _count(n: int, word: str) -> str:
+    return f"1 {word} is" if n == 1 else f"{n} {word}s are"

@@ -1,0 +1,157 @@
+"""Run one task by itself: encoded as `enqueue` does it, then decoded, run and judged as a worker does it.
+
+The runner is a worker's (run.py), and so is what decides the outcome (outcome.py): a timeout cancels, a plain `def`
+runs in a thread, and context variables of the test are not the handler's. Only a database is missing, and with it what
+PostgreSQL itself may refuse: a NUL in a string.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+from collections.abc import Callable
+from datetime import UTC, datetime
+from typing import Any, Literal, Union, assert_never, cast, get_args, get_type_hints
+
+import anyio
+import asyncpg
+import msgspec
+
+from notifyq.app import App
+from notifyq.codec import encode_payload, type_name
+from notifyq.errors import ConfigError
+from notifyq.outcome import Aside, Finish, HandBack, Later, Outcome
+from notifyq.registry import Handler, Registry
+from notifyq.run import Runners
+from notifyq.store import Job
+from notifyq.task import Cancel, Dead, Retry, Task, Verdict
+
+
+class Ran(msgspec.Struct, frozen=True, kw_only=True):
+    """What came of a run: what a worker would write of it."""
+
+    state: Literal["done", "retry", "dead", "cancelled"]
+    result: Any = None  # what the handler returned, from JSON, as the type it is annotated with
+    reason: str | None = None  # of a retry, dead or cancelled: the row's error
+    delay: float | None = None  # of a retry: seconds until then
+
+
+async def run_inline(
+    app: App,
+    task: Task,
+    *,
+    attempt: int = 1,
+    max_attempts: int | None = None,
+    queue: str = "default",
+    priority: int = 0,
+    id: int = 1,
+    created_at: datetime | None = None,
+    raises: bool = False,
+) -> Ran:
+    """Run `task` with its handler, here, and return what came of it.
+
+    raises  True: what the handler raises, but for Retry, Cancel and Dead, is raised here
+    else    what the handler's Context says; max_attempts None: what its type says, created_at None: now
+
+    Raises ConfigError for a task that `enqueue` would refuse, or that no handler takes.
+    """
+    handler = _handler(app.registry, task)
+    payload = encode_payload(task)
+    app.registry.check(handler.type, payload)
+    row = (id, attempt, handler.type, queue, priority, max_attempts, created_at or datetime.now(UTC), payload)
+    raised: list[BaseException] = []
+    outcome = await _run(_Only(handler, raised), Job(0, cast("asyncpg.Record", row)))
+    if raises and raised and not isinstance(raised[0], Verdict):
+        raise raised[0]
+    match outcome:
+        case Finish():
+            result = None if outcome.result is None else _typed(handler, outcome.result)
+            return Ran(state=outcome.state, result=result, reason=_reason(outcome.error))
+        case Later():
+            return Ran(state="retry", reason=_reason(outcome.error), delay=outcome.delay)
+        case HandBack() | Aside():
+            raise AssertionError("handed back, though nobody stopped it")
+        case _:
+            assert_never(outcome)
+
+
+def _handler(registry: Registry, task: Task) -> Handler:
+    if not isinstance(task, Task):
+        raise ConfigError(f"run_inline got {task!r:.100}; expected an instance of a subclass of notifyq.Task")
+    cls, name = type(task), type_name(type(task))
+    handler = registry.get(name)
+    if handler is None:
+        registry.check(name, b"")  # raises, and names what is near
+        raise AssertionError
+    if handler.task is not cls:
+        raise ConfigError(f"type {name!r} is {handler.task.__qualname__} in this app, and not {cls.__qualname__}")
+    return handler
+
+
+class _Only(Registry):
+    """This handler, and what it raises is noted: an outcome has only its text."""
+
+    def __init__(self, handler: Handler, raised: list[BaseException]) -> None:
+        super().__init__()
+        watched = copy.copy(handler)
+        watched.function = _noting(handler, raised)
+        self._handlers[handler.type] = watched
+
+
+def _noting(handler: Handler, raised: list[BaseException]) -> Callable[..., Any]:
+    function = handler.function
+
+    async def waits(*args: Any) -> Any:
+        try:
+            return await function(*args)
+        except BaseException as error:
+            raised.append(error)
+            raise
+
+    def blocks(*args: Any) -> Any:
+        try:
+            return function(*args)
+        except BaseException as error:
+            raised.append(error)
+            raise
+
+    return waits if handler.is_async else blocks
+
+
+async def _run(registry: Registry, job: Job) -> Outcome:
+    outcomes: list[Outcome] = []
+    settled = anyio.Event()
+
+    def settle(outcome: Outcome) -> None:
+        outcomes.append(outcome)
+        settled.set()
+
+    runners = Runners(registry, 1, settle, lambda: None)
+    async with anyio.create_task_group() as group:
+        group.start_soon(runners.run)
+        await runners.ready.wait()
+        runners.feed([job])
+        await settled.wait()
+        runners.close()
+    return outcomes[0]
+
+
+def _reason(error: bytes | None) -> str | None:
+    return None if error is None else msgspec.json.decode(error)["error"]
+
+
+def _typed(handler: Handler, result: bytes) -> Any:
+    """As the type that the handler says it returns; as plain JSON where it doesn't say, or it is another."""
+    inner = inspect.unwrap(handler.function)
+    while isinstance(inner, functools.partial):
+        inner = inspect.unwrap(inner.func)
+    try:
+        annotation: Any = get_type_hints(inner).get("return", Any)
+        every: tuple[Any, ...] = get_args(annotation)
+        some = tuple(choice for choice in every if choice not in (Verdict, Retry, Cancel, Dead))
+        if len(some) < len(every):
+            annotation = Union[some]  # noqa: UP007 - built at run time
+        return msgspec.json.decode(result, type=annotation)
+    except (NameError, TypeError, msgspec.ValidationError):
+        return msgspec.json.decode(result)

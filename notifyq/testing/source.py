@@ -1,0 +1,34 @@
+"""Where a test's tasks are: a connected app, a connection (maybe in a transaction), or a DSN."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from notifyq.app import App
+from notifyq.store import connect
+
+if TYPE_CHECKING:
+    from notifyq.store import Connection
+
+    Source: TypeAlias = App | Connection | str
+else:
+    Source = Any
+
+
+@asynccontextmanager
+async def connection(source: Source) -> AsyncGenerator[Connection, None]:
+    """A connection to there. Raises ConfigError for an app that isn't connected."""
+    if isinstance(source, App):
+        via = source._via(None)  # pyright: ignore[reportPrivateUsage]
+        async with via.acquire() as conn:  # type: ignore[union-attr]  # without conn= it is the pool
+            yield conn
+    elif isinstance(source, str):
+        conn = await connect(source, role="test")
+        try:
+            yield conn
+        finally:
+            await conn.close()
+    else:
+        yield source
