@@ -62,6 +62,7 @@ STATEMENTS = {
     "orphans": Statement("", "count:int4", "task_pkey task_running"),
     "payload": Statement("int4 int8", "payload:jsonb", "task_pkey"),
     "prune": Statement("float8 float8 int4", "count:int4", "finished_dead finished_old finished_pkey"),
+    "queued": Statement("", "id:int8 type:text payload:jsonb", None),
     "ran": Statement("timestamptz", "id:int8 state:text", None),
     "register": Statement("text text[] text[] int2[] int4 float8", "id:int4", ""),
     "release": Statement("int4", "count:int4", "task_pkey task_running"),

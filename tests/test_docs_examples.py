@@ -1,0 +1,65 @@
+"""The pages of docs/ with examples: their files are written down, their tests run, their commands answer as shown."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from notifyq import store
+
+DOCS = Path(__file__).parent.parent / "docs"
+FILE = re.compile(r"`(\w+\.py)`[^\n`]*:\n\n```python\n(.*?)```", re.DOTALL)
+CONSOLE = re.compile(r"```console\n(.*?)```", re.DOTALL)
+TASKS = """
+INSERT INTO notifyq.task (type, payload) VALUES
+    ('SEND_MAIL', '{"user": {"email": "a@b.c", "name": "a"}}'),
+    ('SEND_MAIL', '{"user": {"email": "a@b.c", "name": "b"}}'),
+    ('SEND_MALE', '{}'), ('SEND_MAIL', '{"user": {"email": "a@b.c", "name": "c"}, "title": "hello"}')
+"""
+
+
+def test_testing(tmp_path: Path, notifyq_server_dsn: str) -> None:
+    files = FILE.findall((DOCS / "testing.md").read_text())
+    assert [name for name, _ in files] == ["shop.py", "conftest.py", "test_inline.py", "test_shop.py"]
+    for name, text in files:
+        (tmp_path / name).write_text(text)
+    with (tmp_path / "conftest.py").open("a") as conftest:  # which anyio leaves to its users
+        conftest.write("import pytest\n\n@pytest.fixture\ndef anyio_backend() -> str:\n    return 'asyncio'\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-W", "error", "-p", "no:cacheprovider"],
+        cwd=tmp_path,
+        env={**os.environ, "NOTIFYQ_TEST_DSN": notifyq_server_dsn},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
+    assert "6 passed" in done.stdout
+
+
+async def test_schema(tmp_path: Path, dsn: str) -> None:
+    """In the order of the page: a file, what commands say of it, its next version, what they say of that."""
+    db = await store.connect(dsn)
+    await db.execute(TASKS)
+    await db.close()
+    page = (DOCS / "schema.md").read_text()
+    parts = sorted([*FILE.finditer(page), *CONSOLE.finditer(page)], key=lambda part: part.start())
+    commands = 0
+    for part in parts:
+        if part.re is FILE:
+            (tmp_path / part[1]).write_text(part[2])
+            continue
+        for shown in re.split(r"^\$ ", part[1], flags=re.MULTILINE)[1:]:
+            command, _, output = shown.partition("\n")
+            program = command.replace("notifyq", f"{sys.executable} -B -m notifyq", 1)
+            done = subprocess.run(
+                program, shell=True, cwd=tmp_path, capture_output=True, text=True, check=False,
+                env={**os.environ, "NOTIFYQ_DSN": dsn},
+            )  # fmt: skip
+            assert done.stdout.strip() == output.strip(), command
+            commands += 1
+            assert done.returncode == ("--" in command), done.stderr
+    assert commands == 4
