@@ -156,7 +156,7 @@ class _Comparison:
         if other == "anything":
             return []
         if "const" in new:
-            if "const" in old and old["const"] == new["const"] and type(old["const"]) is type(new["const"]):
+            if "const" in old and old["const"] == new["const"]:
                 return []
             return [self._break(path, f"was {_named(old)}, is only {_named(new)}", NARROWED)]
         if kind != other and (kind, other) != ("integer", "number"):

@@ -22,7 +22,7 @@ import anyio.abc
 import pytest
 
 import notifyq
-from notifyq import store
+from notifyq import schema, store
 from notifyq.embedded import Server
 from notifyq.testing import Databases
 

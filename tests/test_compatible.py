@@ -280,6 +280,11 @@ BREAKS: list[tuple[Any, Any, str]] = [
     (str, Decimal, "$.f: format 'decimal', was not set"),
     (str, timedelta, "$.f: format 'duration', was not set"),
     (list[int | None], list[int], "$.f[...]: null isn't taken any more, only integer"),
+    (
+        list[list[dict[str, list[int]]]],
+        list[list[dict[str, list[str]]]],
+        "$.f[...][...][...][...]: was integer, is string",
+    ),
     (list[Any], list[int], "$.f[...]: was anything, is integer"),
     (list[int], sized(list[int], 1), "$.f: minItems 1, was not set"),
     (list[int], sized(list[int], None, 3), "$.f: maxItems 3, was not set"),
@@ -293,7 +298,7 @@ BREAKS: list[tuple[Any, Any, str]] = [
     (dict[str, int], dict[str, str], "$.f[...]: was integer, is string"),
     (dict[str, int], dict[int, int], "$.f (a key): format 'integer', was not set"),
     (dict[MoreColor, int], dict[Color, int], "$.f (a key): 'green' isn't taken any more, only 'blue', 'red'"),
-    (dict[str, int], dict[sized(str, 1), int], "$.f (a key): minLength 1, was not set"),
+    (dict[str, int], dict[Annotated[str, Meta(min_length=1)], int], "$.f (a key): minLength 1, was not set"),
     (dict[str, int], sized(dict[str, int], 1), "$.f: minProperties 1, was not set"),
     (dict[str, int], Typed, "$.f.a: is required, and queued payloads don't have it"),
     (dict[str, str], InnerMore, "$.f.a: string isn't taken any more, only integer, null"),
@@ -376,9 +381,7 @@ def test_the_document_is_deterministic() -> None:
 
 
 def test_what_json_schema_cannot_say() -> None:
-    with pytest.raises(
-        ConfigError, match=r"no JSON Schema can be made of these tasks: .*<class 'complex'>"
-    ):
+    with pytest.raises(ConfigError, match=r"no JSON Schema can be made of these tasks: .*<class 'complex'>"):
         payloads.document(registry(task(("f", complex))))
 
 
@@ -399,10 +402,10 @@ def numbers(draw: st.DrawFn) -> Typing:
     kind = draw(st.sampled_from([int, float]))
     low, high = draw(st.none() | st.integers(-3, 3)), draw(st.none() | st.integers(5, 9))
     over, under = draw(st.booleans()), draw(st.booleans())
-    meta = Meta(**{("gt" if over else "ge"): low, ("lt" if under else "le"): high})
+    limits: dict[str, Any] = {("gt" if over else "ge"): low, ("lt" if under else "le"): high}
     first, last = (low if low is not None else -20), (high if high is not None else 20)
     values = st.integers(first + (over and low is not None), last - (under and high is not None))
-    return Annotated[kind, meta], values if kind is int else values | values.map(float)
+    return Annotated[kind, Meta(**limits)], values if kind is int else values | values.map(float)
 
 
 def texts(draw: st.DrawFn) -> Typing:
@@ -411,7 +414,7 @@ def texts(draw: st.DrawFn) -> Typing:
 
 
 def moments(draw: st.DrawFn) -> Typing:
-    return draw(
+    found: Typing = draw(
         st.sampled_from([
             (datetime, st.sampled_from(["2030-01-01T00:00:00", "2030-01-01T00:00:00Z"])),
             (aware(datetime, True), st.just("2030-01-01T00:00:00Z")),
@@ -426,6 +429,7 @@ def moments(draw: st.DrawFn) -> Typing:
             (sized(bytes, None, 3), st.sampled_from(["", "YWI=", "YWJj"])),
         ])
     )  # fmt: skip
+    return found
 
 
 def words(draw: st.DrawFn) -> Typing:
@@ -433,7 +437,7 @@ def words(draw: st.DrawFn) -> Typing:
     if draw(st.booleans()):
         values = [value for value in values if isinstance(value, str)] or ["a"]
         return enum.Enum(f"E{next(numbered)}", {f"m{value}": value for value in values}), st.sampled_from(values)
-    return Literal[tuple(values)], st.sampled_from(values)  # type: ignore[return-value]
+    return Literal[tuple(values)], st.sampled_from(values)
 
 
 def plain(draw: st.DrawFn) -> Typing:
@@ -446,7 +450,9 @@ def leaf(draw: st.DrawFn) -> Typing:
 
 
 def struct(draw: st.DrawFn, depth: int, tag: str | None = None) -> Typing:
-    fields, required, optional = [], {}, {}
+    fields: list[Any] = []
+    required: dict[str, Any] = {}
+    optional: dict[str, Any] = {}
     strict = draw(st.booleans())
     for name in draw(st.lists(st.sampled_from("abcd"), max_size=3, unique=True)):
         of, values = typing(draw, depth - 1)

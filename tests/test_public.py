@@ -38,6 +38,7 @@ import asyncpg
 import msgspec
 import notifyq
 import psycopg
+from notifyq.testing import Drained, Ran, advance, assert_enqueued, drain, enqueued, refute_enqueued, run_inline
 
 
 class User(msgspec.Struct):
@@ -99,6 +100,19 @@ def blocking(connection: psycopg.Connection) -> None:
         print(ref.id, ids)
 
 
+async def tested(dsn: str, connection: "asyncpg.Connection[asyncpg.Record]") -> None:
+    ran: Ran = await run_inline(app, Thumbnail(path="x"), attempt=2, raises=True)
+    assert ran.state == "done", ran.reason
+    async with app.connect(dsn):
+        assert await drain(app, with_scheduled=True) == Drained(done=1)
+        due: int = await advance(app, 60)
+        mails: list[SendVerificationEmail] = await assert_enqueued(
+            app, SendVerificationEmail, user={"email": "a@b.c"}, queue="mail", count=due)
+        thumbnails = await enqueued(connection, Thumbnail, {"queue": 5}, delay=60)
+        print(mails[0].user.email, thumbnails[0].width)
+        await refute_enqueued(dsn, Thumbnail, path="x")
+
+
 async def direct() -> None:
     # A handler is still the function it was.
     await send_verification_email(SendVerificationEmail(User("1", "e"), "k"), notifyq.Context(
@@ -123,6 +137,8 @@ MISTAKES = [
     'notifyq.Retry(delay="5")',
     'thumbnail(5)',
     'notifyq.Missing',
+    'assert_enqueued(app, Thumbnail(path="x"))',
+    'run_inline(app, Thumbnail)',
 ]  # fmt: skip
 
 

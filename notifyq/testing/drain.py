@@ -52,14 +52,11 @@ async def drain(
         if app._pool is None:  # pyright: ignore[reportPrivateUsage]
             await stack.enter_async_context(app.connect(dsn))
         conn = await stack.enter_async_context(connection(dsn or app))
-        try:
-            with anyio.fail_after(timeout):
-                while (wait := await _runnable(app, dsn, conn, wanted, concurrency, states)) and with_scheduled:
-                    await advance(conn, wait)
-        except TimeoutError:
-            raise AssertionError(
-                f"after {timeout:g} s there is still something to run, and this has been run: {_count(states)}"
-            ) from None
+        with anyio.move_on_after(timeout) as late:
+            while (wait := await _runnable(app, dsn, conn, wanted, concurrency, states)) and with_scheduled:
+                await advance(conn, wait)
+    if late.cancelled_caught:
+        raise AssertionError(f"after {timeout:g} s there is still something to run; what ran by then: {_count(states)}")
     return _count(states)
 
 
