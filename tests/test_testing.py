@@ -213,7 +213,7 @@ async def test_inline_raises_when_asked() -> None:
 
 
 async def test_inline_takes_what_enqueue_takes() -> None:
-    with pytest.raises(ConfigError, match=r"doesn't fit MAIL: Expected `str`, got `int` - at `\$\.to`"):
+    with pytest.raises(ConfigError, match=r"task MAIL doesn't validate .*: Expected `str`, got `int` - at `\$\.to`"):
         await run_inline(app, Mail(to=5))  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="no handler takes type 'Unhandled'"):
         await run_inline(app, Unhandled())
@@ -472,6 +472,8 @@ async def test_in_a_transaction(connected: notifyq.App, notifyq_dsn: str) -> Non
 async def test_an_app_that_is_not_connected() -> None:
     with pytest.raises(ConfigError, match="not connected"):
         await enqueued(app, Mail)
+    with pytest.raises(ConfigError, match="expected a connected app, a connection of asyncpg, or a DSN"):
+        await enqueued(None, Mail)  # type: ignore[arg-type]
 
 
 # ------------------------------------------------------------------------------------------------ the plugin

@@ -19,8 +19,7 @@ import asyncpg
 import msgspec
 
 from notifyq.app import App
-from notifyq.codec import encode_payload, type_name
-from notifyq.errors import ConfigError
+from notifyq.enqueue import checked
 from notifyq.outcome import Aside, Finish, HandBack, Later, Outcome
 from notifyq.registry import Handler, Registry
 from notifyq.run import Runners
@@ -56,10 +55,11 @@ async def run_inline(
 
     Raises ConfigError for a task that `enqueue` would refuse, or that no handler takes.
     """
-    handler = _handler(app.registry, task)
-    payload = encode_payload(task)
-    app.registry.check(handler.type, payload)
-    row = (id, attempt, handler.type, queue, priority, max_attempts, created_at or datetime.now(UTC), payload)
+    type, payload = checked(app.registry, task)
+    app.registry.check(type, payload.encode())
+    handler = app.registry.get(type)
+    assert handler is not None
+    row = (id, attempt, type, queue, priority, max_attempts, created_at or datetime.now(UTC), payload.encode())
     raised: list[BaseException] = []
     outcome = await _run(_Only(handler, raised), Job(0, cast("asyncpg.Record", row)))
     if raises and raised and not isinstance(raised[0], Verdict):
@@ -74,19 +74,6 @@ async def run_inline(
             raise AssertionError("handed back, though nobody stopped it")
         case _:
             assert_never(outcome)
-
-
-def _handler(registry: Registry, task: Task) -> Handler:
-    if not isinstance(task, Task):
-        raise ConfigError(f"run_inline got {task!r:.100}; expected an instance of a subclass of notifyq.Task")
-    cls, name = type(task), type_name(type(task))
-    handler = registry.get(name)
-    if handler is None:
-        registry.check(name, b"")  # raises, and names what is near
-        raise AssertionError
-    if handler.task is not cls:
-        raise ConfigError(f"type {name!r} is {handler.task.__qualname__} in this app, and not {cls.__qualname__}")
-    return handler
 
 
 class _Only(Registry):

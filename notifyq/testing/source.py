@@ -1,4 +1,4 @@
-"""Where a test's tasks are: a connected app, a connection (maybe in a transaction), or a DSN."""
+"""Where a test's tasks are: a connected app, a connection of asyncpg (maybe in a transaction), or a DSN."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from notifyq.app import App
+from notifyq.errors import ConfigError
 from notifyq.store import connect
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ else:
 
 @asynccontextmanager
 async def connection(source: Source) -> AsyncGenerator[Connection, None]:
-    """A connection to there. Raises ConfigError for an app that isn't connected."""
+    """A connection to there. Raises ConfigError for an app that isn't connected, and for anything else."""
     if isinstance(source, App):
         via = source._via(None)  # pyright: ignore[reportPrivateUsage]
         async with via.acquire() as conn:  # type: ignore[union-attr]  # without conn= it is the pool
@@ -30,5 +31,7 @@ async def connection(source: Source) -> AsyncGenerator[Connection, None]:
             yield conn
         finally:
             await conn.close()
-    else:
+    elif hasattr(source, "fetch"):
         yield source
+    else:
+        raise ConfigError(f"expected a connected app, a connection of asyncpg, or a DSN, not {source!r:.100}")
