@@ -54,9 +54,9 @@ setup: $(test_stamp)  ## .venv with notifyq (editable), its extras and the test 
 demo: $(or $(wildcard $(test_stamp)),$(demo_stamp))  ## the main job, end to end, on an embedded PostgreSQL
 	.venv/bin/python -m notifyq demo
 
-# Two processes, whole files each: the tests mostly wait, and one file's tests share what their fixtures build.
+# Three processes, whole files each: the tests mostly wait, and one file's tests share what their fixtures build.
 test: $(test_stamp)  ## the tests, minutes; TESTS="tests/test_retry.py -k cap" picks some
-	.venv/bin/python -m pytest -q -n 2 --dist loadfile $(TESTS)
+	.venv/bin/python -m pytest -q -n 3 --dist loadfile $(TESTS)
 
 test-long: $(test_stamp)  ## the tests marked `long`, hours
 	.venv/bin/python -m pytest -q -m long --timeout 0 $(TESTS)
@@ -72,9 +72,9 @@ test-matrix: $(test_stamp)  ## the tests on each PostgreSQL from 14 to 18; PG="1
 	@failed=; \
 	for pg in $(PG); do \
 	    echo "== PostgreSQL $$pg"; began=$$(date +%s); \
-	    $(value MAKE) --no-print-directory .venv.matrix/$$pg/.ok-$(call checksum,requirements-matrix.txt) \
+	    $(MAKE_COMMAND) --no-print-directory .venv.matrix/$$pg/.ok-$(call checksum,requirements-matrix.txt) \
 	        && NOTIFYQ_PG_BIN="$(CURDIR)/.venv.matrix/$$pg/bin" \
-	            .venv/bin/python -m pytest -q -n 2 --dist loadfile $(TESTS) && is=passed || is=FAILED; \
+	            .venv/bin/python -m pytest -q -n 3 --dist loadfile $(TESTS) && is=passed || is=FAILED; \
 	    [ $$is = passed ] || failed="$$failed $$pg"; \
 	    table="$$table$$pg: $$is, $$(($$(date +%s) - began)) s\n"; \
 	done; \
