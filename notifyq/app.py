@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
@@ -12,18 +12,20 @@ import anyio
 import asyncpg
 from anyio.abc import TaskStatus
 
-from . import enqueue, foreign, store
+from . import enqueue, foreign, lifespan, store
 from .config import WorkerConfig, parse_queues, resolve_dsn
 from .errors import ConfigError
 from .registry import Registry
 from .store import Connection, explained
-from .task import Ref, Task
-from .worker import Worker, WorkerInfo
+from .task import Middleware, Ref, Task
+from .worker import WorkerInfo, work
 
 if TYPE_CHECKING:
     Pool = asyncpg.Pool[asyncpg.Record]
 
 _Handler = TypeVar("_Handler", bound=Callable[..., Any])
+_Middleware = TypeVar("_Middleware", bound=Middleware)
+_Lifespan = TypeVar("_Lifespan", bound=Callable[..., AbstractAsyncContextManager[Any] | AsyncIterator[Any]])
 
 
 class App:
@@ -37,12 +39,34 @@ class App:
     def handler(self, function: _Handler) -> _Handler:
         """Register a handler, an `async def` or, to run in a thread, a plain `def`; use it as a decorator.
 
-        The type of its first parameter, a subclass of Task, says what it handles; a second one is given the
-        Context. What it returns is the task's result. Raises ConfigError for anything that can't work.
+        The type of its first parameter, a subclass of Task, says what it handles; the others are given the Context
+        or what the lifespan yields, by their types. What it returns is the task's result. Raises ConfigError for
+        anything that can't work.
         """
         caller = inspect.currentframe()
         scope = caller.f_back.f_locals if caller is not None and caller.f_back is not None else {}
         self.registry.add(function, scope)
+        return function
+
+    def middleware(self, function: _Middleware) -> _Middleware:
+        """Put `async def f(task, ctx, call)` around each handler; use it as a decorator. The first is the outermost.
+
+        `await call(task, ctx)` goes on, in the end to the handler, and returns what that returns. What the middleware
+        returns is the task's result; what it raises counts as the handler's. The task's timeout is for all of it.
+        """
+        self.registry.surround(function)
+        return function
+
+    def lifespan(self, function: _Lifespan) -> _Lifespan:
+        """An `async def` with one `yield`: a worker runs what comes before it first and what comes after it last. Use
+        it as a decorator, over @asynccontextmanager or without.
+
+        It is called without arguments, or with the app. What it yields is one thing, or a tuple of several, each given
+        to the handlers' parameters of its type: of that very class, or else of a class above it that no other has.
+        """
+        if self.registry.lifespan is not None:
+            raise ConfigError("this app has a lifespan; it has one, which can enter and yield several things")
+        self.registry.lifespan = lifespan.checked(function, self)
         return function
 
     @asynccontextmanager
@@ -148,7 +172,8 @@ class App:
         stop, force       set `stop` to drain and return, `force` to hand back and return at once
 
         With `await task_group.start(app.run_worker)` it returns a WorkerInfo when it works. Cancelled, it hands its
-        tasks back at once. Raises ConfigError, DatabaseError or SchemaError if it can't start.
+        tasks back at once. Raises ConfigError, DatabaseError or SchemaError if it can't start, and NotifyqError if
+        the lifespan fails.
         """
         if not self.registry.types:
             raise ConfigError("this app has no handlers, so there is nothing to run; decorate one with @app.handler")
@@ -161,8 +186,8 @@ class App:
             history_seconds=history,
             drain=drain,
         )
-        worker = Worker(self.registry, config, dsn or self._dsn)
-        await worker.run(stop=stop or anyio.Event(), force=force or anyio.Event(), task_status=task_status)
+        stop, force = stop or anyio.Event(), force or anyio.Event()
+        await work(self.registry, config, dsn or self._dsn, stop, force, task_status)
 
     def _via(self, conn: foreign.AsyncConnection | None) -> Connection | Pool | foreign.Foreign:
         if conn is not None:

@@ -3,6 +3,7 @@
     NotifyqError            1   something failed
     ├── ConfigError         2   wrong usage: a flag, an app, a handler, a task, a setting
     │   └── EmbeddedError   2   the embedded PostgreSQL can't be had here
+    ├── LeaseLost           1   a handler's task was taken from it before its transaction could settle it
     ├── DatabaseError       3   the database is unreachable, or refuses this user
     └── SchemaError         4   the schema is missing, or of another version
 
@@ -28,6 +29,10 @@ class ConfigError(NotifyqError, ValueError):
 
 class EmbeddedError(ConfigError):
     """The embedded PostgreSQL can't be found or started on this machine."""
+
+
+class LeaseLost(NotifyqError):
+    """The task isn't this run's any more: it was cancelled, or others took its worker for dead."""
 
 
 class DatabaseError(NotifyqError):

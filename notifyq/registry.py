@@ -1,4 +1,5 @@
-"""Which handler runs which type. Everything that can be wrong with either is found here, where it is written."""
+"""Which handler runs which type, and with what. Everything that can be wrong with either is found here, where it is
+written; what handlers need of the lifespan, when a worker starts."""
 
 from __future__ import annotations
 
@@ -7,40 +8,63 @@ import functools
 import inspect
 import math
 import re
-from collections.abc import Callable, Mapping
-from typing import Any, Union, get_args
+from collections.abc import Callable, Mapping, Sequence
+from copy import copy
+from inspect import Parameter
+from types import UnionType
+from typing import Annotated, Any, NamedTuple, Union, cast, get_args, get_origin
 
 import msgspec
 
 from .codec import type_name
 from .config import check_name
 from .errors import ConfigError
-from .task import Context, Task
+from .lifespan import Lifespan
+from .task import Call, Context, Middleware, Task
+
+
+class Need(NamedTuple):
+    """A parameter of a handler beside the task, and what it is given."""
+
+    name: str
+    type: Any  # Context; a class, of which the lifespan yields an instance; None: its default
+    default: Any
+    keyword: bool
 
 
 class Handler:
     """One registered handler: how to decode its task, how to call it, and its type's settings."""
 
     __slots__ = (
-        "backoff", "decode", "function", "is_async", "max_attempts", "name", "task", "timeout", "type", "wants_context",
+        "around", "backoff", "decode", "function", "is_async", "max_attempts", "name", "needs", "task", "timeout",
+        "type", "wants_context",
     )  # fmt: skip
 
-    def __init__(self, function: Callable[..., Any], task: type[Task], wants_context: bool) -> None:
+    def __init__(self, function: Callable[..., Any], task: type[Task], needs: Sequence[Need]) -> None:
         self.function = function
         self.name = _name(function)
         self.task = task
         self.type = type_name(task)
         self.decode: Callable[[bytes], Task] = msgspec.json.Decoder(task).decode
-        self.wants_context = wants_context
-        self.is_async = inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(
-            getattr(function, "__call__", None)  # noqa: B004 - an object with an async __call__
-        )
+        self.needs = needs
+        self.wants_context = bool(needs) and needs[0].type is Context and not needs[0].keyword
+        self.is_async = _is_async(function)
         self.max_attempts = task.max_attempts
         self.backoff = task.backoff
         self.timeout = task.timeout
+        self.around: Middleware | None = None
 
     def call(self, task: Task, context: Context) -> Any:
         return self.function(task, context) if self.wants_context else self.function(task)
+
+    def bound(self, given: Sequence[object] | None, around: Middleware | None) -> Handler:
+        """The same, called through `around`, with what it needs of `given`. Raises ConfigError if that isn't there."""
+        handler = copy(self)
+        handler.around = around
+        if any(need.type is not None for need in self.needs[self.wants_context :]):
+            values = [_value(self.name, need, given) for need in self.needs]
+            handler.function, handler.wants_context = _filled(self.function, self.needs, values), True
+        return handler
 
 
 class Registry:
@@ -48,6 +72,30 @@ class Registry:
 
     def __init__(self) -> None:
         self._handlers: dict[str, Handler] = {}
+        self._middleware: list[Middleware] = []  # the outermost first
+        self.lifespan: Lifespan | None = None
+
+    def bound(self, given: Sequence[object] | None) -> Registry:
+        """The same handlers, to be run: through the middleware, and given what the lifespan yields (None: no lifespan).
+
+        Raises ConfigError for one that needs something else.
+        """
+        registry = Registry()
+        around = functools.reduce(_nested, self._middleware) if self._middleware else None
+        registry._handlers = {handler.type: handler.bound(given, around) for handler in self._handlers.values()}
+        return registry
+
+    def surround(self, function: Middleware) -> None:
+        """Put middleware around each handler, inside of what is there. Raises ConfigError for what can't be any."""
+        try:
+            inspect.signature(function).bind(None, None, None)
+        except TypeError:
+            fits = False
+        else:
+            fits = _is_async(function)
+        if not fits:
+            raise ConfigError(f"@app.middleware got {function!r}; expected: async def f(task, ctx, call) -> object")
+        self._middleware.append(function)
 
     def add(self, function: Callable[..., Any], scope: Mapping[str, Any]) -> None:
         """Register a handler; `scope` is where names of a postponed annotation may be local.
@@ -55,9 +103,9 @@ class Registry:
         Raises ConfigError for a handler without a task type, a second one for a type, or a type with settings
         that can't be.
         """
-        task, wants_context = _signature(function, scope)
+        task, needs = _signature(function, scope)
         _check_task(task)
-        handler = Handler(function, task, wants_context)
+        handler = Handler(function, task, needs)
         other = self._handlers.get(handler.type)
         if other is not None and other.task is task:
             raise ConfigError(
@@ -101,7 +149,7 @@ class Registry:
             raise ConfigError(f"the payload doesn't fit {type}: {error}") from error
 
 
-def _signature(function: Callable[..., Any], scope: Mapping[str, Any]) -> tuple[type[Task], bool]:
+def _signature(function: Callable[..., Any], scope: Mapping[str, Any]) -> tuple[type[Task], list[Need]]:
     name = _name(function)
     example = "async def send(task: SendMail) -> None, or with (task: SendMail, ctx: notifyq.Context)"
     if not callable(function) or isinstance(function, type):
@@ -109,49 +157,138 @@ def _signature(function: Callable[..., Any], scope: Mapping[str, Any]) -> tuple[
     parameters = list(inspect.signature(function).parameters.values())
     if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
         raise ConfigError(f"handler {name} is a generator (it has a `yield`); a handler returns its result")
-    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    required = [p for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-    if not positional or len(required) > 2 or any(p.kind is p.KEYWORD_ONLY for p in required):
+    if not parameters or parameters[0].kind not in (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD):
         raise ConfigError(f"handler {name}{inspect.signature(function)} is called with a task and a context: {example}")
-    annotation, globals = positional[0].annotation, _globals(function)
-    if annotation is inspect.Parameter.empty:
+    annotation, globals = parameters[0].annotation, _globals(function)
+    if annotation is Parameter.empty:
         raise ConfigError(f"handler {name}: its first parameter has no type, which says what it handles: {example}")
-    while isinstance(annotation, str):  # postponed, or in quotes, or both
-        try:
-            annotation = eval(annotation, globals, dict(scope))
-        except Exception as error:
-            raise ConfigError(
-                f"handler {name}: the type {annotation!r} of its first parameter can't be looked up ({error}); "
-                "import it at run time, not under TYPE_CHECKING"
-            ) from error
+    try:
+        annotation = _looked_up(annotation, globals, scope)
+    except Exception as error:
+        raise ConfigError(
+            f"handler {name}: the type {annotation!r} of its first parameter can't be looked up ({error}); "
+            "import it at run time, not under TYPE_CHECKING"
+        ) from error
     if not (isinstance(annotation, type) and issubclass(annotation, Task)) or annotation is Task:
         raise ConfigError(
             f"handler {name}: its first parameter is a {annotation!r}, expected a subclass of notifyq.Task"
         )
-    if len(positional) == 1:
-        return annotation, False
-    second = positional[1]
-    needed, fits = second.default is second.empty, _is_context(second.annotation, globals, scope)
-    if needed and fits is False:
+    rest = [p for p in parameters[1:] if p.kind not in (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)]
+    needs: list[Need] = []
+    for index, p in enumerate(rest):
+        second = index == 0 and p.kind is not Parameter.KEYWORD_ONLY
+        needed = _needed(f"handler {name}: its parameter {p.name!r}", p, second, globals, scope)
+        needs.append(Need(p.name, needed, p.default, p.kind is Parameter.KEYWORD_ONLY))
+    return annotation, needs
+
+
+def _needed(whose: str, p: Parameter, second: bool, globals: dict[str, Any], scope: Mapping[str, Any]) -> Any:
+    """The type of what it is given, as Need has it. Raises ConfigError for one that nothing can be given to."""
+    required = p.default is Parameter.empty
+    expected = "expected notifyq.Context, or a class of which the app's lifespan yields an instance"
+    try:
+        annotation = _looked_up(p.annotation, globals, scope)
+    except Exception as error:  # it may exist for type checkers alone, where that is enough
+        if re.search(r"(?<![\w.])(notifyq\.)?Context\b", p.annotation):
+            return Context
+        if not required:
+            return None
+        if second and p.name.strip("_") in ("ctx", "context"):
+            return Context
         raise ConfigError(
-            f"handler {name}: its second parameter is a {second.annotation!r}, but it is given a notifyq.Context"
-        )
-    return annotation, needed or fits is True
+            f"{whose}: the type {p.annotation!r} can't be looked up ({error}); import it at run time, "
+            "not under TYPE_CHECKING"
+        ) from error
+    choices = [choice for choice in _choices(annotation) if choice is not type(None)]
+    classes: list[type] = [choice for choice in choices if isinstance(choice, type)]
+    maybe = not classes or not {*classes}.isdisjoint(Context.__mro__)
+    if Context in choices or (required and second and maybe):
+        return Context
+    if len(choices) == len(classes) == 1 and _can_be_yielded(classes[0]):
+        return classes[0]
+    if not required:
+        return None
+    if p.annotation is Parameter.empty:
+        raise ConfigError(f"{whose} has no type, which would say what it is given; {expected}")
+    raise ConfigError(f"{whose} is a {p.annotation!r}; {expected}")
 
 
-def _is_context(annotation: Any, globals: dict[str, Any], scope: Mapping[str, Any]) -> bool | None:
-    """Whether a Context fits; None: who knows. Its name may exist for type checkers alone."""
+def _choices(annotation: Any) -> tuple[Any, ...]:
+    """The classes of a union, as far as there are any behind Annotated and [...]."""
+    if annotation in (Parameter.empty, Any):
+        return ()
+    origin = get_origin(annotation)
+    if origin is Annotated:
+        return _choices(get_args(annotation)[0])
+    if origin in (Union, UnionType):
+        return tuple(choice for part in get_args(annotation) for choice in _choices(part))
+    return (cast("object", origin or annotation),)
+
+
+def _can_be_yielded(choice: type) -> bool:
+    try:
+        isinstance(None, choice)  # a Protocol that isn't runtime_checkable can't be asked
+    except TypeError:
+        return False
+    return choice.__module__ != "builtins" and not issubclass(choice, Task)
+
+
+def _looked_up(annotation: Any, globals: dict[str, Any], scope: Mapping[str, Any]) -> Any:
+    """What a postponed annotation, or one in quotes, or both, stands for. Raises whatever its names raise."""
     while isinstance(annotation, str):
         try:
             annotation = eval(annotation, globals, dict(scope))
-        except Exception:
-            return True if re.search(r"(?<![\w.])(notifyq\.)?Context\b", annotation) else None
-    if annotation in (inspect.Parameter.empty, Any):
-        return None
-    choices = get_args(annotation) or (annotation,)
-    if Context in choices:
-        return True
-    return False if all(isinstance(choice, type) and not issubclass(Context, choice) for choice in choices) else None
+        except TypeError:  # Pool[Record], of a class that can be subscripted in its stubs alone: asyncpg's can
+            name, bracket, _ = annotation.partition("[")
+            if not bracket:
+                raise
+            annotation = eval(name, globals, dict(scope))
+    return annotation
+
+
+def _value(whose: str, need: Need, given: Sequence[object] | None) -> object:
+    """What it is given: the one of its very type, or else the one of its kind."""
+    if need.type is None or need.type is Context:
+        return need.default if need.type is None else Context
+    things = given or ()
+    found = [thing for thing in things if type(thing) is need.type]
+    found = found or [thing for thing in things if isinstance(thing, need.type)]
+    if len(found) == 1:
+        return found[0]
+    if not found and need.default is not Parameter.empty:
+        return need.default
+    listed = ", ".join(_name(type(thing)) for thing in things) or "nothing"
+    has = f"the app's lifespan yields {listed}" if given is not None else "this app has no lifespan, to yield one"
+    why = f"{len(found)} things of that type" if found else "nothing of that type"
+    raise ConfigError(f"handler {whose}: its parameter {need.name!r} is a {_name(need.type)}: {why}; {has}")
+
+
+def _filled(function: Callable[..., Any], needs: Sequence[Need], values: Sequence[object]) -> Callable[..., Any]:
+    """`function`, to be called with a task and its Context, which stands in `values` where it belongs."""
+    args = [value for need, value in zip(needs, values, strict=True) if not need.keyword]
+    named = {need.name: value for need, value in zip(needs, values, strict=True) if need.keyword}
+
+    def call(task: Task, context: Context) -> Any:
+        more = {name: context if value is Context else value for name, value in named.items()}
+        return function(task, *(context if value is Context else value for value in args), **more)
+
+    return call
+
+
+def _nested(outer: Middleware, inner: Middleware) -> Middleware:
+    async def both(task: Task, context: Context, call: Call) -> object:
+        async def rest(task: Task, context: Context) -> object:
+            return await inner(task, context, call)
+
+        return await outer(task, context, rest)
+
+    return both
+
+
+def _is_async(function: Callable[..., Any]) -> bool:
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(
+        getattr(function, "__call__", None)  # noqa: B004 - an object with an async __call__
+    )
 
 
 def _globals(function: Callable[..., Any]) -> dict[str, Any]:

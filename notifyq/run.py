@@ -14,11 +14,12 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import functools
 import logging
 import math
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import anyio
@@ -28,10 +29,12 @@ from anyio.abc import TaskGroup
 
 from . import outcome
 from .codec import PAYLOAD_LIMIT, describe
+from .errors import ConfigError, LeaseLost
 from .outcome import Aside, Finish, HandBack, Later, Outcome
 from .registry import Handler, Registry
 from .store import Job
-from .task import Context, Task
+from .task import Context, Isolation, Task, Transaction, begin_transaction
+from .transact import State, Transactions
 
 logger = logging.getLogger("notifyq.run")
 
@@ -60,6 +63,7 @@ class Runners:
         concurrency: int,
         settle: Callable[[Outcome], None],
         freed: Callable[[], None],
+        transactions: Transactions | None = None,
     ) -> None:
         self._registry = registry
         self._concurrency = concurrency
@@ -77,6 +81,8 @@ class Runners:
         self._closed = False
         self._behind: dict[int, Job] = {}  # next attempts of tasks that are held
         self._lost: set[Job] = set()  # of those held: their leases; the handlers wind up
+        self._transactions = transactions
+        self._states: dict[Job, State] = transactions.states if transactions else {}  # empty, if nobody begins one
         self.held: dict[int, Job] = {}  # by id: waiting and running
         self.by_queue: Counter[str] = Counter()  # of these
         self.finished = 0  # attempts ended, ever
@@ -88,8 +94,9 @@ class Runners:
 
     @property
     def leases(self) -> list[Job]:
-        """What is held, or will be, but for what was lost."""
-        return [job for job in (*self.held.values(), *self._behind.values()) if job not in self._lost]
+        """What is held, or will be, but for what was lost, or settled by its own transaction."""
+        held = [job for job in (*self.held.values(), *self._behind.values()) if job not in self._lost]
+        return [job for job in held if self._states.get(job) != "committed"] if self._states else held
 
     @property
     def trouble(self) -> str:
@@ -176,9 +183,9 @@ class Runners:
                 runner.scope.cancel()
 
     def lost(self, job: Job) -> bool:
-        """The lease is gone: cancel the handler, settle nothing. False if it isn't held any more."""
-        if self.held.get(job.id) is not job:
-            return False
+        """The lease is gone: cancel the handler, settle nothing. False if it isn't held any more, or settles itself."""
+        if self.held.get(job.id) is not job or self._states.get(job) in ("ending", "committed"):
+            return False  # whoever is settling it by himself finds out, or is why it's gone
         if job in self._waiting:
             self._waiting.remove(job)
             self._drop(job)
@@ -211,7 +218,9 @@ class Runners:
         self._runners.add(runner)
         assert self._group is not None
         # In an empty context, not in that of whoever fed the job.
-        contextvars.Context().run(self._group.start_soon, self._run, runner)
+        context = contextvars.Context()
+        context.run(begin_transaction.set, self._begin)
+        context.run(self._group.start_soon, self._run, runner)
 
     async def _run(self, runner: Runner) -> None:
         runner.task = me = asyncio.current_task()
@@ -294,11 +303,11 @@ class Runners:
         )
         try:
             if handler.timeout is None:
-                value = await self._call(handler, task, context)
+                value = await self._called(handler, task, context)
             else:
                 value = None
                 with anyio.CancelScope(deadline=anyio.current_time() + handler.timeout) as limit:
-                    value = await self._call(handler, task, context)
+                    value = await self._called(handler, task, context)
                 if limit.cancelled_caught:
                     return self._log(handler, outcome.timed_out(job, handler))
         except BaseException as error:
@@ -309,6 +318,12 @@ class Runners:
                 raise
             return self._log(handler, outcome.raised(job, handler, error))
         return self._log(handler, outcome.returned(job, handler, value))
+
+    def _called(self, handler: Handler, task: Task, context: Context) -> Awaitable[object]:
+        """Through the middleware, if there is any."""
+        if handler.around is None:
+            return self._call(handler, task, context)
+        return handler.around(task, context, functools.partial(self._call, handler))
 
     async def _call(self, handler: Handler, task: Task, context: Context) -> object:
         if handler.is_async:
@@ -335,21 +350,51 @@ class Runners:
         else:
             self._end(stop)
 
+    def _begin(self, context: Context, isolation: Isolation | None) -> Transaction:
+        """ctx.transaction(), of what runs here."""
+        if self._transactions is None:
+            raise ConfigError(
+                "ctx.transaction() needs a worker, which settles the task; in tests: notifyq.testing.drain"
+            )
+        job = self.held.get(context.id)
+        if job is None or job.attempt != context.attempt:
+            raise ConfigError(f"task {context.id} doesn't run here (any more), so there is nothing to settle for it")
+        if job in self._lost:
+            raise LeaseLost(f"task {job.id} isn't this run's any more")
+        return self._transactions.begin(job, isolation, self._lost.add)
+
     def _end(self, result: Outcome) -> None:
-        self._settle(result)
+        if not self._states or self._states.get(result.job) != "committed":
+            self._settle(result)
         self._drop(result.job)
 
     def _drop(self, job: Job) -> None:
         del self.held[job.id]
         self._lost.discard(job)
+        if self._states:
+            self._states.pop(job, None)
         self.by_queue[job.queue] -= 1
         self.finished += 1
         if self._behind and (again := self._behind.pop(job.id, None)) is not None:
             self.feed([again])
         self._freed()
 
+    def _settled_itself(self, handler: Handler, result: Outcome) -> Outcome:
+        """Done, whatever came after its transaction; if that was anything, somebody may wonder where it is."""
+        done = Finish(result.job, "done")
+        if not isinstance(result, Finish) or (result.state, result.result, result.error) != ("done", None, None):
+            error = getattr(result, "error", None)
+            why = msgspec.json.decode(error)["error"].splitlines()[0][:300] if error else "it returned something"
+            logger.warning(
+                "what a handler returns or raises after its transaction doesn't count: the task is done",
+                extra=_fields(result.job, handler, after=why),
+            )
+        return done
+
     def _log(self, handler: Handler, result: Outcome) -> Outcome:
         job = result.job
+        if self._states and self._states.get(job) == "committed":
+            result = self._settled_itself(handler, result)
         if isinstance(result, Finish) and result.state == "done":
             if logger.isEnabledFor(logging.DEBUG):
                 logger.debug("task done", extra=_fields(job, handler))

@@ -61,6 +61,13 @@ WORKER_TIMEOUT_SECONDS = 8.0
 HOST_SECONDS = 3.0  # for each of several hosts to answer in, but the last
 PROOF_SECONDS = 3.0  # for a statement that is sent to see whether somebody is there
 
+# A backend whose worker is gone must go soon too, with its locks.
+GONE_SETTINGS: Final[Mapping[str, str]] = {
+    "tcp_keepalives_idle": "5",
+    "tcp_keepalives_interval": "2",
+    "tcp_keepalives_count": "3",
+}
+
 # A queue's statistics are always of another moment, so its statements don't ask the planner: the index that each
 # names in its comment is the way, and the plan is made once.
 WORKER_SETTINGS: Final[Mapping[str, str]] = {
@@ -69,10 +76,7 @@ WORKER_SETTINGS: Final[Mapping[str, str]] = {
     "enable_hashjoin": "off",
     "enable_mergejoin": "off",
     "jit": "off",
-    # A backend whose worker is gone must go soon too, with its locks.
-    "tcp_keepalives_idle": "5",
-    "tcp_keepalives_interval": "2",
-    "tcp_keepalives_count": "3",
+    **GONE_SETTINGS,
     # The sleeper keeps a transaction open, without a snapshot; limits meant for people's sessions would end it.
     "idle_in_transaction_session_timeout": "0",
     "statement_timeout": "0",

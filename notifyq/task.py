@@ -1,11 +1,25 @@
-"""The words: what a user writes, raises and is given. Imports nothing of ours."""
+"""The words: what a user writes, raises and is given. Imports nothing of ours but errors."""
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
+from contextvars import ContextVar
 from datetime import datetime
-from typing import ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 
 import msgspec
+
+from .errors import ConfigError
+
+if TYPE_CHECKING:
+    import asyncpg
+
+    Transaction: TypeAlias = AbstractAsyncContextManager["asyncpg.Connection[asyncpg.Record]"]
+else:
+    Transaction = Any
+
+Isolation: TypeAlias = Literal["read_committed", "repeatable_read", "serializable"]
 
 
 class Task(msgspec.Struct, tag=True, tag_field="$type"):
@@ -33,7 +47,7 @@ class Task(msgspec.Struct, tag=True, tag_field="$type"):
 
 
 class Context(msgspec.Struct, frozen=True):
-    """What a handler may want to know of the row it runs: its optional second parameter."""
+    """What a handler may want to know of the row it runs: a parameter of this type is given it."""
 
     id: int
     queue: str
@@ -41,6 +55,31 @@ class Context(msgspec.Struct, frozen=True):
     max_attempts: int
     priority: int
     created_at: datetime
+
+    def transaction(self, *, isolation: Isolation | None = None) -> Transaction:
+        """A transaction of your own, in which the task is settled too: all of it happens, once, or nothing.
+
+            async with ctx.transaction() as conn:  # an asyncpg connection of the worker's
+                await conn.execute("INSERT INTO ledger ...")
+
+        At the block's end the same transaction writes that the task is done, and commits. Raising inside rolls back,
+        and the attempt fails as usual. What the handler returns or raises after the block doesn't count any more, so
+        there is no result. Raises LeaseLost at its end, and rolls back, if the task was taken from this run; and
+        ConfigError for a second block once the first one has begun to commit, or inside of it.
+        """
+        begin = begin_transaction.get(None)
+        if begin is None:
+            raise ConfigError("ctx.transaction() is for handlers that a worker runs: it settles what that has claimed")
+        return begin(self, isolation)
+
+
+# Set once for each of a worker's runners, which costs a task nothing, and leaves Context what it is: data.
+begin_transaction: ContextVar[Callable[[Context, Isolation | None], Transaction] | None] = ContextVar(
+    "begin_transaction", default=None
+)
+
+Call: TypeAlias = Callable[[Task, Context], Awaitable[object]]
+Middleware: TypeAlias = Callable[[Task, Context, Call], Awaitable[object]]
 
 
 class Ref(msgspec.Struct, frozen=True):

@@ -16,6 +16,7 @@ import logging
 import os
 import random
 import socket
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import anyio
@@ -27,10 +28,12 @@ from .claim import Claimer
 from .config import WorkerConfig
 from .errors import only
 from .lease import Keeper
+from .lifespan import within
 from .outcome import HandBack, Outcome
 from .run import CANCEL_SECONDS, Runners
 from .settle import Settler
 from .store import SQL, TRANSIENT, connect, connect_worker, server_version
+from .transact import Transactions
 
 if TYPE_CHECKING:
     from .registry import Registry
@@ -70,7 +73,8 @@ class Worker:
         self._working = asyncio.Event()
         self._stopping = asyncio.Event()
         self._changed = asyncio.Event()
-        self._runners = Runners(registry, config.concurrency, self._settle, self._freed)
+        self._transactions = Transactions(dsn, config.history_seconds > 0)
+        self._runners = Runners(registry, config.concurrency, self._settle, self._freed, self._transactions)
         self._settler = Settler(dsn, config.history_seconds > 0, self._freed)
         self._claimer = Claimer(dsn, config, registry.types, self._runners)
         self._claimer.unsettled = lambda: self._settler.pending
@@ -131,7 +135,8 @@ class Worker:
             with anyio.CancelScope(shield=True):
                 # Cancelled from outside, the group has ended with outcomes unwritten and jobs held.
                 self._claimer.stop()
-                for job in self._runners.held.values():
+                await self._transactions.close()
+                for job in self._runners.leases:
                     self._settler.put(HandBack(job))
                 await self._write()
                 await keeper.stop(WRITE_SECONDS)
@@ -296,3 +301,19 @@ class Worker:
     async def _first(self, *events: anyio.Event | asyncio.Event) -> None:
         while not any(event.is_set() for event in events):
             await self._change()
+
+
+async def work(
+    registry: Registry,
+    config: WorkerConfig,
+    dsn: str | None,
+    stop: anyio.Event,
+    force: anyio.Event,
+    task_status: TaskStatus[WorkerInfo],
+) -> None:
+    """Run a worker inside of its app's lifespan."""
+
+    async def run(given: Sequence[object] | None) -> None:
+        await Worker(registry.bound(given), config, dsn).run(stop=stop, force=force, task_status=task_status)
+
+    await within(registry.lifespan, run)

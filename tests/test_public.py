@@ -30,7 +30,8 @@ PUBLIC = {
 }
 
 EXAMPLE = """
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
 from datetime import datetime, timezone
 
 import anyio
@@ -71,6 +72,39 @@ async def send_verification_email(task: SendVerificationEmail, ctx: notifyq.Cont
 @app.handler
 def thumbnail(task: Thumbnail) -> dict[str, int] | notifyq.Retry:
     return {"width": task.width} if task.width else notifyq.Retry(delay=5.0, reason="later")
+
+
+class Pool:
+    pass
+
+
+@app.lifespan
+@asynccontextmanager
+async def lifespan(given: notifyq.App) -> AsyncGenerator[tuple[Pool, int], None]:
+    yield Pool(), given.registry is app.registry
+
+
+async def bare() -> AsyncGenerator[Pool, None]:
+    yield Pool()
+
+
+@app.middleware
+async def timing(
+    task: notifyq.Task, ctx: notifyq.Context, call: Callable[[notifyq.Task, notifyq.Context], Awaitable[object]]
+) -> object:
+    return await call(task, ctx)
+
+
+class Transfer(notifyq.Task):
+    cents: int
+
+
+@app.handler
+async def transfer(task: Transfer, pool: Pool, ctx: notifyq.Context) -> None:
+    async with ctx.transaction(isolation="serializable") as conn:
+        found: str = await conn.execute("SELECT $1", task.cents)
+        print(found, pool)
+        await app.enqueue(Thumbnail(path="x"), conn=conn)
 
 
 async def use(dsn: str | None, tasks: Sequence[notifyq.Task], connection: "asyncpg.Connection[asyncpg.Record]") -> None:
@@ -136,6 +170,9 @@ MISTAKES = [
     'app.run_worker(concurrency="many")',
     'notifyq.Retry(delay="5")',
     'thumbnail(5)',
+    'app.middleware(bare)',
+    'app.lifespan(transfer)',
+    'app.middleware(thumbnail)',
     'notifyq.Missing',
     'assert_enqueued(app, Thumbnail(path="x"))',
     'run_inline(app, Thumbnail)',
@@ -211,4 +248,4 @@ def test_pyright_strict_from_outside(folder: Path) -> None:
 def test_the_example_runs() -> None:
     space: dict[str, Any] = {"__name__": "example"}
     exec(compile(EXAMPLE, "example.py", "exec", dont_inherit=True), space)
-    assert space["app"].registry.types == ["SEND_VERIFICATION_EMAIL", "Thumbnail"]
+    assert space["app"].registry.types == ["SEND_VERIFICATION_EMAIL", "Thumbnail", "Transfer"]

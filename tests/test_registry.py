@@ -7,7 +7,7 @@ import re
 import ssl
 from collections.abc import AsyncIterator, Callable, Iterator
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, Protocol, TypeVar
 
 import msgspec
 import pytest
@@ -195,6 +195,10 @@ def test_all_that_can_be_called(app: notifyq.App, function: Any) -> None:
 # --- Handlers that can't
 
 
+class Sending(Protocol):
+    def send(self) -> None: ...
+
+
 def untyped(task) -> None: ...  # type: ignore[no-untyped-def]
 def of_an_int(task: int) -> None: ...
 def of_any_task(task: notifyq.Task) -> None: ...
@@ -206,9 +210,12 @@ def nothing() -> None: ...
 def keyword(*, task: Mail) -> None: ...
 def only_more(*tasks: Mail) -> None: ...
 def three(task: Mail, ctx: notifyq.Context, db: Any) -> None: ...
-def needs_a_keyword(task: Mail, *, ctx: notifyq.Context) -> None: ...
+def needs_a_keyword(task: Mail, *, ctx: Any) -> None: ...
 def of_a_database(task: Mail, db: dict[str, str]) -> None: ...
-def of_an_ssl_context(task: Mail, context: ssl.SSLContext) -> None: ...
+def of_another_task(task: Mail, other: Other) -> None: ...
+def of_a_protocol(task: Mail, pool: Sending) -> None: ...
+def of_one_of_two(task: Mail, pool: ssl.SSLContext | Mailer) -> None: ...
+def of_unknown_things(task: Mail, pool: Nowhere) -> None: ...  # type: ignore[name-defined]  # noqa: F821
 def generator(task: Mail) -> Iterator[int]:
     yield 1
 
@@ -231,10 +238,13 @@ async def async_generator(task: Mail) -> AsyncIterator[int]:
         (nothing, "handler tests.test_registry.nothing() -> 'None' is called with a task and a context: async"),
         (keyword, "is called with a task and a context"),
         (only_more, "is called with a task and a context"),
-        (three, "is called with a task and a context"),
-        (needs_a_keyword, "is called with a task and a context"),
-        (of_a_database, "its second parameter is a 'dict[str, str]', but it is given a notifyq.Context"),
-        (of_an_ssl_context, "its second parameter is a 'ssl.SSLContext', but it is given a notifyq.Context"),
+        (three, "handler tests.test_registry.three: its parameter 'db' is a 'Any'; expected notifyq.Context"),
+        (needs_a_keyword, "its parameter 'ctx' is a 'Any'; expected notifyq.Context"),
+        (of_a_database, "its parameter 'db' is a 'dict[str, str]'; expected notifyq.Context, or a class of which the"),
+        (of_another_task, "its parameter 'other' is a 'Other'; expected"),
+        (of_a_protocol, "its parameter 'pool' is a 'Sending'; expected"),
+        (of_one_of_two, "its parameter 'pool' is a 'ssl.SSLContext | Mailer'; expected"),
+        (of_unknown_things, "its parameter 'pool': the type 'Nowhere' can't be looked up (name 'Nowhere'"),
         (generator, "handler tests.test_registry.generator is a generator (it has a `yield`); a handler"),
         (async_generator, "is a generator"),
         (Mail, "@app.handler got <class 'tests.test_registry.Mail'>; expected a function: async def send("),

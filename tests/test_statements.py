@@ -33,6 +33,7 @@ class Statement(NamedTuple):
 STATEMENTS = {
     "adopt": Statement("int4 text[] int4[] int4 text[] bool", ROW, "task_aside task_pkey"),
     "advance": Statement("float8", "count:int8", None),
+    "became": Statement("text", "status:text", ""),
     "claim": Statement("int4 text[] int4[] int4 bool", ROW, "task_pkey task_ready"),
     "claim_onward": Statement("int4 text[] int4[] int4 text[] int2[] int8[] bool", ROW, "task_pkey task_ready"),
     "django_result": Statement(
@@ -70,6 +71,7 @@ STATEMENTS = {
     "retry_later": Statement("int4 int8[] int2[] float8[] jsonb[]", "id:int8", "task_pkey"),
     "runnable": Statement("text[]", "queues:text[] next_seconds:float8 at:timestamptz", None),
     "set_aside": Statement("int4 int8[] int2[]", "id:int8", "task_pkey"),
+    "settle_within": Statement("int4 int8 int2 bool", "xid:text", "task_pkey"),
     "stats": Statement("", "json_build_object:text", None),
     "strays": Statement("int4 int8[] int2[]", "count:int4", "task_running"),
     "tally": Statement("", "type:text state:text n:int8", None),

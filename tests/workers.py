@@ -9,6 +9,7 @@ import asyncio
 import json
 import logging
 import os
+import random
 import signal
 import sys
 import time
@@ -46,6 +47,19 @@ class Block(notifyq.Task):
 
 class Die(notifyq.Task):
     max_attempts = 2
+
+
+class Book(notifyq.Task):
+    backoff = 0.01
+
+
+@app.handler
+async def book(task: Book, ctx: notifyq.Context) -> None:
+    async with ctx.transaction() as conn:
+        await conn.execute("INSERT INTO ledger VALUES ($1, $2)", ctx.id, ctx.attempt)
+        await anyio.sleep(random.uniform(0, 0.02))
+    say("booked", id=ctx.id)
+    await anyio.sleep(random.uniform(0, 0.02))
 
 
 @app.handler

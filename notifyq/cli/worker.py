@@ -13,7 +13,7 @@ import click
 from notifyq import App, WorkerInfo
 from notifyq.config import WorkerConfig, parse_queues
 from notifyq.errors import NotifyqError
-from notifyq.worker import Worker
+from notifyq.worker import work
 
 from . import family, logs
 from .load import load_app
@@ -93,21 +93,21 @@ def worker(
 def _run(app: App, config: WorkerConfig, dsn: str | None, parent: socket.socket | None, log_format: str) -> int:
     watch: Watch | None = None
 
-    async def work() -> None:
+    async def main() -> None:
         nonlocal watch
         stop, force = anyio.Event(), anyio.Event()
         watch = Watch(stop, force, config.shutdown_timeout_seconds, parent)
         try:
             async with app.connect(dsn):  # for handlers that enqueue
                 started = Started(config, parent, log_format)
-                await Worker(app.registry, config, dsn).run(stop=stop, force=force, task_status=started)
+                await work(app.registry, config, dsn, stop, force, started)
         finally:
             watch.loop_ends()
 
     code = 1
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
         try:
-            runner.run(work())
+            runner.run(main())
             code = 0
         except NotifyqError as error:
             say(str(error))

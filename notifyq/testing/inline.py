@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from typing import Any, Literal, Union, assert_never, cast, get_args, get_type_hints
 
@@ -20,6 +20,7 @@ import msgspec
 
 from notifyq.app import App
 from notifyq.enqueue import checked
+from notifyq.lifespan import within
 from notifyq.outcome import Aside, Finish, HandBack, Later, Outcome
 from notifyq.registry import Handler, Registry
 from notifyq.run import Runners
@@ -53,7 +54,8 @@ async def run_inline(
     raises  True: what the handler raises, but for Retry, Cancel and Dead, is raised here
     else    what the handler's Context says; max_attempts None: what its type says, created_at None: now
 
-    Raises ConfigError for a task that `enqueue` would refuse, or that no handler takes.
+    It runs through the app's middleware, inside of its lifespan. Raises ConfigError for a task that `enqueue` would
+    refuse, or that no handler takes.
     """
     type, payload = checked(app.registry, task)
     app.registry.check(type, payload.encode())
@@ -61,7 +63,15 @@ async def run_inline(
     assert handler is not None
     row = (id, attempt, type, queue, priority, max_attempts, created_at or datetime.now(UTC), payload.encode())
     raised: list[BaseException] = []
-    outcome = await _run(_Only(handler, raised), Job(0, cast("asyncpg.Record", row)))
+    outcomes: list[Outcome] = []
+
+    async def run(given: Sequence[object] | None) -> None:
+        bound = app.registry.bound(given).get(type)
+        assert bound is not None
+        outcomes.append(await _run(_Only(bound, raised), Job(0, cast("asyncpg.Record", row))))
+
+    await within(app.registry.lifespan, run)
+    (outcome,) = outcomes
     if raises and raised and not isinstance(raised[0], Verdict):
         raise raised[0]
     match outcome:
