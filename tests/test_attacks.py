@@ -114,7 +114,7 @@ async def test_a_stranger_who_keeps_everybody_awake(
             await bench.seen.reach(count, 5)
         rate = (claims - before) / (time.monotonic() - began)
         print(f"{rate:.0f} claims a second")
-        assert rate < 150
+        assert rate < 400  # 2 ms apart at the most, for the first tenth of a second after each task
 
 
 async def test_a_stranger_who_holds_the_turn(

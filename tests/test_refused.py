@@ -126,7 +126,9 @@ async def test_a_password_that_is_changed(small: Server, db: Any, app: notifyq.A
         assert seen.items[-1] == id
         print(f"healed after {time.monotonic() - began:.2f} s")
         assert not worker.done.is_set()
-    assert len(logged("lost the database")) == len(logged("the database is back")) == 1
+    stages = ["claim"], ["claim", "settle"]  # which has a connection of its own, and may have been without one
+    assert sorted(fields["stage"] for fields in logged("lost the database")) in stages
+    assert len(logged("lost the database")) == len(logged("the database is back"))
     assert "right" not in str(logged(""))
 
 
