@@ -88,6 +88,13 @@ def dsn(notifyq_dsn: str) -> str:
     return notifyq_dsn
 
 
+@pytest.fixture(scope="module")
+async def shared(server: Server, template: str) -> AsyncIterator[str]:
+    """One database for a file's tests, which empty it: small tests at 20 ms each instead of 60."""
+    async with database(server, template) as dsn:
+        yield dsn
+
+
 @pytest.fixture
 async def empty_dsn(server: Server) -> AsyncIterator[str]:
     """A database without the schema."""

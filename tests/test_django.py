@@ -11,7 +11,7 @@ import re
 import subprocess
 import sys
 import types
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,10 +20,9 @@ import msgspec
 import pytest
 
 import notifyq
-from notifyq.embedded import Server
 from notifyq.errors import ConfigError
 
-from .conftest import database, empty, eventually, working
+from .conftest import empty, eventually, working
 
 T = TypeVar("T")
 
@@ -32,12 +31,6 @@ ROOT = Path(__file__).parent.parent
 
 class Mail(notifyq.Task, tag="MAIL"):
     to: str
-
-
-@pytest.fixture(scope="module")
-async def shared(server: Server, template: str) -> AsyncIterator[str]:
-    async with database(server, template) as dsn:
-        yield dsn
 
 
 @pytest.fixture

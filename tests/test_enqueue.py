@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta, timezone
 from typing import Annotated, Any
 
@@ -13,10 +12,9 @@ import msgspec
 import pytest
 
 import notifyq
-from notifyq.embedded import Server
 from notifyq.errors import ConfigError, DatabaseError, SchemaError
 
-from .conftest import Sessions, database, empty
+from .conftest import Sessions, empty
 
 
 class Mail(notifyq.Task, tag="MAIL"):
@@ -27,12 +25,6 @@ class Mail(notifyq.Task, tag="MAIL"):
 
 class Other(notifyq.Task):
     pass
-
-
-@pytest.fixture(scope="module")
-async def shared(server: Server, template: str) -> AsyncIterator[str]:
-    async with database(server, template) as dsn:
-        yield dsn
 
 
 @pytest.fixture

@@ -27,7 +27,7 @@ from notifyq import foreign
 from notifyq.embedded import Server
 from notifyq.errors import ConfigError, DatabaseError, SchemaError
 
-from .conftest import Seen, database, empty, working
+from .conftest import Seen, empty, working
 
 COUNT = "SELECT count(*) FROM notifyq.task"
 
@@ -38,12 +38,6 @@ class Mail(notifyq.Task, tag="MAIL"):
 
 class Other(notifyq.Task):
     pass
-
-
-@pytest.fixture(scope="module")
-async def shared(server: Server, template: str) -> AsyncIterator[str]:
-    async with database(server, template) as dsn:
-        yield dsn
 
 
 @pytest.fixture

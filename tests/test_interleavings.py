@@ -17,12 +17,11 @@ import pytest
 
 import notifyq
 from notifyq import store
-from notifyq.embedded import Server
 from notifyq.outcome import Aside, Finish, HandBack, Later
 from notifyq.settle import Settler
 
 from . import verbs
-from .conftest import Seen, database, empty, eventually, working
+from .conftest import Seen, empty, eventually, working
 from .steps import PREPARED, Session, Steps, steps, until_blocked
 from .verbs import (
     OVERDUE,
@@ -43,12 +42,6 @@ from .verbs import (
 
 settle = pytest.mark.parametrize("settle", SETTLES)
 take = pytest.mark.parametrize("take", [claim, claim_onward])
-
-
-@pytest.fixture(scope="module")
-async def shared(server: Server, template: str) -> AsyncIterator[str]:
-    async with database(server, template) as dsn:
-        yield dsn
 
 
 @pytest.fixture

@@ -14,20 +14,13 @@ import asyncpg
 import pytest
 
 import notifyq
-from notifyq.embedded import Server
 
-from .conftest import Seen, database, empty, eventually, working
+from .conftest import Seen, empty, eventually, working
 from .steps import PREPARED, Session, Steps, frozen, steps
 from .test_doorbell import asleep
 from .verbs import OVERDUE, cancel, claim, fall_asleep, insert, register, retry, states, take_turn
 
 SOON = 1.0  # seconds: generous for a wake-up of a millisecond on a loaded machine
-
-
-@pytest.fixture(scope="module")
-async def shared(server: Server, template: str) -> AsyncIterator[str]:
-    async with database(server, template) as dsn:
-        yield dsn
 
 
 @pytest.fixture

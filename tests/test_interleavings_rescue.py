@@ -11,9 +11,7 @@ from typing import Any
 
 import pytest
 
-from notifyq.embedded import Server
-
-from .conftest import database, empty
+from .conftest import empty
 from .steps import Session, Steps, steps
 from .verbs import (
     SETTLES,
@@ -39,12 +37,6 @@ from .verbs import (
 
 settle = pytest.mark.parametrize("settle", SETTLES)
 LOCK, UNLOCK = "SELECT pg_try_advisory_lock(1852990827, $1)", "SELECT pg_advisory_unlock(1852990827, $1)"
-
-
-@pytest.fixture(scope="module")
-async def shared(server: Server, template: str) -> AsyncIterator[str]:
-    async with database(server, template) as dsn:
-        yield dsn
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from notifyq.embedded import Server
 from notifyq.errors import DatabaseError, SchemaError
 from notifyq.store import SQL
 
-from .conftest import Seen, admin, database, grants, working
+from .conftest import Seen, admin, grants, working
 
 # --- Installing
 
@@ -126,12 +126,6 @@ async def test_a_standby_is_told_so(empty_dsn: str) -> None:
 
 
 # --- What people call and read
-
-
-@pytest.fixture(scope="module")
-async def shared(server: Server, template: str) -> AsyncIterator[str]:
-    async with database(server, template) as dsn:
-        yield dsn
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from notifyq import schema, store
 from notifyq.embedded import Server
 from notifyq.store import SQL
 
-from .conftest import Sessions, admin, database, empty
+from .conftest import Sessions, admin, empty
 
 ROW = "id:int8 attempts:int2 type:text queue:text priority:int2 max_attempts:int2 created_at:timestamptz payload:jsonb"
 
@@ -85,13 +85,6 @@ STATEMENTS = {
     "unregister": Statement("int4", "", "task_running"),
 }
 WORKERS = [name for name, statement in STATEMENTS.items() if statement.indexes is not None]
-
-
-@pytest.fixture(scope="module")
-async def shared(server: Server, template: str) -> AsyncIterator[str]:
-    """One database for this file: a hundred small tests at 20 ms each instead of 300."""
-    async with database(server, template) as dsn:
-        yield dsn
 
 
 @pytest.fixture
