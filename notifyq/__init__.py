@@ -2,6 +2,7 @@
 
 from .app import App
 from .errors import ConfigError, DatabaseError, NotifyqError, SchemaError
+from .options import EnqueueOptions
 from .sync import SyncClient
 from .task import Cancel, Context, Dead, Ref, Retry, Task
 from .worker import WorkerInfo
@@ -13,6 +14,7 @@ __all__ = [
     "Context",
     "DatabaseError",
     "Dead",
+    "EnqueueOptions",
     "NotifyqError",
     "Ref",
     "Retry",

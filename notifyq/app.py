@@ -5,8 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from datetime import datetime
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar, Unpack
 
 import anyio
 import asyncpg
@@ -15,6 +14,7 @@ from anyio.abc import TaskStatus
 from . import enqueue, foreign, lifespan, store
 from .config import WorkerConfig, parse_queues, resolve_dsn
 from .errors import ConfigError
+from .options import EnqueueOptions, Options
 from .registry import Registry
 from .store import Connection, explained
 from .task import Middleware, Ref, Task
@@ -108,41 +108,30 @@ class App:
         self,
         task: Task,
         *,
-        queue: str = "default",
-        delay: float | None = None,
-        run_at: datetime | None = None,
-        priority: int = 0,
-        max_attempts: int | None = None,
         conn: foreign.AsyncConnection | None = None,
+        **options: Unpack[EnqueueOptions],
     ) -> Ref:
         """Enqueue a task and return its Ref; on return it is committed, unless `conn` has an open transaction.
 
-        delay         seconds from now, by the database's clock; or
-        run_at        when, an aware datetime
-        priority      -32768 to 32767, the higher the sooner
-        max_attempts  instead of what its type says
-        conn          a connection to do it on, in your transaction: rolled back, it never existed. asyncpg's, psycopg's
-                      AsyncConnection, SQLAlchemy's AsyncSession or AsyncConnection; for others: SyncClient
+        conn     a connection to do it on, in your transaction: rolled back, it never existed. asyncpg's, psycopg's
+                 AsyncConnection, SQLAlchemy's AsyncSession or AsyncConnection; for others: SyncClient
+        options  queue, delay, run_at, priority, ...: EnqueueOptions says what each is
 
         Raises ConfigError for a task that doesn't validate against its own type, or an option that can't be.
         """
-        options = enqueue.Options.check(queue, delay, run_at, priority, max_attempts)
-        return await enqueue.one(self._via(conn), self.registry, task, options)
+        checked = Options.check(**options)
+        return await enqueue.one(self._via(conn), self.registry, task, checked)
 
     async def enqueue_many(
         self,
         tasks: Iterable[Task],
         *,
-        queue: str = "default",
-        delay: float | None = None,
-        run_at: datetime | None = None,
-        priority: int = 0,
-        max_attempts: int | None = None,
         conn: foreign.AsyncConnection | None = None,
+        **options: Unpack[EnqueueOptions],
     ) -> list[int]:
         """Enqueue all or none, of any types, with the same options, 2000 in a statement. Returns the ids in order."""
-        options = enqueue.Options.check(queue, delay, run_at, priority, max_attempts)
-        return await enqueue.many(self._via(conn), self.registry, tasks, options)
+        checked = Options.check(**options)
+        return await enqueue.many(self._via(conn), self.registry, tasks, checked)
 
     async def run_worker(
         self,

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator
 from contextlib import AsyncExitStack
-from datetime import datetime
 from itertools import islice
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import anyio
 import anyio.lowlevel
@@ -15,16 +13,14 @@ import asyncpg
 import msgspec
 
 from .codec import encode_payload, type_name
-from .config import check_name
 from .errors import ConfigError, DatabaseError, SchemaError, only
 from .foreign import Foreign
+from .options import Options
 from .registry import Registry
 from .store import SQL
 from .task import Ref, Task
 
 if TYPE_CHECKING:
-    from typing import Self
-
     from .store import Connection
 
     Pool = asyncpg.Pool[asyncpg.Record]
@@ -34,37 +30,6 @@ CHUNK = 2000  # tasks in a statement
 SLICE = 100  # tasks encoded without a break: 0.2 ms
 
 Row: TypeAlias = tuple[str, str]  # type and payload
-
-
-class Options(NamedTuple):
-    """Checked options, in the order of the statements' parameters from $3 on."""
-
-    queue: str
-    delay: float | None
-    run_at: datetime | None
-    priority: int
-    max_attempts: int | None
-
-    @classmethod
-    def check(
-        cls, queue: str, delay: float | None, run_at: datetime | None, priority: int, max_attempts: int | None
-    ) -> Self:
-        """Raises ConfigError for what can't be; asyncpg's own message would name a $5."""
-        check_name("queue", queue)
-        if delay is not None:
-            if run_at is not None:
-                raise ConfigError("delay and run_at are both given; they are two ways to say the same")
-            if not (isinstance(delay, int | float) and math.isfinite(delay) and 0 <= delay <= 100 * 366 * 86400):
-                raise ConfigError(f"delay is {delay!r}; expected seconds, 0 or more")
-        if run_at is not None and (not isinstance(run_at, datetime) or run_at.tzinfo is None):
-            raise ConfigError(
-                f"run_at is {run_at!r}; expected a datetime with a timezone, as datetime.now(timezone.utc)"
-            )
-        if not isinstance(priority, int) or not -32768 <= priority <= 32767:
-            raise ConfigError(f"priority is {priority!r}; expected -32768 to 32767")
-        if max_attempts is not None and (not isinstance(max_attempts, int) or not 1 <= max_attempts <= 32767):
-            raise ConfigError(f"max_attempts is {max_attempts!r}; expected 1 to 32767")
-        return cls(queue, delay or None, run_at, priority, max_attempts)
 
 
 async def one(via: Connection | Pool | Foreign, registry: Registry, task: Task, options: Options) -> Ref:

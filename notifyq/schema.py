@@ -15,7 +15,7 @@ from .errors import DatabaseError, SchemaError
 if TYPE_CHECKING:
     from .store import Connection
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 def schema_sql() -> str:

@@ -289,6 +289,7 @@ class Job:
         "attempt",
         "created_at",
         "id",
+        "judged",
         "max_attempts",
         "payload",
         "priority",
@@ -299,7 +300,7 @@ class Job:
 
     def __init__(self, worker: int, row: asyncpg.Record) -> None:
         self.worker = worker
-        id, attempt, type, queue, priority, max_attempts, created_at, payload = row
+        id, attempt, type, queue, priority, max_attempts, created_at, payload, judged = row
         self.id: int = id
         self.attempt: int = attempt
         self.type: str = type
@@ -307,6 +308,7 @@ class Job:
         self.priority: int = priority
         self.max_attempts: int | None = max_attempts
         self.created_at: datetime = created_at
+        self.judged: bool = judged  # to be admitted before it runs
         self.payload: bytes | str | None = payload  # None: too large; a str: why PostgreSQL can't read it out
 
 

@@ -6,13 +6,13 @@ import os
 import threading
 from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager
-from datetime import datetime
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, Unpack
 
 from . import foreign
 from .config import redact, resolve_dsn
-from .enqueue import Explained, Options, checked
+from .enqueue import Explained, checked
 from .errors import ConfigError, DatabaseError
+from .options import EnqueueOptions, Options
 from .store import SQL
 from .task import Ref, Task
 
@@ -87,39 +87,31 @@ class SyncClient:
         self,
         task: Task,
         *,
-        queue: str = "default",
-        delay: float | None = None,
-        run_at: datetime | None = None,
-        priority: int = 0,
-        max_attempts: int | None = None,
         conn: foreign.SyncConnection | None = None,
+        **options: Unpack[EnqueueOptions],
     ) -> Ref:
         """As App.enqueue. conn: a psycopg.Connection, SQLAlchemy's Session or Connection, or django.db.connection."""
-        options = Options.check(queue, delay, run_at, priority, max_attempts)
+        args = Options.check(**options)
         type, payload = checked(self._registry, task)
         with Explained(type):
-            rows = self._fetch(conn, SQL["enqueue"], (type, payload, *options))
+            rows = self._fetch(conn, SQL["enqueue"], (type, payload, *args))
         return Ref(rows[0][0])
 
     def enqueue_many(
         self,
         tasks: Iterable[Task],
         *,
-        queue: str = "default",
-        delay: float | None = None,
-        run_at: datetime | None = None,
-        priority: int = 0,
-        max_attempts: int | None = None,
         conn: foreign.SyncConnection | None = None,
+        **options: Unpack[EnqueueOptions],
     ) -> list[int]:
         """As App.enqueue_many: all or none, in one statement. Returns the ids in order."""
-        options = Options.check(queue, delay, run_at, priority, max_attempts)
+        args = Options.check(**options)
         rows = [checked(self._registry, task) for task in tasks]
         if not rows:
             return []
         types, payloads = [type for type, _ in rows], [payload for _, payload in rows]
         with Explained(types[0] if len(set(types)) == 1 else "(one of several)"):
-            return [row[0] for row in self._fetch(conn, SQL["enqueue_many"], (types, payloads, *options))]
+            return [row[0] for row in self._fetch(conn, SQL["enqueue_many"], (types, payloads, *args))]
 
     def _fetch(self, conn: foreign.SyncConnection | None, query: str, args: Sequence[Any]) -> Sequence[Any]:
         if conn is not None:

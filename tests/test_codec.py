@@ -19,6 +19,7 @@ from notifyq import codec, store
 from notifyq.codec import describe, encode_error, encode_payload, encode_result, type_name
 from notifyq.embedded import Server
 from notifyq.errors import ConfigError
+from notifyq.options import Options
 from notifyq.store import SQL
 
 from .conftest import database
@@ -101,7 +102,7 @@ async def test_postgresql_gives_back_what_it_was_given(shared: Any, tasks: list[
     """jsonb orders keys, drops space and writes numbers its own way: 1e22 becomes 10000000000000000000000."""
     payloads = [encode_payload(task).decode() for task in tasks]
     types = [type_name(Everything)] * len(tasks)
-    rows = await shared.fetch(SQL["enqueue_many"], types, payloads, "codec", None, None, 0, None)
+    rows = await shared.fetch(SQL["enqueue_many"], types, payloads, *Options.check(queue="codec"))
     stored = await shared.fetch(
         "DELETE FROM notifyq.task WHERE id = ANY ($1) RETURNING id, payload, type", [row[0] for row in rows]
     )

@@ -21,6 +21,7 @@ PUBLIC = {
     "Retry",
     "Cancel",
     "Dead",
+    "EnqueueOptions",
     "NotifyqError",
     "ConfigError",
     "DatabaseError",

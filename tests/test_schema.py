@@ -14,6 +14,7 @@ import notifyq
 from notifyq import schema, store
 from notifyq.embedded import Server
 from notifyq.errors import DatabaseError, SchemaError
+from notifyq.schema import SCHEMA_VERSION
 from notifyq.store import SQL
 
 from .conftest import Seen, admin, grants, working
@@ -51,7 +52,7 @@ async def test_two_migrations_at_once_take_turns(empty_dsn: str, isolation: str)
     async with anyio.create_task_group() as group:
         for _ in range(3):
             group.start_soon(migrate)
-    assert sorted(found, key=str) == [(1, 1), (1, 1), (None, 1)]
+    assert sorted(found, key=str) == [(SCHEMA_VERSION, SCHEMA_VERSION)] * 2 + [(None, SCHEMA_VERSION)]
 
 
 async def test_migrate_takes_no_names_from_the_search_path(empty_dsn: str) -> None:
@@ -74,14 +75,14 @@ async def test_a_newer_schema_is_refused(empty: Any) -> None:
     await schema.migrate(empty)
     await empty.execute("INSERT INTO notifyq.schema_version (version) VALUES (7)")
     for refuse in (schema.check, schema.migrate):
-        with pytest.raises(SchemaError, match=r"is version 7, newer than .* knows 1; upgrade notifyq"):
+        with pytest.raises(SchemaError, match=rf"is version 7, newer than .* knows {SCHEMA_VERSION}; upgrade notifyq"):
             await refuse(empty)
 
 
 async def test_an_older_schema_asks_for_migrate(empty: Any) -> None:
     await schema.migrate(empty)
     await empty.execute("UPDATE notifyq.schema_version SET version = 0")
-    with pytest.raises(SchemaError, match="is version 0, this notifyq needs 1; run: notifyq migrate"):
+    with pytest.raises(SchemaError, match=f"is version 0, this notifyq needs {SCHEMA_VERSION}; run: notifyq migrate"):
         await schema.check(empty)
 
 
@@ -155,7 +156,13 @@ CONTRACT = {
     "error": "text",
     "result": "jsonb",
     "worker": "text",
-    "errors": "jsonb",  # beside the contract
+    "errors": "jsonb",  # from here on beside the contract
+    "waits_for": "text",
+    "progress": "real",
+    "note": "text",
+    "unique_key": "text",
+    "order_key": "text",
+    "limit_key": "text",
 }
 
 

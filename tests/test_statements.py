@@ -17,11 +17,15 @@ import pytest
 
 from notifyq import schema, store
 from notifyq.embedded import Server
+from notifyq.options import Options
 from notifyq.store import SQL
 
 from .conftest import Sessions, admin, empty
 
-ROW = "id:int8 attempts:int2 type:text queue:text priority:int2 max_attempts:int2 created_at:timestamptz payload:jsonb"
+ROW = (
+    "id:int8 attempts:int2 type:text queue:text priority:int2 max_attempts:int2 created_at:timestamptz payload:jsonb"
+    " judged:bool"
+)
 
 
 class Statement(NamedTuple):
@@ -31,7 +35,7 @@ class Statement(NamedTuple):
 
 
 STATEMENTS = {
-    "adopt": Statement("int4 text[] int4[] int4 text[] bool", ROW, "task_aside task_pkey"),
+    "adopt": Statement("int4 text[] int4[] int4 text[] bool", ROW, "task_pkey task_set_aside"),
     "advance": Statement("float8", "count:int8", None),
     "became": Statement("text", "status:text", ""),
     "claim": Statement("int4 text[] int4[] int4 bool", ROW, "task_pkey task_ready"),
@@ -48,8 +52,12 @@ STATEMENTS = {
         "task_pkey task_ready task_scheduled",
     ),
     "end_claims": Statement("int4", "coalesce:bool", ""),
-    "enqueue": Statement("text text text float8 timestamptz int2 int2", "id:int8", ""),
-    "enqueue_many": Statement("text[] text[] text float8 timestamptz int2 int2", "id:int8", ""),
+    "enqueue": Statement(
+        "text text text float8 timestamptz int2 int2 text text int4 int4 float8 int8[] text", "id:int8", ""
+    ),
+    "enqueue_many": Statement(
+        "text[] text[] text float8 timestamptz int2 int2 text text int4 int4 float8 int8[] text", "id:int8", ""
+    ),
     "enqueued": Statement(
         "text",
         "id:int8 queue:text state:text priority:int2 run_at:timestamptz payload:text delay:float8",
@@ -79,7 +87,7 @@ STATEMENTS = {
     "tick": Statement(
         "int4 int4 text int8[] int2[] text[] text[]",
         "registered:bool lost:int8[] silent:int4[] aside:bool",
-        "task_aside task_pkey",
+        "task_pkey task_set_aside",
     ),
     "turn_stolen": Statement("int4", "exists:bool", ""),
     "unregister": Statement("int4", "", "task_running"),
@@ -980,10 +988,10 @@ RINGS: dict[str, tuple[Any, Callable[[Any, int, int], Any]]] = {
     "release": (True, lambda c, w, id: c.fetchval(SQL["release"], w)),
     "rescue": (True, lambda c, w, id: c.fetchrow(SQL["rescue"], w, 9)),
     "insert": (True, lambda c, w, id: insert(c)),
-    "enqueue": (True, lambda c, w, id: c.fetch(SQL["enqueue"], "T", "{}", "q", None, None, 0, None)),
+    "enqueue": (True, lambda c, w, id: c.fetch(SQL["enqueue"], "T", "{}", *Options.check(queue="q"))),
     "enqueue_many": (
         True,
-        lambda c, w, id: c.fetch(SQL["enqueue_many"], ["T"], ["{}"], "q", None, None, 0, None),
+        lambda c, w, id: c.fetch(SQL["enqueue_many"], ["T"], ["{}"], *Options.check(queue="q")),
     ),
     "echo": ("hello", lambda c, w, id: c.fetchrow(SQL["due"], [], [], 9, "hello", None)),
 }

@@ -11,9 +11,9 @@ import click
 
 from notifyq.codec import PAYLOAD_LIMIT
 from notifyq.config import check_name
-from notifyq.enqueue import Options
 from notifyq.errors import ConfigError
 from notifyq.lease import DEAD_KEPT_SECONDS, PRUNE_AT_ONCE
+from notifyq.options import Options
 from notifyq.store import SQL
 
 from .load import load_app
@@ -58,7 +58,7 @@ def enqueue(
     JSON is the payload, an object, {} if it is left out; - reads it from stdin.
     """
     check_name("type", type)
-    options = Options.check(queue, delay, run_at, priority, max_attempts)
+    options = Options.check(queue=queue, delay=delay, run_at=run_at, priority=priority, max_attempts=max_attempts)
     text = _payload(payload)
     if app is not None:
         load_app(app).registry.check(type, text.encode())

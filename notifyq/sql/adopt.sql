@@ -9,7 +9,7 @@ WHERE t.id = ANY (ARRAY(
     CROSS JOIN LATERAL (
         SELECT r.id
         FROM notifyq.task r
-        WHERE r.type = k.type AND r.queue = q.queue AND r.worker IS NULL AND r.aside
+        WHERE r.type = k.type AND r.queue = q.queue AND r.worker IS NULL AND r.aside AND r.parked IS NULL
         ORDER BY r.priority DESC, r.id
         LIMIT q.room
         FOR UPDATE SKIP LOCKED
@@ -22,4 +22,5 @@ RETURNING t.id, t.attempts, t.type, t.queue, t.priority, t.max_attempts,
           CASE WHEN NOT $6::boolean
             AND (pg_column_size(t.payload) <= 65536
                  OR pg_column_size(t.payload) <= 16777216 AND pg_column_size(ARRAY[t.payload]) <= 67108864)
-       THEN t.payload END AS payload
+       THEN t.payload END AS payload,
+       t.limit_key IS NOT NULL OR t.order_key IS NOT NULL OR t.after IS NOT NULL AS judged

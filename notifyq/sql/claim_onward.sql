@@ -30,4 +30,5 @@ RETURNING t.id, t.attempts, t.type, t.queue, t.priority, t.max_attempts,
           CASE WHEN NOT $8::boolean
             AND (pg_column_size(t.payload) <= 65536
                  OR pg_column_size(t.payload) <= 16777216 AND pg_column_size(ARRAY[t.payload]) <= 67108864)
-       THEN t.payload END AS payload
+       THEN t.payload END AS payload,
+       t.limit_key IS NOT NULL OR t.order_key IS NOT NULL OR t.after IS NOT NULL AS judged

@@ -1,5 +1,5 @@
 -- Settle: write the outcomes of worker $1. Beside each other: ids $2, their attempts $3, states $4, results $5,
--- errors $6; the last two may be empty arrays. done and cancelled are kept if $7. Returns the ids it applied to:
+-- errors $6; the last two may be empty arrays. done and cancelled are kept if $7, or awaited. Returns the ids it applied to:
 -- the others' leases were lost, and nothing of them is written.
 --
 -- Each row is looked up by its id, whatever the planner believes. It plans once, with the statistics of some moment:
@@ -16,12 +16,14 @@ WITH outcome AS MATERIALIZED (
     RETURNING t.*, o.state, o.result, o.error
 ), kept AS (
     INSERT INTO notifyq.finished (id, created_at, run_at, processing_at, processed_at, priority, attempts, max_attempts,
-                                  state, queue, type, worker, payload, result, errors)
+                                  state, queue, type, worker, payload, result, errors,
+                                  order_key, limit_key, limit_running, limit_rate, limit_seconds)
     SELECT id, created_at, run_at, processing_at, clock_timestamp(), priority, attempts, max_attempts,
            state, queue, type, (SELECT w.name FROM notifyq.worker w WHERE w.id = $1), payload, result,
            CASE WHEN error IS NULL THEN errors
-                ELSE coalesce(errors, '[]') || jsonb_set(error, '{at}', to_jsonb(clock_timestamp())) END
+                ELSE coalesce(errors, '[]') || jsonb_set(error, '{at}', to_jsonb(clock_timestamp())) END,
+           order_key, limit_key, limit_running, limit_rate, limit_seconds
     FROM gone
-    WHERE $7 OR state = 'dead'
+    WHERE $7 OR state = 'dead' OR awaited
 )
 SELECT id FROM gone

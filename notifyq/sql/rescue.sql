@@ -35,9 +35,11 @@ WITH corpse AS MATERIALIZED (
     DELETE FROM notifyq.task t USING held h WHERE t.id = ANY (ARRAY[h.id]) AND h.spent RETURNING t.*, h.error
 ), kept AS (
     INSERT INTO notifyq.finished (id, created_at, run_at, processing_at, processed_at, priority, attempts, max_attempts,
-                                  state, queue, type, worker, payload, result, errors)
+                                  state, queue, type, worker, payload, result, errors,
+                                  order_key, limit_key, limit_running, limit_rate, limit_seconds)
     SELECT id, created_at, run_at, processing_at, clock_timestamp(), priority, attempts, max_attempts,
-           'dead', queue, type, (SELECT name FROM corpse), payload, NULL, coalesce(errors, '[]') || error
+           'dead', queue, type, (SELECT name FROM corpse), payload, NULL, coalesce(errors, '[]') || error,
+           order_key, limit_key, limit_running, limit_rate, limit_seconds
     FROM gone
 ), buried AS (
     DELETE FROM notifyq.worker w

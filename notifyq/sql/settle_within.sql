@@ -8,10 +8,12 @@ WITH gone AS (
     RETURNING t.*
 ), kept AS (
     INSERT INTO notifyq.finished (id, created_at, run_at, processing_at, processed_at, priority, attempts, max_attempts,
-                                  state, queue, type, worker, payload, result, errors)
+                                  state, queue, type, worker, payload, result, errors,
+                                  order_key, limit_key, limit_running, limit_rate, limit_seconds)
     SELECT id, created_at, run_at, processing_at, clock_timestamp(), priority, attempts, max_attempts,
-           'done', queue, type, (SELECT w.name FROM notifyq.worker w WHERE w.id = $1), payload, NULL, errors
+           'done', queue, type, (SELECT w.name FROM notifyq.worker w WHERE w.id = $1), payload, NULL, errors,
+           order_key, limit_key, limit_running, limit_rate, limit_seconds
     FROM gone
-    WHERE $4::boolean
+    WHERE $4::boolean OR awaited
 )
 SELECT pg_current_xact_id()::text AS xid FROM gone

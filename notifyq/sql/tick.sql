@@ -21,6 +21,6 @@ SELECT EXISTS (SELECT FROM beat) AS registered,
                CROSS JOIN LATERAL (
                    SELECT
                    FROM notifyq.task r
-                   WHERE r.type = k.type AND r.queue = q.queue AND r.worker IS NULL AND r.aside
+                   WHERE r.type = k.type AND r.queue = q.queue AND r.worker IS NULL AND r.aside AND r.parked IS NULL
                    LIMIT 1
                ) AS s) AS aside

@@ -61,7 +61,7 @@ async def run_inline(
     app.registry.check(type, payload.encode())
     handler = app.registry.get(type)
     assert handler is not None
-    row = (id, attempt, type, queue, priority, max_attempts, created_at or datetime.now(UTC), payload.encode())
+    row = (id, attempt, type, queue, priority, max_attempts, created_at or datetime.now(UTC), payload.encode(), False)
     raised: list[BaseException] = []
     outcomes: list[Outcome] = []
 

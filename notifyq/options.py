@@ -1,0 +1,157 @@
+"""What may be said of a task when it is enqueued; checked here, since asyncpg's own message would name a $5."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable
+from datetime import datetime
+from typing import Literal, NamedTuple, Self, TypedDict
+
+from .config import check_name
+from .errors import ConfigError
+from .task import Ref
+
+UNITS = {
+    "s": 1,
+    "sec": 1,
+    "second": 1,
+    "m": 60,
+    "min": 60,
+    "minute": 60,
+    "h": 3600,
+    "hour": 3600,
+    "d": 86400,
+    "day": 86400,
+}
+RATE = re.compile(rf"([0-9]{{1,9}})\s*/\s*([0-9]{{0,9}})\s*({'|'.join(UNITS)})")
+AFTER_MOST = 10_000
+
+
+class EnqueueOptions(TypedDict, total=False):
+    """The options of `enqueue` and `enqueue_many`, of App and SyncClient.
+
+    queue         "default" if it isn't said
+    delay         seconds from now, by the database's clock; or
+    run_at        when, an aware datetime
+    priority      -32768 to 32767, the higher the sooner
+    max_attempts  instead of what its type says
+    order_key     of tasks with the same, one runs at a time, in the order of their ids
+    limit_key     of tasks with the same, over all workers,
+    limit         at most so many run at once,
+    rate          and at most so many start in any such time: "100/minute", "5/10s"
+    after         the tasks to wait for, as Refs or ids
+    on_dead       "cancel" it (if it isn't said) or "run" it, when one of these ends dead or cancelled
+    """
+
+    queue: str
+    delay: float | None
+    run_at: datetime | None
+    priority: int
+    max_attempts: int | None
+    order_key: str | None
+    limit_key: str | None
+    limit: int | None
+    rate: str | None
+    after: Iterable[Ref | int] | None
+    on_dead: Literal["cancel", "run"] | None
+
+
+class Options(NamedTuple):
+    """Checked, in the order of the statements' parameters from $3 on."""
+
+    queue: str
+    delay: float | None
+    run_at: datetime | None
+    priority: int
+    max_attempts: int | None
+    order_key: str | None
+    limit_key: str | None
+    limit_running: int | None
+    limit_rate: int | None
+    limit_seconds: float | None
+    after: list[int] | None
+    on_dead: str | None
+
+    @classmethod
+    def check(
+        cls,
+        *,
+        queue: str = "default",
+        delay: float | None = None,
+        run_at: datetime | None = None,
+        priority: int = 0,
+        max_attempts: int | None = None,
+        order_key: str | None = None,
+        limit_key: str | None = None,
+        limit: int | None = None,
+        rate: str | None = None,
+        after: Iterable[Ref | int] | None = None,
+        on_dead: Literal["cancel", "run"] | None = None,
+    ) -> Self:
+        """Raises ConfigError for what can't be."""
+        check_name("queue", queue)
+        if delay is not None:
+            if run_at is not None:
+                raise ConfigError("delay and run_at are both given; they are two ways to say the same")
+            if not (isinstance(delay, int | float) and math.isfinite(delay) and 0 <= delay <= 100 * 366 * 86400):
+                raise ConfigError(f"delay is {delay!r}; expected seconds, 0 or more")
+        if run_at is not None and (not isinstance(run_at, datetime) or run_at.tzinfo is None):
+            raise ConfigError(
+                f"run_at is {run_at!r}; expected a datetime with a timezone, as datetime.now(timezone.utc)"
+            )
+        if not isinstance(priority, int) or not -32768 <= priority <= 32767:
+            raise ConfigError(f"priority is {priority!r}; expected -32768 to 32767")
+        if max_attempts is not None and (not isinstance(max_attempts, int) or not 1 <= max_attempts <= 32767):
+            raise ConfigError(f"max_attempts is {max_attempts!r}; expected 1 to 32767")
+        if order_key is not None:
+            check_name("order_key", order_key)
+        count, seconds = parse_rate(rate) if rate is not None else (None, None)
+        if limit is not None and (not isinstance(limit, int) or not 1 <= limit < 2**31):
+            raise ConfigError(f"limit is {limit!r}; expected how many may run at once, 1 or more")
+        if limit_key is not None:
+            check_name("limit_key", limit_key)
+            if limit is None and rate is None:
+                raise ConfigError(f'limit_key is {limit_key!r}, and no limit; add limit=3, rate="100/minute", or both')
+        elif limit is not None or rate is not None:
+            raise ConfigError(
+                'limit and rate are of tasks with the same limit_key; add limit_key="...", or limit a whole queue: '
+                "notifyq queues"
+            )
+        ids = None if after is None else checked_ids(after)
+        if on_dead is not None and (on_dead not in ("cancel", "run") or not ids):
+            raise ConfigError(f"on_dead is {on_dead!r}; expected 'cancel' or 'run', beside after=[...]")
+        return cls(
+            queue,
+            delay or None,
+            run_at,
+            priority,
+            max_attempts,
+            order_key,
+            limit_key,
+            limit,
+            count,
+            seconds,
+            ids,
+            on_dead,
+        )
+
+
+def parse_rate(rate: str) -> tuple[int, float]:
+    """(100, 60.0) of "100/minute". Raises ConfigError for what isn't one."""
+    match = RATE.fullmatch(rate) if isinstance(rate, str) else None
+    if match is None or not int(match[1]) or match[2] == "0":
+        raise ConfigError(f'rate is {rate!r}; expected how many in what time, as "100/minute", "5/s" or "20/10s"')
+    return int(match[1]), float(int(match[2] or 1) * UNITS[match[3]])
+
+
+def checked_ids(after: Iterable[Ref | int]) -> list[int] | None:
+    """The ids, each once, in order; None for none. Raises ConfigError for what isn't one."""
+    refs = list(after) if isinstance(after, Iterable) else [after]
+    ids = [ref.id if isinstance(ref, Ref) else ref for ref in refs]
+    for id in ids:
+        if not isinstance(id, int) or isinstance(id, bool) or not 1 <= id < 2**63:
+            raise ConfigError(f"after has {id!r} in it; expected what enqueue returned, or ids")
+    if len(ids) > AFTER_MOST:
+        raise ConfigError(f"after has {len(ids)} tasks; expected {AFTER_MOST} at most")
+    return list(dict.fromkeys(ids)) or None
