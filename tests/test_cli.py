@@ -826,7 +826,7 @@ async def test_a_worker(start: Start, db: Any, loop: str) -> None:
     """Says what it is, runs tasks, lets handlers enqueue through the app, and ends clean; logs have no payloads."""
     worker = start("worker mailer:app -q default -q mail:5 -c 7", first=LOOPS[loop])
     banner = await worker.line("notifyq 0")
-    assert re.fullmatch(r"notifyq \S+: worker \d+ \(\S+:\d+\) on PostgreSQL [\d.]+, schema 1\n", banner)
+    assert re.fullmatch(r"notifyq \S+: worker \d+ \(\S+:\d+\) on PostgreSQL [\d.]+, schema \d+\n", banner)
     assert await worker.line("queues") == "  queues   default, mail (5 at once); 7 tasks at once\n"
     assert await worker.line("types") == "  types    SEND_MAIL, SLEEP, THREAD\n"
     assert re.search(r"proven, \d+\.\d ms there and back", await worker.line("bell"))
@@ -855,7 +855,7 @@ async def test_drain_and_json_logs(start: Start, db: Any) -> None:
     first = json.loads(lines[0])
     assert (first["message"], first["level"], first["logger"]) == ("worker started", "info", "notifyq.cli")
     assert (first["queues"], first["types"]) == (["default (2 at once)", "mail"], ["SEND_MAIL", "SLEEP", "THREAD"])
-    assert (first["pid"], first["schema"], first["bell"][-3:]) == (worker.popen.pid, 1, " ms")
+    assert (first["pid"], first["schema"], first["bell"][-3:]) == (worker.popen.pid, schema.SCHEMA_VERSION, " ms")
     assert await db.fetchval("SELECT count(*) FROM notifyq.all_tasks") == 0, "no history was asked for"
 
 
