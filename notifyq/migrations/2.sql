@@ -3,15 +3,15 @@
 
 -- step
 ALTER TABLE notifyq.task
-    ADD COLUMN IF NOT EXISTS unique_key text CHECK (length(unique_key) <= 200),
-    ADD COLUMN IF NOT EXISTS order_key text CHECK (length(order_key) <= 200),
-    ADD COLUMN IF NOT EXISTS limit_key text CHECK (length(limit_key) <= 200),
-    ADD COLUMN IF NOT EXISTS limit_running integer CHECK (limit_running >= 1),
-    ADD COLUMN IF NOT EXISTS limit_rate integer CHECK (limit_rate >= 1),
-    ADD COLUMN IF NOT EXISTS limit_seconds float8 CHECK (limit_seconds > 0),
+    ADD COLUMN IF NOT EXISTS unique_key text,
+    ADD COLUMN IF NOT EXISTS order_key text,
+    ADD COLUMN IF NOT EXISTS limit_key text,
+    ADD COLUMN IF NOT EXISTS limit_running integer,
+    ADD COLUMN IF NOT EXISTS limit_rate integer,
+    ADD COLUMN IF NOT EXISTS limit_seconds float8,
     ADD COLUMN IF NOT EXISTS after bigint[],
-    ADD COLUMN IF NOT EXISTS on_dead text CHECK (on_dead IN ('cancel', 'run')),
-    ADD COLUMN IF NOT EXISTS parked text CHECK (parked IN ('limit', 'rate', 'order', 'after')),
+    ADD COLUMN IF NOT EXISTS on_dead text,
+    ADD COLUMN IF NOT EXISTS parked text,
     ADD COLUMN IF NOT EXISTS tracked boolean NOT NULL DEFAULT false,
     ADD COLUMN IF NOT EXISTS awaited boolean NOT NULL DEFAULT false,
     ADD COLUMN IF NOT EXISTS progress real,
