@@ -61,9 +61,10 @@ CREATE SCHEMA notifyq;
 
 CREATE TABLE notifyq.schema_version (
     version      integer     NOT NULL PRIMARY KEY,
-    installed_at timestamptz NOT NULL DEFAULT now()
+    installed_at timestamptz NOT NULL DEFAULT now(),
+    serves       integer     NOT NULL                  -- the version of the oldest code that can work with it
 );
-INSERT INTO notifyq.schema_version (version) VALUES (2);
+INSERT INTO notifyq.schema_version (version, serves) VALUES (2, 1);
 
 -- Live tasks. Anything may be inserted: a payload that doesn't fit its type is found when it is decoded, and ends
 -- dead with a message, where a constraint could only have refused somebody's whole transaction.

@@ -1,16 +1,22 @@
 """The `notifyq` schema: which one this code needs, what a database has, and how it gets there.
 
-Version 1 is the first, so all there is to migrate is nothing at all or a newer one, which is refused.
+A row of schema_version says too which is the oldest code that its schema still serves: mostly that of the version
+before, so that an upgrade can come first, and the workers after it, one by one.
 """
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import AsyncGenerator, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import asyncpg
 
+from . import upgrade
 from .errors import DatabaseError, SchemaError
+from .store import is_pooled
 
 if TYPE_CHECKING:
     from .store import Connection
@@ -47,37 +53,71 @@ async def installed_version(conn: Connection) -> int | None:
 
 
 async def check(conn: Connection) -> int:
-    """The version, if it is the one this code needs. Raises SchemaError with the cure if not."""
+    """The version, if this code can work with it. Raises SchemaError with the cure if not."""
     version = await installed_version(conn)
     if version is None:
         database = await conn.fetchval("SELECT current_database()")
         raise SchemaError(f"database {database!r} has no schema notifyq; install it: notifyq migrate")
     if version < SCHEMA_VERSION:
         raise SchemaError(f"the schema is version {version}, this notifyq needs {SCHEMA_VERSION}; run: notifyq migrate")
-    _refuse_newer(version)
+    await _refuse_newer(conn, version)
     return version
 
 
-async def migrate(conn: Connection) -> tuple[int | None, int]:
-    """Install or upgrade, in one transaction: (version before, version after). Two at once take turns.
+async def migrate(conn: Connection, say: Callable[[str], None] = lambda line: None) -> tuple[int | None, int]:
+    """Install or upgrade: (version before, version after). Two at once take turns.
 
-    Raises SchemaError for a newer schema, DatabaseError where this user may not create one.
+    say  gets a line for what has to be waited for
+
+    Raises SchemaError for a schema that is too new, DatabaseError where this user may not create one.
     """
     try:
-        # Read committed, whatever the default is here: who waits for the lock must see what was installed meanwhile.
-        async with conn.transaction(isolation="read_committed"):
-            await conn.execute("SET LOCAL search_path = pg_catalog")  # schema.sql's names mean the usual things
-            await conn.execute("SELECT pg_advisory_xact_lock(1852990817, 0)")
-            before = await installed_version(conn)
-            if before is None:
-                await conn.execute(schema_sql())
-            else:
-                _refuse_newer(before)
+        before = await _install(conn)
+        if before is not None and before < SCHEMA_VERSION:
+            async with _turn(conn, say):
+                before = await installed_version(conn) or before  # another may have been at it meanwhile
+                if before < SCHEMA_VERSION:
+                    await upgrade.run(conn, before, schema_sql(), say)
     except asyncpg.InsufficientPrivilegeError as error:
         raise DatabaseError(f"this user may not create the schema ({error}); run it as the database's owner") from error
     except asyncpg.ReadOnlySQLTransactionError as error:
         raise DatabaseError("this server is read-only (a standby?); migrate the primary") from error
-    return before, SCHEMA_VERSION
+    return before, max(before or 0, SCHEMA_VERSION)
+
+
+async def _install(conn: Connection) -> int | None:
+    """Install it, in one transaction, where there is none. Returns the version that was there."""
+    # Read committed, whatever the default is here: who waits for the lock must see what was installed meanwhile.
+    async with conn.transaction(isolation="read_committed"):
+        await conn.execute("SET LOCAL search_path = pg_catalog")  # schema.sql's names mean the usual things
+        await conn.execute("SELECT pg_advisory_xact_lock(1852990817, 0)")
+        before = await installed_version(conn)
+        if before is None:
+            await conn.execute(schema_sql())
+        else:
+            await _refuse_newer(conn, before)
+    return before
+
+
+@asynccontextmanager
+async def _turn(conn: Connection, say: Callable[[str], None]) -> AsyncGenerator[None, None]:
+    """An upgrade has many transactions, so its lock is the session's. It is asked for again and again: who waits for it
+    in the database would hold a snapshot, for which the other's CREATE INDEX CONCURRENTLY would wait."""
+    if is_pooled(conn):
+        raise DatabaseError(
+            "this is a pooler in transaction mode, and an upgrade needs a session; name the server itself"
+        )
+    told = False
+    while not await conn.fetchval("SELECT pg_catalog.pg_try_advisory_lock(1852990817, 1)"):
+        if not told:
+            told = True
+            say("another `notifyq migrate` is at work; waiting for it")
+        await asyncio.sleep(0.2)
+    try:
+        yield
+    finally:
+        if not conn.is_closed():
+            await conn.execute("SELECT pg_catalog.pg_advisory_unlock(1852990817, 1)")
 
 
 def gone(error: BaseException) -> SchemaError | None:
@@ -87,8 +127,11 @@ def gone(error: BaseException) -> SchemaError | None:
     return None
 
 
-def _refuse_newer(version: int) -> None:
-    if version > SCHEMA_VERSION:
+async def _refuse_newer(conn: Connection, version: int) -> None:
+    if version <= SCHEMA_VERSION:
+        return
+    serves: object = await conn.fetchval("SELECT serves FROM notifyq.schema_version WHERE version = $1", version)
+    if not isinstance(serves, int) or serves > SCHEMA_VERSION:
         raise SchemaError(
             f"the schema is version {version}, newer than this notifyq, which knows {SCHEMA_VERSION}; upgrade notifyq"
         )

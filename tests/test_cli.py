@@ -253,7 +253,7 @@ async def test_migrate(run: Run, empty_dsn: str, connect: Sessions) -> None:
     said = await run("migrate", dsn=empty_dsn)
     assert (said.code, said.out.endswith(f"version {schema.SCHEMA_VERSION}, already\n")) == (0, True)
     conn = await connect(empty_dsn)
-    await conn.execute("INSERT INTO notifyq.schema_version (version) VALUES (99)")
+    await conn.execute("INSERT INTO notifyq.schema_version (version, serves) VALUES (99, 99)")
     for command in ("migrate", *SCHEMA_COMMANDS):
         said = await run(command, dsn=empty_dsn)
         assert (said.code, said.out) == (4, "")

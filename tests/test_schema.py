@@ -73,7 +73,7 @@ async def test_a_missing_schema_says_how_to_install_it(empty: Any) -> None:
 
 async def test_a_newer_schema_is_refused(empty: Any) -> None:
     await schema.migrate(empty)
-    await empty.execute("INSERT INTO notifyq.schema_version (version) VALUES (7)")
+    await empty.execute("INSERT INTO notifyq.schema_version (version, serves) VALUES (7, 7)")
     for refuse in (schema.check, schema.migrate):
         with pytest.raises(SchemaError, match=rf"is version 7, newer than .* knows {SCHEMA_VERSION}; upgrade notifyq"):
             await refuse(empty)
@@ -405,12 +405,12 @@ async def test_what_each_role_may(as_role: Any, role: str) -> None:
         await transaction.rollback()
 
 
-FOR_ALL = {"enqueue", "enqueue_many", "became", "evict", "end_claims", "turn_stolen"}
+FOR_ALL = {"enqueue", "enqueue_many", "became", "evict", "end_claims", "turn_stolen", "lock_holder"}
 
 
 @pytest.mark.parametrize("name", sorted(set(SQL) - FOR_ALL))
 async def test_an_enqueuer_may_run_no_statement_of_a_worker(as_role: Any, name: str) -> None:
-    """Claim, settle, rescue, heartbeat: refused. (Four read only what the system shows everybody.)"""
+    """Claim, settle, rescue, heartbeat: refused. (Five read only what the system shows everybody.)"""
     conn = await as_role("enqueuer")
     statement = await conn.prepare(SQL[name])
     values = {

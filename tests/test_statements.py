@@ -66,6 +66,7 @@ STATEMENTS = {
     "evict": Statement("int4", "count:int4", ""),
     "finish": Statement("int4 int8[] int2[] text[] jsonb[] jsonb[] bool", "id:int8", "task_pkey"),
     "hand_back": Statement("int4 int8[] int2[]", "id:int8", "task_pkey"),
+    "lock_holder": Statement("text[]", "holder:text", None),
     "names": Statement("", "queues:text[] types:text[]", None),
     "orphaned": Statement("", "exists:bool", "task_running"),
     "orphans": Statement("", "count:int4", "task_pkey task_running"),

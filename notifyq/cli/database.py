@@ -12,8 +12,8 @@ from typing import Any
 
 import click
 
-from notifyq import schema
-from notifyq.errors import NotifyqError
+from notifyq import schema, upgrade
+from notifyq.errors import ConfigError, NotifyqError
 from notifyq.store import SQL, server_version
 
 from .options import dsn_option, number, option
@@ -24,12 +24,25 @@ from .tasks import STATES
 
 @click.command()
 @option("--sql", is_flag=True, help="print the schema's SQL, to look at or to run elsewhere, and do nothing")
+@option(
+    "--from",
+    "since",
+    metavar="VERSION",
+    type=number(1, schema.SCHEMA_VERSION - 1),
+    help="with --sql: print the way from this version of the schema, for psql",
+)
 @dsn_option
-def migrate(*, sql: bool, dsn: str | None) -> None:
-    """Install or upgrade the schema; once is enough, twice does no harm."""
+def migrate(*, sql: bool, since: int | None, dsn: str | None) -> None:
+    """Install or upgrade the schema; once is enough, twice does no harm.
+
+    Workers and producers go on meanwhile: migrate first, then bring the workers of the new version.
+    """
     if sql:
-        click.echo(schema.schema_sql(), nl=False)
+        text = schema.schema_sql()
+        click.echo(text if since is None else upgrade.script(since, text), nl=False)
         return
+    if since is not None:
+        raise ConfigError("--from is for --sql; otherwise the database itself says which version it has")
     database, before, after = asyncio.run(_migrate(dsn))
     if before is None:
         click.echo(f"installed schema notifyq, version {after}, in database {database}")
@@ -41,7 +54,7 @@ def migrate(*, sql: bool, dsn: str | None) -> None:
 
 async def _migrate(dsn: str | None) -> tuple[str, int | None, int]:
     async with session(dsn, migrated=False) as conn:
-        before, after = await schema.migrate(conn)
+        before, after = await schema.migrate(conn, say)
         return await conn.fetchval("SELECT current_database()"), before, after
 
 

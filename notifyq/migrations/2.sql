@@ -1,7 +1,13 @@
--- From version 1 to 2: unique tasks, limits, order, dependencies, results, progress, cron. A step is a transaction, and
--- can be run again; see notifyq/schema.py.
+-- From version 1 to 2: unique tasks, limits, order, dependencies, results, progress, cron. notifyq/upgrade.py says what may
+-- stand here, and how it is run. Functions, triggers and views don't: they are taken from schema.sql.
 
--- step
+-- step: locks schema_version
+ALTER TABLE notifyq.schema_version ADD COLUMN IF NOT EXISTS serves integer;
+UPDATE notifyq.schema_version SET serves = version WHERE serves IS NULL;
+ALTER TABLE notifyq.schema_version ALTER COLUMN serves SET NOT NULL;
+
+-- step: locks task
+-- No CHECK: PostgreSQL would read the whole table for it, under this lock.
 ALTER TABLE notifyq.task
     ADD COLUMN IF NOT EXISTS unique_key text,
     ADD COLUMN IF NOT EXISTS order_key text,
@@ -17,14 +23,7 @@ ALTER TABLE notifyq.task
     ADD COLUMN IF NOT EXISTS progress real,
     ADD COLUMN IF NOT EXISTS note text;
 
--- step: concurrently
-CREATE INDEX CONCURRENTLY task_set_aside ON notifyq.task (type, queue, priority DESC, id)
-    WHERE worker IS NULL AND aside AND parked IS NULL;
-
--- step: concurrently
-DROP INDEX CONCURRENTLY IF EXISTS notifyq.task_aside;
-
--- step
+-- step: locks finished
 ALTER TABLE notifyq.finished
     ADD COLUMN IF NOT EXISTS order_key text,
     ADD COLUMN IF NOT EXISTS limit_key text,
@@ -32,4 +31,75 @@ ALTER TABLE notifyq.finished
     ADD COLUMN IF NOT EXISTS limit_rate integer,
     ADD COLUMN IF NOT EXISTS limit_seconds float8;
 
--- The rest (new tables, functions, triggers, the view) follows as it is in schema.sql.
+-- step: concurrently
+-- Of an index, what an upgrade that was interrupted has left may be invalid, so it goes first.
+DROP INDEX CONCURRENTLY IF EXISTS notifyq.task_set_aside;
+
+-- step: concurrently
+-- task_aside, which it takes the place of, stays until version 3: workers of version 1 would have to read the whole table.
+CREATE INDEX CONCURRENTLY task_set_aside ON notifyq.task (type, queue, priority DESC, id)
+    WHERE worker IS NULL AND aside AND parked IS NULL;
+
+-- step
+CREATE TABLE IF NOT EXISTS notifyq.freed (
+    n             bigint      GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+    task          bigint      NOT NULL,
+    ended         boolean     NOT NULL,
+    queue         text        NOT NULL,
+    order_key     text,
+    limit_key     text
+) WITH (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 500, vacuum_truncate = off);
+
+-- step
+CREATE TABLE IF NOT EXISTS notifyq.gate (n smallint NOT NULL PRIMARY KEY) WITH (fillfactor = 50);
+INSERT INTO notifyq.gate (n) SELECT generate_series(0, 255) ON CONFLICT DO NOTHING;
+
+-- step
+CREATE TABLE IF NOT EXISTS notifyq.queue (
+    name          text        NOT NULL PRIMARY KEY CHECK (length(name) <= 200),
+    paused        boolean     NOT NULL DEFAULT false,
+    limit_running integer     CHECK (limit_running >= 1),
+    limit_rate    integer     CHECK (limit_rate >= 1),
+    limit_seconds float8      CHECK (limit_seconds > 0)
+);
+
+-- step
+-- Whoever works here may do everything with the new tables too; who enqueues, name the new columns; who reads, read them.
+DO $$
+DECLARE
+    role text;
+BEGIN
+    FOR role IN
+        SELECT DISTINCT CASE a.grantee WHEN 0 THEN 'PUBLIC' ELSE a.grantee::regrole::text END
+        FROM pg_class c CROSS JOIN aclexplode(c.relacl) AS a
+        WHERE c.oid = 'notifyq.task'::regclass AND a.privilege_type = 'DELETE' AND a.grantee <> c.relowner
+    LOOP
+        EXECUTE 'GRANT ALL ON notifyq.freed, notifyq.gate, notifyq.queue, notifyq.freed_n_seq TO ' || role;
+    END LOOP;
+    FOR role IN
+        SELECT DISTINCT CASE a.grantee WHEN 0 THEN 'PUBLIC' ELSE a.grantee::regrole::text END
+        FROM pg_attribute t CROSS JOIN aclexplode(t.attacl) AS a
+        WHERE t.attrelid = 'notifyq.task'::regclass AND t.attname = 'payload' AND a.privilege_type = 'INSERT'
+    LOOP
+        EXECUTE 'GRANT INSERT (unique_key, order_key, limit_key, limit_running, limit_rate, limit_seconds, after, on_dead)'
+                ' ON notifyq.task TO ' || role;
+    END LOOP;
+    FOR role IN
+        SELECT DISTINCT CASE a.grantee WHEN 0 THEN 'PUBLIC' ELSE a.grantee::regrole::text END
+        FROM pg_class c CROSS JOIN aclexplode(c.relacl) AS a
+        WHERE c.oid = 'notifyq.all_tasks'::regclass AND a.privilege_type = 'SELECT' AND a.grantee <> c.relowner
+    LOOP
+        EXECUTE 'GRANT SELECT ON notifyq.queue TO ' || role;
+    END LOOP;
+END $$;
+
+-- step: with the functions
+-- It has new parameters. Where a function or a view of theirs was made of it, that one keeps the old.
+DO $$
+BEGIN
+    DROP FUNCTION IF EXISTS notifyq.enqueue(text, jsonb, text, timestamptz, integer, integer);
+EXCEPTION WHEN dependent_objects_still_exist THEN
+    ALTER FUNCTION notifyq.enqueue(text, jsonb, text, timestamptz, integer, integer) RENAME TO enqueue_1;
+END $$;
+
+INSERT INTO notifyq.schema_version (version, serves) VALUES (2, 1);

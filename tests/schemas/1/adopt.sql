@@ -1,0 +1,25 @@
+-- As claim.sql, from the tasks that others set aside because they didn't know the type: of the types $5. $6 is claim.sql's
+-- $5.
+UPDATE notifyq.task t
+SET worker = $1, attempts = least(t.attempts, 32766) + 1, processing_at = clock_timestamp(), aside = false
+WHERE t.id = ANY (ARRAY(
+    SELECT ready.id
+    FROM unnest($2::text[], $3::integer[]) AS q (queue, room)
+    CROSS JOIN unnest($5::text[]) AS k (type)
+    CROSS JOIN LATERAL (
+        SELECT r.id
+        FROM notifyq.task r
+        WHERE r.type = k.type AND r.queue = q.queue AND r.worker IS NULL AND r.aside
+        ORDER BY r.priority DESC, r.id
+        LIMIT q.room
+        FOR UPDATE SKIP LOCKED
+    ) AS ready
+    LIMIT $4::integer
+))
+AND EXISTS (SELECT FROM notifyq.worker w WHERE w.id = $1)
+RETURNING t.id, t.attempts, t.type, t.queue, t.priority, t.max_attempts,
+          greatest(least(t.created_at, '9999-12-30Z'), '0001-01-03Z') AS created_at,
+          CASE WHEN NOT $6::boolean
+            AND (pg_column_size(t.payload) <= 65536
+                 OR pg_column_size(t.payload) <= 16777216 AND pg_column_size(ARRAY[t.payload]) <= 67108864)
+       THEN t.payload END AS payload

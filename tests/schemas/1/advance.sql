@@ -1,0 +1,19 @@
+-- For tests: as if all that isn't running had happened $1 seconds earlier. Every time of a row moves by the same, so
+-- that what was between them stays: a scheduled task is still scheduled, and merely due. It names run_at, so it rings,
+-- and a worker that sleeps wakes. What keeps a time of its own in another table belongs here too. Returns how many
+-- tasks became due.
+WITH live AS (
+    UPDATE notifyq.task t
+    SET created_at = t.created_at - p.past, run_at = t.run_at - p.past,
+        processing_at = t.processing_at - p.past, processed_at = t.processed_at - p.past
+    FROM (SELECT make_interval(secs => $1::float8) AS past) AS p
+    WHERE t.worker IS NULL
+    RETURNING t.run_at > t.created_at AND NOT t.promoted AND t.run_at <= statement_timestamp()
+              AND t.run_at + p.past > statement_timestamp() AS due
+), ended AS (
+    UPDATE notifyq.finished f
+    SET created_at = f.created_at - p.past, run_at = f.run_at - p.past,
+        processing_at = f.processing_at - p.past, processed_at = f.processed_at - p.past
+    FROM (SELECT make_interval(secs => $1::float8) AS past) AS p
+)
+SELECT count(*) FROM live WHERE due

@@ -1,0 +1,33 @@
+-- As claim.sql, but only from the marks: of queue $5 and priority $6 the tasks from id $7 on, the highest priority of a
+-- queue first. An equality on the priority, since only then the scan begins at the mark, and steps over nothing that
+-- is dead before it (marks.py says why that matters, and who looks for what lies before the marks). $8 is
+-- claim.sql's $5.
+UPDATE notifyq.task t
+SET worker = $1, attempts = least(t.attempts, 32766) + 1, processing_at = clock_timestamp()
+WHERE t.id = ANY (ARRAY(
+    SELECT ready.id
+    FROM unnest($2::text[], $3::integer[]) AS q (queue, room)
+    CROSS JOIN LATERAL (
+        SELECT level.id
+        FROM unnest($5::text[], $6::smallint[], $7::bigint[]) AS m (queue, priority, mark)
+        CROSS JOIN LATERAL (
+            SELECT r.id
+            FROM notifyq.task r
+            WHERE r.queue = m.queue AND r.priority = m.priority AND r.id + 0 >= m.mark
+              AND r.worker IS NULL AND NOT r.aside AND (r.run_at <= r.created_at OR r.promoted)
+            ORDER BY r.id + 0
+            LIMIT q.room
+            FOR UPDATE SKIP LOCKED
+        ) AS level
+        WHERE m.queue = q.queue
+        LIMIT q.room
+    ) AS ready
+    LIMIT $4::integer
+))
+AND EXISTS (SELECT FROM notifyq.worker w WHERE w.id = $1)
+RETURNING t.id, t.attempts, t.type, t.queue, t.priority, t.max_attempts,
+          greatest(least(t.created_at, '9999-12-30Z'), '0001-01-03Z') AS created_at,
+          CASE WHEN NOT $8::boolean
+            AND (pg_column_size(t.payload) <= 65536
+                 OR pg_column_size(t.payload) <= 16777216 AND pg_column_size(ARRAY[t.payload]) <= 67108864)
+       THEN t.payload END AS payload

@@ -1,0 +1,59 @@
+-- What a worker asks before it sleeps. Of the queues $1: make up to $3 due tasks of each ready; when is the next
+-- one due; is a ready task left in one of the queues $2, or a due one in those of $1, which somebody has locked; and how
+-- many tasks were ever inserted, rolled back or not. With $4, an echo that proves the bell. With $5 it looks for due tasks from that time
+-- on only, and steps over none that were promoted before it and that vacuum may not remove (marks.py); it returns as
+-- mark what to give as $5 later, of a moment ago as rows become visible a little after their time.
+--
+-- statement_timestamp(), as clock_timestamp() can't be an index condition. The second scan's snapshot is the
+-- first one's, so "next" leaves out what is due by the clock rather than by state. Two epochs are subtracted, as before
+-- version 17 a time that is infinity can't be.
+WITH due AS MATERIALIZED (
+    SELECT s.id
+    FROM unnest($1::text[]) AS q (queue)
+    CROSS JOIN LATERAL (
+        SELECT r.id
+        FROM notifyq.task r
+        WHERE r.queue = q.queue AND r.worker IS NULL AND r.run_at > r.created_at AND NOT r.promoted
+          AND r.run_at <= statement_timestamp() AND r.run_at >= coalesce($5::timestamptz, '-infinity')
+        ORDER BY r.run_at
+        LIMIT $3::integer
+        FOR UPDATE SKIP LOCKED
+    ) AS s
+), promoted AS (
+    UPDATE notifyq.task SET promoted = true WHERE id = ANY (ARRAY(SELECT id FROM due)) RETURNING 1
+)
+SELECT (SELECT count(*) FROM promoted) AS promoted,
+       (SELECT (extract(epoch FROM min(s.run_at)) - extract(epoch FROM clock_timestamp()))::float8
+        FROM unnest($1::text[]) AS q (queue)
+        CROSS JOIN LATERAL (
+            SELECT r.run_at
+            FROM notifyq.task r
+            WHERE r.queue = q.queue AND r.worker IS NULL AND r.run_at > r.created_at AND NOT r.promoted
+              AND r.run_at > statement_timestamp()
+            ORDER BY r.run_at
+            LIMIT 1
+        ) AS s) AS next_seconds,
+       EXISTS (
+            SELECT
+            FROM unnest($2::text[]) AS q (queue)
+            CROSS JOIN LATERAL (
+                SELECT
+                FROM notifyq.task r
+                WHERE r.queue = q.queue AND r.worker IS NULL AND NOT r.aside AND (r.run_at <= r.created_at OR r.promoted)
+                ORDER BY r.priority DESC, r.id + 0
+                LIMIT 1
+            ) AS s)
+       OR EXISTS (
+            SELECT
+            FROM unnest($1::text[]) AS q (queue)
+            CROSS JOIN LATERAL (
+                SELECT
+                FROM notifyq.task r
+                WHERE r.queue = q.queue AND r.worker IS NULL AND r.run_at > r.created_at AND NOT r.promoted
+                  AND r.run_at <= statement_timestamp() AND r.run_at >= coalesce($5::timestamptz, '-infinity')
+                  AND NOT r.id = ANY (ARRAY(SELECT id FROM due))
+                LIMIT 1
+            ) AS s) AS blocked,
+       (SELECT last_value FROM notifyq.task_id_seq) AS inserted,
+       statement_timestamp() - interval '50 ms' AS mark,
+       CASE WHEN $4::text IS NOT NULL AND pg_notification_queue_usage() < 0.9 THEN pg_notify('notifyq', $4)::text END AS echo

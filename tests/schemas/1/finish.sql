@@ -1,0 +1,27 @@
+-- Settle: write the outcomes of worker $1. Beside each other: ids $2, their attempts $3, states $4, results $5,
+-- errors $6; the last two may be empty arrays. done and cancelled are kept if $7. Returns the ids it applied to:
+-- the others' leases were lost, and nothing of them is written.
+--
+-- Each row is looked up by its id, whatever the planner believes. It plans once, with the statistics of some moment:
+-- if nobody was running then, index task_running looks like the way to "worker = $1", and a batch of 1000 takes 150
+-- ms instead of 8; if the table was empty then, so does reading all of task_pkey. IS NOT DISTINCT FROM keeps it from
+-- the first, = ANY (ARRAY[...]) from the second. So do the other statements that settle.
+WITH outcome AS MATERIALIZED (
+    SELECT * FROM unnest($2::bigint[], $3::smallint[], $4::text[], $5::jsonb[], $6::jsonb[])
+        AS o (id, attempt, state, result, error)
+), gone AS (
+    DELETE FROM notifyq.task t
+    USING outcome o
+    WHERE t.id = ANY (ARRAY[o.id]) AND t.worker IS NOT DISTINCT FROM $1 AND t.attempts = o.attempt
+    RETURNING t.*, o.state, o.result, o.error
+), kept AS (
+    INSERT INTO notifyq.finished (id, created_at, run_at, processing_at, processed_at, priority, attempts, max_attempts,
+                                  state, queue, type, worker, payload, result, errors)
+    SELECT id, created_at, run_at, processing_at, clock_timestamp(), priority, attempts, max_attempts,
+           state, queue, type, (SELECT w.name FROM notifyq.worker w WHERE w.id = $1), payload, result,
+           CASE WHEN error IS NULL THEN errors
+                ELSE coalesce(errors, '[]') || jsonb_set(error, '{at}', to_jsonb(clock_timestamp())) END
+    FROM gone
+    WHERE $7 OR state = 'dead'
+)
+SELECT id FROM gone

@@ -1,0 +1,10 @@
+-- The last thing a worker says: whatever $1 still holds, as far as the database knows, is ready again, and the
+-- attempt doesn't count. That includes what a claim took whose answer never came. Returns how many.
+WITH held AS MATERIALIZED (
+    SELECT t.id FROM notifyq.task t WHERE t.worker = $1 ORDER BY t.id FOR UPDATE
+), back AS (
+    UPDATE notifyq.task t SET worker = NULL, attempts = t.attempts - 1, run_at = t.run_at
+    WHERE t.id = ANY (ARRAY(SELECT id FROM held))
+    RETURNING 1
+)
+SELECT count(*)::integer FROM back

@@ -1,0 +1,49 @@
+-- Take back up to $2 tasks of worker $1 if it is dead: not seen for 2 seconds while its advisory lock is free, or
+-- not seen for the length of its lease, lock or no lock. What has attempts left is ready again, and the bell rings;
+-- what has none is dead, so that a task that kills its worker doesn't kill them all. The worker itself goes when it
+-- holds nothing more. Returns one row: its name (NULL: it lives, or another rescues it), how many are ready again,
+-- how many dead.
+--
+-- A rescue counts as an attempt. FOR UPDATE makes rescuers take turns; SKIP LOCKED steps over what the worker, not
+-- quite dead, is settling at this moment. Both leave the rest to the next round. Of ANY (ARRAY[...]): finish.sql.
+WITH corpse AS MATERIALIZED (
+    SELECT w.id, w.name, w.types, w.max_attempts
+    FROM notifyq.worker w
+    WHERE w.id = $1
+      AND CASE WHEN w.seen_at < clock_timestamp() - w.lease THEN true
+               WHEN w.seen_at < clock_timestamp() - interval '2 seconds' THEN pg_try_advisory_xact_lock(1852990827, w.id)
+               ELSE false END
+    FOR UPDATE SKIP LOCKED
+), held AS MATERIALIZED (
+    SELECT t.id, t.attempts,
+           t.attempts >= coalesce(t.max_attempts,
+                                  (SELECT k.allowed FROM unnest(corpse.types, corpse.max_attempts) AS k (type, allowed)
+                                   WHERE k.type = t.type LIMIT 1), 10) AS spent,
+           jsonb_build_object('attempt', t.attempts, 'at', clock_timestamp(),
+                              'error', 'its worker ' || corpse.name || ' vanished while it ran') AS error
+    FROM corpse JOIN notifyq.task t ON t.worker = $1
+    ORDER BY t.id
+    LIMIT $2::integer
+    FOR UPDATE OF t SKIP LOCKED
+), again AS (
+    UPDATE notifyq.task t
+    SET worker = NULL, run_at = t.run_at, processed_at = clock_timestamp(), errors = coalesce(t.errors, '[]') || h.error
+    FROM held h
+    WHERE t.id = ANY (ARRAY[h.id]) AND NOT h.spent
+    RETURNING t.id
+), gone AS (
+    DELETE FROM notifyq.task t USING held h WHERE t.id = ANY (ARRAY[h.id]) AND h.spent RETURNING t.*, h.error
+), kept AS (
+    INSERT INTO notifyq.finished (id, created_at, run_at, processing_at, processed_at, priority, attempts, max_attempts,
+                                  state, queue, type, worker, payload, result, errors)
+    SELECT id, created_at, run_at, processing_at, clock_timestamp(), priority, attempts, max_attempts,
+           'dead', queue, type, (SELECT name FROM corpse), payload, NULL, coalesce(errors, '[]') || error
+    FROM gone
+), buried AS (
+    DELETE FROM notifyq.worker w
+    USING corpse
+    WHERE w.id = corpse.id AND NOT EXISTS (SELECT FROM notifyq.task t WHERE t.worker = $1)
+)
+SELECT (SELECT name FROM corpse) AS name,
+       (SELECT count(*) FROM again)::integer AS ready,
+       (SELECT count(*) FROM gone)::integer AS dead

@@ -1,0 +1,10 @@
+-- For tests: of the queues $1 (NULL: of all) those with a task that could run now; the seconds until the next
+-- scheduled one is due; and the time.
+SELECT coalesce(array_agg(DISTINCT queue) FILTER (
+           WHERE state = 'ready' OR state = 'scheduled' AND run_at <= statement_timestamp()), '{}') AS queues,
+       extract(epoch FROM min(run_at) FILTER (
+           WHERE state = 'scheduled' AND run_at > statement_timestamp() AND isfinite(run_at))
+           - statement_timestamp())::float8 AS next_seconds,
+       clock_timestamp() AS at
+FROM notifyq.all_tasks
+WHERE $1::text[] IS NULL OR queue = ANY ($1)

@@ -1,0 +1,12 @@
+-- Leave tasks whose type worker $1 doesn't know to one that does: ids $2, attempts $3. They move to an index of
+-- their own, where no claim steps over them, and whoever sleeps is told to look there, unless
+-- the queue of notifications is full (schema.sql).
+WITH moved AS (
+    UPDATE notifyq.task t
+    SET worker = NULL, attempts = t.attempts - 1, aside = true
+    FROM unnest($2::bigint[], $3::smallint[]) AS o (id, attempt)
+    WHERE t.id = ANY (ARRAY[o.id]) AND t.worker IS NOT DISTINCT FROM $1 AND t.attempts = o.attempt
+    RETURNING t.id
+)
+SELECT moved.id
+FROM moved, (SELECT CASE WHEN pg_notification_queue_usage() < 0.9 THEN pg_notify('notifyq', 'aside')::text END) AS told

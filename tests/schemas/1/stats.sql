@@ -1,0 +1,40 @@
+-- For people and monitors: everything at a glance, as one JSON document. The counts are counted, in one scan of all
+-- that is known; half a second a million, if work_mem lets it hash. It reads only what the role that may read can (see
+-- schema.sql). So what nobody serves is told from the workers' own words, and not from task.aside: ready tasks of a queue
+-- or a type that no live worker has.
+WITH counted AS MATERIALIZED (
+    SELECT queue, type, state, count(*) AS n,
+           min(greatest(created_at, run_at)) FILTER (WHERE state = 'ready') AS since
+    FROM notifyq.all_tasks
+    GROUP BY queue, type, state
+), by_queue AS (
+    SELECT queue,
+           coalesce(sum(n) FILTER (WHERE state = 'scheduled'), 0) AS scheduled,
+           coalesce(sum(n) FILTER (WHERE state = 'ready'), 0) AS ready,
+           coalesce(sum(n) FILTER (WHERE state = 'running'), 0) AS running,
+           coalesce(sum(n) FILTER (WHERE state = 'done'), 0) AS done,
+           coalesce(sum(n) FILTER (WHERE state = 'dead'), 0) AS dead,
+           coalesce(sum(n) FILTER (WHERE state = 'cancelled'), 0) AS cancelled,
+           round(extract(epoch FROM statement_timestamp() - min(since))::numeric, 3) AS oldest_ready_seconds
+    FROM counted
+    GROUP BY queue
+), unserved AS (
+    SELECT c.queue, c.type, c.n AS ready,
+           round(extract(epoch FROM statement_timestamp() - c.since)::numeric, 3) AS oldest_ready_seconds
+    FROM counted c
+    WHERE c.state = 'ready'
+      AND NOT EXISTS (SELECT FROM notifyq.worker w
+                      WHERE c.queue = ANY (w.queues) AND c.type = ANY (w.types)
+                        AND w.seen_at > statement_timestamp() - w.lease)
+), workers AS (
+    SELECT id, name, CASE WHEN seen_at > statement_timestamp() - lease THEN status ELSE 'silent' END AS status,
+           round(extract(epoch FROM statement_timestamp() - seen_at)::numeric, 3) AS seen_seconds,
+           running, concurrency, queues, types, started_at
+    FROM notifyq.worker
+)
+SELECT json_build_object(
+    'queues', (SELECT coalesce(json_agg(q ORDER BY q.queue), '[]') FROM by_queue q),
+    'oldest_ready_seconds', (SELECT max(q.oldest_ready_seconds) FROM by_queue q),
+    'unserved', (SELECT coalesce(json_agg(u ORDER BY u.queue, u.type), '[]') FROM unserved u),
+    'workers', (SELECT coalesce(json_agg(w ORDER BY w.id), '[]') FROM workers w)
+)::text

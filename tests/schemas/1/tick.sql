@@ -1,0 +1,26 @@
+-- The heartbeat of worker $1, which runs $2 tasks and is in status $3; and what there is to know meanwhile:
+-- is it still registered; which of its tasks (ids $4, attempts $5) it has lost; which other workers were not seen
+-- for 2 seconds; has somebody set tasks aside that it could run (queues $6, types $7). Of the lookup by id: finish.sql.
+WITH beat AS (
+    UPDATE notifyq.worker SET seen_at = clock_timestamp(), running = $2, status = $3 WHERE id = $1 RETURNING 1
+)
+SELECT EXISTS (SELECT FROM beat) AS registered,
+       ARRAY(SELECT h.id
+             FROM unnest($4::bigint[], $5::smallint[]) AS h (id, attempt)
+             WHERE NOT EXISTS (
+                 SELECT FROM notifyq.task t
+                 WHERE t.id = ANY (ARRAY[h.id]) AND t.worker IS NOT DISTINCT FROM $1 AND t.attempts = h.attempt
+             )) AS lost,
+       ARRAY(SELECT w.id
+             FROM notifyq.worker w
+             WHERE w.id <> $1 AND w.seen_at < statement_timestamp() - interval '2 seconds'
+             ORDER BY w.seen_at) AS silent,
+       EXISTS (SELECT
+               FROM unnest($6::text[]) AS q (queue)
+               CROSS JOIN unnest($7::text[]) AS k (type)
+               CROSS JOIN LATERAL (
+                   SELECT
+                   FROM notifyq.task r
+                   WHERE r.type = k.type AND r.queue = q.queue AND r.worker IS NULL AND r.aside
+                   LIMIT 1
+               ) AS s) AS aside
