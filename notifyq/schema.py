@@ -79,7 +79,9 @@ async def migrate(conn: Connection, say: Callable[[str], None] = lambda line: No
                 if before < SCHEMA_VERSION:
                     await upgrade.run(conn, before, schema_sql(), say)
     except asyncpg.InsufficientPrivilegeError as error:
-        raise DatabaseError(f"this user may not create the schema ({error}); run it as the database's owner") from error
+        raise DatabaseError(
+            f"this user may not create the schema, or change it ({error}); run it as the database's owner"
+        ) from error
     except asyncpg.ReadOnlySQLTransactionError as error:
         raise DatabaseError("this server is read-only (a standby?); migrate the primary") from error
     return before, max(before or 0, SCHEMA_VERSION)

@@ -131,9 +131,9 @@ async def db(connect: Sessions) -> Any:
 # Roles, by the GRANTs that schema.sql documents.
 
 
-def grants(role: str) -> list[str]:
+def grants(role: str, schema_sql: str = schema.schema_sql()) -> list[str]:
     """The GRANTs for this role, as they stand in the comment at the end of schema.sql."""
-    text = schema.schema_sql().rpartition("-- Roles.")[2]
+    text = schema_sql.rpartition("-- Roles.")[2]
     lines = [line.removeprefix("--").strip().partition("  -- ")[0] for line in text.splitlines()]
     starts = {"enqueuer": "may enqueue", "reader": "may read", "worker": "worker"}
     found: list[str] = []

@@ -26,7 +26,7 @@ import anyio.to_thread
 import click
 import pytest
 
-from notifyq import schema
+from notifyq import schema, upgrade
 from notifyq.cli import COMMANDS, database, logs, main, tasks
 from notifyq.cli.load import load_app
 from notifyq.cli.output import span
@@ -269,6 +269,38 @@ async def test_migrate_sql_needs_no_database(run: Run, monkeypatch: pytest.Monke
     monkeypatch.setenv("NOTIFYQ_DSN", NOWHERE)
     said = await run("migrate --sql")
     assert (said.code, said.out, said.err) == (0, schema.schema_sql(), "")
+
+
+async def test_migrate_an_older_schema(run: Run, empty_dsn: str, connect: Sessions) -> None:
+    """Until then the other commands ask for it. What has to be waited for is said, on stderr."""
+    conn = await connect(empty_dsn)
+    await conn.execute((Path(__file__).parent / "schemas" / "1.sql").read_text())
+    said = await run("stats", dsn=empty_dsn)
+    assert (
+        said.code,
+        f"is version 1, this notifyq needs {schema.SCHEMA_VERSION}; run: notifyq migrate" in said.err,
+    ) == (
+        4,
+        True,
+    )
+    said = await run("migrate", dsn=empty_dsn)
+    assert said.code == 0
+    assert re.fullmatch(
+        rf"upgraded schema notifyq in database \w+ from version 1 to {schema.SCHEMA_VERSION}\n", said.out
+    )
+    assert said.err.startswith("notifyq: DROP INDEX CONCURRENTLY")
+    assert (await run("stats", dsn=empty_dsn)).code == 0
+
+
+async def test_migrate_sql_from(run: Run) -> None:
+    said = await run("migrate --sql --from 1", dsn=NOWHERE)
+    assert (said.code, said.out, said.err) == (0, upgrade.script(1, schema.schema_sql()), "")
+    said = await run("migrate --from 1", dsn=NOWHERE)
+    assert (said.code, "--from is for --sql" in said.err) == (2, True)
+    for wrong in ("0", str(schema.SCHEMA_VERSION), "one"):
+        said = await run(f"migrate --sql --from {wrong}", dsn=NOWHERE)
+        assert said.code == 2
+        assert "is not a number from 1 to" in said.err
 
 
 async def test_roles(run: Run, server: Server, dsn: str, db: Any) -> None:

@@ -11,7 +11,7 @@ TESTS = Path(__file__).parent
 DOCS = TESTS.parent / "docs"
 
 
-@pytest.mark.parametrize("page", ["guarantees.md", "security.md"])
+@pytest.mark.parametrize("page", ["guarantees.md", "security.md", "upgrades.md"])
 def test_the_tests_that_a_page_names_exist(page: str) -> None:
     """`[test_a: `test_x`, `test_y`; test_b]`, over lines and with other words in between."""
     named, missing = 0, []
@@ -27,4 +27,4 @@ def test_the_tests_that_a_page_names_exist(page: str) -> None:
             missing += [] if path.exists() else [str(path.name)]
             named += len(names)
     assert not missing
-    assert named > 15
+    assert named > 10

@@ -115,7 +115,7 @@ async def test_a_migration_that_fails_leaves_nothing(empty: Any, monkeypatch: py
 
 async def test_who_may_not_create_is_told_so(empty: Any) -> None:
     await empty.execute("SET ROLE pg_monitor")
-    with pytest.raises(DatabaseError, match=r"may not create the schema .* as the database's owner"):
+    with pytest.raises(DatabaseError, match=r"may not create the schema, .* as the database's owner"):
         await schema.migrate(empty)
 
 
