@@ -93,7 +93,9 @@ CREATE TABLE notifyq.task (
     limit_seconds float8,                              --   in any so many seconds
     after         bigint[],                            -- the tasks whose ends it waits for
     on_dead       text,                                -- 'run' it or 'cancel' it (null), if one of these isn't done
-    parked        text,                                -- with aside: what it waits for: limit, rate, order, after
+    parked        text,                                -- with aside: what it waits for: limit, rate, queue, order, after,
+    waits_at      text,                                -- and the key; both without aside: it is to be the next of that key
+    admitted      timestamptz,                         -- = processing_at: this attempt was judged, and holds its slots
     tracked       boolean     NOT NULL DEFAULT false,  -- others wait for its end: a row of freed tells of it
     awaited       boolean     NOT NULL DEFAULT false,  -- a client waits for its end: a NOTIFY tells of it
     progress      real,
@@ -117,6 +119,13 @@ CREATE INDEX task_scheduled ON notifyq.task (queue, run_at)
 CREATE INDEX task_running ON notifyq.task (worker) WHERE worker IS NOT NULL;
 CREATE INDEX task_set_aside ON notifyq.task (type, queue, priority DESC, id)
     WHERE worker IS NULL AND aside AND parked IS NULL;
+-- For "Limits and order": who holds a slot of a key or a queue, who waits at a key, and who comes first in an order. No
+-- plain task is in any of them.
+CREATE INDEX task_admitted ON notifyq.task (limit_key, queue) WHERE admitted IS NOT NULL AND worker IS NOT NULL;
+CREATE INDEX task_parked ON notifyq.task (waits_at, aside, priority DESC, id) WHERE waits_at IS NOT NULL;
+CREATE INDEX task_order ON notifyq.task (order_key, (coalesce(worker, 0)), id)
+    WHERE order_key IS NOT NULL
+      AND (attempts > 0 OR CASE WHEN parked IS NULL THEN promoted OR run_at <= created_at ELSE parked <> 'after' END);
 
 -- Outcomes. Appended, read by people, pruned by age; the hot path never looks here.
 CREATE TABLE notifyq.finished (
@@ -199,8 +208,17 @@ CREATE TABLE notifyq.queue (
     paused        boolean     NOT NULL DEFAULT false,
     limit_running integer     CHECK (limit_running >= 1),
     limit_rate    integer     CHECK (limit_rate >= 1),
-    limit_seconds float8      CHECK (limit_seconds > 0)
+    limit_seconds float8      CHECK (limit_seconds > 0 AND limit_seconds <= 1e9)
 );
+
+-- What has started at a key with a rate: so many at that time, remembered for the longest window that was asked for.
+CREATE TABLE notifyq.started (
+    key           text        NOT NULL,
+    at            timestamptz NOT NULL,
+    n             integer     NOT NULL,
+    seconds       float8      NOT NULL
+) WITH (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 500, vacuum_truncate = off);
+CREATE INDEX started_key ON notifyq.started (key, at);
 
 CREATE FUNCTION notifyq.ended() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
@@ -311,7 +329,10 @@ CREATE FUNCTION notifyq.cancel(id bigint) RETURNS boolean LANGUAGE sql BEGIN ATO
         FROM gone g LEFT JOIN notifyq.worker w ON w.id = g.worker
         RETURNING 1
     )
-    SELECT EXISTS (SELECT FROM kept);
+    SELECT EXISTS (SELECT FROM kept)
+    FROM (SELECT count(pg_notify('notifyq', '')) FROM gone g
+          WHERE (g.tracked OR g.limit_key IS NOT NULL OR g.order_key IS NOT NULL)
+            AND pg_notification_queue_usage() < 0.9) AS told;  -- others wait for its end, and a DELETE doesn't ring
 END;
 
 -- Run it again, now. A dead or cancelled task starts over with all its attempts; a scheduled one is due; a running, ready
@@ -337,21 +358,384 @@ CREATE FUNCTION notifyq.retry(id bigint) RETURNS boolean LANGUAGE sql BEGIN ATOM
     SELECT EXISTS (SELECT FROM back) OR EXISTS (SELECT FROM due);
 END;
 
+-- Limits and order
+-- ----------------
+-- A key is 'limit:' and a limit_key, 'queue:' and the name of a queue with a limit, or 'order:' and an order_key. A task
+-- may have one of each, and is judged by them in the order: order, queue, limit. It is parked at the first that keeps it
+-- back, and takes no place of those that come after.
+--
+--     parked   aside   waits_at
+--     set      true    set        waits at that key; nobody looks at it until the key is filled
+--     set      false   set        granted: a slot of that key is kept for it. It is ready, or scheduled for the time at
+--                                 which a rate lets it start, and is judged again when it has been claimed
+--     null     -       null       everything else
+--
+-- Exact: who holds a slot is read from the rows (admitted = processing_at, which each claim sets anew, so that no
+-- attempt inherits it), by who has locked the key's gate before the snapshot he reads them in. admit is the only place
+-- that gives a slot, and it commits to the disk before a handler begins.
+--
+-- Live: whatever keeps a task back makes a row in notifyq.freed when it goes (a holder's end or its loss of the lease, a
+-- granted task that is cancelled, set aside or lost with its worker: all by trigger, with the same commit), or it goes
+-- in admit itself, under the gate: a granted task that is parked at another key. free and admit fill the keys: they
+-- grant, in the order of priority and id, as many slots as neither holders nor granted tasks have. A freed row is
+-- written before its cause can be seen, and deleted only after the gate was had: an admit that has counted the cause has
+-- then committed what it parked. A slot that nobody frees, as it is time that frees it (a rate), is granted ahead, for
+-- its moment, and the timers do the rest. Claimed tasks that nobody has judged yet count for nobody, so no one waits for
+-- them. What a grant can't reach (a paused queue, a type that no worker has) holds its slot for 2 s and no longer;
+-- notifyq.stir, called now and then, has such keys filled again.
+--
+-- Each task is parked and granted once, unless its keys have different ideas: then once for each.
+
+-- Everybody locks gates in this order.
+CREATE FUNCTION notifyq.lock_gates(keys text[]) RETURNS void LANGUAGE plpgsql SET search_path = pg_catalog AS $$
+BEGIN
+    PERFORM FROM notifyq.gate g
+    WHERE g.n = ANY (ARRAY(SELECT (hashtext(k) & 255)::smallint FROM unnest(keys) AS k)) ORDER BY g.n FOR UPDATE;
+END $$;
+
+-- Grant what is free at `key`, whose gate is had. Returns how many tasks became ready, or scheduled.
+CREATE FUNCTION notifyq.fill(key text) RETURNS integer LANGUAGE plpgsql SET search_path = pg_catalog AS $$
+DECLARE
+    most CONSTANT integer := 1000;
+    kind CONSTANT text := split_part(key, ':', 1);
+    name CONSTANT text := substr(key, length(kind) + 2);
+    moment CONSTANT timestamptz := clock_timestamp();
+    head record;
+    held integer;
+    kept integer;
+    room integer;
+    limits record;
+BEGIN
+    IF kind = 'order' THEN
+        SELECT t.id, t.aside AND t.waits_at IS NOT DISTINCT FROM key AS waits INTO head FROM notifyq.task t
+        WHERE t.order_key = name AND coalesce(t.worker, 0) = 0
+          AND (t.attempts > 0 OR CASE WHEN t.parked IS NULL THEN t.promoted OR t.run_at <= t.created_at ELSE t.parked <> 'after' END)
+        ORDER BY t.id LIMIT 1;
+        IF head.waits IS NOT TRUE OR EXISTS (
+            SELECT FROM notifyq.task t
+            WHERE t.order_key = name AND coalesce(t.worker, 0) > 0
+              AND (t.attempts > 0 OR CASE WHEN t.parked IS NULL THEN t.promoted OR t.run_at <= t.created_at ELSE t.parked <> 'after' END)
+              AND (t.id < head.id OR t.admitted = t.processing_at)) THEN
+            RETURN 0;
+        END IF;
+        UPDATE notifyq.task t
+        SET aside = false, parked = NULL, waits_at = NULL, run_at = moment, promoted = true
+        -- None, if somebody has locked it; the next one, and the order would be broken.
+        WHERE t.id = ANY (ARRAY(
+            SELECT h.id FROM notifyq.task h
+            WHERE h.id = head.id AND h.worker IS NULL AND h.aside AND h.waits_at = key FOR UPDATE SKIP LOCKED));
+        GET DIAGNOSTICS room = ROW_COUNT;
+        RETURN room;
+    END IF;
+    SELECT t.limit_running, t.limit_rate, t.limit_seconds INTO limits FROM notifyq.task t
+    WHERE t.waits_at = key AND t.aside ORDER BY t.priority DESC, t.id LIMIT 1;
+    IF NOT FOUND THEN
+        RETURN 0;
+    END IF;
+    IF kind = 'queue' THEN
+        SELECT q.limit_running, q.limit_rate, q.limit_seconds INTO limits FROM notifyq.queue q WHERE 'queue:' || q.name = key;
+        SELECT count(*) INTO held FROM notifyq.task t
+        WHERE t.queue = name AND t.worker IS NOT NULL AND t.admitted = t.processing_at;
+    ELSE
+        SELECT count(*) INTO held FROM notifyq.task t
+        WHERE t.limit_key = name AND t.worker IS NOT NULL AND t.admitted = t.processing_at;
+    END IF;
+    kept := notifyq.kept(key, moment, NULL);
+    -- Of the one that is first. Where others have other limits, they are judged by their own when they are claimed.
+    room := least(most, limits.limit_running - held - kept, limits.limit_rate - kept);
+    IF room <= 0 THEN
+        RETURN 0;
+    END IF;
+    WITH first AS MATERIALIZED (
+        SELECT t.id, t.priority FROM notifyq.task t
+        WHERE t.waits_at = key AND t.aside AND t.worker IS NULL
+        ORDER BY t.priority DESC, t.id LIMIT room FOR UPDATE SKIP LOCKED
+    ), past AS MATERIALIZED (
+        SELECT s.at + make_interval(secs => limits.limit_seconds) AS free, sum(s.n) OVER (ORDER BY s.at) AS upto
+        FROM notifyq.started s
+        WHERE s.key = fill.key AND s.at > moment - make_interval(secs => limits.limit_seconds)
+    ), placed AS (
+        SELECT f.id, f.place + kept + coalesce((SELECT max(p.upto) FROM past p), 0) - limits.limit_rate AS owed
+        FROM (SELECT id, row_number() OVER (ORDER BY priority DESC, id) AS place FROM first) AS f
+    ), timed AS (
+        SELECT p.id, CASE WHEN p.owed > 0 THEN (SELECT min(s.free) FROM past s WHERE s.upto >= p.owed) ELSE moment END AS at
+        FROM placed p
+    )
+    UPDATE notifyq.task t
+    SET aside = false, run_at = w.at, promoted = w.at <= moment
+    FROM (SELECT id, coalesce(at, moment) AS at FROM timed) AS w
+    WHERE t.id = ANY (ARRAY[w.id]);
+    GET DIAGNOSTICS room = ROW_COUNT;
+    IF room = most THEN
+        INSERT INTO notifyq.freed (task, ended, queue, limit_key)
+        VALUES (0, false, CASE kind WHEN 'queue' THEN name ELSE '' END, CASE kind WHEN 'limit' THEN name END);
+    END IF;
+    RETURN room;
+END $$;
+
+-- How many slots of a key are kept for granted tasks, those of `ids` aside.
+CREATE FUNCTION notifyq.kept(key text, moment timestamptz, ids bigint[]) RETURNS integer LANGUAGE sql STABLE BEGIN ATOMIC
+    SELECT count(*)::integer FROM notifyq.task t
+    WHERE t.waits_at = $1 AND NOT t.aside AND t.id <> ALL (coalesce($3, '{}'))
+      AND (t.worker IS NOT NULL OR t.run_at > $2 - interval '2 seconds');
+END;
+
+-- Of tasks that this worker has just claimed, which may run: waits_for is null. The others are parked. One that isn't
+-- named in the answer is locked by somebody who is cancelling it, or wasn't the worker's any more.
+CREATE FUNCTION notifyq.admit(worker integer, ids bigint[], attempts smallint[])
+    RETURNS TABLE (id bigint, waits_for text) LANGUAGE plpgsql SET search_path = pg_catalog AS $$
+#variable_conflict use_column
+DECLARE
+    limited text[];  -- queues
+    keys text[];
+    moment timestamptz;
+    waiting bigint[] := '{}';  -- for the ends of others: see "After"
+    judged_ids bigint[];
+    judged_why text[];
+    key text;
+BEGIN
+    PERFORM set_config('synchronous_commit', 'on', true);  -- a server that crashes must not forget who runs
+    SELECT array_agg(q.name) INTO limited FROM notifyq.queue q WHERE coalesce(q.limit_running, q.limit_rate) IS NOT NULL;
+    SELECT array_agg(DISTINCT k) INTO keys
+    FROM notifyq.task t
+    CROSS JOIN LATERAL (VALUES ('order:' || t.order_key), ('limit:' || t.limit_key),
+                               (CASE WHEN t.queue = ANY (limited) THEN 'queue:' || t.queue END)) AS v (k)
+    WHERE t.id = ANY (admit.ids) AND k IS NOT NULL;
+    PERFORM notifyq.lock_gates(keys);
+    -- "After": waiting := notifyq.await_tasks(...), of those of admit.ids that have `after`.
+    moment := clock_timestamp();
+    WITH mine AS MATERIALIZED (
+        SELECT t.id, t.priority, t.queue, t.order_key, t.limit_key, t.limit_running, t.limit_rate, t.limit_seconds, t.waits_at
+        FROM unnest(admit.ids, admit.attempts) AS o (id, attempt)
+        JOIN notifyq.task t ON t.id = ANY (ARRAY[o.id])
+        WHERE t.worker IS NOT DISTINCT FROM admit.worker AND t.attempts = o.attempt
+        FOR UPDATE OF t SKIP LOCKED
+    ), ordered AS MATERIALIZED (
+        SELECT m.*, CASE WHEN m.id = ANY (waiting) THEN 'after' WHEN m.order_key IS NOT NULL AND EXISTS (
+            SELECT FROM notifyq.task o
+            WHERE o.order_key = m.order_key AND coalesce(o.worker, 0) > 0
+              AND (o.attempts > 0 OR CASE WHEN o.parked IS NULL THEN o.promoted OR o.run_at <= o.created_at ELSE o.parked <> 'after' END)
+              AND (o.id < m.id OR o.id <> m.id AND o.admitted = o.processing_at)
+            UNION ALL
+            SELECT FROM notifyq.task o
+            WHERE o.order_key = m.order_key AND coalesce(o.worker, 0) = 0
+              AND (o.attempts > 0 OR CASE WHEN o.parked IS NULL THEN o.promoted OR o.run_at <= o.created_at ELSE o.parked <> 'after' END)
+              AND o.id < m.id) THEN 'order' END AS why
+        FROM mine m
+    ), queues AS MATERIALIZED (
+        SELECT q.name, q.limit_running, q.limit_rate, q.limit_seconds,
+               (SELECT count(*) FROM notifyq.task t
+                WHERE t.queue = q.name AND t.worker IS NOT NULL AND t.admitted = t.processing_at
+                  AND t.id <> ALL (admit.ids)) AS held,
+               notifyq.kept('queue:' || q.name, moment, admit.ids) AS kept,
+               (SELECT coalesce(sum(s.n), 0) FROM notifyq.started s
+                WHERE s.key = 'queue:' || q.name AND s.at > moment - make_interval(secs => q.limit_seconds)) AS begun
+        FROM notifyq.queue q
+        WHERE q.name = ANY (limited) AND q.name IN (SELECT o.queue FROM ordered o)
+    ), queued AS MATERIALIZED (
+        SELECT o.id, coalesce(o.why, CASE WHEN
+                   q.limit_running < o.place + q.held + CASE WHEN o.granted THEN 0 ELSE q.kept END
+                OR q.limit_rate < o.place + q.begun + CASE WHEN o.granted THEN 0 ELSE q.kept END THEN 'queue' END) AS why
+        FROM (SELECT o.*, row_number() OVER (PARTITION BY o.queue, o.why ORDER BY o.priority DESC, o.id) AS place,
+                     coalesce(o.waits_at = 'queue:' || o.queue, false) AS granted FROM ordered o) AS o
+        LEFT JOIN queues q ON q.name = o.queue
+    ), limits AS MATERIALIZED (
+        SELECT k.limit_key,
+               (SELECT count(*) FROM notifyq.task t
+                WHERE t.limit_key = k.limit_key AND t.worker IS NOT NULL AND t.admitted = t.processing_at
+                  AND t.id <> ALL (admit.ids)) AS held,
+               notifyq.kept('limit:' || k.limit_key, moment, admit.ids) AS kept
+        FROM (SELECT DISTINCT m.limit_key FROM mine m WHERE m.limit_key IS NOT NULL) AS k
+    ), rates AS MATERIALIZED (
+        SELECT k.limit_key, k.limit_seconds,
+               (SELECT coalesce(sum(s.n), 0) FROM notifyq.started s
+                WHERE s.key = 'limit:' || k.limit_key AND s.at > moment - make_interval(secs => k.limit_seconds)) AS begun
+        FROM (SELECT DISTINCT m.limit_key, m.limit_seconds FROM mine m
+              WHERE m.limit_key IS NOT NULL AND m.limit_rate IS NOT NULL) AS k
+    ), verdict AS MATERIALIZED (
+        SELECT p.id, coalesce(p.why, CASE
+                   WHEN p.limit_running < p.place + l.held + CASE WHEN p.granted THEN 0 ELSE l.kept END THEN 'limit'
+                   WHEN p.limit_rate < p.place + r.begun + CASE WHEN p.granted THEN 0 ELSE l.kept END THEN 'rate' END) AS why
+        FROM (SELECT m.*, u.why, row_number() OVER (PARTITION BY m.limit_key, u.why ORDER BY m.priority DESC, m.id) AS place,
+                     coalesce(m.waits_at = 'limit:' || m.limit_key, false) AS granted
+              FROM mine m JOIN queued u ON u.id = m.id) AS p
+        LEFT JOIN limits l ON l.limit_key = p.limit_key
+        LEFT JOIN rates r ON r.limit_key = p.limit_key AND r.limit_seconds = p.limit_seconds
+    ), written AS (
+        UPDATE notifyq.task t
+        SET tracked = true, parked = v.why, aside = v.why IS NOT NULL,
+            waits_at = CASE v.why WHEN 'order' THEN 'order:' || t.order_key WHEN 'queue' THEN 'queue:' || t.queue
+                                  WHEN 'limit' THEN 'limit:' || t.limit_key WHEN 'rate' THEN 'limit:' || t.limit_key END,
+            admitted = CASE WHEN v.why IS NULL THEN t.processing_at END,
+            worker = CASE WHEN v.why IS NULL THEN t.worker END,
+            attempts = t.attempts - (v.why IS NOT NULL)::integer
+        FROM verdict v
+        WHERE t.id = ANY (ARRAY[v.id])
+        RETURNING t.id, t.parked, t.queue, t.limit_key, t.limit_rate, t.limit_seconds
+    ), noted AS (
+        INSERT INTO notifyq.started (key, at, n, seconds)
+        SELECT s.key, moment, count(*),
+               greatest(max(s.seconds), (SELECT max(old.seconds) FROM notifyq.started old WHERE old.key = s.key))
+        FROM (SELECT 'limit:' || w.limit_key AS key, w.limit_seconds AS seconds FROM written w
+              WHERE w.parked IS NULL AND w.limit_key IS NOT NULL AND w.limit_rate IS NOT NULL AND w.limit_seconds IS NOT NULL
+              UNION ALL
+              SELECT 'queue:' || w.queue, q.limit_seconds FROM written w JOIN queues q ON q.name = w.queue
+              WHERE w.parked IS NULL AND q.limit_rate IS NOT NULL AND q.limit_seconds IS NOT NULL) AS s
+        GROUP BY s.key
+    )
+    SELECT array_agg(w.id), array_agg(w.parked) INTO judged_ids, judged_why FROM written w;
+    DELETE FROM notifyq.started s WHERE s.key = ANY (keys) AND s.at < moment - make_interval(secs => s.seconds);
+    FOREACH key IN ARRAY ARRAY(
+        SELECT k FROM unnest(keys) AS k
+        WHERE EXISTS (SELECT FROM notifyq.task t WHERE t.waits_at = k AND t.aside))
+    LOOP
+        PERFORM notifyq.fill(key);
+    END LOOP;
+    RETURN QUERY SELECT * FROM unnest(judged_ids, judged_why);
+END $$;
+
+-- Take up to `most` rows of notifyq.freed, and fill their keys. Returns how many tasks became ready, or scheduled.
+CREATE FUNCTION notifyq.free(most integer DEFAULT 1000) RETURNS integer LANGUAGE plpgsql SET search_path = pg_catalog AS $$
+DECLARE
+    taken bigint[];
+    ended bigint[];
+    keys text[];
+    key text;
+    ready integer := 0;
+BEGIN
+    WITH batch AS MATERIALIZED (
+        SELECT f.* FROM notifyq.freed f ORDER BY f.n LIMIT most FOR UPDATE SKIP LOCKED
+    )
+    SELECT (SELECT array_agg(s.n) FROM batch s),
+           (SELECT array_agg(s.task) FROM batch s WHERE s.ended),
+           (SELECT array_agg(DISTINCT v.k)
+            FROM batch s
+            CROSS JOIN LATERAL (VALUES ('order:' || s.order_key), ('limit:' || s.limit_key),
+                (CASE WHEN EXISTS (SELECT FROM notifyq.queue q WHERE q.name = s.queue)
+                        OR EXISTS (SELECT FROM notifyq.task t WHERE t.waits_at = 'queue:' || s.queue)
+                      THEN 'queue:' || s.queue END)) AS v (k)
+            WHERE v.k IS NOT NULL)
+    INTO taken, ended, keys;
+    IF taken IS NULL THEN
+        RETURN 0;
+    END IF;
+    PERFORM notifyq.lock_gates(keys);
+    FOREACH key IN ARRAY ARRAY(
+        SELECT k FROM unnest(keys) AS k
+        WHERE EXISTS (SELECT FROM notifyq.task t WHERE t.waits_at = k AND t.aside))
+    LOOP
+        ready := ready + notifyq.fill(key);
+    END LOOP;
+    -- "After": ready := ready + notifyq.released(ended).
+    DELETE FROM notifyq.freed f WHERE f.n = ANY (taken);
+    RETURN ready;
+END $$;
+
+-- The safety net: have up to `most` keys filled at which tasks wait, from key `since` on. Returns the last of them; null:
+-- there are no more.
+CREATE FUNCTION notifyq.stir(since text DEFAULT '', most integer DEFAULT 200) RETURNS text LANGUAGE sql BEGIN ATOMIC
+    WITH RECURSIVE waiting AS (
+        (SELECT t.waits_at, t.id, t.queue, t.order_key, t.limit_key, 1 AS n FROM notifyq.task t
+         WHERE t.waits_at > $1 AND t.aside ORDER BY t.waits_at LIMIT 1)
+        UNION ALL
+        SELECT u.* FROM waiting w CROSS JOIN LATERAL (
+            SELECT t.waits_at, t.id, t.queue, t.order_key, t.limit_key, w.n + 1 FROM notifyq.task t
+            WHERE t.waits_at > w.waits_at AND t.aside ORDER BY t.waits_at LIMIT 1) AS u
+        WHERE w.n < $2
+    ), told AS (
+        INSERT INTO notifyq.freed (task, ended, queue, order_key, limit_key)
+        SELECT w.id, false, w.queue, w.order_key, w.limit_key FROM waiting w
+        RETURNING 1
+    )
+    SELECT max(w.waits_at) FROM waiting w HAVING count(*) = $2;
+END;
+
+-- Queues at run time
+-- ------------------
+-- Workers read notifyq.queue at least four times a second while they claim, and when the bell says 'queues'.
+
+-- Nothing new starts from there; what runs goes on. Returns whether it was running.
+CREATE FUNCTION notifyq.pause(queue text) RETURNS boolean LANGUAGE sql BEGIN ATOMIC
+    WITH changed AS (
+        INSERT INTO notifyq.queue AS q (name, paused) VALUES ($1, true)
+        ON CONFLICT (name) DO UPDATE SET paused = true WHERE NOT q.paused
+        RETURNING pg_notify('notifyq', 'queues')
+    )
+    SELECT EXISTS (SELECT FROM changed);
+END;
+
+CREATE FUNCTION notifyq.resume(queue text) RETURNS boolean LANGUAGE sql BEGIN ATOMIC
+    WITH changed AS (
+        UPDATE notifyq.queue q SET paused = false WHERE q.name = $1 AND q.paused RETURNING pg_notify('notifyq', 'queues')
+    )
+    SELECT EXISTS (SELECT FROM changed);
+END;
+
+-- Of the queue's tasks at most `running` run at once, and at most `rate` start in any `seconds`, over all workers; null:
+-- no such limit. What runs already counts.
+CREATE FUNCTION notifyq.limit_queue(queue text, running integer DEFAULT NULL, rate integer DEFAULT NULL,
+                                    seconds float8 DEFAULT NULL) RETURNS void LANGUAGE plpgsql SET search_path = pg_catalog AS $$
+BEGIN
+    IF (rate IS NULL) <> (seconds IS NULL) THEN
+        RAISE EXCEPTION 'rate and seconds go together: so many starts in any so many seconds' USING ERRCODE = '22023';
+    END IF;
+    INSERT INTO notifyq.queue AS q (name, limit_running, limit_rate, limit_seconds) VALUES ($1, $2, $3, $4)
+    ON CONFLICT (name) DO UPDATE SET limit_running = $2, limit_rate = $3, limit_seconds = $4;
+    PERFORM notifyq.count_running(ARRAY[$1]);
+    INSERT INTO notifyq.freed (task, ended, queue) VALUES (0, false, $1);  -- there may be room now
+    PERFORM pg_notify('notifyq', 'queues');
+END $$;
+
+-- What runs in these queues, and was claimed by somebody who knew of no limit, counts from now on.
+CREATE FUNCTION notifyq.count_running(queues text[], worker integer DEFAULT NULL) RETURNS void LANGUAGE sql BEGIN ATOMIC
+    UPDATE notifyq.task t SET admitted = t.processing_at, tracked = true
+    WHERE t.worker IS NOT NULL AND t.queue = ANY ($1) AND ($2 IS NULL OR t.worker = $2)
+      AND t.admitted IS DISTINCT FROM t.processing_at
+      AND t.limit_key IS NULL AND t.order_key IS NULL AND t.after IS NULL;
+END;
+
 -- The stable way to read.
 CREATE VIEW notifyq.all_tasks AS
 SELECT t.id, t.queue, t.type,
        CASE WHEN t.worker IS NOT NULL THEN 'running'
-            WHEN t.parked IS NOT NULL OR t.run_at > t.created_at AND NOT t.promoted THEN 'scheduled'
+            WHEN t.parked IS NOT NULL AND t.aside OR t.run_at > t.created_at AND NOT t.promoted THEN 'scheduled'
             ELSE 'ready' END AS state,
        t.priority, t.attempts, t.max_attempts, t.created_at, t.run_at, t.processing_at, t.processed_at, t.payload,
        t.errors -> -1 ->> 'error' AS error, NULL::jsonb AS result,
        (SELECT w.name FROM notifyq.worker w WHERE w.id = t.worker) AS worker, t.errors,
-       t.parked AS waits_for, t.progress, t.note, t.unique_key, t.order_key, t.limit_key
+       CASE WHEN t.aside AND t.worker IS NULL THEN t.parked END AS waits_for, t.progress, t.note, t.unique_key, t.order_key, t.limit_key
 FROM notifyq.task t
 UNION ALL
 SELECT id, queue, type, state, priority, attempts, max_attempts, created_at, run_at, processing_at, processed_at, payload,
        errors -> -1 ->> 'error', result, worker, errors, NULL, NULL, NULL, NULL, order_key, limit_key
 FROM notifyq.finished;
+
+-- Queues: those that were paused or limited, that a worker serves, or that a task is ready or running in. `waiting` are
+-- those whom the queue's own limits keep back.
+CREATE VIEW notifyq.all_queues AS
+WITH RECURSIVE ready AS (  -- from one queue's first entry of index task_ready to the next one's
+    (SELECT t.queue FROM notifyq.task t
+     WHERE t.worker IS NULL AND NOT t.aside AND (t.run_at <= t.created_at OR t.promoted) ORDER BY t.queue LIMIT 1)
+    UNION ALL
+    SELECT (SELECT t.queue FROM notifyq.task t
+            WHERE t.worker IS NULL AND NOT t.aside AND (t.run_at <= t.created_at OR t.promoted) AND t.queue > r.queue
+            ORDER BY t.queue LIMIT 1)
+    FROM ready r WHERE r.queue IS NOT NULL
+), running AS MATERIALIZED (
+    SELECT t.queue, count(*) AS n FROM notifyq.task t WHERE t.worker IS NOT NULL GROUP BY t.queue
+), served AS MATERIALIZED (
+    SELECT u.queue, count(*) AS n FROM notifyq.worker w CROSS JOIN LATERAL unnest(w.queues) AS u (queue)
+    WHERE w.seen_at > statement_timestamp() - w.lease GROUP BY u.queue
+)
+SELECT k.name, coalesce(q.paused, false) AS paused, q.limit_running, q.limit_rate, q.limit_seconds,
+       coalesce(r.n, 0) AS running,
+       (SELECT count(*) FROM notifyq.task t WHERE t.waits_at = 'queue:' || k.name AND t.aside) AS waiting,
+       coalesce(s.n, 0) AS workers
+FROM (SELECT q.name FROM notifyq.queue q UNION SELECT r.queue FROM ready r WHERE r.queue IS NOT NULL
+      UNION SELECT r.queue FROM running r UNION SELECT s.queue FROM served s) AS k
+LEFT JOIN notifyq.queue q ON q.name = k.name
+LEFT JOIN running r ON r.queue = k.name
+LEFT JOIN served s ON s.queue = k.name;
 
 -- Roles. Nothing is granted to anybody; give each of your roles what it needs:
 --
@@ -361,7 +745,8 @@ FROM notifyq.finished;
 --                 GRANT INSERT (limit_seconds, after, on_dead) ON notifyq.task TO r;
 --                 GRANT INSERT ON notifyq.bell TO r;  -- lets it lock, and the table takes no row. Without it: always rings
 --   may read      GRANT USAGE ON SCHEMA notifyq TO r;
---                 GRANT SELECT ON notifyq.all_tasks, notifyq.worker, notifyq.queue, notifyq.schema_version TO r;
+--                 GRANT SELECT ON notifyq.all_tasks, notifyq.all_queues, notifyq.worker, notifyq.queue TO r;
+--                 GRANT SELECT ON notifyq.schema_version TO r;
 --   worker        GRANT USAGE ON SCHEMA notifyq TO r;
 --                 GRANT ALL ON ALL TABLES IN SCHEMA notifyq TO r; GRANT ALL ON ALL SEQUENCES IN SCHEMA notifyq TO r;
 REVOKE ALL ON ALL FUNCTIONS IN SCHEMA notifyq FROM PUBLIC;

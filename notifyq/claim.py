@@ -25,6 +25,7 @@ from datetime import datetime
 
 import anyio
 
+from .admit import Admission
 from .config import WorkerConfig
 from .doorbell import CHANNEL, Door, Moderation, Place, fleet_key
 from .marks import OWED_TIMES, SLOW_SECONDS, Marks
@@ -57,6 +58,7 @@ class Claimer:
         self._dsn = dsn
         self._config = config
         self._types = types
+        self._admission = Admission(types)
         self._runners = runners
         self._queues = list(config.queues)
         self._wake = asyncio.Event()
@@ -69,6 +71,8 @@ class Claimer:
         self._aside = True  # tasks set aside may be ours
         self._backlog = False  # the last claim came back full
         self._left: set[str] = set()  # queues with a limit that it left tasks in, maybe
+        self._freed = False  # there may be tasks that wait for what has ended
+        self._changed = False  # what is said of the queues
         self._passing = False
         self._pass_after = 0.0
         self._pass_wait = PASS_SECONDS
@@ -90,6 +94,7 @@ class Claimer:
         self._rate = 0.0
         self._rated: tuple[float, int] = (0.0, 0)
         self.unsettled: Callable[[], int] = lambda: 0
+        self.hand_back: Callable[[Job], None] = lambda job: None
         self.bell_seconds: float | None = None  # the round trip that proved the bell; None: polling only
         self._robbed = False
         self._silent = False
@@ -123,6 +128,11 @@ class Claimer:
         self._aside = self._look = True
         self._wake.set()
 
+    def let_in(self) -> None:
+        """Something has ended that others may wait for."""
+        self._freed = True
+        self._wake.set()
+
     def fail(self, error: BaseException) -> None:
         """End this session with `error`."""
         self._failure = self._failure or error
@@ -139,7 +149,7 @@ class Claimer:
         """Claim as `worker` until `stop`. Raises one of store.TRANSIENT, alone or in groups, when it can't."""
         self._failure = None
         self._backlog = self._passing = self._listening = False
-        self._look = self._aside = True
+        self._look = self._aside = self._freed = True
         self._next_due, self._due_at = math.inf, 0.0
         self._poll_at = self._later(self._config.poll_interval_seconds)
         self._door = Door(fleet_key(self._queues, self._types), self._door_moved)
@@ -148,6 +158,7 @@ class Claimer:
             self._connections.append(conn)
             if is_pooled(conn):
                 self._warn_silent()
+                await self._due(conn, worker, look=self._queues)
                 ready()
                 await (self._drain(conn, worker) if self._config.drain else self._serve(conn, worker))
                 return
@@ -159,6 +170,7 @@ class Claimer:
                 connection.add_termination_listener(self._cut)
             await self._listen(conn)
             await self._prove(conn)
+            await self._due(conn, worker, look=self._queues)
             async with anyio.create_task_group() as group:
                 group.start_soon(self._door.run, door, name="notifyq door")
                 ready()
@@ -186,6 +198,8 @@ class Claimer:
             if self._failure is not None:
                 raise self._failure
             now = clock()
+            if self._freed:
+                await self._free(conn)
             rooms, room = self._rooms(now)
             if not room:
                 door.want(Place.AWAY)
@@ -196,17 +210,20 @@ class Claimer:
                 self._passing = False
             elif not self._listening:
                 await self._listen(conn)
-            if self._backlog or any(queue in self._left for queue in rooms):
-                await self._claim(conn, worker, rooms, room)
+            if self._changed:
+                await self._due(conn, worker)
+            elif self._backlog or any(queue in self._left for queue in rooms):
                 if self._backlog:
                     door.want(Place.AWAY)
-                    if now - self._due_at > DUE_BUSY_SECONDS:
-                        await self._due(conn)
+                if now - self._due_at > DUE_BUSY_SECONDS:
+                    await self._due(conn, worker)
+                    rooms, room = self._rooms(now)
+                await self._claim(conn, worker, rooms, room)
             elif self._passing:
                 await self._wait(math.inf)
             elif now >= self._poll_at:
                 self._poll_at = self._later(self._config.poll_interval_seconds)
-                self._look |= await self._due(conn, look=self._queues)
+                self._look |= await self._due(conn, worker, look=self._queues)
                 if self._look and place is Place.AWAY:
                     self._look = False
                     if await self._claim(conn, worker, rooms, room):
@@ -219,14 +236,14 @@ class Claimer:
             elif self._echo and now - self._echo_sent > ECHO_LIMIT_SECONDS:
                 raise BellSilent("LISTEN no longer hears what NOTIFY sends")
             elif now >= self._next_due:
-                await self._due(conn)
+                await self._due(conn, worker)
             elif self._look or now >= min(self._marks.owed_at, self._again_at):
                 self._look = False
                 if await self._claim(conn, worker, rooms, room) and self._work_enough(now):
                     self._pass_on(now)
                 await asyncio.sleep(0)  # what was claimed starts before anything else is asked
                 if not self._backlog and (now - self._due_at > DUE_AWAKE_SECONDS or not moderation.awake(now)):
-                    await self._due(conn)
+                    await self._due(conn, worker)
             elif moderation.awake(now):
                 door.want(Place.TURN)
                 gap = moderation.gap()
@@ -235,7 +252,7 @@ class Claimer:
                     self._pass_on(now)
                 self._look = True
             elif now - self._echo_sent > ECHO_SECONDS and self.bell_seconds is not None:
-                await self._due(conn)
+                await self._due(conn, worker)
             else:
                 if door.wanted is not Place.ASLEEP:
                     self._arming_since = now
@@ -261,12 +278,19 @@ class Claimer:
             self._wake.clear()
             if self._failure is not None:
                 raise self._failure
+            if self._freed:
+                await self._free(conn)
+            if clock() - self._due_at > DUE_BUSY_SECONDS:
+                await self._due(conn, worker)
             rooms, room = self._rooms(clock())
             if room and await self._claim(conn, worker, rooms, room, front=not self._backlog):
                 continue
             if room and not self._runners.held and not self.unsettled():
                 # Only now, as a handler's last words may have been to enqueue something.
-                if not await self._due(conn) and not await self._claim(conn, worker, rooms, room, front=True):
+                due = await self._due(conn, worker)
+                if self._freed and await self._free(conn):
+                    continue
+                if not due and not await self._claim(conn, worker, rooms, room, front=True):
                     return
                 continue
             await self._wait(math.inf)
@@ -279,6 +303,10 @@ class Claimer:
         """Claim and feed. Never cancelled half-way: what it took would belong to nobody."""
         clock = asyncio.get_running_loop().time
         now = begin = clock()
+        if not rooms:  # all are paused
+            self._backlog = False
+            self._marks.claimed([], False, 0.0, now)
+            return 0
         jobs: list[Job] = []
         onward = None if front else self._marks.onward(begin, self._backlog)
         with anyio.CancelScope(shield=True):
@@ -293,6 +321,7 @@ class Claimer:
                     more = await claim(conn, worker, left, room - len(jobs), aside=self._types)
                     self._aside |= len(more) >= min(room - len(jobs), sum(left.values()))
                     jobs += more
+            fed, locked = await self._admission.admit(conn, worker, jobs)
         self._backlog = len(jobs) >= room
         taken: dict[str, int] = {}
         for job in jobs:
@@ -304,15 +333,27 @@ class Claimer:
                 self._left.discard(queue)
         self._claimed += len(jobs)
         self._moderation.arrived(len(jobs), now)
-        self._runners.feed(jobs)
+        self._runners.feed(fed)
+        for job in locked:
+            self.hand_back(job)
         return len(jobs)
 
-    async def _due(self, conn: Connection, look: list[str] | None = None) -> bool:
+    async def _free(self, conn: Connection) -> int:
+        """Let in who waited for what has ended. Those it lets in ring, but perhaps for another."""
+        self._freed = False  # before it: more may end meanwhile
+        with anyio.CancelScope(shield=True):
+            ready: int = await conn.fetchval(SQL["free"])
+        self._look |= ready > 0
+        return ready
+
+    async def _due(self, conn: Connection, worker: int, look: list[str] | None = None) -> bool:
         """Promote what is due, set the timer, send an echo now and then. True: there is something to claim."""
         clock = asyncio.get_running_loop().time
         now = begin = clock()
         rooms, _ = self._rooms(now)
-        full = [queue for queue in self._queues if queue not in rooms]
+        self._changed = False  # before it is read
+        open = [queue for queue in self._queues if queue not in self._admission.paused]
+        full = [queue for queue in open if queue not in rooms]
         echo = None
         holds = self._door.place is not Place.AWAY
         if holds and not self._echo and self.bell_seconds is not None and now - self._echo_sent > ECHO_SECONDS / 3:
@@ -320,12 +361,14 @@ class Claimer:
             self._door.turn_over()
         onward = look is None and now < self._due_front_at
         row = await conn.fetchrow(
-            SQL["due"], self._queues, [] if onward else look or full or self._queues, PROMOTED_AT_ONCE, echo,
+            SQL["due"], self._queues, [] if onward else full if full and look is None else open, PROMOTED_AT_ONCE, echo,
             self._due_mark if onward else None,
             timeout=PROOF_SECONDS if echo else None,
         )  # fmt: skip
         assert row is not None
-        promoted, seconds, ready, inserted, mark, _ = row
+        promoted, seconds, ready, inserted, freed, settings, mark, _ = row
+        self._freed |= freed
+        await self._admission.heard(conn, worker, settings)
         now = clock()
         self._due_at = now
         self._next_due = math.inf if seconds is None else now + max(0.0, seconds)
@@ -376,13 +419,18 @@ class Claimer:
         if room <= 0 or (runners.waiting > ahead // 2 and runners.waiting > 0) or self.unsettled() > 4 * (held + room):
             return {}, 0
         rooms: dict[str, int] = {}
+        paused = self._admission.paused
         for queue in self._queues:
+            if queue in paused:
+                continue
             limit = self._config.queues[queue]
             free = room if limit is None else min(room, limit - runners.by_queue[queue])
             if free > 0:
                 rooms[queue] = free
         if len(rooms) > 1:  # each in turn is the first to be served
             self._queues.append(self._queues.pop(0))
+        if not rooms and any(queue in paused for queue in self._queues):
+            return {}, room  # to hear of it when they are resumed
         return rooms, min(room, sum(rooms.values()))
 
     def _work_enough(self, now: float) -> bool:
@@ -419,6 +467,8 @@ class Claimer:
             self._look = True
         elif payload == "aside":
             self._look = self._aside = True
+        elif payload == "queues":
+            self._look = self._changed = True
         elif payload == self._echo:
             self._echo = ""
             self._echoed.set()
@@ -429,7 +479,7 @@ class Claimer:
 
     async def _listen(self, conn: Connection) -> None:
         await conn.add_listener(CHANNEL, self._rung)
-        self._listening = self._look = self._aside = True  # what was said before wasn't heard
+        self._listening = self._look = self._aside = self._changed = True  # what was said before wasn't heard
 
     async def _unlisten(self, conn: Connection) -> None:
         await conn.remove_listener(CHANNEL, self._rung)

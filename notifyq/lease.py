@@ -41,6 +41,7 @@ PRUNE_SECONDS = 60.0
 PRUNE_AT_ONCE = 5000
 DEAD_KEPT_SECONDS = 30 * 86400.0
 ORPHANS_SECONDS = 60.0
+STIR_SECONDS = 15.0
 GRACE_SECONDS = 4.0  # after an outage, for the others to come back too: longer than the longest back-off
 
 
@@ -57,6 +58,7 @@ class Keeper:
         *,
         on_lost: Callable[[list[tuple[int, int]]], None],
         on_aside: Callable[[], None],
+        on_freed: Callable[[], None],
         on_new_id: Callable[[int], None],
         on_failure: Callable[[BaseException], None],
         door_pid: Callable[[], int | None],
@@ -69,6 +71,7 @@ class Keeper:
         self._runners = runners
         self._on_lost = on_lost
         self._on_aside = on_aside
+        self._on_freed = on_freed
         self._on_new_id = on_new_id
         self._on_failure = on_failure
         self._door_pid = door_pid
@@ -90,6 +93,7 @@ class Keeper:
         self._down = False
         self._rescue_from = 0.0
         self._wait = 0.1
+        self._stirred = ""
 
     # On the worker's loop.
 
@@ -190,6 +194,7 @@ class Keeper:
         next_tick = loop.time()
         next_prune = loop.time() + random.uniform(0.2, 1.0) * PRUNE_SECONDS
         next_orphans = loop.time() + random.uniform(0.2, 1.0) * ORPHANS_SECONDS
+        next_stir = loop.time() + random.uniform(0.2, 1.0) * STIR_SECONDS
         while not stop.is_set():
             self._tell(self._take_pulse)
             now = loop.time()
@@ -203,6 +208,9 @@ class Keeper:
                 next_orphans = now + random.uniform(0.5, 1.5) * ORPHANS_SECONDS
                 if await conn.fetchval(SQL["orphaned"]) and (orphans := await conn.fetchval(SQL["orphans"])):
                     logger.warning("took back tasks of workers that are gone", extra={"fields": {"tasks": orphans}})
+            if now >= next_stir:
+                next_stir = now + random.uniform(0.5, 1.5) * STIR_SECONDS
+                self._stirred = await conn.fetchval(SQL["stir"], self._stirred) or ""
             if await self._sleep(PULSE_SECONDS):
                 break
             await self._watch(conn)
@@ -232,7 +240,7 @@ class Keeper:
             list(self._config.queues), self._registry.types,
         )  # fmt: skip
         assert row is not None
-        registered, lost, silent, aside = row
+        registered, lost, silent, aside, freed = row
         if self._down:
             self._down = False
             logger.info("heartbeat: the database is back")
@@ -254,6 +262,8 @@ class Keeper:
             self._tell(self._on_lost, [(id, attempt) for id, attempt in held if id in gone])
         if aside:
             self._tell(self._on_aside)
+        if freed:
+            self._tell(self._on_freed)
         if silent and asyncio.get_running_loop().time() >= self._rescue_from:
             for worker in silent:
                 await self._rescue(conn, worker)

@@ -25,6 +25,7 @@ UNITS = {
     "day": 86400,
 }
 RATE = re.compile(rf"([0-9]{{1,9}})\s*/\s*([0-9]{{0,9}})\s*({'|'.join(UNITS)})")
+RATE_SECONDS_MOST = 366 * 86400  # schema.sql has the same CHECK
 AFTER_MOST = 10_000
 
 
@@ -142,7 +143,10 @@ def parse_rate(rate: str) -> tuple[int, float]:
     match = RATE.fullmatch(rate) if isinstance(rate, str) else None
     if match is None or not int(match[1]) or match[2] == "0":
         raise ConfigError(f'rate is {rate!r}; expected how many in what time, as "100/minute", "5/s" or "20/10s"')
-    return int(match[1]), float(int(match[2] or 1) * UNITS[match[3]])
+    seconds = float(int(match[2] or 1) * UNITS[match[3]])
+    if seconds > RATE_SECONDS_MOST:
+        raise ConfigError(f"rate is {rate!r}; expected a time of a year at most")
+    return int(match[1]), seconds
 
 
 def checked_ids(after: Iterable[Ref | int]) -> list[int] | None:

@@ -26,10 +26,13 @@ BATCH = 1000
 class Settler:
     """`put` outcomes in, `run` writes them, `pending` tells how many are not written yet."""
 
-    def __init__(self, dsn: str | None, keep: bool, settled: Callable[[], None]) -> None:
+    def __init__(
+        self, dsn: str | None, keep: bool, settled: Callable[[], None], freed: Callable[[], None] = lambda: None
+    ) -> None:
         self._dsn = dsn
         self._keep = keep  # done and cancelled tasks in notifyq.finished
         self._settled = settled
+        self._freed = freed  # something ended that others may wait for
         self._pending: list[Outcome] = []
         self._writing: list[Outcome] = []
         self._wake = asyncio.Event()
@@ -132,25 +135,27 @@ class Settler:
             errors = [o.error for o in finish] if any(o.error is not None for o in finish) else []
             states = [o.state for o in finish]
             rows = await conn.fetch(SQL["finish"], worker, *_keys(finish), states, results, errors, self._keep)
-            self._tell_lost(finish, rows)
+            self._tell(finish, rows)
         if later:
             args = [o.delay for o in later], [o.error for o in later]
-            self._tell_lost(later, await conn.fetch(SQL["retry_later"], worker, *_keys(later), *args))
+            self._tell(later, await conn.fetch(SQL["retry_later"], worker, *_keys(later), *args))
         if back:
-            self._tell_lost(back, await conn.fetch(SQL["hand_back"], worker, *_keys(back)))
+            self._tell(back, await conn.fetch(SQL["hand_back"], worker, *_keys(back)))
         if aside:
             types = sorted({o.job.type[:100] for o in aside})
             logger.warning(
                 "no handler here for these types, leaving their tasks to other workers",
                 extra={"fields": {"types": types[:20], "tasks": len(aside)}},
             )
-            self._tell_lost(aside, await conn.fetch(SQL["set_aside"], worker, *_keys(aside)))
+            self._tell(aside, await conn.fetch(SQL["set_aside"], worker, *_keys(aside)))
 
-    def _tell_lost(
+    def _tell(
         self,
         outcomes: list[Finish] | list[Later] | list[HandBack] | list[Aside],
         rows: Sequence[asyncpg.Record],
     ) -> None:
+        if any(row[1] for row in rows):
+            self._freed()
         if len(rows) == len(outcomes):
             return
         applied = {row[0] for row in rows}

@@ -46,8 +46,9 @@ State: TypeAlias = Literal["open", "ending", "committed"]
 class Transactions:
     """A worker's. `states` is of the jobs that have begun one; whoever drops a job drops its entry."""
 
-    def __init__(self, dsn: str | None, keep: bool) -> None:
+    def __init__(self, dsn: str | None, keep: bool, freed: Callable[[], None] = lambda: None) -> None:
         self._dsn = dsn
+        self._freed = freed  # something ended that others may wait for
         self._keep = keep
         self._pool: Pool | None = None
         self._making = asyncio.Lock()
@@ -114,13 +115,14 @@ class Transactions:
             raise ConfigError("the transaction was ended inside of its block; leave that to ctx.transaction()")
         self._becomes(job, "ending")
         failure: Exception | None = None
-        xid: str | None = None
+        freed = False
         with anyio.CancelScope(shield=True):
             fence = (job.worker, job.id, job.attempt, self._keep)
-            xid = await conn.fetchval(SQL["settle_within"], *fence, timeout=COMMAND_TIMEOUT_SECONDS)
-            if xid is None:
+            row = await conn.fetchrow(SQL["settle_within"], *fence, timeout=COMMAND_TIMEOUT_SECONDS)
+            if row is None:
                 lost(job)
                 raise LeaseLost(f"task {job.id} isn't this run's any more; its transaction is rolled back")
+            xid, freed = row
             try:
                 async with asyncio.timeout(COMMAND_TIMEOUT_SECONDS):
                     await transaction.commit()
@@ -134,9 +136,11 @@ class Transactions:
                 if committed is False or not isinstance(error, Exception):  # by asyncio's own means it was cancelled
                     raise
                 failure = None if committed else error
-        if failure is not None and not await self._became(str(xid)):
+        if failure is not None and not await self._became(xid):
             raise failure
         self._becomes(job, "committed")
+        if freed:
+            self._freed()
 
     def _becomes(self, job: Job, state: State) -> None:
         if job in self.states:  # its handler may have ended without it

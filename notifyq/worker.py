@@ -73,11 +73,12 @@ class Worker:
         self._working = asyncio.Event()
         self._stopping = asyncio.Event()
         self._changed = asyncio.Event()
-        self._transactions = Transactions(dsn, config.history_seconds > 0)
+        self._transactions = Transactions(dsn, config.history_seconds > 0, self._let_in)
         self._runners = Runners(registry, config.concurrency, self._settle, self._freed, self._transactions)
-        self._settler = Settler(dsn, config.history_seconds > 0, self._freed)
+        self._settler = Settler(dsn, config.history_seconds > 0, self._freed, self._let_in)
         self._claimer = Claimer(dsn, config, registry.types, self._runners)
         self._claimer.unsettled = lambda: self._settler.pending
+        self._claimer.hand_back = lambda job: self._settler.put(HandBack(job))
 
     async def run(
         self,
@@ -101,6 +102,7 @@ class Worker:
             self._dsn, name, self._config, self._registry, self._runners,
             on_lost=self._lost,
             on_aside=self._claimer.look_aside,
+            on_freed=self._claimer.let_in,
             on_new_id=self._reborn,
             on_failure=self._die,
             door_pid=lambda: self._claimer.door_pid,
@@ -236,6 +238,9 @@ class Worker:
     def _freed(self) -> None:
         self._claimer.freed()
         self._changed.set()
+
+    def _let_in(self) -> None:
+        self._claimer.let_in()
 
     def _trouble(self) -> str:
         return "; ".join(filter(None, (self._claimer.trouble, self._runners.trouble)))

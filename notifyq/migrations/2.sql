@@ -18,6 +18,8 @@ ALTER TABLE notifyq.task
     ADD COLUMN IF NOT EXISTS after bigint[],
     ADD COLUMN IF NOT EXISTS on_dead text,
     ADD COLUMN IF NOT EXISTS parked text,
+    ADD COLUMN IF NOT EXISTS waits_at text,
+    ADD COLUMN IF NOT EXISTS admitted timestamptz,
     ADD COLUMN IF NOT EXISTS tracked boolean NOT NULL DEFAULT false,
     ADD COLUMN IF NOT EXISTS awaited boolean NOT NULL DEFAULT false,
     ADD COLUMN IF NOT EXISTS progress real,
@@ -60,8 +62,38 @@ CREATE TABLE IF NOT EXISTS notifyq.queue (
     paused        boolean     NOT NULL DEFAULT false,
     limit_running integer     CHECK (limit_running >= 1),
     limit_rate    integer     CHECK (limit_rate >= 1),
-    limit_seconds float8      CHECK (limit_seconds > 0)
+    limit_seconds float8      CHECK (limit_seconds > 0 AND limit_seconds <= 1e9)
 );
+
+-- step
+CREATE TABLE IF NOT EXISTS notifyq.started (
+    key           text        NOT NULL,
+    at            timestamptz NOT NULL,
+    n             integer     NOT NULL,
+    seconds       float8      NOT NULL
+) WITH (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 500, vacuum_truncate = off);
+CREATE INDEX IF NOT EXISTS started_key ON notifyq.started (key, at);
+
+-- step: concurrently
+DROP INDEX CONCURRENTLY IF EXISTS notifyq.task_admitted;
+
+-- step: concurrently
+CREATE INDEX CONCURRENTLY task_admitted ON notifyq.task (limit_key, queue)
+    WHERE admitted IS NOT NULL AND worker IS NOT NULL;
+
+-- step: concurrently
+DROP INDEX CONCURRENTLY IF EXISTS notifyq.task_parked;
+
+-- step: concurrently
+CREATE INDEX CONCURRENTLY task_parked ON notifyq.task (waits_at, aside, priority DESC, id) WHERE waits_at IS NOT NULL;
+
+-- step: concurrently
+DROP INDEX CONCURRENTLY IF EXISTS notifyq.task_order;
+
+-- step: concurrently
+CREATE INDEX CONCURRENTLY task_order ON notifyq.task (order_key, (coalesce(worker, 0)), id)
+    WHERE order_key IS NOT NULL
+      AND (attempts > 0 OR CASE WHEN parked IS NULL THEN promoted OR run_at <= created_at ELSE parked <> 'after' END);
 
 -- step
 -- Whoever works here may do everything with the new tables too; who enqueues, name the new columns; who reads, read them.
@@ -74,7 +106,7 @@ BEGIN
         FROM pg_class c CROSS JOIN aclexplode(c.relacl) AS a
         WHERE c.oid = 'notifyq.task'::regclass AND a.privilege_type = 'DELETE' AND a.grantee <> c.relowner
     LOOP
-        EXECUTE 'GRANT ALL ON notifyq.freed, notifyq.gate, notifyq.queue, notifyq.freed_n_seq TO ' || role;
+        EXECUTE 'GRANT ALL ON notifyq.freed, notifyq.gate, notifyq.queue, notifyq.started, notifyq.freed_n_seq TO ' || role;
     END LOOP;
     FOR role IN
         SELECT DISTINCT CASE a.grantee WHEN 0 THEN 'PUBLIC' ELSE a.grantee::regrole::text END
@@ -90,6 +122,24 @@ BEGIN
         WHERE c.oid = 'notifyq.all_tasks'::regclass AND a.privilege_type = 'SELECT' AND a.grantee <> c.relowner
     LOOP
         EXECUTE 'GRANT SELECT ON notifyq.queue TO ' || role;
+    END LOOP;
+END $$;
+
+-- step: with the functions
+-- schema.sql's takes its place, and keeps the rights: for those who may read the other view.
+CREATE VIEW notifyq.all_queues AS
+SELECT name, paused, limit_running, limit_rate, limit_seconds, 0::bigint AS running, 0::bigint AS waiting, 0::bigint AS workers
+FROM notifyq.queue;
+DO $$
+DECLARE
+    role text;
+BEGIN
+    FOR role IN
+        SELECT DISTINCT CASE a.grantee WHEN 0 THEN 'PUBLIC' ELSE a.grantee::regrole::text END
+        FROM pg_class c CROSS JOIN aclexplode(c.relacl) AS a
+        WHERE c.oid = 'notifyq.all_tasks'::regclass AND a.privilege_type = 'SELECT' AND a.grantee <> c.relowner
+    LOOP
+        EXECUTE 'GRANT SELECT ON notifyq.all_queues TO ' || role;
     END LOOP;
 END $$;
 

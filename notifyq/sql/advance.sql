@@ -15,5 +15,7 @@ WITH live AS (
     SET created_at = f.created_at - p.past, run_at = f.run_at - p.past,
         processing_at = f.processing_at - p.past, processed_at = f.processed_at - p.past
     FROM (SELECT make_interval(secs => $1::float8) AS past) AS p
+), begun AS (
+    UPDATE notifyq.started SET at = at - make_interval(secs => $1::float8)
 )
 SELECT count(*) FROM live WHERE due

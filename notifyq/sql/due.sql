@@ -1,6 +1,7 @@
 -- What a worker asks before it sleeps. Of the queues $1: make up to $3 due tasks of each ready; when is the next
 -- one due; is a ready task left in one of the queues $2, or a due one in those of $1, which somebody has locked; and how
--- many tasks were ever inserted, rolled back or not. With $4, an echo that proves the bell. With $5 it looks for due tasks from that time
+-- many tasks were ever inserted, rolled back or not; has anything been freed that others wait for; and which of the queues
+-- are paused, or limited, as JSON, NULL for none: in force from here on. With $4, an echo that proves the bell. With $5 it looks for due tasks from that time
 -- on only, and steps over none that were promoted before it and that vacuum may not remove (marks.py); it returns as
 -- mark what to give as $5 later, of a moment ago as rows become visible a little after their time.
 --
@@ -55,5 +56,8 @@ SELECT (SELECT count(*) FROM promoted) AS promoted,
                 LIMIT 1
             ) AS s) AS blocked,
        (SELECT last_value FROM notifyq.task_id_seq) AS inserted,
+       EXISTS (SELECT FROM notifyq.freed) AS freed,
+       (SELECT json_object_agg(q.name, json_build_array(q.paused, coalesce(q.limit_running, q.limit_rate) IS NOT NULL))::text
+        FROM notifyq.queue q WHERE q.name = ANY ($1)) AS settings,
        statement_timestamp() - interval '50 ms' AS mark,
        CASE WHEN $4::text IS NOT NULL AND pg_notification_queue_usage() < 0.9 THEN pg_notify('notifyq', $4)::text END AS echo

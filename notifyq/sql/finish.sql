@@ -1,6 +1,6 @@
 -- Settle: write the outcomes of worker $1. Beside each other: ids $2, their attempts $3, states $4, results $5,
 -- errors $6; the last two may be empty arrays. done and cancelled are kept if $7, or awaited. Returns the ids it applied to:
--- the others' leases were lost, and nothing of them is written.
+-- the others' leases were lost, and nothing of them is written. freed: others may wait for its end.
 --
 -- Each row is looked up by its id, whatever the planner believes. It plans once, with the statistics of some moment:
 -- if nobody was running then, index task_running looks like the way to "worker = $1", and a batch of 1000 takes 150
@@ -26,4 +26,4 @@ WITH outcome AS MATERIALIZED (
     FROM gone
     WHERE $7 OR state = 'dead' OR awaited
 )
-SELECT id FROM gone
+SELECT id, tracked OR limit_key IS NOT NULL OR order_key IS NOT NULL AS freed FROM gone

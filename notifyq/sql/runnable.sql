@@ -1,5 +1,5 @@
 -- For tests: of the queues $1 (NULL: of all) those with a task that could run now; the seconds until the next
--- scheduled one is due; and the time.
+-- scheduled one is due; and the time. What is parked, or in a paused queue, waits for somebody else.
 SELECT coalesce(array_agg(DISTINCT queue) FILTER (
            WHERE state = 'ready' OR state = 'scheduled' AND run_at <= statement_timestamp()), '{}') AS queues,
        extract(epoch FROM min(run_at) FILTER (
@@ -7,4 +7,5 @@ SELECT coalesce(array_agg(DISTINCT queue) FILTER (
            - statement_timestamp())::float8 AS next_seconds,
        clock_timestamp() AS at
 FROM notifyq.all_tasks
-WHERE $1::text[] IS NULL OR queue = ANY ($1)
+WHERE ($1::text[] IS NULL OR queue = ANY ($1)) AND waits_for IS NULL
+  AND queue NOT IN (SELECT name FROM notifyq.queue WHERE paused)

@@ -1,12 +1,16 @@
 -- Leave tasks whose type worker $1 doesn't know to one that does: ids $2, attempts $3. They move to an index of
 -- their own, where no claim steps over them, and whoever sleeps is told to look there, unless
--- the queue of notifications is full (schema.sql).
+-- the queue of notifications is full (schema.sql). One that was granted a slot leaves it to another.
 WITH moved AS (
     UPDATE notifyq.task t
-    SET worker = NULL, attempts = t.attempts - 1, aside = true
+    SET worker = NULL, attempts = t.attempts - 1, aside = true, parked = NULL, waits_at = NULL
     FROM unnest($2::bigint[], $3::smallint[]) AS o (id, attempt)
     WHERE t.id = ANY (ARRAY[o.id]) AND t.worker IS NOT DISTINCT FROM $1 AND t.attempts = o.attempt
-    RETURNING t.id
+    RETURNING t.id, t.queue, t.order_key, t.limit_key, t.tracked
+), freed AS (
+    INSERT INTO notifyq.freed (task, ended, queue, order_key, limit_key)
+    SELECT m.id, false, m.queue, m.order_key, m.limit_key FROM moved m
+    WHERE m.tracked OR m.order_key IS NOT NULL OR m.limit_key IS NOT NULL
 )
-SELECT moved.id
+SELECT moved.id, moved.tracked OR moved.order_key IS NOT NULL OR moved.limit_key IS NOT NULL AS freed
 FROM moved, (SELECT CASE WHEN pg_notification_queue_usage() < 0.9 THEN pg_notify('notifyq', 'aside')::text END) AS told

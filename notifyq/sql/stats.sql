@@ -1,10 +1,11 @@
 -- For people and monitors: everything at a glance, as one JSON document. The counts are counted, in one scan of all
 -- that is known; half a second a million, if work_mem lets it hash. It reads only what the role that may read can (see
 -- schema.sql). So what nobody serves is told from the workers' own words, and not from task.aside: ready tasks of a queue
--- or a type that no live worker has.
+-- or a type that no live worker has. What is ready in a paused queue waits for a person, and is late for nobody.
 WITH counted AS MATERIALIZED (
     SELECT queue, type, state, count(*) AS n,
-           min(greatest(created_at, run_at)) FILTER (WHERE state = 'ready') AS since
+           min(greatest(created_at, run_at)) FILTER (
+               WHERE state = 'ready' AND queue NOT IN (SELECT name FROM notifyq.queue WHERE paused)) AS since
     FROM notifyq.all_tasks
     GROUP BY queue, type, state
 ), by_queue AS (
@@ -22,7 +23,7 @@ WITH counted AS MATERIALIZED (
     SELECT c.queue, c.type, c.n AS ready,
            round(extract(epoch FROM statement_timestamp() - c.since)::numeric, 3) AS oldest_ready_seconds
     FROM counted c
-    WHERE c.state = 'ready'
+    WHERE c.state = 'ready' AND c.since IS NOT NULL
       AND NOT EXISTS (SELECT FROM notifyq.worker w
                       WHERE c.queue = ANY (w.queues) AND c.type = ANY (w.types)
                         AND w.seen_at > statement_timestamp() - w.lease)

@@ -1,6 +1,7 @@
 -- The heartbeat of worker $1, which runs $2 tasks and is in status $3; and what there is to know meanwhile:
 -- is it still registered; which of its tasks (ids $4, attempts $5) it has lost; which other workers were not seen
--- for 2 seconds; has somebody set tasks aside that it could run (queues $6, types $7). Of the lookup by id: finish.sql.
+-- for 2 seconds; has somebody set tasks aside that it could run (queues $6, types $7); is there anything that was freed, and
+-- that nobody has taken care of. Of the lookup by id: finish.sql.
 WITH beat AS (
     UPDATE notifyq.worker SET seen_at = clock_timestamp(), running = $2, status = $3 WHERE id = $1 RETURNING 1
 )
@@ -23,4 +24,5 @@ SELECT EXISTS (SELECT FROM beat) AS registered,
                    FROM notifyq.task r
                    WHERE r.type = k.type AND r.queue = q.queue AND r.worker IS NULL AND r.aside AND r.parked IS NULL
                    LIMIT 1
-               ) AS s) AS aside
+               ) AS s) AS aside,
+       EXISTS (SELECT FROM notifyq.freed) AS freed
