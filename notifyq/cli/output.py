@@ -9,7 +9,21 @@ from importlib.metadata import PackageNotFoundError, version
 
 import click
 
-NUMBERS = ("id", "scheduled", "ready", "running", "done", "dead", "cancelled", "oldest ready", "attempts", "slots")
+NUMBERS = (
+    "id",
+    "scheduled",
+    "ready",
+    "running",
+    "done",
+    "dead",
+    "cancelled",
+    "oldest ready",
+    "attempts",
+    "slots",
+    "waiting",
+    "limit",
+    "workers",
+)
 
 
 def our_version() -> str:

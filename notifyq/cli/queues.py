@@ -1,0 +1,110 @@
+"""Queues at run time: queues lists them, queue pauses, resumes and limits them for every worker there is."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+import click
+
+from notifyq.config import check_name
+from notifyq.options import parse_rate
+from notifyq.store import SQL, Connection
+
+from .options import did_you_mean, dsn_option, number, option
+from .output import say, span, table
+from .session import LONG_SECONDS, session
+
+
+async def _queues(conn: Connection) -> list[dict[str, Any]]:
+    return [json.loads(row[0]) for row in await conn.fetch(SQL["queues"], timeout=LONG_SECONDS)]
+
+
+@click.command()
+@option("--json", "as_json", is_flag=True, help="a JSON object a line")
+@dsn_option
+def queues(*, as_json: bool, dsn: str | None) -> None:
+    """List queues: which are paused or limited, what runs, what their limits keep back, how many workers serve each."""
+
+    async def run() -> list[dict[str, Any]]:
+        async with session(dsn) as conn:
+            return await _queues(conn)
+
+    found = asyncio.run(run())
+    if as_json:
+        for queue in found:
+            click.echo(json.dumps(queue))
+    elif found:
+        table(
+            ("queue", "state", "limit", "rate", "running", "waiting", "workers"),
+            [
+                [q["name"], "paused" if q["paused"] else "open", q["limit_running"], _rate(q), q["running"],
+                 q["waiting"], q["workers"]]
+                for q in found
+            ],
+        )  # fmt: skip
+    else:
+        say("no queues: nothing is enqueued, and no worker runs")
+
+
+def _rate(queue: dict[str, Any]) -> str:
+    count, seconds = queue["limit_rate"], queue["limit_seconds"]
+    return "" if count is None else f"{count}/{seconds:g}s" if seconds < 120 else f"{count}/{span(seconds)}"
+
+
+@click.group()
+def queue() -> None:
+    """Pause, resume or limit queues, for every worker: in force within a second."""
+
+
+_names = click.argument("names", metavar="NAME...", nargs=-1, required=True)
+
+
+@queue.command()
+@_names
+@dsn_option
+def pause(*, names: tuple[str, ...], dsn: str | None) -> None:
+    """Start nothing more from these queues; what runs there goes on."""
+    _each(names, "SELECT notifyq.pause($1)", "paused", "is paused already", dsn)
+
+
+@queue.command()
+@_names
+@dsn_option
+def resume(*, names: tuple[str, ...], dsn: str | None) -> None:
+    """Go on with paused queues."""
+    _each(names, "SELECT notifyq.resume($1)", "resumed", "isn't paused", dsn)
+
+
+@queue.command()
+@_names
+@option("--running", metavar="N", type=number(1, 2**31 - 1), help="at most so many of a queue's tasks at once")
+@option("--rate", metavar="RATE", help="at most so many start in any such time: 100/minute, 5/s, 20/10s")
+@option("--none", "unlimited", is_flag=True, help="no limits any more")
+@dsn_option
+def limit(*, names: tuple[str, ...], running: int | None, rate: str | None, unlimited: bool, dsn: str | None) -> None:
+    """Limit these queues, each by itself, over all workers. What isn't said isn't limited any more."""
+    if unlimited is (running is not None or rate is not None):
+        raise click.UsageError("say --running N, --rate RATE or both; or --none, to take the limits away")
+    count, seconds = parse_rate(rate) if rate is not None else (None, None)
+    done = "no limits" if unlimited else "limited"
+    _each(names, "SELECT notifyq.limit_queue($1, $2, $3, $4) IS NOT NULL", done, "", dsn, running, count, seconds)
+
+
+def _each(names: tuple[str, ...], statement: str, done: str, already: str, dsn: str | None, *args: object) -> None:
+    """Apply to each queue, and say for each what came of it."""
+    for name in names:
+        check_name("queue", name)
+
+    async def run() -> None:
+        async with session(dsn) as conn:
+            for name in dict.fromkeys(names):
+                changed = await conn.fetchval(statement, name, *args)
+                click.echo(f"{name}: {done if changed else already}")
+            served = [queue["name"] for queue in await _queues(conn) if queue["workers"]]
+            for name in dict.fromkeys(names):
+                if name not in served:
+                    say(f"no worker serves queue {name!r} now{did_you_mean(name, served)}")
+
+    asyncio.run(run())
