@@ -24,6 +24,7 @@ from typing import Any
 import anyio
 import anyio.to_thread
 import click
+import asyncpg
 import pytest
 
 from notifyq import schema, upgrade
@@ -96,7 +97,7 @@ def test_every_flag_has_its_variable_and_help() -> None:
 
 
 def test_the_commands_of_the_contract() -> None:
-    expected = ["migrate", "worker", "enqueue", "tasks", "retry", "cancel", "prune", "stats", "schema", "demo", "dev"]
+    expected = "migrate worker enqueue tasks retry cancel prune queues queue stats schema demo dev".split()
     assert [command.name for command in COMMANDS] == expected
 
 
@@ -951,7 +952,12 @@ async def test_the_schema_goes_away(start: Start, db: Any) -> None:
     """Nothing to wait for: exit code 4."""
     worker = start("worker mailer:app")
     await worker.line("stop it")
-    await db.execute("DROP SCHEMA notifyq CASCADE")
+    while True:
+        try:
+            await db.execute("DROP SCHEMA notifyq CASCADE")
+            break
+        except asyncpg.DeadlockDetectedError:
+            pass  # with a statement of the worker's, which has some of the tables and wants others
     assert await worker.end() == 4
     assert "notifyq migrate" in worker.said
 

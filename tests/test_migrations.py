@@ -219,7 +219,8 @@ async def test_upgrades_at_once_take_turns(empty_dsn: str, conn: Any) -> None:
         await reads.execute("COMMIT")
     reads.terminate()
     assert sorted(found) == [(1, SCHEMA_VERSION), (SCHEMA_VERSION, SCHEMA_VERSION), (SCHEMA_VERSION, SCHEMA_VERSION)]
-    assert len([line for line in said if line.startswith("CREATE INDEX")]) == 1
+    made = [line for line in said if line.startswith("CREATE INDEX")]
+    assert len(made) == len(set(made)) > 1
 
 
 TASKS = """

@@ -35,11 +35,13 @@ class Statement(NamedTuple):
 
 
 STATEMENTS = {
+    "admit": Statement("int4 int8[] int2[]", "id:int8 waits_for:text", ""),
     "adopt": Statement("int4 text[] int4[] int4 text[] bool", ROW, "task_pkey task_set_aside"),
     "advance": Statement("float8", "count:int8", None),
     "became": Statement("text", "status:text", ""),
     "claim": Statement("int4 text[] int4[] int4 bool", ROW, "task_pkey task_ready"),
     "claim_onward": Statement("int4 text[] int4[] int4 text[] int2[] int8[] bool", ROW, "task_pkey task_ready"),
+    "count_running": Statement("int4 text[]", "count_running:void", ""),
     "django_result": Statement(
         "int8",
         "type:text queue:text priority:int2 state:text attempts:int2 created_at:timestamptz run_at:timestamptz "
@@ -48,7 +50,8 @@ STATEMENTS = {
     ),
     "due": Statement(
         "text[] text[] int4 text timestamptz",
-        "promoted:int8 next_seconds:float8 blocked:bool inserted:int8 mark:timestamptz echo:text",
+        "promoted:int8 next_seconds:float8 blocked:bool inserted:int8 freed:bool settings:text mark:timestamptz "
+        "echo:text",
         "task_pkey task_ready task_scheduled",
     ),
     "end_claims": Statement("int4", "coalesce:bool", ""),
@@ -64,8 +67,9 @@ STATEMENTS = {
         None,
     ),
     "evict": Statement("int4", "count:int4", ""),
-    "finish": Statement("int4 int8[] int2[] text[] jsonb[] jsonb[] bool", "id:int8", "task_pkey"),
-    "hand_back": Statement("int4 int8[] int2[]", "id:int8", "task_pkey"),
+    "finish": Statement("int4 int8[] int2[] text[] jsonb[] jsonb[] bool", "id:int8 freed:bool", "task_pkey"),
+    "free": Statement("", "ready:int4", ""),
+    "hand_back": Statement("int4 int8[] int2[]", "id:int8 freed:bool", "task_pkey"),
     "lock_holder": Statement("text[]", "holder:text", None),
     "names": Statement("", "queues:text[] types:text[]", None),
     "orphaned": Statement("", "exists:bool", "task_running"),
@@ -73,21 +77,23 @@ STATEMENTS = {
     "payload": Statement("int4 int8", "payload:jsonb", "task_pkey"),
     "prune": Statement("float8 float8 int4", "count:int4", "finished_dead finished_old finished_pkey"),
     "queued": Statement("", "id:int8 type:text payload:jsonb", None),
+    "queues": Statement("", "queue:text", None),
     "ran": Statement("timestamptz", "id:int8 state:text", None),
     "register": Statement("text text[] text[] int2[] int4 float8", "id:int4", ""),
     "release": Statement("int4", "count:int4", "task_pkey task_running"),
     "rescue": Statement("int4 int4", "name:text ready:int4 dead:int4", "task_pkey task_running"),
-    "retry_later": Statement("int4 int8[] int2[] float8[] jsonb[]", "id:int8", "task_pkey"),
+    "retry_later": Statement("int4 int8[] int2[] float8[] jsonb[]", "id:int8 freed:bool", "task_pkey"),
     "runnable": Statement("text[]", "queues:text[] next_seconds:float8 at:timestamptz", None),
-    "set_aside": Statement("int4 int8[] int2[]", "id:int8", "task_pkey"),
-    "settle_within": Statement("int4 int8 int2 bool", "xid:text", "task_pkey"),
+    "set_aside": Statement("int4 int8[] int2[]", "id:int8 freed:bool", "task_pkey"),
+    "settle_within": Statement("int4 int8 int2 bool", "xid:text freed:bool", "task_pkey"),
     "stats": Statement("", "json_build_object:text", None),
+    "stir": Statement("text", "last:text", ""),
     "strays": Statement("int4 int8[] int2[]", "count:int4", "task_running"),
     "tally": Statement("", "type:text state:text n:int8", None),
     "tasks": Statement("text text text int8 bool", "task:text seconds:float8", None),
     "tick": Statement(
         "int4 int4 text int8[] int2[] text[] text[]",
-        "registered:bool lost:int8[] silent:int4[] aside:bool",
+        "registered:bool lost:int8[] silent:int4[] aside:bool freed:bool",
         "task_pkey task_set_aside",
     ),
     "turn_stolen": Statement("int4", "exists:bool", ""),

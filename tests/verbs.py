@@ -57,6 +57,16 @@ async def held(conn: Any, count: int = 1, **columns: Any) -> list[Job]:
     return jobs
 
 
+async def admit(conn: Any, jobs: Sequence[Job]) -> list[tuple[int, str | None]]:
+    """What is said of each: None, it runs."""
+    keys = [job.id for job in jobs], [job.attempt for job in jobs]
+    return sorted((row[0], row[1]) for row in await conn.fetch(SQL["admit"], jobs[0].worker, *keys))
+
+
+async def free(conn: Any) -> int:
+    return int(await conn.fetchval(SQL["free"]))
+
+
 async def _settle(conn: Any, name: str, jobs: Sequence[Job], *rest: Any) -> list[int]:
     keys = [job.id for job in jobs], [job.attempt for job in jobs]
     return sorted(row[0] for row in await conn.fetch(SQL[name], jobs[0].worker, *keys, *rest))

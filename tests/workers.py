@@ -53,6 +53,25 @@ class Book(notifyq.Task):
     backoff = 0.01
 
 
+class Step(notifyq.Task):
+    """Takes up to so many seconds, and fails so often."""
+
+    max_attempts = 1000
+    seconds: float = 0.0
+    fails: float = 0.0
+
+
+@app.handler
+async def step(task: Step, ctx: notifyq.Context) -> None:
+    say("ran", id=ctx.id, attempt=ctx.attempt, at=time.time())
+    try:
+        await anyio.sleep(random.uniform(0, task.seconds))
+    finally:
+        say("over", id=ctx.id, attempt=ctx.attempt, at=time.time())
+    if random.random() < task.fails:
+        raise notifyq.Retry(delay=random.choice((0, 0.02)))
+
+
 @app.handler
 async def book(task: Book, ctx: notifyq.Context) -> None:
     async with ctx.transaction() as conn:

@@ -127,7 +127,7 @@ END $$;
 
 -- step: with the functions
 -- schema.sql's takes its place, and keeps the rights: for those who may read the other view.
-CREATE VIEW notifyq.all_queues AS
+CREATE OR REPLACE VIEW notifyq.all_queues AS
 SELECT name, paused, limit_running, limit_rate, limit_seconds, 0::bigint AS running, 0::bigint AS waiting, 0::bigint AS workers
 FROM notifyq.queue;
 DO $$
@@ -140,6 +140,13 @@ BEGIN
         WHERE c.oid = 'notifyq.all_tasks'::regclass AND a.privilege_type = 'SELECT' AND a.grantee <> c.relowner
     LOOP
         EXECUTE 'GRANT SELECT ON notifyq.all_queues TO ' || role;
+    END LOOP;
+    FOR role IN
+        SELECT DISTINCT CASE a.grantee WHEN 0 THEN 'PUBLIC' ELSE a.grantee::regrole::text END
+        FROM pg_class c CROSS JOIN aclexplode(c.relacl) AS a
+        WHERE c.oid = 'notifyq.task'::regclass AND a.privilege_type = 'DELETE' AND a.grantee <> c.relowner
+    LOOP
+        EXECUTE 'GRANT ALL ON notifyq.all_queues TO ' || role;
     END LOOP;
 END $$;
 

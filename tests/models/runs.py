@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 from .doorbell import WRONG as WRONG_DOORBELL
 from .doorbell import Doorbell
 from .explore import Model
+from .gate import WRONG as WRONG_GATE
+from .gate import Gate
 from .lease import WRONG as WRONG_LEASE
 from .lease import Lease
 
@@ -18,6 +20,9 @@ class Run(NamedTuple):
     model: Callable[[], Model[Any]]
     long: bool = False  # takes more than some seconds
 
+
+ONE_KEY = ((0,), (0,), (0,))
+TWO_KEYS = ((0,), (0, 1), (1,))
 
 RUNS = [
     Run("doorbell: 3 enqueuers, 1 worker", lambda: Doorbell(3, (0,), 1)),
@@ -33,6 +38,12 @@ RUNS = [
     Run("lease: 2 workers, 1 fault", lambda: Lease(2, 2, faults=1, cancels=0)),
     Run("lease: 3 workers, each killed by the task", lambda: Lease(3, 2, faults=0, cancels=0, kills=True)),
     Run("lease: 2 workers, 1 fault, a cancel and retries", lambda: Lease(2, 2, faults=1, cancels=1), long=True),
+    Run("gate: 2 workers, 3 tasks of a key, limit 1, a kill", lambda: Gate(2, ONE_KEY, (1,), kills=1)),
+    Run("gate: 2 workers, 3 tasks of a key, limit 2, a kill", lambda: Gate(2, ONE_KEY, (2,), kills=1)),
+    Run("gate: 2 workers, 3 tasks of a key, a retry or a cancel", lambda: Gate(2, ONE_KEY, (1,), others=1)),
+    Run("gate: 2 workers, 3 tasks of two keys, a retry or a cancel", lambda: Gate(2, TWO_KEYS, (1, 1), others=1)),
+    Run("gate: 1 worker, 3 tasks of a key, a paused queue", lambda: Gate(1, ONE_KEY, (1,), others=1, paused=True)),
+    Run("gate: 2 workers, 3 tasks of two keys, all faults", lambda: Gate(2, TWO_KEYS, (2, 1), 1, 1), long=True),
 ]
 
 
@@ -50,8 +61,16 @@ def wrong_lease(name: str) -> Lease:
     return Lease(2 if two else 1, 2, faults=1 if two else 2, cancels=0, wrong=name)
 
 
+def wrong_gate(name: str) -> Gate:
+    if name == "no net":
+        return Gate(1, ONE_KEY, (1,), others=1, paused=True, wrong=name)
+    two = name == "no refill"
+    return Gate(2, TWO_KEYS if two else ONE_KEY[:2], (1, 1) if two else (1,), others=1, wrong=name)
+
+
 # What is changed, and the model of it.
 WRONG: dict[str, Callable[[], Model[Any]]] = {
     **{f"doorbell: {text}": partial(wrong_doorbell, name) for name, text in WRONG_DOORBELL.items()},
     **{f"lease: {text}": partial(wrong_lease, name) for name, text in WRONG_LEASE.items()},
+    **{f"gate: {text}": partial(wrong_gate, name) for name, text in WRONG_GATE.items()},
 }
