@@ -308,6 +308,8 @@ class Claimer:
             self._marks.claimed([], False, 0.0, now)
             return 0
         jobs: list[Job] = []
+        fed: list[Job] = []
+        locked: list[Job] = []
         onward = None if front else self._marks.onward(begin, self._backlog)
         with anyio.CancelScope(shield=True):
             jobs += await claim(conn, worker, rooms, room, onward=onward)
@@ -341,8 +343,9 @@ class Claimer:
     async def _free(self, conn: Connection) -> int:
         """Let in who waited for what has ended. Those it lets in ring, but perhaps for another."""
         self._freed = False  # before it: more may end meanwhile
+        ready = 0
         with anyio.CancelScope(shield=True):
-            ready: int = await conn.fetchval(SQL["free"])
+            ready = await conn.fetchval(SQL["free"])
         self._look |= ready > 0
         return ready
 

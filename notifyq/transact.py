@@ -115,7 +115,7 @@ class Transactions:
             raise ConfigError("the transaction was ended inside of its block; leave that to ctx.transaction()")
         self._becomes(job, "ending")
         failure: Exception | None = None
-        freed = False
+        xid, freed = "", False
         with anyio.CancelScope(shield=True):
             fence = (job.worker, job.id, job.attempt, self._keep)
             row = await conn.fetchrow(SQL["settle_within"], *fence, timeout=COMMAND_TIMEOUT_SECONDS)

@@ -23,8 +23,8 @@ from typing import Any
 
 import anyio
 import anyio.to_thread
-import click
 import asyncpg
+import click
 import pytest
 
 from notifyq import schema, upgrade
@@ -97,7 +97,8 @@ def test_every_flag_has_its_variable_and_help() -> None:
 
 
 def test_the_commands_of_the_contract() -> None:
-    expected = "migrate worker enqueue tasks retry cancel prune queues queue stats schema demo dev".split()
+    expected = ["migrate", "worker", "enqueue", "tasks", "retry", "cancel", "prune", "queues", "queue", "stats"]
+    expected += ["schema", "demo", "dev"]
     assert [command.name for command in COMMANDS] == expected
 
 
@@ -761,6 +762,44 @@ async def test_stats(run: Run, dsn: str, db: Any) -> None:
     ]
     assert "ready, but no worker that lives takes this type from this queue:" in said.lines
     assert any(re.fullmatch(r" *\d+  gone:2 +0 +5  5m ago  q0 +silent", line) for line in said.lines)
+
+
+async def test_queues(run: Run, dsn: str, db: Any) -> None:
+    """Paused, resumed and limited; and a note about a queue that no worker serves, since a name may be mistyped."""
+    said = await run("queues", dsn=dsn)
+    assert (said.code, said.out) == (0, "")
+    assert "no queues" in said.err
+    await db.execute(
+        "INSERT INTO notifyq.worker (name, queues, types, max_attempts, concurrency, lease)"
+        " VALUES ('host:1', '{mail}', '{}', '{}', 1, '1 h')"
+    )
+    said = await run("queue pause mail male", dsn=dsn)
+    assert (said.code, said.lines) == (0, ["mail: paused", "male: paused"])
+    assert said.err == "notifyq: no worker serves queue 'male' now; did you mean 'mail'?\n"
+    assert (await run("queue pause mail", dsn=dsn)).out == "mail: is paused already\n"
+    assert (await run("queue limit mail --running 3 --rate 100/minute", dsn=dsn)).out == "mail: limited\n"
+    await db.execute("INSERT INTO notifyq.task (type, queue) VALUES ('T', 'other'), ('T', 'mail')")
+    assert [line.split() for line in (await run("queues", dsn=dsn)).lines] == [
+        ["queue", "state", "limit", "rate", "running", "waiting", "workers"],
+        ["mail", "paused", "3", "100/60s", "0", "0", "1"],
+        ["male", "paused", "0", "0", "0"],
+        ["other", "open", "0", "0", "0"],
+    ]
+    assert (await run("queue resume mail male", dsn=dsn)).lines == ["mail: resumed", "male: resumed"]
+    assert (await run("queue limit mail --none", dsn=dsn)).out == "mail: no limits\n"
+    found = [json.loads(line) for line in (await run("queues --json", dsn=dsn)).lines]
+    assert [(q["name"], q["paused"], q["limit_running"], q["limit_rate"]) for q in found] == [
+        ("mail", False, None, None), ("male", False, None, None), ("other", False, None, None)
+    ]  # fmt: skip
+    for words, why in (
+        ("queue limit mail", "say --running N"),
+        ("queue limit mail --none --running 3", "say --running N"),
+        ("queue limit mail --rate often", "rate is 'often'; expected how many in what time"),
+        ("queue limit mail --running 0", "is not a number from 1"),
+        ("queue pause", "Missing argument"),
+    ):
+        said = await run(words, dsn=dsn)
+        assert (said.code, why in said.err) == (2, True), said.err
 
 
 async def test_stats_of_nothing(run: Run, dsn: str) -> None:
