@@ -40,6 +40,24 @@ def test_testing(tmp_path: Path, notifyq_server_dsn: str) -> None:
     assert "6 passed" in done.stdout
 
 
+def test_limits(tmp_path: Path, dsn: str) -> None:
+    page = (DOCS / "limits.md").read_text()
+    [(name, text)] = FILE.findall(page)
+    (tmp_path / name).write_text(text)
+    [shown] = CONSOLE.findall(page)
+    command, _, output = shown.partition("\n")
+    assert command == f"$ python {name}"
+    done = subprocess.run(
+        [sys.executable, name],
+        cwd=tmp_path,
+        env={**os.environ, "NOTIFYQ_DSN": dsn},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.stdout, done.stderr) == (output, "")
+
+
 async def test_schema(tmp_path: Path, dsn: str) -> None:
     """In the order of the page: a file, what commands say of it, its next version, what they say of that."""
     db = await store.connect(dsn)

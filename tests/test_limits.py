@@ -376,6 +376,9 @@ async def test_killed_at_random(spawn: Spawn, db: Any) -> None:
         """CREATE TABLE ledger (key text, at timestamptz, n integer);
            CREATE FUNCTION note() RETURNS trigger LANGUAGE plpgsql AS $$
            BEGIN INSERT INTO public.ledger VALUES (NEW.key, NEW.at, NEW.n); RETURN NULL; END $$;
+           CREATE FUNCTION slow() RETURNS trigger LANGUAGE plpgsql AS $$
+           BEGIN PERFORM pg_sleep(0.005); RETURN NULL; END $$;
+           CREATE TRIGGER slow AFTER UPDATE OF admitted ON notifyq.task EXECUTE FUNCTION slow();
            CREATE TRIGGER note AFTER INSERT ON notifyq.started FOR EACH ROW EXECUTE FUNCTION note();
            SELECT notifyq.limit_queue('narrow', 2, 10, 0.5)"""
     )
