@@ -8,8 +8,7 @@ One loop decides, on two connections: its own, which claims and listens, and the
       every 1 to 2 ms while it stays awake;
     * when the fallback poll is due, which in good health finds nothing.
 
-How much: free slots, and up to 10 ms of work ahead, as measured by itself; so slow handlers have nothing claimed
-ahead that another worker could run now, and empty ones are claimed by the hundreds.
+How much is up to room.py; whether it may run, once it is claimed, to admit.py.
 """
 
 from __future__ import annotations
@@ -29,13 +28,12 @@ from .admit import Admission
 from .config import WorkerConfig
 from .doorbell import CHANNEL, Door, Moderation, Place, fleet_key
 from .marks import OWED_TIMES, SLOW_SECONDS, Marks
+from .room import Room
 from .run import Runners
 from .store import PROOF_SECONDS, SQL, Connection, Job, claim, connect_worker, is_pooled
 
 logger = logging.getLogger("notifyq.claim")
 
-AHEAD_SECONDS = 0.010  # of work to claim ahead of the slots
-AHEAD_MOST = 500  # tasks of it
 PROMOTED_AT_ONCE = 1000
 ECHO_SECONDS = 10.0
 ECHO_LIMIT_SECONDS = 3.0
@@ -60,7 +58,8 @@ class Claimer:
         self._types = types
         self._admission = Admission(types)
         self._runners = runners
-        self._queues = list(config.queues)
+        self._room = Room(config, runners)
+        self._queues = self._room.queues
         self._wake = asyncio.Event()
         self._stopping = False
         self._failure: BaseException | None = None
@@ -91,8 +90,6 @@ class Claimer:
         self._poll_at = 0.0
         self._inserted = -1
         self._claimed = 0  # since _inserted was read
-        self._rate = 0.0
-        self._rated: tuple[float, int] = (0.0, 0)
         self.unsettled: Callable[[], int] = lambda: 0
         self.hand_back: Callable[[Job], None] = lambda job: None
         self.bell_seconds: float | None = None  # the round trip that proved the bell; None: polling only
@@ -409,32 +406,7 @@ class Claimer:
         return bool(promoted or (ready and look is not None))
 
     def _rooms(self, now: float) -> tuple[dict[str, int], int]:
-        """How much may be claimed now: by queue, and in all."""
-        runners = self._runners
-        since, finished = self._rated
-        if now - since > AHEAD_SECONDS:
-            rate = (runners.finished - finished) / (now - since)
-            self._rate = rate if rate < self._rate / 4 else (self._rate + rate) / 2
-            self._rated = (now, runners.finished)
-        ahead = min(AHEAD_MOST, int(self._rate * AHEAD_SECONDS))
-        held = len(runners.held)
-        room = self._config.concurrency + ahead - held
-        if room <= 0 or (runners.waiting > ahead // 2 and runners.waiting > 0) or self.unsettled() > 4 * (held + room):
-            return {}, 0
-        rooms: dict[str, int] = {}
-        paused = self._admission.paused
-        for queue in self._queues:
-            if queue in paused:
-                continue
-            limit = self._config.queues[queue]
-            free = room if limit is None else min(room, limit - runners.by_queue[queue])
-            if free > 0:
-                rooms[queue] = free
-        if len(rooms) > 1:  # each in turn is the first to be served
-            self._queues.append(self._queues.pop(0))
-        if not rooms and any(queue in paused for queue in self._queues):
-            return {}, room  # to hear of it when they are resumed
-        return rooms, min(room, sum(rooms.values()))
+        return self._room.now(now, self._admission.paused, self.unsettled())
 
     def _work_enough(self, now: float) -> bool:
         return len(self._runners.held) * 2 > self._config.concurrency and now >= self._pass_after
