@@ -377,12 +377,13 @@ END;
 -- Live: whatever keeps a task back makes a row in notifyq.freed when it goes (a holder's end or its loss of the lease, a
 -- granted task that is cancelled, set aside or lost with its worker: all by trigger, with the same commit), or it goes
 -- in admit itself, under the gate: a granted task that is parked at another key. free and admit fill the keys: they
--- grant, in the order of priority and id, as many slots as neither holders nor granted tasks have. A freed row is
+-- grant, in the order of priority and id, as many slots as neither holders nor granted tasks have; what is in a paused
+-- queue is passed over, and whoever comes while others wait at his key waits too, behind them. A freed row is
 -- written before its cause can be seen, and deleted only after the gate was had: an admit that has counted the cause has
 -- then committed what it parked. A slot that nobody frees, as it is time that frees it (a rate), is granted ahead, for
 -- its moment, and the timers do the rest. Claimed tasks that nobody has judged yet count for nobody, so no one waits for
--- them. What a grant can't reach (a paused queue, a type that no worker has) holds its slot for 2 s and no longer;
--- notifyq.stir, called now and then, has such keys filled again.
+-- them. What a grant can't reach (a queue that was paused a moment ago, or that no worker serves) holds its slot for 2 s and
+-- no longer; notifyq.stir, called now and then, has such keys filled again.
 --
 -- Each task is parked and granted once, unless its keys have different ideas: then once for each.
 
@@ -428,7 +429,8 @@ BEGIN
         RETURN room;
     END IF;
     SELECT t.limit_running, t.limit_rate, t.limit_seconds INTO limits FROM notifyq.task t
-    WHERE t.waits_at = key AND t.aside ORDER BY t.priority DESC, t.id LIMIT 1;
+    WHERE t.waits_at = key AND t.aside AND NOT EXISTS (SELECT FROM notifyq.queue q WHERE q.name = t.queue AND q.paused)
+    ORDER BY t.priority DESC, t.id LIMIT 1;
     IF NOT FOUND THEN
         RETURN 0;
     END IF;
@@ -449,7 +451,8 @@ BEGIN
     WITH first AS MATERIALIZED (
         SELECT t.id, t.priority FROM notifyq.task t
         WHERE t.waits_at = key AND t.aside AND t.worker IS NULL
-        ORDER BY t.priority DESC, t.id LIMIT room FOR UPDATE SKIP LOCKED
+          AND NOT EXISTS (SELECT FROM notifyq.queue q WHERE q.name = t.queue AND q.paused)
+        ORDER BY t.priority DESC, t.id LIMIT room FOR UPDATE OF t SKIP LOCKED
     ), past AS MATERIALIZED (
         SELECT s.at + make_interval(secs => limits.limit_seconds) AS free, sum(s.n) OVER (ORDER BY s.at) AS upto
         FROM notifyq.started s
@@ -478,6 +481,13 @@ CREATE FUNCTION notifyq.kept(key text, moment timestamptz, ids bigint[]) RETURNS
     SELECT count(*)::integer FROM notifyq.task t
     WHERE t.waits_at = $1 AND NOT t.aside AND t.id <> ALL (coalesce($3, '{}'))
       AND (t.worker IS NOT NULL OR t.run_at > $2 - interval '2 seconds');
+END;
+
+-- Does anybody wait at a key who could be granted a slot? Then newcomers wait too, and all are let in by priority and id.
+CREATE FUNCTION notifyq.waits(key text) RETURNS boolean LANGUAGE sql STABLE BEGIN ATOMIC
+    SELECT EXISTS (SELECT FROM notifyq.task t
+                   WHERE t.waits_at = $1 AND t.aside
+                     AND NOT EXISTS (SELECT FROM notifyq.queue q WHERE q.name = t.queue AND q.paused));
 END;
 
 -- Of tasks that this worker has just claimed, which may run: waits_for is null. The others are parked. One that isn't
@@ -528,13 +538,14 @@ BEGIN
                 WHERE t.queue = q.name AND t.worker IS NOT NULL AND t.admitted = t.processing_at
                   AND t.id <> ALL (admit.ids)) AS held,
                notifyq.kept('queue:' || q.name, moment, admit.ids) AS kept,
+               notifyq.waits('queue:' || q.name) AS waits,
                (SELECT coalesce(sum(s.n), 0) FROM notifyq.started s
                 WHERE s.key = 'queue:' || q.name AND s.at > moment - make_interval(secs => q.limit_seconds)) AS begun
         FROM notifyq.queue q
         WHERE q.name = ANY (limited) AND q.name IN (SELECT o.queue FROM ordered o)
     ), queued AS MATERIALIZED (
-        SELECT o.id, coalesce(o.why, CASE WHEN
-                   q.limit_running < o.place + q.held + CASE WHEN o.granted THEN 0 ELSE q.kept END
+        SELECT o.id, coalesce(o.why, CASE WHEN NOT o.granted AND q.waits
+                OR q.limit_running < o.place + q.held + CASE WHEN o.granted THEN 0 ELSE q.kept END
                 OR q.limit_rate < o.place + q.begun + CASE WHEN o.granted THEN 0 ELSE q.kept END THEN 'queue' END) AS why
         FROM (SELECT o.*, row_number() OVER (PARTITION BY o.queue, o.why ORDER BY o.priority DESC, o.id) AS place,
                      coalesce(o.waits_at = 'queue:' || o.queue, false) AS granted FROM ordered o) AS o
@@ -544,7 +555,8 @@ BEGIN
                (SELECT count(*) FROM notifyq.task t
                 WHERE t.limit_key = k.limit_key AND t.worker IS NOT NULL AND t.admitted = t.processing_at
                   AND t.id <> ALL (admit.ids)) AS held,
-               notifyq.kept('limit:' || k.limit_key, moment, admit.ids) AS kept
+               notifyq.kept('limit:' || k.limit_key, moment, admit.ids) AS kept,
+               notifyq.waits('limit:' || k.limit_key) AS waits
         FROM (SELECT DISTINCT m.limit_key FROM mine m WHERE m.limit_key IS NOT NULL) AS k
     ), rates AS MATERIALIZED (
         SELECT k.limit_key, k.limit_seconds,
@@ -554,6 +566,7 @@ BEGIN
               WHERE m.limit_key IS NOT NULL AND m.limit_rate IS NOT NULL) AS k
     ), verdict AS MATERIALIZED (
         SELECT p.id, coalesce(p.why, CASE
+                   WHEN NOT p.granted AND l.waits THEN CASE WHEN p.limit_running IS NULL THEN 'rate' ELSE 'limit' END
                    WHEN p.limit_running < p.place + l.held + CASE WHEN p.granted THEN 0 ELSE l.kept END THEN 'limit'
                    WHEN p.limit_rate < p.place + r.begun + CASE WHEN p.granted THEN 0 ELSE l.kept END THEN 'rate' END) AS why
         FROM (SELECT m.*, u.why, row_number() OVER (PARTITION BY m.limit_key, u.why ORDER BY m.priority DESC, m.id) AS place,
@@ -659,16 +672,18 @@ CREATE FUNCTION notifyq.pause(queue text) RETURNS boolean LANGUAGE sql BEGIN ATO
     WITH changed AS (
         INSERT INTO notifyq.queue AS q (name, paused) VALUES ($1, true)
         ON CONFLICT (name) DO UPDATE SET paused = true WHERE NOT q.paused
-        RETURNING pg_notify('notifyq', 'queues')
+        RETURNING CASE WHEN pg_notification_queue_usage() < 0.9 THEN pg_notify('notifyq', 'queues')::text END
     )
     SELECT EXISTS (SELECT FROM changed);
 END;
 
 CREATE FUNCTION notifyq.resume(queue text) RETURNS boolean LANGUAGE sql BEGIN ATOMIC
     WITH changed AS (
-        UPDATE notifyq.queue q SET paused = false WHERE q.name = $1 AND q.paused RETURNING pg_notify('notifyq', 'queues')
+        UPDATE notifyq.queue q SET paused = false WHERE q.name = $1 AND q.paused
+        RETURNING CASE WHEN pg_notification_queue_usage() < 0.9 THEN pg_notify('notifyq', 'queues')::text END
     )
-    SELECT EXISTS (SELECT FROM changed);
+    SELECT EXISTS (SELECT FROM changed)
+    FROM (SELECT notifyq.stir('', 10000) FROM changed UNION ALL SELECT NULL LIMIT 1) AS told;  -- its tasks were passed over
 END;
 
 -- Of the queue's tasks at most `running` run at once, and at most `rate` start in any `seconds`, over all workers; null:
@@ -683,7 +698,9 @@ BEGIN
     ON CONFLICT (name) DO UPDATE SET limit_running = $2, limit_rate = $3, limit_seconds = $4;
     PERFORM notifyq.count_running(ARRAY[$1]);
     INSERT INTO notifyq.freed (task, ended, queue) VALUES (0, false, $1);  -- there may be room now
-    PERFORM pg_notify('notifyq', 'queues');
+    IF pg_notification_queue_usage() < 0.9 THEN
+        PERFORM pg_notify('notifyq', 'queues');
+    END IF;
 END $$;
 
 -- What runs in these queues, and was claimed by somebody who knew of no limit, counts from now on.

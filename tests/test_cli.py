@@ -658,7 +658,7 @@ async def test_tasks_as_json(run: Run, dsn: str, db: Any) -> None:
     task = json.loads(said.out)
     assert list(task) == [
         "id", "queue", "type", "state", "priority", "attempts", "max_attempts", "created_at", "run_at",
-        "processing_at", "processed_at", "payload", "error", "result", "worker", "errors",
+        "processing_at", "processed_at", "payload", "error", "result", "worker", "waits_for", "errors",
     ]  # fmt: skip
     assert task["payload"] == {"to": "a@b.c"}
     assert [error["error"][:5] for error in task["errors"]] == ["first", "no su"]
@@ -791,6 +791,8 @@ async def test_queues(run: Run, dsn: str, db: Any) -> None:
     assert [(q["name"], q["paused"], q["limit_running"], q["limit_rate"]) for q in found] == [
         ("mail", False, None, None), ("male", False, None, None), ("other", False, None, None)
     ]  # fmt: skip
+    await db.execute("UPDATE notifyq.task SET aside = true, parked = 'limit' WHERE queue = 'mail'")
+    assert "scheduled  waits for limit" in (await run("tasks --queue mail", dsn=dsn)).out
     for words, why in (
         ("queue limit mail", "say --running N"),
         ("queue limit mail --none --running 3", "say --running N"),

@@ -14,6 +14,7 @@ import anyio
 import pytest
 
 import notifyq
+from notifyq import store
 from notifyq.store import SQL
 
 from . import verbs
@@ -278,6 +279,36 @@ async def test_a_grant_that_goes_is_passed_on(db: Any, worker: int, how: str) ->
     assert await free(db) == (0 if how == "handed back" else 1), "handed back, it keeps it"
     next_one = second if how == "handed back" else third
     assert await admit(db, await verbs.claim(db, worker)) == [(next_one, None)]
+
+
+async def test_nobody_overtakes_those_who_wait(db: Any, worker: int) -> None:
+    """A slot is free, and who has just come is judged before anybody has told those who wait: he waits behind them."""
+    first, second = await verbs.insert(db, 2, **ONE)
+    jobs = await verbs.claim(db, worker)
+    assert await admit(db, jobs) == [(first, None), (second, "limit")]
+    assert await verbs.finish(db, jobs[:1]) == [first]
+    [newcomer] = await verbs.insert(db, **ONE)
+    assert await admit(db, await verbs.claim(db, worker)) == [(newcomer, "limit")]
+    assert await admit(db, await verbs.claim(db, worker)) == [(second, None)]
+    assert await free(db) == 0
+
+
+async def test_a_paused_queue_takes_no_slots(db: Any, worker: int) -> None:
+    """Those of a key who wait in it are passed over, by newcomers too; resumed, they are let in."""
+    first, second = await verbs.insert(db, 2, **ONE)
+    jobs = await verbs.claim(db, worker)
+    assert await admit(db, jobs) == [(first, None), (second, "limit")]
+    assert await db.fetchval("SELECT notifyq.pause('default')")
+    assert await verbs.finish(db, jobs[:1]) == [first]
+    assert await free(db) == 0
+    [other] = await verbs.insert(db, queue="other", **ONE)
+    [job] = await store.claim(db, worker, {"other": 1}, 1)
+    assert await admit(db, [job]) == [(other, None)]
+    assert await verbs.finish(db, [job]) == [other]
+    assert await free(db) == 0
+    assert await db.fetchval("SELECT notifyq.resume('default')")
+    assert await free(db) == 1
+    assert await admit(db, await verbs.claim(db, worker)) == [(second, None)]
 
 
 async def test_a_rate_grants_ahead(db: Any, worker: int) -> None:

@@ -25,6 +25,7 @@ from notifyq.schema import SCHEMA_VERSION
 
 from .conftest import Process, Seen, Sessions, admin, eventually, grants, working
 from .old import SCHEMAS, OldWorker, statements
+from .test_faults import started
 
 EARLIER = sorted(int(path.stem) for path in SCHEMAS.glob("*.sql"))
 
@@ -480,9 +481,7 @@ async def test_real_workers_under_an_upgrade(
 ) -> None:
     """An upgrade that was interrupted at its very end, so that all of it is run again, and again, under workers that
     are at work; one of them is killed. Each task ends once, and the statements that were kept prepared heal."""
-    workers = [spawn("concurrency=20") for _ in range(2)]
-    for worker in workers:
-        await worker.line("started")
+    workers = [await started(spawn, "concurrency=20") for _ in range(2)]  # which has all read that they say
     app = notifyq.App()
 
     class Quick(notifyq.Task):
@@ -504,7 +503,7 @@ async def test_real_workers_under_an_upgrade(
             )
             assert await schema.migrate(await connect()) == (1, SCHEMA_VERSION)
             if number == 2:
-                workers[0].signal(signal.SIGKILL)
+                workers[0].process.signal(signal.SIGKILL)
         over.set()
     await eventually(lambda: db.fetchval("SELECT count(*) FROM notifyq.task"), 0)
     rows = await db.fetch("SELECT id, state, errors IS NOT NULL AS failed FROM notifyq.finished ORDER BY id")

@@ -141,6 +141,8 @@ def tasks(
 def _row(task: dict[str, object], seconds: float) -> list[object]:
     words = {"scheduled": "in {}", "running": "for {}", "ready": "waits {}"}
     when = words.get(str(task["state"]), "{} ago").format(span(abs(seconds)))
+    if task["waits_for"]:
+        when = f"waits for {task['waits_for']}"
     attempts = "/".join(str(n) for n in (task["attempts"], task["max_attempts"]) if n is not None)
     error = " ".join(str(task["error"] or "").split())
     if len(error) > ERROR_LENGTH:
@@ -158,6 +160,7 @@ def retry(*, ids: tuple[int, ...], dsn: str | None) -> int:
     """
     reasons = {
         "ready": "it is ready already",
+        "scheduled": "it waits for others: for its limit, its order, or what it comes after",
         "running": "it is running",
         "done": "it is done; enqueue another to run it once more",
     }

@@ -133,10 +133,12 @@ class Gate:
         for key, limit in enumerate(self._limits):
             held = self._holders(state, key)
             kept, place = self._granted(state, key, mine), 0
+            queue = any(task.at is At.PARKED and task.key == key for task in state.tasks)
             for n in mine:
                 if key in self._keys[n] and verdict[n] == NOWHERE:
                     place += 1
-                    if held + place + (0 if state.tasks[n].key == key else kept) > limit:
+                    granted = state.tasks[n].key == key
+                    if (queue and not granted) or held + place + (0 if granted else kept) > limit:
                         verdict[n] = key
         return tuple(verdict.items())
 
