@@ -705,10 +705,13 @@ END $$;
 
 -- What runs in these queues, and was claimed by somebody who knew of no limit, counts from now on.
 CREATE FUNCTION notifyq.count_running(queues text[], worker integer DEFAULT NULL) RETURNS void LANGUAGE sql BEGIN ATOMIC
-    UPDATE notifyq.task t SET admitted = t.processing_at, tracked = true
-    WHERE t.worker IS NOT NULL AND t.queue = ANY ($1) AND ($2 IS NULL OR t.worker = $2)
-      AND t.admitted IS DISTINCT FROM t.processing_at
-      AND t.limit_key IS NULL AND t.order_key IS NULL AND t.after IS NULL;
+    UPDATE notifyq.task SET admitted = processing_at, tracked = true
+    WHERE id = ANY (ARRAY(
+        SELECT t.id FROM notifyq.task t
+        WHERE t.worker IS NOT NULL AND t.queue = ANY ($1) AND ($2 IS NULL OR t.worker = $2)
+          AND t.admitted IS DISTINCT FROM t.processing_at
+          AND t.limit_key IS NULL AND t.order_key IS NULL AND t.after IS NULL
+        ORDER BY t.id FOR UPDATE));
 END;
 
 -- The stable way to read.

@@ -15,6 +15,7 @@ import pytest
 
 import notifyq
 from notifyq import store
+from notifyq.options import parse_rate
 from notifyq.store import SQL
 
 from . import verbs
@@ -477,3 +478,38 @@ async def test_killed_at_random(spawn: Spawn, db: Any) -> None:
 async def updates(db: Any) -> int:
     await db.execute("SELECT pg_stat_clear_snapshot()")
     return int(await db.fetchval("SELECT n_tup_upd FROM pg_stat_user_tables WHERE relid = 'notifyq.task'::regclass"))
+
+
+# --- Said wrongly
+
+
+@pytest.mark.parametrize(
+    ("rate", "parsed"),
+    [("100/minute", (100, 60.0)), ("5/s", (5, 1.0)), ("20/10s", (20, 10.0)), ("1 / 2 day", (1, 172_800.0))],
+)
+def test_a_rate_in_words(rate: str, parsed: tuple[int, float]) -> None:
+    assert parse_rate(rate) == parsed
+
+
+@pytest.mark.parametrize("rate", ["100", "0/s", "5/0s", "5/week", "-5/s", "1.5/s", "", 5, "5/99999d"])
+def test_a_rate_that_is_none(rate: Any) -> None:
+    with pytest.raises(notifyq.ConfigError, match="rate is"):
+        parse_rate(rate)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"limit_key": "a"}, "limit_key is 'a', and no limit; add limit=3"),
+        ({"limit": 3}, "limit and rate are of tasks with the same limit_key; add limit_key="),
+        ({"limit_key": "a", "limit": 0}, "limit is 0; expected how many may run at once"),
+        ({"limit_key": "a", "rate": "often"}, "rate is 'often'; expected how many in what time"),
+        ({"order_key": ""}, "order_key ''"),
+        ({"order_key": "a" * 201}, "expected 1 to 200 characters"),
+    ],
+)
+async def test_options_that_cannot_be(dsn: str, options: Any, message: str) -> None:
+    bench = Bench()
+    async with bench.app.connect(dsn) as app:
+        with pytest.raises(notifyq.ConfigError, match=message):
+            await app.enqueue(bench.Job(key="a"), **options)
