@@ -331,6 +331,9 @@ FROM notifyq.finished;
 --                 GRANT INSERT ON notifyq.bell TO r;  -- lets it lock, and the table takes no row. Without it: always rings
 --   may read      GRANT USAGE ON SCHEMA notifyq TO r;
 --                 GRANT SELECT ON notifyq.all_tasks, notifyq.worker, notifyq.queue, notifyq.schema_version TO r;
+--   may await     GRANT USAGE ON SCHEMA notifyq TO r;  -- results and progress
+--                 GRANT SELECT ON notifyq.all_tasks TO r;
+--                 GRANT SELECT (id, awaited), UPDATE (awaited) ON notifyq.task TO r;
 --   worker        GRANT USAGE ON SCHEMA notifyq TO r;
 --                 GRANT ALL ON ALL TABLES IN SCHEMA notifyq TO r; GRANT ALL ON ALL SEQUENCES IN SCHEMA notifyq TO r;
 REVOKE ALL ON ALL FUNCTIONS IN SCHEMA notifyq FROM PUBLIC;

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
 from contextvars import ContextVar
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias, TypeVar, overload
 
 import msgspec
 
@@ -15,10 +15,13 @@ from .errors import ConfigError
 if TYPE_CHECKING:
     import asyncpg
 
+    from .app import App
+
     Transaction: TypeAlias = AbstractAsyncContextManager["asyncpg.Connection[asyncpg.Record]"]
 else:
     Transaction = Any
 
+_Result = TypeVar("_Result")
 Isolation: TypeAlias = Literal["read_committed", "repeatable_read", "serializable"]
 
 
@@ -82,10 +85,62 @@ Call: TypeAlias = Callable[[Task, Context], Awaitable[object]]
 Middleware: TypeAlias = Callable[[Task, Context, Call], Awaitable[object]]
 
 
-class Ref(msgspec.Struct, frozen=True):
-    """An enqueued task, by its id in notifyq.all_tasks."""
+class Progress(msgspec.Struct, frozen=True):
+    """How far a running task says it is."""
+
+    fraction: float  # 0 to 1
+    note: str | None = None
+
+
+class Ref(msgspec.Struct, frozen=True, dict=True):
+    """An enqueued task, by its id in notifyq.all_tasks. One that enqueue returned, or `app.ref(id)`, can be waited for,
+    inside of `async with app.connect():`."""
 
     id: int
+
+    @overload
+    async def result(self, /, *, timeout: float | None = None) -> Any: ...
+    @overload
+    async def result(self, type: type[_Result], /, *, timeout: float | None = None) -> _Result: ...
+    @overload
+    async def result(self, type: object, /, *, timeout: float | None = None) -> Any: ...
+    async def result(self, type: object = None, /, *, timeout: float | None = None) -> Any:
+        """Wait for the task's end, however many attempts that takes, and return its result; at once, if it has ended.
+
+        type     what the result is to be, anything that msgspec can decode. Without one, it is what this app's handler
+                 is annotated to return, or plain JSON, where the app has no handler for it
+        timeout  seconds; then TimeoutError, and the task goes on
+
+        Raises TaskDead or TaskCancelled if it ended so, and NotifyqError if nobody knows of such a task: it was pruned,
+        or its transaction (conn=) isn't committed. Without a database it waits for that.
+        """
+        return await self._app.results.result(self.id, type, timeout)
+
+    def progress(self) -> AsyncIterator[Progress]:
+        """What its handler tells by ctx.progress, each new one, until the task ends.
+
+        async for step in ref.progress():
+            print(f"{step.fraction:.0%}", step.note)
+        """
+        return self._app.results.steps(self.id)
+
+    async def cancel(self) -> bool:
+        """As App.cancel."""
+        return await self._app.cancel(self.id)
+
+    @property
+    def _app(self) -> App:
+        app: App | None = getattr(self, "app", None)
+        if app is None:
+            raise ConfigError(f"Ref({self.id}) belongs to no app here; make one that does: app.ref({self.id})")
+        return app
+
+
+def ref(app: App, id: int) -> Ref:
+    """One that can be waited for. The app is no field: a Ref is compared, encoded and pickled as its id."""
+    made = Ref(id)
+    msgspec.structs.force_setattr(made, "app", app)
+    return made
 
 
 class Verdict(Exception):

@@ -37,6 +37,11 @@ class Statement(NamedTuple):
 STATEMENTS = {
     "adopt": Statement("int4 text[] int4[] int4 text[] bool", ROW, "task_pkey task_set_aside"),
     "advance": Statement("float8", "count:int8", None),
+    "awaited": Statement(
+        "int8[]",
+        "id:int8 state:text type:text result:jsonb error:text progress:float4 note:text marked:bool",
+        "finished_pkey task_pkey",
+    ),
     "became": Statement("text", "status:text", ""),
     "claim": Statement("int4 text[] int4[] int4 bool", ROW, "task_pkey task_ready"),
     "claim_onward": Statement("int4 text[] int4[] int4 text[] int2[] int8[] bool", ROW, "task_pkey task_ready"),
