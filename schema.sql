@@ -268,6 +268,7 @@ END;
 -- Move a live task to finished; the one place outside a worker's settle that does. Returns whether it was there.
 CREATE FUNCTION notifyq.cancel(id bigint) RETURNS boolean LANGUAGE sql BEGIN ATOMIC
     -- A running task is taken from its worker: the worker's next heartbeat finds its lease gone and cancels the handler.
+    -- While something runs for long there, it listens, and comes to look at once.
     WITH gone AS (
         DELETE FROM notifyq.task t WHERE t.id = $1 RETURNING t.*
     ), kept AS (
@@ -279,8 +280,11 @@ CREATE FUNCTION notifyq.cancel(id bigint) RETURNS boolean LANGUAGE sql BEGIN ATO
                g.order_key, g.limit_key, g.limit_running, g.limit_rate, g.limit_seconds
         FROM gone g LEFT JOIN notifyq.worker w ON w.id = g.worker
         RETURNING 1
+    ), told AS MATERIALIZED (
+        SELECT pg_notify('notifyq_cancel', g.id::text)
+        FROM gone g WHERE g.worker IS NOT NULL AND pg_notification_queue_usage() < 0.9
     )
-    SELECT EXISTS (SELECT FROM kept);
+    SELECT EXISTS (SELECT FROM kept) FROM (SELECT count(*) FROM told) AS t;
 END;
 
 -- Run it again, now. A dead or cancelled task starts over with all its attempts; a scheduled one is due; a running, ready

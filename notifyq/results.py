@@ -29,7 +29,7 @@ import asyncpg
 import msgspec
 
 from .errors import ConfigError, DatabaseError, NotifyqError, SchemaError, TaskCancelled, TaskDead
-from .store import SQL, TRANSIENT, UNREADABLE, Connection, connect_worker, is_pooled
+from .store import SQL, TRANSIENT, UNREADABLE, Connection, connect_worker, is_pooled, notified_id
 from .task import Cancel, Dead, Progress, Retry, Verdict
 
 if TYPE_CHECKING:
@@ -261,9 +261,7 @@ class Results:
                 waiter.changed.set()
 
     def _heard(self, _: object, __: int, ___: str, payload: object) -> None:
-        """Of an id, or of anything at all: any role can NOTIFY."""
-        text = str(payload)
-        if len(text) <= 19 and text.isascii() and text.isdigit() and (id := int(text)) in self._waiting:
+        if (id := notified_id(payload)) in self._waiting:
             self._ask[id] = None
             self._wake.set()
 

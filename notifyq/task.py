@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
 from contextvars import ContextVar
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias, TypeVar, overload
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeAlias, TypeVar, overload
 
 import msgspec
 
@@ -70,16 +70,31 @@ class Context(msgspec.Struct, frozen=True):
         there is no result. Raises LeaseLost at its end, and rolls back, if the task was taken from this run; and
         ConfigError for a second block once the first one has begun to commit, or inside of it.
         """
-        begin = begin_transaction.get(None)
-        if begin is None:
+        run = current_run.get()
+        if run is None:
             raise ConfigError("ctx.transaction() is for handlers that a worker runs: it settles what that has claimed")
-        return begin(self, isolation)
+        return run.begin(self, isolation)
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether this run counts no more: the task was cancelled, its lease lost, its time is up, or the worker stops
+        now. An async handler is cancelled by then, and may want to know in a `finally`. A plain `def` in its thread
+        can't be: it should look now and then, and return. Threads that a handler starts by itself see False, unless
+        they run in a copy of its context variables.
+        """
+        run = current_run.get()
+        return run is not None and run.is_cancelled(self)
+
+
+class Run(Protocol):
+    """What runs a handler, as its Context sees it."""
+
+    def begin(self, context: Context, isolation: Isolation | None) -> Transaction: ...
+    def is_cancelled(self, context: Context) -> bool: ...
 
 
 # Set once for each of a worker's runners, which costs a task nothing, and leaves Context what it is: data.
-begin_transaction: ContextVar[Callable[[Context, Isolation | None], Transaction] | None] = ContextVar(
-    "begin_transaction", default=None
-)
+current_run: ContextVar[Run | None] = ContextVar("current_run", default=None)
 
 Call: TypeAlias = Callable[[Task, Context], Awaitable[object]]
 Middleware: TypeAlias = Callable[[Task, Context, Call], Awaitable[object]]

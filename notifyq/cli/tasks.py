@@ -170,7 +170,8 @@ def retry(*, ids: tuple[int, ...], dsn: str | None) -> int:
 def cancel(*, ids: tuple[int, ...], dsn: str | None) -> int:
     """Cancel tasks that haven't ended.
 
-    The handler of a running one is cancelled within seconds, and whatever it says counts no more.
+    The handler of a running one is cancelled too, at once if it has run for a second or so, else within 1.5 s, and
+    whatever it says counts no more.
     """
     reasons = {state: f"it has ended already: {state}" for state in ("done", "dead", "cancelled")}
     return _each(ids, "SELECT notifyq.cancel($1)", "cancelled", "not cancelled", reasons, dsn)
