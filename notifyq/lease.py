@@ -12,6 +12,8 @@ While a handler has been running for a second, it listens for cancels too, on th
 at once which leases are gone. Not always: each NOTIFY in the database, those of the bell first, wakes whoever listens.
 What it hears is only a reason to look early, since any role can say it.
 
+What handlers tell of their progress it writes too, once a second at most, in one statement, when there is any.
+
 It also watches its own worker: if the loop doesn't answer for a second while the worker has the turn at the bell,
 it ends that backend, the turn goes to somebody else, and the log names the handler.
 """
@@ -29,6 +31,7 @@ from concurrent.futures import Future
 import asyncpg
 
 from . import schema
+from .codec import NOTE_LENGTH, storable
 from .config import WorkerConfig
 from .errors import DatabaseError
 from .registry import Registry
@@ -41,6 +44,7 @@ TICK_SECONDS = 1.5
 PULSE_SECONDS = 0.4
 CANCELS = "notifyq_cancel"
 LONG_SECONDS = 0.8  # as seen at two pulses: something is running for long
+REPORT_SECONDS = 1.0  # between writes of progress
 DEAF_SECONDS = 1.0  # to cancels, after one that wasn't
 BLOCKED_SECONDS = 0.8
 RESCUE_AT_ONCE = 2000
@@ -212,7 +216,7 @@ class Keeper:
         else:
             self._rescue_from = loop.time() + GRACE_SECONDS
         listens = False
-        next_tick = loop.time()
+        next_tick = next_report = loop.time()
         next_prune = loop.time() + random.uniform(0.2, 1.0) * PRUNE_SECONDS
         next_orphans = loop.time() + random.uniform(0.2, 1.0) * ORPHANS_SECONDS
         while not stop.is_set():
@@ -227,6 +231,9 @@ class Keeper:
                     self._deaf_until = time.monotonic() + DEAF_SECONDS
                 self._heard = False
                 next_tick = now + random.uniform(0.9, 1.0) * TICK_SECONDS
+            if self._runners.reports and now >= next_report:
+                next_report = now + REPORT_SECONDS
+                await self._report(conn)
             if now >= next_prune:
                 next_prune = now + random.uniform(0.5, 1.5) * PRUNE_SECONDS
                 await self._prune(conn)
@@ -290,6 +297,16 @@ class Keeper:
             for worker in silent:
                 await self._rescue(conn, worker)
         return bool(lost)
+
+    async def _report(self, conn: Connection) -> None:
+        reports = {job: p for job, p in self._runners.take_reports().items() if job.worker == self._id}
+        keys = [job.id for job in reports], [job.attempt for job in reports]
+        fractions = [p.fraction for p in reports.values()]
+        notes = [None if p.note is None else storable(p.note[:NOTE_LENGTH]) for p in reports.values()]
+        written = {row[0] for row in await conn.fetch(SQL["progress"], self._id, *keys, fractions, notes)}
+        for job, progress in reports.items():
+            if job.id not in written:  # somebody has its row locked, or it isn't ours any more
+                self._runners.unwritten(job, progress)
 
     async def _rescue(self, conn: Connection, worker: int) -> None:
         while True:

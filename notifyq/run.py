@@ -33,7 +33,7 @@ from .errors import ConfigError, LeaseLost
 from .outcome import Aside, Finish, HandBack, Later, Outcome
 from .registry import Handler, Registry
 from .store import Job
-from .task import Context, Isolation, Run, Task, Transaction, current_run
+from .task import Context, Isolation, Progress, Run, Task, Transaction, current_run
 from .transact import State, Transactions
 
 logger = logging.getLogger("notifyq.run")
@@ -45,10 +45,11 @@ FAIR_SECONDS = 0.005  # a runner whose handlers never wait lets the others have 
 class Runner:
     """One runner's hands: the job it has, and how to take that away from it. A Run, to its handlers' Contexts."""
 
-    __slots__ = ("_begin", "job", "limit", "scope", "stop", "task")
+    __slots__ = ("_begin", "_reports", "job", "limit", "scope", "stop", "task")
 
-    def __init__(self, begin: Callable[[Context, Isolation | None], Transaction]) -> None:
+    def __init__(self, begin: Callable[[Context, Isolation | None], Transaction], reports: dict[Job, Progress]) -> None:
         self._begin = begin
+        self._reports = reports
         self.job: Job | None = None
         self.scope = anyio.CancelScope()
         self.limit: anyio.CancelScope | None = None  # inside of it, of a job with a timeout
@@ -63,6 +64,11 @@ class Runner:
             return True
         job = self.job  # another, for what a handler has left behind
         return job is None or (job.id, job.attempt) != (context.id, context.attempt)
+
+    def report(self, context: Context, progress: Progress) -> None:
+        job = self.job
+        if job is not None and not self.is_cancelled(context):
+            self._reports[job] = progress
 
 
 class Runners:
@@ -94,6 +100,7 @@ class Runners:
         self._lost: set[Job] = set()  # of those held: their leases; the handlers wind up
         self._transactions = transactions
         self._states: dict[Job, State] = transactions.states if transactions else {}  # empty, if nobody begins one
+        self.reports: dict[Job, Progress] = {}  # not written yet; handlers' threads write here, and the keeper's takes
         self.held: dict[int, Job] = {}  # by id: waiting and running
         self.by_queue: Counter[str] = Counter()  # of these
         self.finished = 0  # attempts ended, ever
@@ -207,6 +214,16 @@ class Runners:
                 runner.scope.cancel()
         return True
 
+    def take_reports(self) -> dict[Job, Progress]:
+        """What handlers have told since the last time, the latest of each. For the keeper's thread: each step of it is
+        whole, whoever writes meanwhile."""
+        return dict(self.reports.popitem() for _ in range(len(self.reports)))
+
+    def unwritten(self, job: Job, progress: Progress) -> None:
+        """Once more, unless there is something newer, or nobody to be told of."""
+        if self.held.get(job.id) is job:
+            self.reports.setdefault(job, progress)
+
     def close(self) -> None:
         """Runners without a job end; call it when nothing is held."""
         self._closed = True
@@ -225,7 +242,7 @@ class Runners:
         return None
 
     def _spawn(self) -> None:
-        runner = Runner(self._begin)
+        runner = Runner(self._begin, self.reports)
         self._runners.add(runner)
         assert self._group is not None
         # In an empty context, not in that of whoever fed the job.
@@ -387,6 +404,8 @@ class Runners:
     def _drop(self, job: Job) -> None:
         del self.held[job.id]
         self._lost.discard(job)
+        if self.reports:
+            self.reports.pop(job, None)
         if self._states:
             self._states.pop(job, None)
         self.by_queue[job.queue] -= 1
@@ -449,6 +468,10 @@ class _Call:
 
     def is_cancelled(self, context: Context) -> bool:
         return self.left
+
+    def report(self, context: Context, progress: Progress) -> None:
+        if self.runner is not None and not self.left:
+            self.runner.report(context, progress)
 
     def __call__(self, task: Task, context: Context) -> tuple[object, BaseException | None]:
         """What it returns, or raises. A future that is given a GeneratorExit to raise would throw it into our

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator
 from contextlib import AbstractAsyncContextManager
 from contextvars import ContextVar
 from datetime import datetime
@@ -49,6 +49,13 @@ class Task(msgspec.Struct, tag=True, tag_field="$type"):
     timeout: ClassVar[float | None] = None
 
 
+class Progress(msgspec.Struct, frozen=True):
+    """How far a running task says it is."""
+
+    fraction: float  # 0 to 1
+    note: str | None = None
+
+
 class Context(msgspec.Struct, frozen=True):
     """What a handler may want to know of the row it runs: a parameter of this type is given it."""
 
@@ -85,12 +92,43 @@ class Context(msgspec.Struct, frozen=True):
         run = current_run.get()
         return run is not None and run.is_cancelled(self)
 
+    def progress(self, fraction: float, note: str | None = None) -> Awaitable[None]:
+        """Tell how far this run is, from 0 to 1, and what it does now; call it as often as you like.
+
+            await ctx.progress(0.4, "resizing")  # in a plain def: the same without await
+
+        The latest is written once a second, all of the worker's tasks in one statement, and seen by `notifyq tasks`,
+        `notifyq show` and Ref.progress; it is gone when the run ends. To await it lets others run, and is where a
+        cancellation arrives; it waits for nothing else. Of the note the first 200 characters are kept.
+
+        Raises ConfigError for what isn't a fraction, or a str.
+        """
+        if not isinstance(fraction, int | float) or not 0 <= fraction <= 1:  # a NaN fails this too
+            raise ConfigError(f"ctx.progress({fraction!r}): expected a fraction, from 0 to 1")
+        if note is not None and not isinstance(note, str):
+            raise ConfigError(f"ctx.progress(..., {note!r:.100}): expected a str as the note")
+        run = current_run.get()
+        if run is not None:
+            run.report(self, Progress(fraction, note))
+        return BREATH
+
 
 class Run(Protocol):
     """What runs a handler, as its Context sees it."""
 
     def begin(self, context: Context, isolation: Isolation | None) -> Transaction: ...
     def is_cancelled(self, context: Context) -> bool: ...
+    def report(self, context: Context, progress: Progress) -> None: ...
+
+
+class Breath:
+    """Nothing to wait for, but others have the loop for a moment, and a cancellation arrives."""
+
+    def __await__(self) -> Generator[None, None, None]:
+        yield
+
+
+BREATH = Breath()
 
 
 # Set once for each of a worker's runners, which costs a task nothing, and leaves Context what it is: data.
@@ -98,13 +136,6 @@ current_run: ContextVar[Run | None] = ContextVar("current_run", default=None)
 
 Call: TypeAlias = Callable[[Task, Context], Awaitable[object]]
 Middleware: TypeAlias = Callable[[Task, Context, Call], Awaitable[object]]
-
-
-class Progress(msgspec.Struct, frozen=True):
-    """How far a running task says it is."""
-
-    fraction: float  # 0 to 1
-    note: str | None = None
 
 
 class Ref(msgspec.Struct, frozen=True, dict=True):
