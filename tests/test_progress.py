@@ -210,7 +210,7 @@ async def test_a_locked_row_keeps_no_heartbeat(bench: Bench, dsn: str, db: Any, 
         before = await db.fetchval("SELECT seen_at FROM notifyq.worker WHERE id = $1", worker.info.id)
         for _ in range(2):
             later = "SELECT seen_at > $2 FROM notifyq.worker WHERE id = $1"
-            await eventually(lambda: db.fetchval(later, worker.info.id, before))  # noqa: B023
+            await eventually(lambda: db.fetchval(later, worker.info.id, before), seconds=4)  # noqa: B023
             before = await db.fetchval("SELECT seen_at FROM notifyq.worker WHERE id = $1", worker.info.id)
         assert await told(db) == ("running", 0.25, "a")
         await someone.execute("COMMIT")

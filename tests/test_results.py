@@ -291,8 +291,11 @@ async def test_outcomes_are_kept_for_who_waits_without_history(connected: notify
 # --- What may go wrong
 
 
-async def test_a_row_that_is_locked_is_marked_later(connected: notifyq.App, connect: Sessions, dsn: str) -> None:
+async def test_a_row_that_is_locked_is_marked_later(
+    connected: notifyq.App, connect: Sessions, dsn: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Whoever has locked the row isn't waited for, and the others aren't kept."""
+    monkeypatch.setattr(results, "LOOK_SECONDS", 3600.0)
     locked, other = await app.enqueue(Pay(cents=1)), await app.enqueue(Pay(cents=2))
     someone = await connect()
     await someone.execute("BEGIN")

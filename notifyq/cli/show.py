@@ -61,12 +61,12 @@ async def _changes(dsn: str | None, id: int, follow: bool) -> AsyncIterator[str]
 
 def _print(task: dict[str, Any]) -> None:
     """A line for each thing there is to know, and each attempt that failed with its traceback."""
-    progress, errors = percent(task), task.pop("errors") or []
-    values = {**task, "progress": progress or None, "note": None, "error": None}
-    for name, value in values.items():
+    hidden = {"progress": percent(task) or None, "note": None, "error": None, "errors": None}
+    for name, value in {**task, **hidden}.items():
         if value is not None:
             text = json.dumps(value, ensure_ascii=False) if name in ("payload", "result") else str(value)
             click.echo(f"{name.replace('_', ' ') + ':':<15}{plain(text)}")
+    errors: list[dict[str, Any]] = task["errors"] or []
     for error in errors:
         click.echo(f"attempt {plain(error.get('attempt', '?'))} at {plain(error.get('at', '?'))}:")
         for line in str(error.get("traceback") or error.get("error")).splitlines():
