@@ -317,6 +317,7 @@ END;
 -- Move a live task to finished; the one place outside a worker's settle that does. Returns whether it was there.
 CREATE FUNCTION notifyq.cancel(id bigint) RETURNS boolean LANGUAGE sql BEGIN ATOMIC
     -- A running task is taken from its worker: the worker's next heartbeat finds its lease gone and cancels the handler.
+    -- While something runs for long there, it listens, and comes to look at once.
     WITH gone AS (
         DELETE FROM notifyq.task t WHERE t.id = $1 RETURNING t.*
     ), kept AS (
@@ -328,11 +329,15 @@ CREATE FUNCTION notifyq.cancel(id bigint) RETURNS boolean LANGUAGE sql BEGIN ATO
                g.order_key, g.limit_key, g.limit_running, g.limit_rate, g.limit_seconds
         FROM gone g LEFT JOIN notifyq.worker w ON w.id = g.worker
         RETURNING 1
+    ), told AS MATERIALIZED (
+        SELECT pg_notify('notifyq_cancel', g.id::text)
+        FROM gone g WHERE g.worker IS NOT NULL AND pg_notification_queue_usage() < 0.9
     )
     SELECT EXISTS (SELECT FROM kept)
-    FROM (SELECT count(pg_notify('notifyq', '')) FROM gone g
+    FROM (SELECT count(*) FROM told) AS t,
+         (SELECT count(pg_notify('notifyq', '')) FROM gone g
           WHERE (g.tracked OR g.limit_key IS NOT NULL OR g.order_key IS NOT NULL)
-            AND pg_notification_queue_usage() < 0.9) AS told;  -- others wait for its end, and a DELETE doesn't ring
+            AND pg_notification_queue_usage() < 0.9) AS rung;  -- others wait for its end, and a DELETE doesn't ring
 END;
 
 -- Run it again, now. A dead or cancelled task starts over with all its attempts; a scheduled one is due; a running, ready
@@ -767,6 +772,9 @@ LEFT JOIN served s ON s.queue = k.name;
 --   may read      GRANT USAGE ON SCHEMA notifyq TO r;
 --                 GRANT SELECT ON notifyq.all_tasks, notifyq.all_queues, notifyq.worker, notifyq.queue TO r;
 --                 GRANT SELECT ON notifyq.schema_version TO r;
+--   may await     GRANT USAGE ON SCHEMA notifyq TO r;  -- results and progress
+--                 GRANT SELECT ON notifyq.all_tasks TO r;
+--                 GRANT SELECT (id, awaited), UPDATE (awaited) ON notifyq.task TO r;
 --   worker        GRANT USAGE ON SCHEMA notifyq TO r;
 --                 GRANT ALL ON ALL TABLES IN SCHEMA notifyq TO r; GRANT ALL ON ALL SEQUENCES IN SCHEMA notifyq TO r;
 REVOKE ALL ON ALL FUNCTIONS IN SCHEMA notifyq FROM PUBLIC;

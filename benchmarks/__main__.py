@@ -24,7 +24,7 @@ from notifyq.embedded import Server
 from . import plots
 from .common import SERVER, Bench, Line, Result, warm_up
 
-NAMES = ("drain", "enqueue", "latency", "timers", "herd", "scale", "bloat", "idle", "codec")
+NAMES = ("drain", "enqueue", "latency", "timers", "herd", "scale", "bloat", "idle", "codec", "results")
 
 TOLD = (
     "fsync", "synchronous_commit", "wal_sync_method", "full_page_writes", "wal_level", "commit_delay", "shared_buffers",

@@ -1,10 +1,10 @@
 """Background tasks on PostgreSQL: a task is a row, a trigger rings, a worker wakes."""
 
 from .app import App
-from .errors import ConfigError, DatabaseError, NotifyqError, SchemaError
+from .errors import ConfigError, DatabaseError, NotifyqError, SchemaError, TaskCancelled, TaskDead, TaskFailed
 from .options import EnqueueOptions
 from .sync import SyncClient
-from .task import Cancel, Context, Dead, Ref, Retry, Task
+from .task import Cancel, Context, Dead, Progress, Ref, Retry, Task
 from .worker import WorkerInfo
 
 __all__ = [
@@ -16,10 +16,14 @@ __all__ = [
     "Dead",
     "EnqueueOptions",
     "NotifyqError",
+    "Progress",
     "Ref",
     "Retry",
     "SchemaError",
     "SyncClient",
     "Task",
+    "TaskCancelled",
+    "TaskDead",
+    "TaskFailed",
     "WorkerInfo",
 ]

@@ -13,11 +13,12 @@ from anyio.abc import TaskStatus
 
 from . import enqueue, foreign, lifespan, store
 from .config import WorkerConfig, parse_queues, resolve_dsn
-from .errors import ConfigError
+from .errors import ConfigError, DatabaseError
 from .options import EnqueueOptions, Options
 from .registry import Registry
+from .results import Results
 from .store import Connection, explained
-from .task import Middleware, Ref, Task
+from .task import Middleware, Ref, Task, ref
 from .worker import WorkerInfo, work
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ class App:
         self.registry = Registry()
         self._pool: Pool | None = None
         self._dsn: str | None = None
+        self._results: Results | None = None
 
     def handler(self, function: _Handler) -> _Handler:
         """Register a handler, an `async def` or, to run in a thread, a plain `def`; use it as a decorator.
@@ -95,12 +97,14 @@ class App:
                 reset=_nothing,  # one statement each, which leaves nothing behind: saves a round trip
                 **options,
             )
+        results = Results(dsn, self.registry)
         try:
-            self._pool, self._dsn = pool, dsn
+            self._pool, self._dsn, self._results = pool, dsn, results
             yield self
         finally:
-            self._pool = self._dsn = None
+            self._pool = self._dsn = self._results = None
             with anyio.move_on_after(5, shield=True):
+                await results.close()
                 await pool.close()
             pool.terminate()
 
@@ -120,7 +124,7 @@ class App:
         Raises ConfigError for a task that doesn't validate against its own type, or an option that can't be.
         """
         checked = Options.check(**options)
-        return await enqueue.one(self._via(conn), self.registry, task, checked)
+        return self.ref(await enqueue.one(self._via(conn), self.registry, task, checked))
 
     async def enqueue_many(
         self,
@@ -132,6 +136,28 @@ class App:
         """Enqueue all or none, of any types, with the same options, 2000 in a statement. Returns the ids in order."""
         checked = Options.check(**options)
         return await enqueue.many(self._via(conn), self.registry, tasks, checked)
+
+    def ref(self, id: int) -> Ref:
+        """Of any task, by its id, in whatever process it was enqueued: to wait for its result, say."""
+        if not isinstance(id, int) or isinstance(id, bool) or not 1 <= id < 2**63:
+            raise ConfigError(f"ref({id!r}): expected a task's id, as enqueue_many returns them")
+        return ref(self, id)
+
+    async def cancel(self, id: int) -> bool:
+        """Cancel a task that hasn't ended; return whether it did that. The handler of a running one is cancelled: at
+        once if it has run for a second or so, and else within 1.5 s."""
+        known = self.ref(id)
+        try:
+            return bool(await self._connected("cancel").fetchval("SELECT notifyq.cancel($1)", known.id))
+        except asyncpg.InsufficientPrivilegeError as error:
+            raise DatabaseError(f"this user may not cancel: {error}; schema.sql ends with the GRANTs") from error
+
+    @property
+    def results(self) -> Results:
+        """Who waits for results here; Ref's methods do."""
+        if self._results is None:
+            raise ConfigError("not connected: wait for results inside `async with app.connect():`")
+        return self._results
 
     async def run_worker(
         self,
@@ -181,8 +207,11 @@ class App:
     def _via(self, conn: foreign.AsyncConnection | None) -> Connection | Pool | foreign.Foreign:
         if conn is not None:
             return foreign.awaited(conn)
+        return self._connected("enqueue", ", or pass conn=")
+
+    def _connected(self, what: str, or_else: str = "") -> Pool:
         if self._pool is None:
-            raise ConfigError("not connected: enqueue inside `async with app.connect():`, or pass conn=")
+            raise ConfigError(f"not connected: {what} inside `async with app.connect():`{or_else}")
         return self._pool
 
 

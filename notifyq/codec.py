@@ -17,6 +17,7 @@ from .task import Task
 
 PAYLOAD_LIMIT = 16 * 1024 * 1024  # bytes of JSON; a worker holds hundreds of payloads at once
 TRACEBACK_LINES = 30
+NOTE_LENGTH = 200  # characters of what ctx.progress tells
 TEXT_LIMIT = 8_000  # characters of an error's text, and of its traceback
 
 _encoder = msgspec.json.Encoder()
@@ -76,7 +77,12 @@ def _tail(error: BaseException) -> str:
     return "\n".join(lines[-TRACEBACK_LINES:])
 
 
+def storable(text: str) -> str:
+    """Without what PostgreSQL refuses: NUL and lone surrogates."""
+    return text.replace("\x00", "\\x00").encode(errors="backslashreplace").decode()
+
+
 def _clean(text: str) -> str:
-    """Without what jsonb refuses, NUL and lone surrogates, and no longer than people read."""
-    text = text.replace("\x00", "\\x00").encode(errors="backslashreplace").decode()
+    """Storable, and no longer than people read."""
+    text = storable(text)
     return text if len(text) <= TEXT_LIMIT else text[: TEXT_LIMIT // 2] + "\n[...]\n" + text[-TEXT_LIMIT // 2 :]

@@ -18,7 +18,7 @@ from .foreign import Foreign
 from .options import Options
 from .registry import Registry
 from .store import SQL
-from .task import Ref, Task
+from .task import Task
 
 if TYPE_CHECKING:
     from .store import Connection
@@ -32,12 +32,12 @@ SLICE = 100  # tasks encoded without a break: 0.2 ms
 Row: TypeAlias = tuple[str, str]  # type and payload
 
 
-async def one(via: Connection | Pool | Foreign, registry: Registry, task: Task, options: Options) -> Ref:
-    """Insert a task."""
+async def one(via: Connection | Pool | Foreign, registry: Registry, task: Task, options: Options) -> int:
+    """Insert a task; its id."""
     type, payload = checked(registry, task)
     with Explained(type):
         rows = await via.fetch(SQL["enqueue"], type, payload, *options)
-    return Ref(cast(int, rows[0][0]))
+    return cast(int, rows[0][0])
 
 
 async def many(

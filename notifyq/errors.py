@@ -4,6 +4,9 @@
     ├── ConfigError         2   wrong usage: a flag, an app, a handler, a task, a setting
     │   └── EmbeddedError   2   the embedded PostgreSQL can't be had here
     ├── LeaseLost           1   a handler's task was taken from it before its transaction could settle it
+    ├── TaskFailed          1   a task whose result was waited for has none
+    │   ├── TaskDead        1   it is dead
+    │   └── TaskCancelled   1   it was cancelled
     ├── DatabaseError       3   the database is unreachable, or refuses this user
     └── SchemaError         4   the schema is missing, or of another version
 
@@ -33,6 +36,33 @@ class EmbeddedError(ConfigError):
 
 class LeaseLost(NotifyqError):
     """The task isn't this run's any more: it was cancelled, or others took its worker for dead."""
+
+
+class TaskFailed(NotifyqError):
+    """A task that was waited for ended without a result. `error` is what all_tasks says of it."""
+
+    ended: ClassVar[str]
+
+    def __init__(self, id: int, type: str, error: str | None) -> None:
+        super().__init__(id, type, error)
+        self.id = id
+        self.type = type
+        self.error = error
+
+    def __str__(self) -> str:
+        return f"task {self.id} ({self.type}) {self.ended}{f': {self.error}' if self.error else ''}"
+
+
+class TaskDead(TaskFailed):
+    """It is dead: out of attempts, or given up."""
+
+    ended = "is dead"
+
+
+class TaskCancelled(TaskFailed):
+    """It was cancelled, by its handler or by somebody else; then `error` is None, or of an attempt before."""
+
+    ended = "was cancelled"
 
 
 class DatabaseError(NotifyqError):

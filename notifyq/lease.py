@@ -8,6 +8,12 @@ A worker is dead when the advisory lock its keeper's session holds is free and i
 wasn't seen for the length of its lease. 1.5 + 2 + at most 1.5 s is the time a killed worker's tasks wait. A keeper that
 lost its own connection gives others 4 s: after an outage they all look dead, and the first one back would rob them.
 
+While a handler has been running for a second, it listens for cancels too, on this same connection, and comes to see
+at once which leases are gone. Not always: each NOTIFY in the database, those of the bell first, wakes whoever listens.
+What it hears is only a reason to look early, since any role can say it.
+
+What handlers tell of their progress it writes too, once a second at most, in one statement, when there is any.
+
 It also watches its own worker: if the loop doesn't answer for a second while the worker has the turn at the bell,
 it ends that backend, the turn goes to somebody else, and the log names the handler.
 """
@@ -25,16 +31,21 @@ from concurrent.futures import Future
 import asyncpg
 
 from . import schema
+from .codec import NOTE_LENGTH, storable
 from .config import WorkerConfig
 from .errors import DatabaseError
 from .registry import Registry
 from .run import Runners
-from .store import SQL, TRANSIENT, Connection, connect_worker
+from .store import SQL, TRANSIENT, Connection, Job, connect_worker, is_pooled, notified_id
 
 logger = logging.getLogger("notifyq.lease")
 
 TICK_SECONDS = 1.5
 PULSE_SECONDS = 0.4
+CANCELS = "notifyq_cancel"
+LONG_SECONDS = 0.8  # as seen at two pulses: something is running for long
+REPORT_SECONDS = 1.0  # between writes of progress
+DEAF_SECONDS = 1.0  # to cancels, after one that wasn't
 BLOCKED_SECONDS = 0.8
 RESCUE_AT_ONCE = 2000
 PRUNE_SECONDS = 60.0
@@ -80,17 +91,23 @@ class Keeper:
         self._registered: Future[int] = Future()
         self._thread = threading.Thread(target=self._run, name="notifyq-keeper", daemon=True)
         self._stop: asyncio.Event | None = None
+        self._called = asyncio.Event()  # in the thread: end a sleep early
         self._loop: asyncio.AbstractEventLoop | None = None
         self._release_seconds = 0.0
         self._ended = asyncio.Event()
         # Written by the worker's loop, read by the thread; each assignment is whole.
         self._held: list[tuple[int, int]] = []
+        self._ids: frozenset[int | None] = frozenset()  # of these
+        self._since: dict[Job, float] = {}  # of these, when each was first seen here
+        self._long = False
         self._pulse = time.monotonic()
         self._status = "ok"
         # Written by the thread.
         self._id: int | None = None
         self._locked = False
         self._down = False
+        self._heard = False  # of a cancel that may be ours
+        self._deaf_until = 0.0
         self._rescue_from = 0.0
         self._wait = 0.1
         self._stirred = ""
@@ -108,6 +125,7 @@ class Keeper:
         if self._loop is not None and self._stop is not None:
             try:
                 self._loop.call_soon_threadsafe(self._stop.set)
+                self._loop.call_soon_threadsafe(self._called.set)
             except RuntimeError:
                 return  # it has ended
         try:
@@ -119,6 +137,10 @@ class Keeper:
     def _take_pulse(self) -> None:
         held = [*self._runners.held.values()]
         self._held = [(job.id, job.attempt) for job in held]
+        self._ids = frozenset(job.id for job in held)
+        now = time.monotonic()
+        self._since = {job: self._since.get(job, now) for job in held}
+        self._long = bool(held) and min(self._since.values()) <= now - LONG_SECONDS
         self._status = self._trouble() or "ok"
         self._pulse = time.monotonic()
 
@@ -175,14 +197,20 @@ class Keeper:
             self._wait = min(2.0, self._wait * 2)
 
     async def _sleep(self, seconds: float) -> bool:
-        """True as soon as it is to stop."""
+        """Until then, or until it is called; True if it is to stop."""
         assert self._stop is not None
         try:
-            async with asyncio.timeout(seconds):
-                await self._stop.wait()
+            async with asyncio.timeout(0 if self._stop.is_set() else seconds):
+                await self._called.wait()
         except TimeoutError:
-            return False
-        return True
+            pass
+        self._called.clear()
+        return self._stop.is_set()
+
+    def _on_cancel(self, _: object, __: int, ___: str, payload: object) -> None:
+        if notified_id(payload) in self._ids and time.monotonic() >= self._deaf_until:
+            self._heard = True
+            self._called.set()
 
     async def _serve(self, conn: Connection, stop: asyncio.Event) -> None:
         loop = asyncio.get_running_loop()
@@ -191,16 +219,26 @@ class Keeper:
             self._registered.set_result(self._id)
         else:
             self._rescue_from = loop.time() + GRACE_SECONDS
-        next_tick = loop.time()
+        listens = False
+        next_tick = next_report = loop.time()
         next_prune = loop.time() + random.uniform(0.2, 1.0) * PRUNE_SECONDS
         next_orphans = loop.time() + random.uniform(0.2, 1.0) * ORPHANS_SECONDS
         next_stir = loop.time() + random.uniform(0.2, 1.0) * STIR_SECONDS
         while not stop.is_set():
             self._tell(self._take_pulse)
             now = loop.time()
-            if now >= next_tick:
-                await self._tick(conn)
+            if self._long is not listens and not is_pooled(conn):
+                listens = self._long
+                await (conn.add_listener if listens else conn.remove_listener)(CANCELS, self._on_cancel)
+            if self._heard or now >= next_tick:
+                lost = await self._tick(conn)
+                if self._heard and not lost:
+                    self._deaf_until = time.monotonic() + DEAF_SECONDS
+                self._heard = False
                 next_tick = now + random.uniform(0.9, 1.0) * TICK_SECONDS
+            if self._runners.reports and now >= next_report:
+                next_report = now + REPORT_SECONDS
+                await self._report(conn)
             if now >= next_prune:
                 next_prune = now + random.uniform(0.5, 1.5) * PRUNE_SECONDS
                 await self._prune(conn)
@@ -232,7 +270,8 @@ class Keeper:
         # A session of ours whose end the server hasn't noticed may have it still: then the next tick tries again.
         self._locked = bool(await conn.fetchval("SELECT pg_try_advisory_lock(1852990827, $1)", id))
 
-    async def _tick(self, conn: Connection) -> None:
+    async def _tick(self, conn: Connection) -> bool:
+        """One heartbeat; whether leases were lost."""
         assert self._id is not None
         held = self._held
         row = await conn.fetchrow(
@@ -254,7 +293,7 @@ class Keeper:
             )
             self._tell(self._on_lost, held)
             self._tell(self._on_new_id, self._id)
-            return
+            return True
         if not self._locked:
             await self._lock(conn, self._id)
         if lost:
@@ -267,6 +306,17 @@ class Keeper:
         if silent and asyncio.get_running_loop().time() >= self._rescue_from:
             for worker in silent:
                 await self._rescue(conn, worker)
+        return bool(lost)
+
+    async def _report(self, conn: Connection) -> None:
+        reports = {job: p for job, p in self._runners.take_reports().items() if job.worker == self._id}
+        keys = [job.id for job in reports], [job.attempt for job in reports]
+        fractions = [p.fraction for p in reports.values()]
+        notes = [None if p.note is None else storable(p.note[:NOTE_LENGTH]) for p in reports.values()]
+        written = {row[0] for row in await conn.fetch(SQL["progress"], self._id, *keys, fractions, notes)}
+        for job, progress in reports.items():
+            if job.id not in written:  # somebody has its row locked, or it isn't ours any more
+                self._runners.unwritten(job, progress)
 
     async def _rescue(self, conn: Connection, worker: int) -> None:
         while True:

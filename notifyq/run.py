@@ -33,7 +33,7 @@ from .errors import ConfigError, LeaseLost
 from .outcome import Aside, Finish, HandBack, Later, Outcome
 from .registry import Handler, Registry
 from .store import Job
-from .task import Context, Isolation, Task, Transaction, begin_transaction
+from .task import Context, Isolation, Progress, Run, Task, Transaction, current_run
 from .transact import State, Transactions
 
 logger = logging.getLogger("notifyq.run")
@@ -43,15 +43,32 @@ FAIR_SECONDS = 0.005  # a runner whose handlers never wait lets the others have 
 
 
 class Runner:
-    """One runner's hands: the job it has, and how to take that away from it."""
+    """One runner's hands: the job it has, and how to take that away from it. A Run, to its handlers' Contexts."""
 
-    __slots__ = ("job", "scope", "stop", "task")
+    __slots__ = ("_begin", "_reports", "job", "limit", "scope", "stop", "task")
 
-    def __init__(self) -> None:
+    def __init__(self, begin: Callable[[Context, Isolation | None], Transaction], reports: dict[Job, Progress]) -> None:
+        self._begin = begin
+        self._reports = reports
         self.job: Job | None = None
         self.scope = anyio.CancelScope()
+        self.limit: anyio.CancelScope | None = None  # inside of it, of a job with a timeout
         self.stop: HandBack | None = None  # cancelled from outside: this, or nothing, is the outcome
         self.task: asyncio.Task[Any] | None = None
+
+    def begin(self, context: Context, isolation: Isolation | None) -> Transaction:
+        return self._begin(context, isolation)
+
+    def is_cancelled(self, context: Context) -> bool:
+        if self.scope.cancel_called or (self.limit is not None and self.limit.cancel_called):
+            return True
+        job = self.job  # another, for what a handler has left behind
+        return job is None or (job.id, job.attempt) != (context.id, context.attempt)
+
+    def report(self, context: Context, progress: Progress) -> None:
+        job = self.job
+        if job is not None and not self.is_cancelled(context):
+            self._reports[job] = progress
 
 
 class Runners:
@@ -83,6 +100,7 @@ class Runners:
         self._lost: set[Job] = set()  # of those held: their leases; the handlers wind up
         self._transactions = transactions
         self._states: dict[Job, State] = transactions.states if transactions else {}  # empty, if nobody begins one
+        self.reports: dict[Job, Progress] = {}  # not written yet; handlers' threads write here, and the keeper's takes
         self.held: dict[int, Job] = {}  # by id: waiting and running
         self.by_queue: Counter[str] = Counter()  # of these
         self.finished = 0  # attempts ended, ever
@@ -196,6 +214,16 @@ class Runners:
                 runner.scope.cancel()
         return True
 
+    def take_reports(self) -> dict[Job, Progress]:
+        """What handlers have told since the last time, the latest of each. For the keeper's thread: each step of it is
+        whole, whoever writes meanwhile."""
+        return dict(self.reports.popitem() for _ in range(len(self.reports)))
+
+    def unwritten(self, job: Job, progress: Progress) -> None:
+        """Once more, unless there is something newer, or nobody to be told of."""
+        if self.held.get(job.id) is job:
+            self.reports.setdefault(job, progress)
+
     def close(self) -> None:
         """Runners without a job end; call it when nothing is held."""
         self._closed = True
@@ -214,12 +242,12 @@ class Runners:
         return None
 
     def _spawn(self) -> None:
-        runner = Runner()
+        runner = Runner(self._begin, self.reports)
         self._runners.add(runner)
         assert self._group is not None
         # In an empty context, not in that of whoever fed the job.
         context = contextvars.Context()
-        context.run(begin_transaction.set, self._begin)
+        context.run(current_run.set, runner)
         context.run(self._group.start_soon, self._run, runner)
 
     async def _run(self, runner: Runner) -> None:
@@ -261,7 +289,7 @@ class Runners:
         breath = time.monotonic() + FAIR_SECONDS
         while waiting:
             runner.job = job = waiting.popleft()
-            result = await self._attempt(job)
+            result = await self._attempt(runner, job)
             if runner.stop is not None:
                 # To be handed back, and it ended by itself: that counts only if it got to its end.
                 if not (isinstance(result, Finish) and result.state == "done"):
@@ -279,7 +307,7 @@ class Runners:
                 await asyncio.sleep(0)
                 breath = time.monotonic() + FAIR_SECONDS
 
-    async def _attempt(self, job: Job) -> Outcome:
+    async def _attempt(self, runner: Runner, job: Job) -> Outcome:
         """Run one task: find its handler, decode, call, decide. Raises nothing but a cancellation of its scope."""
         handler = self._registry.get(job.type)
         if handler is None:
@@ -307,7 +335,11 @@ class Runners:
             else:
                 value = None
                 with anyio.CancelScope(deadline=anyio.current_time() + handler.timeout) as limit:
-                    value = await self._called(handler, task, context)
+                    runner.limit = limit
+                    try:
+                        value = await self._called(handler, task, context)
+                    finally:
+                        runner.limit = None
                 if limit.cancelled_caught:
                     return self._log(handler, outcome.timed_out(job, handler))
         except BaseException as error:
@@ -329,12 +361,13 @@ class Runners:
         if handler.is_async:
             return await handler.call(task, context)
         # A thread can't be cancelled, only left alone: its slot goes on, its outcome isn't waited for.
-        call = _Call(handler)
+        call = _Call(handler, current_run.get())
         try:
             value, error = await anyio.to_thread.run_sync(
                 call, task, context, abandon_on_cancel=True, limiter=self._threads
             )
         except BaseException:
+            call.left = True
             self._left.append(call)
             raise
         if error is not None:
@@ -371,6 +404,8 @@ class Runners:
     def _drop(self, job: Job) -> None:
         del self.held[job.id]
         self._lost.discard(job)
+        if self.reports:
+            self.reports.pop(job, None)
         if self._states:
             self._states.pop(job, None)
         self.by_queue[job.queue] -= 1
@@ -416,17 +451,32 @@ class Runners:
 
 
 class _Call:
-    """A plain handler's run, in a thread."""
+    """A plain handler's run, in a thread. A Run of its own: its runner goes on without it when it is left alone."""
 
-    __slots__ = ("handler", "over")
+    __slots__ = ("handler", "left", "over", "runner")
 
-    def __init__(self, handler: Handler) -> None:
+    def __init__(self, handler: Handler, runner: Run | None) -> None:
         self.handler = handler
+        self.runner = runner
+        self.left = False
         self.over = False
+
+    def begin(self, context: Context, isolation: Isolation | None) -> Transaction:
+        if self.runner is None:
+            raise ConfigError("ctx.transaction() is for handlers that a worker runs")
+        return self.runner.begin(context, isolation)
+
+    def is_cancelled(self, context: Context) -> bool:
+        return self.left
+
+    def report(self, context: Context, progress: Progress) -> None:
+        if self.runner is not None and not self.left:
+            self.runner.report(context, progress)
 
     def __call__(self, task: Task, context: Context) -> tuple[object, BaseException | None]:
         """What it returns, or raises. A future that is given a GeneratorExit to raise would throw it into our
         coroutine, where it means something else: to close; and a StopIteration it doesn't take."""
+        current_run.set(self)  # in the thread's copy of the context
         try:
             return self.handler.call(task, context), None
         except BaseException as error:

@@ -269,6 +269,12 @@ def _unreachable(url: str | None, source: str, error: BaseException) -> str:
     return f"can't connect to the database ({source}: {where}): {what}; {cure}"
 
 
+def notified_id(payload: object) -> int | None:
+    """The id that a notification tells of; None for anything else, since any role can send what it likes."""
+    text = str(payload)
+    return int(text) if len(text) <= 19 and text.isascii() and text.isdigit() else None
+
+
 async def server_version(conn: Connection) -> str:
     """Such as "18.6"."""
     return str(await conn.fetchval("SHOW server_version")).split()[0]

@@ -39,6 +39,7 @@ class SyncClient:
     """
 
     def __init__(self, app: App) -> None:
+        self._app = app
         self._registry = app.registry
         self._lock = threading.Lock()
         self._pool: tuple[int, ConnectionPool[Connection[Any]]] | None = None  # and the process it is of
@@ -95,7 +96,7 @@ class SyncClient:
         type, payload = checked(self._registry, task)
         with Explained(type):
             rows = self._fetch(conn, SQL["enqueue"], (type, payload, *args))
-        return Ref(rows[0][0])
+        return self._app.ref(rows[0][0])
 
     def enqueue_many(
         self,

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator
 from contextlib import AbstractAsyncContextManager
 from contextvars import ContextVar
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeAlias, TypeVar, overload
 
 import msgspec
 
@@ -15,10 +15,13 @@ from .errors import ConfigError
 if TYPE_CHECKING:
     import asyncpg
 
+    from .app import App
+
     Transaction: TypeAlias = AbstractAsyncContextManager["asyncpg.Connection[asyncpg.Record]"]
 else:
     Transaction = Any
 
+_Result = TypeVar("_Result")
 Isolation: TypeAlias = Literal["read_committed", "repeatable_read", "serializable"]
 
 
@@ -46,6 +49,13 @@ class Task(msgspec.Struct, tag=True, tag_field="$type"):
     timeout: ClassVar[float | None] = None
 
 
+class Progress(msgspec.Struct, frozen=True):
+    """How far a running task says it is."""
+
+    fraction: float  # 0 to 1
+    note: str | None = None
+
+
 class Context(msgspec.Struct, frozen=True):
     """What a handler may want to know of the row it runs: a parameter of this type is given it."""
 
@@ -67,25 +77,116 @@ class Context(msgspec.Struct, frozen=True):
         there is no result. Raises LeaseLost at its end, and rolls back, if the task was taken from this run; and
         ConfigError for a second block once the first one has begun to commit, or inside of it.
         """
-        begin = begin_transaction.get(None)
-        if begin is None:
+        run = current_run.get()
+        if run is None:
             raise ConfigError("ctx.transaction() is for handlers that a worker runs: it settles what that has claimed")
-        return begin(self, isolation)
+        return run.begin(self, isolation)
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether this run counts no more: the task was cancelled, its lease lost, its time is up, or the worker stops
+        now. An async handler is cancelled by then, and may want to know in a `finally`. A plain `def` in its thread
+        can't be: it should look now and then, and return. Threads that a handler starts by itself see False, unless
+        they run in a copy of its context variables.
+        """
+        run = current_run.get()
+        return run is not None and run.is_cancelled(self)
+
+    def progress(self, fraction: float, note: str | None = None) -> Awaitable[None]:
+        """Tell how far this run is, from 0 to 1, and what it does now; call it as often as you like.
+
+            await ctx.progress(0.4, "resizing")  # in a plain def: the same without await
+
+        The latest is written once a second, all of the worker's tasks in one statement, and seen by `notifyq tasks`,
+        `notifyq show` and Ref.progress; it is gone when the run ends. To await it lets others run, and is where a
+        cancellation arrives; it waits for nothing else. Of the note the first 200 characters are kept.
+
+        Raises ConfigError for what isn't a fraction, or a str.
+        """
+        if not isinstance(fraction, int | float) or not 0 <= fraction <= 1:  # a NaN fails this too
+            raise ConfigError(f"ctx.progress({fraction!r}): expected a fraction, from 0 to 1")
+        if note is not None and not isinstance(note, str):
+            raise ConfigError(f"ctx.progress(..., {note!r:.100}): expected a str as the note")
+        run = current_run.get()
+        if run is not None:
+            run.report(self, Progress(fraction, note))
+        return BREATH
+
+
+class Run(Protocol):
+    """What runs a handler, as its Context sees it."""
+
+    def begin(self, context: Context, isolation: Isolation | None) -> Transaction: ...
+    def is_cancelled(self, context: Context) -> bool: ...
+    def report(self, context: Context, progress: Progress) -> None: ...
+
+
+class Breath:
+    """Nothing to wait for, but others have the loop for a moment, and a cancellation arrives."""
+
+    def __await__(self) -> Generator[None, None, None]:
+        yield
+
+
+BREATH = Breath()
 
 
 # Set once for each of a worker's runners, which costs a task nothing, and leaves Context what it is: data.
-begin_transaction: ContextVar[Callable[[Context, Isolation | None], Transaction] | None] = ContextVar(
-    "begin_transaction", default=None
-)
+current_run: ContextVar[Run | None] = ContextVar("current_run", default=None)
 
 Call: TypeAlias = Callable[[Task, Context], Awaitable[object]]
 Middleware: TypeAlias = Callable[[Task, Context, Call], Awaitable[object]]
 
 
-class Ref(msgspec.Struct, frozen=True):
-    """An enqueued task, by its id in notifyq.all_tasks."""
+class Ref(msgspec.Struct, frozen=True, dict=True):
+    """An enqueued task, by its id in notifyq.all_tasks. One that enqueue returned, or `app.ref(id)`, can be waited for,
+    inside of `async with app.connect():`."""
 
     id: int
+
+    @overload
+    async def result(self, /, *, timeout: float | None = None) -> Any: ...
+    @overload
+    async def result(self, type: type[_Result], /, *, timeout: float | None = None) -> _Result: ...
+    @overload
+    async def result(self, type: object, /, *, timeout: float | None = None) -> Any: ...
+    async def result(self, type: object = None, /, *, timeout: float | None = None) -> Any:
+        """Wait for the task's end, however many attempts that takes, and return its result; at once, if it has ended.
+
+        type     what the result is to be, anything that msgspec can decode. Without one, it is what this app's handler
+                 is annotated to return, or plain JSON, where the app has no handler for it
+        timeout  seconds; then TimeoutError, and the task goes on
+
+        Raises TaskDead or TaskCancelled if it ended so, and NotifyqError if nobody knows of such a task: it was pruned,
+        or its transaction (conn=) isn't committed. Without a database it waits for that.
+        """
+        return await self._app.results.result(self.id, type, timeout)
+
+    def progress(self) -> AsyncIterator[Progress]:
+        """What its handler tells by ctx.progress, each new one, until the task ends.
+
+        async for step in ref.progress():
+            print(f"{step.fraction:.0%}", step.note)
+        """
+        return self._app.results.steps(self.id)
+
+    async def cancel(self) -> bool:
+        """As App.cancel."""
+        return await self._app.cancel(self.id)
+
+    @property
+    def _app(self) -> App:
+        app: App | None = getattr(self, "app", None)
+        if app is None:
+            raise ConfigError(f"Ref({self.id}) belongs to no app here; make one that does: app.ref({self.id})")
+        return app
+
+
+def ref(app: App, id: int) -> Ref:
+    """One that can be waited for. The app is no field: a Ref is compared, encoded and pickled as its id."""
+    made = Ref(id)
+    msgspec.structs.force_setattr(made, "app", app)
+    return made
 
 
 class Verdict(Exception):

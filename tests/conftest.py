@@ -135,7 +135,7 @@ def grants(role: str, schema_sql: str = schema.schema_sql()) -> list[str]:
     """The GRANTs for this role, as they stand in the comment at the end of schema.sql."""
     text = schema_sql.rpartition("-- Roles.")[2]
     lines = [line.removeprefix("--").strip().partition("  -- ")[0] for line in text.splitlines()]
-    starts = {"enqueuer": "may enqueue", "reader": "may read", "worker": "worker"}
+    starts = {"enqueuer": "may enqueue", "reader": "may read", "awaiter": "may await", "worker": "worker"}
     found: list[str] = []
     inside = False
     for line in lines:
@@ -151,7 +151,7 @@ def grants(role: str, schema_sql: str = schema.schema_sql()) -> list[str]:
 async def roles(server: Server, template: str) -> AsyncIterator[Any]:
     """A database where each role has exactly what is documented, and `roles("reader")` is a DSN for it."""
     await admin(server, f"CREATE DATABASE roles TEMPLATE {template}")
-    for role in ("enqueuer", "reader", "worker"):
+    for role in ("enqueuer", "reader", "awaiter", "worker"):
         await admin(server, f"CREATE ROLE {role} LOGIN")
         conn = await store.connect(server.dsn("roles"), role="test")
         assert len(grants(role)) >= 2
@@ -163,7 +163,7 @@ async def roles(server: Server, template: str) -> AsyncIterator[Any]:
         return server.dsn("roles").replace("://notifyq@", f"://{role}@")
 
     yield dsn
-    await admin(server, "DROP DATABASE roles WITH (FORCE)", "DROP ROLE enqueuer, reader, worker")
+    await admin(server, "DROP DATABASE roles WITH (FORCE)", "DROP ROLE enqueuer, reader, awaiter, worker")
 
 
 @pytest.fixture

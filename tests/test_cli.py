@@ -28,7 +28,7 @@ import click
 import pytest
 
 from notifyq import schema, upgrade
-from notifyq.cli import COMMANDS, database, logs, main, tasks
+from notifyq.cli import COMMANDS, database, logs, main, show, tasks
 from notifyq.cli.load import load_app
 from notifyq.cli.output import span
 from notifyq.embedded import Server
@@ -37,7 +37,7 @@ from notifyq.errors import ConfigError
 from .conftest import Sessions, admin, eventually
 
 NOWHERE = "postgresql://somebody:secret@127.0.0.1:1/nothing"
-SCHEMA_COMMANDS = ["tasks", "stats", "enqueue X", "retry 1", "cancel 1", "prune"]
+SCHEMA_COMMANDS = ["tasks", "show 1", "stats", "enqueue X", "retry 1", "cancel 1", "prune"]
 
 
 @dataclass
@@ -97,7 +97,7 @@ def test_every_flag_has_its_variable_and_help() -> None:
 
 
 def test_the_commands_of_the_contract() -> None:
-    expected = ["migrate", "worker", "enqueue", "tasks", "retry", "cancel", "prune", "queues", "queue", "stats"]
+    expected = ["migrate", "worker", "enqueue", "tasks", "show", "retry", "cancel", "prune", "queues", "queue", "stats"]
     expected += ["schema", "demo", "dev"]
     assert [command.name for command in COMMANDS] == expected
 
@@ -630,7 +630,7 @@ async def test_tasks(run: Run, dsn: str, db: Any) -> None:
     said = await run("tasks", dsn=dsn)
     assert (said.code, said.err) == (0, "")
     header, *rows = [re.split(r"  +", line.strip()) for line in said.lines]
-    assert header == ["id", "state", "when", "queue", "type", "attempts", "error"]
+    assert header == ["id", "state", "when", "queue", "type", "attempts", "says"]
     assert [row[1] for row in rows] == list(reversed(tasks.STATES))
     by_state = {row[1]: row for row in rows}
     assert by_state["scheduled"][2:] == ["in 90m", "q1", "A_SCHEDULED", "0"]
@@ -659,6 +659,7 @@ async def test_tasks_as_json(run: Run, dsn: str, db: Any) -> None:
     assert list(task) == [
         "id", "queue", "type", "state", "priority", "attempts", "max_attempts", "created_at", "run_at",
         "processing_at", "processed_at", "payload", "error", "result", "worker", "waits_for", "errors",
+        "progress", "note",
     ]  # fmt: skip
     assert task["payload"] == {"to": "a@b.c"}
     assert [error["error"][:5] for error in task["errors"]] == ["first", "no su"]
@@ -673,6 +674,53 @@ async def test_tasks_that_are_not_there(run: Run, dsn: str, db: Any) -> None:
     assert (said.code, said.out) == (0, "")
     assert "no task is of type 'A_REDY'; did you mean 'A_READY'" in said.err
     assert "no task is of queue 'q'; did you mean 'q1'?" in said.err
+
+
+async def test_tasks_and_show_say_how_far_one_is(run: Run, dsn: str, db: Any) -> None:
+    id = (await fill(db))["running"]
+    update = "UPDATE notifyq.task SET progress = 0.4, note = E'resizing\\n\\x1b[31m' WHERE id = $1"
+    await db.execute(update, id)
+    assert (await run("tasks --state running", dsn=dsn)).lines[1].endswith(" 40% resizing \\x1b[31m")
+    assert "\nprogress:      40% resizing\\n\\x1b[31m\n" in (await run(f"show {id}", dsn=dsn)).out
+
+
+async def test_show(run: Run, dsn: str, db: Any) -> None:
+    """All of one task, for people and as JSON; its errors attempt by attempt."""
+    ids = await fill(db)
+    said = await run(f"show {ids['dead']}", dsn=dsn)
+    assert (said.code, said.err) == (0, "")
+    values = dict(re.split(r": +", line, maxsplit=1) for line in said.lines if not line.startswith(("attempt ", " ")))
+    assert (values["id"], values["state"], values["type"]) == (str(ids["dead"]), "dead", "A_DEAD")
+    assert values["payload"] == '{"to": "a@b.c"}'
+    assert said.out.endswith("    no such host\n    \\x1b[31m" + "x" * 100 + "\n")
+    assert json.loads((await run(f"show {ids['dead']} --json", dsn=dsn)).out)["errors"][0] == {"error": "first"}
+    said = await run("show 12345", dsn=dsn)
+    assert (said.code, said.err) == (1, "notifyq: 12345: there is no such task; it may have been pruned\n")
+
+
+async def test_show_follows(run: Run, dsn: str, db: Any) -> None:
+    """Each change until the end, and then the whole; 1 if that isn't done."""
+    ids = await fill(db)
+    assert (await run(f"show --follow {ids['dead']}", dsn=dsn)).code == 1
+    assert (await run(f"show --follow {ids['done']}", dsn=dsn)).code == 0
+    said: list[Any] = []
+    async with anyio.create_task_group() as group:
+
+        async def follow() -> None:
+            said.append(await run(f"show --follow {ids['running']}", dsn=dsn))
+
+        group.start_soon(follow)
+        looks = (
+            "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()"
+            " AND application_name = 'notifyq cli' AND query LIKE '%to_json(t)%'"
+        )
+        await eventually(lambda: db.fetchval(looks), 1)
+        await db.execute("UPDATE notifyq.task SET progress = 0.5 WHERE id = $1", ids["running"])
+        await anyio.sleep(show.LOOK_SECONDS * 1.5)
+        assert await db.fetchval("SELECT notifyq.cancel($1)", ids["running"])
+    assert "\nrunning 50%\nid: " in said[0].out
+    assert "\nstate:         cancelled\n" in said[0].out
+    assert said[0].code == 1
 
 
 async def test_retry(run: Run, dsn: str, db: Any) -> None:

@@ -17,6 +17,7 @@ PUBLIC = {
     "App",
     "Task",
     "Context",
+    "Progress",
     "Ref",
     "Retry",
     "Cancel",
@@ -26,6 +27,9 @@ PUBLIC = {
     "ConfigError",
     "DatabaseError",
     "SchemaError",
+    "TaskFailed",
+    "TaskDead",
+    "TaskCancelled",
     "SyncClient",
     "WorkerInfo",
 }
@@ -113,13 +117,24 @@ async def use(dsn: str | None, tasks: Sequence[notifyq.Task], connection: "async
         task = SendVerificationEmail(user=User(id="1", email="a@b.c"), verification_key="k")
         ref: notifyq.Ref = await connected.enqueue(task)
         id: int = ref.id
+        word: str = await ref.result(str, timeout=5)
+        anything = await app.ref(id).result()
+        try:
+            whole: User | None = await ref.result(User | None)
+            print(whole)
+        except (notifyq.TaskDead, notifyq.TaskCancelled, TimeoutError) as failed:
+            error: str | None = failed.error if isinstance(failed, notifyq.TaskFailed) else None
+            print(error)
+        async for step in ref.progress():
+            print(word, anything, step.fraction + 1, step.note)
+        cancelled: bool = await ref.cancel() or await app.cancel(5)
         await app.enqueue(task, queue="mail", delay=60, priority=5)
         await app.enqueue(task, run_at=datetime.now(timezone.utc), max_attempts=3)
         await app.enqueue(task, conn=connection)
         ids: list[int] = await app.enqueue_many(tasks)
         async with anyio.create_task_group() as group:
             info: notifyq.WorkerInfo = await group.start(app.run_worker)
-            print(id, ids, info.bell_ms)
+            print(id, ids, info.bell_ms, cancelled)
         await app.run_worker(queues=["default", "mail:5"], concurrency=100, stop=anyio.Event())
         await app.run_worker({"mail": 5, "default": None}, drain=True)
 
@@ -169,6 +184,8 @@ MISTAKES = [
     'app.enqueue(Thumbnail(path="x"), conn="postgresql://")',
     'notifyq.SyncClient(app).enqueue(Thumbnail(path="x"), conn=app)',
     'app.run_worker(concurrency="many")',
+    'app.ref("5")',
+    'app.ref(5).result(timeout="5")',
     'notifyq.Retry(delay="5")',
     'thumbnail(5)',
     'app.middleware(bare)',

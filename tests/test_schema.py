@@ -364,11 +364,15 @@ SAMPLES = {
     "INSERT INTO notifyq.task (type, created_at) VALUES ('T', now())": {"worker"},
     "LOCK TABLE notifyq.bell IN ROW EXCLUSIVE MODE": {"enqueuer", "worker"},
     "SELECT notifyq.fall_asleep(10)": {"worker"},
-    "SELECT count(id) FROM notifyq.task": {"enqueuer", "worker"},
+    "SELECT count(id) FROM notifyq.task": {"enqueuer", "awaiter", "worker"},
+    "SELECT id FROM notifyq.task FOR NO KEY UPDATE": {"awaiter", "worker"},
+    "UPDATE notifyq.task SET awaited = true": {"awaiter", "worker"},
+    "UPDATE notifyq.task SET awaited = true RETURNING payload": {"worker"},
+    "UPDATE notifyq.task SET progress = 1": {"worker"},
     "SELECT payload FROM notifyq.task": {"worker"},
     "SELECT type FROM notifyq.task": {"worker"},
     "SELECT result FROM notifyq.finished": {"worker"},
-    "SELECT payload, errors FROM notifyq.all_tasks": {"reader", "worker"},
+    "SELECT payload, errors FROM notifyq.all_tasks": {"reader", "awaiter", "worker"},
     "SELECT * FROM notifyq.worker": {"reader", "worker"},
     "SELECT * FROM notifyq.all_queues": {"reader", "worker"},
     "SELECT * FROM notifyq.queue": {"reader", "worker"},
@@ -399,7 +403,7 @@ SAMPLES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("role", ["enqueuer", "reader", "worker"])
+@pytest.mark.parametrize("role", ["enqueuer", "reader", "awaiter", "worker"])
 async def test_what_each_role_may(as_role: Any, role: str) -> None:
     conn = await as_role(role)
     for statement, may in SAMPLES.items():

@@ -289,8 +289,9 @@ async def test_a_pooler_before_enqueuers() -> None:
         db = await migrated(server.dsn())
         bench = Bench()
         async with bench.app.connect(pooled), working(bench.app, server.dsn()):
-            await bench.app.enqueue(Note())
+            ref = await bench.app.enqueue(Note())
             await bench.ran.reach(1, 1)
+            assert await ref.result(timeout=5) is None
             await bench.app.enqueue_many([Note()] * 4500)  # several statements
             await bench.ran.reach(4501, 10)
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 import click
 
@@ -50,9 +51,14 @@ def span(seconds: float | None) -> str:
     return f"{seconds / 86400:.0f}d"
 
 
+def percent(task: Mapping[str, Any]) -> str:
+    """`40% resizing`, of a task that tells of its progress."""
+    return "" if task["progress"] is None else f"{task['progress']:.0%} {task['note'] or ''}".strip()
+
+
 def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     """Rows under their columns: with rich where a person looks and rich is there, aligned text elsewhere."""
-    cells = [[_clean(cell) for cell in row] for row in rows]
+    cells = [[plain(cell) for cell in row] for row in rows]
     if sys.stdout.isatty() and importlib.util.find_spec("rich"):
         _rich(columns, cells)
         return
@@ -87,7 +93,7 @@ def _rich(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     Console().print(shown)
 
 
-def _clean(cell: object) -> str:
+def plain(cell: object) -> str:
     """One line, and nothing in it that a terminal would obey: the database holds what strangers wrote."""
     text = "" if cell is None else str(cell)
     return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)

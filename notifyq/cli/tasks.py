@@ -18,11 +18,11 @@ from notifyq.store import SQL
 
 from .load import load_app
 from .options import did_you_mean, dsn_option, duration, moment, number, option, word
-from .output import say, span, table
+from .output import percent, say, span, table
 from .session import LONG_SECONDS, session
 
 STATES = ("scheduled", "ready", "running", "done", "dead", "cancelled")
-ERROR_LENGTH = 60
+SAYS_LENGTH = 60
 task_id = number(1, 2**63 - 1)
 
 
@@ -111,7 +111,7 @@ def _refuse(constant: str) -> None:
 def tasks(
     *, state: str | None, queue: str | None, type: str | None, limit: int, as_json: bool, dsn: str | None
 ) -> None:
-    """List tasks, finished ones too, the newest first."""
+    """List tasks, finished ones too, the newest first; with what they say: how far they are, or their last error."""
 
     async def run() -> tuple[list[tuple[str, float]], str]:
         async with session(dsn) as conn:
@@ -132,7 +132,7 @@ def tasks(
         for text, _ in rows:
             click.echo(text)
     elif rows:
-        columns = ("id", "state", "when", "queue", "type", "attempts", "error")
+        columns = ("id", "state", "when", "queue", "type", "attempts", "says")
         table(columns, [_row(json.loads(text), seconds) for text, seconds in rows])
     if not rows:
         say(f"no such tasks{guess}")
@@ -144,10 +144,10 @@ def _row(task: dict[str, object], seconds: float) -> list[object]:
     if task["waits_for"]:
         when = f"waits for {task['waits_for']}"
     attempts = "/".join(str(n) for n in (task["attempts"], task["max_attempts"]) if n is not None)
-    error = " ".join(str(task["error"] or "").split())
-    if len(error) > ERROR_LENGTH:
-        error = error[: ERROR_LENGTH - 1] + "…"
-    return [task["id"], task["state"], when, task["queue"], task["type"], attempts, error]
+    says = " ".join((percent(task) or str(task["error"] or "")).split())
+    if len(says) > SAYS_LENGTH:
+        says = says[: SAYS_LENGTH - 1] + "…"
+    return [task["id"], task["state"], when, task["queue"], task["type"], attempts, says]
 
 
 @click.command()
@@ -173,7 +173,8 @@ def retry(*, ids: tuple[int, ...], dsn: str | None) -> int:
 def cancel(*, ids: tuple[int, ...], dsn: str | None) -> int:
     """Cancel tasks that haven't ended.
 
-    The handler of a running one is cancelled within seconds, and whatever it says counts no more.
+    The handler of a running one is cancelled too, at once if it has run for a second or so, else within 1.5 s, and
+    whatever it says counts no more.
     """
     reasons = {state: f"it has ended already: {state}" for state in ("done", "dead", "cancelled")}
     return _each(ids, "SELECT notifyq.cancel($1)", "cancelled", "not cancelled", reasons, dsn)
@@ -192,7 +193,7 @@ def _each(
                 if not await conn.fetchval(statement, id):
                     state = await conn.fetchval("SELECT state FROM notifyq.all_tasks WHERE id = $1", id)
                     # It may have moved on in between.
-                    why = reasons.get(state, f"it is {state} by now; try again") if state else _NO_TASK
+                    why = reasons.get(state, f"it is {state} by now; try again") if state else NO_TASK
                 outcomes.append((id, why))
         return outcomes
 
@@ -205,7 +206,7 @@ def _each(
     return 1 if any(why for _, why in outcomes) else 0
 
 
-_NO_TASK = "there is no such task; it may have been pruned"
+NO_TASK = "there is no such task; it may have been pruned"
 
 
 @click.command()

@@ -3,7 +3,8 @@
 WITH held AS MATERIALIZED (
     SELECT t.id FROM notifyq.task t WHERE t.worker = $1 ORDER BY t.id FOR UPDATE
 ), back AS (
-    UPDATE notifyq.task t SET worker = NULL, attempts = t.attempts - 1, run_at = t.run_at
+    UPDATE notifyq.task t
+    SET worker = NULL, attempts = t.attempts - 1, run_at = t.run_at, progress = NULL, note = NULL
     WHERE t.id = ANY (ARRAY(SELECT id FROM held))
     RETURNING 1
 )

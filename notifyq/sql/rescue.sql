@@ -27,7 +27,8 @@ WITH corpse AS MATERIALIZED (
     FOR UPDATE OF t SKIP LOCKED
 ), again AS (
     UPDATE notifyq.task t
-    SET worker = NULL, run_at = t.run_at, processed_at = clock_timestamp(), errors = coalesce(t.errors, '[]') || h.error
+    SET worker = NULL, run_at = t.run_at, processed_at = clock_timestamp(), progress = NULL, note = NULL,
+        errors = coalesce(t.errors, '[]') || h.error
     FROM held h
     WHERE t.id = ANY (ARRAY[h.id]) AND NOT h.spent
     RETURNING t.id

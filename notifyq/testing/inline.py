@@ -8,11 +8,9 @@ PostgreSQL itself may refuse: a NUL in a string.
 from __future__ import annotations
 
 import copy
-import functools
-import inspect
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
-from typing import Any, Literal, Union, assert_never, cast, get_args, get_type_hints
+from typing import Any, Literal, assert_never, cast
 
 import anyio
 import asyncpg
@@ -23,9 +21,10 @@ from notifyq.enqueue import checked
 from notifyq.lifespan import within
 from notifyq.outcome import Aside, Finish, HandBack, Later, Outcome
 from notifyq.registry import Handler, Registry
+from notifyq.results import typed
 from notifyq.run import Runners
 from notifyq.store import Job
-from notifyq.task import Cancel, Dead, Retry, Task, Verdict
+from notifyq.task import Task, Verdict
 
 
 class Ran(msgspec.Struct, frozen=True, kw_only=True):
@@ -76,7 +75,7 @@ async def run_inline(
         raise raised[0]
     match outcome:
         case Finish():
-            result = None if outcome.result is None else _typed(handler, outcome.result)
+            result = None if outcome.result is None else typed(handler, outcome.result)
             return Ran(state=outcome.state, result=result, reason=_reason(outcome.error))
         case Later():
             return Ran(state="retry", reason=_reason(outcome.error), delay=outcome.delay)
@@ -136,19 +135,3 @@ async def _run(registry: Registry, job: Job) -> Outcome:
 
 def _reason(error: bytes | None) -> str | None:
     return None if error is None else msgspec.json.decode(error)["error"]
-
-
-def _typed(handler: Handler, result: bytes) -> Any:
-    """As the type that the handler says it returns; as plain JSON where it doesn't say, or it is another."""
-    inner = inspect.unwrap(handler.function)
-    while isinstance(inner, functools.partial):
-        inner = inspect.unwrap(inner.func)
-    try:
-        annotation: Any = get_type_hints(inner).get("return", Any)
-        every: tuple[Any, ...] = get_args(annotation)
-        some = tuple(choice for choice in every if choice not in (Verdict, Retry, Cancel, Dead))
-        if len(some) < len(every):
-            annotation = Union[some]  # noqa: UP007 - built at run time
-        return msgspec.json.decode(result, type=annotation)
-    except (NameError, TypeError, msgspec.ValidationError):
-        return msgspec.json.decode(result)

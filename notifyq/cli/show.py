@@ -1,0 +1,73 @@
+"""One task: show, all that is known of it; with --follow as it changes."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+import click
+
+from notifyq.errors import NotifyqError
+from notifyq.store import SQL
+
+from .options import dsn_option, option
+from .output import percent, plain
+from .session import session
+from .tasks import NO_TASK, STATES, task_id
+
+LOOK_SECONDS = 0.5
+OVER = STATES[3:]
+
+
+@click.command()
+@click.argument("id", metavar="ID", type=task_id)
+@option("--json", "as_json", is_flag=True, help="as a JSON object")
+@option("--follow", is_flag=True, help="go on until it ends, telling of each change; exit code 1 if it isn't done then")
+@dsn_option
+def show(*, id: int, as_json: bool, follow: bool, dsn: str | None) -> int:
+    """Show one task: all that is known of it, each attempt's error too."""
+
+    async def run() -> int:
+        task: dict[str, Any] = {}
+        async for text in _changes(dsn, id, follow):
+            before, task = task, json.loads(text)
+            if as_json:
+                click.echo(text)
+            elif not before or task["state"] in OVER:
+                _print(task)
+            else:
+                click.echo(f"{task['state']} {plain(percent(task))}".rstrip())
+        return 1 if follow and task["state"] != "done" else 0
+
+    return asyncio.run(run())
+
+
+async def _changes(dsn: str | None, id: int, follow: bool) -> AsyncIterator[str]:
+    async with session(dsn) as conn:
+        told = None
+        while True:
+            text: str | None = await conn.fetchval(SQL["show"], id)
+            if text is None:
+                raise NotifyqError(f"{id}: {NO_TASK}")
+            if text != told:
+                told = text
+                yield text
+            if not follow or json.loads(text)["state"] in OVER:
+                return
+            await asyncio.sleep(LOOK_SECONDS)
+
+
+def _print(task: dict[str, Any]) -> None:
+    """A line for each thing there is to know, and each attempt that failed with its traceback."""
+    hidden = {"progress": percent(task) or None, "note": None, "error": None, "errors": None}
+    for name, value in {**task, **hidden}.items():
+        if value is not None:
+            text = json.dumps(value, ensure_ascii=False) if name in ("payload", "result") else str(value)
+            click.echo(f"{name.replace('_', ' ') + ':':<15}{plain(text)}")
+    errors: list[dict[str, Any]] = task["errors"] or []
+    for error in errors:
+        click.echo(f"attempt {plain(error.get('attempt', '?'))} at {plain(error.get('at', '?'))}:")
+        for line in str(error.get("traceback") or error.get("error")).splitlines():
+            click.echo(f"    {plain(line)}")
