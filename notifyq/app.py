@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from typing import TYPE_CHECKING, Any, Self, TypeVar, Unpack
+from typing import TYPE_CHECKING, Any, Self, TypeVar, Unpack, overload
 
 import anyio
 import asyncpg
@@ -15,7 +15,7 @@ from . import enqueue, foreign, lifespan, store
 from .config import WorkerConfig, parse_queues, resolve_dsn
 from .errors import ConfigError, DatabaseError
 from .options import EnqueueOptions, Options
-from .registry import Registry
+from .registry import HandlerOptions, Registry
 from .results import Results
 from .store import Connection, explained
 from .task import Middleware, Ref, Task, ref
@@ -38,17 +38,41 @@ class App:
         self._dsn: str | None = None
         self._results: Results | None = None
 
-    def handler(self, function: _Handler) -> _Handler:
+    @overload
+    def handler(self, function: _Handler, /) -> _Handler: ...
+    @overload
+    def handler(
+        self, /, *, batch: int | None = None, linger: float | None = None, middleware: bool = True
+    ) -> Callable[[_Handler], _Handler]: ...
+    def handler(
+        self,
+        function: Any = ...,
+        /,
+        *,
+        batch: int | None = None,
+        linger: float | None = None,
+        middleware: bool = True,
+    ) -> Any:
         """Register a handler, an `async def` or, to run in a thread, a plain `def`; use it as a decorator.
 
         The type of its first parameter, a subclass of Task, says what it handles; the others are given the Context
         or what the lifespan yields, by their types. What it returns is the task's result. Raises ConfigError for
         anything that can't work.
+
+        batch       run it with up to so many tasks at once: `(tasks: list[SendMail], ctxs: list[Context])`. It returns
+                    None, or a list that says of each task what a handler of one would have returned, or raised
+        linger      seconds to wait after the first of a batch for more; None: 0.05
+        middleware  False: not around this one; a batch handler can't have any
         """
         caller = inspect.currentframe()
-        scope = caller.f_back.f_locals if caller is not None and caller.f_back is not None else {}
-        self.registry.add(function, scope)
-        return function
+        caller = caller.f_back if caller is not None else None
+        options = HandlerOptions.checked(batch, linger, middleware)
+
+        def register(function: _Handler) -> _Handler:
+            self.registry.add(function, caller.f_locals if caller is not None else {}, options)
+            return function
+
+        return register if function is ... else register(function)
 
     def middleware(self, function: _Middleware) -> _Middleware:
         """Put `async def f(task, ctx, call)` around each handler; use it as a decorator. The first is the outermost.

@@ -282,6 +282,7 @@ class Claimer:
             rooms, room = self._rooms(clock())
             if room and await self._claim(conn, worker, rooms, room, front=not self._backlog):
                 continue
+            self._runners.hurry()
             if room and not self._runners.held and not self.unsettled():
                 # Only now, as a handler's last words may have been to enqueue something.
                 due = await self._due(conn, worker)

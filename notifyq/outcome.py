@@ -3,6 +3,7 @@
 what happened                                    outcome
 the handler returned                             Finish done
 it raised, timed out, asked for Retry            Later; after the last attempt Finish dead
+its batch handler returned no list that fits     the same
 it raised or returned Dead, Cancel               Finish dead, Finish cancelled
 the payload doesn't fit, the result isn't JSON   Finish dead: another run would end the same
 nobody here knows the type                       Aside
@@ -94,7 +95,12 @@ def raised(job: Job, handler: Handler, error: BaseException) -> Outcome:
 
 def timed_out(job: Job, handler: Handler) -> Outcome:
     """Of a handler that was cancelled at its timeout."""
-    return _again(job, handler, encode_error(job.attempt, f"timed out after {handler.timeout:g} s"))
+    return failed(job, handler, f"timed out after {handler.timeout:g} s")
+
+
+def failed(job: Job, handler: Handler, why: str) -> Outcome:
+    """Of an attempt that failed for a reason that is no exception."""
+    return _again(job, handler, encode_error(job.attempt, why))
 
 
 def undecodable(job: Job, why: str) -> Outcome:

@@ -22,6 +22,8 @@ from .errors import ConfigError
 from .lifespan import Lifespan
 from .task import Call, Context, Middleware, Task
 
+LINGER_SECONDS = 0.05
+
 
 class Need(NamedTuple):
     """A parameter of a handler beside the task, and what it is given."""
@@ -32,15 +34,36 @@ class Need(NamedTuple):
     keyword: bool
 
 
+class HandlerOptions(NamedTuple):
+    """What @app.handler(...) says."""
+
+    batch: int | None = None  # the most tasks of a call; None: it is called with one
+    linger: float = 0.0  # seconds
+    middleware: bool = True
+
+    @classmethod
+    def checked(cls, batch: object, linger: object, middleware: bool) -> HandlerOptions:
+        """Raises ConfigError for what can't be."""
+        if batch is not None and (not isinstance(batch, int) or isinstance(batch, bool) or not 1 <= batch <= 10_000):
+            raise ConfigError(f"@app.handler(batch={batch!r}): expected 1 to 10000 tasks")
+        if linger is not None and not (_seconds(linger) and 0 <= cast("float", linger) <= 3600):
+            raise ConfigError(f"@app.handler(linger={linger!r}): expected seconds, 0 to 3600")
+        if linger is not None and batch is None:
+            raise ConfigError("@app.handler(linger=...) says how long to gather a batch; expected batch= beside it")
+        return cls(batch, LINGER_SECONDS if linger is None else cast("float", linger), middleware)
+
+
 class Handler:
     """One registered handler: how to decode its task, how to call it, and its type's settings."""
 
     __slots__ = (
-        "around", "backoff", "decode", "function", "is_async", "max_attempts", "name", "needs", "task", "timeout",
-        "type", "wants_context",
+        "around", "backoff", "batch", "decode", "function", "is_async", "linger", "max_attempts", "middleware", "name",
+        "needs", "task", "timeout", "type", "wants_context",
     )  # fmt: skip
 
-    def __init__(self, function: Callable[..., Any], task: type[Task], needs: Sequence[Need]) -> None:
+    def __init__(
+        self, function: Callable[..., Any], task: type[Task], needs: Sequence[Need], options: HandlerOptions
+    ) -> None:
         self.function = function
         self.name = _name(function)
         self.task = task
@@ -53,14 +76,22 @@ class Handler:
         self.backoff = task.backoff
         self.timeout = task.timeout
         self.around: Middleware | None = None
+        self.batch, self.linger, self.middleware = options
 
-    def call(self, task: Task, context: Context) -> Any:
+    def call(self, task: Any, context: Any) -> Any:
+        """With a task and its context; a batch handler, with lists of both."""
         return self.function(task, context) if self.wants_context else self.function(task)
 
     def bound(self, given: Sequence[object] | None, around: Middleware | None) -> Handler:
-        """The same, called through `around`, with what it needs of `given`. Raises ConfigError if that isn't there."""
+        """The same, called through `around`, with what it needs of `given`. Raises ConfigError if that isn't there, or
+        can't be around it."""
         handler = copy(self)
-        handler.around = around
+        handler.around = around if self.middleware else None
+        if handler.around is not None and self.batch is not None:
+            raise ConfigError(
+                f"batch handler {self.name}: this app has middleware, which goes around one task; "
+                "say that this one goes without: @app.handler(batch=..., middleware=False)"
+            )
         if any(need.type is not None for need in self.needs[self.wants_context :]):
             values = [_value(self.name, need, given) for need in self.needs]
             handler.function, handler.wants_context = _filled(self.function, self.needs, values), True
@@ -97,15 +128,18 @@ class Registry:
             raise ConfigError(f"@app.middleware got {function!r}; expected: async def f(task, ctx, call) -> object")
         self._middleware.append(function)
 
-    def add(self, function: Callable[..., Any], scope: Mapping[str, Any]) -> None:
+    def add(
+        self, function: Callable[..., Any], scope: Mapping[str, Any], options: HandlerOptions | None = None
+    ) -> None:
         """Register a handler; `scope` is where names of a postponed annotation may be local.
 
         Raises ConfigError for a handler without a task type, a second one for a type, or a type with settings
         that can't be.
         """
-        task, needs = _signature(function, scope)
+        options = options or HandlerOptions()
+        task, needs = _signature(function, scope, options.batch is not None)
         _check_task(task)
-        handler = Handler(function, task, needs)
+        handler = Handler(function, task, needs, options)
         other = self._handlers.get(handler.type)
         if other is not None and other.task is task:
             raise ConfigError(
@@ -120,6 +154,10 @@ class Registry:
 
     def get(self, type: str) -> Handler | None:
         return self._handlers.get(type)
+
+    @property
+    def handlers(self) -> list[Handler]:
+        return list(self._handlers.values())
 
     @property
     def types(self) -> list[str]:
@@ -149,9 +187,11 @@ class Registry:
             raise ConfigError(f"the payload doesn't fit {type}: {error}") from error
 
 
-def _signature(function: Callable[..., Any], scope: Mapping[str, Any]) -> tuple[type[Task], list[Need]]:
+def _signature(function: Callable[..., Any], scope: Mapping[str, Any], batch: bool) -> tuple[type[Task], list[Need]]:
     name = _name(function)
     example = "async def send(task: SendMail) -> None, or with (task: SendMail, ctx: notifyq.Context)"
+    if batch:
+        example = "async def send(tasks: list[SendMail], ctxs: list[notifyq.Context]) -> None"
     if not callable(function) or isinstance(function, type):
         raise ConfigError(f"@app.handler got {function!r}; expected a function: {example}")
     parameters = list(inspect.signature(function).parameters.values())
@@ -169,6 +209,17 @@ def _signature(function: Callable[..., Any], scope: Mapping[str, Any]) -> tuple[
             f"handler {name}: the type {annotation!r} of its first parameter can't be looked up ({error}); "
             "import it at run time, not under TYPE_CHECKING"
         ) from error
+    item: Any = _looked_up(_item(annotation), globals, scope)
+    if batch and item is None:
+        raise ConfigError(
+            f"handler {name}: its first parameter is a {annotation!r}; with batch= it is a list: {example}"
+        )
+    if not batch and isinstance(item, type) and issubclass(item, Task):
+        raise ConfigError(
+            f"handler {name}: its first parameter is a {annotation!r}, which a batch handler has: "
+            "@app.handler(batch=100)"
+        )
+    annotation = cast("Any", item if batch else annotation)
     if not (isinstance(annotation, type) and issubclass(annotation, Task)) or annotation is Task:
         raise ConfigError(
             f"handler {name}: its first parameter is a {annotation!r}, expected a subclass of notifyq.Task"
@@ -177,15 +228,18 @@ def _signature(function: Callable[..., Any], scope: Mapping[str, Any]) -> tuple[
     needs: list[Need] = []
     for index, p in enumerate(rest):
         second = index == 0 and p.kind is not Parameter.KEYWORD_ONLY
-        needed = _needed(f"handler {name}: its parameter {p.name!r}", p, second, globals, scope)
+        needed = _needed(f"handler {name}: its parameter {p.name!r}", p, second, batch, globals, scope)
         needs.append(Need(p.name, needed, p.default, p.kind is Parameter.KEYWORD_ONLY))
     return annotation, needs
 
 
-def _needed(whose: str, p: Parameter, second: bool, globals: dict[str, Any], scope: Mapping[str, Any]) -> Any:
+def _needed(
+    whose: str, p: Parameter, second: bool, batch: bool, globals: dict[str, Any], scope: Mapping[str, Any]
+) -> Any:
     """The type of what it is given, as Need has it. Raises ConfigError for one that nothing can be given to."""
     required = p.default is Parameter.empty
-    expected = "expected notifyq.Context, or a class of which the app's lifespan yields an instance"
+    context = "list[notifyq.Context]" if batch else "notifyq.Context"
+    expected = f"expected {context}, or a class of which the app's lifespan yields an instance"
     try:
         annotation = _looked_up(p.annotation, globals, scope)
     except Exception as error:  # it may exist for type checkers alone, where that is enough
@@ -193,13 +247,17 @@ def _needed(whose: str, p: Parameter, second: bool, globals: dict[str, Any], sco
             return Context
         if not required:
             return None
-        if second and p.name.strip("_") in ("ctx", "context"):
+        if second and p.name.strip("_") in ("ctx", "context", "ctxs", "contexts"):
             return Context
         raise ConfigError(
             f"{whose}: the type {p.annotation!r} can't be looked up ({error}); import it at run time, "
             "not under TYPE_CHECKING"
         ) from error
+    if batch and _looked_up(_item(annotation), globals, scope) is Context:
+        return Context
     choices = [choice for choice in _choices(annotation) if choice is not type(None)]
+    if batch and Context in choices:
+        raise ConfigError(f"{whose} is a {p.annotation!r}; {expected}")
     classes: list[type] = [choice for choice in choices if isinstance(choice, type)]
     maybe = not classes or not {*classes}.isdisjoint(Context.__mro__)
     if Context in choices or (required and second and maybe):
@@ -211,6 +269,14 @@ def _needed(whose: str, p: Parameter, second: bool, globals: dict[str, Any], sco
     if p.annotation is Parameter.empty:
         raise ConfigError(f"{whose} has no type, which would say what it is given; {expected}")
     raise ConfigError(f"{whose} is a {p.annotation!r}; {expected}")
+
+
+def _item(annotation: Any) -> Any:
+    """X of list[X], or of Sequence[X] and what else a list is; else None."""
+    if get_origin(annotation) is Annotated:
+        annotation = get_args(annotation)[0]
+    origin, items = get_origin(annotation), get_args(annotation)
+    return items[0] if isinstance(origin, type) and issubclass(list, origin) and len(items) == 1 else None
 
 
 def _choices(annotation: Any) -> tuple[Any, ...]:

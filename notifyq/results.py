@@ -22,7 +22,7 @@ import logging
 import random
 from collections.abc import AsyncGenerator, Generator, Iterable, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple, Union, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 import anyio
 import asyncpg
@@ -30,7 +30,7 @@ import msgspec
 
 from .errors import ConfigError, DatabaseError, NotifyqError, SchemaError, TaskCancelled, TaskDead
 from .store import SQL, TRANSIENT, UNREADABLE, Connection, connect_worker, is_pooled, notified_id
-from .task import Cancel, Dead, Progress, Retry, Verdict
+from .task import Progress
 
 if TYPE_CHECKING:
     from .registry import Handler, Registry
@@ -292,6 +292,11 @@ def _hopeless(error: BaseException) -> tuple[type[NotifyqError], str] | None:
     return NotifyqError, f"a bug in notifyq: {type(error).__name__}: {error}"
 
 
+def _is_error(choice: Any) -> bool:
+    """As Retry is, which isn't the result."""
+    return isinstance(choice, type) and issubclass(choice, BaseException)
+
+
 def typed(handler: Handler, result: bytes) -> Any:
     """As the type that the handler says it returns; as plain JSON where it doesn't say, or it is another."""
     inner = inspect.unwrap(handler.function)
@@ -299,8 +304,11 @@ def typed(handler: Handler, result: bytes) -> Any:
         inner = inspect.unwrap(inner.func)
     try:
         annotation: Any = get_type_hints(inner).get("return", Any)
+        if handler.batch is not None:
+            lists = [choice for choice in (annotation, *get_args(annotation)) if get_origin(choice) in (list, tuple)]
+            annotation = get_args(lists[0])[0] if lists else Any
         every: tuple[Any, ...] = get_args(annotation)
-        some = tuple(choice for choice in every if choice not in (Verdict, Retry, Cancel, Dead))
+        some = tuple(choice for choice in every if not _is_error(choice))
         if len(some) < len(every):
             annotation = Union[some]  # noqa: UP007 - built at run time
         return msgspec.json.decode(result, type=annotation)

@@ -19,8 +19,8 @@ import logging
 import math
 import time
 from collections import Counter, deque
-from collections.abc import Awaitable, Callable, Sequence
-from typing import Any
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from typing import Any, TypeVar
 
 import anyio
 import anyio.to_thread
@@ -28,6 +28,7 @@ import msgspec
 from anyio.abc import TaskGroup
 
 from . import outcome
+from .batch import Batches
 from .codec import PAYLOAD_LIMIT, describe
 from .errors import ConfigError, LeaseLost
 from .outcome import Aside, Finish, HandBack, Later, Outcome
@@ -37,6 +38,8 @@ from .task import Context, Isolation, Progress, Run, Task, Transaction, current_
 from .transact import State, Transactions
 
 logger = logging.getLogger("notifyq.run")
+
+T = TypeVar("T")
 
 CANCEL_SECONDS = 2.0  # for a handler to end that was cancelled
 FAIR_SECONDS = 0.005  # a runner whose handlers never wait lets the others have the loop after so long
@@ -99,8 +102,9 @@ class Runners:
         self._behind: dict[int, Job] = {}  # next attempts of tasks that are held
         self._lost: set[Job] = set()  # of those held: their leases; the handlers wind up
         self._transactions = transactions
-        self._states: dict[Job, State] = transactions.states if transactions else {}  # empty, if nobody begins one
         self.reports: dict[Job, Progress] = {}  # not written yet; handlers' threads write here, and the keeper's takes
+        self._batches = Batches(concurrency, self._call, self._start, self._lost, self.reports)
+        self._states: dict[Job, State] = transactions.states if transactions else {}  # empty, if nobody begins one
         self.held: dict[int, Job] = {}  # by id: waiting and running
         self.by_queue: Counter[str] = Counter()  # of these
         self.finished = 0  # attempts ended, ever
@@ -192,6 +196,15 @@ class Runners:
             self._settle(HandBack(self._behind.popitem()[1]))
         while self._waiting:
             self._end(HandBack(self._waiting.popleft()))
+        for runner in self._runners:
+            if (job := runner.job) is not None and self._batches.give_up(job):
+                runner.job = None
+                runner.scope.cancel()
+                self._end(HandBack(job))
+
+    def hurry(self) -> None:
+        """Nothing more will come for now: batches needn't wait for it."""
+        self._batches.hurry()
 
     def hand_back_running(self) -> None:
         """Cancel every handler, and hand its job back."""
@@ -239,16 +252,19 @@ class Runners:
             if runner.task is task and (job := runner.job) is not None:
                 handler = self._registry.get(job.type)
                 return f"{handler.name if handler else job.type} (task {job.id})"
-        return None
+        return self._batches.whose(task)
 
     def _spawn(self) -> None:
         runner = Runner(self._begin, self.reports)
         self._runners.add(runner)
+        self._start(runner, self._run, runner)
+
+    def _start(self, run: Run, function: Callable[[T], Coroutine[Any, Any, None]], argument: T) -> None:
+        """In an empty context, not in that of whoever fed the job."""
         assert self._group is not None
-        # In an empty context, not in that of whoever fed the job.
         context = contextvars.Context()
-        context.run(current_run.set, runner)
-        context.run(self._group.start_soon, self._run, runner)
+        context.run(current_run.set, run)
+        context.run(self._group.start_soon, function, argument)
 
     async def _run(self, runner: Runner) -> None:
         runner.task = me = asyncio.current_task()
@@ -329,6 +345,8 @@ class Runners:
             priority=job.priority,
             created_at=job.created_at,
         )
+        if handler.batch is not None:
+            return self._log(handler, await self._batches.join(handler, job, task, context))
         try:
             if handler.timeout is None:
                 value = await self._called(handler, task, context)
@@ -357,7 +375,7 @@ class Runners:
             return self._call(handler, task, context)
         return handler.around(task, context, functools.partial(self._call, handler))
 
-    async def _call(self, handler: Handler, task: Task, context: Context) -> object:
+    async def _call(self, handler: Handler, task: Any, context: Any) -> object:
         if handler.is_async:
             return await handler.call(task, context)
         # A thread can't be cancelled, only left alone: its slot goes on, its outcome isn't waited for.
@@ -467,7 +485,7 @@ class _Call:
         return self.runner.begin(context, isolation)
 
     def is_cancelled(self, context: Context) -> bool:
-        return self.left
+        return self.left or (self.runner is not None and self.runner.is_cancelled(context))
 
     def report(self, context: Context, progress: Progress) -> None:
         if self.runner is not None and not self.left:

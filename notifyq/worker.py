@@ -24,6 +24,7 @@ import msgspec
 from anyio.abc import TaskStatus
 
 from . import schema
+from .batch import tell_clipped
 from .claim import Claimer
 from .config import WorkerConfig
 from .errors import only
@@ -110,6 +111,7 @@ class Worker:
         )  # fmt: skip
         try:
             self._id = await keeper.start()
+            tell_clipped(self._registry, self._config.concurrency)
             async with anyio.create_task_group() as group:
                 group.start_soon(self._runners.run, name="notifyq run")
                 group.start_soon(self._settler.run, self._back_off, self._well, name="notifyq settle")

@@ -61,9 +61,9 @@ def app() -> notifyq.App:
 def example(name: str) -> dict[str, Any]:
     """The example of a page of docs/, run."""
     text = (Path(__file__).parent.parent / "docs" / name).read_text()
-    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     space: dict[str, Any] = {"__name__": name}
-    exec(compile(code, name, "exec", dont_inherit=True), space)
+    for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        exec(compile(code, name, "exec", dont_inherit=True), space)
     return space
 
 
@@ -439,6 +439,17 @@ async def test_the_example_of_handlers(dsn: str, capsys: pytest.CaptureFixture[s
     sent, timed, closed = capsys.readouterr().out.splitlines()
     assert (sent, closed) == ("sent to a@b.c", "closed")
     assert re.fullmatch(r"SendMail 1 took 0\.\d\d\d s", timed)
+
+
+async def test_the_example_of_batches(dsn: str, db: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    space = example("handlers.md")
+    app: notifyq.App = space["app"]
+    async with app.connect(dsn):
+        await app.enqueue_many([space["Index"](document=n, text="x" * (n % 2)) for n in range(4)], max_attempts=1)
+        await app.run_worker(drain=True)
+    assert capsys.readouterr().out.splitlines()[0] == "indexing 4"
+    rows = await db.fetch("SELECT coalesce(result #>> '{}', error) FROM notifyq.all_tasks ORDER BY id")
+    assert [row[0] for row in rows] == ["ValueError: no text", "document 1", "ValueError: no text", "document 3"]
 
 
 async def test_the_example_of_transactions(dsn: str, db: Any, capsys: pytest.CaptureFixture[str]) -> None:

@@ -64,6 +64,10 @@ class Thumbnail(notifyq.Task):
     width: int = 200
 
 
+class Other(notifyq.Task):
+    pass
+
+
 app = notifyq.App()
 
 
@@ -77,6 +81,20 @@ async def send_verification_email(task: SendVerificationEmail, ctx: notifyq.Cont
 @app.handler
 def thumbnail(task: Thumbnail) -> dict[str, int] | notifyq.Retry:
     return {"width": task.width} if task.width else notifyq.Retry(delay=5.0, reason="later")
+
+
+class Part(notifyq.Task):
+    n: int
+
+
+@app.handler(batch=100, linger=0.05, middleware=False)
+async def parts(tasks: list[Part], ctxs: list[notifyq.Context]) -> list[int | notifyq.Retry | ValueError]:
+    return [task.n if ctx.attempt else ValueError("odd") for task, ctx in zip(tasks, ctxs)]
+
+
+@app.handler(batch=10, middleware=False)
+def others(tasks: list["Other"]) -> None:
+    print(len(tasks))
 
 
 class Pool:
@@ -153,6 +171,8 @@ def blocking(connection: psycopg.Connection) -> None:
 async def tested(dsn: str, connection: "asyncpg.Connection[asyncpg.Record]") -> None:
     ran: Ran = await run_inline(app, Thumbnail(path="x"), attempt=2, raises=True)
     assert ran.state == "done", ran.reason
+    every: list[Ran] = await run_inline(app, [Part(1), Part(2)])
+    print(every, await parts([Part(1)], []))
     async with app.connect(dsn):
         assert await drain(app, with_scheduled=True) == Drained(done=1)
         due: int = await advance(app, 60)
@@ -194,6 +214,9 @@ MISTAKES = [
     'notifyq.Missing',
     'assert_enqueued(app, Thumbnail(path="x"))',
     'run_inline(app, Thumbnail)',
+    'app.handler(batch="many")',
+    'app.handler(thumbnail, batch=5)',
+    'parts(Part(1), [])',
 ]  # fmt: skip
 
 
@@ -266,4 +289,4 @@ def test_pyright_strict_from_outside(folder: Path) -> None:
 def test_the_example_runs() -> None:
     space: dict[str, Any] = {"__name__": "example"}
     exec(compile(EXAMPLE, "example.py", "exec", dont_inherit=True), space)
-    assert space["app"].registry.types == ["SEND_VERIFICATION_EMAIL", "Thumbnail", "Transfer"]
+    assert space["app"].registry.types == ["Other", "Part", "SEND_VERIFICATION_EMAIL", "Thumbnail", "Transfer"]

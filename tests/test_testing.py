@@ -218,7 +218,7 @@ async def test_inline_takes_what_enqueue_takes() -> None:
     with pytest.raises(ConfigError, match="no handler takes type 'Unhandled'"):
         await run_inline(app, Unhandled())
     with pytest.raises(ConfigError, match="expected an instance"):
-        await run_inline(app, Mail)  # type: ignore[arg-type]
+        await run_inline(app, Mail)  # type: ignore[call-overload]
 
     class Impostor(notifyq.Task, tag="MAIL"):
         pass

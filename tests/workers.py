@@ -49,6 +49,12 @@ class Die(notifyq.Task):
     max_attempts = 2
 
 
+class Part(notifyq.Task):
+    """Runs in a batch, for as long as the longest of it."""
+
+    seconds: float = 3600
+
+
 class Book(notifyq.Task):
     backoff = 0.01
 
@@ -79,6 +85,13 @@ async def book(task: Book, ctx: notifyq.Context) -> None:
         await anyio.sleep(random.uniform(0, 0.02))
     say("booked", id=ctx.id)
     await anyio.sleep(random.uniform(0, 0.02))
+
+
+@app.handler(batch=20, linger=0.02)
+async def parts(tasks: list[Part], ctxs: list[notifyq.Context]) -> None:
+    say("batch", ids=[ctx.id for ctx in ctxs], attempts=[ctx.attempt for ctx in ctxs])
+    await anyio.sleep(max(task.seconds for task in tasks))
+    say("ended", ids=[ctx.id for ctx in ctxs])
 
 
 @app.handler

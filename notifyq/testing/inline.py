@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
-from typing import Any, Literal, assert_never, cast
+from typing import Any, Literal, assert_never, cast, overload
 
 import anyio
 import asyncpg
@@ -18,6 +18,7 @@ import msgspec
 
 from notifyq.app import App
 from notifyq.enqueue import checked
+from notifyq.errors import ConfigError
 from notifyq.lifespan import within
 from notifyq.outcome import Aside, Finish, HandBack, Later, Outcome
 from notifyq.registry import Handler, Registry
@@ -36,6 +37,7 @@ class Ran(msgspec.Struct, frozen=True, kw_only=True):
     delay: float | None = None  # of a retry: seconds until then
 
 
+@overload
 async def run_inline(
     app: App,
     task: Task,
@@ -47,32 +49,76 @@ async def run_inline(
     id: int = 1,
     created_at: datetime | None = None,
     raises: bool = False,
-) -> Ran:
-    """Run `task` with its handler, here, and return what came of it.
+) -> Ran: ...
+@overload
+async def run_inline(
+    app: App,
+    task: Sequence[Task],
+    *,
+    attempt: int = 1,
+    max_attempts: int | None = None,
+    queue: str = "default",
+    priority: int = 0,
+    id: int = 1,
+    created_at: datetime | None = None,
+    raises: bool = False,
+) -> list[Ran]: ...
+async def run_inline(
+    app: App,
+    task: Task | Sequence[Task],
+    *,
+    attempt: int = 1,
+    max_attempts: int | None = None,
+    queue: str = "default",
+    priority: int = 0,
+    id: int = 1,
+    created_at: datetime | None = None,
+    raises: bool = False,
+) -> Ran | list[Ran]:
+    """Run `task` with its handler, here, and return what came of it; of a list of tasks of one type, of each.
+
+    A batch handler runs once with all of the list, as far as its `batch` allows, or with the one task.
 
     raises  True: what the handler raises, but for Retry, Cancel and Dead, is raised here
-    else    what the handler's Context says; max_attempts None: what its type says, created_at None: now
+    else    what the handler's Context says, of the first; the others have the ids after it. max_attempts None: what its
+            type says, created_at None: now
 
     It runs through the app's middleware, inside of its lifespan. Raises ConfigError for a task that `enqueue` would
     refuse, or that no handler takes.
     """
-    type, payload = checked(app.registry, task)
-    app.registry.check(type, payload.encode())
+    tasks = [task] if isinstance(task, Task) else task
+    if not isinstance(tasks, list | tuple) or not tasks:
+        tasks = [cast("Task", task)]  # which is none, and `checked` says so
+    rows = [checked(app.registry, one) for one in tasks]
+    type = rows[0][0]
+    if others := {name for name, _ in rows} - {type}:
+        raise ConfigError(f"run_inline got tasks of types {type} and {', '.join(sorted(others))}; expected one type")
+    jobs: list[Job] = []
+    for number, (_, payload) in enumerate(rows, id):
+        app.registry.check(type, payload.encode())
+        at = created_at or datetime.now(UTC)
+        row = (number, attempt, type, queue, priority, max_attempts, at, payload.encode(), False)
+        jobs.append(Job(0, cast("asyncpg.Record", row)))
     handler = app.registry.get(type)
     assert handler is not None
-    row = (id, attempt, type, queue, priority, max_attempts, created_at or datetime.now(UTC), payload.encode(), False)
     raised: list[BaseException] = []
     outcomes: list[Outcome] = []
 
     async def run(given: Sequence[object] | None) -> None:
         bound = app.registry.bound(given).get(type)
         assert bound is not None
-        outcomes.append(await _run(_Only(bound, raised), Job(0, cast("asyncpg.Record", row))))
+        many = bound.batch or len(jobs)
+        for first in range(0, len(jobs), many):
+            outcomes.extend(await _run(_Only(bound, raised), jobs[first : first + many]))
 
     await within(app.registry.lifespan, run)
-    (outcome,) = outcomes
     if raises and raised and not isinstance(raised[0], Verdict):
         raise raised[0]
+    ran = [_ran(handler, outcome) for outcome in outcomes]
+    return ran[0] if isinstance(task, Task) else ran
+
+
+def _ran(handler: Handler, outcome: Outcome) -> Ran:
     match outcome:
         case Finish():
             result = None if outcome.result is None else typed(handler, outcome.result)
@@ -115,22 +161,24 @@ def _noting(handler: Handler, raised: list[BaseException]) -> Callable[..., Any]
     return waits if handler.is_async else blocks
 
 
-async def _run(registry: Registry, job: Job) -> Outcome:
-    outcomes: list[Outcome] = []
+async def _run(registry: Registry, jobs: Sequence[Job]) -> list[Outcome]:
+    outcomes: dict[Job, Outcome] = {}
     settled = anyio.Event()
 
     def settle(outcome: Outcome) -> None:
-        outcomes.append(outcome)
-        settled.set()
+        outcomes[outcome.job] = outcome
+        if len(outcomes) == len(jobs):
+            settled.set()
 
-    runners = Runners(registry, 1, settle, lambda: None)
+    # As many runners as jobs: a batch knows that no more will come.
+    runners = Runners(registry, len(jobs), settle, lambda: None)
     async with anyio.create_task_group() as group:
         group.start_soon(runners.run)
         await runners.ready.wait()
-        runners.feed([job])
+        runners.feed(jobs)
         await settled.wait()
         runners.close()
-    return outcomes[0]
+    return [outcomes[job] for job in jobs]
 
 
 def _reason(error: bytes | None) -> str | None:
