@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import signal
 import threading
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from datetime import UTC, datetime
+from types import SimpleNamespace
 from typing import Any
 
 import anyio
@@ -314,6 +316,22 @@ async def test_no_transaction(db: Any, dsn: str) -> None:
     assert "ConfigError: ctx.transaction() settles one task" in (await errors(db, ref.id))[0]["error"]
 
 
+async def test_progress(db: Any, dsn: str) -> None:
+    app, go_on = notifyq.App(), anyio.Event()
+
+    @app.handler(batch=2, linger=120)
+    async def items(tasks: list[Item], ctxs: list[Context]) -> None:
+        for n, ctx in enumerate(ctxs):
+            await ctx.progress(n / 2, f"number {n}")
+        await go_on.wait()
+
+    async with app.connect(dsn), working(app, dsn):
+        await app.enqueue_many([Item(), Item()])
+        query = "SELECT array_agg(note || ' ' || progress ORDER BY id) FROM notifyq.all_tasks"
+        await eventually(lambda: db.fetchval(query), ["number 0 0", "number 1 0.5"])
+        go_on.set()
+
+
 async def test_a_handler_that_cancels_the_asyncio_task_it_runs_in(db: Any, dsn: str) -> None:
     app, seen = notifyq.App(), Seen()
 
@@ -438,6 +456,7 @@ async def test_a_cancel_of_one_and_then_of_all(db: Any, dsn: str, logged: Logged
         except BaseException:
             seen.add("cancelled")
             raise
+        assert [ctx.cancelled for ctx in ctxs] == [len(seen.items) == 1, False, False]
         return [ValueError("lost, and not told"), "result", "result"]
 
     async with app.connect(dsn), working(app, dsn):
@@ -482,7 +501,7 @@ async def test_a_cancel_of_one_that_is_gathered(bench: Bench, db: Any, dsn: str,
 
 async def test_all_leave_before_it_begins() -> None:
     """Between two steps of the loop. The handler, which might get far without waiting for anything, is never called."""
-    app, began = notifyq.App(), Seen()
+    app, began, numbers = notifyq.App(), Seen(), itertools.count()
     app.handler(batch=2, linger=0.01)(listed)
     handler = app.registry.get("Item")
     assert handler is not None
@@ -493,7 +512,7 @@ async def test_all_leave_before_it_begins() -> None:
     batches = Batches(2, call, lambda run, function, argument: began.add((function, argument)), set(), {})
 
     async def join() -> tuple[Any, asyncio.Task[Any]]:
-        job: Any = object()
+        job: Any = SimpleNamespace(id=next(numbers), attempt=1)
         waiting = asyncio.create_task(batches.join(handler, job, Item(), CONTEXT))
         await asyncio.sleep(0)
         return job, waiting
