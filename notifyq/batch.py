@@ -125,7 +125,7 @@ class Batch:
 
 
 class Batches:
-    """What runners gather. `start` starts a coroutine function beside them, in a Run; `lost` is whose leases are lost."""
+    """What runners gather. `start` starts a coroutine function beside them; `lost` is whose leases are lost."""
 
     def __init__(
         self,

@@ -10,7 +10,6 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from datetime import UTC, datetime
-from types import SimpleNamespace
 from typing import Any
 
 import anyio
@@ -512,7 +511,7 @@ async def test_all_leave_before_it_begins() -> None:
     batches = Batches(2, call, lambda run, function, argument: began.add((function, argument)), set(), {})
 
     async def join() -> tuple[Any, asyncio.Task[Any]]:
-        job: Any = SimpleNamespace(id=next(numbers), attempt=1)
+        job: Any = type("Claimed", (), {"id": next(numbers), "attempt": 1})()
         waiting = asyncio.create_task(batches.join(handler, job, Item(), CONTEXT))
         await asyncio.sleep(0)
         return job, waiting
