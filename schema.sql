@@ -91,7 +91,8 @@ CREATE TABLE notifyq.task (
     limit_running integer,                             --   at most so many run at once
     limit_rate    integer,                             --   and at most so many start
     limit_seconds float8,                              --   in any so many seconds
-    after         bigint[],                            -- the tasks whose ends it waits for
+    after         bigint[],                            -- the tasks whose ends it waits for, until they have come:
+    waited        bigint[],                            -- these
     on_dead       text,                                -- 'run' it or 'cancel' it (null), if one of these isn't done
     parked        text,                                -- with aside: what it waits for: limit, rate, queue, order, after,
     waits_at      text,                                -- and the key; both without aside: it is to be the next of that key
@@ -148,7 +149,8 @@ CREATE TABLE notifyq.finished (
     limit_key     text,
     limit_running integer,
     limit_rate    integer,
-    limit_seconds float8
+    limit_seconds float8,
+    after         bigint[]
 ) WITH (autovacuum_vacuum_insert_scale_factor = 0.5, vacuum_truncate = off);
 -- For pruning, each by its own age. Appended at the right edge, so an insert finds its page at once.
 CREATE INDEX finished_old ON notifyq.finished (processed_at) WHERE state <> 'dead';
@@ -200,7 +202,17 @@ CREATE TABLE notifyq.freed (
 
 -- Locks for keys, by hash. Rows and not advisory locks, which any role could take and keep.
 CREATE TABLE notifyq.gate (n smallint NOT NULL PRIMARY KEY) WITH (fillfactor = 50);
-INSERT INTO notifyq.gate (n) SELECT generate_series(0, 255);
+INSERT INTO notifyq.gate (n) SELECT generate_series(-1, 255);  -- -1 is of notifyq.released
+
+-- Who waits for whose end, of tasks with `after` that are parked.
+CREATE TABLE notifyq.dependency (
+    needs         bigint      NOT NULL,                -- of the end of this one
+    task          bigint      NOT NULL,                -- this one needs to be told
+    sure          boolean     NOT NULL,                -- and will be: the former is tracked, or was when it ended
+    PRIMARY KEY (needs, task)
+) WITH (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 500, vacuum_truncate = off);
+CREATE INDEX dependency_task ON notifyq.dependency (task);
+CREATE INDEX dependency_unsure ON notifyq.dependency (needs) WHERE NOT sure;
 
 -- Queues that somebody has paused or limited for the whole fleet.
 CREATE TABLE notifyq.queue (
@@ -263,6 +275,11 @@ DECLARE
              OPERATOR(pg_catalog.<>) (NEW.limit_running IS NULL AND NEW.limit_rate IS NULL)
             THEN 'limit_key goes with limit_running, limit_rate and limit_seconds, or both'
         WHEN NOT NEW.on_dead OPERATOR(pg_catalog.=) ANY (ARRAY['cancel', 'run']) THEN 'on_dead is not cancel or run'
+        WHEN NEW.on_dead IS NOT NULL AND NEW.after IS NULL THEN 'on_dead goes with after'
+        WHEN pg_catalog.array_position(NEW.after, NULL) IS NOT NULL THEN 'after has a NULL in it'
+        WHEN pg_catalog.cardinality(NEW.after) OPERATOR(pg_catalog.>) 10000 THEN 'after has more than 10000 ids'
+        WHEN NOT NEW.id OPERATOR(pg_catalog.>) ALL (NEW.after)
+            THEN 'after has an id that no task has yet'
         END;
 BEGIN
     IF wrong IS NOT NULL THEN
@@ -272,7 +289,7 @@ BEGIN
 END $$;
 
 CREATE TRIGGER checked BEFORE INSERT ON notifyq.task FOR EACH ROW
-    WHEN (coalesce(NEW.order_key, NEW.limit_key, NEW.on_dead) IS NOT NULL
+    WHEN (coalesce(NEW.order_key, NEW.limit_key, NEW.on_dead) IS NOT NULL OR NEW.after IS NOT NULL
           OR coalesce(NEW.limit_running, NEW.limit_rate) IS NOT NULL)
     EXECUTE FUNCTION notifyq.checked();
 
@@ -323,10 +340,10 @@ CREATE FUNCTION notifyq.cancel(id bigint) RETURNS boolean LANGUAGE sql BEGIN ATO
     ), kept AS (
         INSERT INTO notifyq.finished (id, created_at, run_at, processing_at, processed_at, priority, attempts,
                                       max_attempts, state, queue, type, worker, payload, result, errors,
-                                      order_key, limit_key, limit_running, limit_rate, limit_seconds)
+                                      order_key, limit_key, limit_running, limit_rate, limit_seconds, after)
         SELECT g.id, g.created_at, g.run_at, g.processing_at, clock_timestamp(), g.priority, g.attempts,
                g.max_attempts, 'cancelled', g.queue, g.type, w.name, g.payload, NULL, g.errors,
-               g.order_key, g.limit_key, g.limit_running, g.limit_rate, g.limit_seconds
+               g.order_key, g.limit_key, g.limit_running, g.limit_rate, g.limit_seconds, coalesce(g.after, g.waited)
         FROM gone g LEFT JOIN notifyq.worker w ON w.id = g.worker
         RETURNING 1
     ), told AS MATERIALIZED (
@@ -347,10 +364,11 @@ CREATE FUNCTION notifyq.retry(id bigint) RETURNS boolean LANGUAGE sql BEGIN ATOM
         DELETE FROM notifyq.finished f WHERE f.id = $1 AND f.state IN ('dead', 'cancelled') RETURNING f.*
     ), back AS (
         INSERT INTO notifyq.task (id, created_at, run_at, priority, max_attempts, promoted, queue, type, payload, errors,
-                                  order_key, limit_key, limit_running, limit_rate, limit_seconds)
+                                  order_key, limit_key, limit_running, limit_rate, limit_seconds, after, on_dead)
         OVERRIDING SYSTEM VALUE
         SELECT a.id, a.created_at, now(), a.priority, a.max_attempts, true, a.queue, a.type, a.payload, a.errors,
-               a.order_key, a.limit_key, a.limit_running, a.limit_rate, a.limit_seconds
+               a.order_key, a.limit_key, a.limit_running, a.limit_rate, a.limit_seconds, a.after,
+               CASE WHEN a.after IS NOT NULL THEN 'run' END
         FROM again a
         RETURNING 1
     ), due AS (
@@ -504,7 +522,8 @@ DECLARE
     limited text[];  -- queues
     keys text[];
     moment timestamptz;
-    waiting bigint[] := '{}';  -- for the ends of others: see "After"
+    waiting bigint[];  -- for the ends of others: see "After"
+    cancelled bigint[];
     judged_ids bigint[];
     judged_why text[];
     key text;
@@ -517,7 +536,7 @@ BEGIN
                                (CASE WHEN t.queue = ANY (limited) THEN 'queue:' || t.queue END)) AS v (k)
     WHERE t.id = ANY (admit.ids) AND k IS NOT NULL;
     PERFORM notifyq.lock_gates(keys);
-    -- "After": waiting := notifyq.await_tasks(...), of those of admit.ids that have `after`.
+    SELECT a.waiting, a.cancelled INTO waiting, cancelled FROM notifyq.await_tasks(admit.worker, admit.ids, admit.attempts) AS a;
     moment := clock_timestamp();
     WITH mine AS MATERIALIZED (
         SELECT t.id, t.priority, t.queue, t.order_key, t.limit_key, t.limit_running, t.limit_rate, t.limit_seconds, t.waits_at
@@ -609,7 +628,7 @@ BEGIN
     LOOP
         PERFORM notifyq.fill(key);
     END LOOP;
-    RETURN QUERY SELECT * FROM unnest(judged_ids, judged_why);
+    RETURN QUERY SELECT * FROM unnest(judged_ids, judged_why) UNION ALL SELECT c, 'cancelled' FROM unnest(cancelled) AS c;
 END $$;
 
 -- Take up to `most` rows of notifyq.freed, and fill their keys. Returns how many tasks became ready, or scheduled.
@@ -634,7 +653,7 @@ BEGIN
                       THEN 'queue:' || s.queue END)) AS v (k)
             WHERE v.k IS NOT NULL)
     INTO taken, ended, keys;
-    IF taken IS NULL THEN
+    IF taken IS NULL AND NOT EXISTS (SELECT FROM notifyq.dependency d WHERE NOT d.sure) THEN
         RETURN 0;
     END IF;
     PERFORM notifyq.lock_gates(keys);
@@ -644,7 +663,9 @@ BEGIN
     LOOP
         ready := ready + notifyq.fill(key);
     END LOOP;
-    -- "After": ready := ready + notifyq.released(ended).
+    IF EXISTS (SELECT FROM notifyq.dependency d WHERE d.needs = ANY (ended) OR NOT d.sure) THEN
+        ready := ready + notifyq.released(ended);
+    END IF;
     DELETE FROM notifyq.freed f WHERE f.n = ANY (taken);
     RETURN ready;
 END $$;
@@ -667,6 +688,170 @@ CREATE FUNCTION notifyq.stir(since text DEFAULT '', most integer DEFAULT 200) RE
     )
     SELECT max(w.waits_at) FROM waiting w HAVING count(*) = $2;
 END;
+
+-- After
+-- -----
+-- A task with `after` is judged once, when it is first claimed. What it waits for is then in one of three places:
+--
+--     live        its row gets tracked = true, so that its end leaves a row in notifyq.freed, and a row of
+--                 notifyq.dependency says who waits for it. The mark and the waiter's being parked commit together, with
+--                 the marked row locked meanwhile against its end: so no end can fall in between
+--     locked      by somebody whose transaction may stay open for an hour, or who is just ending it. Nobody waits for him:
+--                 the row of notifyq.dependency is not `sure`, and each free, and a worker's heartbeat, tries again
+--     gone        it has ended, or was never there: see notifyq.finished. What isn't known there counts as done
+--
+-- The end of one deletes its rows of dependency. Who then has none left is ready, and `after` becomes `waited`: whatever
+-- happens to those tasks from now on, a retry say, is nothing to it. One of them that is dead or was cancelled cancels who
+-- waits, and those who wait for that one in turn; unless on_dead is 'run'. What a person retries waits once more, for what
+-- lives by then, and runs whatever has become of the others.
+--
+-- An id can only be waited for when it exists, and is lower than that of who waits: so there are no circles.
+
+-- Have the ends of these told, as far as they live and nobody has locked them: those are returned, and live until the
+-- transaction's end.
+CREATE FUNCTION notifyq.track(ids bigint[]) RETURNS bigint[] LANGUAGE plpgsql SET search_path = pg_catalog AS $$
+BEGIN
+    UPDATE notifyq.task t SET tracked = true
+    WHERE t.id = ANY (ARRAY(
+        SELECT d.id FROM notifyq.task d WHERE d.id = ANY (ids) AND NOT d.tracked FOR NO KEY UPDATE SKIP LOCKED));
+    RETURN ARRAY(SELECT d.id FROM notifyq.task d WHERE d.id = ANY (ids) AND d.tracked FOR KEY SHARE SKIP LOCKED);
+END $$;
+
+-- Of tasks that this worker has just claimed, and that have `after`: who has to wait, and who was cancelled, as one that it
+-- waited for is dead. The others have waited for theirs.
+CREATE FUNCTION notifyq.await_tasks(worker integer, ids bigint[], attempts smallint[],
+                                    OUT waiting bigint[], OUT cancelled bigint[]) LANGUAGE plpgsql SET search_path = pg_catalog AS $$
+#variable_conflict use_column
+DECLARE
+    judged bigint[];
+    needed bigint[];
+    held bigint[];
+BEGIN
+    waiting := '{}';
+    cancelled := '{}';
+    SELECT array_agg(m.id) INTO judged
+    FROM (SELECT t.id
+          FROM unnest(await_tasks.ids, await_tasks.attempts) AS o (id, attempt)
+          JOIN notifyq.task t ON t.id = ANY (ARRAY[o.id])
+          WHERE t.worker IS NOT DISTINCT FROM await_tasks.worker AND t.attempts = o.attempt AND t.after IS NOT NULL
+          FOR UPDATE OF t SKIP LOCKED) AS m;
+    IF judged IS NULL THEN
+        RETURN;
+    END IF;
+    FOR n IN 1..3 LOOP
+        needed := ARRAY(
+            SELECT d.id
+            FROM (SELECT DISTINCT a.id FROM notifyq.task t CROSS JOIN unnest(t.after) AS a (id) WHERE t.id = ANY (judged)) AS a
+            JOIN notifyq.task d ON d.id = ANY (ARRAY[a.id]));
+        EXIT WHEN needed = '{}';
+        held := notifyq.track(needed);
+        EXIT WHEN cardinality(held) = cardinality(needed) OR n = 3;
+        PERFORM pg_sleep(0.003);  -- mostly somebody is just claiming it, or ending it
+    END LOOP;
+    IF needed <> '{}' THEN
+        -- Whatever is gone by now isn't waited for.
+        INSERT INTO notifyq.dependency (needs, task, sure)
+        SELECT d.id, t.id, false
+        FROM notifyq.task t
+        CROSS JOIN unnest(t.after) AS a (id)
+        JOIN notifyq.task d ON d.id = ANY (ARRAY[a.id])
+        WHERE t.id = ANY (judged)
+        ON CONFLICT DO NOTHING;
+        UPDATE notifyq.dependency d SET sure = true
+        WHERE d.needs = ANY (held) AND d.task = ANY (judged) AND NOT d.sure;
+    END IF;
+    cancelled := notifyq.forsake(ARRAY(
+        SELECT t.id FROM notifyq.task t WHERE t.id = ANY (judged) AND t.on_dead IS DISTINCT FROM 'run'));
+    waiting := ARRAY(SELECT DISTINCT d.task FROM notifyq.dependency d WHERE d.task = ANY (judged));
+    UPDATE notifyq.task t SET waited = t.after, after = NULL WHERE t.id = ANY (judged) AND t.id <> ALL (waiting);
+END $$;
+
+-- Cancel those of these tasks, whose rows are locked by now, of which one that they wait for is dead or was cancelled.
+-- Returns them.
+CREATE FUNCTION notifyq.forsake(ids bigint[]) RETURNS bigint[] LANGUAGE plpgsql SET search_path = pg_catalog AS $$
+DECLARE
+    cancelled bigint[];
+BEGIN
+    WITH bad AS MATERIALIZED (
+        SELECT DISTINCT ON (t.id) t.id, 'task ' || f.id || ' (' || f.type || '), which it was to run after, '
+                                  || CASE f.state WHEN 'dead' THEN 'is dead' ELSE 'was cancelled' END AS error
+        FROM notifyq.task t
+        CROSS JOIN unnest(t.after) AS a (id)
+        JOIN notifyq.finished f ON f.id = ANY (ARRAY[a.id])
+        WHERE t.id = ANY (ids) AND f.state <> 'done'
+        ORDER BY t.id, f.id
+    ), gone AS (
+        DELETE FROM notifyq.task t USING bad b WHERE t.id = ANY (ARRAY[b.id]) RETURNING t.*, b.error
+    ), kept AS (
+        INSERT INTO notifyq.finished (id, created_at, run_at, processing_at, processed_at, priority, attempts, max_attempts,
+                                      state, queue, type, worker, payload, result, errors,
+                                      order_key, limit_key, limit_running, limit_rate, limit_seconds, after)
+        SELECT g.id, g.created_at, g.run_at, g.processing_at, clock_timestamp(), g.priority, g.attempts - g.claims,
+               g.max_attempts, 'cancelled', g.queue, g.type, NULL, g.payload, NULL,
+               coalesce(g.errors, '[]') || jsonb_build_object('attempt', g.attempts - g.claims, 'at', clock_timestamp(),
+                                                              'error', g.error),
+               g.order_key, g.limit_key, g.limit_running, g.limit_rate, g.limit_seconds, g.after
+        FROM (SELECT g.*, (g.worker IS NOT NULL)::integer AS claims FROM gone g) AS g
+        RETURNING id
+    )
+    SELECT array_agg(k.id) INTO cancelled FROM kept k;
+    DELETE FROM notifyq.dependency d WHERE d.task = ANY (cancelled);
+    RETURN coalesce(cancelled, '{}');
+END $$;
+
+-- These have ended: have those that waited for them, and wait for nothing else, ready, or cancelled. Returns how many
+-- are ready. It looks at those too that could not be marked.
+CREATE FUNCTION notifyq.released(ended bigint[]) RETURNS integer LANGUAGE plpgsql SET search_path = pg_catalog AS $$
+DECLARE
+    needed bigint[];
+    held bigint[];
+    gone bigint[];
+    mine bigint[];
+    stuck bigint[];
+    ready integer;
+    total integer := 0;
+BEGIN
+    -- One at a time, or of two that each end one of a task's last two, neither would see that none is left. The lock
+    -- comes after those of keys, and is had by nobody else.
+    PERFORM FROM notifyq.gate g WHERE g.n = -1 FOR UPDATE;
+    LOOP
+        needed := ARRAY(
+            SELECT d.needs FROM notifyq.dependency d WHERE d.needs = ANY (ended)
+            UNION SELECT d.needs FROM notifyq.dependency d WHERE NOT d.sure);
+        EXIT WHEN needed = '{}';
+        held := notifyq.track(needed);  -- also of what has ended, and was retried before anybody came to look
+        UPDATE notifyq.dependency d SET sure = true WHERE d.needs = ANY (held) AND NOT d.sure;
+        gone := ARRAY(
+            SELECT n FROM unnest(needed) AS n WHERE NOT EXISTS (SELECT FROM notifyq.task t WHERE t.id = n));
+        UPDATE notifyq.dependency d SET sure = false
+        WHERE d.sure AND d.needs = ANY (ARRAY(
+            SELECT unnest(needed) EXCEPT SELECT unnest(held) EXCEPT SELECT unnest(gone)));
+        mine := ARRAY(
+            SELECT t.id FROM notifyq.task t
+            WHERE t.id = ANY (ARRAY(SELECT DISTINCT d.task FROM notifyq.dependency d WHERE d.needs = ANY (gone)))
+            ORDER BY t.id FOR UPDATE SKIP LOCKED);
+        stuck := ARRAY(  -- somebody has locked them: next time
+            SELECT t.id FROM notifyq.task t
+            WHERE t.id = ANY (ARRAY(SELECT DISTINCT d.task FROM notifyq.dependency d WHERE d.needs = ANY (gone)))
+            EXCEPT SELECT unnest(mine));
+        UPDATE notifyq.dependency d SET sure = false WHERE d.sure AND d.needs = ANY (gone) AND d.task = ANY (stuck);
+        ended := '{}';
+        IF EXISTS (SELECT FROM notifyq.finished f WHERE f.id = ANY (gone) AND f.state <> 'done') THEN
+            ended := notifyq.forsake(ARRAY(
+                SELECT t.id FROM notifyq.task t
+                WHERE t.id = ANY (mine) AND t.parked = 'after' AND t.worker IS NULL AND t.on_dead IS DISTINCT FROM 'run'));
+        END IF;
+        DELETE FROM notifyq.dependency d WHERE d.needs = ANY (gone) AND d.task <> ALL (stuck);
+        UPDATE notifyq.task t
+        SET waited = t.after, after = NULL, parked = NULL, aside = false, run_at = clock_timestamp(), promoted = true
+        WHERE t.id = ANY (mine) AND t.parked = 'after' AND t.worker IS NULL
+          AND NOT EXISTS (SELECT FROM notifyq.dependency d WHERE d.task = t.id);
+        GET DIAGNOSTICS ready = ROW_COUNT;
+        total := total + ready;
+        EXIT WHEN ended = '{}';
+    END LOOP;
+    RETURN total;
+END $$;
 
 -- Queues at run time
 -- ------------------
@@ -728,11 +913,12 @@ SELECT t.id, t.queue, t.type,
        t.priority, t.attempts, t.max_attempts, t.created_at, t.run_at, t.processing_at, t.processed_at, t.payload,
        t.errors -> -1 ->> 'error' AS error, NULL::jsonb AS result,
        (SELECT w.name FROM notifyq.worker w WHERE w.id = t.worker) AS worker, t.errors,
-       CASE WHEN t.aside AND t.worker IS NULL THEN t.parked END AS waits_for, t.progress, t.note, t.unique_key, t.order_key, t.limit_key
+       CASE WHEN t.aside AND t.worker IS NULL THEN t.parked END AS waits_for, t.progress, t.note, t.unique_key, t.order_key, t.limit_key,
+       coalesce(t.after, t.waited) AS after
 FROM notifyq.task t
 UNION ALL
 SELECT id, queue, type, state, priority, attempts, max_attempts, created_at, run_at, processing_at, processed_at, payload,
-       errors -> -1 ->> 'error', result, worker, errors, NULL, NULL, NULL, NULL, order_key, limit_key
+       errors -> -1 ->> 'error', result, worker, errors, NULL, NULL, NULL, NULL, order_key, limit_key, after
 FROM notifyq.finished;
 
 -- Queues: those that were paused or limited, that a worker serves, or that a task is ready or running in. `waiting` are

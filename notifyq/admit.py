@@ -22,6 +22,7 @@ class Admission:
     def __init__(self, types: Iterable[str]) -> None:
         self._types = frozenset(types)
         self._text: str | None = None
+        self.unsure = False  # the last time, some were parked for the ends of others, which may have come meanwhile
         self.paused: frozenset[str] = frozenset()
         self.limited: frozenset[str] = frozenset()
 
@@ -42,13 +43,15 @@ class Admission:
 
         What this worker has no handler for isn't asked about: it takes no place, and goes aside.
         """
+        self.unsure = False
         if not self.limited and not any(job.judged for job in jobs):
             return jobs, []
         asked = [job for job in jobs if (job.judged or job.queue in self.limited) and job.type in self._types]
         if not asked:
             return jobs, []
         rows = await conn.fetch(SQL["admit"], worker, [job.id for job in asked], [job.attempt for job in asked])
-        waits = {row[0]: row[1] for row in rows}
+        waits: dict[int, str | None] = {row[0]: row[1] for row in rows}
+        self.unsure = "after" in waits.values()
         locked = [job for job in asked if job.id not in waits]
         kept = {job.id for job in asked if waits.get(job.id, "") is not None}
         return [job for job in jobs if job.id not in kept], locked

@@ -150,16 +150,42 @@ class App:
         checked = Options.check(**options)
         return self.ref(await enqueue.one(self._via(conn), self.registry, task, checked))
 
+    @overload
     async def enqueue_many(
         self,
         tasks: Iterable[Task],
         *,
+        then: None = None,
         conn: foreign.AsyncConnection | None = None,
         **options: Unpack[EnqueueOptions],
-    ) -> list[int]:
-        """Enqueue all or none, of any types, with the same options, 2000 in a statement. Returns the ids in order."""
-        checked = Options.check(**options)
-        return await enqueue.many(self._via(conn), self.registry, tasks, checked)
+    ) -> list[int]: ...
+    @overload
+    async def enqueue_many(
+        self,
+        tasks: Iterable[Task],
+        *,
+        then: Task,
+        conn: foreign.AsyncConnection | None = None,
+        **options: Unpack[EnqueueOptions],
+    ) -> tuple[list[int], Ref]: ...
+    async def enqueue_many(
+        self,
+        tasks: Iterable[Task],
+        *,
+        then: Task | None = None,
+        conn: foreign.AsyncConnection | None = None,
+        **options: Unpack[EnqueueOptions],
+    ) -> list[int] | tuple[list[int], Ref]:
+        """Enqueue all or none, of any types, with the same options, 2000 in a statement. Returns the ids in order.
+
+        then  a task to run when all of them are done, in the same queue, with the same priority and max_attempts;
+              on_dead says what becomes of it if one isn't. Up to 10,000 tasks, and it returns their ids, and its Ref.
+        """
+        checked = Options.check(**options, then=then is not None)
+        if then is None:
+            return await enqueue.many(self._via(conn), self.registry, tasks, checked)
+        ids, last = await enqueue.group(self._via(conn), self.registry, tasks, then, checked)
+        return ids, self.ref(last)
 
     def ref(self, id: int) -> Ref:
         """Of any task, by its id, in whatever process it was enqueued: to wait for its result, say."""

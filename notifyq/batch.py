@@ -31,6 +31,7 @@ from .task import Context, Isolation, Progress, Run, Task, Transaction, Verdict
 logger = logging.getLogger("notifyq.batch")
 
 Call = Callable[[Handler, Any, Any], Awaitable[object]]  # a handler, with the tasks and their contexts
+ReadResults = Callable[[int], Awaitable[list[Any]]]  # of the tasks that this one has waited for
 
 
 class Member:
@@ -47,11 +48,12 @@ class Member:
 class Batch:
     """Tasks for one call of their handler: gathered, then run, then `over`. A Run, to its handlers' Contexts."""
 
-    __slots__ = ("_reports", "_running", "handler", "limit", "members", "over", "scope", "task", "timer")
+    __slots__ = ("_reports", "_results", "_running", "handler", "limit", "members", "over", "scope", "task", "timer")
 
-    def __init__(self, handler: Handler, reports: dict[Job, Progress]) -> None:
+    def __init__(self, handler: Handler, reports: dict[Job, Progress], results: ReadResults) -> None:
         self.handler = handler
         self._reports = reports
+        self._results = results
         self.members: dict[Job, Member] = {}
         self._running: dict[int, Job] = {}  # of these, by id, while it runs: those that haven't left
         self.over = asyncio.Event()
@@ -76,6 +78,9 @@ class Batch:
         job = self._running.get(context.id)
         if job is not None and not self.is_cancelled(context):
             self._reports[job] = progress
+
+    def results(self, context: Context) -> Awaitable[list[Any]]:
+        return self._results(context.id)
 
     def start(self) -> None:
         """Nobody joins it any more."""
@@ -134,12 +139,14 @@ class Batches:
         start: Callable[[Run, Callable[[Batch], Coroutine[Any, Any, None]], Batch], None],
         lost: set[Job],
         reports: dict[Job, Progress],
+        results: ReadResults,
     ) -> None:
         self._concurrency = concurrency
         self._call = call
         self._start = start
         self._lost = lost
         self._reports = reports
+        self._results = results
         self._gathering: dict[str, Batch] = {}  # by type
         self._gathered: dict[Job, Batch] = {}  # of all types
         self._running: set[Batch] = set()
@@ -149,7 +156,7 @@ class Batches:
         and that not before the call has ended."""
         batch = self._gathering.get(handler.type)
         if batch is None:
-            batch = self._gathering[handler.type] = Batch(handler, self._reports)
+            batch = self._gathering[handler.type] = Batch(handler, self._reports, self._results)
             batch.timer = asyncio.get_running_loop().call_later(handler.linger, self._begin, batch)
         member = batch.members[job] = Member(task, context)
         self._gathered[job] = batch

@@ -42,6 +42,7 @@ DUE_BUSY_SECONDS = 0.25  # and under a backlog, where they queue up like everybo
 PASS_SECONDS = 0.05  # not more often is the turn passed on for a queue that is full here; doubles up to 1 s
 ARMING_SHARE, ARMING_LEAST, ARMING_MOST = 0.02, 0.002, 0.05  # of the time spent arming; seconds, seconds
 AGAIN_LEAST, AGAIN_MOST = 0.002, 0.5  # until it looks again for what somebody has locked; doubles
+UNSURE_SECONDS = 0.02  # until it looks for what ended in the moment when somebody was parked to wait for it
 LAG_SECONDS = 0.005  # a loop that wakes up so late has work enough
 
 
@@ -286,7 +287,7 @@ class Claimer:
             if room and not self._runners.held and not self.unsettled():
                 # Only now, as a handler's last words may have been to enqueue something.
                 due = await self._due(conn, worker)
-                if self._freed and await self._free(conn):
+                if await self._free(conn):
                     continue
                 if not due and not await self._claim(conn, worker, rooms, room, front=True):
                     return
@@ -322,6 +323,8 @@ class Claimer:
                     self._aside |= len(more) >= min(room - len(jobs), sum(left.values()))
                     jobs += more
             fed, locked = await self._admission.admit(conn, worker, jobs)
+            if self._admission.unsure:
+                asyncio.get_running_loop().call_later(UNSURE_SECONDS, self.let_in)
         self._backlog = len(jobs) >= room
         taken: dict[str, int] = {}
         for job in jobs:

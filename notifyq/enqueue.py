@@ -15,7 +15,7 @@ import msgspec
 from .codec import encode_payload, type_name
 from .errors import ConfigError, DatabaseError, SchemaError, only
 from .foreign import Foreign
-from .options import Options
+from .options import Options, check_group
 from .registry import Registry
 from .store import SQL
 from .task import Task
@@ -67,6 +67,24 @@ async def many(
             return await _stream(conn, registry, first, rest, options)
         except BaseExceptionGroup as group:
             raise only(group) from None
+
+
+async def group(
+    via: Connection | Pool | Foreign, registry: Registry, tasks: Iterable[Task], then: Task, options: Options
+) -> tuple[list[int], int]:
+    """Insert tasks, and one that waits for all of them: all or none, in one statement."""
+    types, payloads = grouped(registry, tasks, then)
+    with Explained("(one of a group)"):
+        [row] = await via.fetch(SQL["enqueue_then"], types, payloads, *options)
+    return list(row[1] or ()), cast(int, row[0])
+
+
+def grouped(registry: Registry, tasks: Iterable[Task], then: Task) -> tuple[list[str], list[str]]:
+    """Types and payloads, `then` the last of them."""
+    rows = [checked(registry, task) for task in tasks]
+    check_group(len(rows))
+    rows.append(checked(registry, then))
+    return [type for type, _ in rows], [payload for _, payload in rows]
 
 
 async def _stream(
@@ -147,6 +165,8 @@ class Explained:
             raise DatabaseError(f"this user may not enqueue: {message}; schema.sql ends with the GRANTs") from error
         if state == "25006":
             raise DatabaseError("this server, or this transaction, is read-only; enqueue on the primary") from error
+        if state == "23514" and message.startswith("notifyq.task: "):  # schema.sql's notifyq.checked()
+            raise ConfigError(f"task {self._type}: {message.removeprefix('notifyq.task: ')}") from error
         if state.startswith("22"):
             raise ConfigError(f"task {self._type}: PostgreSQL can't store this payload: {message}") from error
 

@@ -89,8 +89,9 @@ class Options(NamedTuple):
         rate: str | None = None,
         after: Iterable[Ref | int] | None = None,
         on_dead: Literal["cancel", "run"] | None = None,
+        then: bool = False,
     ) -> Self:
-        """Raises ConfigError for what can't be."""
+        """Raises ConfigError for what can't be. then: a task follows that waits for these, so on_dead is for that."""
         check_name("queue", queue)
         if delay is not None:
             if run_at is not None:
@@ -120,7 +121,7 @@ class Options(NamedTuple):
                 "notifyq queues"
             )
         ids = None if after is None else checked_ids(after)
-        if on_dead is not None and (on_dead not in ("cancel", "run") or not ids):
+        if on_dead is not None and (on_dead not in ("cancel", "run") or not (ids or then)):
             raise ConfigError(f"on_dead is {on_dead!r}; expected 'cancel' or 'run', beside after=[...]")
         return cls(
             queue,
@@ -147,6 +148,12 @@ def parse_rate(rate: str) -> tuple[int, float]:
     if seconds > RATE_SECONDS_MOST:
         raise ConfigError(f"rate is {rate!r}; expected a time of 1e9 s at most")
     return int(match[1]), seconds
+
+
+def check_group(size: int) -> None:
+    """Raises ConfigError for a group too large to be waited for."""
+    if size > AFTER_MOST:
+        raise ConfigError(f"then= would wait for {size} tasks; expected {AFTER_MOST} at most, or several groups")
 
 
 def checked_ids(after: Iterable[Ref | int]) -> list[int] | None:

@@ -28,7 +28,7 @@ import msgspec
 from anyio.abc import TaskGroup
 
 from . import outcome
-from .batch import Batches
+from .batch import Batches, ReadResults
 from .codec import PAYLOAD_LIMIT, describe
 from .errors import ConfigError, LeaseLost
 from .outcome import Aside, Finish, HandBack, Later, Outcome
@@ -48,11 +48,17 @@ FAIR_SECONDS = 0.005  # a runner whose handlers never wait lets the others have 
 class Runner:
     """One runner's hands: the job it has, and how to take that away from it. A Run, to its handlers' Contexts."""
 
-    __slots__ = ("_begin", "_reports", "job", "limit", "scope", "stop", "task")
+    __slots__ = ("_begin", "_reports", "_results", "job", "limit", "scope", "stop", "task")
 
-    def __init__(self, begin: Callable[[Context, Isolation | None], Transaction], reports: dict[Job, Progress]) -> None:
+    def __init__(
+        self,
+        begin: Callable[[Context, Isolation | None], Transaction],
+        reports: dict[Job, Progress],
+        results: ReadResults,
+    ) -> None:
         self._begin = begin
         self._reports = reports
+        self._results = results
         self.job: Job | None = None
         self.scope = anyio.CancelScope()
         self.limit: anyio.CancelScope | None = None  # inside of it, of a job with a timeout
@@ -73,6 +79,9 @@ class Runner:
         if job is not None and not self.is_cancelled(context):
             self._reports[job] = progress
 
+    def results(self, context: Context) -> Awaitable[list[Any]]:
+        return self._results(context.id)
+
 
 class Runners:
     """`feed` it jobs; it calls `settle` with each outcome, then `freed`. Lives on one event loop."""
@@ -84,6 +93,7 @@ class Runners:
         settle: Callable[[Outcome], None],
         freed: Callable[[], None],
         transactions: Transactions | None = None,
+        results: ReadResults | None = None,
     ) -> None:
         self._registry = registry
         self._concurrency = concurrency
@@ -103,7 +113,8 @@ class Runners:
         self._lost: set[Job] = set()  # of those held: their leases; the handlers wind up
         self._transactions = transactions
         self.reports: dict[Job, Progress] = {}  # not written yet; handlers' threads write here, and the keeper's takes
-        self._batches = Batches(concurrency, self._call, self._start, self._lost, self.reports)
+        self._results = results or _no_results
+        self._batches = Batches(concurrency, self._call, self._start, self._lost, self.reports, self._results)
         self._states: dict[Job, State] = transactions.states if transactions else {}  # empty, if nobody begins one
         self.held: dict[int, Job] = {}  # by id: waiting and running
         self.by_queue: Counter[str] = Counter()  # of these
@@ -255,7 +266,7 @@ class Runners:
         return self._batches.whose(task)
 
     def _spawn(self) -> None:
-        runner = Runner(self._begin, self.reports)
+        runner = Runner(self._begin, self.reports, self._results)
         self._runners.add(runner)
         self._start(runner, self._run, runner)
 
@@ -491,6 +502,9 @@ class _Call:
         if self.runner is not None and not self.left:
             self.runner.report(context, progress)
 
+    def results(self, context: Context) -> Awaitable[list[Any]]:
+        return self.runner.results(context) if self.runner is not None else _no_results(context.id)
+
     def __call__(self, task: Task, context: Context) -> tuple[object, BaseException | None]:
         """What it returns, or raises. A future that is given a GeneratorExit to raise would throw it into our
         coroutine, where it means something else: to close; and a StopIteration it doesn't take."""
@@ -501,6 +515,10 @@ class _Call:
             return None, error
         finally:
             self.over = True
+
+
+async def _no_results(task: int) -> list[Any]:
+    return []
 
 
 def _fields(job: Job, handler: Handler, **more: object) -> dict[str, dict[str, object]]:

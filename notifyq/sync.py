@@ -6,11 +6,11 @@ import os
 import threading
 from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Self, Unpack
+from typing import TYPE_CHECKING, Any, Self, Unpack, overload
 
 from . import foreign
 from .config import redact, resolve_dsn
-from .enqueue import Explained, checked
+from .enqueue import Explained, checked, grouped
 from .errors import ConfigError, DatabaseError
 from .options import EnqueueOptions, Options
 from .store import SQL
@@ -98,15 +98,39 @@ class SyncClient:
             rows = self._fetch(conn, SQL["enqueue"], (type, payload, *args))
         return self._app.ref(rows[0][0])
 
+    @overload
     def enqueue_many(
         self,
         tasks: Iterable[Task],
         *,
+        then: None = None,
         conn: foreign.SyncConnection | None = None,
         **options: Unpack[EnqueueOptions],
-    ) -> list[int]:
-        """As App.enqueue_many: all or none, in one statement. Returns the ids in order."""
-        args = Options.check(**options)
+    ) -> list[int]: ...
+    @overload
+    def enqueue_many(
+        self,
+        tasks: Iterable[Task],
+        *,
+        then: Task,
+        conn: foreign.SyncConnection | None = None,
+        **options: Unpack[EnqueueOptions],
+    ) -> tuple[list[int], Ref]: ...
+    def enqueue_many(
+        self,
+        tasks: Iterable[Task],
+        *,
+        then: Task | None = None,
+        conn: foreign.SyncConnection | None = None,
+        **options: Unpack[EnqueueOptions],
+    ) -> list[int] | tuple[list[int], Ref]:
+        """As App.enqueue_many: all or none, in one statement. Returns the ids in order; with `then`, and its Ref."""
+        args = Options.check(**options, then=then is not None)
+        if then is not None:
+            types, payloads = grouped(self._registry, tasks, then)
+            with Explained("(one of a group)"):
+                [row] = self._fetch(conn, SQL["enqueue_then"], (types, payloads, *args))
+            return list(row[1] or ()), self._app.ref(row[0])
         rows = [checked(self._registry, task) for task in tasks]
         if not rows:
             return []

@@ -112,6 +112,20 @@ class Context(msgspec.Struct, frozen=True):
             run.report(self, Progress(fraction, note))
         return BREATH
 
+    async def results(self) -> list[Any]:
+        """The results of the tasks that this one has waited for, its `after`, in their order: plain JSON values.
+
+        In the place of one that is dead or was cancelled stands a TaskDead or TaskCancelled, as an exception does in
+        what asyncio.gather(..., return_exceptions=True) returns; of one that isn't known any more, None. A plain `def`
+        calls anyio.from_thread.run(ctx.results).
+        """
+        run = current_run.get()
+        if run is None:
+            raise ConfigError(
+                "ctx.results() is for handlers that a worker runs; in tests: run_inline(..., results=[...])"
+            )
+        return await run.results(self)
+
 
 class Run(Protocol):
     """What runs a handler, as its Context sees it."""
@@ -119,6 +133,7 @@ class Run(Protocol):
     def begin(self, context: Context, isolation: Isolation | None) -> Transaction: ...
     def is_cancelled(self, context: Context) -> bool: ...
     def report(self, context: Context, progress: Progress) -> None: ...
+    def results(self, context: Context) -> Awaitable[list[Any]]: ...
 
 
 class Breath:

@@ -24,6 +24,7 @@ import msgspec
 from anyio.abc import TaskStatus
 
 from . import schema
+from .after import Reader
 from .batch import tell_clipped
 from .claim import Claimer
 from .config import WorkerConfig
@@ -75,7 +76,10 @@ class Worker:
         self._stopping = asyncio.Event()
         self._changed = asyncio.Event()
         self._transactions = Transactions(dsn, config.history_seconds > 0, self._let_in)
-        self._runners = Runners(registry, config.concurrency, self._settle, self._freed, self._transactions)
+        self._reader = Reader(dsn)
+        self._runners = Runners(
+            registry, config.concurrency, self._settle, self._freed, self._transactions, self._reader.results
+        )
         self._settler = Settler(dsn, config.history_seconds > 0, self._freed, self._let_in)
         self._claimer = Claimer(dsn, config, registry.types, self._runners)
         self._claimer.unsettled = lambda: self._settler.pending
@@ -140,6 +144,7 @@ class Worker:
                 # Cancelled from outside, the group has ended with outcomes unwritten and jobs held.
                 self._claimer.stop()
                 await self._transactions.close()
+                self._reader.close()
                 for job in self._runners.leases:
                     self._settler.put(HandBack(job))
                 await self._write()

@@ -508,7 +508,10 @@ async def test_all_leave_before_it_begins() -> None:
     async def call(*_: Any) -> None:
         raise AssertionError("nobody is in it")
 
-    batches = Batches(2, call, lambda run, function, argument: began.add((function, argument)), set(), {})
+    async def nothing(task: int) -> list[Any]:
+        return []
+
+    batches = Batches(2, call, lambda run, function, argument: began.add((function, argument)), set(), {}, nothing)
 
     async def join() -> tuple[Any, asyncio.Task[Any]]:
         job: Any = type("Claimed", (), {"id": next(numbers), "attempt": 1})()

@@ -468,7 +468,7 @@ def typed(app: notifyq.App, client: notifyq.SyncClient) -> None:
         ]  # fmt: skip
         await app.enqueue(Other(), conn=a)  # type: ignore[arg-type]
         await app.enqueue(Other(), conn=b)  # type: ignore[arg-type]
-        await app.enqueue_many([Other()], conn=c)  # type: ignore[arg-type]
+        await app.enqueue_many([Other()], conn=c)  # type: ignore[call-overload]
         print(refs)
 
     print(taken, blocking)

@@ -163,6 +163,7 @@ CONTRACT = {
     "unique_key": "text",
     "order_key": "text",
     "limit_key": "text",
+    "after": "bigint[]",
 }
 
 

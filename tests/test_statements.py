@@ -66,6 +66,11 @@ STATEMENTS = {
     "enqueue_many": Statement(
         "text[] text[] text float8 timestamptz int2 int2 text text int4 int4 float8 int8[] text", "id:int8", ""
     ),
+    "enqueue_then": Statement(
+        "text[] text[] text float8 timestamptz int2 int2 text text int4 int4 float8 int8[] text",
+        "id:int8 after:int8[]",
+        "",
+    ),
     "enqueued": Statement(
         "text",
         "id:int8 queue:text state:text priority:int2 run_at:timestamptz payload:text delay:float8",
@@ -89,6 +94,7 @@ STATEMENTS = {
     "release": Statement("int4", "count:int4", "task_pkey task_running"),
     "rescue": Statement("int4 int4", "name:text ready:int4 dead:int4", "task_pkey task_running"),
     "retry_later": Statement("int4 int8[] int2[] float8[] jsonb[]", "id:int8 freed:bool", "task_pkey"),
+    "results": Statement("int8", "id:int8 type:text state:text result:jsonb error:text", "finished_pkey task_pkey"),
     "runnable": Statement("text[]", "queues:text[] next_seconds:float8 at:timestamptz", None),
     "set_aside": Statement("int4 int8[] int2[]", "id:int8 freed:bool", "task_pkey"),
     "settle_within": Statement("int4 int8 int2 bool", "xid:text freed:bool", "task_pkey"),

@@ -6,11 +6,13 @@ import asyncio
 import json
 import sys
 from datetime import datetime
+from typing import Literal
 
 import click
 
 from notifyq.codec import PAYLOAD_LIMIT
 from notifyq.config import check_name
+from notifyq.enqueue import Explained
 from notifyq.errors import ConfigError
 from notifyq.lease import DEAD_KEPT_SECONDS, PRUNE_AT_ONCE
 from notifyq.options import Options
@@ -39,6 +41,10 @@ task_id = number(1, 2**63 - 1)
     type=number(1, 32767),
     help="runs in all until it is dead  [default: what its type says]",
 )
+@option(
+    "--after", type=number(1, 2**63 - 1), metavar="ID", multiple=True, help="not before this task is done (repeatable)"
+)
+@option("--on-dead", type=click.Choice(["cancel", "run"]), help="what to do if one of these isn't  [default: cancel]")
 @option("--app", metavar="MODULE:APP", help="validate type and payload against this app's tasks first")
 @dsn_option
 def enqueue(
@@ -50,6 +56,8 @@ def enqueue(
     run_at: datetime | None,
     priority: int,
     max_attempts: int | None,
+    after: tuple[int, ...],
+    on_dead: Literal[cancel, run] | None,
     app: str | None,
     dsn: str | None,
 ) -> None:
@@ -58,14 +66,23 @@ def enqueue(
     JSON is the payload, an object, {} if it is left out; - reads it from stdin.
     """
     check_name("type", type)
-    options = Options.check(queue=queue, delay=delay, run_at=run_at, priority=priority, max_attempts=max_attempts)
+    options = Options.check(
+        queue=queue,
+        delay=delay,
+        run_at=run_at,
+        priority=priority,
+        max_attempts=max_attempts,
+        after=after,
+        on_dead=on_dead,
+    )
     text = _payload(payload)
     if app is not None:
         load_app(app).registry.check(type, text.encode())
 
     async def run() -> int:
         async with session(dsn, reads=False) as conn:
-            id: int = await conn.fetchval(SQL["enqueue"], type, text, *options)
+            with Explained(type):
+                id: int = await conn.fetchval(SQL["enqueue"], type, text, *options)
             return id
 
     click.echo(asyncio.run(run()))

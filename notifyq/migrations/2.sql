@@ -16,6 +16,7 @@ ALTER TABLE notifyq.task
     ADD COLUMN IF NOT EXISTS limit_rate integer,
     ADD COLUMN IF NOT EXISTS limit_seconds float8,
     ADD COLUMN IF NOT EXISTS after bigint[],
+    ADD COLUMN IF NOT EXISTS waited bigint[],
     ADD COLUMN IF NOT EXISTS on_dead text,
     ADD COLUMN IF NOT EXISTS parked text,
     ADD COLUMN IF NOT EXISTS waits_at text,
@@ -31,7 +32,8 @@ ALTER TABLE notifyq.finished
     ADD COLUMN IF NOT EXISTS limit_key text,
     ADD COLUMN IF NOT EXISTS limit_running integer,
     ADD COLUMN IF NOT EXISTS limit_rate integer,
-    ADD COLUMN IF NOT EXISTS limit_seconds float8;
+    ADD COLUMN IF NOT EXISTS limit_seconds float8,
+    ADD COLUMN IF NOT EXISTS after bigint[];
 
 -- step: concurrently
 -- Of an index, what an upgrade that was interrupted has left may be invalid, so it goes first.
@@ -54,7 +56,17 @@ CREATE TABLE IF NOT EXISTS notifyq.freed (
 
 -- step
 CREATE TABLE IF NOT EXISTS notifyq.gate (n smallint NOT NULL PRIMARY KEY) WITH (fillfactor = 50);
-INSERT INTO notifyq.gate (n) SELECT generate_series(0, 255) ON CONFLICT DO NOTHING;
+INSERT INTO notifyq.gate (n) SELECT generate_series(-1, 255) ON CONFLICT DO NOTHING;
+
+-- step
+CREATE TABLE IF NOT EXISTS notifyq.dependency (
+    needs         bigint      NOT NULL,
+    task          bigint      NOT NULL,
+    sure          boolean     NOT NULL,
+    PRIMARY KEY (needs, task)
+) WITH (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 500, vacuum_truncate = off);
+CREATE INDEX IF NOT EXISTS dependency_task ON notifyq.dependency (task);
+CREATE INDEX IF NOT EXISTS dependency_unsure ON notifyq.dependency (needs) WHERE NOT sure;
 
 -- step
 CREATE TABLE IF NOT EXISTS notifyq.queue (
@@ -106,7 +118,7 @@ BEGIN
         FROM pg_class c CROSS JOIN aclexplode(c.relacl) AS a
         WHERE c.oid = 'notifyq.task'::regclass AND a.privilege_type = 'DELETE' AND a.grantee <> c.relowner
     LOOP
-        EXECUTE 'GRANT ALL ON notifyq.freed, notifyq.gate, notifyq.queue, notifyq.started, notifyq.freed_n_seq TO ' || role;
+        EXECUTE 'GRANT ALL ON notifyq.freed, notifyq.gate, notifyq.dependency, notifyq.queue, notifyq.started, notifyq.freed_n_seq TO ' || role;
     END LOOP;
     FOR role IN
         SELECT DISTINCT CASE a.grantee WHEN 0 THEN 'PUBLIC' ELSE a.grantee::regrole::text END

@@ -17,13 +17,13 @@ WITH outcome AS MATERIALIZED (
 ), kept AS (
     INSERT INTO notifyq.finished (id, created_at, run_at, processing_at, processed_at, priority, attempts, max_attempts,
                                   state, queue, type, worker, payload, result, errors,
-                                  order_key, limit_key, limit_running, limit_rate, limit_seconds)
+                                  order_key, limit_key, limit_running, limit_rate, limit_seconds, after)
     SELECT id, created_at, run_at, processing_at, clock_timestamp(), priority, attempts, max_attempts,
            state, queue, type, (SELECT w.name FROM notifyq.worker w WHERE w.id = $1), payload, result,
            CASE WHEN error IS NULL THEN errors
                 ELSE coalesce(errors, '[]') || jsonb_set(error, '{at}', to_jsonb(clock_timestamp())) END,
-           order_key, limit_key, limit_running, limit_rate, limit_seconds
+           order_key, limit_key, limit_running, limit_rate, limit_seconds, coalesce(after, waited)
     FROM gone
-    WHERE $7 OR state = 'dead' OR awaited
+    WHERE $7 OR state = 'dead' OR awaited OR tracked AND EXISTS (SELECT FROM notifyq.dependency d WHERE d.needs = gone.id)
 )
 SELECT id, tracked OR limit_key IS NOT NULL OR order_key IS NOT NULL AS freed FROM gone

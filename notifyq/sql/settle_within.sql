@@ -9,11 +9,11 @@ WITH gone AS (
 ), kept AS (
     INSERT INTO notifyq.finished (id, created_at, run_at, processing_at, processed_at, priority, attempts, max_attempts,
                                   state, queue, type, worker, payload, result, errors,
-                                  order_key, limit_key, limit_running, limit_rate, limit_seconds)
+                                  order_key, limit_key, limit_running, limit_rate, limit_seconds, after)
     SELECT id, created_at, run_at, processing_at, clock_timestamp(), priority, attempts, max_attempts,
            'done', queue, type, (SELECT w.name FROM notifyq.worker w WHERE w.id = $1), payload, NULL, errors,
-           order_key, limit_key, limit_running, limit_rate, limit_seconds
+           order_key, limit_key, limit_running, limit_rate, limit_seconds, coalesce(after, waited)
     FROM gone
-    WHERE $4::boolean OR awaited
+    WHERE $4::boolean OR awaited OR tracked AND EXISTS (SELECT FROM notifyq.dependency d WHERE d.needs = gone.id)
 )
 SELECT pg_current_xact_id()::text AS xid, tracked OR limit_key IS NOT NULL OR order_key IS NOT NULL AS freed FROM gone

@@ -25,4 +25,4 @@ SELECT EXISTS (SELECT FROM beat) AS registered,
                    WHERE r.type = k.type AND r.queue = q.queue AND r.worker IS NULL AND r.aside AND r.parked IS NULL
                    LIMIT 1
                ) AS s) AS aside,
-       EXISTS (SELECT FROM notifyq.freed) AS freed
+       EXISTS (SELECT FROM notifyq.freed) OR EXISTS (SELECT FROM notifyq.dependency d WHERE NOT d.sure) AS freed

@@ -49,6 +49,7 @@ async def run_inline(
     id: int = 1,
     created_at: datetime | None = None,
     raises: bool = False,
+    results: Sequence[Any] = (),
 ) -> Ran: ...
 @overload
 async def run_inline(
@@ -62,6 +63,7 @@ async def run_inline(
     id: int = 1,
     created_at: datetime | None = None,
     raises: bool = False,
+    results: Sequence[Any] = (),
 ) -> list[Ran]: ...
 async def run_inline(
     app: App,
@@ -74,12 +76,14 @@ async def run_inline(
     id: int = 1,
     created_at: datetime | None = None,
     raises: bool = False,
+    results: Sequence[Any] = (),
 ) -> Ran | list[Ran]:
     """Run `task` with its handler, here, and return what came of it; of a list of tasks of one type, of each.
 
     A batch handler runs once with all of the list, as far as its `batch` allows, or with the one task.
 
     raises  True: what the handler raises, but for Retry, Cancel and Dead, is raised here
+    results what ctx.results() returns
     else    what the handler's Context says, of the first; the others have the ids after it. max_attempts None: what its
             type says, created_at None: now
 
@@ -109,7 +113,7 @@ async def run_inline(
         assert bound is not None
         many = bound.batch or len(jobs)
         for first in range(0, len(jobs), many):
-            outcomes.extend(await _run(_Only(bound, raised), jobs[first : first + many]))
+            outcomes.extend(await _run(_Only(bound, raised), jobs[first : first + many], results))
 
     await within(app.registry.lifespan, run)
     if raises and raised and not isinstance(raised[0], Verdict):
@@ -161,7 +165,7 @@ def _noting(handler: Handler, raised: list[BaseException]) -> Callable[..., Any]
     return waits if handler.is_async else blocks
 
 
-async def _run(registry: Registry, jobs: Sequence[Job]) -> list[Outcome]:
+async def _run(registry: Registry, jobs: Sequence[Job], results: Sequence[Any]) -> list[Outcome]:
     outcomes: dict[Job, Outcome] = {}
     settled = anyio.Event()
 
@@ -170,8 +174,11 @@ async def _run(registry: Registry, jobs: Sequence[Job]) -> list[Outcome]:
         if len(outcomes) == len(jobs):
             settled.set()
 
+    async def read(task: int) -> list[Any]:
+        return list(results)
+
     # As many runners as jobs: a batch knows that no more will come.
-    runners = Runners(registry, len(jobs), settle, lambda: None)
+    runners = Runners(registry, len(jobs), settle, lambda: None, None, read)
     async with anyio.create_task_group() as group:
         group.start_soon(runners.run)
         await runners.ready.wait()

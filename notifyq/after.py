@@ -1,0 +1,53 @@
+"""What a task has waited for: the results of the tasks in its `after`, for `await ctx.results()`.
+
+They are read when they are asked for, on a connection of the worker's own that is made then: not on one of those for
+ctx.transaction(), of which ten handlers in theirs would each wait for an eleventh.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import asyncpg
+import msgspec
+
+from .errors import TaskCancelled, TaskDead
+from .store import SQL, TRANSIENT, connect_worker
+
+
+class Reader:
+    """A worker's. One question at a time."""
+
+    def __init__(self, dsn: str | None) -> None:
+        self._dsn = dsn
+        self._conn: asyncpg.Connection[asyncpg.Record] | None = None
+        self._lock = asyncio.Lock()
+
+    async def results(self, task: int) -> list[Any]:
+        """In the order of its `after`. Raises one of store.TRANSIENT."""
+        async with self._lock:
+            try:
+                rows = await self._fetch(task)
+            except TRANSIENT:  # a connection that has sat there may be gone
+                self.close()
+                rows = await self._fetch(task)
+        return [_result(*row) for row in rows]
+
+    async def _fetch(self, task: int) -> list[asyncpg.Record]:
+        if self._conn is None:
+            self._conn = await connect_worker(self._dsn, "results")
+        return await self._conn.fetch(SQL["results"], task)
+
+    def close(self) -> None:
+        if self._conn is not None:
+            self._conn.terminate()
+            self._conn = None
+
+
+def _result(id: int, type: str | None, state: str | None, result: bytes | None, error: str | None) -> Any:
+    if state == "dead":
+        return TaskDead(id, str(type), error)
+    if state == "cancelled":
+        return TaskCancelled(id, str(type), error)
+    return None if result is None else msgspec.json.decode(result)

@@ -1,0 +1,22 @@
+-- As enqueue_many.sql, and the last of the types and payloads is of a task that runs when all the others have ended: $14 is
+-- for that one, too. Returns its id, and the others' as after, NULL if there are none.
+WITH given AS (
+    SELECT t.type, t.payload::jsonb AS payload, t.n, t.n = cardinality($1::text[]) AS last
+    FROM unnest($1::text[], $2::text[]) WITH ORDINALITY AS t (type, payload, n)
+), grouped AS (
+    INSERT INTO notifyq.task (type, payload, queue, run_at, priority, max_attempts, order_key, limit_key, limit_running,
+                              limit_rate, limit_seconds, after, on_dead)
+    SELECT g.type, g.payload, $3, coalesce($5, clock_timestamp() + make_interval(secs => $4), now()), $6, $7, $8, $9, $10,
+           $11, $12, $13, CASE WHEN $13::bigint[] IS NOT NULL THEN $14 END
+    FROM given g
+    WHERE NOT g.last
+    ORDER BY g.n
+    RETURNING id
+), ids AS (
+    SELECT array_agg(g.id ORDER BY g.id) AS ids FROM grouped g  -- before the id of the last is drawn
+)
+INSERT INTO notifyq.task (type, payload, queue, priority, max_attempts, after, on_dead)
+SELECT g.type, g.payload, $3, $6, $7, i.ids, CASE WHEN i.ids IS NOT NULL THEN $14 END
+FROM given g, ids i
+WHERE g.last
+RETURNING id, after

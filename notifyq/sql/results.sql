@@ -1,0 +1,8 @@
+-- What became of the tasks that task $1 has waited for, in their order. Of one that nobody knows any more, or that lives
+-- once more, only the id.
+SELECT a.id, f.type, f.state, f.result, f.errors -> -1 ->> 'error' AS error
+FROM notifyq.task t
+CROSS JOIN unnest(t.waited) WITH ORDINALITY AS a (id, n)
+LEFT JOIN notifyq.finished f ON f.id = ANY (ARRAY[a.id])
+WHERE t.id = $1::bigint
+ORDER BY a.n
