@@ -22,7 +22,7 @@ from notifyq.store import SQL
 from notifyq.testing import drain, run_inline
 
 from .conftest import Process, Seen, eventually, working
-from .steps import Session, Steps, steps
+from .steps import Session, steps
 from .test_faults import insert, started
 from .test_lifecycle import ended, errors, state
 from .verbs import claim, finish, held, later, register, rescue, silent
@@ -115,7 +115,7 @@ async def test_a_chain_of_a_hundred_with_two_workers(bench: Bench, db: Any, dsn:
     ids: list[int] = []
     async with working(bench.app, dsn), working(bench.app, dsn):
         for n in range(100):
-            ids.append((await bench.app.enqueue(Step(), after=ids[-1:], priority=n)).id)  # noqa: PERF401 - each names the last
+            ids.append((await bench.app.enqueue(Step(), after=ids[-1:], priority=n)).id)
         await ended(db, ids[-1], "done")
     assert bench.seen.items == ids
     assert set(await where(db, *ids)) == {"done"}
@@ -127,7 +127,7 @@ async def test_a_chain_that_is_enqueued_at_once(bench: Bench, db: Any, dsn: str)
     ids: list[int] = []
     async with db.transaction():
         for n in range(100):
-            ids.append((await bench.app.enqueue(Step(), after=ids[-1:], priority=n, conn=db)).id)  # noqa: PERF401
+            ids.append((await bench.app.enqueue(Step(), after=ids[-1:], priority=n, conn=db)).id)
     async with working(bench.app, dsn), working(bench.app, dsn):
         await ended(db, ids[-1], "done")
     assert bench.seen.items == ids
@@ -284,7 +284,7 @@ async def test_one_that_is_not_done_cancels_all_that_wait(
 async def test_a_chain_of_a_hundred_is_cancelled(bench: Bench, db: Any, dsn: str) -> None:
     ids: list[int] = []
     for _ in range(100):
-        ids.append((await bench.app.enqueue(Step("", "wait"), after=ids[-1:])).id)  # noqa: PERF401 - each names the last
+        ids.append((await bench.app.enqueue(Step("", "wait"), after=ids[-1:])).id)
     async with working(bench.app, dsn), working(bench.app, dsn):
         await eventually(lambda: where(db, *ids), ["running"] + ["after"] * 99)
         assert await db.fetchval("SELECT notifyq.cancel($1)", ids[0])
@@ -336,3 +336,353 @@ async def test_cancelled_while_it_waits(bench: Bench, db: Any, dsn: str) -> None
         bench.release.set()
         await ended(db, one.id, "done")
     assert not await db.fetchval(LEFT)
+
+
+# --- At the very moment
+
+
+NEEDS = "SELECT needs, task, sure FROM notifyq.dependency ORDER BY needs, task"
+SLEEPS = "SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'PgSleep' AND datname = current_database()"
+
+
+async def admit(conn: Any, jobs: list[Any]) -> dict[int, str | None]:
+    rows = await conn.fetch(SQL["admit"], jobs[0].worker, [job.id for job in jobs], [job.attempt for job in jobs])
+    return {row[0]: row[1] for row in rows}
+
+
+async def free(conn: Any) -> int:
+    return int(await conn.fetchval(SQL["free"]))
+
+
+async def waiting_for(conn: Any, *ids: int, on_dead: str | None = None) -> list[Any]:
+    """A new worker's, which has just claimed one that waits for these."""
+    await conn.execute(
+        "INSERT INTO notifyq.task (type, after, on_dead, priority) VALUES ('Known', $1, $2, 9)", list(ids), on_dead
+    )
+    [job] = await claim(conn, await register(conn), 1)
+    return [job]
+
+
+async def test_it_ends_before_the_mark_can_be_seen(dsn: str) -> None:
+    """The end waits for the mark, and tells."""
+    async with steps(dsn) as s:
+        judge, settler = await s.worker("claims"), await s.worker("settle")
+        needed = await held(s.db)
+        waits = await waiting_for(s.db, needed[0].id)
+        await judge("BEGIN")
+        assert await judge(admit, waits) == {waits[0].id: "after"}
+        ends = await settler.blocked_by(judge, finish, needed)
+        await judge("COMMIT")
+        assert await ends == [needed[0].id]
+        assert await free(s.db) == 1
+        assert await where(s.db, waits[0].id) == ["ready"]
+        assert not await s.db.fetchval(LEFT)
+
+
+async def test_it_is_just_ending_when_it_is_judged(dsn: str) -> None:
+    """Its end can't be marked any more, nor is it there yet: judged once more, a moment later, or by the next free."""
+    async with steps(dsn) as s:
+        judge, settler = await s.worker("claims"), await s.worker("settle")
+        for commits in ("at once", "late", "never"):
+            needed = await held(s.db)
+            waits = await waiting_for(s.db, needed[0].id)
+            await settler("BEGIN")
+            await settler(finish, needed)
+            if commits == "at once":
+                frozen = await begun(judge, admit, waits)
+                await eventually(lambda: s.db.fetchval(SLEEPS), 1)
+                await settler("COMMIT")
+                assert await frozen() == {waits[0].id: None}, "it has seen the end"
+            else:
+                assert await judge(admit, waits) == {waits[0].id: "after"}, "it waits for nobody's transaction"
+                assert [tuple(row) for row in await s.db.fetch(NEEDS)] == [(needed[0].id, waits[0].id, False)]
+                assert await free(s.db) == 0
+                await settler("COMMIT" if commits == "late" else "ROLLBACK")
+                assert await free(s.db) == (commits == "late")
+                if commits == "never":
+                    assert [tuple(row) for row in await s.db.fetch(NEEDS)] == [(needed[0].id, waits[0].id, True)]
+                    await settler(finish, needed)
+                    assert await free(s.db) == 1
+                assert await where(s.db, waits[0].id) == ["ready"]
+            assert not await s.db.fetchval(LEFT)
+
+
+async def begun(session: Session, step: Any, *args: Any) -> Callable[[], Any]:
+    """A step that is under way and waits for no lock."""
+    task = session._start(step, args, {})
+
+    async def result() -> Any:
+        with anyio.fail_after(5):
+            return await task
+
+    return result
+
+
+async def test_the_last_two_end_at_once(dsn: str) -> None:
+    """And are let out by two, neither of whom sees what the other does. The second waits for the first."""
+    async with steps(dsn) as s:
+        one, two = await s.worker("claims 1"), await s.worker("claims 2")
+        needed = await held(s.db, 2)
+        waits = await waiting_for(s.db, *(job.id for job in needed))
+        await admit(s.db, waits)
+        await finish(s.db, needed[:1])
+        await one("BEGIN")
+        assert await one(free) == 0
+        await finish(s.db, needed[1:])
+        second = await two.blocked_by(one, free)
+        await one("COMMIT")
+        assert await second == 1
+        assert await where(s.db, waits[0].id) == ["ready"]
+
+
+async def test_two_that_are_judged_at_once_for_the_same(dsn: str) -> None:
+    async with steps(dsn) as s:
+        one, two = await s.worker("claims 1"), await s.worker("claims 2")
+        needed = await held(s.db)
+        first, second = await waiting_for(s.db, needed[0].id), await waiting_for(s.db, needed[0].id)
+        await one("BEGIN")
+        await one(admit, first)
+        assert await two(admit, second) == {second[0].id: "after"}
+        await one("COMMIT")
+        assert [row["sure"] for row in await s.db.fetch(NEEDS)] == [True, False], "somebody had it locked"
+        third = await waiting_for(s.db, needed[0].id)
+        await one("BEGIN")
+        await one(admit, third)
+        fourth = await waiting_for(s.db, needed[0].id)
+        assert await two(admit, fourth) == {fourth[0].id: "after"}
+        await one("COMMIT")
+        assert [row["sure"] for row in await s.db.fetch(NEEDS)] == [True, False, True, True], "marked, it is shared"
+        await finish(s.db, needed)
+        assert await free(s.db) == 4
+        assert await where(s.db, *(jobs[0].id for jobs in (first, second, third, fourth))) == ["ready"] * 4
+
+
+async def test_somebody_has_it_locked_for_an_hour(dsn: str) -> None:
+    """The one that is waited for, and the one that waits: whoever judges, or frees, waits for nobody."""
+    async with steps(dsn) as s:
+        stranger = await s.session("stranger")
+        needed = await held(s.db, 2)
+        first = await waiting_for(s.db, needed[0].id)
+        await admit(s.db, first)
+        second = await waiting_for(s.db, needed[0].id)
+        await admit(s.db, second)
+        await stranger("BEGIN")
+        await stranger("SELECT notifyq.cancel($1)", first[0].id)
+        await finish(s.db, needed[:1])
+        assert await free(s.db) == 1
+        assert await where(s.db, first[0].id, second[0].id) == ["after", "ready"]
+        assert await free(s.db) == 0
+        await stranger("ROLLBACK")
+        assert await free(s.db) == 1
+        assert await where(s.db, first[0].id) == ["ready"]
+        assert not await s.db.fetchval(LEFT)
+        # One that is being cancelled by somebody while it is judged is nobody's to judge.
+        third = await waiting_for(s.db, needed[1].id)
+        await stranger("BEGIN")
+        await stranger("SELECT notifyq.cancel($1)", third[0].id)
+        assert await admit(s.db, third) == {}
+        await stranger("COMMIT")
+        assert not await s.db.fetchval(LEFT)
+
+
+async def test_it_is_retried_before_anybody_saw_that_it_was_dead(dsn: str) -> None:
+    async with steps(dsn) as s:
+        needed = await held(s.db)
+        waits = await waiting_for(s.db, needed[0].id)
+        await admit(s.db, waits)
+        await finish(s.db, needed, "dead")
+        assert await s.db.fetchval("SELECT notifyq.retry($1)", needed[0].id)
+        assert await free(s.db) == 0
+        assert await where(s.db, waits[0].id) == ["after"], "it lives, so that is waited for"
+        [again] = await claim(s.db, needed[0].worker, 1)
+        await finish(s.db, [again])
+        assert await free(s.db) == 1
+        assert await where(s.db, waits[0].id) == ["ready"]
+
+
+async def test_what_is_not_an_end(dsn: str) -> None:
+    """A retry, and a rescue, of the one that is waited for: it lives. A rescue that has it dead is an end."""
+    async with steps(dsn) as s:
+        needed = await held(s.db)
+        waits = await waiting_for(s.db, needed[0].id)
+        await admit(s.db, waits)
+        await later(s.db, needed, 0.0)
+        assert await free(s.db) == 0
+        [again] = await claim(s.db, needed[0].worker, 1)
+        for dead in (False, True):
+            await s.db.execute("UPDATE notifyq.task SET max_attempts = $2 WHERE id = $1", again.id, 2 if dead else 10)
+            worker = await register(s.db)
+            await s.db.execute("UPDATE notifyq.task SET worker = $2, attempts = 2 WHERE id = $1", again.id, worker)
+            await silent(s.db, worker)
+            assert (await rescue(s.db, worker))[1:] == ((0, 1) if dead else (1, 0))
+            assert await free(s.db) == 0
+            assert await where(s.db, waits[0].id) == ["cancelled" if dead else "after"]
+        assert not await s.db.fetchval(LEFT)
+
+
+async def test_settled_in_its_handlers_transaction(bench: Bench, db: Any, dsn: str) -> None:
+    class Book(notifyq.Task):
+        pass
+
+    @bench.app.handler
+    async def book(task: Book, ctx: Context) -> None:
+        async with ctx.transaction() as conn:
+            await conn.execute("SELECT 1")
+            await bench.release.wait()
+
+    async with working(bench.app, dsn):
+        first = await bench.app.enqueue(Book())
+        last = await bench.app.enqueue(Sum(), after=[first])
+        await eventually(lambda: where(db, last.id), ["after"])
+        bench.release.set()
+        await ended(db, last.id, "done")
+
+
+# --- Workers die
+
+
+async def test_killed(spawn: Callable[..., Process], db: Any, bench: Bench) -> None:
+    """With what it ran, others' dependencies among them; a chain goes on, and a fan-in has all its results."""
+    workers = [await started(spawn, 'queues=["default"]') for _ in range(2)]
+    before = await insert(db, "Sleep", 20)
+    await workers[0].reach(0, "ran")
+    waits = await db.fetchval("INSERT INTO notifyq.task (type, after) VALUES ('Quick', $1) RETURNING id", before)
+    await eventually(lambda: where(db, waits), ["after"])
+    names = "SELECT DISTINCT worker FROM notifyq.all_tasks WHERE state = 'running'"
+    await eventually(lambda: db.fetchval("SELECT count(*) FROM notifyq.task WHERE worker IS NOT NULL"), 20)
+    [pid] = [int(row[0].rpartition(":")[2]) for row in await db.fetch(names)]
+    victim, heir = sorted(workers, key=lambda story: story.process.pid != pid)
+    victim.process.signal(signal.SIGKILL)
+    await heir.reach(20, "ran", 10, attempt=2)
+    assert await where(db, waits) == ["after"]
+    for id in before:
+        assert await db.fetchval("SELECT notifyq.cancel($1)", id)
+    await eventually(lambda: where(db, waits), ["cancelled"])
+    assert not await db.fetchval(LEFT)
+
+
+async def test_killed_at_random(spawn: Callable[..., Process], db: Any) -> None:
+    """Three workers, one of which is killed again and again, over chains and fans: every task ends, none before what it
+    waits for."""
+    ids: list[int] = []
+    for n in range(400):
+        # The one before it, and the one that is ten before, if there is one.
+        after = (ids[-1:] if n % 4 else []) + (ids[-10:-9] if n % 3 else [])
+        ids.append(
+            await db.fetchval(
+                "INSERT INTO notifyq.task (type, after, on_dead) VALUES ('Quick', $1, $2) RETURNING id",
+                after or None, "run" if after else None,
+            )
+        )  # fmt: skip
+    last = await db.fetchval(
+        "INSERT INTO notifyq.task (type, after, on_dead) VALUES ('Quick', $1, 'run') RETURNING id", ids
+    )
+    workers = [await started(spawn, "concurrency=5") for _ in range(3)]
+    for _ in range(3):
+        await anyio.sleep(0.15)
+        workers[0].process.signal(signal.SIGKILL)
+        workers.append(await started(spawn, "concurrency=5"))
+        workers.pop(0)
+    await eventually(lambda: state(db, last), "done", 40)
+    assert set(await where(db, *ids)) == {"done"}
+    assert not await db.fetch(
+        """SELECT t.id FROM notifyq.all_tasks t CROSS JOIN unnest(t.after) a (id) JOIN notifyq.finished f ON f.id = a.id
+           WHERE t.processing_at < f.processed_at"""
+    )
+    await eventually(lambda: db.fetchval(LEFT), 0)
+
+
+# --- Written wrongly
+
+
+async def test_what_cannot_be(bench: Bench, db: Any) -> None:
+    app = bench.app
+    first = await app.enqueue(Step())
+    for wrong, message in (
+        ([first.id + 2], "task Step: after has an id that no task has yet"),
+        ([first.id + 2**40], "an id that no task has yet"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            await app.enqueue(Step(), after=wrong)
+        with pytest.raises(ConfigError, match=message):
+            await app.enqueue_many([Step()], after=wrong)
+        await db.execute("SELECT setval('notifyq.task_id_seq', $1)", first.id)
+    for options, message in (
+        ({"after": ["5"]}, "after has '5' in it"),
+        ({"after": [0]}, "after has 0 in it"),
+        ({"after": [first], "on_dead": "skip"}, "on_dead is 'skip'; expected 'cancel' or 'run', beside after="),
+        ({"on_dead": "run"}, "on_dead is 'run'; expected"),
+        ({"after": range(1, 10_002)}, "after has 10001 tasks; expected 10000 at most"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            await app.enqueue(Step(), **options)
+    with pytest.raises(ConfigError, match="then= would wait for 10001 tasks; expected 10000 at most"):
+        await app.enqueue_many([Step()] * 10_001, then=Sum())
+    for columns, values, message in (
+        ("after", "ARRAY[NULL]::bigint[]", "after has a NULL in it"),
+        ("on_dead", "'run'", "on_dead goes with after"),
+        ("after, on_dead", "'{1}', 'skip'", "on_dead is not cancel or run"),
+        ("after", "(SELECT array_agg(1) FROM generate_series(1, 10001))", "more than 10000"),
+    ):
+        with pytest.raises(asyncpg.CheckViolationError, match=message):
+            await db.execute(f"INSERT INTO notifyq.task (type, {columns}) VALUES ('Step', {values})")
+    assert await db.fetchval("SELECT count(*) FROM notifyq.task") == 1
+
+
+async def test_results_outside_of_a_worker() -> None:
+    with pytest.raises(ConfigError, match=r"ctx\.results\(\) is for handlers that a worker runs"):
+        await Context(1, "q", 1, 1, 0, None).results()  # type: ignore[arg-type]
+
+
+async def test_inline(bench: Bench) -> None:
+    dead = TaskDead(5, "Step", "no luck")
+    assert (await run_inline(bench.app, Sum(), results=["a", dead])).result == 2
+    assert bench.seen.items == [["a", "task 5 (Step) is dead: no luck"]]
+    assert (await run_inline(bench.app, Sum())).result == 0
+    assert str(TaskCancelled(5, "Step", None)) == "task 5 (Step) was cancelled"
+
+
+# --- Other ways in
+
+
+async def test_other_clients(bench: Bench, db: Any, dsn: str) -> None:
+    """In their own transactions, and in plain SQL."""
+    client = notifyq.SyncClient(bench.app)
+
+    def blocking() -> tuple[list[int], int]:
+        with psycopg.connect(dsn) as conn:
+            ids, last = client.enqueue_many([Step("a"), Step("b")], then=Sum(), conn=conn)
+            alone = client.enqueue(Step("c"), after=[last], conn=conn)
+            return ids, alone.id
+
+    ids, alone = await anyio.to_thread.run_sync(blocking)
+    by_sql = await db.fetchval("SELECT notifyq.enqueue('Sum', after => $1, on_dead => 'run')", [*ids, alone])
+    async with await psycopg.AsyncConnection.connect(dsn) as conn:
+        await bench.app.enqueue_many([Step("never")], then=Sum(), conn=conn)
+        await conn.rollback()
+    async with working(bench.app, dsn):
+        await ended(db, by_sql, "done")
+    assert bench.seen.items[-1] == ["a", "b", "c"]
+    assert bench.seen.items.index(["a", "b"]) < bench.seen.items.index("c")
+    assert await db.fetchval("SELECT count(*) FROM notifyq.all_tasks") == 5
+
+
+async def test_command_line(bench: Bench, db: Any, dsn: str) -> None:
+    def run(*args: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "notifyq", "enqueue", "--dsn", dsn, *args]
+        return subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
+
+    first, second = (await bench.app.enqueue(Step())).id, (await bench.app.enqueue(Step())).id
+    done = await anyio.to_thread.run_sync(run, "Sum", "--after", str(first), "--after", str(second), "--on-dead", "run")
+    assert done.returncode == 0, done.stderr
+    id = int(done.stdout)
+    row = await db.fetchrow("SELECT after, on_dead FROM notifyq.task WHERE id = $1", id)
+    assert tuple(row) == ([first, second], "run")
+    done = await anyio.to_thread.run_sync(run, "Sum", "--after", "999999")
+    assert done.returncode == 2
+    assert "task Sum: after has an id that no task has yet" in done.stderr
+    done = await anyio.to_thread.run_sync(run, "Sum", "--on-dead", "run")
+    assert done.returncode == 2
+    shown = [sys.executable, "-m", "notifyq", "show", "--json", "--dsn", dsn, str(id)]
+    output = subprocess.run(shown, capture_output=True, text=True, check=True).stdout
+    assert json.loads(output)["after"] == [first, second]

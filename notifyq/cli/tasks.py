@@ -57,7 +57,7 @@ def enqueue(
     priority: int,
     max_attempts: int | None,
     after: tuple[int, ...],
-    on_dead: Literal[cancel, run] | None,
+    on_dead: Literal["cancel", "run"] | None,
     app: str | None,
     dsn: str | None,
 ) -> None:
