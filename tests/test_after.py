@@ -545,7 +545,6 @@ async def test_killed(spawn: Callable[..., Process], db: Any, bench: Bench) -> N
     """With what it ran, others' dependencies among them; a chain goes on, and a fan-in has all its results."""
     workers = [await started(spawn, 'queues=["default"]') for _ in range(2)]
     before = await insert(db, "Sleep", 20)
-    await workers[0].reach(0, "ran")
     waits = await db.fetchval("INSERT INTO notifyq.task (type, after) VALUES ('Quick', $1) RETURNING id", before)
     await eventually(lambda: where(db, waits), ["after"])
     names = "SELECT DISTINCT worker FROM notifyq.all_tasks WHERE state = 'running'"

@@ -10,10 +10,9 @@ WITH given AS (
            $11, $12, $13, CASE WHEN $13::bigint[] IS NOT NULL THEN $14 END
     FROM given g
     WHERE NOT g.last
-    ORDER BY g.n
     RETURNING id
 ), ids AS (
-    SELECT array_agg(g.id ORDER BY g.id) AS ids FROM grouped g  -- before the id of the last is drawn
+    SELECT array_agg(g.id) AS ids FROM grouped g  -- in their order, and before the id of the last is drawn
 )
 INSERT INTO notifyq.task (type, payload, queue, priority, max_attempts, after, on_dead)
 SELECT g.type, g.payload, $3, $6, $7, i.ids, CASE WHEN i.ids IS NOT NULL THEN $14 END
