@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import signal
 import subprocess
@@ -22,7 +23,7 @@ from notifyq.store import SQL
 from notifyq.testing import drain, run_inline
 
 from .conftest import Process, Seen, eventually, working
-from .steps import Session, steps
+from .steps import frozen, steps
 from .test_faults import insert, started
 from .test_lifecycle import ended, errors, state
 from .verbs import claim, finish, held, later, register, rescue, silent
@@ -217,6 +218,11 @@ async def test_drained(bench: Bench, db: Any) -> None:
     drained = await drain(bench.app)
     assert (drained.done, drained.dead) == (23, 1)
     assert await state(db, last.id) == "done"
+    ids = [(await bench.app.enqueue(Step("bad", "fail"))).id]
+    for _ in range(20):
+        ids += [(await bench.app.enqueue(Step("never"), after=ids[-1:])).id]
+    await drain(bench.app)
+    assert await where(db, *ids) == ["dead"] + ["cancelled"] * 20
     assert not await db.fetchval(LEFT)
 
 
@@ -379,43 +385,49 @@ async def test_it_ends_before_the_mark_can_be_seen(dsn: str) -> None:
         assert not await s.db.fetchval(LEFT)
 
 
-async def test_it_is_just_ending_when_it_is_judged(dsn: str) -> None:
-    """Its end can't be marked any more, nor is it there yet: judged once more, a moment later, or by the next free."""
+@pytest.mark.parametrize("commits", [True, False])
+async def test_it_is_just_ending_when_it_is_judged(dsn: str, commits: bool) -> None:
+    """Its end can't be marked any more, nor is it there yet. That isn't waited for; the next free judges once more."""
     async with steps(dsn) as s:
         judge, settler = await s.worker("claims"), await s.worker("settle")
-        for commits in ("at once", "late", "never"):
+        needed = await held(s.db)
+        waits = await waiting_for(s.db, needed[0].id)
+        edge = needed[0].id, waits[0].id
+        await settler("BEGIN")
+        await settler(finish, needed)
+        assert await judge(admit, waits) == {waits[0].id: "after"}
+        assert [tuple(row) for row in await s.db.fetch(NEEDS)] == [(*edge, False)]
+        assert await free(s.db) == 0
+        await settler("COMMIT" if commits else "ROLLBACK")
+        assert await free(s.db) == commits
+        if not commits:
+            assert [tuple(row) for row in await s.db.fetch(NEEDS)] == [(*edge, True)]
+            await settler(finish, needed)
+            assert await free(s.db) == 1
+        assert await where(s.db, waits[0].id) == ["ready"]
+        assert not await s.db.fetchval(LEFT)
+
+
+async def test_it_has_ended_a_moment_later(dsn: str) -> None:
+    """Whoever judges looks again, and sees the end. He is stopped in the middle; who was late to stop him tries again."""
+    async with steps(dsn) as s:
+        judge, settler = await s.worker("claims"), await s.worker("settle")
+        verdict = None
+        for _ in range(20):
             needed = await held(s.db)
             waits = await waiting_for(s.db, needed[0].id)
             await settler("BEGIN")
             await settler(finish, needed)
-            if commits == "at once":
-                frozen = await begun(judge, admit, waits)
-                await eventually(lambda: s.db.fetchval(SLEEPS), 1)
+            judged = asyncio.create_task(admit(judge.conn, waits))
+            with anyio.fail_after(5):
+                while not judged.done() and not await s.db.fetchval(SLEEPS):
+                    pass
+            with frozen(judge):
                 await settler("COMMIT")
-                assert await frozen() == {waits[0].id: None}, "it has seen the end"
-            else:
-                assert await judge(admit, waits) == {waits[0].id: "after"}, "it waits for nobody's transaction"
-                assert [tuple(row) for row in await s.db.fetch(NEEDS)] == [(needed[0].id, waits[0].id, False)]
-                assert await free(s.db) == 0
-                await settler("COMMIT" if commits == "late" else "ROLLBACK")
-                assert await free(s.db) == (commits == "late")
-                if commits == "never":
-                    assert [tuple(row) for row in await s.db.fetch(NEEDS)] == [(needed[0].id, waits[0].id, True)]
-                    await settler(finish, needed)
-                    assert await free(s.db) == 1
-                assert await where(s.db, waits[0].id) == ["ready"]
-            assert not await s.db.fetchval(LEFT)
-
-
-async def begun(session: Session, step: Any, *args: Any) -> Callable[[], Any]:
-    """A step that is under way and waits for no lock."""
-    task = session._start(step, args, {})
-
-    async def result() -> Any:
-        with anyio.fail_after(5):
-            return await task
-
-    return result
+            verdict = (await judged)[waits[0].id]
+            if verdict is None:
+                break
+        assert verdict is None
 
 
 async def test_the_last_two_end_at_once(dsn: str) -> None:
@@ -520,6 +532,21 @@ async def test_what_is_not_an_end(dsn: str) -> None:
         assert not await s.db.fetchval(LEFT)
 
 
+async def test_whom_nobody_tells_a_heartbeat_finds(bench: Bench, db: Any, dsn: str, connect: Any) -> None:
+    """What is waited for was locked by a stranger, longer than anybody looked again, and then it was gone."""
+    stranger = await connect()
+    async with working(bench.app, dsn):
+        first = await bench.app.enqueue(Step("first", "wait"))
+        await bench.seen.reach(1)
+        async with stranger.transaction():
+            await stranger.execute("SELECT FROM notifyq.task WHERE id = $1 FOR UPDATE", first.id)
+            last = await bench.app.enqueue(Step("last"), after=[first])
+            await eventually(lambda: where(db, last.id), ["after"])
+            await anyio.sleep(0.1)  # of five times UNSURE_SECONDS nothing tells
+            await stranger.execute("SELECT notifyq.cancel($1)", first.id)
+        await ended(db, last.id, "cancelled")
+
+
 async def test_settled_in_its_handlers_transaction(bench: Bench, db: Any, dsn: str) -> None:
     class Book(notifyq.Task):
         pass
@@ -586,8 +613,8 @@ async def test_killed_at_random(spawn: Callable[..., Process], db: Any) -> None:
     assert set(await where(db, *ids)) == {"done"}
     assert not await db.fetch(
         """SELECT t.id FROM notifyq.all_tasks t CROSS JOIN unnest(t.after) a (id) JOIN notifyq.finished f ON f.id = a.id
-           WHERE t.processing_at < f.processed_at"""
-    )
+           WHERE t.processed_at < f.processed_at"""
+    ), "a claim may come before that, a run may not"
     await eventually(lambda: db.fetchval(LEFT), 0)
 
 
