@@ -18,7 +18,7 @@ import pytest
 import notifyq
 from notifyq import Context, Task, lifespan
 from notifyq.errors import ConfigError, NotifyqError
-from notifyq.testing import run_inline
+from notifyq.testing import drain, run_inline
 
 from .conftest import Seen, working
 from .test_lifecycle import ended, errors, state
@@ -450,6 +450,15 @@ async def test_the_example_of_batches(dsn: str, db: Any, capsys: pytest.CaptureF
     assert capsys.readouterr().out.splitlines()[0] == "indexing 4"
     rows = await db.fetch("SELECT coalesce(result #>> '{}', error) FROM notifyq.all_tasks ORDER BY id")
     assert [row[0] for row in rows] == ["ValueError: no text", "document 1", "ValueError: no text", "document 3"]
+
+
+async def test_the_example_of_after(dsn: str, capsys: pytest.CaptureFixture[str]) -> None:
+    space = example("after.md")
+    app: notifyq.App = space["app"]
+    async with app.connect(dsn):
+        await space["publish"]("Atlas")
+        await drain(app)
+    assert capsys.readouterr().out.splitlines() == ["Atlas: page 1, page 2, page 3", "Atlas is there, with 3 pages"]
 
 
 async def test_the_example_of_transactions(dsn: str, db: Any, capsys: pytest.CaptureFixture[str]) -> None:

@@ -150,6 +150,8 @@ async def use(dsn: str | None, tasks: Sequence[notifyq.Task], connection: "async
         await app.enqueue(task, run_at=datetime.now(timezone.utc), max_attempts=3)
         await app.enqueue(task, conn=connection)
         ids: list[int] = await app.enqueue_many(tasks)
+        both: tuple[list[int], notifyq.Ref] = await app.enqueue_many(tasks, then=Thumbnail(path="x"), on_dead="run")
+        await app.enqueue(task, after=[both[1], *ids], on_dead="cancel")
         async with anyio.create_task_group() as group:
             info: notifyq.WorkerInfo = await group.start(app.run_worker)
             print(id, ids, info.bell_ms, cancelled)
@@ -217,6 +219,8 @@ MISTAKES = [
     'app.handler(batch="many")',
     'app.handler(thumbnail, batch=5)',
     'parts(Part(1), [])',
+    'app.enqueue(Thumbnail(path="x"), after=["x"])',
+    'app.enqueue_many([], then=Thumbnail)',
 ]  # fmt: skip
 
 
