@@ -612,7 +612,8 @@ async def test_killed_at_random(spawn: Callable[..., Process], db: Any) -> None:
     await eventually(lambda: state(db, last), "done", 40)
     assert set(await where(db, *ids)) == {"done"}
     assert not await db.fetch(
-        """SELECT t.id, f.id FROM notifyq.finished t CROSS JOIN unnest(t.after) a (id) JOIN notifyq.finished f ON f.id = a.id
+        """SELECT t.id, f.id FROM notifyq.finished t CROSS JOIN unnest(t.after) a (id)
+           JOIN notifyq.finished f ON f.id = a.id
            WHERE t.xmin::text::bigint <= f.xmin::text::bigint"""
     ), "by the transactions that wrote their ends, whatever the clock has done meanwhile"
     await eventually(lambda: db.fetchval(LEFT), 0)
