@@ -543,6 +543,8 @@ BEGIN
         FROM unnest(admit.ids, admit.attempts) AS o (id, attempt)
         JOIN notifyq.task t ON t.id = ANY (ARRAY[o.id])
         WHERE t.worker IS NOT DISTINCT FROM admit.worker AND t.attempts = o.attempt
+          -- One that was locked when the others were asked what they wait for, and isn't now, was not asked.
+          AND (t.after IS NULL OR t.id = ANY (waiting))
         FOR UPDATE OF t SKIP LOCKED
     ), ordered AS MATERIALIZED (
         SELECT m.*, CASE WHEN m.id = ANY (waiting) THEN 'after' WHEN m.order_key IS NOT NULL AND EXISTS (

@@ -430,6 +430,37 @@ async def test_it_has_ended_a_moment_later(dsn: str) -> None:
         assert verdict is None
 
 
+async def test_it_is_waited_for_itself_when_it_is_judged(dsn: str) -> None:
+    """Another has it locked, to mark it, and lets it go before the verdict. It wasn't asked what it waits for, so it
+    doesn't run: it is handed back."""
+    async with steps(dsn) as s:
+        judge, other, settler = await s.worker("claims 1"), await s.worker("claims 2"), await s.worker("settle")
+        stopped = False
+        for _ in range(20):
+            needed, ending = await held(s.db), await held(s.db)
+            worker = await register(s.db)
+            for id in (needed[0].id, ending[0].id):
+                await s.db.execute("INSERT INTO notifyq.task (type, after) VALUES ('Known', $1)", [id])
+            waits, also = await claim(s.db, worker, 2)
+            third = await waiting_for(s.db, waits.id)
+            await settler("BEGIN")
+            await settler(finish, ending)
+            await other("BEGIN")
+            assert await other(admit, third) == {third[0].id: "after"}
+            judged = asyncio.create_task(admit(judge.conn, [waits, also]))
+            with anyio.fail_after(5):
+                while not judged.done() and not await s.db.fetchval(SLEEPS):
+                    pass
+            with frozen(judge):
+                stopped = not judged.done() and bool(await s.db.fetchval(SLEEPS))
+                await other("COMMIT")
+            assert waits.id not in await judged
+            await settler("COMMIT")
+            if stopped:
+                break
+        assert stopped
+
+
 async def test_the_last_two_end_at_once(dsn: str) -> None:
     """And are let out by two, neither of whom sees what the other does. The second waits for the first."""
     async with steps(dsn) as s:
@@ -591,7 +622,7 @@ async def test_killed_at_random(spawn: Callable[..., Process], db: Any) -> None:
     """Three workers, one of which is killed again and again, over chains and fans: every task ends, none before what it
     waits for."""
     ids: list[int] = []
-    for n in range(400):
+    for n in range(1500):
         # The one before it, and the one that is ten before, if there is one.
         after = (ids[-1:] if n % 4 else []) + (ids[-10:-9] if n % 3 else [])
         ids.append(
@@ -604,8 +635,8 @@ async def test_killed_at_random(spawn: Callable[..., Process], db: Any) -> None:
         "INSERT INTO notifyq.task (type, after, on_dead) VALUES ('Quick', $1, 'run') RETURNING id", ids
     )
     workers = [await started(spawn, "concurrency=5") for _ in range(3)]
-    for _ in range(3):
-        await anyio.sleep(0.15)
+    for _ in range(5):
+        await anyio.sleep(0.05)
         workers[0].process.signal(signal.SIGKILL)
         workers.append(await started(spawn, "concurrency=5"))
         workers.pop(0)
