@@ -211,12 +211,12 @@ class Claimer:
             if self._changed:
                 await self._due(conn, worker)
             elif self._backlog or any(queue in self._left for queue in rooms):
-                if self._backlog:
-                    door.want(Place.AWAY)
                 if now - self._due_at > DUE_BUSY_SECONDS:
                     await self._due(conn, worker)
                     rooms, room = self._rooms(now)
                 await self._claim(conn, worker, rooms, room)
+                if self._backlog:
+                    door.want(Place.AWAY)
             elif self._passing:
                 await self._wait(math.inf)
             elif now >= self._poll_at:
