@@ -289,6 +289,8 @@ class Claimer:
                 due = await self._due(conn, worker)
                 if await self._free(conn):
                     continue
+                # What was held above kept its queue, if that has a limit, out of the rooms.
+                rooms, room = self._rooms(clock())
                 if not due and not await self._claim(conn, worker, rooms, room, front=True):
                     return
                 continue
