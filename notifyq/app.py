@@ -148,7 +148,7 @@ class App:
         Raises ConfigError for a task that doesn't validate against its own type, or an option that can't be.
         """
         checked = Options.check(**options)
-        return self.ref(await enqueue.one(self._via(conn), self.registry, task, checked))
+        return ref(self, await enqueue.one(self._via(conn), self.registry, task, checked))
 
     @overload
     async def enqueue_many(

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from notifyq import store
 
@@ -81,3 +82,22 @@ async def test_schema(tmp_path: Path, dsn: str) -> None:
             commands += 1
             assert done.returncode == ("--" in command), done.stderr
     assert commands == 4
+
+
+async def test_results(tmp_path: Path, dsn: str) -> None:
+    """The two files, a worker, and what the page says is printed."""
+    page = (DOCS / "results.md").read_text()
+    files = FILE.findall(page)
+    assert [name for name, _ in files] == ["thumbs.py", "ask.py"]
+    for name, text in files:
+        (tmp_path / name).write_text(text)
+    where: dict[str, Any] = {"cwd": tmp_path, "env": {**os.environ, "NOTIFYQ_DSN": dsn}, "text": True}
+    with subprocess.Popen(
+        [sys.executable, "-m", "notifyq", "worker", "thumbs:app"], stderr=subprocess.DEVNULL, **where
+    ) as worker:
+        try:
+            asked = subprocess.run([sys.executable, "ask.py"], capture_output=True, timeout=60, check=False, **where)
+        finally:
+            worker.terminate()
+    (shown,) = CONSOLE.findall(page)
+    assert asked.stdout == shown.partition("\n")[2], asked.stderr
