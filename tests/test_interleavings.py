@@ -238,16 +238,17 @@ async def test_a_cancel_in_a_savepoint_that_is_rolled_back(s: Steps, w: Session,
     assert await states(s.db) == {job.id: ("done", 1)}
 
 
-async def test_a_prepared_cancel(s: Steps, w: Session, p: Session) -> None:
-    """Settle during a cancel that is prepared and belongs to no session: it waits for that all the same."""
+async def test_a_prepared_change(s: Steps, w: Session, p: Session) -> None:
+    """Settle while somebody's change of the row is prepared and belongs to no session: it waits for that all the same.
+    (A transaction that has cancelled what runs has notified, so PostgreSQL doesn't prepare it.)"""
     [job] = await w(held)
     await p("BEGIN")
-    await p(cancel, job.id)
-    await p("PREPARE TRANSACTION 'cancel'")
+    await p("UPDATE notifyq.task SET priority = 1")
+    await p("PREPARE TRANSACTION 'change'")
     waiting = await w.blocked_by(PREPARED, finish, [job])
-    await p("COMMIT PREPARED 'cancel'")
-    assert await waiting == []
-    assert await states(s.db) == {job.id: ("cancelled", 1)}
+    await p("COMMIT PREPARED 'change'")
+    assert await waiting == [job.id]
+    assert await states(s.db) == {job.id: ("done", 1)}
 
 
 async def test_a_reader_that_locks_rows_only_delays(s: Steps, w: Session, p: Session) -> None:
