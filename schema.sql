@@ -67,7 +67,8 @@ CREATE TABLE notifyq.schema_version (
 INSERT INTO notifyq.schema_version (version, serves) VALUES (2, 1);
 
 -- Live tasks. Anything may be inserted: a payload that doesn't fit its type is found when it is decoded, and ends
--- dead with a message, where a constraint could only have refused somebody's whole transaction.
+-- dead with a message, where a constraint could only have refused somebody's whole transaction. There is one CHECK, since
+-- PostgreSQL parses each anew for every INSERT and every claim, 2 µs; for the rarer columns a trigger: notifyq.checked().
 CREATE TABLE notifyq.task (
     id            bigint      GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
     created_at    timestamptz NOT NULL DEFAULT clock_timestamp(),
@@ -77,14 +78,13 @@ CREATE TABLE notifyq.task (
     worker        integer,                             -- who holds the lease
     priority      smallint    NOT NULL DEFAULT 0,      -- higher runs first
     attempts      smallint    NOT NULL DEFAULT 0,      -- claims so far; with worker, the fencing token
-    max_attempts  smallint    CHECK (max_attempts >= 1),  -- null: what the task's type says, else 10
+    max_attempts  smallint,                            -- null: what the task's type says, else 10
     promoted      boolean     NOT NULL DEFAULT false,  -- was scheduled, and its time has come
     aside         boolean     NOT NULL DEFAULT false,
-    queue         text        NOT NULL DEFAULT 'default' CHECK (length(queue) <= 200),  -- both are index keys,
-    type          text        NOT NULL CHECK (length(type) <= 200),                     -- which have a size
+    queue         text        NOT NULL DEFAULT 'default',  -- this and the type are index keys, which have a size
+    type          text        NOT NULL,
     payload       jsonb       NOT NULL DEFAULT '{}',
     errors        jsonb,                               -- one object for each attempt that failed
-    -- Not CHECKed here: each CHECK costs every INSERT 2 µs, as PostgreSQL parses it anew. See notifyq.checked().
     unique_key    text,                                -- see "Unique"
     order_key     text,                                -- one at a time, in the order of ids
     limit_key     text,                                -- of all with this key
@@ -97,10 +97,12 @@ CREATE TABLE notifyq.task (
     parked        text,                                -- with aside: what it waits for: limit, rate, queue, order, after,
     waits_at      text,                                -- and the key; both without aside: it is to be the next of that key
     admitted      timestamptz,                         -- = processing_at: this attempt was judged, and holds its slots
-    tracked       boolean     NOT NULL DEFAULT false,  -- others wait for its end: a row of freed tells of it
+    tracked       boolean     NOT NULL DEFAULT false,  -- others may wait for its end: a row of freed tells of it
     awaited       boolean     NOT NULL DEFAULT false,  -- a client waits for its end: a NOTIFY tells of it
     progress      real,
-    note          text
+    note          text,
+    CONSTRAINT names_up_to_200_characters_and_max_attempts_from_1
+        CHECK (length(queue) <= 200 AND length(type) <= 200 AND max_attempts >= 1)
 ) WITH (
     fillfactor = 90,
     -- A queue turns its rows over in seconds: vacuum early, at full speed, indexes included, and never
@@ -234,7 +236,10 @@ CREATE INDEX started_key ON notifyq.started (key, at);
 
 CREATE FUNCTION notifyq.ended() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
-    IF OLD.tracked OR OLD.limit_key IS NOT NULL OR OLD.order_key IS NOT NULL THEN
+    IF TG_OP OPERATOR(pg_catalog.=) 'UPDATE' AND (OLD.worker IS NULL OR NEW.worker IS NOT NULL) THEN
+        RETURN NULL;
+    END IF;
+    IF OLD.tracked THEN
         INSERT INTO notifyq.freed (task, ended, queue, order_key, limit_key)
         VALUES (OLD.id, TG_OP OPERATOR(pg_catalog.=) 'DELETE', OLD.queue, OLD.order_key, OLD.limit_key);
     END IF;
@@ -245,21 +250,19 @@ BEGIN
     RETURN NULL;
 END $$;
 
--- 0.14 µs for a row that nobody waits for. Claims name neither column.
+-- 0.14 µs for a row that nobody waits for, and for each statement, INSERTs too, as much as the words after WHEN are long.
+-- Claims name neither column.
 CREATE TRIGGER ended AFTER DELETE ON notifyq.task FOR EACH ROW
-    WHEN (OLD.tracked OR OLD.awaited OR OLD.limit_key IS NOT NULL OR OLD.order_key IS NOT NULL)
-    EXECUTE FUNCTION notifyq.ended();
+    WHEN (OLD.tracked OR OLD.awaited) EXECUTE FUNCTION notifyq.ended();
 CREATE TRIGGER given_up AFTER UPDATE OF run_at ON notifyq.task FOR EACH ROW
-    WHEN (OLD.worker IS NOT NULL AND NEW.worker IS NULL
-          AND (OLD.tracked OR OLD.limit_key IS NOT NULL OR OLD.order_key IS NOT NULL))
-    EXECUTE FUNCTION notifyq.ended();
+    WHEN (OLD.tracked) EXECUTE FUNCTION notifyq.ended();
 
 -- Once for a statement, however many rows it has: for COPY and INSERT ... SELECT too. UPDATE OF run_at is how a
 -- retry, a hand-back, a rescue, or a person at psql says "look again"; claims and promotions don't name run_at.
 CREATE TRIGGER ring AFTER INSERT OR UPDATE OF run_at ON notifyq.task
     FOR EACH STATEMENT EXECUTE FUNCTION notifyq.ring();
 
--- What is wrong with the rarer columns is said where it is written.
+-- What is wrong is said where it is written.
 CREATE FUNCTION notifyq.checked() RETURNS trigger LANGUAGE plpgsql AS $$
 DECLARE
     wrong text := CASE
@@ -285,12 +288,12 @@ BEGIN
     IF wrong IS NOT NULL THEN
         RAISE EXCEPTION 'notifyq.task: %', wrong USING ERRCODE = 'check_violation';
     END IF;
+    NEW.tracked := NEW.tracked OR NEW.order_key IS NOT NULL OR NEW.limit_key IS NOT NULL;
     RETURN NEW;
 END $$;
 
 CREATE TRIGGER checked BEFORE INSERT ON notifyq.task FOR EACH ROW
-    WHEN (coalesce(NEW.order_key, NEW.limit_key, NEW.on_dead) IS NOT NULL OR NEW.after IS NOT NULL
-          OR coalesce(NEW.limit_running, NEW.limit_rate) IS NOT NULL)
+    WHEN (num_nonnulls(NEW.unique_key, NEW.order_key, NEW.limit_key, NEW.after, NEW.on_dead) > 0)
     EXECUTE FUNCTION notifyq.checked();
 
 -- The worker's side. A blocked SELECT holds a snapshot and with it vacuum, so every wait is bounded and asked for
@@ -353,7 +356,7 @@ CREATE FUNCTION notifyq.cancel(id bigint) RETURNS boolean LANGUAGE sql BEGIN ATO
     SELECT EXISTS (SELECT FROM kept)
     FROM (SELECT count(*) FROM told) AS t,
          (SELECT count(pg_notify('notifyq', '')) FROM gone g
-          WHERE (g.tracked OR g.limit_key IS NOT NULL OR g.order_key IS NOT NULL)
+          WHERE g.tracked
             AND pg_notification_queue_usage() < 0.9) AS rung;  -- others wait for its end, and a DELETE doesn't ring
 END;
 

@@ -287,9 +287,9 @@ async def test_enqueue_takes_names_and_positions(conn: Any) -> None:
         ("'T', NULL", 'null value in column "payload"'),
         ("'T', queue => NULL", 'null value in column "queue"'),
         ("'T', priority => 40000", "smallint out of range"),
-        ("'T', max_attempts => 0", "task_max_attempts_check"),
+        ("'T', max_attempts => 0", "max_attempts_from_1"),
         ("'T', '{nope'", "invalid input syntax for type json"),
-        ("repeat('x', 201)", "task_type_check"),
+        ("repeat('x', 201)", "names_up_to_200_characters"),
     ],
 )
 async def test_enqueue_refuses(conn: Any, arguments: str, message: str) -> None:

@@ -7,7 +7,7 @@ UPDATE notifyq.schema_version SET serves = version WHERE serves IS NULL;
 ALTER TABLE notifyq.schema_version ALTER COLUMN serves SET NOT NULL;
 
 -- step: locks task
--- No CHECK: PostgreSQL would read the whole table for it, under this lock.
+-- No CHECK that is valid at once: PostgreSQL would read the whole table for it, under this lock.
 ALTER TABLE notifyq.task
     ADD COLUMN IF NOT EXISTS unique_key text,
     ADD COLUMN IF NOT EXISTS order_key text,
@@ -24,7 +24,16 @@ ALTER TABLE notifyq.task
     ADD COLUMN IF NOT EXISTS tracked boolean NOT NULL DEFAULT false,
     ADD COLUMN IF NOT EXISTS awaited boolean NOT NULL DEFAULT false,
     ADD COLUMN IF NOT EXISTS progress real,
-    ADD COLUMN IF NOT EXISTS note text;
+    ADD COLUMN IF NOT EXISTS note text,
+    DROP CONSTRAINT IF EXISTS task_max_attempts_check,
+    DROP CONSTRAINT IF EXISTS task_queue_check,
+    DROP CONSTRAINT IF EXISTS task_type_check,
+    DROP CONSTRAINT IF EXISTS names_up_to_200_characters_and_max_attempts_from_1,
+    ADD CONSTRAINT names_up_to_200_characters_and_max_attempts_from_1
+        CHECK (length(queue) <= 200 AND length(type) <= 200 AND max_attempts >= 1) NOT VALID;
+
+-- step
+ALTER TABLE notifyq.task VALIDATE CONSTRAINT names_up_to_200_characters_and_max_attempts_from_1;
 
 -- step: locks finished
 ALTER TABLE notifyq.finished

@@ -26,4 +26,4 @@ WITH outcome AS MATERIALIZED (
     FROM gone
     WHERE $7 OR state = 'dead' OR awaited OR tracked AND EXISTS (SELECT FROM notifyq.dependency d WHERE d.needs = gone.id)
 )
-SELECT id, tracked OR limit_key IS NOT NULL OR order_key IS NOT NULL AS freed FROM gone
+SELECT id, tracked AS freed FROM gone

@@ -10,7 +10,7 @@ WITH moved AS (
 ), freed AS (
     INSERT INTO notifyq.freed (task, ended, queue, order_key, limit_key)
     SELECT m.id, false, m.queue, m.order_key, m.limit_key FROM moved m
-    WHERE m.tracked OR m.order_key IS NOT NULL OR m.limit_key IS NOT NULL
+    WHERE m.tracked
 )
-SELECT moved.id, moved.tracked OR moved.order_key IS NOT NULL OR moved.limit_key IS NOT NULL AS freed
+SELECT moved.id, moved.tracked AS freed
 FROM moved, (SELECT CASE WHEN pg_notification_queue_usage() < 0.9 THEN pg_notify('notifyq', 'aside')::text END) AS told

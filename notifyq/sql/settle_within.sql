@@ -16,4 +16,4 @@ WITH gone AS (
     FROM gone
     WHERE $4::boolean OR awaited OR tracked AND EXISTS (SELECT FROM notifyq.dependency d WHERE d.needs = gone.id)
 )
-SELECT pg_current_xact_id()::text AS xid, tracked OR limit_key IS NOT NULL OR order_key IS NOT NULL AS freed FROM gone
+SELECT pg_current_xact_id()::text AS xid, tracked AS freed FROM gone
