@@ -171,7 +171,8 @@ CREATE TABLE notifyq.worker (
     started_at    timestamptz NOT NULL DEFAULT clock_timestamp(),
     seen_at       timestamptz NOT NULL DEFAULT clock_timestamp(),
     running       integer     NOT NULL DEFAULT 0,
-    status        text        NOT NULL DEFAULT 'ok'    -- or what is degraded, in words
+    status        text        NOT NULL DEFAULT 'ok',   -- or what is degraded, in words
+    crons         text[]      NOT NULL DEFAULT '{}'    -- the names of those that it looks after
 ) WITH (fillfactor = 50, autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 500);
 
 CREATE TABLE notifyq.bell (nothing boolean CHECK (false)) WITH (autovacuum_enabled = false);
@@ -909,6 +910,54 @@ CREATE FUNCTION notifyq.count_running(queues text[], worker integer DEFAULT NULL
         ORDER BY t.id FOR UPDATE));
 END;
 
+-- Cron
+-- ----
+-- A row says what to enqueue when. Workers whose app has it write it when they start, and look here every 1.5 s: a slot
+-- that comes within 3 s is inserted as a scheduled task, and next_at moves on to the slot after it, in one statement which
+-- applies only if next_at is what it was. So each slot has one task, whoever looks, however many, whoever dies when; and
+-- the timers that every scheduled task has start it at its time. Python reckons from a slot to the next (notifyq/cron.py),
+-- in the row's time zone; what time it is, this server's clock says.
+CREATE TABLE notifyq.cron (
+    name          text        NOT NULL PRIMARY KEY CHECK (length(name) <= 200),
+    expression    text        NOT NULL,                -- five fields, or six, of which the first is the second
+    tz            text        NOT NULL DEFAULT 'UTC',
+    type          text        NOT NULL CHECK (length(type) <= 200),
+    payload       jsonb       NOT NULL DEFAULT '{}',
+    queue         text        NOT NULL DEFAULT 'default' CHECK (length(queue) <= 200),
+    priority      smallint    NOT NULL DEFAULT 0,
+    missed        text        NOT NULL DEFAULT 'once' CHECK (missed IN ('once', 'skip')),  -- while no worker ran
+    paused        boolean     NOT NULL DEFAULT false,
+    next_at       timestamptz,                         -- the next slot; null: to be reckoned from now on
+    last_at       timestamptz,                         -- the last slot that was enqueued
+    recent        bigint[]    NOT NULL DEFAULT '{}'    -- the tasks of the last ones, the latest first
+);
+
+-- From here on it enqueues nothing. What it has put ahead, or what waits for a free slot, is cancelled. Returns whether
+-- there is such a cron. (Statements of their own, as what the first waits for must be seen by the second.)
+CREATE FUNCTION notifyq.cron_pause(name text) RETURNS boolean LANGUAGE sql BEGIN ATOMIC
+    UPDATE notifyq.cron c SET paused = true WHERE c.name = $1;
+    SELECT count(notifyq.cancel(waiting.id))
+    FROM (SELECT t.id
+          FROM notifyq.task t
+          WHERE t.id = ANY (ARRAY(SELECT unnest(c.recent) FROM notifyq.cron c WHERE c.name = $1))
+            AND t.worker IS NULL AND t.attempts = 0
+          ORDER BY t.id
+          FOR UPDATE) AS waiting;
+    SELECT EXISTS (SELECT FROM notifyq.cron c WHERE c.name = $1);
+END;
+
+-- Go on, with the next slot from now on: those of the pause don't count as missed. Returns whether there is such a cron.
+CREATE FUNCTION notifyq.cron_resume(name text) RETURNS boolean LANGUAGE sql BEGIN ATOMIC
+    UPDATE notifyq.cron c SET paused = false, next_at = NULL WHERE c.name = $1 AND c.paused;
+    SELECT EXISTS (SELECT FROM notifyq.cron c WHERE c.name = $1);
+END;
+
+-- Run it now, paused or not, beside what is due anyway. Returns the task's id; NULL: there is no such cron.
+CREATE FUNCTION notifyq.cron_run(name text) RETURNS bigint LANGUAGE sql BEGIN ATOMIC
+    INSERT INTO notifyq.task (type, payload, queue, priority)
+    SELECT c.type, c.payload, c.queue, c.priority FROM notifyq.cron c WHERE c.name = $1 RETURNING id;
+END;
+
 -- The stable way to read.
 CREATE VIEW notifyq.all_tasks AS
 SELECT t.id, t.queue, t.type,
@@ -961,7 +1010,7 @@ LEFT JOIN served s ON s.queue = k.name;
 --                 GRANT INSERT (limit_seconds, after, on_dead) ON notifyq.task TO r;
 --                 GRANT INSERT ON notifyq.bell TO r;  -- lets it lock, and the table takes no row. Without it: always rings
 --   may read      GRANT USAGE ON SCHEMA notifyq TO r;
---                 GRANT SELECT ON notifyq.all_tasks, notifyq.all_queues, notifyq.worker, notifyq.queue TO r;
+--                 GRANT SELECT ON notifyq.all_tasks, notifyq.all_queues, notifyq.worker, notifyq.queue, notifyq.cron TO r;
 --                 GRANT SELECT ON notifyq.schema_version TO r;
 --   may await     GRANT USAGE ON SCHEMA notifyq TO r;  -- results and progress
 --                 GRANT SELECT ON notifyq.all_tasks TO r;

@@ -12,10 +12,11 @@ import asyncpg
 from anyio.abc import TaskStatus
 
 from . import enqueue, foreign, lifespan, store
-from .config import WorkerConfig, parse_queues, resolve_dsn
+from .config import WorkerConfig, check_name, parse_queues, resolve_dsn
+from .cron import Cron, Missed, check_schedule
 from .errors import ConfigError, DatabaseError
 from .options import EnqueueOptions, Options
-from .registry import HandlerOptions, Registry
+from .registry import Handler, HandlerOptions, Registry
 from .results import Results
 from .store import Connection, explained
 from .task import Middleware, Ref, Task, ref
@@ -73,6 +74,59 @@ class App:
             return function
 
         return register if function is ... else register(function)
+
+    def cron(
+        self,
+        expression: str,
+        *,
+        tz: str = "UTC",
+        task: Task | None = None,
+        name: str | None = None,
+        queue: str = "default",
+        priority: int = 0,
+        missed: Missed = "once",
+    ) -> Callable[[_Handler], _Handler]:
+        """Enqueue a task by the clock; use it as a decorator, above @app.handler.
+
+        expression  "0 3 * * *": minute, hour, day, month, weekday, by cronsim; a sixth field in front is the second
+        tz          in whose time that is meant
+        task        what to enqueue; None: the handler's task, if it can be made without arguments
+        name        of the schedule, by which it is paused and listed; None: the task's type
+        missed      of slots that came while no worker ran: "once", one run for all of them, or "skip"
+
+        Each slot has one task, however many workers there are. Raises ConfigError for what can't work.
+        """
+
+        def schedule(function: _Handler) -> _Handler:
+            handler = self.registry.of(function)
+            if handler is None:
+                raise ConfigError(
+                    f"@app.cron got {function!r}, which is no handler of this app; put it above @app.handler"
+                )
+            self._schedule(handler, Cron(name or handler.type, expression, tz, "", "", queue, priority, missed), task)
+            return function
+
+        return schedule
+
+    def _schedule(self, handler: Handler, cron: Cron, task: Task | None) -> None:
+        try:
+            task = task or handler.task()
+        except TypeError as error:
+            raise ConfigError(
+                f"@app.cron of {handler.name}: {handler.task.__name__} can't be made without arguments ({error}); "
+                f"say which: task={handler.task.__name__}(...)"
+            ) from None
+        if type(task) is not handler.task:
+            raise ConfigError(f"@app.cron of {handler.name}: task is {task!r:.100}, expected a {handler.task.__name__}")
+        check_name("name", cron.name)
+        check_schedule(cron.expression, cron.tz)
+        Options.check(queue=cron.queue, priority=cron.priority)
+        if cron.missed not in ("once", "skip"):
+            raise ConfigError(f"missed is {cron.missed!r}; expected 'once' or 'skip'")
+        if cron.name in self.registry.crons:
+            raise ConfigError(f"two crons are named {cron.name!r}; give one another name: @app.cron(..., name=...)")
+        tag, payload = enqueue.checked(self.registry, task)
+        self.registry.crons[cron.name] = cron._replace(type=tag, payload=payload)
 
     def middleware(self, function: _Middleware) -> _Middleware:
         """Put `async def f(task, ctx, call)` around each handler; use it as a decorator. The first is the outermost.

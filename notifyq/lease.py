@@ -33,6 +33,7 @@ import asyncpg
 from . import schema
 from .codec import NOTE_LENGTH, storable
 from .config import WorkerConfig
+from .cron import Schedule
 from .errors import DatabaseError
 from .registry import Registry
 from .run import Runners
@@ -80,6 +81,7 @@ class Keeper:
         self._config = config
         self._registry = registry
         self._runners = runners
+        self._schedule = Schedule(registry.crons)
         self._on_lost = on_lost
         self._on_aside = on_aside
         self._on_freed = on_freed
@@ -235,6 +237,7 @@ class Keeper:
                 if self._heard and not lost:
                     self._deaf_until = time.monotonic() + DEAF_SECONDS
                 self._heard = False
+                await self._schedule.look(conn)
                 next_tick = now + random.uniform(0.9, 1.0) * TICK_SECONDS
             if self._runners.reports and now >= next_report:
                 next_report = now + REPORT_SECONDS
@@ -264,6 +267,7 @@ class Keeper:
         args = (self._name, list(config.queues), types, allowed, config.concurrency, config.lease_seconds)
         id: int = await conn.fetchval(SQL["register"], *args)
         await self._lock(conn, id)
+        await self._schedule.begin(conn, id)
         return id
 
     async def _lock(self, conn: Connection, id: int) -> None:

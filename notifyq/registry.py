@@ -18,6 +18,7 @@ import msgspec
 
 from .codec import type_name
 from .config import check_name
+from .cron import Cron
 from .errors import ConfigError
 from .lifespan import Lifespan
 from .task import Call, Context, Middleware, Task
@@ -105,6 +106,7 @@ class Registry:
         self._handlers: dict[str, Handler] = {}
         self._middleware: list[Middleware] = []  # the outermost first
         self.lifespan: Lifespan | None = None
+        self.crons: dict[str, Cron] = {}  # by name
 
     def bound(self, given: Sequence[object] | None) -> Registry:
         """The same handlers, to be run: through the middleware, and given what the lifespan yields (None: no lifespan).
@@ -114,6 +116,7 @@ class Registry:
         registry = Registry()
         around = functools.reduce(_nested, self._middleware) if self._middleware else None
         registry._handlers = {handler.type: handler.bound(given, around) for handler in self._handlers.values()}
+        registry.crons = self.crons
         return registry
 
     def surround(self, function: Middleware) -> None:
@@ -151,6 +154,10 @@ class Registry:
                 f'give one another tag: class {task.__name__}(notifyq.Task, tag="...")'
             )
         self._handlers[handler.type] = handler
+
+    def of(self, function: Callable[..., Any]) -> Handler | None:
+        """The one that was registered with this function."""
+        return next((handler for handler in self._handlers.values() if handler.function is function), None)
 
     def get(self, type: str) -> Handler | None:
         return self._handlers.get(type)

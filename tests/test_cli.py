@@ -97,8 +97,8 @@ def test_every_flag_has_its_variable_and_help() -> None:
 
 
 def test_the_commands_of_the_contract() -> None:
-    expected = ["migrate", "worker", "enqueue", "tasks", "show", "retry", "cancel", "prune", "queues", "queue", "stats"]
-    expected += ["schema", "demo", "dev"]
+    expected = ["migrate", "worker", "enqueue", "tasks", "show", "retry", "cancel", "prune", "queues", "queue", "cron"]
+    expected += ["stats", "schema", "demo", "dev"]
     assert [command.name for command in COMMANDS] == expected
 
 

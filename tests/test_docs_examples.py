@@ -59,6 +59,33 @@ def test_limits(tmp_path: Path, dsn: str) -> None:
     assert (done.stdout, done.stderr) == (output, "")
 
 
+def test_cron(tmp_path: Path, dsn: str) -> None:
+    """A worker beats until that is paused, as the page shows, and runs what it is told to run."""
+    page = (DOCS / "cron.md").read_text()
+    [(name, text)] = FILE.findall(page)
+    (tmp_path / name).write_text(text)
+    [shown] = CONSOLE.findall(page)
+    command, _, output = shown.partition("\n")
+    assert command == "$ notifyq cron pause Beat"
+    assert "`notifyq worker reports:app -q default -q reports`" in page
+    assert "`notifyq cron run 'report us'`" in page
+    where: dict[str, Any] = {"cwd": tmp_path, "env": {**os.environ, "NOTIFYQ_DSN": dsn}, "text": True}
+    notifyq = [sys.executable, "-m", "notifyq"]
+    argv = [*notifyq, "worker", "reports:app", "-q", "default", "-q", "reports"]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, **where) as worker:
+        try:
+            assert worker.stdout is not None
+            assert worker.stdout.readline() == "beat\n"
+            paused = subprocess.run([*notifyq, "cron", "pause", "Beat"], capture_output=True, check=True, **where)
+            assert paused.stdout == output
+            subprocess.run([*notifyq, "cron", "run", "report us"], stdout=subprocess.DEVNULL, check=True, **where)
+            while (line := worker.stdout.readline()) == "beat\n":  # one that was on its way
+                pass
+            assert line == "report us\n"
+        finally:
+            worker.terminate()
+
+
 async def test_schema(tmp_path: Path, dsn: str) -> None:
     """In the order of the page: a file, what commands say of it, its next version, what they say of that."""
     db = await store.connect(dsn)

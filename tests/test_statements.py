@@ -47,6 +47,16 @@ STATEMENTS = {
     "claim": Statement("int4 text[] int4[] int4 bool", ROW, "task_pkey task_ready"),
     "claim_onward": Statement("int4 text[] int4[] int4 text[] int2[] int8[] bool", ROW, "task_pkey task_ready"),
     "count_running": Statement("int4 text[]", "count_running:void", ""),
+    "cron_due": Statement(
+        "text[] float8",
+        "name:text expression:text tz:text missed:text next_at:timestamptz now:timestamptz",
+        "",
+    ),
+    "cron_enqueue": Statement("text timestamptz timestamptz bool", "moved:bool", ""),
+    "cron_register": Statement("text[] text[] text[] text[] text[] text[] int2[] text[]", "", ""),
+    "cron_remove": Statement("text", "worker:text", None),
+    "cron_serve": Statement("int4 text[]", "", ""),
+    "crons": Statement("", "cron:text name:text next_seconds:float8 last_seconds:float8", None),
     "django_result": Statement(
         "int8",
         "type:text queue:text priority:int2 state:text attempts:int2 created_at:timestamptz run_at:timestamptz "
@@ -238,7 +248,9 @@ def assert_plan(name: str, nodes: list[dict[str, Any]]) -> None:
             assert "Index Cond" in node or name == "orphaned", f"{name} reads all of {index}: {node}"
         elif relation in ("task", "finished") and "Scan" in node["Node Type"]:
             assert node["Node Type"] == "Bitmap Heap Scan", f"{name}: {node}"
-        assert node["Node Type"] != "Sort" or name in ("release", "rescue", "results", "tick"), f"{name} sorts: {node}"
+        assert node["Node Type"] != "Sort" or name in ("cron_register", "release", "rescue", "results", "tick"), (
+            f"{name} sorts: {node}"
+        )
     assert " ".join(sorted(used)) == STATEMENTS[name].indexes
 
 

@@ -6,6 +6,7 @@
     database  migrate, dev, demo, stats: the database as a whole
     tasks     enqueue, tasks, retry, cancel, prune
     queues    queues, queue pause, resume, limit
+    crons     cron, cron pause, resume, run, remove
     show      show: one task, as it changes
     schema    schema: what payloads are, and whether a change breaks queued tasks
     worker    worker: load the app, say what it does, run it
@@ -28,13 +29,13 @@ import click
 
 from notifyq.errors import NotifyqError
 
-from . import database, queues, schema, show, tasks, worker
+from . import crons, database, queues, schema, show, tasks, worker
 from .options import did_you_mean
 from .output import our_version, say
 
 COMMANDS: tuple[click.Command, ...] = (
     database.migrate, worker.worker, tasks.enqueue, tasks.tasks, show.show, tasks.retry, tasks.cancel, tasks.prune,
-    queues.queues, queues.queue,
+    queues.queues, queues.queue, crons.cron,
     database.stats, schema.schema, database.demo, database.dev,
 )  # fmt: skip
 

@@ -116,6 +116,25 @@ CREATE INDEX CONCURRENTLY task_order ON notifyq.task (order_key, (coalesce(worke
     WHERE order_key IS NOT NULL
       AND (attempts > 0 OR CASE WHEN parked IS NULL THEN promoted OR run_at <= created_at ELSE parked <> 'after' END);
 
+-- step: locks worker
+ALTER TABLE notifyq.worker ADD COLUMN IF NOT EXISTS crons text[] NOT NULL DEFAULT '{}';
+
+-- step
+CREATE TABLE IF NOT EXISTS notifyq.cron (
+    name          text        NOT NULL PRIMARY KEY CHECK (length(name) <= 200),
+    expression    text        NOT NULL,
+    tz            text        NOT NULL DEFAULT 'UTC',
+    type          text        NOT NULL CHECK (length(type) <= 200),
+    payload       jsonb       NOT NULL DEFAULT '{}',
+    queue         text        NOT NULL DEFAULT 'default' CHECK (length(queue) <= 200),
+    priority      smallint    NOT NULL DEFAULT 0,
+    missed        text        NOT NULL DEFAULT 'once' CHECK (missed IN ('once', 'skip')),
+    paused        boolean     NOT NULL DEFAULT false,
+    next_at       timestamptz,
+    last_at       timestamptz,
+    recent        bigint[]    NOT NULL DEFAULT '{}'
+);
+
 -- step
 -- Whoever works here may do everything with the new tables too; who enqueues, name the new columns; who reads, read them.
 DO $$
@@ -127,7 +146,8 @@ BEGIN
         FROM pg_class c CROSS JOIN aclexplode(c.relacl) AS a
         WHERE c.oid = 'notifyq.task'::regclass AND a.privilege_type = 'DELETE' AND a.grantee <> c.relowner
     LOOP
-        EXECUTE 'GRANT ALL ON notifyq.freed, notifyq.gate, notifyq.dependency, notifyq.queue, notifyq.started, notifyq.freed_n_seq TO ' || role;
+        EXECUTE 'GRANT ALL ON notifyq.freed, notifyq.gate, notifyq.dependency, notifyq.queue, notifyq.started, notifyq.cron TO ' || role;
+        EXECUTE 'GRANT ALL ON notifyq.freed_n_seq TO ' || role;
     END LOOP;
     FOR role IN
         SELECT DISTINCT CASE a.grantee WHEN 0 THEN 'PUBLIC' ELSE a.grantee::regrole::text END
@@ -142,7 +162,7 @@ BEGIN
         FROM pg_class c CROSS JOIN aclexplode(c.relacl) AS a
         WHERE c.oid = 'notifyq.all_tasks'::regclass AND a.privilege_type = 'SELECT' AND a.grantee <> c.relowner
     LOOP
-        EXECUTE 'GRANT SELECT ON notifyq.queue TO ' || role;
+        EXECUTE 'GRANT SELECT ON notifyq.queue, notifyq.cron TO ' || role;
     END LOOP;
 END $$;
 

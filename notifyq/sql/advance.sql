@@ -17,5 +17,8 @@ WITH live AS (
     FROM (SELECT make_interval(secs => $1::float8) AS past) AS p
 ), begun AS (
     UPDATE notifyq.started SET at = at - make_interval(secs => $1::float8)
+), crons AS (
+    UPDATE notifyq.cron
+    SET next_at = next_at - make_interval(secs => $1::float8), last_at = last_at - make_interval(secs => $1::float8)
 )
 SELECT count(*) FROM live WHERE due

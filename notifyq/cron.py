@@ -1,0 +1,122 @@
+"""Cron: what is enqueued by the clock, when its next slot comes, and how a worker sees to it.
+
+Slots are reckoned by cronsim, in the time zone of the schedule, from one slot to the next. When the clocks are changed
+its rules are those of Debian's cron: of a schedule with fixed hours and minutes, what falls into the hour that is left
+out runs once, right after it, and what falls into the hour that comes twice runs once, the first time. Schedules with a
+* in one of the two, or with a field for seconds, go on in real time.
+
+Who looks when, and why each slot has one task, schema.sql tells ("Cron"). What time it is, the database says.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
+
+from cronsim import CronSim, CronSimError
+
+from .errors import ConfigError
+from .store import SQL
+
+if TYPE_CHECKING:
+    from .store import Connection
+
+logger = logging.getLogger("notifyq.cron")
+
+AHEAD_SECONDS = 3.0  # twice as long as the keeper's heartbeats are apart
+MISSED_SECONDS = 60.0  # a slot that nobody saw to for so long was missed; before that it is only late
+AT_ONCE = 100  # slots of one schedule, each time
+
+Missed: TypeAlias = Literal["once", "skip"]
+
+
+class Cron(NamedTuple):
+    """One schedule, as its row of notifyq.cron has it."""
+
+    name: str
+    expression: str
+    tz: str
+    type: str
+    payload: str
+    queue: str
+    priority: int
+    missed: Missed
+
+
+def check_schedule(expression: str, tz: str) -> None:
+    """Raises ConfigError for what has no slots."""
+    try:
+        zone = ZoneInfo(tz)
+    except (ZoneInfoNotFoundError, ValueError, TypeError, OSError):
+        raise ConfigError(
+            f"tz is {tz!r}, which isn't known here; expected a name such as 'Europe/Berlin' (on systems without time "
+            "zones: pip install tzdata)"
+        ) from None
+    try:
+        next(CronSim(expression, datetime.now(zone)))
+    except (CronSimError, StopIteration, AttributeError, TypeError) as error:
+        why = f": {error}" if isinstance(error, CronSimError) else ""
+        raise ConfigError(
+            f"{expression!r} is no cron expression{why}; expected five fields, minute hour day month weekday, "
+            "as '0 3 * * *'"
+        ) from None
+
+
+def next_slot(expression: str, tz: str, after: datetime) -> datetime:
+    """The first slot after that time, in UTC. Raises what `check_schedule` looks for."""
+    return next(CronSim(expression, after.astimezone(ZoneInfo(tz)))).astimezone(UTC)
+
+
+class Schedule:
+    """A worker's crons, in its keeper's hands."""
+
+    def __init__(self, crons: Mapping[str, Cron]) -> None:
+        self._crons = crons
+        self._written = False
+        self._poisoned: set[tuple[str, str, str]] = set()
+
+    async def begin(self, conn: Connection, worker: int) -> None:
+        """Of a worker that has just registered. What its app says of its crons is written once: when it starts."""
+        if not self._crons:
+            return
+        if not self._written:
+            columns = [list(column) for column in zip(*self._crons.values(), strict=True)]
+            await conn.execute(SQL["cron_register"], *columns)
+            self._written = True
+        await conn.execute(SQL["cron_serve"], worker, list(self._crons))
+
+    async def look(self, conn: Connection) -> None:
+        """Enqueue what is about to be due."""
+        if not self._crons:
+            return
+        for name, expression, tz, missed, next_at, now in await conn.fetch(
+            SQL["cron_due"], list(self._crons), AHEAD_SECONDS
+        ):
+            try:
+                await self._see_to(conn, name, expression, tz, missed, next_at, now)
+            except (CronSimError, ZoneInfoNotFoundError, StopIteration, ValueError, OverflowError) as error:
+                if (poison := (name, expression, tz)) not in self._poisoned:
+                    self._poisoned.add(poison)
+                    logger.error(
+                        "a cron that can't be reckoned; nothing is enqueued for it until its row is mended",
+                        extra={"fields": {"cron": name, "expression": expression, "tz": tz, "error": str(error)}},
+                    )
+
+    async def _see_to(
+        self, conn: Connection, name: str, expression: str, tz: str, missed: str, slot: datetime | None, now: datetime
+    ) -> None:
+        for _ in range(AT_ONCE):
+            if slot is None:
+                put, following = False, next_slot(expression, tz, now)
+            elif slot < now - timedelta(seconds=MISSED_SECONDS):  # one run for all, or none
+                put, following = missed == "once", next_slot(expression, tz, now)
+            else:
+                put, following = True, next_slot(expression, tz, slot)
+            if not await conn.fetchval(SQL["cron_enqueue"], name, slot, following, put):
+                return  # somebody else did, or it was paused
+            slot = following
+            if slot > now + timedelta(seconds=AHEAD_SECONDS):
+                return

@@ -1,0 +1,10 @@
+-- Forget cron $1, unless a worker that lives looks after it. Returns the worker that does; no row: there is no such cron.
+WITH found AS (
+    SELECT c.name, (SELECT w.name FROM notifyq.worker w
+                    WHERE c.name = ANY (w.crons) AND w.seen_at > statement_timestamp() - w.lease LIMIT 1) AS worker
+    FROM notifyq.cron c
+    WHERE c.name = $1
+), gone AS (
+    DELETE FROM notifyq.cron c USING found f WHERE c.name = f.name AND f.worker IS NULL
+)
+SELECT worker FROM found

@@ -1,0 +1,14 @@
+-- For people: all crons, as JSON, a row each; when its next slot comes, and how long ago the last one was, in seconds. Of the
+-- last one's task the state, if it is still known. A cron that no worker which lives looks after enqueues nothing.
+SELECT to_json(t)::text AS cron, t.name,
+       extract(epoch FROM t.next_at - statement_timestamp())::float8 AS next_seconds,
+       extract(epoch FROM statement_timestamp() - t.last_at)::float8 AS last_seconds
+FROM (
+    SELECT c.name, c.expression, c.tz, c.type, c.queue, c.priority, c.missed, c.paused,
+           EXISTS (SELECT FROM notifyq.worker w
+                   WHERE c.name = ANY (w.crons) AND w.seen_at > statement_timestamp() - w.lease) AS served,
+           CASE WHEN NOT c.paused THEN c.next_at END AS next_at, c.last_at, c.recent[1] AS last_task,
+           (SELECT a.state FROM notifyq.all_tasks a WHERE a.id = c.recent[1]) AS last_state
+    FROM notifyq.cron c
+) AS t
+ORDER BY t.name
