@@ -162,6 +162,44 @@ def gave_up() -> History:
     return history([row("I", 0), claim(0.01), *done(0.1)], [ran("w1-1", 0.02, 0.1)], processes=[gone])
 
 
+def together(key: str, **fields: Any) -> History:
+    """Two tasks of one key, the second from halfway through the first."""
+    rows = [row("I", 0, id=id, n=str(6 + id), **{key: "k"}, **fields) for id in (1, 2)]
+    for id, since in ((1, 0.01), (2, 0.05)):
+        claimed = claim(since)
+        claimed.id = id
+        ends = done(since + 0.09, run=f"w1-{id}")
+        for end in ends:
+            end.id = id
+        rows += [claimed, *ends]
+    runs = [ran("w1-1", 0.02, 0.1), ran("w1-2", 0.06, 0.14)]
+    runs[1].id = 2
+    rows.sort(key=lambda row: row.at)
+    for seq, one in enumerate(rows, 1):
+        one.seq = seq
+    return history(rows, runs, batches=[Batch(by="test", numbers=[7, 8], outcome="committed", at=T)])
+
+
+def over_the_limit() -> History:
+    return together("limit_key", most=1)
+
+
+def not_alone() -> History:
+    return together("order_key")
+
+
+def out_of_order() -> History:
+    wrong = together("order_key")
+    for one in wrong.rows:
+        if one.id == 1 and one.op != "I":  # it comes much later, and was there all the time
+            one.at, one.committed, one.seq = one.at + 9, one.committed + 9, one.seq + 10
+        elif one.id == 2 and one.op != "I":
+            one.at, one.committed = one.at + 5, one.committed + 5
+    wrong.runs[0].started, wrong.runs[0].ended = T + 9.02, T + 9.1
+    wrong.runs[1].started, wrong.runs[1].ended = T + 5.06, T + 5.14
+    return wrong
+
+
 WRONG: dict[Callable[[], History], str] = {
     lost: "P1 lost: numbers [7] by test were committed",
     half: "P1 of numbers [7, 8] by test only [7] are there",
@@ -175,6 +213,9 @@ WRONG: dict[Callable[[], History], str] = {
     at_once: "P2 runs w1-1 and w2-1 at once",
     without_a_lease: "P2 run w2-1 began without a lease",
     after_the_end: "P2 run w1-2 began after its lease had ended",
+    over_the_limit: "P6 run w1-2 is number 2 of k, which has a limit of 1",
+    not_alone: "P6 runs w1-1 and w1-2 of k at once",
+    out_of_order: "P6 run w1-2 of k before task 1",
     not_woken: "P3 started 4.050 s after its time, before any fault",
     not_healed: "P3 started 4.050 s after its time, 6.0 s after connection ended",
     lambda: rescue(8.0): "P4 its worker w1 was killed, and 7.0 s later",
@@ -192,6 +233,10 @@ def test_a_promise_that_is_broken(made_up: Callable[[], History], breach: str) -
     story = report.told(wrong, found)[1:]
     assert any("inserted" in line for line in story) or not any(one.id for one in found)
     assert len(report.table(wrong, found)) == 1 + len({window.name for window in wrong.windows})
+
+
+def test_below_the_limit() -> None:
+    assert check(together("limit_key", most=2)) == []
 
 
 @pytest.mark.parametrize("excuse", ["a slot of nobody's", "a lag of the machine"])

@@ -31,9 +31,9 @@ class Breach(msgspec.Struct, frozen=True):
 
 
 def check(history: History) -> list[Breach]:
-    from . import timing  # which needs Breach
+    from . import flow, timing  # which need Breach
 
-    checks = (enqueued, ended, transitions, settled, leased, again, overlapping, *timing.CHECKS)
+    checks = (enqueued, ended, transitions, settled, leased, again, overlapping, *flow.CHECKS, *timing.CHECKS)
     return [breach for check in checks for breach in check(history)]
 
 

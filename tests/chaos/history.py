@@ -33,6 +33,9 @@ class Row(msgspec.Struct, kw_only=True):
     type: str = "Quick"
     n: str | None = None  # the number that its enqueuer gave it
     note: str = ""  # the last error; of F the state, and the result or error
+    limit_key: str | None = None
+    most: int | None = None  # of that key at once
+    order_key: str | None = None
 
 
 class Run(msgspec.Struct, kw_only=True):

@@ -42,7 +42,7 @@ class Producer:
         act = getattr(self, f"_{self.way}")
         while not stop.is_set():
             try:
-                if self._conn is None and self.way not in ("pool", "psql"):
+                if self._conn is None and self.way not in ("pool", "keyed", "psql"):
                     self._conn = await store.connect(self._dsn, role=f"chaos {self.way}")
                 await act()
             except LOST:
@@ -151,6 +151,21 @@ class Producer:
         )  # fmt: skip
         self._ends(batch, "committed")
 
+    async def _keyed(self) -> None:
+        """Tasks with limits, and such that go in order; some keys have both."""
+        async with self._app.connect(self._dsn):
+            for _ in range(10):
+                options = self._options()
+                key = self.random.randrange(3)
+                if key != 1:
+                    options |= {"limit_key": f"limit {key}", "limit": 1 + key}
+                if key != 0:
+                    options["order_key"] = f"order {key}"
+                batch = self._batch(self.random.choice([1, 3, 10]))
+                await self._app.enqueue_many([self._task(n) for n in batch.numbers], **options)
+                self._ends(batch, "committed")
+                await self._pause(2.0)
+
     async def _psql(self) -> None:
         assert self._program is not None
         batch = self._batch(1)
@@ -224,5 +239,5 @@ def payload_of(task: tempers.Numbered) -> bytes:
 
 WAYS = (
     *("pool", "pool", "transaction", "transaction", "transaction", "insert", "insert"),
-    *("burst", "copy", "select", "psql", "meddle"),
+    *("keyed", "keyed", "burst", "copy", "select", "psql", "meddle"),
 )

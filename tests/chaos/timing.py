@@ -87,6 +87,8 @@ def _excuse(history: History, start: Start, full: dict[str, list[tuple[float, fl
         return "the machine was busy"
     if start.late < LATE_SECONDS + LIMITED_SECONDS and any(process.queues.get(queue) for process in history.processes):
         return "a queue with a limit"
+    if start.lease.claim.limit_key or start.lease.claim.order_key:
+        return "it waits for others"
     crowds = full.get(queue)
     if crowds is None:
         return "nobody serves that queue"
