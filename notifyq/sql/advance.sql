@@ -17,5 +17,8 @@ WITH live AS (
     FROM (SELECT make_interval(secs => $1::float8) AS past) AS p
 ), begun AS (
     UPDATE notifyq.started SET at = at - make_interval(secs => $1::float8)
+), keys AS (
+    UPDATE notifyq.unique_key k SET enqueued_at = k.enqueued_at - p.past, until = k.until - p.past
+    FROM (SELECT make_interval(secs => $1::float8) AS past) AS p
 )
 SELECT count(*) FROM live WHERE due
