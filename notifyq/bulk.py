@@ -1,7 +1,7 @@
 """Many tasks at once, some of which may be unique: those are set aside until all are known.
 
-They go sorted by key, so that two who enqueue the same keys in bulk wait for each other in one order, never in a circle;
-and of several with the same key one goes: the first, or the last if it is to replace or move what is there.
+They go sorted by key, so that two who enqueue the same keys in bulk wait for each other in one order, never in a
+circle; and of several with the same key one goes: the first, or the last if it is to replace or move what is there.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ Statement: TypeAlias = tuple[str, tuple[Any, ...]]  # and its parameters
 
 
 class Bulk:
-    """The tasks of one call: made to rows by `encode`, given to `rows`, sent as `statements`, whose answers `took` reads."""
+    """The tasks of one call: `encode` makes rows of them, `statements` sends those, and `took` is told the answers."""
 
     def __init__(self, encode: Callable[[Task], Row], options: Options) -> None:
         if isinstance(options.unique.unique, str):
             raise ConfigError(
-                f"unique is {options.unique.unique!r}, one key for many tasks, which would be one task; expected True, or "
-                "a tuple of the payload's fields' names"
+                f"unique is {options.unique.unique!r}, one key for many tasks, which would be one; expected True, or a "
+                "tuple of fields' names"
             )
         self._encode = encode
         self._options = options

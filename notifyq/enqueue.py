@@ -33,10 +33,8 @@ CHUNK = 2000  # tasks in a statement
 SLICE = 100  # tasks encoded without a break: 0.2 ms
 
 
-async def one(
-    via: Connection | Pool | Foreign, registry: Registry, task: Task, options: Options
-) -> tuple[int, bool]:
-    """Insert a task, unless it is unique and another stands in its way: the id of either, and whether it is the other's."""
+async def one(via: Connection | Pool | Foreign, registry: Registry, task: Task, options: Options) -> tuple[int, bool]:
+    """Insert a task, unless it is unique and another is in its way: the id of either, and whether it is the other's."""
     type, payload = checked(registry, task)
     query, args = statement(type, payload, options, options.unique.of(task))
     with Explained(type):
@@ -91,9 +89,7 @@ async def group(
     return list(row[1] or ()), cast(int, row[0])
 
 
-def grouped(
-    registry: Registry, tasks: Iterable[Task], then: Task, options: Options
-) -> tuple[list[str], list[str]]:
+def grouped(registry: Registry, tasks: Iterable[Task], then: Task, options: Options) -> tuple[list[str], list[str]]:
     """Types and payloads, `then` the last of them."""
     tasks = list(tasks)
     rows = [checked(registry, task) for task in tasks]

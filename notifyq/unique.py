@@ -1,7 +1,7 @@
-"""Unique tasks: which tasks are the same, by a key. What may stand in a task's way is decided in the database: schema.sql.
+"""Unique tasks: which are the same, by a key. Whether one is in another's way is decided in the database: schema.sql.
 
-A key is given at enqueue, or made of the task by a rule, which its class has or enqueue is given: the type, and a digest of
-the payload or of some fields as JSON with all keys sorted. Keys are one space for all types; a made one begins with its.
+A key is given at enqueue, or made of the task by a rule, which its class has or enqueue is given: the type, and a
+digest of the payload or of some fields as JSON with all keys sorted. Keys are one space for all types.
 """
 
 from __future__ import annotations
@@ -82,13 +82,11 @@ def check_rule(cls: type[Task]) -> None:
     if cls in _checked:
         return
     whose = f"task {cls.__name__}: "
-    if isinstance(cls.unique, str):  # ("user") is no tuple
-        raise ConfigError(
-            f'{whose}unique is {cls.unique!r}, which would be one key for all; expected True, or fields: ("user",)'
-        )
-    if not isinstance(cls.unique, bool) and not _are_names(cls.unique):
-        raise ConfigError(f"{whose}unique is {cls.unique!r}; expected True, or a tuple of its fields' names")
-    if not isinstance(cls.unique, bool):
+    rule: object = cls.unique
+    if not isinstance(rule, bool) and not _are_names(rule):
+        hint = f"({rule!r},) has a comma" if isinstance(rule, str) else "or leave it out"
+        raise ConfigError(f"{whose}unique is {rule!r}; expected True, or a tuple of its fields' names; {hint}")
+    if isinstance(cls.unique, tuple):
         _check_fields(cls, cls.unique)
     settings = _settings(whose, cls.unique_for, cls.unique_states, cls.on_conflict)
     _check_together(whose, *settings[:2])
@@ -108,9 +106,9 @@ def _settings(
         chosen = tuple(cast("Iterable[str]", states)) if known else ()
         if not chosen or not all(state in STATES for state in chosen):
             raise ConfigError(f"{whose}unique_states is {states!r}; expected a tuple of {', '.join(STATES)}")
-    if on_conflict not in (None, "keep", "replace", "move"):
+    if on_conflict is not None and on_conflict not in ("keep", "replace", "move"):
         raise ConfigError(f"{whose}on_conflict is {on_conflict!r}; expected 'keep', 'replace' or 'move'")
-    return seconds, chosen, cast("str | None", on_conflict)
+    return seconds, chosen, on_conflict
 
 
 def _check_together(whose: str, seconds: float | None, states: Iterable[str] | None) -> None:
@@ -121,14 +119,18 @@ def _check_together(whose: str, seconds: float | None, states: Iterable[str] | N
 
 
 def _are_names(names: object) -> bool:
-    return isinstance(names, tuple) and bool(names) and all(isinstance(name, str) for name in cast("tuple[object]", names))
+    return (
+        isinstance(names, tuple) and bool(names) and all(isinstance(name, str) for name in cast("tuple[object]", names))
+    )
 
 
 def _check_fields(cls: type[Task], names: tuple[str, ...]) -> None:
     for name in names:
         if name not in cls.__struct_fields__:
             fields = ", ".join(cls.__struct_fields__) or "none"
-            raise ConfigError(f"task {cls.__name__}: unique has {name!r} in it, which is no field; its fields: {fields}")
+            raise ConfigError(
+                f"task {cls.__name__}: unique has {name!r} in it, which is no field; its fields: {fields}"
+            )
 
 
 def _key(task: Task, rule: bool | tuple[str, ...]) -> str:
