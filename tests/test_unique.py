@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import shutil
 import signal
 import subprocess
+import sys
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import anyio
+import anyio.lowlevel
 import asyncpg
 import psycopg
 import pytest
@@ -20,14 +21,15 @@ from notifyq import store
 from notifyq.embedded import Server
 from notifyq.errors import ConfigError, DatabaseError
 from notifyq.store import SQL
+from notifyq.task import State
 from notifyq.unique import DIGEST_LENGTH
 
 from . import verbs
 from .conftest import Process, Seen, admin, empty, eventually, grants, working
-from .steps import Session, Steps, steps
+from .steps import Steps, steps
 
 TABLES = ("notifyq.task", "notifyq.finished", "notifyq.worker", "notifyq.unique_key")
-WAITING = ("scheduled", "ready")
+WAITING: tuple[State, ...] = ("scheduled", "ready")
 KEYED = "INSERT INTO notifyq.task (type, unique_key) VALUES ('Known', 'k')"
 UNTIL_BEGUN = "INSERT INTO notifyq.task (type, unique_key, unique_states) VALUES ('Known', 'k', '{scheduled,ready}')"
 
@@ -70,7 +72,7 @@ async def s(dsn: str) -> AsyncIterator[Steps]:
 
 async def put(db: Any, state: str, **columns: Any) -> int:
     """A task with the key 'k' that is in this state; its id."""
-    late = {"run_at": "2100-01-01"} if state == "scheduled" else {}
+    late: dict[str, Any] = {"run_at": "2100-01-01"} if state == "scheduled" else {}
     if state in ("scheduled", "ready"):
         return (await verbs.insert(db, unique_key="k", **columns, **late))[0]
     [job] = await verbs.held(db, unique_key="k", **columns)
@@ -81,7 +83,7 @@ async def put(db: Any, state: str, **columns: Any) -> int:
 
 # --- Which are in the way
 
-STATES = ("scheduled", "ready", "running", "done", "dead", "cancelled")
+STATES: tuple[State, ...] = ("scheduled", "ready", "running", "done", "dead", "cancelled")
 
 
 @pytest.mark.parametrize("state", STATES)
@@ -182,11 +184,11 @@ async def test_one_that_is_moved_wakes_a_worker_in_time(app: notifyq.App, dsn: s
 
     async with working(app, dsn):
         for n, delay in ((1, 0.0), (2, 0.05)):
-            ref = await app.enqueue(Known(n=n), unique="k", delay=86400)
-            moved = await app.enqueue(Known(), unique="k", on_conflict="move", delay=delay)
+            ref = await app.enqueue(Known(n=n), unique=f"k{n}", delay=86400)
+            moved = await app.enqueue(Known(), unique=f"k{n}", on_conflict="move", delay=delay)
             assert (moved.id, moved.existed) == (ref.id, True)
             await seen.reach(n, 5)
-    assert seen == [1, 2]
+    assert seen.items == [1, 2]
 
 
 async def test_a_replaced_one_runs_as_what_it_is_now(app: notifyq.App, dsn: str) -> None:
@@ -247,7 +249,10 @@ async def test_types_with_long_names_have_keys_of_their_own(app: notifyq.App) ->
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"unique": "user"}, r"unique is 'user'; expected True, or a tuple of its fields' names; \('user',\) has a comma"),
+        (
+            {"unique": "user"},
+            r"unique is 'user'; expected True, or a tuple of its fields' names; \('user',\) has a comma",
+        ),
         ({"unique": ("user", "usr")}, "unique has 'usr' in it, which is no field; its fields: user"),
         ({"unique": ()}, r"unique is \(\); expected True"),
         ({"unique": ["user"]}, r"unique is \['user'\]; expected True"),
@@ -255,7 +260,7 @@ async def test_types_with_long_names_have_keys_of_their_own(app: notifyq.App) ->
         ({"unique": True, "unique_for": float("nan")}, "unique_for is nan; expected seconds above 0"),
         ({"unique": True, "unique_states": ("redy",)}, "unique_states is .*; expected a tuple of scheduled, ready"),
         ({"unique": True, "unique_states": "ready"}, "unique_states is 'ready'; expected a tuple of scheduled, ready"),
-        ({"unique": True, "unique_states": ("done",)}, "has 'done' in it, and nothing says for how long; add unique_for"),
+        ({"unique": True, "unique_states": ("done",)}, "unique_states has 'done' in it, and nothing says for how long"),
         ({"unique": True, "on_conflict": "drop"}, "on_conflict is 'drop'; expected 'keep', 'replace' or 'move'"),
     ],
 )
@@ -291,7 +296,10 @@ def test_a_setting_is_no_field(name: str) -> None:
         ({"unique": ("m",)}, "unique has 'm' in it, which is no field; its fields: n"),
         ({"unique_for": 60}, "unique_for, unique_states and on_conflict go with a key, and Known has no rule for one"),
         ({"unique": "k", "unique_for": -1}, "unique_for is -1; expected seconds above 0"),
-        ({"unique": "k", "unique_states": ("dead",)}, "has 'dead' in it, and nothing says for how long; add unique_for"),
+        (
+            {"unique": "k", "unique_states": ("dead",)},
+            "has 'dead' in it, and nothing says for how long; add unique_for",
+        ),
         ({"unique": "k", "unique_states": ()}, r"unique_states is \(\); expected a tuple"),
         ({"unique": "k", "on_conflict": "replace it"}, "on_conflict is 'replace it'"),
     ],
@@ -315,7 +323,11 @@ async def test_rows_of_one_statement(db: Any) -> None:
         "INSERT INTO notifyq.task (type, unique_key) SELECT 'Known', 'k' || i % 3 FROM generate_series(1, 9) AS i RETURNING id"
     )
     assert [row[0] for row in rows] == [1, 2, 3]
-    assert await db.fetch(f"{KEYED.replace('k', 'k0')} ON CONFLICT DO NOTHING RETURNING id") == [] or True
+    for conflict in ("", "ON CONFLICT DO NOTHING"):
+        assert (
+            await db.fetch(f"INSERT INTO notifyq.task (type, unique_key) VALUES ('T', 'k0') {conflict} RETURNING id")
+            == []
+        )
     assert await count(db) == 3
 
 
@@ -350,7 +362,7 @@ async def test_the_function(db: Any) -> None:
         ("unique_key, unique_for", "'k', 'Infinity'", "unique_for is not between 0 and 1e9"),
         ("unique_key, unique_states", "'k', '{}'", "unique_states is not of scheduled"),
         ("unique_key, unique_states", "'k', '{ready,NULL}'", "unique_states is not of scheduled"),
-        ("unique_key, unique_states", "'k', '{done}'", "nothing says for how long: unique_for"),
+        ("unique_key, unique_states", "'k', '{done}'", "unique_states has done, dead or cancelled in it"),
         ("unique_key, on_conflict", "'k', 'x'", "on_conflict is not keep, replace or move"),
     ],
 )
@@ -437,6 +449,10 @@ async def test_bulk_in_orders_that_make_for_deadlocks(app: notifyq.App, db: Any)
 # --- At once
 
 
+def by_psql(program: str, dsn: str) -> None:
+    subprocess.run([program, "-q", dsn], input=f"{KEYED};\n" * 50, text=True, check=True)
+
+
 async def test_hundreds_at_once_are_one(app: notifyq.App, dsn: str, db: Any) -> None:
     """Over asyncpg, and psql, and while they start and end."""
     refs: list[notifyq.Ref] = []
@@ -448,14 +464,8 @@ async def test_hundreds_at_once_are_one(app: notifyq.App, dsn: str, db: Any) -> 
     async with anyio.create_task_group() as group:
         for _ in range(300):
             group.start_soon(send)
-        for _ in range(5):
-            if psql is not None:
-                text = f"{KEYED};\n" * 50
-                group.start_soon(
-                    lambda: anyio.to_thread.run_sync(
-                        lambda: subprocess.run([psql, "-q", dsn], input=text, text=True, check=True)
-                    )
-                )
+        for _ in range(5 if psql is not None else 0):
+            group.start_soon(anyio.to_thread.run_sync, by_psql, str(psql), dsn)
     assert len({ref.id for ref in refs}) == 1 == await count(db)
     assert sum(not ref.existed for ref in refs) <= 1
 
@@ -469,7 +479,7 @@ async def test_one_at_a_time_while_they_come_and_go(app: notifyq.App, dsn: str, 
         nonlocal running, most
         running += 1
         most = max(most, running)
-        await anyio.sleep(0)
+        await anyio.lowlevel.checkpoint()
         running -= 1
         ran.add(ctx.id)
 
@@ -486,7 +496,7 @@ async def test_one_at_a_time_while_they_come_and_go(app: notifyq.App, dsn: str, 
         new = {ref.id for ref in refs if not ref.existed}
         await ran.reach(len(new))
     assert most == 1
-    assert sorted(ran) == sorted(new)
+    assert sorted(ran.items) == sorted(new)
     assert len(new) > 1
     assert {ref.id for ref in refs} == new
 
@@ -540,13 +550,12 @@ async def test_the_worker_that_stepped_over_it_is_rung(app: notifyq.App, dsn: st
         seen.add(task.n)
 
     a = await s.session("a")
-    ref = await app.enqueue(Known(n=1), unique="k", delay=0.3)
+    await app.enqueue(Known(n=1), unique="k", delay=0.3)
     await a("BEGIN")
     assert await a(f"{UNTIL_BEGUN} RETURNING id") == []
     async with working(app, dsn):
         await eventually(lambda: db.fetchval("SELECT run_at < clock_timestamp() FROM notifyq.task"), True)
-        assert await a("SELECT state FROM notifyq.all_tasks WHERE id = $1", ref.id)
-        assert seen == []
+        assert seen.items == []
         await a("COMMIT")
         assert await seen.reach(1, 5) == [1]
 
@@ -578,7 +587,7 @@ async def test_a_claim_that_is_rolled_back_leaves_it_in_the_way(s: Steps) -> Non
 
 
 async def test_no_worker_waits_for_an_enqueuer(s: Steps) -> None:
-    """What runs is not locked: it is settled, handed back, retried or rescued while somebody holds its key for an hour."""
+    """What runs is not locked: it is settled, handed back or tried again while somebody has its key in a transaction."""
     a, w = await s.session("a"), await s.worker("settle")
     for settle in (verbs.finish, verbs.later, verbs.hand_back, verbs.set_aside):
         await s.db.execute("TRUNCATE notifyq.task, notifyq.unique_key")
@@ -616,7 +625,7 @@ async def test_cancelled_while_the_new_one_is_inserted(s: Steps) -> None:
 
 @pytest.mark.parametrize("level", ["REPEATABLE READ", "SERIALIZABLE"])
 async def test_under_a_snapshot_of_the_callers(s: Steps, level: str) -> None:
-    """What others did to the key, or to the task in the way, since then, is a serialization failure, and no second task."""
+    """What others did since then, to the key or to the task in the way, is a serialization failure; no second task."""
     a, b, w = await s.session("a"), await s.session("b"), await s.worker("claims")
     me = await w(verbs.register)
     for what in ("enqueued", "claimed", "nothing"):
@@ -693,11 +702,6 @@ async def keys(db: Any) -> list[str]:
 
 async def test_prune_keys(app: notifyq.App, db: Any) -> None:
     """When the task is over and the time has passed; a few at a time."""
-    for state in STATES:
-        await app.enqueue(Known(), unique=f"now {state}")
-    jobs = await verbs.held(db, 5, unique_key=None)
-    await db.execute("TRUNCATE notifyq.task, notifyq.unique_key")
-    del jobs
     await app.enqueue(Known(), unique="lives")
     await app.enqueue(Known(), unique="lives for", unique_for=3600)
     for key in ("over", "over too"):
@@ -738,12 +742,14 @@ async def test_the_grants(server: Server, template: str, roles: Any) -> None:
     app = notifyq.App()
     async with app.connect(roles("enqueuer")):
         await app.enqueue(Known())
-        with pytest.raises(DatabaseError, match=r"this user may not enqueue: .*unique_key; schema.sql ends with the GRANTs"):
+        with pytest.raises(
+            DatabaseError, match=r"this user may not enqueue: .*unique_key; schema.sql ends with the GRANTs"
+        ):
             await app.enqueue(Known(), unique="k")
     keyed = roles("enqueuer").replace("://enqueuer@", "://keyed@")
     async with app.connect(keyed):
         for conflict in ("keep", "keep", "replace", "move"):
-            await app.enqueue(Known(), unique="k", on_conflict=conflict)  # type: ignore[arg-type]
+            await app.enqueue(Known(), unique="k", on_conflict=conflict)
             await app.enqueue_many([Known(), Whole(user="a")])
     conn = await store.connect(keyed, role="test")
     for statement in ("SELECT payload FROM notifyq.task", "DELETE FROM notifyq.unique_key", "DELETE FROM notifyq.task"):
@@ -773,12 +779,14 @@ async def test_sync_and_foreign(app: notifyq.App, dsn: str, db: Any) -> None:
     assert await count(db) == 4
 
 
-def test_the_command_line(dsn: str) -> None:
+async def test_the_command_line(dsn: str) -> None:
     def run(*args: str) -> subprocess.CompletedProcess[str]:
-        command = [os.sys.executable, "-m", "notifyq", "enqueue", "Known", *args]  # type: ignore[attr-defined]
-        return subprocess.run(command, env={**os.environ, "NOTIFYQ_DSN": dsn}, capture_output=True, text=True, check=False)
+        command = [sys.executable, "-m", "notifyq", "enqueue", "Known", *args]
+        return subprocess.run(
+            command, env={**os.environ, "NOTIFYQ_DSN": dsn}, capture_output=True, text=True, check=False
+        )
 
     first, second = run("--unique", "k"), run("--unique", "k", "--unique-for", "1h")
     assert first.stdout == second.stdout == "1\n"
-    assert (first.stderr, second.stderr) == ("", "nothing was enqueued: a task with this key is there\n")
+    assert (first.stderr, second.stderr) == ("", "notifyq: nothing was enqueued: a task with this key is there\n")
     assert run("--unique-for", "1h").returncode == 2
