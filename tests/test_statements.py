@@ -72,7 +72,8 @@ STATEMENTS = {
         "",
     ),
     "enqueue_many_unique": Statement(
-        "text[] text[] text float8 timestamptz int2 int2 text text int4 int4 float8 int8[] text text[] text[] float8[] text[]",
+        "text[] text[] text float8 timestamptz int2 int2 text text int4 int4 float8 int8[] text "
+        "text[] text[] float8[] text[]",
         "id:int8 key:text existed:bool",
         "",
     ),
@@ -1019,10 +1020,10 @@ RINGS: dict[str, tuple[Any, Callable[[Any, int, int], Any]]] = {
     "release": (True, lambda c, w, id: c.fetchval(SQL["release"], w)),
     "rescue": (True, lambda c, w, id: c.fetchrow(SQL["rescue"], w, 9)),
     "insert": (True, lambda c, w, id: insert(c)),
-    "enqueue": (True, lambda c, w, id: c.fetch(SQL["enqueue"], "T", "{}", *Options.check(queue="q"))),
+    "enqueue": (True, lambda c, w, id: c.fetch(SQL["enqueue"], "T", "{}", *Options.check(queue="q").values)),
     "enqueue_many": (
         True,
-        lambda c, w, id: c.fetch(SQL["enqueue_many"], ["T"], ["{}"], *Options.check(queue="q")),
+        lambda c, w, id: c.fetch(SQL["enqueue_many"], ["T"], ["{}"], *Options.check(queue="q").values),
     ),
     "echo": ("hello", lambda c, w, id: c.fetchrow(SQL["due"], [], [], 9, "hello", None)),
 }

@@ -41,7 +41,7 @@ class Known(notifyq.Task):
 class Whole(notifyq.Task, tag="WHOLE"):
     unique = True
     user: str
-    more: dict[str, int] = {}
+    more: dict[str, int] | None = None
 
 
 class Daily(notifyq.Task):
@@ -320,7 +320,8 @@ async def count(db: Any) -> int:
 async def test_rows_of_one_statement(db: Any) -> None:
     """Several with one key are one task, and RETURNING has no row for those that were left out."""
     rows = await db.fetch(
-        "INSERT INTO notifyq.task (type, unique_key) SELECT 'Known', 'k' || i % 3 FROM generate_series(1, 9) AS i RETURNING id"
+        "INSERT INTO notifyq.task (type, unique_key)"
+        " SELECT 'T', 'k' || i % 3 FROM generate_series(1, 9) AS i RETURNING id"
     )
     assert [row[0] for row in rows] == [1, 2, 3]
     for conflict in ("", "ON CONFLICT DO NOTHING"):
@@ -487,7 +488,8 @@ async def test_one_at_a_time_while_they_come_and_go(app: notifyq.App, dsn: str, 
 
     async def send() -> None:
         for _ in range(60):
-            refs.append(await app.enqueue(Known(), unique="k"))
+            ref = await app.enqueue(Known(), unique="k")
+            refs.append(ref)
 
     async with working(app, dsn):
         async with anyio.create_task_group() as group:
@@ -587,7 +589,7 @@ async def test_a_claim_that_is_rolled_back_leaves_it_in_the_way(s: Steps) -> Non
 
 
 async def test_no_worker_waits_for_an_enqueuer(s: Steps) -> None:
-    """What runs is not locked: it is settled, handed back or tried again while somebody has its key in a transaction."""
+    """What runs is not locked: it is settled, handed back or put off while somebody has its key in a transaction."""
     a, w = await s.session("a"), await s.worker("settle")
     for settle in (verbs.finish, verbs.later, verbs.hand_back, verbs.set_aside):
         await s.db.execute("TRUNCATE notifyq.task, notifyq.unique_key")

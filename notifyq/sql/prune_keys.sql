@@ -2,9 +2,9 @@
 -- again in an hour. Returns how many it looked at.
 --
 -- It waits for no enqueuer (SKIP LOCKED), and what one has locked in the meantime is not of the task that was looked up:
--- then the row that is locked in the end names another, and "task = t.task" leaves it alone.
+-- then the row that is locked in the end names another, and "k.task = o.task" leaves it alone.
 WITH old AS MATERIALIZED (
-    SELECT k.key, k.task, EXISTS (SELECT FROM notifyq.task t WHERE t.id = k.task) AS lives
+    SELECT k.key, k.task, EXISTS (SELECT FROM notifyq.task t WHERE t.id = ANY (ARRAY[k.task])) AS lives
     FROM notifyq.unique_key k
     WHERE k.until < statement_timestamp()
     ORDER BY k.until
