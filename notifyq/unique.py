@@ -58,6 +58,8 @@ class Wish(NamedTuple):
     def of(self, task: Task) -> Unique | None:
         """None: it isn't unique. Raises ConfigError for what doesn't fit this task."""
         cls = type(task)
+        if self is NOTHING and cls.unique is False:
+            return None
         check_rule(cls)
         rule = cls.unique if self.unique is None else self.unique
         if not rule:
@@ -119,9 +121,8 @@ def _check_together(whose: str, seconds: float | None, states: Iterable[str] | N
 
 
 def _are_names(names: object) -> bool:
-    return (
-        isinstance(names, tuple) and bool(names) and all(isinstance(name, str) for name in cast("tuple[object]", names))
-    )
+    some = cast("tuple[object, ...]", names) if isinstance(names, tuple) else ()
+    return bool(some) and all(isinstance(name, str) for name in some)
 
 
 def _check_fields(cls: type[Task], names: tuple[str, ...]) -> None:

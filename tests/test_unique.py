@@ -349,6 +349,9 @@ async def test_the_function(db: Any) -> None:
     new = await db.fetchval(call % ", unique_states => '{running}'")
     assert new != 1
     assert await db.fetchval(call % ", unique_for => 60") == new
+    for more in ("unique_for => 60", "unique_states => '{ready}'", "on_conflict => 'move'"):
+        with pytest.raises(asyncpg.CheckViolationError, match="go with a unique_key"):
+            await db.fetchval(f"SELECT notifyq.enqueue('Known', {more})")
 
 
 @pytest.mark.parametrize(
@@ -356,8 +359,6 @@ async def test_the_function(db: Any) -> None:
     [
         ("unique_key", "''", "unique_key is not of 1 to 200 characters"),
         ("unique_key", "repeat('x', 201)", "unique_key is not of 1 to 200 characters"),
-        ("unique_for", "60", "unique_for, unique_states and on_conflict go with a unique_key"),
-        ("on_conflict", "'move'", "unique_for, unique_states and on_conflict go with a unique_key"),
         ("unique_key, unique_for", "'k', 0", "unique_for is not between 0 and 1e9"),
         ("unique_key, unique_for", "'k', 'NaN'", "unique_for is not between 0 and 1e9"),
         ("unique_key, unique_for", "'k', 'Infinity'", "unique_for is not between 0 and 1e9"),
