@@ -55,6 +55,23 @@
 --
 -- A task that uses none of this has NULL in those columns, is judged by nobody, and touches none of the tables.
 --
+-- Unique
+-- ------
+-- No index says that a key is unique: a rescue, a retry or a cancel would trip over it, long after the enqueue that it is
+-- about. Only an INSERT with a unique_key is asked, by a trigger, and left out if a task stands in its way:
+--
+--   1. It makes or locks the key's row of notifyq.unique_key, which names the newest task with the key. Who comes with the
+--      same key waits here until the first one's transaction is over, and then sees what became of it.
+--   2. With a snapshot taken under that lock it asks whether that task still stands in the way: by its state (unique_states)
+--      and how long ago it was enqueued (unique_for). Not: the key's row names the new one from now on.
+--   3. If it does, and waits to be run, it is locked too, until the enqueuer's transaction ends. A claim steps over it that
+--      long. So either it begins after what was written beside the enqueue can be seen, or it had begun before, and then
+--      a new one is inserted (if 'running' isn't among the states): no news is lost between the two. The worker that stepped
+--      over it is rung, as the statement that inserts nothing rings like any other.
+--
+-- A rollback, of a savepoint too, undoes all of that. Under REPEATABLE READ and SERIALIZABLE the snapshot is the caller's; what
+-- others have done to the key or to the task since then is a serialization failure (40001), never a second task.
+--
 -- Roles: see the GRANTs at the end.
 
 CREATE SCHEMA notifyq;
@@ -85,7 +102,10 @@ CREATE TABLE notifyq.task (
     type          text        NOT NULL,
     payload       jsonb       NOT NULL DEFAULT '{}',
     errors        jsonb,                               -- one object for each attempt that failed
-    unique_key    text,                                -- see "Unique"
+    unique_key    text,                                -- see "Unique": not inserted while another with this key
+    unique_states text[],                              --   is in one of these states
+    unique_for    float8,                              --   and was enqueued less than so many seconds ago;
+    on_conflict   text,                                --   the other is kept (null), or 'replace', 'move'
     order_key     text,                                -- one at a time, in the order of ids
     limit_key     text,                                -- of all with this key
     limit_running integer,                             --   at most so many run at once
@@ -294,8 +314,91 @@ BEGIN
 END $$;
 
 CREATE TRIGGER checked BEFORE INSERT ON notifyq.task FOR EACH ROW
-    WHEN (num_nonnulls(NEW.unique_key, NEW.order_key, NEW.limit_key, NEW.after, NEW.on_dead) > 0)
+    WHEN (num_nonnulls(NEW.order_key, NEW.limit_key, NEW.after, NEW.on_dead) > 0)
     EXECUTE FUNCTION notifyq.checked();
+
+-- The newest task with a key. Rows go, some time after it is over and `until` has passed: prune_keys.sql.
+CREATE TABLE notifyq.unique_key (
+    key           text        NOT NULL PRIMARY KEY,
+    task          bigint      NOT NULL,
+    enqueued_at   timestamptz NOT NULL,
+    until         timestamptz NOT NULL                 -- the end of the longest unique_for that was asked with
+) WITH (fillfactor = 80, autovacuum_vacuum_scale_factor = 0.05, autovacuum_vacuum_threshold = 1000, vacuum_truncate = off);
+CREATE INDEX unique_key_until ON notifyq.unique_key (until);
+
+-- See "Unique". Settings, and not OPERATOR(pg_catalog.=) everywhere: what they cost, only unique tasks pay. A plan may be
+-- kept for hours, and one that was made while the tables were empty would read them whole.
+CREATE FUNCTION notifyq.only_one() RETURNS trigger LANGUAGE plpgsql
+SET search_path = pg_catalog SET enable_seqscan = off AS $$
+DECLARE
+    waiting CONSTANT text[] := ARRAY['scheduled', 'ready'];
+    -- What replaces or moves means the one that waits. "Once an hour" means: done counts too.
+    states text[] := coalesce(NEW.unique_states, CASE
+        WHEN NEW.on_conflict IN ('replace', 'move') THEN waiting
+        WHEN NEW.unique_for IS NULL THEN waiting || '{running}'
+        ELSE waiting || '{running,done}' END);
+    wrong text := CASE
+        WHEN length(NEW.unique_key) NOT BETWEEN 1 AND 200 THEN 'unique_key is not of 1 to 200 characters'
+        WHEN NOT NEW.unique_for > 0 OR NEW.unique_for > 1e9 THEN 'unique_for is not between 0 and 1e9'
+        WHEN NOT NEW.on_conflict IN ('keep', 'replace', 'move') THEN 'on_conflict is not keep, replace or move'
+        WHEN states = '{}' OR NOT states <@ (waiting || '{running,done,dead,cancelled}')
+            THEN 'unique_states is not of scheduled, ready, running, done, dead, cancelled'
+        WHEN states && '{done,dead,cancelled}' AND NEW.unique_for IS NULL
+            THEN 'unique_states has done, dead or cancelled in it, and nothing says for how long: unique_for'
+        END;
+    period interval;
+    old bigint;
+    since timestamptz;
+    held boolean;
+    state text;
+BEGIN
+    IF wrong IS NOT NULL THEN
+        RAISE EXCEPTION 'notifyq.task: %', wrong USING ERRCODE = 'check_violation';
+    END IF;
+    period := make_interval(secs => NEW.unique_for);
+    INSERT INTO notifyq.unique_key AS k (key, task, enqueued_at, until)
+    VALUES (NEW.unique_key, NEW.id, clock_timestamp(), clock_timestamp() + coalesce(period, '0'))
+    ON CONFLICT (key) DO UPDATE SET until = k.enqueued_at + period
+        WHERE k.until < k.enqueued_at + period  -- mostly not: then it is locked, and no dead row is left
+    RETURNING k.task, k.enqueued_at INTO old, since;
+    IF old = NEW.id THEN
+        RETURN NEW;  -- the first with its key
+    ELSIF old IS NULL THEN
+        SELECT k.task, k.enqueued_at INTO old, since FROM notifyq.unique_key k WHERE k.key = NEW.unique_key;
+    END IF;
+    LOOP
+        -- KEY SHARE, as it hinders nothing but claims. Not one that runs: its worker would wait to settle it.
+        PERFORM FROM notifyq.task t WHERE t.id = old AND t.worker IS NULL FOR KEY SHARE;
+        held := FOUND;
+        state := (SELECT a.state FROM notifyq.all_tasks a WHERE a.id = old);
+        EXIT WHEN held OR state IS NULL OR state <> ALL (waiting);  -- else it was handed back in between
+    END LOOP;
+    -- What isn't known any more was done, and isn't kept.
+    IF coalesce(state, 'done') = ANY (states) AND (period IS NULL OR since + period > clock_timestamp()) THEN
+        IF held AND NEW.on_conflict = 'replace' THEN
+            UPDATE notifyq.task t SET type = NEW.type, payload = NEW.payload WHERE t.id = old;
+        ELSIF held AND NEW.on_conflict = 'move' THEN
+            -- Not one whose time has come, and that waits for a limit, its turn, or others: who lets it in sets run_at.
+            UPDATE notifyq.task t SET run_at = NEW.run_at, promoted = NEW.run_at <= clock_timestamp()
+            WHERE t.id = old AND NOT t.aside AND t.waits_at IS NULL;
+        END IF;
+        RETURN NULL;
+    END IF;
+    UPDATE notifyq.unique_key k
+    SET task = NEW.id, enqueued_at = clock_timestamp(), until = clock_timestamp() + coalesce(period, '0')
+    WHERE k.key = NEW.unique_key;
+    RETURN NEW;
+END $$;
+
+-- It costs the INSERT of plain tasks 0.7 µs. To look at the other three columns as well, and to refuse them without a key,
+-- would make that 2.5: PostgreSQL parses the WHEN anew for each statement.
+CREATE TRIGGER only_one BEFORE INSERT ON notifyq.task FOR EACH ROW WHEN (NEW.unique_key IS NOT NULL)
+    EXECUTE FUNCTION notifyq.only_one();
+
+-- The newest task with this key, by a snapshot of its own: so the statement that has inserted nothing learns what is there.
+CREATE FUNCTION notifyq.unique_task(key text) RETURNS bigint LANGUAGE sql BEGIN ATOMIC
+    SELECT k.task FROM notifyq.unique_key k WHERE k.key = $1;
+END;
 
 -- The worker's side. A blocked SELECT holds a snapshot and with it vacuum, so every wait is bounded and asked for
 -- again; and a refusal, or a worker that stops while it waits, is caught here: neither is for the server's log.
@@ -322,18 +425,38 @@ EXCEPTION WHEN lock_not_available OR query_canceled THEN
     RETURN false;
 END $$;
 
--- For those who prefer a function. The defaults are the table's own. BEGIN ATOMIC, here and below, has the names looked
--- up now, and not by each caller's search_path; unlike SET search_path it costs a call nothing.
+-- For those who prefer a function. It returns the id; of a unique task, it may be the one's that is in the way. The defaults
+-- are the table's own.
 CREATE FUNCTION notifyq.enqueue(
     type text, payload jsonb DEFAULT '{}', queue text DEFAULT 'default', run_at timestamptz DEFAULT now(),
     priority integer DEFAULT 0, max_attempts integer DEFAULT NULL, order_key text DEFAULT NULL,
     limit_key text DEFAULT NULL, limit_running integer DEFAULT NULL, limit_rate integer DEFAULT NULL,
-    limit_seconds float8 DEFAULT NULL, after bigint[] DEFAULT NULL, on_dead text DEFAULT NULL
-) RETURNS bigint LANGUAGE sql BEGIN ATOMIC
-    INSERT INTO notifyq.task (type, payload, queue, run_at, priority, max_attempts, order_key, limit_key, limit_running,
-                              limit_rate, limit_seconds, after, on_dead)
-    VALUES ($1, $2, $3, $4, $5::smallint, $6::smallint, $7, $8, $9, $10, $11, $12, $13) RETURNING id;
-END;
+    limit_seconds float8 DEFAULT NULL, after bigint[] DEFAULT NULL, on_dead text DEFAULT NULL,
+    unique_key text DEFAULT NULL, unique_states text[] DEFAULT NULL, unique_for float8 DEFAULT NULL,
+    on_conflict text DEFAULT NULL
+) RETURNS bigint LANGUAGE plpgsql AS $$
+DECLARE
+    new_id bigint;
+BEGIN
+    IF unique_key IS NULL THEN
+        IF unique_states IS NOT NULL OR unique_for IS NOT NULL OR on_conflict IS NOT NULL THEN
+            RAISE EXCEPTION 'notifyq.enqueue: unique_states, unique_for and on_conflict go with a unique_key'
+                USING ERRCODE = 'check_violation';
+        END IF;
+        INSERT INTO notifyq.task (type, payload, queue, run_at, priority, max_attempts, order_key, limit_key,
+                                  limit_running, limit_rate, limit_seconds, after, on_dead)
+        VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13) RETURNING id INTO new_id;
+    ELSE
+        INSERT INTO notifyq.task (type, payload, queue, run_at, priority, max_attempts, order_key, limit_key,
+                                  limit_running, limit_rate, limit_seconds, after, on_dead,
+                                  unique_key, unique_states, unique_for, on_conflict)
+        VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17) RETURNING id INTO new_id;
+    END IF;
+    RETURN coalesce(new_id, notifyq.unique_task($14));
+END $$;
+
+-- BEGIN ATOMIC has the names looked up now, and not by each caller's search_path; unlike SET search_path it costs a call
+-- nothing.
 
 -- Move a live task to finished; the one place outside a worker's settle that does. Returns whether it was there.
 CREATE FUNCTION notifyq.cancel(id bigint) RETURNS boolean LANGUAGE sql BEGIN ATOMIC
@@ -451,7 +574,7 @@ BEGIN
         -- None, if somebody has locked it; the next one, and the order would be broken.
         WHERE t.id = ANY (ARRAY(
             SELECT h.id FROM notifyq.task h
-            WHERE h.id = head.id AND h.worker IS NULL AND h.aside AND h.waits_at = key FOR UPDATE SKIP LOCKED));
+            WHERE h.id = head.id AND h.worker IS NULL AND h.aside AND h.waits_at = key FOR NO KEY UPDATE SKIP LOCKED));
         GET DIAGNOSTICS room = ROW_COUNT;
         RETURN room;
     END IF;
@@ -479,7 +602,7 @@ BEGIN
         SELECT t.id, t.priority FROM notifyq.task t
         WHERE t.waits_at = key AND t.aside AND t.worker IS NULL
           AND NOT EXISTS (SELECT FROM notifyq.queue q WHERE q.name = t.queue AND q.paused)
-        ORDER BY t.priority DESC, t.id LIMIT room FOR UPDATE OF t SKIP LOCKED
+        ORDER BY t.priority DESC, t.id LIMIT room FOR NO KEY UPDATE OF t SKIP LOCKED
     ), past AS MATERIALIZED (
         SELECT s.at + make_interval(secs => limits.limit_seconds) AS free, sum(s.n) OVER (ORDER BY s.at) AS upto
         FROM notifyq.started s
@@ -1008,7 +1131,12 @@ LEFT JOIN served s ON s.queue = k.name;
 --                 GRANT INSERT (type, payload, queue, priority, run_at, max_attempts), SELECT (id) ON notifyq.task TO r;
 --                 GRANT INSERT (unique_key, order_key, limit_key, limit_running, limit_rate) ON notifyq.task TO r;
 --                 GRANT INSERT (limit_seconds, after, on_dead) ON notifyq.task TO r;
+--                 GRANT INSERT (unique_states, unique_for, on_conflict) ON notifyq.task TO r;
 --                 GRANT INSERT ON notifyq.bell TO r;  -- lets it lock, and the table takes no row. Without it: always rings
+--   with keys     GRANT SELECT, INSERT, UPDATE ON notifyq.unique_key TO r;  -- beside these, to enqueue unique tasks
+--                 GRANT SELECT (id, state) ON notifyq.all_tasks TO r;
+--                 GRANT SELECT (worker, unique_key), UPDATE (unique_key) ON notifyq.task TO r;  -- UPDATE, to lock
+--                 GRANT SELECT (aside, waits_at), UPDATE (type, payload, run_at, promoted) ON notifyq.task TO r;  -- to replace, move
 --   may read      GRANT USAGE ON SCHEMA notifyq TO r;
 --                 GRANT SELECT ON notifyq.all_tasks, notifyq.all_queues, notifyq.worker, notifyq.queue, notifyq.cron TO r;
 --                 GRANT SELECT ON notifyq.schema_version TO r;

@@ -4,7 +4,7 @@ from .app import App
 from .errors import ConfigError, DatabaseError, NotifyqError, SchemaError, TaskCancelled, TaskDead, TaskFailed
 from .options import EnqueueOptions
 from .sync import SyncClient
-from .task import Cancel, Context, Dead, Progress, Ref, Retry, Task
+from .task import Cancel, Context, Dead, Ids, Progress, Ref, Retry, Task
 from .worker import WorkerInfo
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "DatabaseError",
     "Dead",
     "EnqueueOptions",
+    "Ids",
     "NotifyqError",
     "Progress",
     "Ref",

@@ -19,7 +19,7 @@ from .options import EnqueueOptions, Options
 from .registry import Handler, HandlerOptions, Registry
 from .results import Results
 from .store import Connection, explained
-from .task import Middleware, Ref, Task, ref
+from .task import Ids, Middleware, Ref, Task, ref
 from .worker import WorkerInfo, work
 
 if TYPE_CHECKING:
@@ -202,7 +202,7 @@ class App:
         Raises ConfigError for a task that doesn't validate against its own type, or an option that can't be.
         """
         checked = Options.check(**options)
-        return ref(self, await enqueue.one(self._via(conn), self.registry, task, checked))
+        return ref(self, *await enqueue.one(self._via(conn), self.registry, task, checked))
 
     @overload
     async def enqueue_many(
@@ -212,7 +212,7 @@ class App:
         then: None = None,
         conn: foreign.AsyncConnection | None = None,
         **options: Unpack[EnqueueOptions],
-    ) -> list[int]: ...
+    ) -> Ids: ...
     @overload
     async def enqueue_many(
         self,
@@ -229,8 +229,9 @@ class App:
         then: Task | None = None,
         conn: foreign.AsyncConnection | None = None,
         **options: Unpack[EnqueueOptions],
-    ) -> list[int] | tuple[list[int], Ref]:
-        """Enqueue all or none, of any types, with the same options, 2000 in a statement. Returns the ids in order.
+    ) -> Ids | tuple[list[int], Ref]:
+        """Enqueue all or none, of any types, with the same options, 2000 in a statement. Returns the ids in order:
+        a list, whose `existed` are those of unique tasks that were found there.
 
         then  a task to run when all of them are done, in the same queue, with the same priority and max_attempts;
               on_dead says what becomes of it if one isn't. Up to 10,000 tasks, and it returns their ids, and its Ref.

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import AsyncExitStack
+from functools import partial
 from itertools import islice
-from typing import TYPE_CHECKING, Any, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import anyio
 import anyio.lowlevel
 import asyncpg
 import msgspec
 
+from .bulk import Bulk, Row, Statement, plain
 from .codec import encode_payload, type_name
 from .errors import ConfigError, DatabaseError, SchemaError, only
 from .foreign import Foreign
 from .options import Options, check_group
 from .registry import Registry
 from .store import SQL
-from .task import Task
+from .task import Ids, Task
+from .unique import Unique
 
 if TYPE_CHECKING:
     from .store import Connection
@@ -29,96 +32,107 @@ if TYPE_CHECKING:
 CHUNK = 2000  # tasks in a statement
 SLICE = 100  # tasks encoded without a break: 0.2 ms
 
-Row: TypeAlias = tuple[str, str]  # type and payload
 
-
-async def one(via: Connection | Pool | Foreign, registry: Registry, task: Task, options: Options) -> int:
-    """Insert a task; its id."""
+async def one(via: Connection | Pool | Foreign, registry: Registry, task: Task, options: Options) -> tuple[int, bool]:
+    """Insert a task, unless it is unique and another is in its way: the id of either, and whether it is the other's."""
     type, payload = checked(registry, task)
+    query, args = statement(type, payload, options, options.unique.of(task))
     with Explained(type):
-        rows = await via.fetch(SQL["enqueue"], type, payload, *options)
-    return cast(int, rows[0][0])
+        [row] = await via.fetch(query, *args)
+    return row[0], len(row) > 1 and row[1]
 
 
-async def many(
-    via: Connection | Pool | Foreign, registry: Registry, tasks: Iterable[Task], options: Options
-) -> list[int]:
+def statement(type: str, payload: str, options: Options, unique: Unique | None) -> Statement:
+    """To insert a task."""
+    if unique is None:
+        return SQL["enqueue"], (type, payload, *options.values)
+    return SQL["enqueue_unique"], (type, payload, *options.values, *unique)
+
+
+async def many(via: Connection | Pool | Foreign, registry: Registry, tasks: Iterable[Task], options: Options) -> Ids:
     """Insert tasks, all or none: up to CHUNK in one statement, more in a transaction of several, each encoded while
     PostgreSQL works on the one before.
 
     0.6 µs a row for asyncpg to send as two arrays, half of what COPY costs in all, and unlike COPY it returns the ids.
     """
+    bulk = Bulk(partial(checked, registry), options)
     rest = iter(tasks)
-    first = [checked(registry, task) for task in islice(rest, CHUNK)]
-    if not first:
-        return []
-    if len(first) < CHUNK:
-        return await _insert(via, first, options)
+    first = bulk.rows(islice(rest, CHUNK))
     if isinstance(via, Foreign):  # one statement, since each library has its own way with savepoints
         for task in rest:
-            first.append(checked(registry, task))
-            if len(first) % SLICE == 0:
+            first += bulk.rows((task,))
+            if bulk.count % SLICE == 0:
                 await anyio.lowlevel.checkpoint()
-        return await _insert(via, first, options)
+    if isinstance(via, Foreign) or bulk.count < CHUNK:
+        for statement in bulk.statements(first):
+            await _send(via, bulk, statement)
+        return bulk.ids()
     async with AsyncExitStack() as stack:
         conn = await stack.enter_async_context(via.acquire()) if isinstance(via, asyncpg.Pool) else via
         await stack.enter_async_context(conn.transaction())
         try:
-            return await _stream(conn, registry, first, rest, options)
+            await _stream(conn, bulk, first, rest, options)
         except BaseExceptionGroup as group:
             raise only(group) from None
+        for statement in bulk.statements([], CHUNK):
+            await _send(conn, bulk, statement)
+        return bulk.ids()
 
 
 async def group(
     via: Connection | Pool | Foreign, registry: Registry, tasks: Iterable[Task], then: Task, options: Options
 ) -> tuple[list[int], int]:
     """Insert tasks, and one that waits for all of them: all or none, in one statement."""
-    types, payloads = grouped(registry, tasks, then)
+    types, payloads = grouped(registry, tasks, then, options)
     with Explained("(one of a group)"):
-        [row] = await via.fetch(SQL["enqueue_then"], types, payloads, *options)
+        [row] = await via.fetch(SQL["enqueue_then"], types, payloads, *options.values)
     return list(row[1] or ()), cast(int, row[0])
 
 
-def grouped(registry: Registry, tasks: Iterable[Task], then: Task) -> tuple[list[str], list[str]]:
+def grouped(registry: Registry, tasks: Iterable[Task], then: Task, options: Options) -> tuple[list[str], list[str]]:
     """Types and payloads, `then` the last of them."""
+    tasks = list(tasks)
     rows = [checked(registry, task) for task in tasks]
+    if any(options.unique.of(task) for task in (*tasks, then)):
+        raise ConfigError("a group's tasks can't be unique; enqueue those by themselves, and one after=[...] them")
     check_group(len(rows))
     rows.append(checked(registry, then))
     return [type for type, _ in rows], [payload for _, payload in rows]
 
 
-async def _stream(
-    conn: Connection, registry: Registry, first: list[Row], rest: Iterator[Task], options: Options
-) -> list[int]:
+async def _stream(conn: Connection, bulk: Bulk, first: list[Row], rest: Iterator[Task], options: Options) -> None:
+    """Insert those that aren't unique."""
     send, receive = anyio.create_memory_object_stream[list[Row]](1)
-    ids: list[int] = []
 
     async def encode() -> None:
         async with send:
             chunk: list[Row] = []
             for task in rest:
-                chunk.append(checked(registry, task))
+                chunk += bulk.rows((task,))
                 if len(chunk) == CHUNK:
                     await send.send(chunk)
                     chunk = []
-                elif len(chunk) % SLICE == 0:
+                elif bulk.count % SLICE == 0:
                     await anyio.lowlevel.checkpoint()  # what is on its way is written to the socket in between
             if chunk:
                 await send.send(chunk)
 
     async with receive, anyio.create_task_group() as group:
         group.start_soon(encode)
-        ids += await _insert(conn, first, options)
+        if first:
+            await _send(conn, bulk, plain(first, options))
         async for chunk in receive:
-            ids += await _insert(conn, chunk, options)
-    return ids
+            await _send(conn, bulk, plain(chunk, options))
 
 
-async def _insert(via: Connection | Pool | Foreign, rows: list[Row], options: Options) -> list[int]:
-    types, payloads = [type for type, _ in rows], [payload for _, payload in rows]
-    with Explained(types[0] if len(set(types)) == 1 else "(one of several)"):
-        inserted = await via.fetch(SQL["enqueue_many"], types, payloads, *options)
-    return [row[0] for row in inserted]
+async def _send(via: Connection | Pool | Foreign, bulk: Bulk, statement: Statement) -> None:
+    query, args = statement
+    with explained_many(args[0]):
+        bulk.took(await via.fetch(query, *args))
+
+
+def explained_many(types: list[str]) -> Explained:
+    return Explained(types[0] if len(set(types)) == 1 else "(one of several)")
 
 
 def checked(registry: Registry, task: Task) -> Row:

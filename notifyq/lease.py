@@ -351,6 +351,10 @@ class Keeper:
             if await self._sleep(0.05):
                 return
             self._tell(self._take_pulse)
+        while await conn.fetchval(SQL["prune_keys"], PRUNE_AT_ONCE) >= PRUNE_AT_ONCE:
+            if await self._sleep(0.05):
+                return
+            self._tell(self._take_pulse)
 
     async def _watch(self, conn: Connection) -> None:
         """Is the worker's loop alive? If not, and it has the turn: end the door's backend."""

@@ -10,7 +10,8 @@ from typing import Literal, NamedTuple, Self, TypedDict
 
 from .config import check_name
 from .errors import ConfigError
-from .task import Ref
+from .task import Ref, State
+from .unique import Wish
 
 UNITS = {
     "s": 1,
@@ -43,6 +44,12 @@ class EnqueueOptions(TypedDict, total=False):
     rate          and at most so many start in any such time: "100/minute", "5/10s"
     after         the tasks to wait for, as Refs or ids
     on_dead       "cancel" it (if it isn't said) or "run" it, when one of these ends dead or cancelled
+    unique        a key: not enqueued while another with the same is there. True or fields' names: by the payload or by
+                  these fields, as Task.unique. False: whatever that says
+    unique_for    and was enqueued less than so many seconds ago,
+    unique_states and is in one of these states; if it isn't said: "scheduled", "ready", "running", and with unique_for
+                  "done"; with "replace" or "move" the first two
+    on_conflict   "keep" the other (if it isn't said), "replace" its payload, or "move" its run_at, while it waits
     """
 
     queue: str
@@ -56,10 +63,14 @@ class EnqueueOptions(TypedDict, total=False):
     rate: str | None
     after: Iterable[Ref | int] | None
     on_dead: Literal["cancel", "run"] | None
+    unique: str | bool | tuple[str, ...] | None
+    unique_for: float | None
+    unique_states: Iterable[State] | None
+    on_conflict: Literal["keep", "replace", "move"] | None
 
 
 class Options(NamedTuple):
-    """Checked, in the order of the statements' parameters from $3 on."""
+    """Checked; `values` are in the order of the statements' parameters from $3 on."""
 
     queue: str
     delay: float | None
@@ -73,6 +84,11 @@ class Options(NamedTuple):
     limit_seconds: float | None
     after: list[int] | None
     on_dead: str | None
+    unique: Wish
+
+    @property
+    def values(self) -> tuple[object, ...]:
+        return self[:-1]
 
     @classmethod
     def check(
@@ -89,6 +105,10 @@ class Options(NamedTuple):
         rate: str | None = None,
         after: Iterable[Ref | int] | None = None,
         on_dead: Literal["cancel", "run"] | None = None,
+        unique: str | bool | tuple[str, ...] | None = None,
+        unique_for: float | None = None,
+        unique_states: Iterable[State] | None = None,
+        on_conflict: Literal["keep", "replace", "move"] | None = None,
         then: bool = False,
     ) -> Self:
         """Raises ConfigError for what can't be. then: a task follows that waits for these, so on_dead is for that."""
@@ -136,6 +156,7 @@ class Options(NamedTuple):
             seconds,
             ids,
             on_dead,
+            Wish.check(unique, unique_for, unique_states, on_conflict),
         )
 
 

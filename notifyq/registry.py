@@ -22,6 +22,7 @@ from .cron import Cron
 from .errors import ConfigError
 from .lifespan import Lifespan
 from .task import Call, Context, Middleware, Task
+from .unique import check_rule
 
 LINGER_SECONDS = 0.05
 
@@ -181,15 +182,15 @@ class Registry:
         """All registered task types as one tagged union, for msgspec.json.schema and the like."""
         return Union[tuple(self._handlers[type].task for type in self.types)]  # noqa: UP007 - built at run time
 
-    def check(self, type: str, payload: bytes) -> None:
-        """Raise ConfigError unless a handler here takes this type with this payload (JSON)."""
+    def check(self, type: str, payload: bytes) -> Task:
+        """The task of this type with this payload (JSON). Raises ConfigError unless a handler here takes it."""
         handler = self._handlers.get(type)
         if handler is None:
             near = difflib.get_close_matches(type, self._handlers, n=3, cutoff=0.5)
             known = f"did you mean {' or '.join(near)}?" if near else f"known types: {', '.join(self.types) or 'none'}"
             raise ConfigError(f"no handler takes type {type!r}; {known}")
         try:
-            handler.decode(payload)
+            return handler.decode(payload)
         except (msgspec.MsgspecError, RecursionError, ValueError) as error:
             raise ConfigError(f"the payload doesn't fit {type}: {error}") from error
 
@@ -383,7 +384,7 @@ def _check_task(task: type[Task]) -> None:
     check_name("type", config.tag)
     if config.array_like:
         raise ConfigError(f"task {name} is array_like; a payload is a JSON object")
-    for setting in ("max_attempts", "backoff", "timeout"):
+    for setting in ("max_attempts", "backoff", "timeout", "unique", "unique_for", "unique_states", "on_conflict"):
         if setting in task.__struct_fields__:
             raise ConfigError(
                 f"task {name}: {setting!r} is a setting of the class, not a field of the payload; write "
@@ -396,6 +397,7 @@ def _check_task(task: type[Task]) -> None:
         raise ConfigError(f"task {name}: backoff is {backoff!r}; expected seconds, 0 or more")
     if timeout is not None and (not _seconds(timeout) or timeout <= 0):
         raise ConfigError(f"task {name}: timeout is {timeout!r}; expected seconds above 0, or None")
+    check_rule(task)
     try:
         msgspec.json.Decoder(task)
     except NameError as error:

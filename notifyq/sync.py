@@ -6,15 +6,17 @@ import os
 import threading
 from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, Self, Unpack, overload
 
 from . import foreign
+from .bulk import Bulk
 from .config import redact, resolve_dsn
-from .enqueue import Explained, checked, grouped
+from .enqueue import Explained, checked, explained_many, grouped, statement
 from .errors import ConfigError, DatabaseError
 from .options import EnqueueOptions, Options
 from .store import SQL
-from .task import Ref, Task
+from .task import Ids, Ref, Task, ref
 
 if TYPE_CHECKING:
     from psycopg import Connection
@@ -92,11 +94,12 @@ class SyncClient:
         **options: Unpack[EnqueueOptions],
     ) -> Ref:
         """As App.enqueue. conn: a psycopg.Connection, SQLAlchemy's Session or Connection, or django.db.connection."""
-        args = Options.check(**options)
+        checked_options = Options.check(**options)
         type, payload = checked(self._registry, task)
+        query, args = statement(type, payload, checked_options, checked_options.unique.of(task))
         with Explained(type):
-            rows = self._fetch(conn, SQL["enqueue"], (type, payload, *args))
-        return self._app.ref(rows[0][0])
+            [row] = self._fetch(conn, query, args)
+        return ref(self._app, *row)
 
     @overload
     def enqueue_many(
@@ -106,7 +109,7 @@ class SyncClient:
         then: None = None,
         conn: foreign.SyncConnection | None = None,
         **options: Unpack[EnqueueOptions],
-    ) -> list[int]: ...
+    ) -> Ids: ...
     @overload
     def enqueue_many(
         self,
@@ -123,20 +126,19 @@ class SyncClient:
         then: Task | None = None,
         conn: foreign.SyncConnection | None = None,
         **options: Unpack[EnqueueOptions],
-    ) -> list[int] | tuple[list[int], Ref]:
+    ) -> Ids | tuple[list[int], Ref]:
         """As App.enqueue_many: all or none, in one statement. Returns the ids in order; with `then`, and its Ref."""
-        args = Options.check(**options, then=then is not None)
+        checked_options = Options.check(**options, then=then is not None)
         if then is not None:
-            types, payloads = grouped(self._registry, tasks, then)
+            types, payloads = grouped(self._registry, tasks, then, checked_options)
             with Explained("(one of a group)"):
-                [row] = self._fetch(conn, SQL["enqueue_then"], (types, payloads, *args))
+                [row] = self._fetch(conn, SQL["enqueue_then"], (types, payloads, *checked_options.values))
             return list(row[1] or ()), self._app.ref(row[0])
-        rows = [checked(self._registry, task) for task in tasks]
-        if not rows:
-            return []
-        types, payloads = [type for type, _ in rows], [payload for _, payload in rows]
-        with Explained(types[0] if len(set(types)) == 1 else "(one of several)"):
-            return [row[0] for row in self._fetch(conn, SQL["enqueue_many"], (types, payloads, *args))]
+        bulk = Bulk(partial(checked, self._registry), checked_options)
+        for query, args in bulk.statements(bulk.rows(tasks)):
+            with explained_many(args[0]):
+                bulk.took(self._fetch(conn, query, args))
+        return bulk.ids()
 
     def _fetch(self, conn: foreign.SyncConnection | None, query: str, args: Sequence[Any]) -> Sequence[Any]:
         if conn is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Generator
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterable
 from contextlib import AbstractAsyncContextManager
 from contextvars import ContextVar
 from datetime import datetime
@@ -22,6 +22,7 @@ else:
     Transaction = Any
 
 _Result = TypeVar("_Result")
+State: TypeAlias = Literal["scheduled", "ready", "running", "done", "dead", "cancelled"]
 Isolation: TypeAlias = Literal["read_committed", "repeatable_read", "serializable"]
 
 
@@ -33,13 +34,16 @@ class Task(msgspec.Struct, tag=True, tag_field="$type"):
             to: str
             subject: str = ""
 
-    Three class-level settings, which subclasses may replace (without an annotation, or as a ClassVar):
+    Class-level settings, which subclasses may replace (without an annotation, or as a ClassVar):
 
     max_attempts  runs in all before the task is dead. What the row says, if it says, wins.
     backoff       seconds. The wait after attempt n is drawn evenly from 0 to backoff * 2**(n - 1), at most an
                   hour ("full jitter"): up to 2, 4, 8, 16, ... seconds, on average half of that.
     timeout       seconds a run may take until its handler is cancelled and the attempt counts as failed;
                   None: as long as it likes.
+    unique        True: not enqueued while one with the same payload is there; ("user", "day"): with the same in these
+                  fields. EnqueueOptions, where it may be said of one task too, explains it, and what goes with it:
+    unique_for, unique_states, on_conflict
 
     The stored payload is the fields' JSON without the tag: that is in the row's `type` column.
     """
@@ -47,6 +51,10 @@ class Task(msgspec.Struct, tag=True, tag_field="$type"):
     max_attempts: ClassVar[int] = 10
     backoff: ClassVar[float] = 2.0
     timeout: ClassVar[float | None] = None
+    unique: ClassVar[bool | tuple[str, ...]] = False
+    unique_for: ClassVar[float | None] = None
+    unique_states: ClassVar[tuple[State, ...] | None] = None
+    on_conflict: ClassVar[Literal["keep", "replace", "move"]] = "keep"
 
 
 class Progress(msgspec.Struct, frozen=True):
@@ -190,6 +198,11 @@ class Ref(msgspec.Struct, frozen=True, dict=True):
         return await self._app.cancel(self.id)
 
     @property
+    def existed(self) -> bool:
+        """Whether enqueue found the task there, with the same unique key, and this is that one's."""
+        return bool(getattr(self, "found", False))
+
+    @property
     def _app(self) -> App:
         app: App | None = getattr(self, "app", None)
         if app is None:
@@ -197,11 +210,21 @@ class Ref(msgspec.Struct, frozen=True, dict=True):
         return app
 
 
-def ref(app: App, id: int) -> Ref:
+def ref(app: App, id: int, existed: bool = False) -> Ref:
     """One that can be waited for. The app is no field: a Ref is compared, encoded and pickled as its id."""
     made = Ref(id)
     msgspec.structs.force_setattr(made, "app", app)
+    if existed:
+        msgspec.structs.force_setattr(made, "found", True)
     return made
+
+
+class Ids(list[int]):
+    """Of enqueued tasks, in order: a list, that knows which of them existed."""
+
+    def __init__(self, ids: Iterable[int] = (), existed: Iterable[int] = ()) -> None:
+        super().__init__(ids)
+        self.existed = frozenset(existed)  # those that were found there, with the same unique keys
 
 
 class Verdict(Exception):

@@ -135,7 +135,13 @@ def grants(role: str, schema_sql: str = schema.schema_sql()) -> list[str]:
     """The GRANTs for this role, as they stand in the comment at the end of schema.sql."""
     text = schema_sql.rpartition("-- Roles.")[2]
     lines = [line.removeprefix("--").strip().partition("  -- ")[0] for line in text.splitlines()]
-    starts = {"enqueuer": "may enqueue", "reader": "may read", "awaiter": "may await", "worker": "worker"}
+    starts = {
+        "enqueuer": "may enqueue",
+        "keys": "with keys",
+        "reader": "may read",
+        "awaiter": "may await",
+        "worker": "worker",
+    }
     found: list[str] = []
     inside = False
     for line in lines:

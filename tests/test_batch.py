@@ -573,7 +573,7 @@ async def test_two_workers(dsn: str, db: Any) -> None:
             seen.add(ctx.id)
 
     async with app.connect(dsn), working(app, dsn, concurrency=20), working(app, dsn, concurrency=20):
-        ids = []
+        ids: list[int] = []
         for _ in range(20):
             ids += await app.enqueue_many([Item() for _ in range(25)])
         await seen.reach(500)

@@ -128,3 +128,24 @@ async def test_results(tmp_path: Path, dsn: str) -> None:
             worker.terminate()
     (shown,) = CONSOLE.findall(page)
     assert asked.stdout == shown.partition("\n")[2], asked.stderr
+
+
+async def test_unique(tmp_path: Path, dsn: str) -> None:
+    page = (DOCS / "unique.md").read_text()
+    [(name, text)] = FILE.findall(page)
+    (tmp_path / name).write_text(text)
+    [shown] = CONSOLE.findall(page)
+    command, _, output = shown.partition("\n")
+    assert command == f"$ python {name}"
+    done = subprocess.run(
+        [sys.executable, name], cwd=tmp_path, capture_output=True, text=True, check=False,
+        env={**os.environ, "NOTIFYQ_DSN": dsn},
+    )  # fmt: skip
+    assert (done.stdout, done.stderr) == (output, "")
+    db = await store.connect(dsn)
+    for statement in re.findall(
+        r"^(?:INSERT|SELECT) .*?;", re.findall(r"```sql\n(.*?)```", page, re.DOTALL)[0], re.MULTILINE
+    ):
+        await db.execute(statement)
+    assert await db.fetchval("SELECT count(*) FROM notifyq.task WHERE type = 'Sync'") == 1
+    await db.close()

@@ -23,6 +23,7 @@ PUBLIC = {
     "Cancel",
     "Dead",
     "EnqueueOptions",
+    "Ids",
     "NotifyqError",
     "ConfigError",
     "DatabaseError",

@@ -419,7 +419,7 @@ async def test_what_each_role_may(as_role: Any, role: str) -> None:
         await transaction.rollback()
 
 
-FOR_ALL = {"enqueue", "enqueue_many", "became", "evict", "end_claims", "turn_stolen", "lock_holder"}
+FOR_ALL = {"enqueue", "enqueue_many", "became", "evict", "end_claims", "turn_stolen", "lock_holder", "enqueue_unique"}
 
 
 @pytest.mark.parametrize("name", sorted(set(SQL) - FOR_ALL))

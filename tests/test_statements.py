@@ -81,6 +81,17 @@ STATEMENTS = {
         "id:int8 after:int8[]",
         "",
     ),
+    "enqueue_many_unique": Statement(
+        "text[] text[] text float8 timestamptz int2 int2 text text int4 int4 float8 int8[] text "
+        "text[] text[] float8[] text[]",
+        "id:int8 key:text existed:bool",
+        "",
+    ),
+    "enqueue_unique": Statement(
+        "text text text float8 timestamptz int2 int2 text text int4 int4 float8 int8[] text text text[] float8 text",
+        "id:int8 existed:bool",
+        "",
+    ),
     "enqueued": Statement(
         "text",
         "id:int8 queue:text state:text priority:int2 run_at:timestamptz payload:text delay:float8",
@@ -97,6 +108,7 @@ STATEMENTS = {
     "payload": Statement("int4 int8", "payload:jsonb", "task_pkey"),
     "progress": Statement("int4 int8[] int2[] float4[] text[]", "id:int8 told:text", "task_pkey"),
     "prune": Statement("float8 float8 int4", "count:int4", "finished_dead finished_old finished_pkey"),
+    "prune_keys": Statement("int4", "count:int4", "task_pkey"),
     "queued": Statement("", "id:int8 type:text payload:jsonb", None),
     "queues": Statement("", "queue:text", None),
     "ran": Statement("timestamptz", "id:int8 state:text", None),
@@ -1020,10 +1032,10 @@ RINGS: dict[str, tuple[Any, Callable[[Any, int, int], Any]]] = {
     "release": (True, lambda c, w, id: c.fetchval(SQL["release"], w)),
     "rescue": (True, lambda c, w, id: c.fetchrow(SQL["rescue"], w, 9)),
     "insert": (True, lambda c, w, id: insert(c)),
-    "enqueue": (True, lambda c, w, id: c.fetch(SQL["enqueue"], "T", "{}", *Options.check(queue="q"))),
+    "enqueue": (True, lambda c, w, id: c.fetch(SQL["enqueue"], "T", "{}", *Options.check(queue="q").values)),
     "enqueue_many": (
         True,
-        lambda c, w, id: c.fetch(SQL["enqueue_many"], ["T"], ["{}"], *Options.check(queue="q")),
+        lambda c, w, id: c.fetch(SQL["enqueue_many"], ["T"], ["{}"], *Options.check(queue="q").values),
     ),
     "echo": ("hello", lambda c, w, id: c.fetchrow(SQL["due"], [], [], 9, "hello", None)),
 }

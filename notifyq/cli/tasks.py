@@ -12,11 +12,12 @@ import click
 
 from notifyq.codec import PAYLOAD_LIMIT
 from notifyq.config import check_name
-from notifyq.enqueue import Explained
+from notifyq.enqueue import Explained, statement
 from notifyq.errors import ConfigError
 from notifyq.lease import DEAD_KEPT_SECONDS, PRUNE_AT_ONCE
 from notifyq.options import Options
 from notifyq.store import SQL
+from notifyq.task import Task
 
 from .load import load_app
 from .options import did_you_mean, dsn_option, duration, moment, number, option, word
@@ -45,6 +46,8 @@ task_id = number(1, 2**63 - 1)
     "--after", type=number(1, 2**63 - 1), metavar="ID", multiple=True, help="not before this task is done (repeatable)"
 )
 @option("--on-dead", type=click.Choice(["cancel", "run"]), help="what to do if one of these isn't  [default: cancel]")
+@option("--unique", metavar="KEY", help="not while another with this key is there: print that one's id")
+@option("--unique-for", type=duration, metavar="TIME", help="and was enqueued less than so long ago, be it done")
 @option("--app", metavar="MODULE:APP", help="validate type and payload against this app's tasks first")
 @dsn_option
 def enqueue(
@@ -58,6 +61,8 @@ def enqueue(
     max_attempts: int | None,
     after: tuple[int, ...],
     on_dead: Literal["cancel", "run"] | None,
+    unique: str | None,
+    unique_for: float | None,
     app: str | None,
     dsn: str | None,
 ) -> None:
@@ -74,18 +79,25 @@ def enqueue(
         max_attempts=max_attempts,
         after=after,
         on_dead=on_dead,
+        unique=unique,
+        unique_for=unique_for,
     )
     text = _payload(payload)
-    if app is not None:
-        load_app(app).registry.check(type, text.encode())
+    task = Task() if app is None else load_app(app).registry.check(type, text.encode())
+    if app is None and unique is None and unique_for is not None:
+        raise ConfigError("--unique-for goes with --unique KEY")
+    query, args = statement(type, text, options, options.unique.of(task))
 
-    async def run() -> int:
+    async def run() -> tuple[int, bool]:
         async with session(dsn, reads=False) as conn:
             with Explained(type):
-                id: int = await conn.fetchval(SQL["enqueue"], type, text, *options)
-            return id
+                [row] = await conn.fetch(query, *args)
+            return row[0], len(row) > 1 and row[1]
 
-    click.echo(asyncio.run(run()))
+    id, existed = asyncio.run(run())
+    if existed:
+        say("nothing was enqueued: a task with this key is there")
+    click.echo(id)
 
 
 def _payload(argument: str) -> str:
@@ -245,6 +257,9 @@ def prune(*, history: float, dead: float, dsn: str | None) -> None:
                 pruned: int = await conn.fetchval(SQL["prune"], history, dead, PRUNE_AT_ONCE)
                 total += pruned
                 if pruned < PRUNE_AT_ONCE:
-                    return total
+                    break
+            while await conn.fetchval(SQL["prune_keys"], PRUNE_AT_ONCE) >= PRUNE_AT_ONCE:
+                pass
+            return total
 
     click.echo(f"pruned {(count := asyncio.run(run()))} {'task' if count == 1 else 'tasks'}")

@@ -10,6 +10,9 @@ ALTER TABLE notifyq.schema_version ALTER COLUMN serves SET NOT NULL;
 -- No CHECK that is valid at once: PostgreSQL would read the whole table for it, under this lock.
 ALTER TABLE notifyq.task
     ADD COLUMN IF NOT EXISTS unique_key text,
+    ADD COLUMN IF NOT EXISTS unique_states text[],
+    ADD COLUMN IF NOT EXISTS unique_for float8,
+    ADD COLUMN IF NOT EXISTS on_conflict text,
     ADD COLUMN IF NOT EXISTS order_key text,
     ADD COLUMN IF NOT EXISTS limit_key text,
     ADD COLUMN IF NOT EXISTS limit_running integer,
@@ -76,6 +79,15 @@ CREATE TABLE IF NOT EXISTS notifyq.dependency (
 ) WITH (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 500, vacuum_truncate = off);
 CREATE INDEX IF NOT EXISTS dependency_task ON notifyq.dependency (task);
 CREATE INDEX IF NOT EXISTS dependency_unsure ON notifyq.dependency (needs) WHERE NOT sure;
+
+-- step
+CREATE TABLE IF NOT EXISTS notifyq.unique_key (
+    key           text        NOT NULL PRIMARY KEY,
+    task          bigint      NOT NULL,
+    enqueued_at   timestamptz NOT NULL,
+    until         timestamptz NOT NULL
+) WITH (fillfactor = 80, autovacuum_vacuum_scale_factor = 0.05, autovacuum_vacuum_threshold = 1000, vacuum_truncate = off);
+CREATE INDEX IF NOT EXISTS unique_key_until ON notifyq.unique_key (until);
 
 -- step
 CREATE TABLE IF NOT EXISTS notifyq.queue (
@@ -146,15 +158,16 @@ BEGIN
         FROM pg_class c CROSS JOIN aclexplode(c.relacl) AS a
         WHERE c.oid = 'notifyq.task'::regclass AND a.privilege_type = 'DELETE' AND a.grantee <> c.relowner
     LOOP
-        EXECUTE 'GRANT ALL ON notifyq.freed, notifyq.gate, notifyq.dependency, notifyq.queue, notifyq.started, notifyq.cron TO ' || role;
-        EXECUTE 'GRANT ALL ON notifyq.freed_n_seq TO ' || role;
+        EXECUTE 'GRANT ALL ON notifyq.freed, notifyq.gate, notifyq.dependency, notifyq.queue, notifyq.started,'
+                ' notifyq.unique_key, notifyq.cron, notifyq.freed_n_seq TO ' || role;
     END LOOP;
     FOR role IN
         SELECT DISTINCT CASE a.grantee WHEN 0 THEN 'PUBLIC' ELSE a.grantee::regrole::text END
         FROM pg_attribute t CROSS JOIN aclexplode(t.attacl) AS a
         WHERE t.attrelid = 'notifyq.task'::regclass AND t.attname = 'payload' AND a.privilege_type = 'INSERT'
     LOOP
-        EXECUTE 'GRANT INSERT (unique_key, order_key, limit_key, limit_running, limit_rate, limit_seconds, after, on_dead)'
+        EXECUTE 'GRANT INSERT (unique_key, unique_states, unique_for, on_conflict, order_key, limit_key, limit_running,'
+                ' limit_rate, limit_seconds, after, on_dead)'
                 ' ON notifyq.task TO ' || role;
     END LOOP;
     FOR role IN

@@ -20,5 +20,8 @@ WITH live AS (
 ), crons AS (
     UPDATE notifyq.cron
     SET next_at = next_at - make_interval(secs => $1::float8), last_at = last_at - make_interval(secs => $1::float8)
+), keys AS (
+    UPDATE notifyq.unique_key k SET enqueued_at = k.enqueued_at - p.past, until = k.until - p.past
+    FROM (SELECT make_interval(secs => $1::float8) AS past) AS p
 )
 SELECT count(*) FROM live WHERE due

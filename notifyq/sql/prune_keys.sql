@@ -1,0 +1,23 @@
+-- Forget up to $1 keys of unique tasks that are over, and whose unique_for has passed. Of those whose task lives on, look
+-- again in an hour. Returns how many it looked at.
+--
+-- It waits for no enqueuer (SKIP LOCKED), and what one has locked in the meantime is not of the task that was looked up:
+-- then the row that is locked in the end names another, and "k.task = o.task" leaves it alone.
+WITH old AS MATERIALIZED (
+    SELECT k.key, k.task, EXISTS (SELECT FROM notifyq.task t WHERE t.id = ANY (ARRAY[k.task])) AS lives
+    FROM notifyq.unique_key k
+    WHERE k.until < statement_timestamp()
+    ORDER BY k.until
+    LIMIT $1::integer
+), mine AS MATERIALIZED (
+    SELECT k.key, o.lives
+    FROM old o JOIN notifyq.unique_key k ON k.key = o.key AND k.task = o.task
+    WHERE k.until < statement_timestamp()
+    FOR UPDATE OF k SKIP LOCKED
+), gone AS (
+    DELETE FROM notifyq.unique_key WHERE key = ANY (ARRAY(SELECT key FROM mine WHERE NOT lives))
+), later AS (
+    UPDATE notifyq.unique_key SET until = statement_timestamp() + interval '1 hour'
+    WHERE key = ANY (ARRAY(SELECT key FROM mine WHERE lives))
+)
+SELECT count(*)::integer FROM mine
