@@ -399,6 +399,18 @@ async def test_what_people_call_is_looked_up_too(sessions: dict[str, Any], momen
         assert (result, count) == (want, min(count, 6)), f"{query} of {id} read {count}"
 
 
+@pytest.mark.parametrize("moment", MOMENTS)
+async def test_a_unique_task_looks_up_one(sessions: dict[str, Any], moment: str) -> None:
+    """Enqueued and kept, on an ordinary connection, with three million rows around it."""
+    conn = sessions[f"person, {moment}"]
+    query = "SELECT notifyq.enqueue('Known', unique_key => 'k')"
+    async with rolled_back(conn, moment):
+        id, first = await touched(conn, lambda: conn.fetchval(query))
+        again, second = await touched(conn, lambda: conn.fetchval(query))
+    assert id == again
+    assert max(first, second) <= 10, (first, second)
+
+
 async def test_the_newest_tasks_are_read_from_the_end(sessions: dict[str, Any]) -> None:
     conn = sessions["person, counted now"]
     async with conn.transaction():

@@ -726,11 +726,30 @@ async def test_pruning_waits_for_nobody_and_forgets_no_new_task(s: Steps) -> Non
     assert await s.db.fetchval("SELECT notifyq.cancel($1)", old)
     await a("BEGIN")
     await a(KEYED)
-    assert await p(SQL["prune_keys"], 10) == [(0,)]
+    assert [row[0] for row in await p(SQL["prune_keys"], 10)] == [0]
     await a("COMMIT")
     await p(SQL["prune_keys"], 10)
     assert await keys(s.db) == ["k"]
     assert await a(f"{KEYED} RETURNING id") == []
+
+
+async def test_pruning_looks_at_the_task_that_the_key_names_now(s: Steps) -> None:
+    """The new one was inserted before the prune took its snapshot, and committed after: the old one is seen to be over,
+    and the new one isn't seen at all."""
+    a, p, gate = await s.session("a"), await s.session("p"), await s.session("gate")
+    [old] = await verbs.insert(s.db, unique_key="k")
+    assert await s.db.fetchval("SELECT notifyq.cancel($1)", old)
+    await gate("SELECT pg_advisory_lock(7)")
+    await a("BEGIN")
+    await a(KEYED)
+    gated = SQL["prune_keys"].replace("ORDER BY k.until", "AND pg_advisory_xact_lock(7)::text = '' ORDER BY k.until")
+    assert gated != SQL["prune_keys"]
+    waiting = await p.blocked_by(gate, gated, 10)
+    await a("COMMIT")
+    await gate("SELECT pg_advisory_unlock(7)")
+    assert [row[0] for row in await waiting] == [0]
+    assert await a(f"{KEYED} RETURNING id") == []
+    assert await count(s.db) == 1
 
 
 # --- Roles, and other ways in
