@@ -1050,7 +1050,8 @@ CREATE TABLE notifyq.cron (
     priority      smallint    NOT NULL DEFAULT 0,
     missed        text        NOT NULL DEFAULT 'once' CHECK (missed IN ('once', 'skip')),  -- while no worker ran
     paused        boolean     NOT NULL DEFAULT false,
-    next_at       timestamptz,                         -- the next slot; null: to be reckoned from now on
+    -- The next slot; null: to be reckoned from now on. A time that Python can't read would end the workers that look.
+    next_at       timestamptz CHECK (next_at BETWEEN '0001-01-03Z' AND '9999-12-30Z'),
     last_at       timestamptz,                         -- the last slot that was enqueued
     recent        bigint[]    NOT NULL DEFAULT '{}'    -- the tasks of the last ones, the latest first
 );

@@ -48,13 +48,7 @@ class Cron(NamedTuple):
 
 def check_schedule(expression: str, tz: str) -> None:
     """Raises ConfigError for what has no slots."""
-    try:
-        zone = ZoneInfo(tz)
-    except (ZoneInfoNotFoundError, ValueError, TypeError, OSError):
-        raise ConfigError(
-            f"tz is {tz!r}, which isn't known here; expected a name such as 'Europe/Berlin' (on systems without time "
-            "zones: pip install tzdata)"
-        ) from None
+    zone = _zone(tz)
     try:
         next(CronSim(expression, datetime.now(zone)))
     except (CronSimError, StopIteration, AttributeError, TypeError) as error:
@@ -66,8 +60,22 @@ def check_schedule(expression: str, tz: str) -> None:
 
 
 def next_slot(expression: str, tz: str, after: datetime) -> datetime:
-    """The first slot after that time, in UTC. Raises what `check_schedule` looks for."""
-    return next(CronSim(expression, after.astimezone(ZoneInfo(tz)))).astimezone(UTC)
+    """The first slot after that time, in UTC. Raises CronSimError, ValueError or OverflowError where there is none."""
+    # In the hour that comes twice, cronsim takes the second time for the first, whose slots are over.
+    for slot in CronSim(expression, after.astimezone(_zone(tz))):
+        if (found := slot.astimezone(UTC)) > after:
+            return found
+    raise ValueError("it has no slot in the next fifty years")
+
+
+def _zone(tz: str) -> ZoneInfo:
+    try:
+        return ZoneInfo(tz)
+    except (ZoneInfoNotFoundError, ValueError, TypeError, OSError):  # OSError: a folder of the package tzdata
+        raise ConfigError(
+            f"tz is {tz!r}, which isn't known here; expected a name such as 'Europe/Berlin' (on systems without time "
+            "zones: pip install tzdata)"
+        ) from None
 
 
 class Schedule:
@@ -97,7 +105,7 @@ class Schedule:
         ):
             try:
                 await self._see_to(conn, name, expression, tz, missed, next_at, now)
-            except (CronSimError, ZoneInfoNotFoundError, StopIteration, ValueError, OverflowError) as error:
+            except (CronSimError, ValueError, OverflowError) as error:
                 if (poison := (name, expression, tz)) not in self._poisoned:
                     self._poisoned.add(poison)
                     logger.error(

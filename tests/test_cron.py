@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import anyio
+import asyncpg
 import pytest
 
 import notifyq
@@ -65,6 +66,9 @@ def slots(expression: str, tz: str, after: str, count: int) -> list[str]:
         # 02:30 is left out on 29 March, and comes twice on 25 October: once, both days.
         ("30 2 * * *", "Europe/Berlin", "2026-03-28T00:00Z", ["03-28 01:30", "03-29 01:00", "03-30 00:30"]),
         ("30 2 * * *", "Europe/Berlin", "2026-10-24T00:00Z", ["10-24 00:30", "10-25 00:30", "10-26 01:30"]),
+        # From within the hour that comes twice, the second time: the slot of the first is over.
+        ("30 2 * * *", "Europe/Berlin", "2026-10-25T01:10Z", ["10-26 01:30"]),
+        ("30 1 * * *", "America/New_York", "2026-11-01T06:10Z", ["11-02 06:30"]),
         ("30 2 * * *", "America/New_York", "2026-03-07T00:00Z", ["03-07 07:30", "03-08 07:00", "03-09 06:30"]),
         ("30 1 * * *", "America/New_York", "2026-10-31T00:00Z", ["10-31 05:30", "11-01 05:30", "11-02 06:30"]),
         # 02:15 is left out: the clocks go forward by half an hour at 02:00.
@@ -233,7 +237,15 @@ async def told(logged: Logged) -> bool:
     return len(logged("a cron that can't be reckoned")) == 1
 
 
-async def test_a_row_that_makes_no_sense(dsn: str, db: Any, logged: Logged) -> None:
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        ("expression = '61 * * * *'", "Bad minute"),
+        ("expression = '* * */20 * 1L'", "it has no slot in the next fifty years"),
+        ("tz = 'Nowhere'", "tz is 'Nowhere', which isn't known here"),
+    ],
+)
+async def test_a_row_that_makes_no_sense(dsn: str, db: Any, logged: Logged, change: str, error: str) -> None:
     """Said once; the other cron, and the heartbeat, go on."""
     seen = Seen()
     app = made(seen)
@@ -244,12 +256,21 @@ async def test_a_row_that_makes_no_sense(dsn: str, db: Any, logged: Logged) -> N
 
     async with working(app, dsn):
         await known(db)
-        await db.execute("UPDATE notifyq.cron SET expression = '61 * * * *', next_at = NULL WHERE name = 'odd'")
+        await db.execute(f"UPDATE notifyq.cron SET {change}, next_at = NULL WHERE name = 'odd'")
         await eventually(lambda: told(logged))
         await db.execute("UPDATE notifyq.cron SET next_at = clock_timestamp() WHERE name = 'Nightly'")
         await seen.reach(1)
     [said] = logged("a cron that can't be reckoned")
-    assert (said["cron"], said["error"]) == ("odd", "Bad minute")
+    assert said["cron"] == "odd"
+    assert said["error"].startswith(error)
+
+
+@pytest.mark.parametrize("never", ["-infinity", "infinity", "4000-01-01 BC", "10000-01-01"])
+async def test_a_time_that_workers_cannot_read_is_refused(dsn: str, db: Any, never: str) -> None:
+    """Where it is written: a worker that looks for what is due would end by it."""
+    insert = f"INSERT INTO notifyq.cron (name, expression, type, next_at) VALUES ('x', '* * * * *', 'X', '{never}')"
+    with pytest.raises(asyncpg.CheckViolationError):
+        await db.execute(insert)
 
 
 class Odd(notifyq.Task):

@@ -142,7 +142,7 @@ CREATE TABLE IF NOT EXISTS notifyq.cron (
     priority      smallint    NOT NULL DEFAULT 0,
     missed        text        NOT NULL DEFAULT 'once' CHECK (missed IN ('once', 'skip')),
     paused        boolean     NOT NULL DEFAULT false,
-    next_at       timestamptz,
+    next_at       timestamptz CHECK (next_at BETWEEN '0001-01-03Z' AND '9999-12-30Z'),
     last_at       timestamptz,
     recent        bigint[]    NOT NULL DEFAULT '{}'
 );
