@@ -54,7 +54,7 @@ setup: $(test_stamp)  ## .venv with notifyq (editable), its extras and the test 
 demo: $(or $(wildcard $(test_stamp)),$(demo_stamp))  ## the main job, end to end, on an embedded PostgreSQL
 	.venv/bin/python -m notifyq demo
 
-# Three processes, whole files each: the tests mostly wait, and one file's tests share what their fixtures build.
+# Four processes, whole files each: the tests mostly wait, and one file's tests share what their fixtures build.
 test: $(test_stamp)  ## the tests, minutes; TESTS="tests/test_retry.py -k cap" picks some
 	.venv/bin/python -m pytest -q -n 4 --dist loadfile $(TESTS)
 
