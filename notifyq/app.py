@@ -97,13 +97,17 @@ class App:
         Each slot has one task, however many workers there are. Raises ConfigError for what can't work.
         """
 
+        if callable(expression):
+            raise ConfigError("@app.cron needs its expression: @app.cron('0 3 * * *')")
+
         def schedule(function: _Handler) -> _Handler:
             handler = self.registry.of(function)
             if handler is None:
                 raise ConfigError(
                     f"@app.cron got {function!r}, which is no handler of this app; put it above @app.handler"
                 )
-            self._schedule(handler, Cron(name or handler.type, expression, tz, "", "", queue, priority, missed), task)
+            called = handler.type if name is None else name
+            self._schedule(handler, Cron(called, expression, tz, "", "", queue, priority, missed), task)
             return function
 
         return schedule

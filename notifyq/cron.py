@@ -100,11 +100,11 @@ class Schedule:
         """Enqueue what is about to be due."""
         if not self._crons:
             return
-        for name, expression, tz, missed, next_at, now in await conn.fetch(
+        for name, expression, tz, missed, next_at, now, since in await conn.fetch(
             SQL["cron_due"], list(self._crons), AHEAD_SECONDS
         ):
             try:
-                await self._see_to(conn, name, expression, tz, missed, next_at, now)
+                await self._see_to(conn, name, expression, tz, missed, next_at, now, since)
             except (CronSimError, ValueError, OverflowError) as error:
                 if (poison := (name, expression, tz)) not in self._poisoned:
                     self._poisoned.add(poison)
@@ -114,11 +114,19 @@ class Schedule:
                     )
 
     async def _see_to(
-        self, conn: Connection, name: str, expression: str, tz: str, missed: str, slot: datetime | None, now: datetime
+        self,
+        conn: Connection,
+        name: str,
+        expression: str,
+        tz: str,
+        missed: str,
+        slot: datetime | None,
+        now: datetime,
+        since: datetime,
     ) -> None:
         for _ in range(AT_ONCE):
             if slot is None:
-                put, following = False, next_slot(expression, tz, now)
+                put, following = False, next_slot(expression, tz, since)
             elif slot < now - timedelta(seconds=MISSED_SECONDS):  # one run for all, or none
                 put, following = missed == "once", next_slot(expression, tz, now)
             else:

@@ -19,7 +19,7 @@ import pytest
 
 import notifyq
 from notifyq import store
-from notifyq.cron import next_slot
+from notifyq.cron import Cron, Schedule, next_slot
 from notifyq.errors import ConfigError
 from notifyq.store import SQL
 from notifyq.testing import advance
@@ -209,6 +209,25 @@ async def test_a_schedule_that_is_changed(dsn: str, db: Any) -> None:
         assert await db.fetchval("SELECT payload ->> 'region' FROM notifyq.cron") == "us"
 
 
+async def test_a_change_when_slots_were_put_ahead(dsn: str, db: Any) -> None:
+    """They aren't enqueued once more, if the new schedule has them too; those that a pause has cancelled are."""
+    cron = Cron("n", "* * * * * *", "UTC", "T", "{}", "default", 0, "once")
+    schedule = Schedule({"n": cron})
+    for changed in (cron, cron._replace(tz="Europe/Berlin")):
+        await db.execute(SQL["cron_register"], *([column] for column in changed))
+        await schedule.look(db)
+        await schedule.look(db)  # without a next slot, the first only reckons it
+    times = "SELECT run_at FROM notifyq.task ORDER BY run_at"
+    put = [row["run_at"] for row in await db.fetch(times)]
+    assert len(put) >= 2
+    assert put == [put[0] + timedelta(seconds=n) for n in range(len(put))]
+    await db.fetchval("SELECT notifyq.cron_pause('n'), notifyq.cron_resume('n')")
+    assert await db.fetch(times) == []
+    now = await db.fetchval("SELECT clock_timestamp()")
+    await schedule.look(db)
+    assert 0 < ((await db.fetch(times))[0]["run_at"] - now).total_seconds() < 2
+
+
 # --- Pause, resume, run now
 
 
@@ -297,6 +316,7 @@ def handled(app: notifyq.App) -> Any:
         ({"task": Needy(region="eu")}, "task is Needy.*, expected a Nightly"),
         ({"missed": "all"}, "missed is 'all'; expected 'once' or 'skip'"),
         ({"name": "x" * 201}, "expected 1 to 200 characters"),
+        ({"name": ""}, "expected 1 to 200 characters"),
         ({"queue": ""}, "expected 1 to 200 characters"),
         ({"priority": 99999}, "priority is 99999; expected"),
     ],
@@ -311,6 +331,9 @@ def test_of_whom_it_cannot_be() -> None:
     app = notifyq.App()
 
     async def nobody(task: Nightly) -> None: ...
+
+    with pytest.raises(ConfigError, match=r"@app.cron needs its expression: @app.cron\('0 3 \* \* \*'\)"):
+        app.cron(nobody)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 
     @app.handler
     async def needy(task: Needy) -> None: ...

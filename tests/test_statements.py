@@ -49,8 +49,8 @@ STATEMENTS = {
     "count_running": Statement("int4 text[]", "count_running:void", ""),
     "cron_due": Statement(
         "text[] float8",
-        "name:text expression:text tz:text missed:text next_at:timestamptz now:timestamptz",
-        "",
+        "name:text expression:text tz:text missed:text next_at:timestamptz now:timestamptz since:timestamptz",
+        "task_pkey",
     ),
     "cron_enqueue": Statement("text timestamptz timestamptz bool", "moved:bool", ""),
     "cron_register": Statement("text[] text[] text[] text[] text[] text[] int2[] text[]", "", ""),
