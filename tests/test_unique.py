@@ -433,7 +433,7 @@ async def test_many_that_replace_have_the_last_word(app: notifyq.App, db: Any) -
 
 
 async def test_bulk_in_orders_that_make_for_deadlocks(app: notifyq.App, db: Any) -> None:
-    """Thirty at once, each with the same keys in another order, over several statements: none fails."""
+    """Ten at once, each with the same keys in another order, over several statements: none fails."""
     tasks = [Daily(user=str(n), day=1) for n in range(2500)]
 
     async def send(n: int) -> None:
@@ -470,6 +470,26 @@ async def test_hundreds_at_once_are_one(app: notifyq.App, dsn: str, db: Any) -> 
             group.start_soon(anyio.to_thread.run_sync, by_psql, str(psql), dsn)
     assert len({ref.id for ref in refs}) == 1 == await count(db)
     assert sum(not ref.existed for ref in refs) <= 1
+
+
+async def test_inserts_and_copies_at_once_are_one(dsn: str, db: Any) -> None:
+    """By clients that know nothing but the table, each with a connection of its own."""
+
+    async def insert(conn: Any) -> None:
+        for _ in range(20):
+            await conn.execute(KEYED)
+
+    async def copy(conn: Any) -> None:
+        records = [("Known", "k")] * 20
+        await conn.copy_records_to_table("task", schema_name="notifyq", columns=["type", "unique_key"], records=records)
+
+    conns = [await store.connect(dsn, role="test") for _ in range(20)]
+    async with anyio.create_task_group() as group:
+        for n, conn in enumerate(conns):
+            group.start_soon(copy if n % 2 else insert, conn)
+    for conn in conns:
+        await conn.close()
+    assert await count(db) == 1
 
 
 async def test_one_at_a_time_while_they_come_and_go(app: notifyq.App, dsn: str, db: Any) -> None:
