@@ -44,8 +44,6 @@ class Admission:
         What this worker has no handler for isn't asked about: it takes no place, and goes aside.
         """
         self.unsure = False
-        if not self.limited and not any(job.judged for job in jobs):
-            return jobs, []
         asked = [job for job in jobs if (job.judged or job.queue in self.limited) and job.type in self._types]
         if not asked:
             return jobs, []

@@ -12,7 +12,7 @@ from typing import Any
 import asyncpg
 import msgspec
 
-from .errors import TaskCancelled, TaskDead
+from .errors import failure
 from .store import SQL, TRANSIENT, connect_worker
 
 
@@ -46,8 +46,6 @@ class Reader:
 
 
 def _result(id: int, type: str | None, state: str | None, result: bytes | None, error: str | None) -> Any:
-    if state == "dead":
-        return TaskDead(id, str(type), error)
-    if state == "cancelled":
-        return TaskCancelled(id, str(type), error)
+    if (failed := failure(id, str(type), state, error)) is not None:
+        return failed
     return None if result is None else msgspec.json.decode(result)

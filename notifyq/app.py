@@ -15,7 +15,7 @@ from . import enqueue, foreign, lifespan, store
 from .config import WorkerConfig, check_name, parse_queues, resolve_dsn
 from .cron import Cron, Missed, check_schedule
 from .errors import ConfigError, DatabaseError
-from .options import EnqueueOptions, Options
+from .options import EnqueueOptions, Options, is_id
 from .registry import Handler, HandlerOptions, Registry
 from .results import Results
 from .store import Connection, explained
@@ -96,7 +96,6 @@ class App:
 
         Each slot has one task, however many workers there are. Raises ConfigError for what can't work.
         """
-
         if callable(expression):
             raise ConfigError("@app.cron needs its expression: @app.cron('0 3 * * *')")
 
@@ -248,7 +247,7 @@ class App:
 
     def ref(self, id: int) -> Ref:
         """Of any task, by its id, in whatever process it was enqueued: to wait for its result, say."""
-        if not isinstance(id, int) or isinstance(id, bool) or not 1 <= id < 2**63:
+        if not is_id(id):
             raise ConfigError(f"ref({id!r}): expected a task's id, as enqueue_many returns them")
         return ref(self, id)
 

@@ -123,7 +123,7 @@ class Batch:
             if limit.cancelled_caught:
                 return [outcome.timed_out(job, handler) for job in jobs]
         except BaseException as error:
-            if isinstance(error, asyncio.CancelledError) and anyio.current_effective_deadline() == -math.inf:
+            if is_ours(error):
                 raise
             return [outcome.raised(job, handler, error) for job in jobs]
         return judged(handler, jobs, value)
@@ -217,6 +217,15 @@ class Batches:
             await batch.run(self._call)
         finally:
             self._running.discard(batch)
+
+
+def is_ours(error: BaseException) -> bool:
+    """Whether a handler was ended by our own cancellation, which comes from a scope.
+
+    Everything else it raises is its own failure, SystemExit and KeyboardInterrupt too, and so is a CancelledError of
+    something it waited for, or of its own doing.
+    """
+    return isinstance(error, asyncio.CancelledError) and anyio.current_effective_deadline() == -math.inf
 
 
 def judged(handler: Handler, jobs: Sequence[Job], value: object) -> Sequence[Outcome]:

@@ -60,7 +60,7 @@ class Bulk:
             chosen = [self._unique[key] for key in keys[start:][:most]]
             more, rows = rows, []
             unique = [*(unique for _, unique in chosen), *([None] * len(more))]
-            types, payloads = _columns([*(row for row, _ in chosen), *more])
+            types, payloads = columns([*(row for row, _ in chosen), *more])
             yield (
                 SQL["enqueue_many_unique"],
                 (
@@ -93,8 +93,8 @@ class Bulk:
 
 
 def plain(rows: list[Row], options: Options) -> Statement:
-    return SQL["enqueue_many"], (*_columns(rows), *options.values)
+    return SQL["enqueue_many"], (*columns(rows), *options.values)
 
 
-def _columns(rows: list[Row]) -> tuple[list[str], list[str]]:
+def columns(rows: list[Row]) -> tuple[list[str], list[str]]:
     return [type for type, _ in rows], [payload for _, payload in rows]

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AsyncExitStack
 from functools import partial
 from itertools import islice
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import anyio
 import anyio.lowlevel
 import asyncpg
 import msgspec
 
-from .bulk import Bulk, Row, Statement, plain
+from .bulk import Bulk, Row, Statement, columns, plain
 from .codec import encode_payload, type_name
 from .errors import ConfigError, DatabaseError, SchemaError, only
 from .foreign import Foreign
@@ -33,13 +33,14 @@ CHUNK = 2000  # tasks in a statement
 SLICE = 100  # tasks encoded without a break: 0.2 ms
 
 
-async def one(via: Connection | Pool | Foreign, registry: Registry, task: Task, options: Options) -> tuple[int, bool]:
-    """Insert a task, unless it is unique and another is in its way: the id of either, and whether it is the other's."""
+async def one(via: Connection | Pool | Foreign, registry: Registry, task: Task, options: Options) -> Iterable[Any]:
+    """Insert a task, unless it is unique and another is in its way: the id of either, and, if it is unique, whether it
+    is the other's."""
     type, payload = checked(registry, task)
     query, args = statement(type, payload, options, options.unique.of(task))
     with Explained(type):
         [row] = await via.fetch(query, *args)
-    return row[0], len(row) > 1 and row[1]
+    return row
 
 
 def statement(type: str, payload: str, options: Options, unique: Unique | None) -> Statement:
@@ -83,21 +84,26 @@ async def group(
     via: Connection | Pool | Foreign, registry: Registry, tasks: Iterable[Task], then: Task, options: Options
 ) -> tuple[list[int], int]:
     """Insert tasks, and one that waits for all of them: all or none, in one statement."""
-    types, payloads = grouped(registry, tasks, then, options)
+    query, args = grouped(registry, tasks, then, options)
     with Explained("(one of a group)"):
-        [row] = await via.fetch(SQL["enqueue_then"], types, payloads, *options.values)
-    return list(row[1] or ()), cast(int, row[0])
+        return ids_of_group(await via.fetch(query, *args))
 
 
-def grouped(registry: Registry, tasks: Iterable[Task], then: Task, options: Options) -> tuple[list[str], list[str]]:
-    """Types and payloads, `then` the last of them."""
+def grouped(registry: Registry, tasks: Iterable[Task], then: Task, options: Options) -> Statement:
+    """To insert a group; `then` is the last of its types and payloads."""
     tasks = list(tasks)
     rows = [checked(registry, task) for task in tasks]
     if any(options.unique.of(task) for task in (*tasks, then)):
         raise ConfigError("a group's tasks can't be unique; enqueue those by themselves, and one after=[...] them")
     check_group(len(rows))
     rows.append(checked(registry, then))
-    return [type for type, _ in rows], [payload for _, payload in rows]
+    return SQL["enqueue_then"], (*columns(rows), *options.values)
+
+
+def ids_of_group(answer: Sequence[Any]) -> tuple[list[int], int]:
+    """What `grouped` is answered with: the tasks' ids, and that of `then`."""
+    [(last, ids)] = answer
+    return list(ids or ()), last
 
 
 async def _stream(conn: Connection, bulk: Bulk, first: list[Row], rest: Iterator[Task], options: Options) -> None:

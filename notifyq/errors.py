@@ -65,6 +65,13 @@ class TaskCancelled(TaskFailed):
     ended = "was cancelled"
 
 
+def failure(id: int, type: str, state: str | None, error: str | None) -> TaskFailed | None:
+    """What a task's end in this state is for who waited for it; None: nothing that failed."""
+    if state == "dead":
+        return TaskDead(id, type, error)
+    return TaskCancelled(id, type, error) if state == "cancelled" else None
+
+
 class DatabaseError(NotifyqError):
     """The database can't be reached, or doesn't let this user in."""
 

@@ -177,12 +177,17 @@ def check_group(size: int) -> None:
         raise ConfigError(f"then= would wait for {size} tasks; expected {AFTER_MOST} at most, or several groups")
 
 
+def is_id(id: object) -> bool:
+    """Whether a task could have it."""
+    return isinstance(id, int) and not isinstance(id, bool) and 1 <= id < 2**63
+
+
 def checked_ids(after: Iterable[Ref | int]) -> list[int] | None:
     """The ids, each once, in order; None for none. Raises ConfigError for what isn't one."""
     refs = list(after) if isinstance(after, Iterable) else [after]
     ids = [ref.id if isinstance(ref, Ref) else ref for ref in refs]
     for id in ids:
-        if not isinstance(id, int) or isinstance(id, bool) or not 1 <= id < 2**63:
+        if not is_id(id):
             raise ConfigError(f"after has {id!r} in it; expected what enqueue returned, or ids")
     if len(ids) > AFTER_MOST:
         raise ConfigError(f"after has {len(ids)} tasks; expected {AFTER_MOST} at most")

@@ -365,11 +365,17 @@ def _is_async(function: Callable[..., Any]) -> bool:
     )
 
 
-def _globals(function: Callable[..., Any]) -> dict[str, Any]:
-    """Of the module where it was written, through partials, wrappers and objects with a __call__."""
-    inner = inspect.unwrap(function)
+def innermost(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function itself, inside of partials and wrappers."""
+    inner: Callable[..., Any] = inspect.unwrap(function)
     while isinstance(inner, functools.partial):
         inner = inspect.unwrap(inner.func)
+    return inner
+
+
+def _globals(function: Callable[..., Any]) -> dict[str, Any]:
+    """Of the module where it was written, through partials, wrappers and objects with a __call__."""
+    inner = innermost(function)
     found: dict[str, Any] = getattr(inner, "__globals__", None) or getattr(type(inner).__call__, "__globals__", {})
     return found
 

@@ -16,8 +16,6 @@ wait are asked about again: nothing that ends meanwhile is missed, since what is
 from __future__ import annotations
 
 import asyncio
-import functools
-import inspect
 import logging
 import random
 from collections.abc import AsyncGenerator, Generator, Iterable, Sequence
@@ -28,9 +26,10 @@ import anyio
 import asyncpg
 import msgspec
 
-from .errors import ConfigError, DatabaseError, NotifyqError, SchemaError, TaskCancelled, TaskDead
+from .errors import ConfigError, DatabaseError, NotifyqError, SchemaError, failure
+from .registry import innermost
 from .store import SQL, TRANSIENT, UNREADABLE, Connection, connect_worker, is_pooled, notified_id
-from .task import Progress
+from .task import ENDED, Progress
 
 if TYPE_CHECKING:
     from .registry import Handler, Registry
@@ -122,10 +121,8 @@ class Results:
             await asyncio.wait([self._task])
 
     def _value(self, id: int, ended: Ended, type: Any) -> Any:
-        if ended.state == "dead":
-            raise TaskDead(id, ended.type, ended.error)
-        if ended.state == "cancelled":
-            raise TaskCancelled(id, ended.type, ended.error)
+        if (failed := failure(id, ended.type, ended.state, ended.error)) is not None:
+            raise failed
         text = b"null" if ended.result is None else ended.result
         if type is None:
             handler = self._registry.get(ended.type)
@@ -246,7 +243,7 @@ class Results:
                 self._fail(NotifyqError, f"there is no task {id}; {_NO_TASK}", [id])
                 continue
             for waiter in self._waiting.get(id, ()):
-                if row["state"] in ("done", "dead", "cancelled"):
+                if row["state"] in ENDED:
                     waiter.ended = Ended(row["state"], row["type"], row["result"], row["error"])
                 elif row["progress"] is not None:
                     waiter.step = Progress(row["progress"], row["note"])
@@ -299,11 +296,8 @@ def _is_error(choice: Any) -> bool:
 
 def typed(handler: Handler, result: bytes) -> Any:
     """As the type that the handler says it returns; as plain JSON where it doesn't say, or it is another."""
-    inner = inspect.unwrap(handler.function)
-    while isinstance(inner, functools.partial):
-        inner = inspect.unwrap(inner.func)
     try:
-        annotation: Any = get_type_hints(inner).get("return", Any)
+        annotation: Any = get_type_hints(innermost(handler.function)).get("return", Any)
         if handler.batch is not None:
             lists = [choice for choice in (annotation, *get_args(annotation)) if get_origin(choice) in (list, tuple)]
             annotation = get_args(lists[0])[0] if lists else Any

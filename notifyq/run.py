@@ -16,7 +16,6 @@ import asyncio
 import contextvars
 import functools
 import logging
-import math
 import time
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
@@ -28,7 +27,7 @@ import msgspec
 from anyio.abc import TaskGroup
 
 from . import outcome
-from .batch import Batches, ReadResults
+from .batch import Batches, ReadResults, is_ours
 from .codec import PAYLOAD_LIMIT, describe
 from .errors import ConfigError, LeaseLost
 from .outcome import Aside, Finish, HandBack, Later, Outcome
@@ -372,10 +371,7 @@ class Runners:
                 if limit.cancelled_caught:
                     return self._log(handler, outcome.timed_out(job, handler))
         except BaseException as error:
-            # Everything a handler raises is its own failure, SystemExit and KeyboardInterrupt too, and so is a
-            # CancelledError of something it waited for, or of its own doing. Not so our own cancellation, which comes
-            # from a scope.
-            if isinstance(error, asyncio.CancelledError) and anyio.current_effective_deadline() == -math.inf:
+            if is_ours(error):
                 raise
             return self._log(handler, outcome.raised(job, handler, error))
         return self._log(handler, outcome.returned(job, handler, value))

@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING, Any, Self, Unpack, overload
 from . import foreign
 from .bulk import Bulk
 from .config import redact, resolve_dsn
-from .enqueue import Explained, checked, explained_many, grouped, statement
+from .enqueue import Explained, checked, explained_many, grouped, ids_of_group, statement
 from .errors import ConfigError, DatabaseError
 from .options import EnqueueOptions, Options
-from .store import SQL
 from .task import Ids, Ref, Task, ref
 
 if TYPE_CHECKING:
@@ -130,10 +129,10 @@ class SyncClient:
         """As App.enqueue_many: all or none, in one statement. Returns the ids in order; with `then`, and its Ref."""
         checked_options = Options.check(**options, then=then is not None)
         if then is not None:
-            types, payloads = grouped(self._registry, tasks, then, checked_options)
+            query, args = grouped(self._registry, tasks, then, checked_options)
             with Explained("(one of a group)"):
-                [row] = self._fetch(conn, SQL["enqueue_then"], (types, payloads, *checked_options.values))
-            return list(row[1] or ()), self._app.ref(row[0])
+                ids, last = ids_of_group(self._fetch(conn, query, args))
+            return ids, self._app.ref(last)
         bulk = Bulk(partial(checked, self._registry), checked_options)
         for query, args in bulk.statements(bulk.rows(tasks)):
             with explained_many(args[0]):

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Itera
 from contextlib import AbstractAsyncContextManager
 from contextvars import ContextVar
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeAlias, TypeVar, overload
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeAlias, TypeVar, get_args, overload
 
 import msgspec
 
@@ -23,6 +23,8 @@ else:
 
 _Result = TypeVar("_Result")
 State: TypeAlias = Literal["scheduled", "ready", "running", "done", "dead", "cancelled"]
+STATES: tuple[str, ...] = get_args(State)
+ENDED = ("done", "dead", "cancelled")
 Isolation: TypeAlias = Literal["read_committed", "repeatable_read", "serializable"]
 
 

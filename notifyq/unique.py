@@ -9,17 +9,15 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterable
-from typing import NamedTuple, Self, cast, get_args
+from typing import NamedTuple, Self, cast
 
 import msgspec
 
 from .codec import type_name
 from .config import NAME_LENGTH, check_name
 from .errors import ConfigError
-from .task import State, Task
+from .task import ENDED, STATES, Task
 
-STATES: tuple[str, ...] = get_args(State)
-ENDED = {"done", "dead", "cancelled"}
 LONGEST_SECONDS = 1e9  # schema.sql has it too
 DIGEST_LENGTH = 40  # hex digits: 160 bits of SHA-256
 
@@ -114,7 +112,7 @@ def _settings(
 
 
 def _check_together(whose: str, seconds: float | None, states: Iterable[str] | None) -> None:
-    if seconds is None and (ended := ENDED.intersection(states or ())):
+    if seconds is None and (ended := {*ENDED}.intersection(states or ())):
         raise ConfigError(
             f"{whose}unique_states has {min(ended)!r} in it, and nothing says for how long; add unique_for=3600"
         )

@@ -33,6 +33,7 @@ from notifyq.cli.load import load_app
 from notifyq.cli.output import span
 from notifyq.embedded import Server
 from notifyq.errors import ConfigError
+from notifyq.task import STATES
 
 from .conftest import Sessions, admin, eventually
 
@@ -606,7 +607,7 @@ async def fill(db: Any) -> dict[str, int]:
         SELECT id, created_at, run_at, now() - $4::text::interval, priority, 2, 2, $2, queue, type, payload, $3
         FROM gone"""
     insert = "INSERT INTO notifyq.task (type, queue, payload) VALUES ($1, $2, $3) RETURNING id"
-    for state in tasks.STATES:
+    for state in STATES:
         ids[state] = await db.fetchval(insert, f"A_{state}".upper(), "q1", b'{"to": "a@b.c"}')
     await db.execute("UPDATE notifyq.task SET run_at = now() + '90 min' WHERE id = $1", ids["scheduled"])
     worker = await db.fetchval(
@@ -631,7 +632,7 @@ async def test_tasks(run: Run, dsn: str, db: Any) -> None:
     assert (said.code, said.err) == (0, "")
     header, *rows = [re.split(r"  +", line.strip()) for line in said.lines]
     assert header == ["id", "state", "when", "queue", "type", "attempts", "says"]
-    assert [row[1] for row in rows] == list(reversed(tasks.STATES))
+    assert [row[1] for row in rows] == list(reversed(STATES))
     by_state = {row[1]: row for row in rows}
     assert by_state["scheduled"][2:] == ["in 90m", "q1", "A_SCHEDULED", "0"]
     assert by_state["running"][2:] == ["for 3s", "q1", "A_RUNNING", "1"]
@@ -786,10 +787,10 @@ async def test_stats(run: Run, dsn: str, db: Any) -> None:
     said = await run("stats --json", dsn=dsn)
     found = json.loads(said.out)
     assert len(said.lines) == 1
-    zeros = dict.fromkeys(tasks.STATES, 0)
+    zeros = dict.fromkeys(STATES, 0)
     q0, q1 = found["queues"]
     assert q0 == {"queue": "q0", **zeros, "ready": 1, "oldest_ready_seconds": pytest.approx(60, abs=5)}
-    assert q1 == {"queue": "q1", **dict.fromkeys(tasks.STATES, 1), "oldest_ready_seconds": pytest.approx(0, abs=5)}
+    assert q1 == {"queue": "q1", **dict.fromkeys(STATES, 1), "oldest_ready_seconds": pytest.approx(0, abs=5)}
     assert found["oldest_ready_seconds"] == q0["oldest_ready_seconds"]
     assert [(row["queue"], row["type"], row["ready"]) for row in found["unserved"]] == [
         ("q0", "B", 1),
@@ -804,7 +805,7 @@ async def test_stats(run: Run, dsn: str, db: Any) -> None:
     assert (said.code, said.err) == (0, "")
     rows = [line.split() for line in said.lines]
     assert rows[:3] == [
-        ["queue", *tasks.STATES, "oldest", "ready"],
+        ["queue", *STATES, "oldest", "ready"],
         ["q0", "0", "1", "0", "0", "0", "0", rows[1][7], "s"],
         ["q1", *"111111", rows[2][7], "s"],
     ]

@@ -15,11 +15,11 @@ import click
 from notifyq import schema, upgrade
 from notifyq.errors import ConfigError, NotifyqError
 from notifyq.store import SQL, server_version
+from notifyq.task import STATES
 
 from .options import dsn_option, number, option
 from .output import say, span, table
 from .session import LONG_SECONDS, session
-from .tasks import STATES
 
 
 @click.command()

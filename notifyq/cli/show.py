@@ -11,14 +11,14 @@ import click
 
 from notifyq.errors import NotifyqError
 from notifyq.store import SQL
+from notifyq.task import ENDED
 
 from .options import dsn_option, option
 from .output import percent, plain
 from .session import session
-from .tasks import NO_TASK, STATES, task_id
+from .tasks import NO_TASK, task_id
 
 LOOK_SECONDS = 0.5
-OVER = STATES[3:]
 
 
 @click.command()
@@ -35,7 +35,7 @@ def show(*, id: int, as_json: bool, follow: bool, dsn: str | None) -> int:
             before, task = task, json.loads(text)
             if as_json:
                 click.echo(text)
-            elif not before or task["state"] in OVER:
+            elif not before or task["state"] in ENDED:
                 _print(task)
             else:
                 click.echo(f"{task['state']} {plain(percent(task))}".rstrip())
@@ -54,7 +54,7 @@ async def _changes(dsn: str | None, id: int, follow: bool) -> AsyncIterator[str]
             if text != told:
                 told = text
                 yield text
-            if not follow or json.loads(text)["state"] in OVER:
+            if not follow or json.loads(text)["state"] in ENDED:
                 return
             await asyncio.sleep(LOOK_SECONDS)
 

@@ -17,14 +17,13 @@ from notifyq.errors import ConfigError
 from notifyq.lease import DEAD_KEPT_SECONDS, PRUNE_AT_ONCE
 from notifyq.options import Options
 from notifyq.store import SQL
-from notifyq.task import Task
+from notifyq.task import ENDED, STATES, Task
 
 from .load import load_app
 from .options import did_you_mean, dsn_option, duration, moment, number, option, word
 from .output import percent, say, span, table
 from .session import LONG_SECONDS, session
 
-STATES = ("scheduled", "ready", "running", "done", "dead", "cancelled")
 SAYS_LENGTH = 60
 task_id = number(1, 2**63 - 1)
 
@@ -42,9 +41,7 @@ task_id = number(1, 2**63 - 1)
     type=number(1, 32767),
     help="runs in all until it is dead  [default: what its type says]",
 )
-@option(
-    "--after", type=number(1, 2**63 - 1), metavar="ID", multiple=True, help="not before this task is done (repeatable)"
-)
+@option("--after", type=task_id, metavar="ID", multiple=True, help="not before this task is done (repeatable)")
 @option("--on-dead", type=click.Choice(["cancel", "run"]), help="what to do if one of these isn't  [default: cancel]")
 @option("--unique", metavar="KEY", help="not while another with this key is there: print that one's id")
 @option("--unique-for", type=duration, metavar="TIME", help="and was enqueued less than so long ago, be it done")
@@ -205,7 +202,7 @@ def cancel(*, ids: tuple[int, ...], dsn: str | None) -> int:
     The handler of a running one is cancelled too, at once if it has run for a second or so, else within 1.5 s, and
     whatever it says counts no more.
     """
-    reasons = {state: f"it has ended already: {state}" for state in ("done", "dead", "cancelled")}
+    reasons = {state: f"it has ended already: {state}" for state in ENDED}
     return _each(ids, "SELECT notifyq.cancel($1)", "cancelled", "not cancelled", reasons, dsn)
 
 
