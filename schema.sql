@@ -212,6 +212,11 @@ EXCEPTION WHEN OTHERS THEN
     RETURN NULL;
 END $$;
 
+-- Notify, unless the queue of notifications is nearly full: see ring, which does it by itself, being on everybody's way.
+CREATE FUNCTION notifyq.tell(channel text, payload text) RETURNS void LANGUAGE sql BEGIN ATOMIC
+    SELECT pg_notify($1, $2) WHERE pg_notification_queue_usage() < 0.9;
+END;
+
 -- Whose end, or return, others wait for: see "Tasks that wait". The rows are those of the attempts that ended and that
 -- nobody has looked at yet: mostly none.
 CREATE TABLE notifyq.freed (
@@ -264,19 +269,16 @@ BEGIN
         INSERT INTO notifyq.freed (task, ended, queue, order_key, limit_key)
         VALUES (OLD.id, TG_OP OPERATOR(pg_catalog.=) 'DELETE', OLD.queue, OLD.order_key, OLD.limit_key);
     END IF;
-    IF OLD.awaited AND TG_OP OPERATOR(pg_catalog.=) 'DELETE'
-       AND pg_catalog.pg_notification_queue_usage() OPERATOR(pg_catalog.<) 0.9 THEN
-        PERFORM pg_catalog.pg_notify('notifyq_done', OLD.id::text);
+    IF OLD.awaited AND TG_OP OPERATOR(pg_catalog.=) 'DELETE' THEN
+        PERFORM notifyq.tell('notifyq_done', OLD.id::text);
     END IF;
     RETURN NULL;
 END $$;
 
 -- 0.14 µs for a row that nobody waits for, and for each statement, INSERTs too, as much as the words after WHEN are long.
 -- Claims name neither column.
-CREATE TRIGGER ended AFTER DELETE ON notifyq.task FOR EACH ROW
+CREATE TRIGGER ended AFTER DELETE OR UPDATE OF run_at ON notifyq.task FOR EACH ROW
     WHEN (OLD.tracked OR OLD.awaited) EXECUTE FUNCTION notifyq.ended();
-CREATE TRIGGER given_up AFTER UPDATE OF run_at ON notifyq.task FOR EACH ROW
-    WHEN (OLD.tracked) EXECUTE FUNCTION notifyq.ended();
 
 -- Once for a statement, however many rows it has: for COPY and INSERT ... SELECT too. UPDATE OF run_at is how a
 -- retry, a hand-back, a rescue, or a person at psql says "look again"; claims and promotions don't name run_at.
@@ -474,14 +476,11 @@ CREATE FUNCTION notifyq.cancel(id bigint) RETURNS boolean LANGUAGE sql BEGIN ATO
         FROM gone g LEFT JOIN notifyq.worker w ON w.id = g.worker
         RETURNING 1
     ), told AS MATERIALIZED (
-        SELECT pg_notify('notifyq_cancel', g.id::text)
-        FROM gone g WHERE g.worker IS NOT NULL AND pg_notification_queue_usage() < 0.9
+        SELECT notifyq.tell('notifyq_cancel', g.id::text) FROM gone g WHERE g.worker IS NOT NULL
+        UNION ALL
+        SELECT notifyq.tell('notifyq', '') FROM gone g WHERE g.tracked  -- others wait for its end, and a DELETE doesn't ring
     )
-    SELECT EXISTS (SELECT FROM kept)
-    FROM (SELECT count(*) FROM told) AS t,
-         (SELECT count(pg_notify('notifyq', '')) FROM gone g
-          WHERE g.tracked
-            AND pg_notification_queue_usage() < 0.9) AS rung;  -- others wait for its end, and a DELETE doesn't ring
+    SELECT EXISTS (SELECT FROM kept) FROM (SELECT count(*) FROM told) AS t;
 END;
 
 -- Run it again, now. A dead or cancelled task starts over with all its attempts; a scheduled one is due; a running, ready
@@ -991,7 +990,7 @@ CREATE FUNCTION notifyq.pause(queue text) RETURNS boolean LANGUAGE sql BEGIN ATO
     WITH changed AS (
         INSERT INTO notifyq.queue AS q (name, paused) VALUES ($1, true)
         ON CONFLICT (name) DO UPDATE SET paused = true WHERE NOT q.paused
-        RETURNING CASE WHEN pg_notification_queue_usage() < 0.9 THEN pg_notify('notifyq', 'queues')::text END
+        RETURNING notifyq.tell('notifyq', 'queues')
     )
     SELECT EXISTS (SELECT FROM changed);
 END;
@@ -999,7 +998,7 @@ END;
 CREATE FUNCTION notifyq.resume(queue text) RETURNS boolean LANGUAGE sql BEGIN ATOMIC
     WITH changed AS (
         UPDATE notifyq.queue q SET paused = false WHERE q.name = $1 AND q.paused
-        RETURNING CASE WHEN pg_notification_queue_usage() < 0.9 THEN pg_notify('notifyq', 'queues')::text END
+        RETURNING notifyq.tell('notifyq', 'queues')
     )
     SELECT EXISTS (SELECT FROM changed)
     FROM (SELECT notifyq.stir('', 10000) FROM changed UNION ALL SELECT NULL LIMIT 1) AS told;  -- its tasks were passed over
@@ -1017,9 +1016,7 @@ BEGIN
     ON CONFLICT (name) DO UPDATE SET limit_running = $2, limit_rate = $3, limit_seconds = $4;
     PERFORM notifyq.count_running(ARRAY[$1]);
     INSERT INTO notifyq.freed (task, ended, queue) VALUES (0, false, $1);  -- there may be room now
-    IF pg_notification_queue_usage() < 0.9 THEN
-        PERFORM pg_notify('notifyq', 'queues');
-    END IF;
+    PERFORM notifyq.tell('notifyq', 'queues');
 END $$;
 
 -- What runs in these queues, and was claimed by somebody who knew of no limit, counts from now on.

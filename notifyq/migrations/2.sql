@@ -147,60 +147,33 @@ CREATE TABLE IF NOT EXISTS notifyq.cron (
     recent        bigint[]    NOT NULL DEFAULT '{}'
 );
 
--- step
--- Whoever works here may do everything with the new tables too; who enqueues, name the new columns; who reads, read them.
-DO $$
-DECLARE
-    role text;
-BEGIN
-    FOR role IN
-        SELECT DISTINCT CASE a.grantee WHEN 0 THEN 'PUBLIC' ELSE a.grantee::regrole::text END
-        FROM pg_class c CROSS JOIN aclexplode(c.relacl) AS a
-        WHERE c.oid = 'notifyq.task'::regclass AND a.privilege_type = 'DELETE' AND a.grantee <> c.relowner
-    LOOP
-        EXECUTE 'GRANT ALL ON notifyq.freed, notifyq.gate, notifyq.dependency, notifyq.queue, notifyq.started,'
-                ' notifyq.unique_key, notifyq.cron, notifyq.freed_n_seq TO ' || role;
-    END LOOP;
-    FOR role IN
-        SELECT DISTINCT CASE a.grantee WHEN 0 THEN 'PUBLIC' ELSE a.grantee::regrole::text END
-        FROM pg_attribute t CROSS JOIN aclexplode(t.attacl) AS a
-        WHERE t.attrelid = 'notifyq.task'::regclass AND t.attname = 'payload' AND a.privilege_type = 'INSERT'
-    LOOP
-        EXECUTE 'GRANT INSERT (unique_key, unique_states, unique_for, on_conflict, order_key, limit_key, limit_running,'
-                ' limit_rate, limit_seconds, after, on_dead)'
-                ' ON notifyq.task TO ' || role;
-    END LOOP;
-    FOR role IN
-        SELECT DISTINCT CASE a.grantee WHEN 0 THEN 'PUBLIC' ELSE a.grantee::regrole::text END
-        FROM pg_class c CROSS JOIN aclexplode(c.relacl) AS a
-        WHERE c.oid = 'notifyq.all_tasks'::regclass AND a.privilege_type = 'SELECT' AND a.grantee <> c.relowner
-    LOOP
-        EXECUTE 'GRANT SELECT ON notifyq.queue, notifyq.cron TO ' || role;
-    END LOOP;
-END $$;
-
 -- step: with the functions
--- schema.sql's takes its place, and keeps the rights: for those who may read the other view.
+-- schema.sql's takes its place, and keeps the rights.
 CREATE OR REPLACE VIEW notifyq.all_queues AS
 SELECT name, paused, limit_running, limit_rate, limit_seconds, 0::bigint AS running, 0::bigint AS waiting, 0::bigint AS workers
 FROM notifyq.queue;
+-- Whoever works here may do everything with what is new too; who enqueues, name the new columns; who reads, read it.
 DO $$
 DECLARE
-    role text;
+    may text;
 BEGIN
-    FOR role IN
-        SELECT DISTINCT CASE a.grantee WHEN 0 THEN 'PUBLIC' ELSE a.grantee::regrole::text END
-        FROM pg_class c CROSS JOIN aclexplode(c.relacl) AS a
-        WHERE c.oid = 'notifyq.all_tasks'::regclass AND a.privilege_type = 'SELECT' AND a.grantee <> c.relowner
+    FOR may IN
+        SELECT DISTINCT a.may || CASE a.grantee WHEN 0 THEN 'PUBLIC' ELSE a.grantee::regrole::text END
+        FROM (SELECT a.grantee, 'ALL ON notifyq.freed, notifyq.gate, notifyq.dependency, notifyq.queue, notifyq.started,'
+                     ' notifyq.unique_key, notifyq.cron, notifyq.freed_n_seq, notifyq.all_queues TO ' AS may
+              FROM pg_class c CROSS JOIN aclexplode(c.relacl) AS a
+              WHERE c.oid = 'notifyq.task'::regclass AND a.privilege_type = 'DELETE' AND a.grantee <> c.relowner
+              UNION ALL
+              SELECT a.grantee, 'INSERT (unique_key, unique_states, unique_for, on_conflict, order_key, limit_key,'
+                     ' limit_running, limit_rate, limit_seconds, after, on_dead) ON notifyq.task TO '
+              FROM pg_attribute t CROSS JOIN aclexplode(t.attacl) AS a
+              WHERE t.attrelid = 'notifyq.task'::regclass AND t.attname = 'payload' AND a.privilege_type = 'INSERT'
+              UNION ALL
+              SELECT a.grantee, 'SELECT ON notifyq.queue, notifyq.cron, notifyq.all_queues TO '
+              FROM pg_class c CROSS JOIN aclexplode(c.relacl) AS a
+              WHERE c.oid = 'notifyq.all_tasks'::regclass AND a.privilege_type = 'SELECT' AND a.grantee <> c.relowner) AS a
     LOOP
-        EXECUTE 'GRANT SELECT ON notifyq.all_queues TO ' || role;
-    END LOOP;
-    FOR role IN
-        SELECT DISTINCT CASE a.grantee WHEN 0 THEN 'PUBLIC' ELSE a.grantee::regrole::text END
-        FROM pg_class c CROSS JOIN aclexplode(c.relacl) AS a
-        WHERE c.oid = 'notifyq.task'::regclass AND a.privilege_type = 'DELETE' AND a.grantee <> c.relowner
-    LOOP
-        EXECUTE 'GRANT ALL ON notifyq.all_queues TO ' || role;
+        EXECUTE 'GRANT ' || may;
     END LOOP;
 END $$;
 

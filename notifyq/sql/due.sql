@@ -60,4 +60,4 @@ SELECT (SELECT count(*) FROM promoted) AS promoted,
        (SELECT json_object_agg(q.name, json_build_array(q.paused, coalesce(q.limit_running, q.limit_rate) IS NOT NULL))::text
         FROM notifyq.queue q WHERE q.name = ANY ($1)) AS settings,
        statement_timestamp() - interval '50 ms' AS mark,
-       CASE WHEN $4::text IS NOT NULL AND pg_notification_queue_usage() < 0.9 THEN pg_notify('notifyq', $4)::text END AS echo
+       CASE WHEN $4::text IS NOT NULL THEN notifyq.tell('notifyq', $4)::text END AS echo

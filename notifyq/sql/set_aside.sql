@@ -13,4 +13,4 @@ WITH moved AS (
     WHERE m.tracked
 )
 SELECT moved.id, moved.tracked AS freed
-FROM moved, (SELECT CASE WHEN pg_notification_queue_usage() < 0.9 THEN pg_notify('notifyq', 'aside')::text END) AS told
+FROM moved, (SELECT notifyq.tell('notifyq', 'aside')::text) AS told
