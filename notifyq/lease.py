@@ -46,7 +46,7 @@ PULSE_SECONDS = 0.4
 CANCELS = "notifyq_cancel"
 LONG_SECONDS = 0.8  # as seen at two pulses: something is running for long
 REPORT_SECONDS = 1.0  # between writes of progress
-DEAF_SECONDS = 1.0  # to cancels, after one that wasn't
+DEAF_SECONDS = 1.0  # from a look for a cancel that wasn't to the next
 BLOCKED_SECONDS = 0.8
 RESCUE_AT_ONCE = 2000
 PRUNE_SECONDS = 60.0
@@ -210,9 +210,10 @@ class Keeper:
         return self._stop.is_set()
 
     def _on_cancel(self, _: object, __: int, ___: str, payload: object) -> None:
-        if notified_id(payload) in self._ids and time.monotonic() >= self._deaf_until:
+        if notified_id(payload) in self._ids:
             self._heard = True
-            self._called.set()
+            if time.monotonic() >= self._deaf_until:
+                self._called.set()
 
     async def _serve(self, conn: Connection, stop: asyncio.Event) -> None:
         loop = asyncio.get_running_loop()
@@ -232,11 +233,10 @@ class Keeper:
             if self._long is not listens and not is_pooled(conn):
                 listens = self._long
                 await (conn.add_listener if listens else conn.remove_listener)(CANCELS, self._on_cancel)
-            if self._heard or now >= next_tick:
-                lost = await self._tick(conn)
-                if self._heard and not lost:
+            if now >= next_tick or (self._heard and time.monotonic() >= self._deaf_until):
+                heard, self._heard = self._heard, False  # before it: another may come meanwhile
+                if not await self._tick(conn) and heard:
                     self._deaf_until = time.monotonic() + DEAF_SECONDS
-                self._heard = False
                 await self._schedule.look(conn)
                 next_tick = now + random.uniform(0.9, 1.0) * TICK_SECONDS
             if self._runners.reports and now >= next_report:
