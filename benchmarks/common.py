@@ -36,6 +36,14 @@ class Mail(notifyq.Task):
     key: str
 
 
+# What a bare loop has instead of notifyq's tables.
+FLOOR = """
+CREATE SCHEMA IF NOT EXISTS bench; DROP TABLE IF EXISTS bench.floor;
+CREATE TABLE bench.floor (id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY, type text, payload jsonb,
+                          created_at timestamptz DEFAULT clock_timestamp(), processing_at timestamptz);
+CREATE INDEX floor_ready ON bench.floor (id) WHERE processing_at IS NULL
+"""
+
 TASK = Mail(user=User(id="3f2b8a7e-0001", email="somebody@example.org"), key="k" * 24)
 
 

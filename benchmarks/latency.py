@@ -28,7 +28,7 @@ import notifyq
 from notifyq import store
 
 from .children import Child, child, children, say, told
-from .common import Bench, Line, Plot, Result, median, percentile
+from .common import FLOOR, Bench, Line, Plot, Result, median, percentile
 from .drain import fill
 
 ROUNDS, TASKS, GAP_SECONDS = 4, 50, 0.05
@@ -70,12 +70,7 @@ def record(sent: float) -> None:
 
 async def run(bench: Bench) -> Result:
     conn = await store.connect(bench.dsn)
-    await conn.execute(
-        """CREATE SCHEMA IF NOT EXISTS bench; DROP TABLE IF EXISTS bench.floor;
-           CREATE TABLE bench.floor (id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY, type text, payload jsonb,
-                                     created_at timestamptz DEFAULT clock_timestamp(), processing_at timestamptz);
-           CREATE INDEX floor_ready ON bench.floor (id) WHERE processing_at IS NULL"""
-    )
+    await conn.execute(FLOOR)
     times: dict[str, list[float]] = {}
     for name, count in ((ONE, 1), (MANY, 16)):
         times[name], times[f"floor, {name}"] = await idle(bench, conn, count)

@@ -21,7 +21,7 @@ import notifyq
 from notifyq import store
 
 from .children import child, children, say, told
-from .common import Bench, Line, Result, median, percentile, ratio
+from .common import FLOOR, Bench, Line, Result, median, percentile, ratio
 
 ROUNDS, TASKS, GAP_SECONDS = 4, 50, 0.02
 WARM_UP = 10
@@ -43,12 +43,7 @@ async def answer(task: Ask) -> int:
 
 async def run(bench: Bench) -> Result:
     conn = await store.connect(bench.dsn)
-    await conn.execute(
-        """CREATE SCHEMA IF NOT EXISTS bench; DROP TABLE IF EXISTS bench.floor;
-           CREATE TABLE bench.floor (id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY, type text, payload jsonb,
-                                     created_at timestamptz DEFAULT clock_timestamp(), processing_at timestamptz);
-           CREATE INDEX floor_ready ON bench.floor (id) WHERE processing_at IS NULL"""
-    )
+    await conn.execute(FLOOR)
     over = asyncio.Event()
     await conn.add_listener("bench_done", lambda *_: over.set())
 

@@ -41,8 +41,8 @@ def test_testing(tmp_path: Path, notifyq_server_dsn: str) -> None:
     assert "6 passed" in done.stdout
 
 
-def test_limits(tmp_path: Path, dsn: str) -> None:
-    page = (DOCS / "limits.md").read_text()
+def prints_what_it_shows(page: str, tmp_path: Path, dsn: str) -> None:
+    """A page with one program and what that prints."""
     [(name, text)] = FILE.findall(page)
     (tmp_path / name).write_text(text)
     [shown] = CONSOLE.findall(page)
@@ -57,6 +57,10 @@ def test_limits(tmp_path: Path, dsn: str) -> None:
         check=False,
     )
     assert (done.stdout, done.stderr) == (output, "")
+
+
+def test_limits(tmp_path: Path, dsn: str) -> None:
+    prints_what_it_shows((DOCS / "limits.md").read_text(), tmp_path, dsn)
 
 
 def test_cron(tmp_path: Path, dsn: str) -> None:
@@ -132,16 +136,7 @@ async def test_results(tmp_path: Path, dsn: str) -> None:
 
 async def test_unique(tmp_path: Path, dsn: str) -> None:
     page = (DOCS / "unique.md").read_text()
-    [(name, text)] = FILE.findall(page)
-    (tmp_path / name).write_text(text)
-    [shown] = CONSOLE.findall(page)
-    command, _, output = shown.partition("\n")
-    assert command == f"$ python {name}"
-    done = subprocess.run(
-        [sys.executable, name], cwd=tmp_path, capture_output=True, text=True, check=False,
-        env={**os.environ, "NOTIFYQ_DSN": dsn},
-    )  # fmt: skip
-    assert (done.stdout, done.stderr) == (output, "")
+    prints_what_it_shows(page, tmp_path, dsn)
     db = await store.connect(dsn)
     for statement in re.findall(
         r"^(?:INSERT|SELECT) .*?;", re.findall(r"```sql\n(.*?)```", page, re.DOTALL)[0], re.MULTILINE
