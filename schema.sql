@@ -55,6 +55,13 @@
 --
 -- A task that uses none of this has NULL in those columns, is judged by nobody, and touches none of the tables.
 --
+-- Options
+-- -------
+-- What few tasks need is said in one column, options, a JSON object: unique_key, order_key, limit_key, after and what goes
+-- with them; see notifyq.given(). For all the others it is NULL, and one short WHEN is all that their INSERT pays.
+-- A CHECK, a DEFAULT that isn't constant, a trigger's WHEN: PostgreSQL parses each anew for every statement, 5 000 instructions
+-- for each column, operator and constant in it, where a whole INSERT takes 170 000.
+--
 -- Unique
 -- ------
 -- No index says that a key is unique: a rescue, a retry or a cancel would trip over it, long after the enqueue that it is
@@ -83,9 +90,9 @@ CREATE TABLE notifyq.schema_version (
 );
 INSERT INTO notifyq.schema_version (version, serves) VALUES (2, 1);
 
--- Live tasks. Anything may be inserted: a payload that doesn't fit its type is found when it is decoded, and ends
--- dead with a message, where a constraint could only have refused somebody's whole transaction. There is one CHECK, since
--- PostgreSQL parses each anew for every INSERT and every claim, 2 µs; for the rarer columns a trigger: notifyq.checked().
+-- Live tasks. Anything may be inserted: a payload that doesn't fit its type, or a type that nobody could have, is found by
+-- the worker, and ends dead with a message, where a constraint could only have refused somebody's whole transaction, and
+-- would cost everybody's INSERT: see "Options". What is wrong in those is refused.
 CREATE TABLE notifyq.task (
     id            bigint      GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
     created_at    timestamptz NOT NULL DEFAULT clock_timestamp(),
@@ -95,34 +102,24 @@ CREATE TABLE notifyq.task (
     worker        integer,                             -- who holds the lease
     priority      smallint    NOT NULL DEFAULT 0,      -- higher runs first
     attempts      smallint    NOT NULL DEFAULT 0,      -- claims so far; with worker, the fencing token
-    max_attempts  smallint,                            -- null: what the task's type says, else 10
+    max_attempts  smallint,                            -- null: what the task's type says, else 10; below 1 is 1
     promoted      boolean     NOT NULL DEFAULT false,  -- was scheduled, and its time has come
     aside         boolean     NOT NULL DEFAULT false,
-    queue         text        NOT NULL DEFAULT 'default',  -- this and the type are index keys, which have a size
+    queue         text        NOT NULL DEFAULT 'default',
     type          text        NOT NULL,
     payload       jsonb       NOT NULL DEFAULT '{}',
     errors        jsonb,                               -- one object for each attempt that failed
-    unique_key    text,                                -- see "Unique": not inserted while another with this key
-    unique_states text[],                              --   is in one of these states
-    unique_for    float8,                              --   and was enqueued less than so many seconds ago;
-    on_conflict   text,                                --   the other is kept (null), or 'replace', 'move'
+    options       jsonb,                               -- see "Options"; these three are taken from it by notifyq.given():
     order_key     text,                                -- one at a time, in the order of ids
-    limit_key     text,                                -- of all with this key
-    limit_running integer,                             --   at most so many run at once
-    limit_rate    integer,                             --   and at most so many start
-    limit_seconds float8,                              --   in any so many seconds
-    after         bigint[],                            -- the tasks whose ends it waits for, until they have come:
-    waited        bigint[],                            -- these
-    on_dead       text,                                -- 'run' it or 'cancel' it (null), if one of these isn't done
+    limit_key     text,                                -- so many of all with this key
+    after         bigint[],                            -- the tasks whose ends it waits for, until they have come
     parked        text,                                -- with aside: what it waits for: limit, rate, queue, order, after,
     waits_at      text,                                -- and the key; both without aside: it is to be the next of that key
     admitted      timestamptz,                         -- = processing_at: this attempt was judged, and holds its slots
     tracked       boolean     NOT NULL DEFAULT false,  -- others may wait for its end: a row of freed tells of it
     awaited       boolean     NOT NULL DEFAULT false,  -- a client waits for its end: a NOTIFY tells of it
     progress      real,
-    note          text,
-    CONSTRAINT names_up_to_200_characters_and_max_attempts_from_1
-        CHECK (length(queue) <= 200 AND length(type) <= 200 AND max_attempts >= 1)
+    note          text
 ) WITH (
     fillfactor = 90,
     -- A queue turns its rows over in seconds: vacuum early, at full speed, indexes included, and never
@@ -146,9 +143,10 @@ CREATE INDEX task_set_aside ON notifyq.task (type, queue, priority DESC, id)
 -- plain task is in any of them.
 CREATE INDEX task_admitted ON notifyq.task (limit_key, queue) WHERE admitted IS NOT NULL AND worker IS NOT NULL;
 CREATE INDEX task_parked ON notifyq.task (waits_at, aside, priority DESC, id) WHERE waits_at IS NOT NULL;
-CREATE INDEX task_order ON notifyq.task (order_key, (coalesce(worker, 0)), id)
-    WHERE order_key IS NOT NULL
-      AND (attempts > 0 OR CASE WHEN parked IS NULL THEN promoted OR run_at <= created_at ELSE parked <> 'after' END);
+-- Its second column is 0 for who may be the next, the worker for who runs, null for who has no place in the order yet.
+CREATE INDEX task_order ON notifyq.task (order_key, (CASE WHEN attempts > 0 OR parked <> 'after' OR parked IS NULL AND (promoted OR run_at <= created_at)
+                                                          THEN coalesce(worker, 0) END), id)
+    WHERE order_key IS NOT NULL;
 
 -- Outcomes. Appended, read by people, pruned by age; the hot path never looks here.
 CREATE TABLE notifyq.finished (
@@ -167,12 +165,7 @@ CREATE TABLE notifyq.finished (
     payload       jsonb       NOT NULL,
     result        jsonb,
     errors        jsonb,
-    order_key     text,                                -- these for retry
-    limit_key     text,
-    limit_running integer,
-    limit_rate    integer,
-    limit_seconds float8,
-    after         bigint[]
+    options       jsonb
 ) WITH (autovacuum_vacuum_insert_scale_factor = 0.5, vacuum_truncate = off);
 -- For pruning, each by its own age. Appended at the right edge, so an insert finds its page at once.
 CREATE INDEX finished_old ON notifyq.finished (processed_at) WHERE state <> 'dead';
@@ -285,40 +278,6 @@ CREATE TRIGGER ended AFTER DELETE OR UPDATE OF run_at ON notifyq.task FOR EACH R
 CREATE TRIGGER ring AFTER INSERT OR UPDATE OF run_at ON notifyq.task
     FOR EACH STATEMENT EXECUTE FUNCTION notifyq.ring();
 
--- What is wrong is said where it is written.
-CREATE FUNCTION notifyq.checked() RETURNS trigger LANGUAGE plpgsql AS $$
-DECLARE
-    wrong text := CASE
-        WHEN pg_catalog.length(NEW.order_key) OPERATOR(pg_catalog.>) 200 THEN 'order_key is longer than 200 characters'
-        WHEN pg_catalog.length(NEW.limit_key) OPERATOR(pg_catalog.>) 200 THEN 'limit_key is longer than 200 characters'
-        WHEN NEW.limit_running OPERATOR(pg_catalog.<) 1 THEN 'limit_running is below 1'
-        WHEN NEW.limit_rate OPERATOR(pg_catalog.<) 1 THEN 'limit_rate is below 1'
-        WHEN NOT NEW.limit_seconds OPERATOR(pg_catalog.>) 0 OR NEW.limit_seconds OPERATOR(pg_catalog.>) 1e9
-            THEN 'limit_seconds is not between 0 and 1e9'
-        WHEN (NEW.limit_rate IS NULL) OPERATOR(pg_catalog.<>) (NEW.limit_seconds IS NULL)
-            THEN 'limit_rate and limit_seconds go together: so many starts in so many seconds'
-        WHEN (NEW.limit_key IS NULL)
-             OPERATOR(pg_catalog.<>) (NEW.limit_running IS NULL AND NEW.limit_rate IS NULL)
-            THEN 'limit_key goes with limit_running, limit_rate and limit_seconds, or both'
-        WHEN NOT NEW.on_dead OPERATOR(pg_catalog.=) ANY (ARRAY['cancel', 'run']) THEN 'on_dead is not cancel or run'
-        WHEN NEW.on_dead IS NOT NULL AND NEW.after IS NULL THEN 'on_dead goes with after'
-        WHEN pg_catalog.array_position(NEW.after, NULL) IS NOT NULL THEN 'after has a NULL in it'
-        WHEN pg_catalog.cardinality(NEW.after) OPERATOR(pg_catalog.>) 10000 THEN 'after has more than 10000 ids'
-        WHEN NOT NEW.id OPERATOR(pg_catalog.>) ALL (NEW.after)
-            THEN 'after has an id that no task has yet'
-        END;
-BEGIN
-    IF wrong IS NOT NULL THEN
-        RAISE EXCEPTION 'notifyq.task: %', wrong USING ERRCODE = 'check_violation';
-    END IF;
-    NEW.tracked := NEW.tracked OR NEW.order_key IS NOT NULL OR NEW.limit_key IS NOT NULL;
-    RETURN NEW;
-END $$;
-
-CREATE TRIGGER checked BEFORE INSERT ON notifyq.task FOR EACH ROW
-    WHEN (num_nonnulls(NEW.order_key, NEW.limit_key, NEW.after, NEW.on_dead) > 0)
-    EXECUTE FUNCTION notifyq.checked();
-
 -- The newest task with a key. Rows go, some time after it is over and `until` has passed: prune_keys.sql.
 CREATE TABLE notifyq.unique_key (
     key           text        NOT NULL PRIMARY KEY,
@@ -328,45 +287,34 @@ CREATE TABLE notifyq.unique_key (
 ) WITH (fillfactor = 80, autovacuum_vacuum_scale_factor = 0.05, autovacuum_vacuum_threshold = 1000, vacuum_truncate = off);
 CREATE INDEX unique_key_until ON notifyq.unique_key (until);
 
--- See "Unique". Settings, and not OPERATOR(pg_catalog.=) everywhere: what they cost, only unique tasks pay. A plan may be
--- kept for hours, and one that was made while the tables were empty would read them whole.
-CREATE FUNCTION notifyq.only_one() RETURNS trigger LANGUAGE plpgsql
-SET search_path = pg_catalog SET enable_seqscan = off AS $$
+-- See "Unique": whether a task with such options, that is about to be inserted, is the only one.
+CREATE FUNCTION notifyq.only_one(id bigint, task_type text, payload jsonb, run_at timestamptz, options jsonb)
+    RETURNS boolean LANGUAGE plpgsql AS $$
 DECLARE
     waiting CONSTANT text[] := ARRAY['scheduled', 'ready'];
+    wanted_key CONSTANT text := options ->> 'unique_key';
+    on_conflict CONSTANT text := options ->> 'on_conflict';
+    period CONSTANT interval := make_interval(secs => (options ->> 'unique_for')::float8);
     -- What replaces or moves means the one that waits. "Once an hour" means: done counts too.
-    states text[] := coalesce(NEW.unique_states, CASE
-        WHEN NEW.on_conflict IN ('replace', 'move') THEN waiting
-        WHEN NEW.unique_for IS NULL THEN waiting || '{running}'
-        ELSE waiting || '{running,done}' END);
-    wrong text := CASE
-        WHEN length(NEW.unique_key) NOT BETWEEN 1 AND 200 THEN 'unique_key is not of 1 to 200 characters'
-        WHEN NOT NEW.unique_for > 0 OR NEW.unique_for > 1e9 THEN 'unique_for is not between 0 and 1e9'
-        WHEN NOT NEW.on_conflict IN ('keep', 'replace', 'move') THEN 'on_conflict is not keep, replace or move'
-        WHEN states = '{}' OR NOT states <@ (waiting || '{running,done,dead,cancelled}')
-            THEN 'unique_states is not of scheduled, ready, running, done, dead, cancelled'
-        WHEN states && '{done,dead,cancelled}' AND NEW.unique_for IS NULL
-            THEN 'unique_states has done, dead or cancelled in it, and nothing says for how long: unique_for'
-        END;
-    period interval;
+    states CONSTANT text[] := CASE
+        WHEN options ? 'unique_states' THEN ARRAY(SELECT jsonb_array_elements_text(options -> 'unique_states'))
+        WHEN on_conflict IN ('replace', 'move') THEN waiting
+        WHEN period IS NULL THEN waiting || '{running}'
+        ELSE waiting || '{running,done}' END;
     old bigint;
     since timestamptz;
     held boolean;
     state text;
 BEGIN
-    IF wrong IS NOT NULL THEN
-        RAISE EXCEPTION 'notifyq.task: %', wrong USING ERRCODE = 'check_violation';
-    END IF;
-    period := make_interval(secs => NEW.unique_for);
     INSERT INTO notifyq.unique_key AS k (key, task, enqueued_at, until)
-    VALUES (NEW.unique_key, NEW.id, clock_timestamp(), clock_timestamp() + coalesce(period, '0'))
+    VALUES (wanted_key, $1, clock_timestamp(), clock_timestamp() + coalesce(period, '0'))
     ON CONFLICT (key) DO UPDATE SET until = k.enqueued_at + period
         WHERE k.until < k.enqueued_at + period  -- mostly not: then it is locked, and no dead row is left
     RETURNING k.task, k.enqueued_at INTO old, since;
-    IF old = NEW.id THEN
-        RETURN NEW;  -- the first with its key
+    IF old = $1 THEN
+        RETURN true;  -- the first with its key
     ELSIF old IS NULL THEN
-        SELECT k.task, k.enqueued_at INTO old, since FROM notifyq.unique_key k WHERE k.key = NEW.unique_key;
+        SELECT k.task, k.enqueued_at INTO old, since FROM notifyq.unique_key k WHERE k.key = wanted_key;
     END IF;
     LOOP
         -- KEY SHARE, as it hinders nothing but claims. Not one that runs: its worker would wait to settle it.
@@ -377,25 +325,103 @@ BEGIN
     END LOOP;
     -- What isn't known any more was done, and isn't kept.
     IF coalesce(state, 'done') = ANY (states) AND (period IS NULL OR since + period > clock_timestamp()) THEN
-        IF held AND NEW.on_conflict = 'replace' THEN
-            UPDATE notifyq.task t SET type = NEW.type, payload = NEW.payload WHERE t.id = old;
-        ELSIF held AND NEW.on_conflict = 'move' THEN
+        IF held AND on_conflict = 'replace' THEN
+            UPDATE notifyq.task t SET type = task_type, payload = $3 WHERE t.id = old;
+        ELSIF held AND on_conflict = 'move' THEN
             -- Not one whose time has come, and that waits for a limit, its turn, or others: who lets it in sets run_at.
-            UPDATE notifyq.task t SET run_at = NEW.run_at, promoted = NEW.run_at <= clock_timestamp()
+            UPDATE notifyq.task t SET run_at = $4, promoted = $4 <= clock_timestamp()
             WHERE t.id = old AND NOT t.aside AND t.waits_at IS NULL;
         END IF;
-        RETURN NULL;
+        RETURN false;
     END IF;
     UPDATE notifyq.unique_key k
-    SET task = NEW.id, enqueued_at = clock_timestamp(), until = clock_timestamp() + coalesce(period, '0')
-    WHERE k.key = NEW.unique_key;
+    SET task = $1, enqueued_at = clock_timestamp(), until = clock_timestamp() + coalesce(period, '0')
+    WHERE k.key = wanted_key;
+    RETURN true;
+END $$;
+
+-- See "Options". What is wrong with them is said where they are written. Settings, and not OPERATOR(pg_catalog.=) everywhere,
+-- for only_one too: what they cost, only tasks with options pay. A plan may be kept for hours, and one that was made while the
+-- tables were empty would read them whole.
+--
+--     unique_key       of tasks with the same, there is one: a new one isn't inserted while another
+--     unique_states      is in one of these states
+--     unique_for         and was enqueued less than so many seconds ago;
+--     on_conflict        the other is left as it is (keep), or given the payload (replace) or the run_at (move)
+--     order_key        of tasks with the same, one runs at a time, in the order of ids
+--     limit_key        of tasks with the same, over all workers,
+--     limit_running      at most so many run at once,
+--     limit_rate         and at most so many start
+--     limit_seconds      in any so many seconds
+--     after            ids of tasks; it waits for their ends, and
+--     on_dead            is cancelled (cancel) or run all the same (run) if one of these isn't done
+CREATE FUNCTION notifyq.given() RETURNS trigger LANGUAGE plpgsql
+SET search_path = pg_catalog SET enable_seqscan = off AS $$
+DECLARE
+    o CONSTANT jsonb := CASE jsonb_typeof(NEW.options) WHEN 'object' THEN jsonb_strip_nulls(NEW.options) WHEN 'null' THEN '{}' END;
+    wrong text := CASE WHEN o IS NULL THEN 'options is not an object' ELSE (
+        SELECT e.key || ' ' || e.wrong
+        FROM (SELECT key, CASE
+                WHEN key IN ('unique_key', 'order_key', 'limit_key') THEN
+                    CASE WHEN jsonb_typeof(value) <> 'string' OR length(value #>> '{}') NOT BETWEEN 1 AND 200
+                         THEN 'is not a string of 1 to 200 characters' END
+                WHEN key IN ('limit_running', 'limit_rate') THEN
+                    CASE WHEN NOT value @? 'strict $ ? (@ >= 1 && @ <= 2147483647 && @.floor() == @)'
+                         THEN 'is not a whole number from 1 on' END
+                WHEN key IN ('limit_seconds', 'unique_for') THEN
+                    CASE WHEN NOT value @? 'strict $ ? (@ > 0 && @ <= 1000000000)'
+                         THEN 'is not a number of seconds, above 0 and up to 1e9' END
+                WHEN key = 'unique_states' THEN
+                    CASE WHEN jsonb_typeof(value) <> 'array' OR value = '[]'
+                              OR NOT value <@ '["scheduled", "ready", "running", "done", "dead", "cancelled"]'
+                         THEN 'is not an array of scheduled, ready, running, done, dead, cancelled' END
+                WHEN key = 'on_conflict' THEN
+                    CASE WHEN value NOT IN ('"keep"', '"replace"', '"move"') THEN 'is not keep, replace or move' END
+                WHEN key = 'on_dead' THEN
+                    CASE WHEN value NOT IN ('"cancel"', '"run"') THEN 'is not cancel or run' END
+                WHEN key = 'after' THEN
+                    CASE WHEN jsonb_typeof(value) <> 'array' THEN 'is not an array of ids'
+                         WHEN jsonb_array_length(value) > 10000 THEN 'has more than 10000 ids'
+                         WHEN jsonb_array_length(value) <> jsonb_array_length(jsonb_path_query_array(
+                                 value, 'strict $[*] ? (@ >= 1 && @ <= 9223372036854775807 && @.floor() == @)'))
+                         THEN 'has something in it that is no id' END
+                ELSE 'is none of the options, which are unique_key, unique_states, unique_for, on_conflict, order_key, '
+                     'limit_key, limit_running, limit_rate, limit_seconds, after, on_dead'
+                END AS wrong
+              FROM jsonb_each(o)) AS e
+        WHERE e.wrong IS NOT NULL
+        ORDER BY e.key LIMIT 1) END;
+BEGIN
+    IF wrong IS NULL THEN
+        NEW.options := nullif(o, '{}');
+        NEW.order_key := o ->> 'order_key';
+        NEW.limit_key := o ->> 'limit_key';
+        NEW.after := nullif(ARRAY(SELECT jsonb_array_elements_text(o -> 'after')::bigint), '{}');
+        NEW.tracked := NEW.order_key IS NOT NULL OR NEW.limit_key IS NOT NULL;
+        wrong := CASE
+            WHEN o ?| '{unique_states,unique_for,on_conflict}' AND NOT o ? 'unique_key'
+                THEN 'unique_states, unique_for and on_conflict go with a unique_key'
+            WHEN o -> 'unique_states' ?| '{done,dead,cancelled}' AND NOT o ? 'unique_for'
+                THEN 'unique_states has done, dead or cancelled in it, and nothing says for how long: unique_for'
+            WHEN o ? 'limit_rate' <> o ? 'limit_seconds'
+                THEN 'limit_rate and limit_seconds go together: so many starts in so many seconds'
+            WHEN o ? 'limit_key' <> o ?| '{limit_running,limit_rate}'
+                THEN 'limit_key goes with limit_running, limit_rate and limit_seconds, or both'
+            WHEN o ? 'on_dead' AND NOT o ? 'after' THEN 'on_dead goes with after'
+            WHEN NOT NEW.id > ALL (NEW.after) THEN 'after has an id that no task has yet'
+            END;
+    END IF;
+    IF wrong IS NOT NULL THEN
+        RAISE EXCEPTION 'notifyq.task: %', wrong USING ERRCODE = 'check_violation';
+    END IF;
+    IF o ? 'unique_key' AND NOT notifyq.only_one(NEW.id, NEW.type, NEW.payload, NEW.run_at, o) THEN
+        RETURN NULL;
+    END IF;
     RETURN NEW;
 END $$;
 
--- It costs the INSERT of plain tasks 0.7 µs. To look at the other three columns as well, and to refuse them without a key,
--- would make that 2.5: PostgreSQL parses the WHEN anew for each statement.
-CREATE TRIGGER only_one BEFORE INSERT ON notifyq.task FOR EACH ROW WHEN (NEW.unique_key IS NOT NULL)
-    EXECUTE FUNCTION notifyq.only_one();
+CREATE TRIGGER given BEFORE INSERT ON notifyq.task FOR EACH ROW WHEN (NEW.options IS NOT NULL)
+    EXECUTE FUNCTION notifyq.given();
 
 -- The newest task with this key, by a snapshot of its own: so the statement that has inserted nothing learns what is there.
 CREATE FUNCTION notifyq.unique_task(key text) RETURNS bigint LANGUAGE sql BEGIN ATOMIC
@@ -431,30 +457,14 @@ END $$;
 -- are the table's own.
 CREATE FUNCTION notifyq.enqueue(
     type text, payload jsonb DEFAULT '{}', queue text DEFAULT 'default', run_at timestamptz DEFAULT now(),
-    priority integer DEFAULT 0, max_attempts integer DEFAULT NULL, order_key text DEFAULT NULL,
-    limit_key text DEFAULT NULL, limit_running integer DEFAULT NULL, limit_rate integer DEFAULT NULL,
-    limit_seconds float8 DEFAULT NULL, after bigint[] DEFAULT NULL, on_dead text DEFAULT NULL,
-    unique_key text DEFAULT NULL, unique_states text[] DEFAULT NULL, unique_for float8 DEFAULT NULL,
-    on_conflict text DEFAULT NULL
+    priority integer DEFAULT 0, max_attempts integer DEFAULT NULL, options jsonb DEFAULT NULL
 ) RETURNS bigint LANGUAGE plpgsql AS $$
 DECLARE
     new_id bigint;
 BEGIN
-    IF unique_key IS NULL THEN
-        IF unique_states IS NOT NULL OR unique_for IS NOT NULL OR on_conflict IS NOT NULL THEN
-            RAISE EXCEPTION 'notifyq.enqueue: unique_states, unique_for and on_conflict go with a unique_key'
-                USING ERRCODE = 'check_violation';
-        END IF;
-        INSERT INTO notifyq.task (type, payload, queue, run_at, priority, max_attempts, order_key, limit_key,
-                                  limit_running, limit_rate, limit_seconds, after, on_dead)
-        VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13) RETURNING id INTO new_id;
-    ELSE
-        INSERT INTO notifyq.task (type, payload, queue, run_at, priority, max_attempts, order_key, limit_key,
-                                  limit_running, limit_rate, limit_seconds, after, on_dead,
-                                  unique_key, unique_states, unique_for, on_conflict)
-        VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17) RETURNING id INTO new_id;
-    END IF;
-    RETURN coalesce(new_id, notifyq.unique_task($14));
+    INSERT INTO notifyq.task (type, payload, queue, run_at, priority, max_attempts, options)
+    VALUES ($1, $2, $3, $4, $5, $6, $7) RETURNING id INTO new_id;
+    RETURN coalesce(new_id, notifyq.unique_task($7 OPERATOR(pg_catalog.->>) 'unique_key'));
 END $$;
 
 -- BEGIN ATOMIC has the names looked up now, and not by each caller's search_path; unlike SET search_path it costs a call
@@ -469,10 +479,10 @@ CREATE FUNCTION notifyq.cancel(id bigint) RETURNS boolean LANGUAGE sql BEGIN ATO
     ), kept AS (
         INSERT INTO notifyq.finished (id, created_at, run_at, processing_at, processed_at, priority, attempts,
                                       max_attempts, state, queue, type, worker, payload, result, errors,
-                                      order_key, limit_key, limit_running, limit_rate, limit_seconds, after)
+                                      options)
         SELECT g.id, g.created_at, g.run_at, g.processing_at, clock_timestamp(), g.priority, g.attempts,
                g.max_attempts, 'cancelled', g.queue, g.type, w.name, g.payload, NULL, g.errors,
-               g.order_key, g.limit_key, g.limit_running, g.limit_rate, g.limit_seconds, coalesce(g.after, g.waited)
+               g.options
         FROM gone g LEFT JOIN notifyq.worker w ON w.id = g.worker
         RETURNING 1
     ), told AS MATERIALIZED (
@@ -490,11 +500,12 @@ CREATE FUNCTION notifyq.retry(id bigint) RETURNS boolean LANGUAGE sql BEGIN ATOM
         DELETE FROM notifyq.finished f WHERE f.id = $1 AND f.state IN ('dead', 'cancelled') RETURNING f.*
     ), back AS (
         INSERT INTO notifyq.task (id, created_at, run_at, priority, max_attempts, promoted, queue, type, payload, errors,
-                                  order_key, limit_key, limit_running, limit_rate, limit_seconds, after, on_dead)
+                                  options)
         OVERRIDING SYSTEM VALUE
         SELECT a.id, a.created_at, now(), a.priority, a.max_attempts, true, a.queue, a.type, a.payload, a.errors,
-               a.order_key, a.limit_key, a.limit_running, a.limit_rate, a.limit_seconds, a.after,
-               CASE WHEN a.after IS NOT NULL THEN 'run' END
+               -- Nobody stands in its way any more; and it runs, whatever has become of those that it comes after.
+               a.options - '{unique_key,unique_states,unique_for,on_conflict}'::text[]
+               || CASE WHEN a.options ? 'after' THEN '{"on_dead": "run"}' ELSE '{}' END::jsonb
         FROM again a
         RETURNING 1
     ), due AS (
@@ -558,13 +569,13 @@ DECLARE
 BEGIN
     IF kind = 'order' THEN
         SELECT t.id, t.aside AND t.waits_at IS NOT DISTINCT FROM key AS waits INTO head FROM notifyq.task t
-        WHERE t.order_key = name AND coalesce(t.worker, 0) = 0
-          AND (t.attempts > 0 OR CASE WHEN t.parked IS NULL THEN t.promoted OR t.run_at <= t.created_at ELSE t.parked <> 'after' END)
+        WHERE t.order_key = name AND (CASE WHEN t.attempts > 0 OR t.parked <> 'after' OR t.parked IS NULL AND (t.promoted OR t.run_at <= t.created_at)
+                                           THEN coalesce(t.worker, 0) END) = 0
         ORDER BY t.id LIMIT 1;
         IF head.waits IS NOT TRUE OR EXISTS (
             SELECT FROM notifyq.task t
-            WHERE t.order_key = name AND coalesce(t.worker, 0) > 0
-              AND (t.attempts > 0 OR CASE WHEN t.parked IS NULL THEN t.promoted OR t.run_at <= t.created_at ELSE t.parked <> 'after' END)
+            WHERE t.order_key = name AND (CASE WHEN t.attempts > 0 OR t.parked <> 'after' OR t.parked IS NULL AND (t.promoted OR t.run_at <= t.created_at)
+                                               THEN coalesce(t.worker, 0) END) > 0
               AND (t.id < head.id OR t.admitted = t.processing_at)) THEN
             RETURN 0;
         END IF;
@@ -577,7 +588,9 @@ BEGIN
         GET DIAGNOSTICS room = ROW_COUNT;
         RETURN room;
     END IF;
-    SELECT t.limit_running, t.limit_rate, t.limit_seconds INTO limits FROM notifyq.task t
+    SELECT (t.options ->> 'limit_running')::integer AS limit_running, (t.options ->> 'limit_rate')::integer AS limit_rate,
+           (t.options ->> 'limit_seconds')::float8 AS limit_seconds
+    INTO limits FROM notifyq.task t
     WHERE t.waits_at = key AND t.aside AND NOT EXISTS (SELECT FROM notifyq.queue q WHERE q.name = t.queue AND q.paused)
     ORDER BY t.priority DESC, t.id LIMIT 1;
     IF NOT FOUND THEN
@@ -665,7 +678,9 @@ BEGIN
     SELECT a.waiting, a.cancelled INTO waiting, cancelled FROM notifyq.await_tasks(admit.worker, admit.ids, admit.attempts) AS a;
     moment := clock_timestamp();
     WITH mine AS MATERIALIZED (
-        SELECT t.id, t.priority, t.queue, t.order_key, t.limit_key, t.limit_running, t.limit_rate, t.limit_seconds, t.waits_at
+        SELECT t.id, t.priority, t.queue, t.order_key, t.limit_key, t.waits_at,
+               (t.options ->> 'limit_running')::integer AS limit_running, (t.options ->> 'limit_rate')::integer AS limit_rate,
+               (t.options ->> 'limit_seconds')::float8 AS limit_seconds
         FROM unnest(admit.ids, admit.attempts) AS o (id, attempt)
         JOIN notifyq.task t ON t.id = ANY (ARRAY[o.id])
         WHERE t.worker IS NOT DISTINCT FROM admit.worker AND t.attempts = o.attempt
@@ -675,13 +690,13 @@ BEGIN
     ), ordered AS MATERIALIZED (
         SELECT m.*, CASE WHEN m.id = ANY (waiting) THEN 'after' WHEN m.order_key IS NOT NULL AND EXISTS (
             SELECT FROM notifyq.task o
-            WHERE o.order_key = m.order_key AND coalesce(o.worker, 0) > 0
-              AND (o.attempts > 0 OR CASE WHEN o.parked IS NULL THEN o.promoted OR o.run_at <= o.created_at ELSE o.parked <> 'after' END)
+            WHERE o.order_key = m.order_key AND (CASE WHEN o.attempts > 0 OR o.parked <> 'after' OR o.parked IS NULL AND (o.promoted OR o.run_at <= o.created_at)
+                                                      THEN coalesce(o.worker, 0) END) > 0
               AND (o.id < m.id OR o.id <> m.id AND o.admitted = o.processing_at)
             UNION ALL
             SELECT FROM notifyq.task o
-            WHERE o.order_key = m.order_key AND coalesce(o.worker, 0) = 0
-              AND (o.attempts > 0 OR CASE WHEN o.parked IS NULL THEN o.promoted OR o.run_at <= o.created_at ELSE o.parked <> 'after' END)
+            WHERE o.order_key = m.order_key AND (CASE WHEN o.attempts > 0 OR o.parked <> 'after' OR o.parked IS NULL AND (o.promoted OR o.run_at <= o.created_at)
+                                                      THEN coalesce(o.worker, 0) END) = 0
               AND o.id < m.id) THEN 'order' END AS why
         FROM mine m
     ), queues AS MATERIALIZED (
@@ -717,7 +732,7 @@ BEGIN
         FROM (SELECT DISTINCT m.limit_key, m.limit_seconds FROM mine m
               WHERE m.limit_key IS NOT NULL AND m.limit_rate IS NOT NULL) AS k
     ), verdict AS MATERIALIZED (
-        SELECT p.id, coalesce(p.why, CASE
+        SELECT p.id, p.limit_rate, p.limit_seconds, coalesce(p.why, CASE
                    WHEN NOT p.granted AND l.waits THEN CASE WHEN p.limit_running IS NULL THEN 'rate' ELSE 'limit' END
                    WHEN p.limit_running < p.place + l.held + CASE WHEN p.granted THEN 0 ELSE l.kept END THEN 'limit'
                    WHEN p.limit_rate < p.place + r.begun + CASE WHEN p.granted THEN 0 ELSE l.kept END THEN 'rate' END) AS why
@@ -736,7 +751,7 @@ BEGIN
             attempts = t.attempts - (v.why IS NOT NULL)::integer
         FROM verdict v
         WHERE t.id = ANY (ARRAY[v.id])
-        RETURNING t.id, t.parked, t.queue, t.limit_key, t.limit_rate, t.limit_seconds
+        RETURNING t.id, t.parked, t.queue, t.limit_key, v.limit_rate, v.limit_seconds
     ), noted AS (
         INSERT INTO notifyq.started (key, at, n, seconds)
         SELECT s.key, moment, count(*),
@@ -828,8 +843,8 @@ END;
 --                 the row of notifyq.dependency is not `sure`, and each free, and a worker's heartbeat, tries again
 --     gone        it has ended, or was never there: see notifyq.finished. What isn't known there counts as done
 --
--- The end of one deletes its rows of dependency. Who then has none left is ready, and `after` becomes `waited`: whatever
--- happens to those tasks from now on, a retry say, is nothing to it. One of them that is dead or was cancelled cancels who
+-- The end of one deletes its rows of dependency. Who then has none left is ready, and its `after` is NULL: whatever
+-- happens to those tasks from now on, a retry say, is nothing to it. The ids stay among its options. One of them that is dead or was cancelled cancels who
 -- waits, and those who wait for that one in turn; unless on_dead is 'run'. What a person retries waits once more, for what
 -- lives by then, and runs whatever has become of the others.
 --
@@ -889,9 +904,9 @@ BEGIN
         WHERE d.needs = ANY (held) AND d.task = ANY (judged) AND NOT d.sure;
     END IF;
     cancelled := notifyq.forsake(ARRAY(
-        SELECT t.id FROM notifyq.task t WHERE t.id = ANY (judged) AND t.on_dead IS DISTINCT FROM 'run'));
+        SELECT t.id FROM notifyq.task t WHERE t.id = ANY (judged) AND t.options ->> 'on_dead' IS DISTINCT FROM 'run'));
     waiting := ARRAY(SELECT DISTINCT d.task FROM notifyq.dependency d WHERE d.task = ANY (judged));
-    UPDATE notifyq.task t SET waited = t.after, after = NULL WHERE t.id = ANY (judged) AND t.id <> ALL (waiting);
+    UPDATE notifyq.task t SET after = NULL WHERE t.id = ANY (judged) AND t.id <> ALL (waiting);
 END $$;
 
 -- Cancel those of these tasks, whose rows are locked by now, of which one that they wait for is dead or was cancelled.
@@ -913,12 +928,12 @@ BEGIN
     ), kept AS (
         INSERT INTO notifyq.finished (id, created_at, run_at, processing_at, processed_at, priority, attempts, max_attempts,
                                       state, queue, type, worker, payload, result, errors,
-                                      order_key, limit_key, limit_running, limit_rate, limit_seconds, after)
+                                      options)
         SELECT g.id, g.created_at, g.run_at, g.processing_at, clock_timestamp(), g.priority, g.attempts - g.claims,
                g.max_attempts, 'cancelled', g.queue, g.type, NULL, g.payload, NULL,
                coalesce(g.errors, '[]') || jsonb_build_object('attempt', g.attempts - g.claims, 'at', clock_timestamp(),
                                                               'error', g.error),
-               g.order_key, g.limit_key, g.limit_running, g.limit_rate, g.limit_seconds, g.after
+               g.options
         FROM (SELECT g.*, (g.worker IS NOT NULL)::integer AS claims FROM gone g) AS g
         RETURNING id
     )
@@ -967,11 +982,11 @@ BEGIN
         IF EXISTS (SELECT FROM notifyq.finished f WHERE f.id = ANY (gone) AND f.state <> 'done') THEN
             ended := notifyq.forsake(ARRAY(
                 SELECT t.id FROM notifyq.task t
-                WHERE t.id = ANY (mine) AND t.parked = 'after' AND t.worker IS NULL AND t.on_dead IS DISTINCT FROM 'run'));
+                WHERE t.id = ANY (mine) AND t.parked = 'after' AND t.worker IS NULL AND t.options ->> 'on_dead' IS DISTINCT FROM 'run'));
         END IF;
         DELETE FROM notifyq.dependency d WHERE d.needs = ANY (gone) AND d.task <> ALL (stuck);
         UPDATE notifyq.task t
-        SET waited = t.after, after = NULL, parked = NULL, aside = false, run_at = clock_timestamp(), promoted = true
+        SET after = NULL, parked = NULL, aside = false, run_at = clock_timestamp(), promoted = true
         WHERE t.id = ANY (mine) AND t.parked = 'after' AND t.worker IS NULL
           AND NOT EXISTS (SELECT FROM notifyq.dependency d WHERE d.task = t.id);
         GET DIAGNOSTICS ready = ROW_COUNT;
@@ -1088,12 +1103,11 @@ SELECT t.id, t.queue, t.type,
        t.priority, t.attempts, t.max_attempts, t.created_at, t.run_at, t.processing_at, t.processed_at, t.payload,
        t.errors -> -1 ->> 'error' AS error, NULL::jsonb AS result,
        (SELECT w.name FROM notifyq.worker w WHERE w.id = t.worker) AS worker, t.errors,
-       CASE WHEN t.aside AND t.worker IS NULL THEN t.parked END AS waits_for, t.progress, t.note, t.unique_key, t.order_key, t.limit_key,
-       coalesce(t.after, t.waited) AS after
+       CASE WHEN t.aside AND t.worker IS NULL THEN t.parked END AS waits_for, t.progress, t.note, t.options
 FROM notifyq.task t
 UNION ALL
 SELECT id, queue, type, state, priority, attempts, max_attempts, created_at, run_at, processing_at, processed_at, payload,
-       errors -> -1 ->> 'error', result, worker, errors, NULL, NULL, NULL, NULL, order_key, limit_key, after
+       errors -> -1 ->> 'error', result, worker, errors, NULL, NULL, NULL, options
 FROM notifyq.finished;
 
 -- Queues: those that were paused or limited, that a worker serves, or that a task is ready or running in. `waiting` are
@@ -1126,14 +1140,11 @@ LEFT JOIN served s ON s.queue = k.name;
 -- Roles. Nothing is granted to anybody; give each of your roles what it needs:
 --
 --   may enqueue   GRANT USAGE ON SCHEMA notifyq TO r;
---                 GRANT INSERT (type, payload, queue, priority, run_at, max_attempts), SELECT (id) ON notifyq.task TO r;
---                 GRANT INSERT (unique_key, order_key, limit_key, limit_running, limit_rate) ON notifyq.task TO r;
---                 GRANT INSERT (limit_seconds, after, on_dead) ON notifyq.task TO r;
---                 GRANT INSERT (unique_states, unique_for, on_conflict) ON notifyq.task TO r;
+--                 GRANT INSERT (type, payload, queue, priority, run_at, max_attempts, options), SELECT (id) ON notifyq.task TO r;
 --                 GRANT INSERT ON notifyq.bell TO r;  -- lets it lock, and the table takes no row. Without it: always rings
 --   with keys     GRANT SELECT, INSERT, UPDATE ON notifyq.unique_key TO r;  -- beside these, to enqueue unique tasks
 --                 GRANT SELECT (id, state) ON notifyq.all_tasks TO r;
---                 GRANT SELECT (worker, unique_key), UPDATE (unique_key) ON notifyq.task TO r;  -- UPDATE, to lock
+--                 GRANT SELECT (worker), UPDATE (note) ON notifyq.task TO r;  -- UPDATE, to lock
 --                 GRANT SELECT (aside, waits_at), UPDATE (type, payload, run_at, promoted) ON notifyq.task TO r;  -- to replace, move
 --   may read      GRANT USAGE ON SCHEMA notifyq TO r;
 --                 GRANT SELECT ON notifyq.all_tasks, notifyq.all_queues, notifyq.worker, notifyq.queue, notifyq.cron TO r;

@@ -59,18 +59,9 @@ class Bulk:
         for start in range(0, len(keys), most or len(keys) or 1):
             chosen = [self._unique[key] for key in keys[start:][:most]]
             more, rows = rows, []
-            unique = [*(unique for _, unique in chosen), *([None] * len(more))]
+            texts = [*(self._options.text(unique) for _, unique in chosen), *([self._options.text()] * len(more))]
             types, payloads = columns([*(row for row, _ in chosen), *more])
-            yield (
-                SQL["enqueue_many_unique"],
-                (
-                    *(types, payloads, *self._options.values),
-                    [u and u.key for u in unique],
-                    [u and u.states and ",".join(u.states) for u in unique],
-                    [u and u.seconds for u in unique],
-                    [u and u.on_conflict for u in unique],
-                ),
-            )
+            yield SQL["enqueue_many_unique"], (types, payloads, *self._options.values, texts)
 
     def took(self, answer: Sequence[Any]) -> None:
         """What a statement said."""
@@ -93,7 +84,7 @@ class Bulk:
 
 
 def plain(rows: list[Row], options: Options) -> Statement:
-    return SQL["enqueue_many"], (*columns(rows), *options.values)
+    return SQL["enqueue_many"], (*columns(rows), *options.values, options.text())
 
 
 def columns(rows: list[Row]) -> tuple[list[str], list[str]]:

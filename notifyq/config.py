@@ -12,7 +12,7 @@ import msgspec
 
 from .errors import ConfigError
 
-NAME_LENGTH = 200  # of a queue or a type, in characters: schema.sql has the same CHECK
+NAME_LENGTH = 200  # of a queue, a type or a key, in characters: schema.sql has it for keys
 
 _ENCODE = "write / as %2F, ? as %3F, # as %23, @ as %40, : as %3A, [ as %5B, ] as %5D and % as %25"
 

@@ -45,9 +45,8 @@ async def one(via: Connection | Pool | Foreign, registry: Registry, task: Task, 
 
 def statement(type: str, payload: str, options: Options, unique: Unique | None) -> Statement:
     """To insert a task."""
-    if unique is None:
-        return SQL["enqueue"], (type, payload, *options.values)
-    return SQL["enqueue_unique"], (type, payload, *options.values, *unique)
+    query = SQL["enqueue" if unique is None else "enqueue_unique"]
+    return query, (type, payload, *options.values, options.text(unique))
 
 
 async def many(via: Connection | Pool | Foreign, registry: Registry, tasks: Iterable[Task], options: Options) -> Ids:
@@ -97,7 +96,7 @@ def grouped(registry: Registry, tasks: Iterable[Task], then: Task, options: Opti
         raise ConfigError("a group's tasks can't be unique; enqueue those by themselves, and one after=[...] them")
     check_group(len(rows))
     rows.append(checked(registry, then))
-    return SQL["enqueue_then"], (*columns(rows), *options.values)
+    return SQL["enqueue_then"], (*columns(rows), *options.values, options.text(), options.on_dead)
 
 
 def ids_of_group(answer: Sequence[Any]) -> tuple[list[int], int]:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from datetime import datetime
 from typing import Literal, NamedTuple, Self, TypedDict
+
+import msgspec
 
 from .config import check_name
 from .errors import ConfigError
 from .task import Ref, State
-from .unique import Wish
+from .unique import Unique, Wish
 
 UNITS = {
     "s": 1,
@@ -72,23 +74,16 @@ class EnqueueOptions(TypedDict, total=False):
 class Options(NamedTuple):
     """Checked; `values` are in the order of the statements' parameters from $3 on."""
 
-    queue: str
-    delay: float | None
-    run_at: datetime | None
-    priority: int
-    max_attempts: int | None
-    order_key: str | None
-    limit_key: str | None
-    limit_running: int | None
-    limit_rate: int | None
-    limit_seconds: float | None
-    after: list[int] | None
+    values: tuple[str, float | None, datetime | None, int, int | None]  # queue, delay, run_at, priority, max_attempts
+    rare: Mapping[str, object] | None  # what schema.sql has in a task's options
     on_dead: str | None
     unique: Wish
 
-    @property
-    def values(self) -> tuple[object, ...]:
-        return self[:-1]
+    def text(self, unique: Unique | None = None) -> str | None:
+        """The options as JSON."""
+        if unique is not None:
+            return msgspec.json.encode({**(self.rare or {}), **unique.options()}).decode()
+        return None if self.rare is None else msgspec.json.encode(self.rare).decode()
 
     @classmethod
     def check(
@@ -143,21 +138,19 @@ class Options(NamedTuple):
         ids = None if after is None else checked_ids(after)
         if on_dead is not None and (on_dead not in ("cancel", "run") or not (ids or then)):
             raise ConfigError(f"on_dead is {on_dead!r}; expected 'cancel' or 'run', beside after=[...]")
-        return cls(
-            queue,
-            delay or None,
-            run_at,
-            priority,
-            max_attempts,
-            order_key,
-            limit_key,
-            limit,
-            count,
-            seconds,
-            ids,
-            on_dead,
-            Wish.check(unique, unique_for, unique_states, on_conflict),
-        )
+        rare: dict[str, object] | None = None
+        if order_key is not None or limit_key is not None or ids is not None:
+            rare = {
+                "order_key": order_key,
+                "limit_key": limit_key,
+                "limit_running": limit,
+                "limit_rate": count,
+                "limit_seconds": seconds,
+                "after": ids,
+                "on_dead": on_dead if ids else None,
+            }
+        wish = Wish.check(unique, unique_for, unique_states, on_conflict)
+        return cls((queue, delay or None, run_at, priority, max_attempts), rare, on_dead, wish)
 
 
 def parse_rate(rate: str) -> tuple[int, float]:

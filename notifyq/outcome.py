@@ -109,7 +109,7 @@ def undecodable(job: Job, why: str) -> Outcome:
 
 
 def attempts_allowed(job: Job, handler: Handler) -> int:
-    return handler.max_attempts if job.max_attempts is None else job.max_attempts
+    return handler.max_attempts if job.max_attempts is None else max(job.max_attempts, 1)
 
 
 def _again(job: Job, handler: Handler, error: bytes, delay: float | None = None) -> Outcome:

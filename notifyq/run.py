@@ -29,6 +29,7 @@ from anyio.abc import TaskGroup
 from . import outcome
 from .batch import Batches, ReadResults, is_ours
 from .codec import PAYLOAD_LIMIT, describe
+from .config import NAME_LENGTH
 from .errors import ConfigError, LeaseLost
 from .outcome import Aside, Finish, HandBack, Later, Outcome
 from .registry import Handler, Registry
@@ -337,7 +338,7 @@ class Runners:
         """Run one task: find its handler, decode, call, decide. Raises nothing but a cancellation of its scope."""
         handler = self._registry.get(job.type)
         if handler is None:
-            return Aside(job)
+            return Aside(job) if len(job.type) <= NAME_LENGTH else self._unnamed(job)
         if isinstance(job.payload, str):
             return self._log(handler, outcome.undecodable(job, job.payload))
         if job.payload is None or len(job.payload) > PAYLOAD_LIMIT:
@@ -450,6 +451,12 @@ class Runners:
                 extra=_fields(result.job, handler, after=why),
             )
         return done
+
+    def _unnamed(self, job: Job) -> Outcome:
+        """Of a type that nobody can have a handler for: it would not fit the index of those set aside."""
+        why = f"its type is longer than {NAME_LENGTH} characters"
+        logger.error("task dead", extra={"fields": {"id": job.id, "type": job.type[:40] + "...", "error": why}})
+        return outcome.undecodable(job, why)
 
     def _log(self, handler: Handler, result: Outcome) -> Outcome:
         job = result.job

@@ -26,12 +26,21 @@ _checked: set[type[Task]] = set()
 
 
 class Unique(NamedTuple):
-    """Of one task, in the order of the statements' parameters."""
+    """Of one task."""
 
     key: str
     states: list[str] | None
     seconds: float | None
     on_conflict: str
+
+    def options(self) -> dict[str, object]:
+        """As schema.sql has them."""
+        return {
+            "unique_key": self.key,
+            "unique_states": self.states,
+            "unique_for": self.seconds,
+            "on_conflict": self.on_conflict,
+        }
 
 
 class Wish(NamedTuple):

@@ -7,20 +7,11 @@ UPDATE notifyq.schema_version SET serves = version WHERE serves IS NULL;
 ALTER TABLE notifyq.schema_version ALTER COLUMN serves SET NOT NULL;
 
 -- step: locks task
--- No CHECK that is valid at once: PostgreSQL would read the whole table for it, under this lock.
 ALTER TABLE notifyq.task
-    ADD COLUMN IF NOT EXISTS unique_key text,
-    ADD COLUMN IF NOT EXISTS unique_states text[],
-    ADD COLUMN IF NOT EXISTS unique_for float8,
-    ADD COLUMN IF NOT EXISTS on_conflict text,
+    ADD COLUMN IF NOT EXISTS options jsonb,
     ADD COLUMN IF NOT EXISTS order_key text,
     ADD COLUMN IF NOT EXISTS limit_key text,
-    ADD COLUMN IF NOT EXISTS limit_running integer,
-    ADD COLUMN IF NOT EXISTS limit_rate integer,
-    ADD COLUMN IF NOT EXISTS limit_seconds float8,
     ADD COLUMN IF NOT EXISTS after bigint[],
-    ADD COLUMN IF NOT EXISTS waited bigint[],
-    ADD COLUMN IF NOT EXISTS on_dead text,
     ADD COLUMN IF NOT EXISTS parked text,
     ADD COLUMN IF NOT EXISTS waits_at text,
     ADD COLUMN IF NOT EXISTS admitted timestamptz,
@@ -30,22 +21,10 @@ ALTER TABLE notifyq.task
     ADD COLUMN IF NOT EXISTS note text,
     DROP CONSTRAINT IF EXISTS task_max_attempts_check,
     DROP CONSTRAINT IF EXISTS task_queue_check,
-    DROP CONSTRAINT IF EXISTS task_type_check,
-    DROP CONSTRAINT IF EXISTS names_up_to_200_characters_and_max_attempts_from_1,
-    ADD CONSTRAINT names_up_to_200_characters_and_max_attempts_from_1
-        CHECK (length(queue) <= 200 AND length(type) <= 200 AND max_attempts >= 1) NOT VALID;
-
--- step
-ALTER TABLE notifyq.task VALIDATE CONSTRAINT names_up_to_200_characters_and_max_attempts_from_1;
+    DROP CONSTRAINT IF EXISTS task_type_check;
 
 -- step: locks finished
-ALTER TABLE notifyq.finished
-    ADD COLUMN IF NOT EXISTS order_key text,
-    ADD COLUMN IF NOT EXISTS limit_key text,
-    ADD COLUMN IF NOT EXISTS limit_running integer,
-    ADD COLUMN IF NOT EXISTS limit_rate integer,
-    ADD COLUMN IF NOT EXISTS limit_seconds float8,
-    ADD COLUMN IF NOT EXISTS after bigint[];
+ALTER TABLE notifyq.finished ADD COLUMN IF NOT EXISTS options jsonb;
 
 -- step: concurrently
 -- Of an index, what an upgrade that was interrupted has left may be invalid, so it goes first.
@@ -124,9 +103,9 @@ CREATE INDEX CONCURRENTLY task_parked ON notifyq.task (waits_at, aside, priority
 DROP INDEX CONCURRENTLY IF EXISTS notifyq.task_order;
 
 -- step: concurrently
-CREATE INDEX CONCURRENTLY task_order ON notifyq.task (order_key, (coalesce(worker, 0)), id)
-    WHERE order_key IS NOT NULL
-      AND (attempts > 0 OR CASE WHEN parked IS NULL THEN promoted OR run_at <= created_at ELSE parked <> 'after' END);
+CREATE INDEX CONCURRENTLY task_order ON notifyq.task (order_key, (CASE WHEN attempts > 0 OR parked <> 'after' OR parked IS NULL AND (promoted OR run_at <= created_at)
+                                                          THEN coalesce(worker, 0) END), id)
+    WHERE order_key IS NOT NULL;
 
 -- step: locks worker
 ALTER TABLE notifyq.worker ADD COLUMN IF NOT EXISTS crons text[] NOT NULL DEFAULT '{}';
@@ -152,7 +131,7 @@ CREATE TABLE IF NOT EXISTS notifyq.cron (
 CREATE OR REPLACE VIEW notifyq.all_queues AS
 SELECT name, paused, limit_running, limit_rate, limit_seconds, 0::bigint AS running, 0::bigint AS waiting, 0::bigint AS workers
 FROM notifyq.queue;
--- Whoever works here may do everything with what is new too; who enqueues, name the new columns; who reads, read it.
+-- Whoever works here may do everything with what is new too; who enqueues, give options; who reads, read it.
 DO $$
 DECLARE
     may text;
@@ -164,8 +143,7 @@ BEGIN
               FROM pg_class c CROSS JOIN aclexplode(c.relacl) AS a
               WHERE c.oid = 'notifyq.task'::regclass AND a.privilege_type = 'DELETE' AND a.grantee <> c.relowner
               UNION ALL
-              SELECT a.grantee, 'INSERT (unique_key, unique_states, unique_for, on_conflict, order_key, limit_key,'
-                     ' limit_running, limit_rate, limit_seconds, after, on_dead) ON notifyq.task TO '
+              SELECT a.grantee, 'INSERT (options) ON notifyq.task TO '
               FROM pg_attribute t CROSS JOIN aclexplode(t.attacl) AS a
               WHERE t.attrelid = 'notifyq.task'::regclass AND t.attname = 'payload' AND a.privilege_type = 'INSERT'
               UNION ALL

@@ -5,7 +5,7 @@
 --   for each outer row and so claim more than asked for; and a CTE costs twice as much for a single row.
 -- * The inner WHERE and ORDER BY are index task_ready's, word for word: it reads as many entries as it takes,
 --   whatever else is in the table.
--- * least and greatest: somebody's odd row must not fail a claim, nor have an answer that Python can't read.
+-- * least, greatest and left: somebody's odd row must not fail a claim, nor have an answer that Python can't read or hold.
 -- * A payload's size is that on disk, compressed up to 87 times (by lz4 up to 255): so of those above 64 kB the whole
 --   is looked at, as an array's element isn't compressed. That is up to four times the length of the text, where it is
 --   digits; the worker checks the length itself.
@@ -26,7 +26,7 @@ WHERE t.id = ANY (ARRAY(
     LIMIT $4::integer
 ))
 AND EXISTS (SELECT FROM notifyq.worker w WHERE w.id = $1)
-RETURNING t.id, t.attempts, t.type, t.queue, t.priority, t.max_attempts,
+RETURNING t.id, t.attempts, left(t.type, 201) AS type, t.queue, t.priority, t.max_attempts,
           greatest(least(t.created_at, '9999-12-30Z'), '0001-01-03Z') AS created_at,
           CASE WHEN NOT $5::boolean
             AND (pg_column_size(t.payload) <= 65536

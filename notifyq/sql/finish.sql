@@ -13,16 +13,18 @@ WITH outcome AS MATERIALIZED (
     DELETE FROM notifyq.task t
     USING outcome o
     WHERE t.id = ANY (ARRAY[o.id]) AND t.worker IS NOT DISTINCT FROM $1 AND t.attempts = o.attempt
-    RETURNING t.*, o.state, o.result, o.error
+    -- Not t.*: a column that nobody needs costs 0.5 % of all this.
+    RETURNING t.id, t.created_at, t.run_at, t.processing_at, t.priority, t.attempts, t.max_attempts, t.queue, t.type, t.payload,
+              t.errors, t.options, t.tracked, t.awaited, o.state, o.result, o.error
 ), kept AS (
     INSERT INTO notifyq.finished (id, created_at, run_at, processing_at, processed_at, priority, attempts, max_attempts,
                                   state, queue, type, worker, payload, result, errors,
-                                  order_key, limit_key, limit_running, limit_rate, limit_seconds, after)
+                                  options)
     SELECT id, created_at, run_at, processing_at, clock_timestamp(), priority, attempts, max_attempts,
            state, queue, type, (SELECT w.name FROM notifyq.worker w WHERE w.id = $1), payload, result,
            CASE WHEN error IS NULL THEN errors
                 ELSE coalesce(errors, '[]') || jsonb_set(error, '{at}', to_jsonb(clock_timestamp())) END,
-           order_key, limit_key, limit_running, limit_rate, limit_seconds, coalesce(after, waited)
+           options
     FROM gone
     WHERE $7 OR state = 'dead' OR awaited OR tracked AND EXISTS (SELECT FROM notifyq.dependency d WHERE d.needs = gone.id)
 )

@@ -37,10 +37,10 @@ WITH corpse AS MATERIALIZED (
 ), kept AS (
     INSERT INTO notifyq.finished (id, created_at, run_at, processing_at, processed_at, priority, attempts, max_attempts,
                                   state, queue, type, worker, payload, result, errors,
-                                  order_key, limit_key, limit_running, limit_rate, limit_seconds, after)
+                                  options)
     SELECT id, created_at, run_at, processing_at, clock_timestamp(), priority, attempts, max_attempts,
            'dead', queue, type, (SELECT name FROM corpse), payload, NULL, coalesce(errors, '[]') || error,
-           order_key, limit_key, limit_running, limit_rate, limit_seconds, coalesce(after, waited)
+           options
     FROM gone
 ), buried AS (
     DELETE FROM notifyq.worker w

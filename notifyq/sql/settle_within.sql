@@ -9,10 +9,10 @@ WITH gone AS (
 ), kept AS (
     INSERT INTO notifyq.finished (id, created_at, run_at, processing_at, processed_at, priority, attempts, max_attempts,
                                   state, queue, type, worker, payload, result, errors,
-                                  order_key, limit_key, limit_running, limit_rate, limit_seconds, after)
+                                  options)
     SELECT id, created_at, run_at, processing_at, clock_timestamp(), priority, attempts, max_attempts,
            'done', queue, type, (SELECT w.name FROM notifyq.worker w WHERE w.id = $1), payload, NULL, errors,
-           order_key, limit_key, limit_running, limit_rate, limit_seconds, coalesce(after, waited)
+           options
     FROM gone
     WHERE $4::boolean OR awaited OR tracked AND EXISTS (SELECT FROM notifyq.dependency d WHERE d.needs = gone.id)
 )
