@@ -144,8 +144,9 @@ CREATE INDEX task_set_aside ON notifyq.task (type, queue, priority DESC, id)
 CREATE INDEX task_admitted ON notifyq.task (limit_key, queue) WHERE admitted IS NOT NULL AND worker IS NOT NULL;
 CREATE INDEX task_parked ON notifyq.task (waits_at, aside, priority DESC, id) WHERE waits_at IS NOT NULL;
 -- Its second column is 0 for who may be the next, the worker for who runs, null for who has no place in the order yet.
-CREATE INDEX task_order ON notifyq.task (order_key, (CASE WHEN attempts > 0 OR parked <> 'after' OR parked IS NULL AND (promoted OR run_at <= created_at)
-                                                          THEN coalesce(worker, 0) END), id)
+CREATE INDEX task_order ON notifyq.task (
+    order_key, (CASE WHEN attempts > 0 OR parked <> 'after' OR parked IS NULL AND (promoted OR run_at <= created_at)
+                THEN coalesce(worker, 0) END), id)
     WHERE order_key IS NOT NULL;
 
 -- Outcomes. Appended, read by people, pruned by age; the hot path never looks here.
@@ -358,7 +359,8 @@ END $$;
 CREATE FUNCTION notifyq.given() RETURNS trigger LANGUAGE plpgsql
 SET search_path = pg_catalog SET enable_seqscan = off AS $$
 DECLARE
-    o CONSTANT jsonb := CASE jsonb_typeof(NEW.options) WHEN 'object' THEN jsonb_strip_nulls(NEW.options) WHEN 'null' THEN '{}' END;
+    o CONSTANT jsonb := CASE jsonb_typeof(NEW.options)
+        WHEN 'object' THEN jsonb_strip_nulls(NEW.options) WHEN 'null' THEN '{}' END;
     wrong text := CASE WHEN o IS NULL THEN 'options is not an object' ELSE (
         SELECT e.key || ' ' || e.wrong
         FROM (SELECT key, CASE
@@ -569,13 +571,15 @@ DECLARE
 BEGIN
     IF kind = 'order' THEN
         SELECT t.id, t.aside AND t.waits_at IS NOT DISTINCT FROM key AS waits INTO head FROM notifyq.task t
-        WHERE t.order_key = name AND (CASE WHEN t.attempts > 0 OR t.parked <> 'after' OR t.parked IS NULL AND (t.promoted OR t.run_at <= t.created_at)
-                                           THEN coalesce(t.worker, 0) END) = 0
+        WHERE t.order_key = name AND
+              (CASE WHEN t.attempts > 0 OR t.parked <> 'after' OR t.parked IS NULL AND (t.promoted OR t.run_at <= t.created_at)
+               THEN coalesce(t.worker, 0) END) = 0
         ORDER BY t.id LIMIT 1;
         IF head.waits IS NOT TRUE OR EXISTS (
             SELECT FROM notifyq.task t
-            WHERE t.order_key = name AND (CASE WHEN t.attempts > 0 OR t.parked <> 'after' OR t.parked IS NULL AND (t.promoted OR t.run_at <= t.created_at)
-                                               THEN coalesce(t.worker, 0) END) > 0
+            WHERE t.order_key = name AND
+                  (CASE WHEN t.attempts > 0 OR t.parked <> 'after' OR t.parked IS NULL AND (t.promoted OR t.run_at <= t.created_at)
+                   THEN coalesce(t.worker, 0) END) > 0
               AND (t.id < head.id OR t.admitted = t.processing_at)) THEN
             RETURN 0;
         END IF;
@@ -690,13 +694,15 @@ BEGIN
     ), ordered AS MATERIALIZED (
         SELECT m.*, CASE WHEN m.id = ANY (waiting) THEN 'after' WHEN m.order_key IS NOT NULL AND EXISTS (
             SELECT FROM notifyq.task o
-            WHERE o.order_key = m.order_key AND (CASE WHEN o.attempts > 0 OR o.parked <> 'after' OR o.parked IS NULL AND (o.promoted OR o.run_at <= o.created_at)
-                                                      THEN coalesce(o.worker, 0) END) > 0
+            WHERE o.order_key = m.order_key AND
+                  (CASE WHEN o.attempts > 0 OR o.parked <> 'after' OR o.parked IS NULL AND (o.promoted OR o.run_at <= o.created_at)
+                   THEN coalesce(o.worker, 0) END) > 0
               AND (o.id < m.id OR o.id <> m.id AND o.admitted = o.processing_at)
             UNION ALL
             SELECT FROM notifyq.task o
-            WHERE o.order_key = m.order_key AND (CASE WHEN o.attempts > 0 OR o.parked <> 'after' OR o.parked IS NULL AND (o.promoted OR o.run_at <= o.created_at)
-                                                      THEN coalesce(o.worker, 0) END) = 0
+            WHERE o.order_key = m.order_key AND
+                  (CASE WHEN o.attempts > 0 OR o.parked <> 'after' OR o.parked IS NULL AND (o.promoted OR o.run_at <= o.created_at)
+                   THEN coalesce(o.worker, 0) END) = 0
               AND o.id < m.id) THEN 'order' END AS why
         FROM mine m
     ), queues AS MATERIALIZED (
@@ -982,7 +988,8 @@ BEGIN
         IF EXISTS (SELECT FROM notifyq.finished f WHERE f.id = ANY (gone) AND f.state <> 'done') THEN
             ended := notifyq.forsake(ARRAY(
                 SELECT t.id FROM notifyq.task t
-                WHERE t.id = ANY (mine) AND t.parked = 'after' AND t.worker IS NULL AND t.options ->> 'on_dead' IS DISTINCT FROM 'run'));
+                WHERE t.id = ANY (mine) AND t.parked = 'after' AND t.worker IS NULL
+                  AND t.options ->> 'on_dead' IS DISTINCT FROM 'run'));
         END IF;
         DELETE FROM notifyq.dependency d WHERE d.needs = ANY (gone) AND d.task <> ALL (stuck);
         UPDATE notifyq.task t
