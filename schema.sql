@@ -59,8 +59,8 @@
 -- -------
 -- What few tasks need is said in one column, options, a JSON object: unique_key, order_key, limit_key, after and what goes
 -- with them; see notifyq.given(). For all the others it is NULL, and one short WHEN is all that their INSERT pays.
--- A CHECK, a DEFAULT that isn't constant, a trigger's WHEN: PostgreSQL parses each anew for every statement, 5 000 instructions
--- for each column, operator and constant in it, where a whole INSERT takes 170 000.
+-- A CHECK, a trigger's WHEN: PostgreSQL parses each anew for every statement, 4 000 to 5 000 instructions for each column,
+-- operator and constant in it, where a whole INSERT takes 170 000.
 --
 -- Unique
 -- ------
@@ -571,14 +571,14 @@ DECLARE
 BEGIN
     IF kind = 'order' THEN
         SELECT t.id, t.aside AND t.waits_at IS NOT DISTINCT FROM key AS waits INTO head FROM notifyq.task t
-        WHERE t.order_key = name AND
-              (CASE WHEN t.attempts > 0 OR t.parked <> 'after' OR t.parked IS NULL AND (t.promoted OR t.run_at <= t.created_at)
+        WHERE t.order_key = name
+          AND (CASE WHEN t.attempts > 0 OR t.parked <> 'after' OR t.parked IS NULL AND (t.promoted OR t.run_at <= t.created_at)
                THEN coalesce(t.worker, 0) END) = 0
         ORDER BY t.id LIMIT 1;
         IF head.waits IS NOT TRUE OR EXISTS (
             SELECT FROM notifyq.task t
-            WHERE t.order_key = name AND
-                  (CASE WHEN t.attempts > 0 OR t.parked <> 'after' OR t.parked IS NULL AND (t.promoted OR t.run_at <= t.created_at)
+            WHERE t.order_key = name
+              AND (CASE WHEN t.attempts > 0 OR t.parked <> 'after' OR t.parked IS NULL AND (t.promoted OR t.run_at <= t.created_at)
                    THEN coalesce(t.worker, 0) END) > 0
               AND (t.id < head.id OR t.admitted = t.processing_at)) THEN
             RETURN 0;
@@ -694,14 +694,14 @@ BEGIN
     ), ordered AS MATERIALIZED (
         SELECT m.*, CASE WHEN m.id = ANY (waiting) THEN 'after' WHEN m.order_key IS NOT NULL AND EXISTS (
             SELECT FROM notifyq.task o
-            WHERE o.order_key = m.order_key AND
-                  (CASE WHEN o.attempts > 0 OR o.parked <> 'after' OR o.parked IS NULL AND (o.promoted OR o.run_at <= o.created_at)
+            WHERE o.order_key = m.order_key
+              AND (CASE WHEN o.attempts > 0 OR o.parked <> 'after' OR o.parked IS NULL AND (o.promoted OR o.run_at <= o.created_at)
                    THEN coalesce(o.worker, 0) END) > 0
               AND (o.id < m.id OR o.id <> m.id AND o.admitted = o.processing_at)
             UNION ALL
             SELECT FROM notifyq.task o
-            WHERE o.order_key = m.order_key AND
-                  (CASE WHEN o.attempts > 0 OR o.parked <> 'after' OR o.parked IS NULL AND (o.promoted OR o.run_at <= o.created_at)
+            WHERE o.order_key = m.order_key
+              AND (CASE WHEN o.attempts > 0 OR o.parked <> 'after' OR o.parked IS NULL AND (o.promoted OR o.run_at <= o.created_at)
                    THEN coalesce(o.worker, 0) END) = 0
               AND o.id < m.id) THEN 'order' END AS why
         FROM mine m
