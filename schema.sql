@@ -295,7 +295,7 @@ DECLARE
     waiting CONSTANT text[] := ARRAY['scheduled', 'ready'];
     wanted_key CONSTANT text := options ->> 'unique_key';
     on_conflict CONSTANT text := options ->> 'on_conflict';
-    period CONSTANT interval := make_interval(secs => (options ->> 'unique_for')::float8);
+    period CONSTANT interval := make_interval(secs => (options -> 'unique_for')::float8);
     -- What replaces or moves means the one that waits. "Once an hour" means: done counts too.
     states CONSTANT text[] := CASE
         WHEN options ? 'unique_states' THEN ARRAY(SELECT jsonb_array_elements_text(options -> 'unique_states'))
@@ -371,7 +371,7 @@ DECLARE
                     CASE WHEN NOT value @? 'strict $ ? (@ >= 1 && @ <= 2147483647 && @.floor() == @)'
                          THEN 'is not a whole number from 1 on' END
                 WHEN key IN ('limit_seconds', 'unique_for') THEN
-                    CASE WHEN NOT value @? 'strict $ ? (@ > 0 && @ <= 1000000000)'
+                    CASE WHEN NOT value @? 'strict $ ? (@ > 0 && @ <= 1000000000 && @.double() > 0)'  -- not 1e-400
                          THEN 'is not a number of seconds, above 0 and up to 1e9' END
                 WHEN key = 'unique_states' THEN
                     CASE WHEN jsonb_typeof(value) <> 'array' OR value = '[]'
@@ -398,7 +398,7 @@ BEGIN
         NEW.options := nullif(o, '{}');
         NEW.order_key := o ->> 'order_key';
         NEW.limit_key := o ->> 'limit_key';
-        NEW.after := nullif(ARRAY(SELECT jsonb_array_elements_text(o -> 'after')::bigint), '{}');
+        NEW.after := nullif(ARRAY(SELECT jsonb_array_elements(o -> 'after')::bigint), '{}');
         NEW.tracked := NEW.order_key IS NOT NULL OR NEW.limit_key IS NOT NULL;
         wrong := CASE
             WHEN o ?| '{unique_states,unique_for,on_conflict}' AND NOT o ? 'unique_key'
@@ -592,8 +592,8 @@ BEGIN
         GET DIAGNOSTICS room = ROW_COUNT;
         RETURN room;
     END IF;
-    SELECT (t.options ->> 'limit_running')::integer AS limit_running, (t.options ->> 'limit_rate')::integer AS limit_rate,
-           (t.options ->> 'limit_seconds')::float8 AS limit_seconds
+    SELECT (t.options -> 'limit_running')::integer AS limit_running, (t.options -> 'limit_rate')::integer AS limit_rate,
+           (t.options -> 'limit_seconds')::float8 AS limit_seconds
     INTO limits FROM notifyq.task t
     WHERE t.waits_at = key AND t.aside AND NOT EXISTS (SELECT FROM notifyq.queue q WHERE q.name = t.queue AND q.paused)
     ORDER BY t.priority DESC, t.id LIMIT 1;
@@ -683,8 +683,8 @@ BEGIN
     moment := clock_timestamp();
     WITH mine AS MATERIALIZED (
         SELECT t.id, t.priority, t.queue, t.order_key, t.limit_key, t.waits_at,
-               (t.options ->> 'limit_running')::integer AS limit_running, (t.options ->> 'limit_rate')::integer AS limit_rate,
-               (t.options ->> 'limit_seconds')::float8 AS limit_seconds
+               (t.options -> 'limit_running')::integer AS limit_running, (t.options -> 'limit_rate')::integer AS limit_rate,
+               (t.options -> 'limit_seconds')::float8 AS limit_seconds
         FROM unnest(admit.ids, admit.attempts) AS o (id, attempt)
         JOIN notifyq.task t ON t.id = ANY (ARRAY[o.id])
         WHERE t.worker IS NOT DISTINCT FROM admit.worker AND t.attempts = o.attempt

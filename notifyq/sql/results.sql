@@ -2,7 +2,7 @@
 -- once more, only the id.
 SELECT a.id, f.type, f.state, f.result, f.errors -> -1 ->> 'error' AS error
 FROM notifyq.task t
-CROSS JOIN jsonb_array_elements_text(t.options -> 'after') WITH ORDINALITY AS o (id, n)
+CROSS JOIN jsonb_array_elements(t.options -> 'after') WITH ORDINALITY AS o (id, n)
 CROSS JOIN LATERAL (SELECT o.id::bigint) AS a (id)
 LEFT JOIN notifyq.finished f ON f.id = ANY (ARRAY[a.id])
 WHERE t.id = $1::bigint
