@@ -592,9 +592,7 @@ BEGIN
         GET DIAGNOSTICS room = ROW_COUNT;
         RETURN room;
     END IF;
-    SELECT (t.options -> 'limit_running')::integer AS limit_running, (t.options -> 'limit_rate')::integer AS limit_rate,
-           (t.options -> 'limit_seconds')::float8 AS limit_seconds
-    INTO limits FROM notifyq.task t
+    SELECT l.* INTO limits FROM notifyq.task t CROSS JOIN LATERAL notifyq.limits(t.options) AS l
     WHERE t.waits_at = key AND t.aside AND NOT EXISTS (SELECT FROM notifyq.queue q WHERE q.name = t.queue AND q.paused)
     ORDER BY t.priority DESC, t.id LIMIT 1;
     IF NOT FOUND THEN
@@ -642,6 +640,14 @@ BEGIN
     RETURN room;
 END $$;
 
+-- What a task's options say of its limit_key. A person's UPDATE may have made anything of them, and nobody's claim may fail of it.
+CREATE FUNCTION notifyq.limits(options jsonb) RETURNS TABLE (limit_running integer, limit_rate integer, limit_seconds float8)
+    LANGUAGE sql IMMUTABLE ROWS 1 BEGIN ATOMIC
+    SELECT jsonb_path_query_first($1, '$.limit_running ? (@ >= 1 && @ <= 2147483647)')::integer,
+           jsonb_path_query_first($1, '$.limit_rate ? (@ >= 1 && @ <= 2147483647)')::integer,
+           jsonb_path_query_first($1, '$.limit_seconds ? (@ > 0 && @ <= 1000000000 && @.double() > 0)')::float8;
+END;
+
 -- How many slots of a key are kept for granted tasks, those of `ids` aside.
 CREATE FUNCTION notifyq.kept(key text, moment timestamptz, ids bigint[]) RETURNS integer LANGUAGE sql STABLE BEGIN ATOMIC
     SELECT count(*)::integer FROM notifyq.task t
@@ -682,11 +688,10 @@ BEGIN
     SELECT a.waiting, a.cancelled INTO waiting, cancelled FROM notifyq.await_tasks(admit.worker, admit.ids, admit.attempts) AS a;
     moment := clock_timestamp();
     WITH mine AS MATERIALIZED (
-        SELECT t.id, t.priority, t.queue, t.order_key, t.limit_key, t.waits_at,
-               (t.options -> 'limit_running')::integer AS limit_running, (t.options -> 'limit_rate')::integer AS limit_rate,
-               (t.options -> 'limit_seconds')::float8 AS limit_seconds
+        SELECT t.id, t.priority, t.queue, t.order_key, t.limit_key, t.waits_at, l.limit_running, l.limit_rate, l.limit_seconds
         FROM unnest(admit.ids, admit.attempts) AS o (id, attempt)
         JOIN notifyq.task t ON t.id = ANY (ARRAY[o.id])
+        CROSS JOIN LATERAL notifyq.limits(t.options) AS l
         WHERE t.worker IS NOT DISTINCT FROM admit.worker AND t.attempts = o.attempt
           -- One that was locked when the others were asked what they wait for, and isn't now, was not asked.
           AND (t.after IS NULL OR t.id = ANY (waiting))
