@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import random
 import signal
@@ -11,6 +12,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import anyio
+import asyncpg
 import pytest
 
 import notifyq
@@ -111,8 +113,9 @@ async def test_a_rate(dsn: str, db: Any) -> None:
         began = time.monotonic()
         tasks = [bench.Job(key="a") for _ in range(18)]
         await db.execute(
-            """INSERT INTO notifyq.task (type, payload, limit_key, limit_rate, limit_seconds)
-               SELECT 'Job', '{"key": "a"}', 'a', 5, 0.5 FROM generate_series(1, $1::integer)""",
+            """INSERT INTO notifyq.task (type, payload, options)
+               SELECT 'Job', '{"key": "a"}', '{"limit_key": "a", "limit_rate": 5, "limit_seconds": 0.5}'
+               FROM generate_series(1, $1::integer)""",
             len(tasks),
         )
         await bench.ended.reach(18)
@@ -148,8 +151,8 @@ async def test_one_key_with_many_tasks_costs_each_a_few_writes(dsn: str, db: Any
 
 # --- Step by step
 
-ONE: dict[str, Any] = {"limit_key": "a", "limit_running": 1}
-RATE: dict[str, Any] = {"limit_key": "a", "limit_rate": 2, "limit_seconds": 3600}
+ONE = {"options": '{"limit_key": "a", "limit_running": 1}'}
+RATE = {"options": '{"limit_key": "a", "limit_rate": 2, "limit_seconds": 3600}'}
 
 
 @pytest.fixture
@@ -343,18 +346,78 @@ async def test_a_rate_when_the_time_has_come(db: Any, worker: int) -> None:
 async def test_each_goes_by_its_own_limit(db: Any, worker: int) -> None:
     """Of a key whose tasks don't agree: nobody is let in beyond its own."""
     for limit in (1, 3, 3, 2):
-        await verbs.insert(db, limit_key="a", limit_running=limit)
+        await verbs.insert(db, options=json.dumps({"limit_key": "a", "limit_running": limit}))
     assert [why for _, why in await admit(db, await verbs.claim(db, worker))] == [None, None, None, "limit"]
 
 
-async def test_odd_limits_fail_nobodys_claim(db: Any, worker: int) -> None:
-    """An INSERT that makes no sense is refused; an UPDATE may make a rate without its time, a limit without its key."""
-    await verbs.insert(db, limit_key="a" * 200, limit_running=2**31 - 1, limit_rate=2**31 - 1, limit_seconds=1e-300)
-    await verbs.insert(db, 2, limit_key="b", limit_rate=1, limit_seconds=1e9)
-    await verbs.insert(db, order_key="c" * 200)
-    await db.execute("UPDATE notifyq.task SET limit_seconds = NULL WHERE limit_key = 'b'")
-    await db.execute("UPDATE notifyq.task SET limit_running = 1, limit_rate = 1 WHERE limit_key IS NULL")
+@pytest.mark.parametrize(
+    ("limits", "most"),
+    [
+        ('"limit_running": 2147483647, "limit_rate": 2147483647, "limit_seconds": 1e-300', 4),
+        ('"limit_running": 3.0', 3),
+        ('"limit_rate": 30e-1, "limit_seconds": 1000000000.0', 3),
+        ('"limit_running": 3, "limit_rate": null, "limit_seconds": null, "order_key": null', 3),
+    ],
+)
+async def test_odd_limits(db: Any, worker: int, limits: str, most: int) -> None:
+    """They are in force, and fail nobody's claim."""
+    ids = await verbs.insert(db, 4, options=f'{{"limit_key": "{"a" * 200}", {limits}}}')
+    jobs = await verbs.claim(db, worker)
+    why = "limit" if "running" in limits else "rate"
+    assert await admit(db, jobs) == [(id, None if n < most else why) for n, id in enumerate(ids)]
+    assert await verbs.finish(db, jobs[:1]) == ids[:1]
+    assert await free(db) == (1 if why == "limit" and most < 4 else 0), "a rate has granted ahead"
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        "options - 'limit_seconds'",
+        """options || '{"limit_running": "many", "limit_rate": 1e400, "limit_seconds": [null]}'""",
+        """options || '{"limit_running": 0, "limit_rate": -1, "limit_seconds": 1e-400}'""",
+        "'[1]'",
+        "'7'",
+        "NULL",
+    ],
+)
+async def test_limits_that_an_update_has_made_odd(db: Any, worker: int, odd: str) -> None:
+    """A rate without its time, a limit without its key, what is no number: none is a limit, and none fails a claim."""
+    await verbs.insert(db, 2, options='{"order_key": "c"}')
+    await verbs.insert(db, 2, options='{"limit_key": "b", "limit_rate": 1, "limit_seconds": 1e9}')
+    await db.execute(f"UPDATE notifyq.task SET options = {odd} WHERE limit_key = 'b'")
+    without = """'{"order_key": 7, "limit_running": 1, "limit_rate": 1, "after": {}, "on_dead": 7}'"""
+    await db.execute(f"UPDATE notifyq.task SET options = {without}, order_key = id WHERE limit_key IS NULL")
     assert [why for _, why in await admit(db, await verbs.claim(db, worker))] == [None] * 4
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ('{"limit_key": "a"}', "limit_key goes with limit_running, limit_rate and limit_seconds, or both"),
+        ('{"limit_key": "a", "limit_running": null}', "limit_key goes with"),
+        ('{"limit_running": 1}', "limit_key goes with"),
+        ('{"limit_rate": 1, "limit_seconds": 1}', "limit_key goes with"),
+        ('{"limit_key": "a", "limit_rate": 1}', "limit_rate and limit_seconds go together"),
+        ('{"limit_key": "a", "limit_running": 1, "limit_seconds": 1}', "limit_rate and limit_seconds go together"),
+        ('{"limit_key": "", "limit_running": 1}', "limit_key is not a string of 1 to 200 characters"),
+        (f'{{"limit_key": "{"ä" * 201}", "limit_running": 1}}', "limit_key is not a string of 1 to 200 characters"),
+        ('{"limit_key": 5, "limit_running": 1}', "limit_key is not a string of 1 to 200 characters"),
+        ('{"order_key": ["a"]}', "order_key is not a string of 1 to 200 characters"),
+        ('{"limit_key": "a", "limit_running": 0}', "limit_running is not a whole number from 1 on"),
+        ('{"limit_key": "a", "limit_running": "1"}', "limit_running is not a whole number from 1 on"),
+        ('{"limit_key": "a", "limit_running": [1]}', "limit_running is not a whole number from 1 on"),
+        ('{"limit_key": "a", "limit_running": 2147483648}', "limit_running is not a whole number from 1 on"),
+        ('{"limit_key": "a", "limit_rate": 1.5, "limit_seconds": 1}', "limit_rate is not a whole number from 1 on"),
+        ('{"limit_key": "a", "limit_rate": 1, "limit_seconds": 0}', "limit_seconds is not a number of seconds"),
+        ('{"limit_key": "a", "limit_rate": 1, "limit_seconds": 1e-400}', "limit_seconds is not a number of seconds"),
+        ('{"limit_key": "a", "limit_rate": 1, "limit_seconds": 1e10}', "limit_seconds is not a number of seconds"),
+        ('{"limit_key": "a", "limit": 1}', "limit is none of the options, which are unique_key"),
+        ('["limit_key"]', "options is not an object"),
+    ],
+)
+async def test_limits_that_are_refused(db: Any, options: str, message: str) -> None:
+    with pytest.raises(asyncpg.CheckViolationError, match=f"^notifyq.task: {message}"):
+        await verbs.insert(db, options=options)
 
 
 # --- Processes
@@ -414,10 +477,10 @@ async def test_killed_at_random(spawn: Spawn, db: Any) -> None:
            CREATE TRIGGER note AFTER INSERT ON notifyq.started FOR EACH ROW EXECUTE FUNCTION note();
            SELECT notifyq.limit_queue('narrow', 2, 10, 0.5)"""
     )
-    insert = """INSERT INTO notifyq.task (type, payload, queue, priority, limit_key, limit_running, limit_rate,
-                                          limit_seconds, order_key)
-                SELECT 'Step', '{"seconds": 0.15, "fails": 0.1}', queue, (random() * 2)::integer, limit_key, running,
-                       rate, CASE WHEN rate > 0 THEN 0.5 END, order_key
+    insert = """INSERT INTO notifyq.task (type, payload, queue, priority, options)
+                SELECT 'Step', '{"seconds": 0.15, "fails": 0.1}', queue, (random() * 2)::integer,
+                       jsonb_build_object('limit_key', limit_key, 'limit_running', running, 'limit_rate', rate,
+                                          'limit_seconds', CASE WHEN rate > 0 THEN 0.5 END, 'order_key', order_key)
                 FROM (VALUES ('default', 'one', 1, NULL, NULL), ('default', 'three', 3, NULL, 'mixed'),
                              ('default', 'rate', NULL, 8, NULL), ('default', NULL, NULL, NULL, 'order'),
                              ('narrow', 'three', 3, NULL, NULL), ('narrow', NULL, NULL, NULL, NULL),
@@ -447,7 +510,8 @@ async def test_killed_at_random(spawn: Spawn, db: Any) -> None:
     done = {
         row["id"]: row
         for row in await db.fetch(
-            "SELECT id, state, queue, limit_key, coalesce(order_key, '') AS order_key FROM notifyq.finished"
+            """SELECT id, state, queue, options ->> 'limit_key' AS limit_key, options ->> 'order_key' AS order_key
+               FROM notifyq.finished"""
         )
     }
     assert {row["state"] for row in done.values()} == {"done"}

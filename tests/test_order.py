@@ -15,6 +15,8 @@ from .conftest import Seen, eventually, working
 from .steps import steps
 from .verbs import admit, free
 
+ORDER = {"options": '{"order_key": "a"}'}
+
 
 async def test_one_at_a_time_in_the_order_of_ids(dsn: str, db: Any) -> None:
     """However many workers, priorities and keys; what has no key goes by."""
@@ -54,7 +56,7 @@ async def worker(db: Any) -> int:
 
 async def test_a_retry_holds_back_what_follows(db: Any, worker: int) -> None:
     """Until it has ended, however long that takes: the order is the point."""
-    first, second = await verbs.insert(db, 2, order_key="a")
+    first, second = await verbs.insert(db, 2, **ORDER)
     jobs = await verbs.claim(db, worker)
     assert await admit(db, jobs) == [(first, None), (second, "order")]
     assert await verbs.later(db, jobs[:1], 3600.0) == [first]
@@ -69,8 +71,8 @@ async def test_a_retry_holds_back_what_follows(db: Any, worker: int) -> None:
 
 async def test_what_is_scheduled_holds_back_nobody_until_its_time(db: Any, worker: int) -> None:
     in_an_hour = datetime.now(UTC) + timedelta(hours=1)
-    [future] = await verbs.insert(db, order_key="a", run_at=in_an_hour)
-    first, second = await verbs.insert(db, 2, order_key="a")
+    [future] = await verbs.insert(db, **ORDER, run_at=in_an_hour)
+    first, second = await verbs.insert(db, 2, **ORDER)
     jobs = await verbs.claim(db, worker)
     assert await admit(db, jobs) == [(first, None), (second, "order")]
     assert await verbs.retry(db, future)  # now
@@ -83,7 +85,7 @@ async def test_what_is_scheduled_holds_back_nobody_until_its_time(db: Any, worke
 
 @pytest.mark.parametrize("how", ["cancelled", "deleted", "handed back", "set aside"])
 async def test_what_happens_to_the_first(db: Any, worker: int, how: str) -> None:
-    first, second = await verbs.insert(db, 2, order_key="a")
+    first, second = await verbs.insert(db, 2, **ORDER)
     jobs = await verbs.claim(db, worker)
     assert await admit(db, jobs) == [(first, None), (second, "order")]
     match how:
@@ -110,8 +112,8 @@ async def test_a_lower_id_that_is_seen_late(dsn: str) -> None:
         late, worker = await s.session("late"), await s.worker("claims")
         id = await verbs.register(s.db)
         await late("BEGIN")
-        [first] = await late(verbs.insert, order_key="a")
-        [second] = await verbs.insert(s.db, order_key="a")
+        [first] = await late(verbs.insert, **ORDER)
+        [second] = await verbs.insert(s.db, **ORDER)
         running = await worker(verbs.claim, id)
         assert await worker(admit, running) == [(second, None)]
         await late("COMMIT")
@@ -126,7 +128,7 @@ async def test_claims_of_two_workers(dsn: str) -> None:
     async with steps(dsn) as s:
         a, b = await s.worker("claims a"), await s.worker("claims b")
         one, two = await verbs.register(s.db), await verbs.register(s.db)
-        first, second, third = await verbs.insert(s.db, 3, order_key="a")
+        first, second, third = await verbs.insert(s.db, 3, **ORDER)
         earlier = await a(verbs.claim, one, 1)
         later = await b(verbs.claim, two)
         assert await b(admit, later) == [(second, "order"), (third, "order")]

@@ -14,7 +14,7 @@ from notifyq.testing import drain
 
 from . import verbs
 from .conftest import eventually, working
-from .test_limits import Bench, idle
+from .test_limits import ONE, Bench, idle
 
 
 async def test_paused_and_resumed(dsn: str, db: Any) -> None:
@@ -108,7 +108,7 @@ async def test_draining_leaves_a_paused_queue_alone(dsn: str, db: Any) -> None:
     bench = Bench()
     await db.execute("SELECT notifyq.pause('mail')")
     worker = await verbs.register(db)
-    await verbs.insert(db, type="Job", queue="default", limit_key="a", limit_running=1, payload='{"key": "a"}')
+    await verbs.insert(db, type="Job", queue="default", payload='{"key": "a"}', **ONE)
     [held] = await verbs.claim(db, worker)
     await db.execute("SELECT notifyq.admit($1, ARRAY[$2::bigint], ARRAY[$3::smallint])", worker, held.id, held.attempt)
     async with bench.app.connect(dsn) as app:

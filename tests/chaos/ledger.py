@@ -35,7 +35,7 @@ BEGIN
     VALUES (left(TG_OP, 1), r.id, o.worker, o.attempts, CASE WHEN TG_OP <> 'DELETE' THEN r.worker END, r.attempts,
             r.run_at, r.aside, r.queue, r.type, r.payload ->> 'n',
             CASE WHEN TG_OP = 'UPDATE' AND r.errors IS DISTINCT FROM o.errors THEN r.errors -> -1 ->> 'error' END,
-            r.limit_key, r.limit_running, r.order_key);
+            r.limit_key, (r.options ->> 'limit_running')::integer, r.order_key);
     RETURN NULL;
 END $$;
 CREATE FUNCTION chaos.finished() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER AS $$
