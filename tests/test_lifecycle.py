@@ -364,6 +364,40 @@ async def test_a_failing_task_is_tried_again_until_it_is_dead(bench: Bench, db: 
     assert all("test_lifecycle.py" in error["traceback"] and error["at"] for error in kept)
 
 
+@pytest.mark.parametrize("most", [0, -5])
+async def test_below_one_is_one_attempt(bench: Bench, db: Any, dsn: str, most: int) -> None:
+    """Of an INSERT: it runs once, and its first failure is its last."""
+    insert = "INSERT INTO notifyq.task (type, max_attempts) VALUES ($1, $2) RETURNING id"
+    async with working(bench.app, dsn):
+        bad, good = [await db.fetchval(insert, type, most) for type in ("Fail", "Note")]
+        row = await ended(db, bad, "dead")
+        await ended(db, good, "done")
+    assert (row["attempts"], row["max_attempts"], row["error"]) == (1, most, "ValueError: no luck")
+    assert len(await errors(db, bad)) == 1
+    assert len(bench.seen.items) == 2
+
+
+async def test_a_type_that_nobody_can_have(bench: Bench, db: Any, dsn: str, logged: Any) -> None:
+    """Longer than a type may be, it is dead, and kept whole. One that somebody may know one day is set aside."""
+    insert = "INSERT INTO notifyq.task (type) VALUES (repeat($1, $2)) RETURNING id"
+    long = {length: await db.fetchval(insert, "\U0001f600", length) for length in (201, 1_000_000)}
+    unknown, good = await db.fetchval(insert, "\U0001f600", 200), await db.fetchval(insert, "Note", 1)
+    async with working(bench.app, dsn) as worker:
+        for id in long.values():
+            row = await ended(db, id, "dead")
+            assert (row["attempts"], row["worker"]) == (1, worker.info.name)
+            assert row["error"] == "its type is longer than 200 characters"
+        await ended(db, good, "done")
+        aside = "SELECT aside AND worker IS NULL AND attempts = 0 FROM notifyq.task WHERE id = $1"
+        await eventually(lambda: db.fetchval(aside, unknown))
+    for length, id in long.items():
+        assert await db.fetchval("SELECT length(type) FROM notifyq.all_tasks WHERE id = $1", id) == length
+    told = logged("task dead")
+    assert sorted(fields["id"] for fields in told) == sorted(long.values())
+    assert {fields["type"] for fields in told} == {"\U0001f600" * 40 + "..."}
+    assert bench.seen.items == [""]
+
+
 def test_backoff_is_exponential_with_full_jitter() -> None:
     assert [ceiling_seconds(n, 2.0) for n in (1, 2, 3, 4, 5)] == [2, 4, 8, 16, 32]
     assert ceiling_seconds(32767, 2.0) == ceiling_seconds(12, 2.0) == 3600

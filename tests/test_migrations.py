@@ -356,7 +356,7 @@ async def rights(conn: Any) -> set[tuple[str, ...]]:
 
 
 async def test_functions_of_theirs_that_call_ours_go_on(conn: Any) -> None:
-    """notifyq.enqueue has new parameters, so it is another function. Theirs keeps the one it was made with."""
+    """notifyq.enqueue has a new parameter, so it is another function. Theirs keeps the one it was made with."""
     await install(conn, 1)
     await conn.execute(
         "CREATE FUNCTION theirs() RETURNS bigint LANGUAGE sql"
@@ -365,7 +365,7 @@ async def test_functions_of_theirs_that_call_ours_go_on(conn: Any) -> None:
     )
     await schema.migrate(conn)
     assert await conn.fetchval("SELECT theirs()") == 1
-    assert await conn.fetchval("SELECT notifyq.enqueue('T', order_key => 'a')") == 2
+    assert await conn.fetchval("""SELECT notifyq.enqueue('T', options => '{"order_key": "a"}')""") == 2
     assert await conn.fetch("SELECT * FROM public.also") == [(1, "ready"), (2, "ready")]
 
 

@@ -160,10 +160,7 @@ CONTRACT = {
     "waits_for": "text",
     "progress": "real",
     "note": "text",
-    "unique_key": "text",
-    "order_key": "text",
-    "limit_key": "text",
-    "after": "bigint[]",
+    "options": "jsonb",
 }
 
 
@@ -287,9 +284,9 @@ async def test_enqueue_takes_names_and_positions(conn: Any) -> None:
         ("'T', NULL", 'null value in column "payload"'),
         ("'T', queue => NULL", 'null value in column "queue"'),
         ("'T', priority => 40000", "smallint out of range"),
-        ("'T', max_attempts => 0", "max_attempts_from_1"),
+        ("'T', max_attempts => 40000", "smallint out of range"),
         ("'T', '{nope'", "invalid input syntax for type json"),
-        ("repeat('x', 201)", "names_up_to_200_characters"),
+        ("'T', options => '{\"prio\": 1}'", "notifyq.task: prio is none of the options, which are unique_key, "),
     ],
 )
 async def test_enqueue_refuses(conn: Any, arguments: str, message: str) -> None:
@@ -360,6 +357,15 @@ SAMPLES = {
         "enqueuer",
         "worker",
     },
+    "SELECT notifyq.enqueue('T', options => '{\"order_key\": \"a\"}')": {"enqueuer", "worker"},
+    "INSERT INTO notifyq.task (type, options) VALUES ('T', '{\"order_key\": \"a\"}') RETURNING id": {
+        "enqueuer",
+        "worker",
+    },
+    "INSERT INTO notifyq.task (type, options) VALUES ('T', '{\"unique_key\": \"a\"}')": {"worker"},
+    "INSERT INTO notifyq.task (type, order_key) VALUES ('T', 'a')": {"worker"},
+    "INSERT INTO notifyq.task (type, limit_key) VALUES ('T', 'a')": {"worker"},
+    "INSERT INTO notifyq.task (type, after) VALUES ('T', '{1}')": {"worker"},
     "INSERT INTO notifyq.task (type, worker) VALUES ('T', 1)": {"worker"},
     "INSERT INTO notifyq.task (type, aside) VALUES ('T', true)": {"worker"},
     "INSERT INTO notifyq.task (type, created_at) VALUES ('T', now())": {"worker"},
@@ -419,7 +425,33 @@ async def test_what_each_role_may(as_role: Any, role: str) -> None:
         await transaction.rollback()
 
 
-FOR_ALL = {"enqueue", "enqueue_many", "became", "evict", "end_claims", "turn_stolen", "lock_holder", "enqueue_unique"}
+ENQUEUES: dict[str, list[Any]] = {
+    "enqueue": ["T", "{}"],
+    "enqueue_many": [["T"] * 2, ["{}"] * 2],
+    "enqueue_then": [["T"] * 3, ["{}"] * 3],
+}
+FOR_ALL = {*ENQUEUES, "became", "evict", "end_claims", "turn_stolen", "lock_holder", "enqueue_unique"}
+
+
+@pytest.mark.parametrize("options", [None, '{"order_key": "a"}'], ids=["plain", "ordered"])
+@pytest.mark.parametrize("name", ENQUEUES)
+async def test_an_enqueuer_may_run_its_own_statements(as_role: Any, name: str, options: str | None) -> None:
+    """With no more than the GRANTs of "may enqueue": a plain task, one with options, many, a group."""
+    conn, worker = await as_role("enqueuer"), await as_role("worker")
+    rest = ["cancel"] if name == "enqueue_then" else []
+    async with conn.transaction():
+        rows = await conn.fetch(SQL[name], *ENQUEUES[name], "q", None, None, 0, None, options, *rest)
+    ids = [row["id"] for row in rows]
+    if name == "enqueue_then":
+        [last], ids = ids, [*rows[0]["after"], *ids]
+        waits = await worker.fetchrow(
+            "SELECT after, options ->> 'on_dead', order_key FROM notifyq.task WHERE id = $1", last
+        )
+        assert tuple(waits) == (ids[:-1], "cancel", None)
+        ids.pop()
+    assert len(ids) == (1 if name == "enqueue" else 2)
+    keys = await worker.fetch("SELECT order_key FROM notifyq.task WHERE id = ANY ($1::bigint[])", ids)
+    assert [row[0] for row in keys] == [options and "a"] * len(ids)
 
 
 @pytest.mark.parametrize("name", sorted(set(SQL) - FOR_ALL))

@@ -70,28 +70,13 @@ STATEMENTS = {
         "task_pkey task_ready task_scheduled",
     ),
     "end_claims": Statement("int4", "coalesce:bool", ""),
-    "enqueue": Statement(
-        "text text text float8 timestamptz int2 int2 text text int4 int4 float8 int8[] text", "id:int8", ""
-    ),
-    "enqueue_many": Statement(
-        "text[] text[] text float8 timestamptz int2 int2 text text int4 int4 float8 int8[] text", "id:int8", ""
-    ),
-    "enqueue_then": Statement(
-        "text[] text[] text float8 timestamptz int2 int2 text text int4 int4 float8 int8[] text",
-        "id:int8 after:int8[]",
-        "",
-    ),
+    "enqueue": Statement("text text text float8 timestamptz int2 int2 text", "id:int8", ""),
+    "enqueue_many": Statement("text[] text[] text float8 timestamptz int2 int2 text", "id:int8", ""),
+    "enqueue_then": Statement("text[] text[] text float8 timestamptz int2 int2 text text", "id:int8 after:int8[]", ""),
     "enqueue_many_unique": Statement(
-        "text[] text[] text float8 timestamptz int2 int2 text text int4 int4 float8 int8[] text "
-        "text[] text[] float8[] text[]",
-        "id:int8 key:text existed:bool",
-        "",
+        "text[] text[] text float8 timestamptz int2 int2 text[]", "id:int8 key:text existed:bool", ""
     ),
-    "enqueue_unique": Statement(
-        "text text text float8 timestamptz int2 int2 text text int4 int4 float8 int8[] text text text[] float8 text",
-        "id:int8 existed:bool",
-        "",
-    ),
+    "enqueue_unique": Statement("text text text float8 timestamptz int2 int2 text", "id:int8 existed:bool", ""),
     "enqueued": Statement(
         "text",
         "id:int8 queue:text state:text priority:int2 run_at:timestamptz payload:text delay:float8",
@@ -403,7 +388,7 @@ async def test_what_people_call_is_looked_up_too(sessions: dict[str, Any], momen
 async def test_a_unique_task_looks_up_one(sessions: dict[str, Any], moment: str) -> None:
     """Enqueued and kept, on an ordinary connection, with three million rows around it."""
     conn = sessions[f"person, {moment}"]
-    query = "SELECT notifyq.enqueue('Known', unique_key => 'k')"
+    query = """SELECT notifyq.enqueue('Known', options => '{"unique_key": "k"}')"""
     async with rolled_back(conn, moment):
         id, first = await touched(conn, lambda: conn.fetchval(query))
         again, second = await touched(conn, lambda: conn.fetchval(query))
@@ -614,11 +599,26 @@ async def test_hostile_names_of_queues_and_types(worker: Any, name: str) -> None
     assert await worker.fetchval("SELECT count(*) FROM notifyq.all_tasks WHERE queue = $1 AND type = $1", name) == 2
 
 
-@pytest.mark.parametrize("column", ["queue", "type"])
-async def test_a_name_of_201_characters_is_refused(worker: Any, column: str) -> None:
-    columns: dict[str, Any] = {column: "x" * 201}
-    with pytest.raises(asyncpg.CheckViolationError):
-        await insert(worker, **columns)
+@pytest.mark.parametrize("length", [201, 1_000_000])
+async def test_a_type_that_is_too_long_to_be_one_is_claimed_cut(worker: Any, length: int) -> None:
+    """201 characters of it tell that it is, and are all that a worker has to hold. The row keeps it whole."""
+    me = await register(worker)
+    (id,) = await insert(worker, type="x" * length)
+    for onward in (None, store.Onward(["default"], [0], [id])):
+        (job,) = await store.claim(worker, me, {"default": 9}, 9, onward=onward)
+        assert (job.id, job.type) == (id, "x" * 201)
+        assert len(await worker.fetch(SQL["hand_back"], me, [id], [1])) == 1
+    assert await worker.fetchval("SELECT length(type) FROM notifyq.task WHERE id = $1", id) == length
+
+
+async def test_a_queue_of_201_characters_is_nobodys(worker: Any) -> None:
+    """No worker can be given it (test_config). It is in nobody's way, and a person sees it and can cancel it."""
+    me = await register(worker)
+    (id,) = await insert(worker, queue="x" * 201)
+    (good,) = await insert(worker)
+    assert [job.id for job in await store.claim(worker, me, {"default": 9}, 9)] == [good]
+    assert (await task(worker, id))["state"] == "ready"
+    assert await worker.fetchval("SELECT notifyq.cancel($1)", id)
 
 
 async def test_adopt_takes_only_what_is_aside_and_known(worker: Any) -> None:
@@ -892,6 +892,8 @@ async def test_rescue_counts_as_an_attempt_and_says_why(worker: Any) -> None:
         ({"attempts": 2}, 3, True),
         ({"attempts": 2, "max_attempts": 4}, 3, False),
         ({"attempts": 0, "max_attempts": 1}, 3, True),
+        ({"attempts": 0, "max_attempts": 0}, 3, True),
+        ({"attempts": 0, "max_attempts": -5}, 3, True),
         ({"attempts": 8, "type": "Strange"}, 3, False),
         ({"attempts": 9, "type": "Strange"}, 3, True),
     ],
@@ -1044,10 +1046,10 @@ RINGS: dict[str, tuple[Any, Callable[[Any, int, int], Any]]] = {
     "release": (True, lambda c, w, id: c.fetchval(SQL["release"], w)),
     "rescue": (True, lambda c, w, id: c.fetchrow(SQL["rescue"], w, 9)),
     "insert": (True, lambda c, w, id: insert(c)),
-    "enqueue": (True, lambda c, w, id: c.fetch(SQL["enqueue"], "T", "{}", *Options.check(queue="q").values)),
+    "enqueue": (True, lambda c, w, id: c.fetch(SQL["enqueue"], "T", "{}", *Options.check(queue="q").values, None)),
     "enqueue_many": (
         True,
-        lambda c, w, id: c.fetch(SQL["enqueue_many"], ["T"], ["{}"], *Options.check(queue="q").values),
+        lambda c, w, id: c.fetch(SQL["enqueue_many"], ["T"], ["{}"], *Options.check(queue="q").values, None),
     ),
     "echo": ("hello", lambda c, w, id: c.fetchrow(SQL["due"], [], [], 9, "hello", None)),
 }
