@@ -927,7 +927,7 @@ DECLARE
     cancelled bigint[];
 BEGIN
     WITH bad AS MATERIALIZED (
-        SELECT DISTINCT ON (t.id) t.id, 'task ' || f.id || ' (' || f.type || '), which it was to run after, '
+        SELECT DISTINCT ON (t.id) t.id, 'task ' || f.id || ' (' || left(f.type, 200) || '), which it was to run after, '
                                   || CASE f.state WHEN 'dead' THEN 'is dead' ELSE 'was cancelled' END AS error
         FROM notifyq.task t
         CROSS JOIN unnest(t.after) AS a (id)

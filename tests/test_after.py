@@ -301,6 +301,20 @@ async def test_a_chain_of_a_hundred_is_cancelled(bench: Bench, db: Any, dsn: str
     assert not await db.fetchval(LEFT)
 
 
+async def test_one_of_a_type_that_is_too_long_fails(bench: Bench, db: Any, dsn: str) -> None:
+    """Those that wait for it are told of the type what a type may be."""
+    bad = await db.fetchval("INSERT INTO notifyq.task (type) SELECT repeat('x', 1000000) RETURNING id")
+    one = await bench.app.enqueue(Step("one"), after=[bad])
+    anyway = await bench.app.enqueue(Sum(), after=[bad], on_dead="run")
+    async with working(bench.app, dsn):
+        await ended(db, one.id, "cancelled")
+        await ended(db, anyway.id, "done")
+    [error] = await errors(db, one.id)
+    assert error["error"] == f"task {bad} ({'x' * 200}), which it was to run after, is dead"
+    why = "its type is longer than 200 characters"
+    assert bench.seen.items == [[f"task {bad} ({'x' * 200}) is dead: {why}"]]
+
+
 async def test_what_is_retried_waits_once_more_and_runs_whatever_became_of_the_others(
     bench: Bench, db: Any, dsn: str
 ) -> None:
