@@ -143,10 +143,11 @@ CREATE INDEX task_set_aside ON notifyq.task (type, queue, priority DESC, id)
 -- plain task is in any of them.
 CREATE INDEX task_admitted ON notifyq.task (limit_key, queue) WHERE admitted IS NOT NULL AND worker IS NOT NULL;
 CREATE INDEX task_parked ON notifyq.task (waits_at, aside, priority DESC, id) WHERE waits_at IS NOT NULL;
--- Its second column is 0 for who may be the next, the worker for who runs, null for who has no place in the order yet.
+-- Its second column is 0 for who may be the next, the worker for who runs, null for who has no place in the order yet. id + 0
+-- as above.
 CREATE INDEX task_order ON notifyq.task (
     order_key, (CASE WHEN attempts > 0 OR parked <> 'after' OR parked IS NULL AND (promoted OR run_at <= created_at)
-                THEN coalesce(worker, 0) END), id)
+                THEN coalesce(worker, 0) END), (id + 0))
     WHERE order_key IS NOT NULL;
 
 -- Outcomes. Appended, read by people, pruned by age; the hot path never looks here.
@@ -574,7 +575,7 @@ BEGIN
         WHERE t.order_key = name
           AND (CASE WHEN t.attempts > 0 OR t.parked <> 'after' OR t.parked IS NULL AND (t.promoted OR t.run_at <= t.created_at)
                THEN coalesce(t.worker, 0) END) = 0
-        ORDER BY t.id LIMIT 1;
+        ORDER BY t.id + 0 LIMIT 1;
         IF head.waits IS NOT TRUE OR EXISTS (
             SELECT FROM notifyq.task t
             WHERE t.order_key = name
@@ -708,7 +709,7 @@ BEGIN
             WHERE o.order_key = m.order_key
               AND (CASE WHEN o.attempts > 0 OR o.parked <> 'after' OR o.parked IS NULL AND (o.promoted OR o.run_at <= o.created_at)
                    THEN coalesce(o.worker, 0) END) = 0
-              AND o.id < m.id) THEN 'order' END AS why
+              AND o.id + 0 < m.id) THEN 'order' END AS why
         FROM mine m
     ), queues AS MATERIALIZED (
         SELECT q.name, q.limit_running, q.limit_rate, q.limit_seconds,
@@ -777,8 +778,8 @@ BEGIN
     SELECT array_agg(w.id), array_agg(w.parked) INTO judged_ids, judged_why FROM written w;
     DELETE FROM notifyq.started s WHERE s.key = ANY (keys) AND s.at < moment - make_interval(secs => s.seconds);
     FOREACH key IN ARRAY ARRAY(
-        SELECT k FROM unnest(keys) AS k
-        WHERE EXISTS (SELECT FROM notifyq.task t WHERE t.waits_at = k AND t.aside))
+        SELECT k FROM unnest(keys) AS k  -- not EXISTS, which may become a join with all that is parked
+        WHERE (SELECT true FROM notifyq.task t WHERE t.waits_at = k AND t.aside LIMIT 1))
     LOOP
         PERFORM notifyq.fill(key);
     END LOOP;
@@ -812,8 +813,8 @@ BEGIN
     END IF;
     PERFORM notifyq.lock_gates(keys);
     FOREACH key IN ARRAY ARRAY(
-        SELECT k FROM unnest(keys) AS k
-        WHERE EXISTS (SELECT FROM notifyq.task t WHERE t.waits_at = k AND t.aside))
+        SELECT k FROM unnest(keys) AS k  -- not EXISTS, which may become a join with all that is parked
+        WHERE (SELECT true FROM notifyq.task t WHERE t.waits_at = k AND t.aside LIMIT 1))
     LOOP
         ready := ready + notifyq.fill(key);
     END LOOP;

@@ -105,7 +105,7 @@ DROP INDEX CONCURRENTLY IF EXISTS notifyq.task_order;
 -- step: concurrently
 CREATE INDEX CONCURRENTLY task_order ON notifyq.task (
     order_key, (CASE WHEN attempts > 0 OR parked <> 'after' OR parked IS NULL AND (promoted OR run_at <= created_at)
-                THEN coalesce(worker, 0) END), id)
+                THEN coalesce(worker, 0) END), (id + 0))
     WHERE order_key IS NOT NULL;
 
 -- step: locks worker
