@@ -151,8 +151,8 @@ async def test_one_key_with_many_tasks_costs_each_a_few_writes(dsn: str, db: Any
 
 # --- Step by step
 
-ONE = {"options": '{"limit_key": "a", "limit_running": 1}'}
-RATE = {"options": '{"limit_key": "a", "limit_rate": 2, "limit_seconds": 3600}'}
+ONE: dict[str, Any] = {"options": '{"limit_key": "a", "limit_running": 1}'}
+RATE: dict[str, Any] = {"options": '{"limit_key": "a", "limit_rate": 2, "limit_seconds": 3600}'}
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from .steps import steps
 from .test_statements import MOMENTS, rolled_back, touched
 from .verbs import admit, free
 
-ORDER = {"options": '{"order_key": "a"}'}
+ORDER: dict[str, Any] = {"options": '{"order_key": "a"}'}
 
 
 async def test_one_at_a_time_in_the_order_of_ids(dsn: str, db: Any) -> None:
@@ -142,18 +142,16 @@ async def test_claims_of_two_workers(dsn: str) -> None:
 
 async def test_in_a_crowd_of_its_key(dsn: str, db: Any) -> None:
     """50,000, half of them scheduled, the others parked: who is judged, and who is let in next, is found in the index
-    by both of its columns, and not by reading all of the key's entries."""
-    id = await verbs.register(db)
-    [first] = await verbs.insert(db, **ORDER)
+    by all of its columns, and not by reading the key's entries, or all that is parked."""
+    id, first, second = await verbs.register(db), 25_001, 25_002
     await db.execute(
-        """INSERT INTO notifyq.task (type, run_at, options)
-           SELECT 'Known', now() + CASE WHEN i % 2 = 0 THEN interval '1 hour' ELSE '0' END, '{"order_key": "a"}'
-           FROM generate_series(1, 50000) AS i;
-           UPDATE notifyq.task SET aside = true, parked = 'order', waits_at = 'order:a'
-           WHERE id > 1 AND run_at <= created_at"""
+        f"""INSERT INTO notifyq.task (type, run_at, options)
+            SELECT 'Known', now() + CASE WHEN i < {first} THEN interval '1 hour' ELSE '0' END, '{{"order_key": "a"}}'
+            FROM generate_series(1, 50000) AS i;
+            UPDATE notifyq.task SET aside = true, parked = 'order', waits_at = 'order:a' WHERE id >= {second}"""
     )
     await db.execute("VACUUM (ANALYZE) notifyq.task")
-    [last] = await verbs.insert(db, **ORDER)
+    [last] = await verbs.insert(db, options='{"order_key": "a", "limit_key": "b", "limit_running": 1}')
     worker = await store.connect_worker(dsn, "test")
     for moment in MOMENTS:
         async with rolled_back(worker, moment):
@@ -163,9 +161,9 @@ async def test_in_a_crowd_of_its_key(dsn: str, db: Any) -> None:
             assert await verbs.finish(worker, jobs[:1]) == [first]
             ready, to_free = await touched(worker, lambda: free(worker))
             assert ready == 1
-            [second] = await verbs.claim(worker, id)
-            said, next_one = await touched(worker, lambda second=second: admit(worker, [second]))  # type: ignore[misc]
-            assert said == [(first + 1, None)]
+            jobs = await verbs.claim(worker, id)
+            said, next_one = await touched(worker, lambda jobs=jobs: admit(worker, jobs))  # type: ignore[misc]
+            assert said == [(second, None)]
             print(f"{moment}: {to_judge}, {to_free}, {next_one} entries and rows")
             assert max(to_judge, to_free, next_one) < 200
     worker.terminate()
