@@ -1157,7 +1157,7 @@ LEFT JOIN served s ON s.queue = k.name;
 --                 GRANT INSERT ON notifyq.bell TO r;  -- lets it lock, and the table takes no row. Without it: always rings
 --   with keys     GRANT SELECT, INSERT, UPDATE ON notifyq.unique_key TO r;  -- beside these, to enqueue unique tasks
 --                 GRANT SELECT (id, state) ON notifyq.all_tasks TO r;
---                 GRANT SELECT (worker), UPDATE (note) ON notifyq.task TO r;  -- UPDATE, to lock
+--                 GRANT SELECT (worker, options), UPDATE (note) ON notifyq.task TO r;  -- UPDATE, to lock
 --                 GRANT SELECT (aside, waits_at), UPDATE (type, payload, run_at, promoted) ON notifyq.task TO r;  -- to replace, move
 --   may read      GRANT USAGE ON SCHEMA notifyq TO r;
 --                 GRANT SELECT ON notifyq.all_tasks, notifyq.all_queues, notifyq.worker, notifyq.queue, notifyq.cron TO r;
