@@ -695,6 +695,9 @@ async def test_show(run: Run, dsn: str, db: Any) -> None:
     assert values["payload"] == '{"to": "a@b.c"}'
     assert said.out.endswith("    no such host\n    \\x1b[31m" + "x" * 100 + "\n")
     assert json.loads((await run(f"show {ids['dead']} --json", dsn=dsn)).out)["errors"][0] == {"error": "first"}
+    keyed = (await run("enqueue X --unique a\x1b --after", str(ids["dead"]), dsn=dsn)).out.strip()
+    options = f'{{"after": [{ids["dead"]}], "unique_key": "a\\u001b", "on_conflict": "keep"}}'
+    assert f"\noptions:       {options}\n" in (await run("show", keyed, dsn=dsn)).out
     said = await run("show 12345", dsn=dsn)
     assert (said.code, said.err) == (1, "notifyq: 12345: there is no such task; it may have been pruned\n")
 

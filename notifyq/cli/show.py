@@ -64,7 +64,7 @@ def _print(task: dict[str, Any]) -> None:
     hidden = {"progress": percent(task) or None, "note": None, "error": None, "errors": None}
     for name, value in {**task, **hidden}.items():
         if value is not None:
-            text = json.dumps(value, ensure_ascii=False) if name in ("payload", "result") else str(value)
+            text = json.dumps(value, ensure_ascii=False) if name in ("payload", "result", "options") else str(value)
             click.echo(f"{name.replace('_', ' ') + ':':<15}{plain(text)}")
     errors: list[dict[str, Any]] = task["errors"] or []
     for error in errors:
