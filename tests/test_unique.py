@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -17,7 +19,7 @@ import psycopg
 import pytest
 
 import notifyq
-from notifyq import store
+from notifyq import schema, store
 from notifyq.embedded import Server
 from notifyq.errors import ConfigError, DatabaseError
 from notifyq.store import SQL
@@ -28,10 +30,17 @@ from . import verbs
 from .conftest import Process, Seen, admin, empty, eventually, grants, working
 from .steps import Steps, steps
 
-TABLES = ("notifyq.task", "notifyq.finished", "notifyq.worker", "notifyq.unique_key")
+TABLES = (
+    *("notifyq.task", "notifyq.finished", "notifyq.worker", "notifyq.unique_key"),
+    *("notifyq.freed", "notifyq.dependency", "notifyq.started"),
+)
 WAITING: tuple[State, ...] = ("scheduled", "ready")
-KEYED = "INSERT INTO notifyq.task (type, unique_key) VALUES ('Known', 'k')"
-UNTIL_BEGUN = "INSERT INTO notifyq.task (type, unique_key, unique_states) VALUES ('Known', 'k', '{scheduled,ready}')"
+KEY = '{"unique_key": "k"}'
+KEYED = f"INSERT INTO notifyq.task (type, options) VALUES ('Known', '{KEY}')"
+UNTIL_BEGUN = """
+INSERT INTO notifyq.task (type, options)
+VALUES ('Known', '{"unique_key": "k", "unique_states": ["scheduled", "ready"]}')
+"""
 
 
 class Known(notifyq.Task):
@@ -74,8 +83,8 @@ async def put(db: Any, state: str, **columns: Any) -> int:
     """A task with the key 'k' that is in this state; its id."""
     late: dict[str, Any] = {"run_at": "2100-01-01"} if state == "scheduled" else {}
     if state in ("scheduled", "ready"):
-        return (await verbs.insert(db, unique_key="k", **columns, **late))[0]
-    [job] = await verbs.held(db, unique_key="k", **columns)
+        return (await verbs.insert(db, options=KEY, **columns, **late))[0]
+    [job] = await verbs.held(db, options=KEY, **columns)
     if state != "running":
         assert await verbs.finish(db, [job], state) == [job.id]
     return job.id
@@ -145,7 +154,7 @@ async def test_a_key_is_one_for_all_types_and_queues(app: notifyq.App) -> None:
 async def test_any_key(app: notifyq.App, db: Any, key: str) -> None:
     ref = await app.enqueue(Known(), unique=key)
     assert (await app.enqueue(Known(), unique=key)).id == ref.id
-    assert await db.fetchval("SELECT unique_key FROM notifyq.all_tasks") == key
+    assert await db.fetchval("SELECT options ->> 'unique_key' FROM notifyq.all_tasks") == key
 
 
 # --- On conflict
@@ -212,7 +221,7 @@ async def test_by_the_whole_payload(app: notifyq.App, db: Any) -> None:
     assert (await app.enqueue(Whole(user="a", more={"y": 2, "x": 1}))).id == ref.id
     assert not (await app.enqueue(Whole(user="a", more={"x": 1}))).existed
     assert not (await app.enqueue(Whole(user="a", more={"x": 1, "y": 2}), unique=False)).existed
-    key = await db.fetchval("SELECT unique_key FROM notifyq.task WHERE id = $1", ref.id)
+    key = await db.fetchval("SELECT options ->> 'unique_key' FROM notifyq.task WHERE id = $1", ref.id)
     assert key.startswith("WHOLE:")
     assert len(key) == len("WHOLE:") + DIGEST_LENGTH
 
@@ -317,60 +326,43 @@ async def count(db: Any) -> int:
     return n
 
 
+async def copy(db: Any, *keys: str) -> None:
+    records = [("Known", json.dumps({"unique_key": key}).encode()) for key in keys]
+    await db.copy_records_to_table("task", schema_name="notifyq", columns=["type", "options"], records=records)
+
+
 async def test_rows_of_one_statement(db: Any) -> None:
     """Several with one key are one task, and RETURNING has no row for those that were left out."""
     rows = await db.fetch(
-        "INSERT INTO notifyq.task (type, unique_key)"
-        " SELECT 'T', 'k' || i % 3 FROM generate_series(1, 9) AS i RETURNING id"
+        "INSERT INTO notifyq.task (type, options)"
+        " SELECT 'T', jsonb_build_object('unique_key', 'k' || i % 3) FROM generate_series(1, 9) AS i RETURNING id"
     )
     assert [row[0] for row in rows] == [1, 2, 3]
+    again = """INSERT INTO notifyq.task (type, options) VALUES ('T', '{"unique_key": "k0"}')"""
     for conflict in ("", "ON CONFLICT DO NOTHING"):
-        assert (
-            await db.fetch(f"INSERT INTO notifyq.task (type, unique_key) VALUES ('T', 'k0') {conflict} RETURNING id")
-            == []
-        )
+        assert await db.fetch(f"{again} {conflict} RETURNING id") == []
     assert await count(db) == 3
 
 
 async def test_copy(db: Any) -> None:
-    records = [("Known", f"k{n % 10}") for n in range(1000)]
-    await db.copy_records_to_table("task", schema_name="notifyq", columns=["type", "unique_key"], records=records)
-    assert await count(db) == 10
-    await db.copy_records_to_table("task", schema_name="notifyq", columns=["type", "unique_key"], records=records)
-    assert await count(db) == 10
+    for _ in range(2):
+        await copy(db, *(f"k{n % 10}" for n in range(1000)))
+        assert await count(db) == 10
 
 
 async def test_the_function(db: Any) -> None:
-    call = "SELECT notifyq.enqueue('Known', '{\"n\": 2}', unique_key => 'k'%s)"
-    assert await db.fetchval(call % "") == 1
-    assert await db.fetchval(call % "") == 1
-    assert await db.fetchval(call % ", on_conflict => 'move', run_at => '2100-01-01'") == 1
+    async def call(more: str = "", **options: Any) -> int:
+        query = f"SELECT notifyq.enqueue('Known', '{{\"n\": 2}}', options => $1::text::jsonb{more})"
+        id: int = await db.fetchval(query, json.dumps(options))
+        return id
+
+    assert await call(unique_key="k") == 1
+    assert await call(unique_key="k") == 1
+    assert await call(unique_key="k", on_conflict="move", more=", run_at => '2100-01-01'") == 1
     assert (await verbs_row(db, 1))["state"] == "scheduled"
-    new = await db.fetchval(call % ", unique_states => '{running}'")
+    new = await call(unique_key="k", unique_states=["running"])
     assert new != 1
-    assert await db.fetchval(call % ", unique_for => 60") == new
-    for more in ("unique_for => 60", "unique_states => '{ready}'", "on_conflict => 'move'"):
-        with pytest.raises(asyncpg.CheckViolationError, match="go with a unique_key"):
-            await db.fetchval(f"SELECT notifyq.enqueue('Known', {more})")
-
-
-@pytest.mark.parametrize(
-    ("columns", "values", "message"),
-    [
-        ("unique_key", "''", "unique_key is not of 1 to 200 characters"),
-        ("unique_key", "repeat('x', 201)", "unique_key is not of 1 to 200 characters"),
-        ("unique_key, unique_for", "'k', 0", "unique_for is not between 0 and 1e9"),
-        ("unique_key, unique_for", "'k', 'NaN'", "unique_for is not between 0 and 1e9"),
-        ("unique_key, unique_for", "'k', 'Infinity'", "unique_for is not between 0 and 1e9"),
-        ("unique_key, unique_states", "'k', '{}'", "unique_states is not of scheduled"),
-        ("unique_key, unique_states", "'k', '{ready,NULL}'", "unique_states is not of scheduled"),
-        ("unique_key, unique_states", "'k', '{done}'", "unique_states has done, dead or cancelled in it"),
-        ("unique_key, on_conflict", "'k', 'x'", "on_conflict is not keep, replace or move"),
-    ],
-)
-async def test_what_sql_refuses(db: Any, columns: str, values: str, message: str) -> None:
-    with pytest.raises(asyncpg.CheckViolationError, match=f"notifyq.task: {message}"):
-        await db.execute(f"INSERT INTO notifyq.task (type, {columns}) VALUES ('Known', {values})")
+    assert await call(unique_key="k", unique_for=60) == new
 
 
 async def test_plain_tasks_touch_no_key(app: notifyq.App, dsn: str, db: Any) -> None:
@@ -394,6 +386,180 @@ async def test_plain_tasks_touch_no_key(app: notifyq.App, dsn: str, db: Any) -> 
             await db.execute(KEYED)
     finally:
         await db.execute("ALTER TABLE notifyq.elsewhere RENAME TO unique_key")
+
+
+# --- What SQL refuses, and what it takes
+
+# Wrong values of each option, as JSON.
+NO_STRING = ("is not a string of 1 to 200 characters", ['""', f'"{"x" * 201}"', "7", "true", '["k"]', "{}"])
+NO_COUNT = (
+    "is not a whole number from 1 on",
+    ["0", "-1", "2.5", "0.99", "2147483648", "1e400", '"3"', "true", "[3]", "{}"],
+)
+NO_SECONDS = (
+    "is not a number of seconds, above 0 and up to 1e9",
+    ["0", "-1", "1e-400", "1000000001", "1e9000", '"60"', '"NaN"', '"Infinity"', '"1 hour"', "true", "[60]", "{}"],
+)
+WRONG: dict[str, list[tuple[str, list[str]]]] = {
+    "unique_key": [NO_STRING],
+    "order_key": [NO_STRING],
+    "limit_key": [NO_STRING],
+    "limit_running": [NO_COUNT],
+    "limit_rate": [NO_COUNT],
+    "limit_seconds": [NO_SECONDS],
+    "unique_for": [NO_SECONDS],
+    "unique_states": [
+        (
+            "is not an array of scheduled, ready, running, done, dead, cancelled",
+            [
+                *("[]", "{}", '{"ready": true}', '"ready"', '"{ready}"', "1", "true"),
+                *('["redy"]', '["ready", "READY"]', '["ready", null]', '["ready", 1]', '[["ready"]]'),
+            ],
+        )
+    ],
+    "on_conflict": [
+        ("is not keep, replace or move", ['"drop"', '""', '"KEEP"', "1", "false", '["keep"]', '{"keep": 1}'])
+    ],
+    "on_dead": [("is not cancel or run", ['"keep"', '""', "1", "true", '["run"]', "{}"])],
+    "after": [
+        ("is not an array of ids", ["7", '"7"', '"{7}"', "true", "{}", '{"7": 7}']),
+        ("has more than 10000 ids", [str([1] * 10001)]),
+        (
+            "has something in it that is no id",
+            ['["7"]', "[0]", "[-1]", "[1.5]", "[9223372036854775808]", "[null]", "[true]", "[[7]]", "[{}]"],
+        ),
+    ],
+}
+NONE_OF_THEM = (
+    "is none of the options, which are unique_key, unique_states, unique_for, on_conflict, order_key, limit_key, "
+    "limit_running, limit_rate, limit_seconds, after, on_dead"
+)
+ASK_FOR_KEY = "unique_states, unique_for and on_conflict go with a unique_key"
+ASK_FOR_LONG = "unique_states has done, dead or cancelled in it, and nothing says for how long: unique_for"
+PAIR = "limit_rate and limit_seconds go together: so many starts in so many seconds"
+WITH_LIMIT = "limit_key goes with limit_running, limit_rate and limit_seconds, or both"
+FUTURE = "after has an id that no task has yet"
+REFUSED: list[tuple[str, str]] = [
+    *((text, "options is not an object") for text in ("[]", '[{"order_key": "k"}]', '"k"', '"{}"', "7", "true")),
+    *(
+        (f'{{"{name}": {value}}}', f"{name} {message}")
+        for name, cases in WRONG.items()
+        for message, values in cases
+        for value in values
+    ),
+    *(
+        (f'{{"{name}": 1}}', f"{name} {NONE_OF_THEM}")
+        for name in ("uniqe_key", "Unique_key", "unique_key ", "", "limit")
+    ),
+    ('{"payload": {"x": null}}', f"payload {NONE_OF_THEM}"),
+    # The first by its name, whatever the order in which they were written.
+    ('{"unique_key": 7, "on_dead": 7, "after": 7}', "after is not an array of ids"),
+    # What is right by itself, and not without another.
+    ('{"unique_for": 60}', ASK_FOR_KEY),
+    ('{"unique_states": ["ready"]}', ASK_FOR_KEY),
+    ('{"on_conflict": "move"}', ASK_FOR_KEY),
+    ('{"on_conflict": "keep", "unique_key": null}', ASK_FOR_KEY),
+    ('{"unique_key": "k", "unique_states": ["ready", "done"]}', ASK_FOR_LONG),
+    ('{"unique_key": "k", "unique_states": ["dead"], "unique_for": null}', ASK_FOR_LONG),
+    ('{"unique_key": "k", "unique_states": ["cancelled"]}', ASK_FOR_LONG),
+    ('{"limit_key": "k", "limit_rate": 1}', PAIR),
+    ('{"limit_key": "k", "limit_running": 1, "limit_seconds": 1}', PAIR),
+    ('{"limit_key": "k"}', WITH_LIMIT),
+    ('{"limit_key": "k", "limit_running": null}', WITH_LIMIT),
+    ('{"limit_running": 1}', WITH_LIMIT),
+    ('{"limit_rate": 1, "limit_seconds": 1}', WITH_LIMIT),
+    ('{"on_dead": "run"}', "on_dead goes with after"),
+    ('{"on_dead": "cancel", "after": null}', "on_dead goes with after"),
+    ('{"after": [1000000]}', FUTURE),
+    ('{"after": [1, 9223372036854775807]}', FUTURE),
+]
+INSERT = "INSERT INTO notifyq.task (type, options) VALUES ('Known', $1::text::jsonb) RETURNING id"
+
+
+@pytest.mark.parametrize(("options", "message"), REFUSED, ids=lambda text: text[:40])
+async def test_what_sql_refuses(db: Any, options: str, message: str) -> None:
+    """Whichever way it comes, with an error that says which option it is, and nothing of it stays."""
+
+    async def by_copy(text: str) -> None:
+        records = [("Known", b"{}"), ("Known", text.encode())]
+        await db.copy_records_to_table("task", schema_name="notifyq", columns=["type", "options"], records=records)
+
+    for send in (
+        lambda text: db.fetchval(INSERT, text),
+        lambda text: db.fetchval("SELECT notifyq.enqueue('Known', options => $1::text::jsonb)", text),
+        by_copy,
+    ):
+        with pytest.raises(asyncpg.CheckViolationError) as caught:
+            await send(options)
+        assert (caught.value.sqlstate, str(caught.value)) == ("23514", f"notifyq.task: {message}")
+    assert await count(db) == 0 == await db.fetchval("SELECT count(*) FROM notifyq.unique_key")
+
+
+def test_each_message_has_a_case() -> None:
+    """Those of notifyq.given(), as schema.sql has them."""
+    _, _, text = schema.schema_sql().partition("CREATE FUNCTION notifyq.given()")
+    text = re.sub(r"'\s*\n\s*'", "", text.partition("CREATE TRIGGER given")[0])
+    said = re.findall(r"(?:THEN|ELSE)\s+'([^']* [^']*)'", text)
+    assert len(said) == 17
+    assert [words for words in said if not any(message.endswith(words) for _, message in REFUSED)] == []
+    named = re.findall(r"'(\w+)'", " ".join(re.findall(r"WHEN key (?:=|IN) (.*) THEN", text)))
+    assert sorted(named) == sorted(WRONG)
+
+
+@pytest.mark.parametrize(
+    ("options", "kept"),
+    [
+        ("null", None),
+        ("{}", None),
+        ('{"order_key": null, "after": null, "unique_key": null, "anything": null}', None),
+        ('{"limit_key": null, "limit_running": null, "order_key": "o"}', {"order_key": "o"}),
+        ('{"unique_key": "k", "unique_for": null, "unique_states": null, "on_conflict": null}', {"unique_key": "k"}),
+        ('{"unique_key": "k", "on_dead": null}', {"unique_key": "k"}),
+        (json.dumps({"order_key": "\U0001f600" * 200}), {"order_key": "\U0001f600" * 200}),
+        ('{"after": []}', {"after": []}),
+        ('{"after": [], "on_dead": "run"}', {"after": [], "on_dead": "run"}),
+        (
+            '{"limit_key": "l", "limit_running": 2147483647, "limit_rate": 2147483647, "limit_seconds": 1e9}',
+            {"limit_key": "l", "limit_running": 2147483647, "limit_rate": 2147483647, "limit_seconds": 1e9},
+        ),
+        (
+            '{"limit_key": "l", "limit_rate": 1, "limit_seconds": 1e-300}',
+            {"limit_key": "l", "limit_rate": 1, "limit_seconds": 1e-300},
+        ),
+    ],
+    ids=lambda text: str(text)[:40],
+)
+async def test_what_sql_takes(db: Any, options: str, kept: Any) -> None:
+    """JSON's null and {} are nothing, and a null value isn't given; what is taken from options says the same."""
+    row = await db.fetchrow(f"{INSERT}, options::text, order_key, limit_key, after, tracked", options)
+    assert (None if row["options"] is None else json.loads(row["options"])) == kept
+    keys = {name: (kept or {}).get(name) for name in ("order_key", "limit_key")}
+    assert {name: row[name] for name in keys} == keys
+    assert row["after"] is None
+    assert row["tracked"] is any(keys.values())
+
+
+async def test_ten_thousand_to_wait_for(db: Any) -> None:
+    ids = await verbs.insert(db, 10_000)
+    id = await db.fetchval(INSERT, json.dumps({"after": ids}))
+    assert await db.fetchval("SELECT after FROM notifyq.task WHERE id = $1", id) == ids
+
+
+async def test_numbers_as_some_clients_write_them(app: notifyq.App, dsn: str, db: Any) -> None:
+    """2.0 is a whole number: to the INSERT, to who admits and frees by it, and to who reads results."""
+    ran = Seen()
+
+    @app.handler
+    async def known(task: Known, ctx: notifyq.Context) -> int:
+        ran.add((ctx.id, await ctx.results()))
+        return ctx.id
+
+    first = await app.enqueue(Known())
+    text = '{"after": [%d.0], "limit_key": "l", "limit_running": 1.0, "limit_rate": 1e2, "limit_seconds": 60.50}'
+    ids = [await db.fetchval(INSERT, text % first.id) for _ in range(5)]
+    async with working(app, dsn, concurrency=3):
+        await ran.reach(6)
+    assert sorted(ran.items) == [(first.id, []), *((id, [first.id]) for id in ids)]
 
 
 # --- Many
@@ -475,18 +641,14 @@ async def test_hundreds_at_once_are_one(app: notifyq.App, dsn: str, db: Any) -> 
 async def test_inserts_and_copies_at_once_are_one(dsn: str, db: Any) -> None:
     """By clients that know nothing but the table, each with a connection of its own."""
 
-    async def insert(conn: Any) -> None:
-        for _ in range(20):
+    async def insert(conn: Any, *keys: str) -> None:
+        for _ in keys:
             await conn.execute(KEYED)
-
-    async def copy(conn: Any) -> None:
-        records = [("Known", "k")] * 20
-        await conn.copy_records_to_table("task", schema_name="notifyq", columns=["type", "unique_key"], records=records)
 
     conns = [await store.connect(dsn, role="test") for _ in range(20)]
     async with anyio.create_task_group() as group:
         for n, conn in enumerate(conns):
-            group.start_soon(copy if n % 2 else insert, conn)
+            group.start_soon(copy if n % 2 else insert, conn, *["k"] * 20)
     for conn in conns:
         await conn.close()
     assert await count(db) == 1
@@ -554,7 +716,7 @@ async def test_a_savepoint_frees_the_key(s: Steps) -> None:
 async def test_what_stands_in_the_way_begins_after_the_enqueuer_has_committed(s: Steps) -> None:
     """Or else its handler could miss what was written beside the enqueue."""
     a, w = await s.session("a"), await s.worker("claims")
-    [old] = await verbs.insert(s.db, unique_key="k")
+    [old] = await verbs.insert(s.db, options=KEY)
     me = await w(verbs.register)
     for end in ("ROLLBACK", "COMMIT"):
         await a("BEGIN")
@@ -586,7 +748,7 @@ async def test_the_worker_that_stepped_over_it_is_rung(app: notifyq.App, dsn: st
 async def test_one_that_is_being_claimed_is_waited_for(s: Steps) -> None:
     """It has begun: so there is a new one, if only those that wait are in the way; else it is kept."""
     a, w = await s.session("a"), await s.worker("claims")
-    await verbs.insert(s.db, unique_key="k")
+    await verbs.insert(s.db, options=KEY)
     me = await w(verbs.register)
     await w("BEGIN")
     [job] = await w(verbs.claim, me)
@@ -599,7 +761,7 @@ async def test_one_that_is_being_claimed_is_waited_for(s: Steps) -> None:
 
 async def test_a_claim_that_is_rolled_back_leaves_it_in_the_way(s: Steps) -> None:
     a, w = await s.session("a"), await s.worker("claims")
-    await verbs.insert(s.db, unique_key="k")
+    await verbs.insert(s.db, options=KEY)
     me = await w(verbs.register)
     await w("BEGIN")
     await w(verbs.claim, me)
@@ -614,7 +776,7 @@ async def test_no_worker_waits_for_an_enqueuer(s: Steps) -> None:
     a, w = await s.session("a"), await s.worker("settle")
     for settle in (verbs.finish, verbs.later, verbs.hand_back, verbs.set_aside):
         await s.db.execute("TRUNCATE notifyq.task, notifyq.unique_key")
-        [job] = await w(verbs.held, unique_key="k")
+        [job] = await w(verbs.held, options=KEY)
         await a("BEGIN")
         assert await a(f"{KEYED} RETURNING id") == []
         assert await w(settle, [job]) == [job.id]
@@ -625,7 +787,7 @@ async def test_no_worker_waits_for_an_enqueuer(s: Steps) -> None:
 async def test_the_old_one_ends_while_the_new_one_is_inserted(s: Steps, end: str) -> None:
     """Settled, and not committed: it is still there. Whatever happens then, one of them is, or has run."""
     a, w = await s.session("a"), await s.worker("settle")
-    [job] = await w(verbs.held, unique_key="k")
+    [job] = await w(verbs.held, options=KEY)
     await w("BEGIN")
     assert await w(verbs.finish, [job]) == [job.id]
     assert await a(f"{KEYED} RETURNING id") == []
@@ -637,7 +799,7 @@ async def test_the_old_one_ends_while_the_new_one_is_inserted(s: Steps, end: str
 
 async def test_cancelled_while_the_new_one_is_inserted(s: Steps) -> None:
     a, p = await s.session("a"), await s.session("p")
-    [old] = await verbs.insert(s.db, unique_key="k")
+    [old] = await verbs.insert(s.db, options=KEY)
     await p("BEGIN")
     assert await p(verbs.cancel, old)
     waiting = await a.blocked_by(p, f"{KEYED} RETURNING id")
@@ -689,7 +851,7 @@ async def test_returns_ask_nobody(app: notifyq.App, db: Any) -> None:
     """Two with one key, as the first had begun when the second came: both return to the queue, and both run."""
     for give in (verbs.later, verbs.hand_back, verbs.set_aside):
         await db.execute("TRUNCATE notifyq.task, notifyq.unique_key")
-        [job] = await verbs.held(db, unique_key="k")
+        [job] = await verbs.held(db, options=KEY)
         new = await app.enqueue(Known(), unique="k", unique_states=WAITING)
         assert not new.existed
         assert await give(db, [job]) == [job.id]
@@ -742,7 +904,7 @@ async def test_prune_keys(app: notifyq.App, db: Any) -> None:
 async def test_pruning_waits_for_nobody_and_forgets_no_new_task(s: Steps) -> None:
     """A key whose old task is over, and that somebody is using: locked, it is stepped over."""
     a, p = await s.session("a"), await s.session("p")
-    [old] = await verbs.insert(s.db, unique_key="k")
+    [old] = await verbs.insert(s.db, options=KEY)
     assert await s.db.fetchval("SELECT notifyq.cancel($1)", old)
     await a("BEGIN")
     await a(KEYED)
@@ -757,7 +919,7 @@ async def test_pruning_looks_at_the_task_that_the_key_names_now(s: Steps) -> Non
     """The new one was inserted before the prune took its snapshot, and committed after: the old one is seen to be over,
     and the new one isn't seen at all."""
     a, p, gate = await s.session("a"), await s.session("p"), await s.session("gate")
-    [old] = await verbs.insert(s.db, unique_key="k")
+    [old] = await verbs.insert(s.db, options=KEY)
     assert await s.db.fetchval("SELECT notifyq.cancel($1)", old)
     await gate("SELECT pg_advisory_lock(7)")
     await a("BEGIN")
