@@ -42,7 +42,7 @@ class Other(notifyq.Task):
 
 @pytest.fixture
 async def dsn(shared: str) -> str:
-    return await empty(shared, "notifyq.task", "notifyq.finished")
+    return await empty(shared, "notifyq.task", "notifyq.finished", "notifyq.unique_key")
 
 
 @pytest.fixture
@@ -147,21 +147,31 @@ async def test_in_its_transaction(app: notifyq.App, dsn: str, db: Any, kind: Any
         to = client(app, conn)
         for end in (conn.rollback, conn.commit):
             ref = await done(to.enqueue(Mail(to=text), conn=conn, queue="q%s", priority=-7, max_attempts=3, run_at=at))
-            late = await done(to.enqueue(Other(), conn=conn, delay=60))
+            late = await done(to.enqueue(Other(), conn=conn, delay=60, order_key=text, after=[ref]))
             more = await done(to.enqueue_many([Mail(to="b"), Other()], conn=conn, delay=2.0, priority=5))
+            one = await done(to.enqueue(Other(), conn=conn, unique=text, limit_key="l", rate="1/s"))
+            assert await done(to.enqueue(Mail(to="b"), conn=conn, unique=text)) == one
             assert await db.fetchval(COUNT) == 0
             await done(end())
     rows = await db.fetch("SELECT * FROM notifyq.task ORDER BY id")
-    assert [row["id"] for row in rows] == [ref.id, late.id, *more]  # type: ignore[possibly-undefined]
+    assert [row["id"] for row in rows] == [ref.id, late.id, *more, one.id]  # type: ignore[possibly-undefined]
     assert json.loads(rows[0]["payload"]) == {"to": text}
     assert [(r["type"], r["queue"], r["priority"], r["max_attempts"]) for r in rows] == [
         ("MAIL", "q%s", -7, 3),
         ("Other", "default", 0, None),
         ("MAIL", "default", 5, None),
         ("Other", "default", 5, None),
+        ("Other", "default", 0, None),
     ]
     assert rows[0]["run_at"] == at
-    assert [round((r["run_at"] - r["created_at"]).total_seconds()) for r in rows[1:]] == [60, 2, 2]
+    assert [round((r["run_at"] - r["created_at"]).total_seconds()) for r in rows[1:]] == [60, 2, 2, 0]
+    assert [row["options"] and json.loads(row["options"]) for row in rows] == [
+        None,
+        {"order_key": text, "after": [ref.id]},
+        None,
+        None,
+        {"unique_key": text, "on_conflict": "keep", "limit_key": "l", "limit_rate": 1, "limit_seconds": 1},
+    ]
 
 
 @each
