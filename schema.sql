@@ -370,7 +370,7 @@ DECLARE
                          THEN 'is not a string of 1 to 200 characters' END
                 WHEN key IN ('limit_running', 'limit_rate') THEN
                     CASE WHEN NOT value @? 'strict $ ? (@ >= 1 && @ <= 2147483647 && @.floor() == @)'
-                         THEN 'is not a whole number from 1 on' END
+                         THEN 'is not a whole number from 1 to 2147483647' END
                 WHEN key IN ('limit_seconds', 'unique_for') THEN
                     CASE WHEN NOT value @? 'strict $ ? (@ > 0 && @ <= 1000000000 && @.double() > 0)'  -- not 1e-400
                          THEN 'is not a number of seconds, above 0 and up to 1e9' END

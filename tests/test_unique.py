@@ -393,7 +393,7 @@ async def test_plain_tasks_touch_no_key(app: notifyq.App, dsn: str, db: Any) -> 
 # Wrong values of each option, as JSON.
 NO_STRING = ("is not a string of 1 to 200 characters", ['""', f'"{"x" * 201}"', "7", "true", '["k"]', "{}"])
 NO_COUNT = (
-    "is not a whole number from 1 on",
+    "is not a whole number from 1 to 2147483647",
     ["0", "-1", "2.5", "0.99", "2147483648", "1e400", '"3"', "true", "[3]", "{}"],
 )
 NO_SECONDS = (
