@@ -50,8 +50,8 @@
 -- Nothing is counted that could be counted wrong: how many run is read from the rows, under a lock that everybody who
 -- admits or frees the same key takes (a row of notifyq.gate, by the key's hash) before the snapshot he counts in. What
 -- has been claimed and not judged counts too, on the safe side. So limits hold whoever dies when, and nobody holds a slot
--- that a dead process would have to give back. A row in notifyq.freed is written by a trigger, in the transaction that
--- ends the attempt, whoever ends it; who settles, rings or ticks next takes it from there.
+-- that a dead process would have to give back. A row in notifyq.freed is written in the transaction that ends the
+-- attempt: by a trigger if the task is over, else by who gives up the lease; who settles, rings or ticks next takes it from there.
 --
 -- A task that uses none of this has NULL in those columns, is judged by nobody, and touches none of the tables.
 --
@@ -257,23 +257,28 @@ CREATE INDEX started_key ON notifyq.started (key, at);
 
 CREATE FUNCTION notifyq.ended() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
-    IF TG_OP OPERATOR(pg_catalog.=) 'UPDATE' AND (OLD.worker IS NULL OR NEW.worker IS NOT NULL) THEN
-        RETURN NULL;
-    END IF;
     IF OLD.tracked THEN
         INSERT INTO notifyq.freed (task, ended, queue, order_key, limit_key)
-        VALUES (OLD.id, TG_OP OPERATOR(pg_catalog.=) 'DELETE', OLD.queue, OLD.order_key, OLD.limit_key);
+        VALUES (OLD.id, true, OLD.queue, OLD.order_key, OLD.limit_key);
     END IF;
-    IF OLD.awaited AND TG_OP OPERATOR(pg_catalog.=) 'DELETE' THEN
+    IF OLD.awaited THEN
         PERFORM notifyq.tell('notifyq_done', OLD.id::text);
     END IF;
     RETURN NULL;
 END $$;
 
--- 0.14 µs for a row that nobody waits for, and for each statement, INSERTs too, as much as the words after WHEN are long.
--- Claims name neither column.
-CREATE TRIGGER ended AFTER DELETE OR UPDATE OF run_at ON notifyq.task FOR EACH ROW
+-- 0.14 µs for a row that nobody waits for, and for each statement, INSERTs too, as much as the words after WHEN are long. Not
+-- for UPDATE OF run_at too: each row that is claimed would be fetched once more, though claims don't name that column.
+CREATE TRIGGER ended AFTER DELETE ON notifyq.task FOR EACH ROW
     WHEN (OLD.tracked OR OLD.awaited) EXECUTE FUNCTION notifyq.ended();
+
+-- For whoever sets worker = NULL, in RETURNING, of a tracked task: it lives, and has given up its slot. Returns true.
+CREATE FUNCTION notifyq.gave_up(t notifyq.task) RETURNS boolean LANGUAGE plpgsql AS $$
+BEGIN
+    INSERT INTO notifyq.freed (task, ended, queue, order_key, limit_key)
+    VALUES (t.id, false, t.queue, t.order_key, t.limit_key);
+    RETURN true;
+END $$;
 
 -- Once for a statement, however many rows it has: for COPY and INSERT ... SELECT too. UPDATE OF run_at is how a
 -- retry, a hand-back, a rescue, or a person at psql says "look again"; claims and promotions don't name run_at.
@@ -538,7 +543,7 @@ END;
 -- that gives a slot, and it commits to the disk before a handler begins.
 --
 -- Live: whatever keeps a task back makes a row in notifyq.freed when it goes (a holder's end or its loss of the lease, a
--- granted task that is cancelled, set aside or lost with its worker: all by trigger, with the same commit), or it goes
+-- granted task that is cancelled, set aside or lost with its worker: with the same commit), or it goes
 -- in admit itself, under the gate: a granted task that is parked at another key. free and admit fill the keys: they
 -- grant, in the order of priority and id, as many slots as neither holders nor granted tasks have; what is in a paused
 -- queue is passed over, and whoever comes while others wait at his key waits too, behind them. A freed row is

@@ -9,6 +9,7 @@ WITH held AS MATERIALIZED (
     LIMIT 10000
     FOR UPDATE OF t SKIP LOCKED
 ), again AS (
-    UPDATE notifyq.task t SET worker = NULL, run_at = t.run_at WHERE t.id = ANY (ARRAY(SELECT id FROM held)) RETURNING 1
+    UPDATE notifyq.task t SET worker = NULL, run_at = t.run_at WHERE t.id = ANY (ARRAY(SELECT id FROM held))
+    RETURNING t.tracked AND notifyq.gave_up(t)
 )
 SELECT count(*)::integer FROM again

@@ -6,6 +6,6 @@ WITH held AS MATERIALIZED (
     UPDATE notifyq.task t
     SET worker = NULL, attempts = t.attempts - 1, run_at = t.run_at, progress = NULL, note = NULL
     WHERE t.id = ANY (ARRAY(SELECT id FROM held))
-    RETURNING 1
+    RETURNING t.tracked AND notifyq.gave_up(t)
 )
 SELECT count(*)::integer FROM back

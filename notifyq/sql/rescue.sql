@@ -31,7 +31,7 @@ WITH corpse AS MATERIALIZED (
         errors = coalesce(t.errors, '[]') || h.error
     FROM held h
     WHERE t.id = ANY (ARRAY[h.id]) AND NOT h.spent
-    RETURNING t.id
+    RETURNING t.tracked AND notifyq.gave_up(t)
 ), gone AS (
     DELETE FROM notifyq.task t USING held h WHERE t.id = ANY (ARRAY[h.id]) AND h.spent RETURNING t.*, h.error
 ), kept AS (

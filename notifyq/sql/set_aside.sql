@@ -6,11 +6,7 @@ WITH moved AS (
     SET worker = NULL, attempts = t.attempts - 1, aside = true, parked = NULL, waits_at = NULL
     FROM unnest($2::bigint[], $3::smallint[]) AS o (id, attempt)
     WHERE t.id = ANY (ARRAY[o.id]) AND t.worker IS NOT DISTINCT FROM $1 AND t.attempts = o.attempt
-    RETURNING t.id, t.queue, t.order_key, t.limit_key, t.tracked
-), freed AS (
-    INSERT INTO notifyq.freed (task, ended, queue, order_key, limit_key)
-    SELECT m.id, false, m.queue, m.order_key, m.limit_key FROM moved m
-    WHERE m.tracked
+    RETURNING t.id, t.tracked AND notifyq.gave_up(t) AS freed
 )
-SELECT moved.id, moved.tracked AS freed
+SELECT moved.id, moved.freed
 FROM moved, (SELECT notifyq.tell('notifyq', 'aside')::text) AS told

@@ -8,6 +8,6 @@ WITH back AS (
     WHERE t.worker = $1
       AND NOT EXISTS (SELECT FROM unnest($2::bigint[], $3::smallint[]) AS k (id, attempt)
                       WHERE k.id = t.id AND k.attempt = t.attempts)
-    RETURNING 1
+    RETURNING t.tracked AND notifyq.gave_up(t)
 )
 SELECT count(*)::integer FROM back
