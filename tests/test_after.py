@@ -261,7 +261,7 @@ async def test_one_that_is_not_done_cancels_all_that_wait(
     bad = await app.enqueue(Step("bad", how))
     good = await app.enqueue(Step("good", "wait"))
     if when == "before":
-        async with working(app, dsn):
+        async with working(app, dsn, shutdown_timeout=0.1):
             await ended(db, bad.id, "dead" if how == "fail" else "cancelled")
     one = await app.enqueue(Step("one"), after=[good, bad])
     two = await app.enqueue(Step("two"), after=[one])

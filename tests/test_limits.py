@@ -130,7 +130,7 @@ async def test_a_rate(dsn: str, db: Any) -> None:
 async def test_one_key_with_many_tasks_costs_each_a_few_writes(dsn: str, db: Any) -> None:
     """Parked once, granted once: not touched again and again while they wait, and in nobody's way."""
     bench = Bench()
-    many = 2000
+    many = 1000
     async with bench.app.connect(dsn) as app:
         await app.enqueue_many([bench.Job(key="a") for _ in range(many)], limit_key="a", limit=3)
         plain = await app.enqueue(bench.Job(key="free"))
@@ -493,7 +493,7 @@ async def test_killed_at_random(spawn: Spawn, db: Any) -> None:
     over = anyio.Event()
 
     async def enqueue() -> None:
-        for _ in range(60):  # so that they meet at the gates
+        for _ in range(45):  # so that they meet at the gates
             await db.execute(insert)
             await anyio.sleep(random.uniform(0, 0.2))
         over.set()
@@ -515,7 +515,7 @@ async def test_killed_at_random(spawn: Spawn, db: Any) -> None:
         )
     }
     assert {row["state"] for row in done.values()} == {"done"}
-    assert len(done) == 7 * 60
+    assert len(done) == 7 * 45
     runs = sorted(wide.runs() + both.runs())
     vanished = "SELECT count(*) FROM notifyq.finished WHERE errors::text LIKE '%vanished while it ran%'"
     assert await db.fetchval(vanished) > 3
