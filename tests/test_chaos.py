@@ -134,9 +134,11 @@ def at_once() -> History:
     return history(rows, [ran("w1-1", 0.02, 0.7), ran("w2-1", 0.41, 0.6, 2)])
 
 
-def without_a_lease() -> History:
+def without_a_lease(crash: float = 2.0) -> History:
+    """Its claim is not known; a crash so much later can't have lost it."""
     rows = [row("I", 0), claim(0.01), *done(0.1)]
-    return history(rows, [ran("w1-1", 0.02, 0.1), ran("w2-1", 0.03, 0.05)])
+    window = Window(name="server crashes", since=T + 0.03 + crash, until=T + 0.1 + crash, who={"w2"}, round=1)
+    return history(rows, [ran("w1-1", 0.02, 0.1), ran("w2-1", 0.03, 0.05)], windows=[window])
 
 
 def after_the_end() -> History:
@@ -233,6 +235,11 @@ def test_a_promise_that_is_broken(made_up: Callable[[], History], breach: str) -
     story = report.told(wrong, found)[1:]
     assert any("inserted" in line for line in story) or not any(one.id for one in found)
     assert len(report.table(wrong, found)) == 1 + len({window.name for window in wrong.windows})
+
+
+def test_a_crash_that_may_have_lost_a_claim() -> None:
+    found = {one.what for one in check(without_a_lease(crash=0.01))}
+    assert found == {"runs w1-1 and w2-1 at once"}
 
 
 def test_below_the_limit() -> None:

@@ -122,8 +122,8 @@ def leased(history: History) -> Iterator[Breach]:
         for run in runs:
             lease = lease_of(history, run)
             if lease is None:
-                # A crash of the server may have lost a claim that had not reached the disk, and what was inserted: before
-                # the run began, or while it ran, as a claim reaches the disk up to 0.6 s later (3 x wal_writer_delay).
+                # A crash of the server may have lost what was inserted, and a claim that had not reached the disk: one
+                # before the run began, or just after, as a claim is there up to 0.6 s later (3 x wal_writer_delay).
                 if not history.touched(run.who, run.started - 2, run.started + 1):
                     yield Breach("P2", f"run {run.run} began without a lease", id, run.started)
                 continue
