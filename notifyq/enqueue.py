@@ -184,7 +184,7 @@ class Explained:
             raise DatabaseError(f"this user may not enqueue: {message}; schema.sql ends with the GRANTs") from error
         if state == "25006":
             raise DatabaseError("this server, or this transaction, is read-only; enqueue on the primary") from error
-        if state == "23514" and message.startswith("notifyq.task: "):  # schema.sql's notifyq.checked()
+        if state == "23514" and message.startswith("notifyq.task: "):  # schema.sql's notifyq.given()
             raise ConfigError(f"task {self._type}: {message.removeprefix('notifyq.task: ')}") from error
         if state.startswith("22"):
             raise ConfigError(f"task {self._type}: PostgreSQL can't store this payload: {message}") from error
