@@ -294,17 +294,16 @@ CREATE TABLE notifyq.unique_key (
 ) WITH (fillfactor = 80, autovacuum_vacuum_scale_factor = 0.05, autovacuum_vacuum_threshold = 1000, vacuum_truncate = off);
 CREATE INDEX unique_key_until ON notifyq.unique_key (until);
 
--- See "Unique": whether a task with such options, that is about to be inserted, is the only one.
-CREATE FUNCTION notifyq.only_one(id bigint, task_type text, payload jsonb, run_at timestamptz, options jsonb)
-    RETURNS boolean LANGUAGE plpgsql AS $$
+-- See "Unique": whether this task, which is about to be inserted, is the only one with its key.
+CREATE FUNCTION notifyq.only_one(mine notifyq.task) RETURNS boolean LANGUAGE plpgsql AS $$
 DECLARE
     waiting CONSTANT text[] := ARRAY['scheduled', 'ready'];
-    wanted_key CONSTANT text := options ->> 'unique_key';
-    on_conflict CONSTANT text := options ->> 'on_conflict';
-    period CONSTANT interval := make_interval(secs => (options -> 'unique_for')::float8);
+    my_key CONSTANT text := mine.options ->> 'unique_key';
+    on_conflict CONSTANT text := mine.options ->> 'on_conflict';
+    period CONSTANT interval := make_interval(secs => (mine.options -> 'unique_for')::float8);
     -- What replaces or moves means the one that waits. "Once an hour" means: done counts too.
     states CONSTANT text[] := CASE
-        WHEN options ? 'unique_states' THEN ARRAY(SELECT jsonb_array_elements_text(options -> 'unique_states'))
+        WHEN mine.options ? 'unique_states' THEN ARRAY(SELECT jsonb_array_elements_text(mine.options -> 'unique_states'))
         WHEN on_conflict IN ('replace', 'move') THEN waiting
         WHEN period IS NULL THEN waiting || '{running}'
         ELSE waiting || '{running,done}' END;
@@ -314,14 +313,14 @@ DECLARE
     state text;
 BEGIN
     INSERT INTO notifyq.unique_key AS k (key, task, enqueued_at, until)
-    VALUES (wanted_key, $1, clock_timestamp(), clock_timestamp() + coalesce(period, '0'))
+    VALUES (my_key, mine.id, clock_timestamp(), clock_timestamp() + coalesce(period, '0'))
     ON CONFLICT (key) DO UPDATE SET until = k.enqueued_at + period
         WHERE k.until < k.enqueued_at + period  -- mostly not: then it is locked, and no dead row is left
     RETURNING k.task, k.enqueued_at INTO old, since;
-    IF old = $1 THEN
+    IF old = mine.id THEN
         RETURN true;  -- the first with its key
     ELSIF old IS NULL THEN
-        SELECT k.task, k.enqueued_at INTO old, since FROM notifyq.unique_key k WHERE k.key = wanted_key;
+        SELECT k.task, k.enqueued_at INTO old, since FROM notifyq.unique_key k WHERE k.key = my_key;
     END IF;
     LOOP
         -- KEY SHARE, as it hinders nothing but claims. Not one that runs: its worker would wait to settle it.
@@ -333,17 +332,17 @@ BEGIN
     -- What isn't known any more was done, and isn't kept.
     IF coalesce(state, 'done') = ANY (states) AND (period IS NULL OR since + period > clock_timestamp()) THEN
         IF held AND on_conflict = 'replace' THEN
-            UPDATE notifyq.task t SET type = task_type, payload = $3 WHERE t.id = old;
+            UPDATE notifyq.task t SET type = mine.type, payload = mine.payload WHERE t.id = old;
         ELSIF held AND on_conflict = 'move' THEN
             -- Not one whose time has come, and that waits for a limit, its turn, or others: who lets it in sets run_at.
-            UPDATE notifyq.task t SET run_at = $4, promoted = $4 <= clock_timestamp()
+            UPDATE notifyq.task t SET run_at = mine.run_at, promoted = mine.run_at <= clock_timestamp()
             WHERE t.id = old AND NOT t.aside AND t.waits_at IS NULL;
         END IF;
         RETURN false;
     END IF;
     UPDATE notifyq.unique_key k
-    SET task = $1, enqueued_at = clock_timestamp(), until = clock_timestamp() + coalesce(period, '0')
-    WHERE k.key = wanted_key;
+    SET task = mine.id, enqueued_at = clock_timestamp(), until = clock_timestamp() + coalesce(period, '0')
+    WHERE k.key = my_key;
     RETURN true;
 END $$;
 
@@ -422,7 +421,7 @@ BEGIN
     IF wrong IS NOT NULL THEN
         RAISE EXCEPTION 'notifyq.task: %', wrong USING ERRCODE = 'check_violation';
     END IF;
-    IF o ? 'unique_key' AND NOT notifyq.only_one(NEW.id, NEW.type, NEW.payload, NEW.run_at, o) THEN
+    IF o ? 'unique_key' AND NOT notifyq.only_one(NEW) THEN
         RETURN NULL;
     END IF;
     RETURN NEW;
