@@ -645,6 +645,21 @@ BEGIN
     RETURN room;
 END $$;
 
+-- The same at all of these keys at which somebody waits.
+CREATE FUNCTION notifyq.fill(keys text[]) RETURNS integer LANGUAGE plpgsql SET search_path = pg_catalog AS $$
+DECLARE
+    key text;
+    ready integer := 0;
+BEGIN
+    FOREACH key IN ARRAY ARRAY(
+        SELECT k FROM unnest(keys) AS k  -- not EXISTS, which may become a join with all that is parked
+        WHERE (SELECT true FROM notifyq.task t WHERE t.waits_at = k AND t.aside LIMIT 1))
+    LOOP
+        ready := ready + notifyq.fill(key);
+    END LOOP;
+    RETURN ready;
+END $$;
+
 -- What a task's options say of its limit_key. A person's UPDATE may have made anything of them, and nobody's claim may fail of it.
 CREATE FUNCTION notifyq.limits(options jsonb) RETURNS TABLE (limit_running integer, limit_rate integer, limit_seconds float8)
     LANGUAGE sql IMMUTABLE ROWS 1 BEGIN ATOMIC
@@ -680,7 +695,6 @@ DECLARE
     cancelled bigint[];
     judged_ids bigint[];
     judged_why text[];
-    key text;
 BEGIN
     PERFORM set_config('synchronous_commit', 'on', true);  -- a server that crashes must not forget who runs
     SELECT array_agg(q.name) INTO limited FROM notifyq.queue q WHERE coalesce(q.limit_running, q.limit_rate) IS NOT NULL;
@@ -781,12 +795,7 @@ BEGIN
     )
     SELECT array_agg(w.id), array_agg(w.parked) INTO judged_ids, judged_why FROM written w;
     DELETE FROM notifyq.started s WHERE s.key = ANY (keys) AND s.at < moment - make_interval(secs => s.seconds);
-    FOREACH key IN ARRAY ARRAY(
-        SELECT k FROM unnest(keys) AS k  -- not EXISTS, which may become a join with all that is parked
-        WHERE (SELECT true FROM notifyq.task t WHERE t.waits_at = k AND t.aside LIMIT 1))
-    LOOP
-        PERFORM notifyq.fill(key);
-    END LOOP;
+    PERFORM notifyq.fill(keys);
     RETURN QUERY SELECT * FROM unnest(judged_ids, judged_why) UNION ALL SELECT c, 'cancelled' FROM unnest(cancelled) AS c;
 END $$;
 
@@ -796,8 +805,7 @@ DECLARE
     taken bigint[];
     ended bigint[];
     keys text[];
-    key text;
-    ready integer := 0;
+    ready integer;
 BEGIN
     WITH batch AS MATERIALIZED (
         SELECT f.* FROM notifyq.freed f ORDER BY f.n LIMIT most FOR UPDATE SKIP LOCKED
@@ -816,12 +824,7 @@ BEGIN
         RETURN 0;
     END IF;
     PERFORM notifyq.lock_gates(keys);
-    FOREACH key IN ARRAY ARRAY(
-        SELECT k FROM unnest(keys) AS k  -- not EXISTS, which may become a join with all that is parked
-        WHERE (SELECT true FROM notifyq.task t WHERE t.waits_at = k AND t.aside LIMIT 1))
-    LOOP
-        ready := ready + notifyq.fill(key);
-    END LOOP;
+    ready := notifyq.fill(keys);
     IF EXISTS (SELECT FROM notifyq.dependency d WHERE d.needs = ANY (ended) OR NOT d.sure) THEN
         ready := ready + notifyq.released(ended);
     END IF;
