@@ -51,7 +51,8 @@
 -- admits or frees the same key takes (a row of notifyq.gate, by the key's hash) before the snapshot he counts in. What
 -- has been claimed and not judged counts too, on the safe side. So limits hold whoever dies when, and nobody holds a slot
 -- that a dead process would have to give back. A row in notifyq.freed is written in the transaction that ends the
--- attempt: by a trigger if the task is over, else by who gives up the lease; who settles, rings or ticks next takes it from there.
+-- attempt: by a trigger if the task is over, else by who gives up the lease; who settles, rings or ticks next takes it
+-- from there.
 --
 -- A task that uses none of this has NULL in those columns, is judged by nobody, and touches none of the tables.
 --
@@ -485,11 +486,9 @@ CREATE FUNCTION notifyq.cancel(id bigint) RETURNS boolean LANGUAGE sql BEGIN ATO
         DELETE FROM notifyq.task t WHERE t.id = $1 RETURNING t.*
     ), kept AS (
         INSERT INTO notifyq.finished (id, created_at, run_at, processing_at, processed_at, priority, attempts,
-                                      max_attempts, state, queue, type, worker, payload, result, errors,
-                                      options)
+                                      max_attempts, state, queue, type, worker, payload, result, errors, options)
         SELECT g.id, g.created_at, g.run_at, g.processing_at, clock_timestamp(), g.priority, g.attempts,
-               g.max_attempts, 'cancelled', g.queue, g.type, w.name, g.payload, NULL, g.errors,
-               g.options
+               g.max_attempts, 'cancelled', g.queue, g.type, w.name, g.payload, NULL, g.errors, g.options
         FROM gone g LEFT JOIN notifyq.worker w ON w.id = g.worker
         RETURNING 1
     ), told AS MATERIALIZED (
@@ -506,8 +505,7 @@ CREATE FUNCTION notifyq.retry(id bigint) RETURNS boolean LANGUAGE sql BEGIN ATOM
     WITH again AS (
         DELETE FROM notifyq.finished f WHERE f.id = $1 AND f.state IN ('dead', 'cancelled') RETURNING f.*
     ), back AS (
-        INSERT INTO notifyq.task (id, created_at, run_at, priority, max_attempts, promoted, queue, type, payload, errors,
-                                  options)
+        INSERT INTO notifyq.task (id, created_at, run_at, priority, max_attempts, promoted, queue, type, payload, errors, options)
         OVERRIDING SYSTEM VALUE
         SELECT a.id, a.created_at, now(), a.priority, a.max_attempts, true, a.queue, a.type, a.payload, a.errors,
                -- Nobody stands in its way any more; and it runs, whatever has become of those that it comes after.
@@ -660,7 +658,8 @@ BEGIN
     RETURN ready;
 END $$;
 
--- What a task's options say of its limit_key. A person's UPDATE may have made anything of them, and nobody's claim may fail of it.
+-- What a task's options say of its limit_key. A person's UPDATE may have made anything of them, and nobody's claim may fail
+-- of it.
 CREATE FUNCTION notifyq.limits(options jsonb) RETURNS TABLE (limit_running integer, limit_rate integer, limit_seconds float8)
     LANGUAGE sql IMMUTABLE ROWS 1 BEGIN ATOMIC
     SELECT jsonb_path_query_first($1, '$.limit_running ? (@ >= 1 && @ <= 2147483647)')::integer,
@@ -863,9 +862,9 @@ END;
 --     gone        it has ended, or was never there: see notifyq.finished. What isn't known there counts as done
 --
 -- The end of one deletes its rows of dependency. Who then has none left is ready, and its `after` is NULL: whatever
--- happens to those tasks from now on, a retry say, is nothing to it. The ids stay among its options. One of them that is dead or was cancelled cancels who
--- waits, and those who wait for that one in turn; unless on_dead is 'run'. What a person retries waits once more, for what
--- lives by then, and runs whatever has become of the others.
+-- happens to those tasks from now on, a retry say, is nothing to it. The ids stay among its options. One of them that is
+-- dead or was cancelled cancels who waits, and those who wait for that one in turn; unless on_dead is 'run'. What a person
+-- retries waits once more, for what lives by then, and runs whatever has become of the others.
 --
 -- An id can only be waited for when it exists, and is lower than that of who waits: so there are no circles.
 
@@ -946,13 +945,11 @@ BEGIN
         DELETE FROM notifyq.task t USING bad b WHERE t.id = ANY (ARRAY[b.id]) RETURNING t.*, b.error
     ), kept AS (
         INSERT INTO notifyq.finished (id, created_at, run_at, processing_at, processed_at, priority, attempts, max_attempts,
-                                      state, queue, type, worker, payload, result, errors,
-                                      options)
+                                      state, queue, type, worker, payload, result, errors, options)
         SELECT g.id, g.created_at, g.run_at, g.processing_at, clock_timestamp(), g.priority, g.attempts - g.claims,
                g.max_attempts, 'cancelled', g.queue, g.type, NULL, g.payload, NULL,
                coalesce(g.errors, '[]') || jsonb_build_object('attempt', g.attempts - g.claims, 'at', clock_timestamp(),
-                                                              'error', g.error),
-               g.options
+                                                              'error', g.error), g.options
         FROM (SELECT g.*, (g.worker IS NOT NULL)::integer AS claims FROM gone g) AS g
         RETURNING id
     )

@@ -17,7 +17,7 @@ WHERE t.id = ANY (ARRAY(
     LIMIT $4::integer
 ))
 AND EXISTS (SELECT FROM notifyq.worker w WHERE w.id = $1)
-RETURNING t.id, t.attempts, left(t.type, 201) AS type, t.queue, t.priority, t.max_attempts,
+RETURNING t.id, t.attempts, t.type, t.queue, t.priority, t.max_attempts,
           greatest(least(t.created_at, '9999-12-30Z'), '0001-01-03Z') AS created_at,
           CASE WHEN NOT $6::boolean
             AND (pg_column_size(t.payload) <= 65536

@@ -18,13 +18,11 @@ WITH outcome AS MATERIALIZED (
               t.errors, t.options, t.tracked, t.awaited, o.state, o.result, o.error
 ), kept AS (
     INSERT INTO notifyq.finished (id, created_at, run_at, processing_at, processed_at, priority, attempts, max_attempts,
-                                  state, queue, type, worker, payload, result, errors,
-                                  options)
+                                  state, queue, type, worker, payload, result, errors, options)
     SELECT id, created_at, run_at, processing_at, clock_timestamp(), priority, attempts, max_attempts,
            state, queue, type, (SELECT w.name FROM notifyq.worker w WHERE w.id = $1), payload, result,
            CASE WHEN error IS NULL THEN errors
-                ELSE coalesce(errors, '[]') || jsonb_set(error, '{at}', to_jsonb(clock_timestamp())) END,
-           options
+                ELSE coalesce(errors, '[]') || jsonb_set(error, '{at}', to_jsonb(clock_timestamp())) END, options
     FROM gone
     WHERE $7 OR state = 'dead' OR awaited OR tracked AND EXISTS (SELECT FROM notifyq.dependency d WHERE d.needs = gone.id)
 )

@@ -36,11 +36,9 @@ WITH corpse AS MATERIALIZED (
     DELETE FROM notifyq.task t USING held h WHERE t.id = ANY (ARRAY[h.id]) AND h.spent RETURNING t.*, h.error
 ), kept AS (
     INSERT INTO notifyq.finished (id, created_at, run_at, processing_at, processed_at, priority, attempts, max_attempts,
-                                  state, queue, type, worker, payload, result, errors,
-                                  options)
+                                  state, queue, type, worker, payload, result, errors, options)
     SELECT id, created_at, run_at, processing_at, clock_timestamp(), priority, attempts, max_attempts,
-           'dead', queue, type, (SELECT name FROM corpse), payload, NULL, coalesce(errors, '[]') || error,
-           options
+           'dead', queue, type, (SELECT name FROM corpse), payload, NULL, coalesce(errors, '[]') || error, options
     FROM gone
 ), buried AS (
     DELETE FROM notifyq.worker w
