@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import anyio
-import asyncpg
 import pytest
 
 import notifyq
@@ -388,36 +387,6 @@ async def test_limits_that_an_update_has_made_odd(db: Any, worker: int, odd: str
     without = """'{"order_key": 7, "limit_running": 1, "limit_rate": 1, "after": {}, "on_dead": 7}'"""
     await db.execute(f"UPDATE notifyq.task SET options = {without}, order_key = id WHERE limit_key IS NULL")
     assert [why for _, why in await admit(db, await verbs.claim(db, worker))] == [None] * 4
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ('{"limit_key": "a"}', "limit_key goes with limit_running, limit_rate and limit_seconds, or both"),
-        ('{"limit_key": "a", "limit_running": null}', "limit_key goes with"),
-        ('{"limit_running": 1}', "limit_key goes with"),
-        ('{"limit_rate": 1, "limit_seconds": 1}', "limit_key goes with"),
-        ('{"limit_key": "a", "limit_rate": 1}', "limit_rate and limit_seconds go together"),
-        ('{"limit_key": "a", "limit_running": 1, "limit_seconds": 1}', "limit_rate and limit_seconds go together"),
-        ('{"limit_key": "", "limit_running": 1}', "limit_key is not a string of 1 to 200 characters"),
-        (f'{{"limit_key": "{"ä" * 201}", "limit_running": 1}}', "limit_key is not a string of 1 to 200 characters"),
-        ('{"limit_key": 5, "limit_running": 1}', "limit_key is not a string of 1 to 200 characters"),
-        ('{"order_key": ["a"]}', "order_key is not a string of 1 to 200 characters"),
-        ('{"limit_key": "a", "limit_running": 0}', "limit_running is not a whole number from 1 to 2147483647"),
-        ('{"limit_key": "a", "limit_running": "1"}', "limit_running is not a whole number from 1 to 2147483647"),
-        ('{"limit_key": "a", "limit_running": [1]}', "limit_running is not a whole number from 1 to 2147483647"),
-        ('{"limit_key": "a", "limit_running": 2147483648}', "limit_running is not a whole number from 1 to 2147483647"),
-        ('{"limit_key": "a", "limit_rate": 1.5, "limit_seconds": 1}', "limit_rate is not a whole number"),
-        ('{"limit_key": "a", "limit_rate": 1, "limit_seconds": 0}', "limit_seconds is not a number of seconds"),
-        ('{"limit_key": "a", "limit_rate": 1, "limit_seconds": 1e-400}', "limit_seconds is not a number of seconds"),
-        ('{"limit_key": "a", "limit_rate": 1, "limit_seconds": 1e10}', "limit_seconds is not a number of seconds"),
-        ('{"limit_key": "a", "limit": 1}', "limit is none of the options, which are unique_key"),
-        ('["limit_key"]', "options is not an object"),
-    ],
-)
-async def test_limits_that_are_refused(db: Any, options: str, message: str) -> None:
-    with pytest.raises(asyncpg.CheckViolationError, match=f"^notifyq.task: {message}"):
-        await verbs.insert(db, options=options)
 
 
 # --- Processes
