@@ -75,15 +75,14 @@ class Options(NamedTuple):
     """Checked; `values` are in the order of the statements' parameters from $3 on."""
 
     values: tuple[str, float | None, datetime | None, int, int | None]  # queue, delay, run_at, priority, max_attempts
-    rare: Mapping[str, object] | None  # what schema.sql has in a task's options
+    rare: Mapping[str, object]  # what schema.sql has in a task's options, but for those of unique tasks
     on_dead: str | None
     unique: Wish
 
     def text(self, unique: Unique | None = None) -> str | None:
-        """The options as JSON."""
-        if unique is not None:
-            return msgspec.json.encode({**(self.rare or {}), **unique.options()}).decode()
-        return None if self.rare is None else msgspec.json.encode(self.rare).decode()
+        """The options as JSON; None if there are none."""
+        given = self.rare if unique is None else {**self.rare, **unique.options()}
+        return msgspec.json.encode(given).decode() if given else None
 
     @classmethod
     def check(
@@ -138,7 +137,7 @@ class Options(NamedTuple):
         ids = None if after is None else checked_ids(after)
         if on_dead is not None and (on_dead not in ("cancel", "run") or not (ids or then)):
             raise ConfigError(f"on_dead is {on_dead!r}; expected 'cancel' or 'run', beside after=[...]")
-        rare: dict[str, object] | None = None
+        rare: dict[str, object] = {}
         if order_key is not None or limit_key is not None or ids is not None:
             rare = {
                 "order_key": order_key,
