@@ -463,7 +463,7 @@ async def test_old_and_new_workers_side_by_side(empty_dsn: str, conn: Any) -> No
         group.start_soon(enqueue, over)
         await eventually(old.has_settled(500))
         assert await schema.migrate(conn) == (1, SCHEMA_VERSION)
-        async with working(app, empty_dsn, concurrency=50):
+        async with working(app, empty_dsn, concurrency=5):
             await seen.reach(500)
             await eventually(old.has_settled(len(old.settled) + 500))
             over.set()
