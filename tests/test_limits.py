@@ -462,7 +462,7 @@ async def test_killed_at_random(spawn: Spawn, db: Any) -> None:
     over = anyio.Event()
 
     async def enqueue() -> None:
-        for _ in range(45):  # so that they meet at the gates
+        for _ in range(60):  # so that they meet at the gates
             await db.execute(insert)
             await anyio.sleep(random.uniform(0, 0.2))
         over.set()
@@ -484,7 +484,7 @@ async def test_killed_at_random(spawn: Spawn, db: Any) -> None:
         )
     }
     assert {row["state"] for row in done.values()} == {"done"}
-    assert len(done) == 7 * 45
+    assert len(done) == 7 * 60
     runs = sorted(wide.runs() + both.runs())
     vanished = "SELECT count(*) FROM notifyq.finished WHERE errors::text LIKE '%vanished while it ran%'"
     assert await db.fetchval(vanished) > 3

@@ -182,21 +182,21 @@ async def test_under_load(net: Rig, fault: str) -> None:
         net.app.connect(net.dsn),
         working(net.app, net.dsn, concurrency=30),
         working(net.app, net.dsn, concurrency=30),
-        anyio.create_task_group() as group,
     ):
-        group.start_soon(enqueue)
-        for role in ROLES:
-            load = len(net.acknowledged) + 10
-            with anyio.fail_after(20):
-                while len(net.acknowledged) < load:
-                    await anyio.sleep(0.002)
-            await proxy.new(role, 0.0)
-            await hurt(proxy, fault, role)
-            await net.woken(5)
-            proxy.delay(role, 0)
-            proxy.throttle(role, 0)
-        over.set()
-    await net.all_done_once()
+        async with anyio.create_task_group() as group:
+            group.start_soon(enqueue)
+            for role in ROLES:
+                load = len(net.acknowledged) + 10
+                with anyio.fail_after(20):
+                    while len(net.acknowledged) < load:
+                        await anyio.sleep(0.002)
+                await proxy.new(role, 0.0)
+                await hurt(proxy, fault, role)
+                await net.woken(5)
+                proxy.delay(role, 0)
+                proxy.throttle(role, 0)
+            over.set()
+        await net.all_done_once()
 
 
 async def test_a_claim_cut_in_mid_result(net: Rig) -> None:
