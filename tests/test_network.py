@@ -228,11 +228,7 @@ async def test_half_open(tcp: Server, tcp_template: str, busy: bool) -> None:
     found. Not busy, there is no poll either, and nothing to do."""
 
     async def one(role: str) -> None:
-        async with (
-            rig(tcp, tcp_template) as net,
-            working(net.app, net.dsn, poll_interval=5 if busy else 0),
-            anyio.create_task_group() as group,
-        ):
+        async with rig(tcp, tcp_template) as net, working(net.app, net.dsn, poll_interval=5 if busy else 0):
             await net.insert("Hold", 3)
             await net.held.reach(3)
             await net.woken(5)
@@ -248,19 +244,20 @@ async def test_half_open(tcp: Server, tcp_template: str, busy: bool) -> None:
                     woken.append(await net.woken(20))
                     await anyio.sleep(0.5)
 
-            if busy:
-                group.start_soon(wake)
-            found = await net.proxy.new(role, began, 45)
-            group.cancel_scope.cancel()
-            with anyio.CancelScope(shield=True):
-                print(f"half-open, {role}: found after {found:.1f} s, woken after {max(woken, default=0):.3f} s")
-                assert found < 15
-                assert max(woken, default=0) < 15
-                took = [await net.woken(3) for _ in range(3)]
-                print(f"half-open, {role}: then woken after {max(took):.3f} s")
-                assert await net.db.fetchval(STALE) == 1
-                net.release.set()
-                await net.all_done_once()
+            # Left before anything else is asked of the rig's connection, which can do one thing at a time.
+            async with anyio.create_task_group() as group:
+                if busy:
+                    group.start_soon(wake)
+                found = await net.proxy.new(role, began, 45)
+                group.cancel_scope.cancel()
+            print(f"half-open, {role}: found after {found:.1f} s, woken after {max(woken, default=0):.3f} s")
+            assert found < 15
+            assert max(woken, default=0) < 15
+            took = [await net.woken(3) for _ in range(3)]
+            print(f"half-open, {role}: then woken after {max(took):.3f} s")
+            assert await net.db.fetchval(STALE) == 1
+            net.release.set()
+            await net.all_done_once()
 
     async with anyio.create_task_group() as group:
         for role in ROLES[:-1] if busy else ("claims *", "door *", "keeper*"):
