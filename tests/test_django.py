@@ -11,7 +11,7 @@ import re
 import subprocess
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,9 +20,11 @@ import msgspec
 import pytest
 
 import notifyq
+from notifyq import store
+from notifyq.embedded import Server
 from notifyq.errors import ConfigError
 
-from .conftest import empty, eventually, working
+from .conftest import database, eventually, working
 
 T = TypeVar("T")
 
@@ -33,9 +35,19 @@ class Mail(notifyq.Task, tag="MAIL"):
     to: str
 
 
+@pytest.fixture(scope="module")
+async def shared(server: Server, template: str) -> AsyncIterator[str]:
+    """The database of Django's settings, which are read once."""
+    async with database(server, template) as dsn:
+        yield dsn
+
+
 @pytest.fixture
 async def dsn(shared: str) -> str:
-    return await empty(shared, "notifyq.task", "notifyq.finished", "notifyq.worker")
+    conn = await store.connect(shared, role="test")
+    await conn.execute("TRUNCATE notifyq.task, notifyq.finished, notifyq.worker RESTART IDENTITY")
+    await conn.close()
+    return shared
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ import pytest
 import notifyq
 from notifyq.errors import ConfigError, DatabaseError, SchemaError
 
-from .conftest import Sessions, empty
+from .conftest import Sessions
 
 
 class Mail(notifyq.Task, tag="MAIL"):
@@ -25,11 +25,6 @@ class Mail(notifyq.Task, tag="MAIL"):
 
 class Other(notifyq.Task):
     pass
-
-
-@pytest.fixture
-async def dsn(shared: str) -> str:
-    return await empty(shared, "notifyq.task")
 
 
 @pytest.fixture

@@ -27,7 +27,7 @@ from notifyq import foreign
 from notifyq.embedded import Server
 from notifyq.errors import ConfigError, DatabaseError, SchemaError
 
-from .conftest import Seen, empty, eventually, working
+from .conftest import Seen, eventually, working
 
 COUNT = "SELECT count(*) FROM notifyq.task"
 
@@ -38,11 +38,6 @@ class Mail(notifyq.Task, tag="MAIL"):
 
 class Other(notifyq.Task):
     pass
-
-
-@pytest.fixture
-async def dsn(shared: str) -> str:
-    return await empty(shared, "notifyq.task", "notifyq.finished", "notifyq.unique_key")
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from notifyq.outcome import Aside, Finish, HandBack, Later
 from notifyq.settle import Settler
 
 from . import verbs
-from .conftest import Seen, empty, eventually, working
+from .conftest import Seen, eventually, working
 from .steps import PREPARED, Session, Steps, steps, until_blocked
 from .verbs import (
     OVERDUE,
@@ -45,8 +45,8 @@ take = pytest.mark.parametrize("take", [claim, claim_onward])
 
 
 @pytest.fixture
-async def s(shared: str) -> AsyncIterator[Steps]:
-    async with steps(await empty(shared, "notifyq.task", "notifyq.finished", "notifyq.worker")) as s:
+async def s(dsn: str) -> AsyncIterator[Steps]:
+    async with steps(dsn) as s:
         yield s
 
 
@@ -374,14 +374,12 @@ class Writing:
 
 
 @pytest.mark.parametrize("kind", OUTCOMES)
-async def test_rows_are_locked_in_the_order_of_their_ids(
-    s: Steps, w: Session, p: Session, shared: str, kind: str
-) -> None:
+async def test_rows_are_locked_in_the_order_of_their_ids(s: Steps, w: Session, p: Session, dsn: str, kind: str) -> None:
     """Settle and settle: two that would lock the same rows in opposite orders would wait for each other for ever."""
     jobs = await w(held, 3)
     await p("BEGIN")
     await p("SELECT FROM notifyq.task WHERE id = $1 FOR UPDATE", jobs[1].id)
-    async with Writing(shared, [OUTCOMES[kind](job) for job in reversed(jobs)]):
+    async with Writing(dsn, [OUTCOMES[kind](job) for job in reversed(jobs)]):
         await until_blocked(s.db, "settle", p)
         free = await s.db.fetch("SELECT id FROM notifyq.task FOR UPDATE SKIP LOCKED")
         assert [row[0] for row in free] == [jobs[2].id], "it has the first, waits for the second, and has no third"
@@ -397,7 +395,7 @@ async def impatient(s: Steps) -> AsyncIterator[None]:
 
 
 @pytest.mark.usefixtures("impatient")
-async def test_a_deadlock_of_which_a_worker_is_the_victim(s: Steps, w: Session, p: Session, shared: str) -> None:
+async def test_a_deadlock_of_which_a_worker_is_the_victim(s: Steps, w: Session, p: Session, dsn: str) -> None:
     """Settle and cancels in one transaction, in the other order: written again, and each task ends once."""
     first, second, third = jobs = await w(held, 3)
     other = await s.session("other")
@@ -406,7 +404,7 @@ async def test_a_deadlock_of_which_a_worker_is_the_victim(s: Steps, w: Session, 
     await p(cancel, third.id)
     await other("BEGIN")
     await other("SELECT FROM notifyq.task WHERE id = $1 FOR UPDATE", second.id)
-    async with Writing(shared, [Finish(job, "done") for job in jobs]) as writing:
+    async with Writing(dsn, [Finish(job, "done") for job in jobs]) as writing:
         await until_blocked(s.db, "settle", other)
         waiting = await p.blocked_by(await settling(s), cancel, first.id)
         await other("COMMIT")
@@ -416,13 +414,13 @@ async def test_a_deadlock_of_which_a_worker_is_the_victim(s: Steps, w: Session, 
     assert await states(s.db) == {first.id: ("cancelled", 1), second.id: ("done", 1), third.id: ("cancelled", 1)}
 
 
-async def test_a_deadlock_of_which_a_person_is_the_victim(s: Steps, w: Session, p: Session, shared: str) -> None:
+async def test_a_deadlock_of_which_a_person_is_the_victim(s: Steps, w: Session, p: Session, dsn: str) -> None:
     """The same, and the worker doesn't notice."""
     first, second = jobs = await w(held, 2)
     await p("SET deadlock_timeout = '10ms'")
     await p("BEGIN")
     await p(cancel, second.id)
-    async with Writing(shared, [Finish(job, "done") for job in jobs]) as writing:
+    async with Writing(dsn, [Finish(job, "done") for job in jobs]) as writing:
         await until_blocked(s.db, "settle", p)
         with pytest.raises(asyncpg.DeadlockDetectedError):
             await p(cancel, first.id)
@@ -615,7 +613,7 @@ class Known(notifyq.Task):
     pass
 
 
-async def test_cancelled_and_retried_while_its_handler_runs(s: Steps, p: Session, shared: str) -> None:
+async def test_cancelled_and_retried_while_its_handler_runs(s: Steps, p: Session, dsn: str) -> None:
     """Cancel, retry and a second claim by the same worker, before its heartbeat: the first run settles nothing."""
     app, begun, release = notifyq.App(), Seen(), [anyio.Event(), anyio.Event()]
 
@@ -626,7 +624,7 @@ async def test_cancelled_and_retried_while_its_handler_runs(s: Steps, p: Session
         await release[run].wait()
         return run
 
-    async with working(app, shared):
+    async with working(app, dsn):
         [id] = await insert(s.db)
         await begun.reach(1, 5)
         assert await p(cancel, id)

@@ -15,17 +15,12 @@ import pytest
 
 import notifyq
 
-from .conftest import Seen, empty, eventually, working
+from .conftest import Seen, eventually, working
 from .steps import PREPARED, Session, Steps, frozen, steps
 from .test_doorbell import asleep
 from .verbs import OVERDUE, cancel, claim, fall_asleep, insert, register, retry, states, take_turn
 
 SOON = 1.0  # seconds: generous for a wake-up of a millisecond on a loaded machine
-
-
-@pytest.fixture
-async def dsn(shared: str) -> str:
-    return await empty(shared, "notifyq.task", "notifyq.finished", "notifyq.worker")
 
 
 @pytest.fixture

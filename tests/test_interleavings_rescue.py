@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 
-from .conftest import empty
 from .steps import Session, Steps, steps
 from .verbs import (
     SETTLES,
@@ -40,8 +39,8 @@ LOCK, UNLOCK = "SELECT pg_try_advisory_lock(1852990827, $1)", "SELECT pg_advisor
 
 
 @pytest.fixture
-async def s(shared: str) -> AsyncIterator[Steps]:
-    async with steps(await empty(shared, "notifyq.task", "notifyq.finished", "notifyq.worker")) as s:
+async def s(dsn: str) -> AsyncIterator[Steps]:
+    async with steps(dsn) as s:
         yield s
 
 

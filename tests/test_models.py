@@ -5,6 +5,7 @@ The models are in tests/models, with their stories in the docstrings. `-rP` show
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Hashable, Iterator
 from pathlib import Path
 
@@ -18,6 +19,14 @@ from .models.explore import Comes, Promise, Step, explore
 from .models.runs import RUNS, WRONG, Run
 
 DOCS = Path(__file__).parents[1] / "docs"
+
+
+@pytest.fixture(autouse=True)
+def no_gc() -> Iterator[None]:
+    """A model makes no cycles, and looking for them among all its states takes a sixth of the time."""
+    gc.disable()
+    yield
+    gc.enable()
 
 
 @pytest.fixture(scope="module")

@@ -15,17 +15,11 @@ import notifyq
 from notifyq import schema
 
 from . import verbs
-from .conftest import Seen, empty, working
-from .test_unique import TABLES
+from .conftest import Seen, working
 
 
 class Known(notifyq.Task):
     pass
-
-
-@pytest.fixture
-async def dsn(shared: str) -> str:
-    return await empty(shared, *TABLES)
 
 
 @pytest.fixture

@@ -130,12 +130,11 @@ async def test_a_standby_is_told_so(empty_dsn: str) -> None:
 
 
 @pytest.fixture
-async def conn(shared: str) -> AsyncIterator[Any]:
+async def conn(dsn: str) -> AsyncIterator[Any]:
     """A person's connection, in a transaction that is rolled back at the end."""
-    conn = await store.connect(shared, role="test")
+    conn = await store.connect(dsn, role="test")
     transaction = conn.transaction()
     await transaction.start()
-    await conn.execute("TRUNCATE notifyq.task, notifyq.finished, notifyq.worker RESTART IDENTITY")
     yield conn
     conn.terminate()
 

@@ -1,6 +1,6 @@
 """Each statement of notifyq/sql: what it takes and returns, which indexes it reads, and what it does.
 
-The plans are asserted on a million rows each of history, backlog and future tasks, and with statistics of every kind
+The plans are asserted on 300,000 rows each of history, backlog and future tasks, and with statistics of every kind
 of moment: a queue's statistics are always of another one. On this data nothing may read more than it returns.
 """
 
@@ -20,7 +20,7 @@ from notifyq.embedded import Server
 from notifyq.options import Options
 from notifyq.store import SQL
 
-from .conftest import Sessions, admin, empty
+from .conftest import Sessions, admin
 
 ROW = (
     "id:int8 attempts:int2 type:text queue:text priority:int2 max_attempts:int2 created_at:timestamptz payload:jsonb"
@@ -122,11 +122,6 @@ STATEMENTS = {
 WORKERS = [name for name, statement in STATEMENTS.items() if statement.indexes is not None]
 
 
-@pytest.fixture
-async def dsn(shared: str) -> str:
-    return await empty(shared, "notifyq.task", "notifyq.finished", "notifyq.worker")
-
-
 # --- What they take and return
 
 
@@ -144,24 +139,24 @@ async def test_it_prepares_with_these_types(name: str, worker: Any) -> None:
 
 # --- Plans
 
-MILLION = 1_000_000
+MANY = 300_000
 BACKLOG = f"""
     INSERT INTO notifyq.task (type, run_at, worker, attempts, aside)
     SELECT CASE WHEN i <= 1000 THEN 'Strange' ELSE 'Known' END,
            CASE WHEN i % 2 = 0 THEN now() + i * interval '1 second' ELSE now() END,
            CASE WHEN i BETWEEN 1001 AND 2000 THEN 1 END, (i BETWEEN 1001 AND 2000)::integer, i <= 1000
-    FROM generate_series(1, 2 * {MILLION}) AS i"""
+    FROM generate_series(1, 2 * {MANY}) AS i"""
 HISTORY = f"""
     INSERT INTO notifyq.finished (id, created_at, run_at, processing_at, processed_at, priority, attempts, state, queue,
                                   type, worker, payload)
     SELECT 10000000 + i, at, at, at, at, 0, 1, CASE WHEN i % 10 = 0 THEN 'dead' ELSE 'done' END, 'default',
            'Known', 'host:1', '{{}}'
-    FROM (SELECT i, now() - interval '1 second' * ({MILLION} - i) AS at FROM generate_series(1, {MILLION}) AS i) AS s"""
+    FROM (SELECT i, now() - interval '1 second' * ({MANY} - i) AS at FROM generate_series(1, {MANY}) AS i) AS s"""
 
 
 @pytest.fixture(scope="module")
 async def crowd(server: Server, template: str) -> AsyncIterator[str]:
-    """A database with a million tasks each that are finished, ready and scheduled; a thousand running, and aside."""
+    """A database with 300,000 tasks each that are finished, ready and scheduled; a thousand running, and aside."""
     await admin(server, f"CREATE DATABASE crowd TEMPLATE {template}")
 
     async def fill(statement: str, then: str) -> None:
@@ -280,7 +275,7 @@ async def touched(conn: Any, run: Callable[[], Any]) -> tuple[Any, int]:
 
 @pytest.mark.parametrize("moment", MOMENTS)
 async def test_nothing_reads_more_than_it_returns(sessions: dict[str, Any], moment: str) -> None:
-    """Of ten tasks: a few dozen index entries each, with three million rows around them."""
+    """Of ten tasks: a few dozen index entries each, with 900,000 rows around them."""
     conn = sessions[moment]
     async with rolled_back(conn, moment):
         rooms: dict[str, int] = {"default": 10, "empty": 10}
@@ -386,7 +381,7 @@ async def test_what_people_call_is_looked_up_too(sessions: dict[str, Any], momen
 
 @pytest.mark.parametrize("moment", MOMENTS)
 async def test_a_unique_task_looks_up_one(sessions: dict[str, Any], moment: str) -> None:
-    """Enqueued and kept, on an ordinary connection, with three million rows around it."""
+    """Enqueued and kept, on an ordinary connection, with 900,000 rows around it."""
     conn = sessions[f"person, {moment}"]
     query = """SELECT notifyq.enqueue('Known', options => '{"unique_key": "k"}')"""
     async with rolled_back(conn, moment):

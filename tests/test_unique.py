@@ -26,13 +26,9 @@ from notifyq.task import State
 from notifyq.unique import DIGEST_LENGTH
 
 from . import verbs
-from .conftest import Process, Seen, admin, empty, eventually, grants, working
+from .conftest import Process, Seen, admin, eventually, grants, working
 from .steps import Steps, steps
 
-TABLES = (
-    *("notifyq.task", "notifyq.finished", "notifyq.worker", "notifyq.unique_key"),
-    *("notifyq.freed", "notifyq.dependency", "notifyq.started"),
-)
 WAITING: tuple[State, ...] = ("scheduled", "ready")
 KEY = '{"unique_key": "k"}'
 KEYED = f"INSERT INTO notifyq.task (type, options) VALUES ('Known', '{KEY}')"
@@ -58,11 +54,6 @@ class Daily(notifyq.Task):
     user: str
     day: int
     note: str = ""
-
-
-@pytest.fixture
-async def dsn(shared: str) -> str:
-    return await empty(shared, *TABLES)
 
 
 @pytest.fixture
