@@ -56,7 +56,7 @@ demo: $(or $(wildcard $(test_stamp)),$(demo_stamp))  ## the main job, end to end
 
 # Four processes, whole files each: the tests mostly wait, and one file's tests share what their fixtures build.
 test: $(test_stamp)  ## the tests, minutes; TESTS="tests/test_retry.py -k cap" picks some
-	.venv/bin/python -m pytest -q -n 4 --dist loadfile --no-loadscope-reorder $(TESTS)
+	.venv/bin/python -m pytest -q -n 4 --dist loadfile $(TESTS)
 
 test-long: $(test_stamp)  ## the tests marked `long`, hours
 	.venv/bin/python -m pytest -q -m long --timeout 0 $(TESTS)
