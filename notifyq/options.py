@@ -109,7 +109,7 @@ class Options(NamedTuple):
         check_name("queue", queue)
         if delay is not None:
             if run_at is not None:
-                raise ConfigError("delay and run_at are both given; they are two ways to say the same")
+                raise ConfigError("delay= and run_at= are both given; they are two ways to say the same")
             if not (isinstance(delay, int | float) and math.isfinite(delay) and 0 <= delay <= 100 * 366 * 86400):
                 raise ConfigError(f"delay is {delay!r}; expected seconds, 0 or more")
         if run_at is not None and (not isinstance(run_at, datetime) or run_at.tzinfo is None):
@@ -131,8 +131,8 @@ class Options(NamedTuple):
                 raise ConfigError(f'limit_key is {limit_key!r}, and no limit; add limit=3, rate="100/minute", or both')
         elif limit is not None or rate is not None:
             raise ConfigError(
-                'limit and rate are of tasks with the same limit_key; add limit_key="...", or limit a whole queue: '
-                "notifyq queues"
+                'limit= and rate= are of tasks with the same limit_key; add limit_key="...", or limit a whole queue: '
+                "notifyq queue limit"
             )
         ids = None if after is None else checked_ids(after)
         if on_dead is not None and (on_dead not in ("cancel", "run") or not (ids or then)):

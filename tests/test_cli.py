@@ -145,12 +145,24 @@ async def test_help_and_version(run: Run) -> None:
         ("enqueue X --delay 99999999d", "'99999999d' is not a duration"),
         ("enqueue X --run-at tomorrow", "'tomorrow' is not a time; expected ISO 8601 with a zone: 2030-"),
         ("enqueue X --run-at 2030-01-31T08:00:00", "has no zone; expected ISO 8601 with a zone"),
-        ("enqueue X --run-at 2030-01-31T08:00:00Z --delay 5", "delay and run_at are both given"),
+        ("enqueue X --run-at 2030-01-31T08:00:00Z --delay 5", "--delay and --run-at are both given"),
         ("enqueue X --priority 32768", "'32768' is not a number from -32768 to 32767"),
         ("enqueue X --priority high", "'high' is not a number"),
         ("enqueue X --max-attempts 0", "'0' is not a number from 1 to 32767"),
         (f"enqueue {'X' * 201}", "expected 1 to 200 characters"),
         (f"enqueue X -q {'q' * 201}", "expected 1 to 200 characters"),
+        ("enqueue X --order-key=", "--order-key '': expected 1 to 200 characters"),
+        ("enqueue X --limit-key limit_key", "--limit-key is 'limit_key', and no limit; add --limit 3, --rate \"1"),
+        ("enqueue X --rate 5/s", '--limit and --rate are of tasks with the same --limit-key; add --limit-key "..."'),
+        ("enqueue X --limit-key k --limit 0", "(env var: 'NOTIFYQ_LIMIT_RUNNING'): '0' is not a number from 1 to"),
+        ("enqueue X --limit-key k --rate often", "(env var: 'NOTIFYQ_RATE'): rate is 'often'; expected how many in"),
+        ("enqueue X --on-dead run", "--on-dead is 'run'; expected 'cancel' or 'run', beside --after"),
+        ("enqueue X --unique-for 1h", "--unique-for, --unique-states and --on-conflict go with --unique KEY, or with"),
+        ("enqueue X --on-conflict move", "go with --unique KEY, or with --app"),
+        ("enqueue X --unique k --unique-for 0", "--unique-for is 0.0; expected seconds above 0"),
+        ("enqueue X --unique k --unique-states redy", "'redy' is not one of scheduled, ready, running, done, dead"),
+        ("enqueue X --unique k --unique-states dead", "says for how long; add --unique-for 3600"),
+        ("enqueue X --unique k --on-conflict drop", "'drop' is not one of 'keep', 'replace', 'move'"),
         ("tasks --state redy", "'redy' is not one of scheduled, ready, running, done, dead, cancelled; did you"),
         ("tasks --limit 0", "'0' is not a number from 1"),
         ("tasks 5", "5"),
@@ -354,6 +366,59 @@ async def test_enqueue(run: Run, dsn: str, db: Any) -> None:
         assert await db.fetchval(wait, int(said.out)) == pytest.approx(seconds, abs=1)
 
 
+async def options_of(db: Any, said: Said) -> Any:
+    return await db.fetchval("SELECT options FROM notifyq.task WHERE id = $1", int(said.out))
+
+
+async def test_enqueue_in_order_and_within_limits(run: Run, dsn: str, db: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By flags and by their variables, of which NOTIFYQ_LIMIT, how many are listed, is none."""
+    monkeypatch.setenv("NOTIFYQ_LIMIT", "7")
+    limits = {"limit_key": "k", "limit_running": 2, "limit_rate": 100, "limit_seconds": 60}
+    for words, expected in (
+        ("--limit-key k --limit 2 --rate 100/minute", limits),
+        ("--limit-key k --rate 5/10s", {"limit_key": "k", "limit_rate": 5, "limit_seconds": 10}),
+        ("--order-key o --limit-key k --limit-running 3", {"order_key": "o", "limit_key": "k", "limit_running": 3}),
+        ("--order-key o", {"order_key": "o"}),
+    ):
+        said = await run(f"enqueue X {words}", dsn=dsn)
+        assert (said.code, said.err) == (0, "")
+        assert json.loads(await options_of(db, said)) == expected
+    for name, value in (("ORDER_KEY", "o"), ("LIMIT_KEY", "k"), ("LIMIT_RUNNING", "2"), ("RATE", "100/minute")):
+        monkeypatch.setenv(f"NOTIFYQ_{name}", value)
+    assert json.loads(await options_of(db, await run("enqueue X", dsn=dsn))) == {"order_key": "o", **limits}
+
+
+IS_THERE = "notifyq: nothing was enqueued: a task with this key is there"
+
+
+async def test_enqueue_unique(run: Run, dsn: str, db: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The id of the one that is there is printed, and on stderr what became of that one."""
+    first = await run("enqueue X --unique k --delay 1h", '{"n": 1}', dsn=dsn)
+    assert (first.code, first.err) == (0, "")
+    for conflict, more in (
+        ("keep", ""),
+        ("replace", "; if it waits, its payload is this one's now"),
+        ("move", "; if it waits for its time or a worker, its run_at is this one's now"),
+    ):
+        words = f"enqueue X --unique k --run-at 2030-01-31T08:00:00Z --on-conflict {conflict}"
+        said = await run(words, json.dumps({"by": conflict}), dsn=dsn)
+        assert (said.code, said.out, said.err) == (0, first.out, f"{IS_THERE}{more}\n")
+        row = await db.fetchrow("SELECT payload, run_at FROM notifyq.task")
+        assert json.loads(row["payload"]) == ({"n": 1} if conflict == "keep" else {"by": "replace"})
+        assert (row["run_at"].isoformat() == "2030-01-31T08:00:00+00:00") is (conflict == "move")
+    # It is scheduled, which isn't in the way of who asks for the ready and the done ones.
+    wanted = {"unique_key": "k", "unique_states": ["ready", "done"], "unique_for": 3600, "on_conflict": "keep"}
+    said = await run("enqueue X --unique k --unique-for 1h --unique-states ready --unique-states DONE", dsn=dsn)
+    assert (said.code, said.err) == (0, "")
+    assert json.loads(await options_of(db, said)) == wanted
+    monkeypatch.setenv("NOTIFYQ_UNIQUE_STATES", "scheduled running")
+    monkeypatch.setenv("NOTIFYQ_ON_CONFLICT", "move")
+    said = await run("enqueue X --unique k", dsn=dsn)
+    assert json.loads(await options_of(db, said)) == {
+        "unique_key": "k", "unique_states": ["scheduled", "running"], "on_conflict": "move",
+    }  # fmt: skip
+
+
 async def test_enqueue_from_stdin(run: Run, dsn: str, db: Any) -> None:
     """With or without the mark that some editors put in front of UTF-8."""
     said = await run("enqueue X -", dsn=dsn, stdin=b'\xef\xbb\xbf{"n":\n 1}\n')
@@ -456,6 +521,45 @@ async def test_enqueue_validates_against_an_app(run: Run, dsn: str, folder: Path
         said = await run(f"enqueue {words}", payload, dsn=NOWHERE)
         assert (said.code, said.out) == (2, "")
         assert says in said.err
+
+
+INDEXER = """
+import notifyq
+
+app = notifyq.App()
+
+class Index(notifyq.Task, tag="INDEX"):
+    unique = ("document",)
+    on_conflict = "replace"
+    document: int
+    text: str = ""
+
+@app.handler
+async def index(task: Index) -> None: ...
+"""
+
+
+async def test_enqueue_by_the_rules_of_an_app(run: Run, dsn: str, db: Any, folder: Path) -> None:
+    """What the class says of its tasks holds, and any of it can be said otherwise. Without --app nobody knows of it."""
+    (folder / "indexer.py").write_text(INDEXER)
+    index = "enqueue INDEX --app indexer:app"
+    first = await run(index, '{"document": 1, "text": "draft"}', dsn=dsn)
+    assert (first.code, first.err) == (0, "")
+    key = json.loads(await options_of(db, first))["unique_key"]
+    assert key.startswith("INDEX:")
+    again = await run(index, '{"document": 1, "text": "final"}', dsn=dsn)
+    assert (again.code, again.out) == (0, first.out)
+    assert again.err == f"{IS_THERE}; if it waits, its payload is this one's now\n"
+    kept = await run(f"{index} --on-conflict keep", '{"document": 1, "text": "late"}', dsn=dsn)
+    assert (kept.out, kept.err) == (first.out, f"{IS_THERE}\n")
+    assert json.loads(await db.fetchval("SELECT payload FROM notifyq.task")) == {"document": 1, "text": "final"}
+    for words in (f"{index} --unique k", "enqueue INDEX"):
+        assert (await run(words, '{"document": 1}', dsn=dsn)).err == ""
+    assert (await run(index, '{"document": 2}', dsn=dsn)).err == ""
+    assert await db.fetchval("SELECT count(*) FROM notifyq.task") == 4
+    said = await run("enqueue THREAD --app mailer:app --unique-states ready", dsn=NOWHERE)
+    assert (said.code, said.out) == (2, "")
+    assert "--unique-for, --unique-states and --on-conflict go with a key, and Thread has no rule for one" in said.err
 
 
 # -------------------------------------------------------------------------------- schema

@@ -5,16 +5,22 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Generator, Iterable
+from contextlib import contextmanager
 from datetime import datetime
 from typing import Any, TypeVar
 
 import click
 
+from notifyq.errors import ConfigError
+from notifyq.options import EnqueueOptions, parse_rate
+
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 LONGEST_SECONDS = 100 * 366 * 86400.0
+# One of enqueue's options, in a message: `limit_key`, or `limit=`, and not the word "limit" or somebody's 'limit_key'.
+OPTION = re.compile(rf"(?<!['\w])(?=\w*[_=])({'|'.join(EnqueueOptions.__annotations__)})\b(= ?)?")
 
 
 def option(*names: str, **settings: Any) -> Callable[[Command], Command]:
@@ -37,6 +43,16 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     """`; did you mean "this" or "that"?`, or nothing where nothing is close."""
     close = difflib.get_close_matches(word.lower(), by_lower := {name.lower(): name for name in known}, n=3)
     return f"; did you mean {' or '.join(repr(by_lower[name]) for name in close)}?" if close else ""
+
+
+@contextmanager
+def as_flags() -> Generator[None, None, None]:
+    """What a ConfigError says of enqueue's options, said of flags: --limit-key for limit_key, --limit 3 for limit=3."""
+    try:
+        yield
+    except ConfigError as error:
+        said = OPTION.sub(lambda m: f"--{m[1].replace('_', '-')}{' ' if m[2] else ''}", str(error))
+        raise ConfigError(said) from error
 
 
 # Types of values: functions, for click to call. BadParameter gets the flag's name from click.
@@ -72,6 +88,15 @@ def duration(value: str) -> float:
     if seconds > LONGEST_SECONDS:
         raise click.BadParameter(f"{value!r} is not a duration; expected seconds, or 90s, 15m, 12h, 1d")
     return seconds
+
+
+def rate(value: str) -> str:
+    """How many in what time."""
+    try:
+        parse_rate(value)
+    except ConfigError as error:
+        raise click.BadParameter(str(error)) from None
+    return value
 
 
 def moment(value: str) -> datetime:

@@ -12,7 +12,7 @@ from notifyq.config import check_name
 from notifyq.options import parse_rate
 from notifyq.store import SQL, Connection
 
-from .options import did_you_mean, dsn_option, number, option
+from .options import did_you_mean, dsn_option, number, option, rate
 from .output import say, span, table
 from .session import LONG_SECONDS, session
 
@@ -80,7 +80,7 @@ def resume(*, names: tuple[str, ...], dsn: str | None) -> None:
 @queue.command()
 @_names
 @option("--running", metavar="N", type=number(1, 2**31 - 1), help="at most so many of a queue's tasks at once")
-@option("--rate", metavar="RATE", help="at most so many start in any such time: 100/minute, 5/s, 20/10s")
+@option("--rate", type=rate, metavar="RATE", help="at most so many start in any such time: 100/minute, 5/s, 20/10s")
 @option("--none", "unlimited", is_flag=True, help="no limits any more")
 @dsn_option
 def limit(*, names: tuple[str, ...], running: int | None, rate: str | None, unlimited: bool, dsn: str | None) -> None:

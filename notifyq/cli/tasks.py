@@ -17,10 +17,11 @@ from notifyq.errors import ConfigError
 from notifyq.lease import DEAD_KEPT_SECONDS, PRUNE_AT_ONCE
 from notifyq.options import Options
 from notifyq.store import SQL
-from notifyq.task import ENDED, STATES, Task
+from notifyq.task import ENDED, STATES, State, Task
+from notifyq.unique import NOTHING
 
 from .load import load_app
-from .options import did_you_mean, dsn_option, duration, moment, number, option, word
+from .options import as_flags, did_you_mean, dsn_option, duration, moment, number, option, rate, word
 from .output import percent, say, span, table
 from .session import LONG_SECONDS, session
 
@@ -41,11 +42,34 @@ task_id = number(1, 2**63 - 1)
     type=number(1, 32767),
     help="runs in all until it is dead  [default: what its type says]",
 )
+@option("--order-key", metavar="KEY", help="of tasks with the same, one runs at a time, in the order of their ids")
+@option("--limit-key", metavar="KEY", help="of tasks with the same, over all workers,")
+# Its variable is the first name's: NOTIFYQ_LIMIT is how many `notifyq tasks` lists.
+@option(
+    "--limit-running", "--limit", "limit", metavar="N", type=number(1, 2**31 - 1), help="at most so many run at once,"
+)
+@option("--rate", metavar="RATE", type=rate, help="and at most so many start in any such time: 100/minute, 5/s, 20/10s")
 @option("--after", type=task_id, metavar="ID", multiple=True, help="not before this task is done (repeatable)")
 @option("--on-dead", type=click.Choice(["cancel", "run"]), help="what to do if one of these isn't  [default: cancel]")
 @option("--unique", metavar="KEY", help="not while another with this key is there: print that one's id")
 @option("--unique-for", type=duration, metavar="TIME", help="and was enqueued less than so long ago, be it done")
-@option("--app", metavar="MODULE:APP", help="validate type and payload against this app's tasks first")
+@option(
+    "--unique-states",
+    metavar="STATE",
+    multiple=True,
+    type=word(*STATES),
+    help="and is in this state (repeatable)  [default: it hasn't ended]",
+)
+@option(
+    "--on-conflict",
+    type=click.Choice(["keep", "replace", "move"]),
+    help="keep that one as it is, replace its payload, or move its time to this one's, while it waits  [default: keep]",
+)
+@option(
+    "--app",
+    metavar="MODULE:APP",
+    help="validate type and payload against this app's tasks first, and go by their rules for what is unique",
+)
 @dsn_option
 def enqueue(
     *,
@@ -56,10 +80,16 @@ def enqueue(
     run_at: datetime | None,
     priority: int,
     max_attempts: int | None,
+    order_key: str | None,
+    limit_key: str | None,
+    limit: int | None,
+    rate: str | None,
     after: tuple[int, ...],
     on_dead: Literal["cancel", "run"] | None,
     unique: str | None,
     unique_for: float | None,
+    unique_states: tuple[State, ...],
+    on_conflict: Literal["keep", "replace", "move"] | None,
     app: str | None,
     dsn: str | None,
 ) -> None:
@@ -68,22 +98,33 @@ def enqueue(
     JSON is the payload, an object, {} if it is left out; - reads it from stdin.
     """
     check_name("type", type)
-    options = Options.check(
-        queue=queue,
-        delay=delay,
-        run_at=run_at,
-        priority=priority,
-        max_attempts=max_attempts,
-        after=after,
-        on_dead=on_dead,
-        unique=unique,
-        unique_for=unique_for,
-    )
+    with as_flags():
+        options = Options.check(
+            queue=queue,
+            delay=delay,
+            run_at=run_at,
+            priority=priority,
+            max_attempts=max_attempts,
+            order_key=order_key,
+            limit_key=limit_key,
+            limit=limit,
+            rate=rate,
+            after=after,
+            on_dead=on_dead,
+            unique=unique,
+            unique_for=unique_for,
+            unique_states=unique_states or None,
+            on_conflict=on_conflict,
+        )
     text = _payload(payload)
     task = Task() if app is None else load_app(app).registry.check(type, text.encode())
-    if app is None and unique is None and unique_for is not None:
-        raise ConfigError("--unique-for goes with --unique KEY")
-    query, args = statement(type, text, options, options.unique.of(task))
+    if app is None and unique is None and options.unique != NOTHING:
+        raise ConfigError(
+            "--unique-for, --unique-states and --on-conflict go with --unique KEY, or with --app and a type's rule"
+        )
+    with as_flags():
+        only = options.unique.of(task)
+    query, args = statement(type, text, options, only)
 
     async def run() -> tuple[int, bool]:
         async with session(dsn, reads=False) as conn:
@@ -93,8 +134,16 @@ def enqueue(
 
     id, existed = asyncio.run(run())
     if existed:
-        say("nothing was enqueued: a task with this key is there")
+        assert only is not None
+        say(f"nothing was enqueued: a task with this key is there{CONFLICT[only.on_conflict]}")
     click.echo(id)
+
+
+CONFLICT = {
+    "keep": "",
+    "replace": "; if it waits, its payload is this one's now",
+    "move": "; if it waits for its time or a worker, its run_at is this one's now",
+}
 
 
 def _payload(argument: str) -> str:
