@@ -281,6 +281,22 @@ async def test_drain_connects_for_handlers(notifyq_dsn: str) -> None:
     assert await drain(app, notifyq_dsn) == Drained(done=2)
 
 
+async def test_drain_goes_by_no_cron(notifyq_dsn: str) -> None:
+    """There is a slot each second, and each one that was put ahead would be one more to run."""
+    own, seen = notifyq.App(), Seen()
+
+    @own.cron("* * * * * *")
+    @own.handler
+    async def act(task: Act) -> None:
+        seen.add(task)
+
+    async with own.connect(notifyq_dsn):
+        await own.enqueue(Act())
+        assert await drain(own, with_scheduled=True) == Drained(done=1)
+        async with working(own, notifyq_dsn):
+            await seen.reach(2)
+
+
 async def test_drain_that_has_no_end(connected: notifyq.App) -> None:
     await app.enqueue(Chain(left=1_000_000, delay=3600.0))
     with pytest.raises(AssertionError, match=r"after 0\.5 s there is still something to run; .*done=[1-9]"):
