@@ -202,6 +202,37 @@ def out_of_order() -> History:
     return wrong
 
 
+def of(id: int, rows: list[Row]) -> list[Row]:
+    """The same of another task."""
+    for one in rows:
+        one.id = id
+    return rows
+
+
+def keyed(end: float, **second: Any) -> History:
+    """Two tasks of a key, the second of which is inserted after a second; the first one ends at some time."""
+    rows = [row("I", 0, unique_key="k"), claim(0.01), row("I", 1, **{"id": 2, "n": "8", "unique_key": "k", **second})]
+    rows += [*of(2, [claim(1.01), *done(1.1, run="w1-2")]), *done(end)]
+    rows.sort(key=lambda row: row.at)
+    for seq, one in enumerate(rows, 1):
+        one.seq = seq
+    runs = [ran("w1-1", 0.02, end), ran("w1-2", 1.02, 1.1)]
+    runs[1].id = 2
+    return history(rows, runs, batches=[Batch(by="test", numbers=[7, 8], outcome="committed", at=T)])
+
+
+def before_its_end_was_committed() -> History:
+    early = keyed(0.9)
+    next(one for one in early.rows if one.op == "D").committed = T + 1.05
+    return early
+
+
+def refused(id: int = 1, began: float = 2.0) -> History:
+    wrong = well()
+    wrong.batches.append(Batch(by="test", numbers=[], began=T + began, at=T + began + 0.01, existed=[id]))
+    return wrong
+
+
 WRONG: dict[Callable[[], History], str] = {
     lost: "P1 lost: numbers [7] by test were committed",
     half: "P1 of numbers [7, 8] by test only [7] are there",
@@ -218,6 +249,11 @@ WRONG: dict[Callable[[], History], str] = {
     over_the_limit: "P6 run w1-2 is number 2 of k, which has a limit of 1",
     not_alone: "P6 runs w1-1 and w1-2 of k at once",
     out_of_order: "P6 run w1-2 of k before task 1",
+    lambda: keyed(1.05): "P7 inserted with key k, which task 1 had",
+    lambda: keyed(2): "P7 inserted with key k, which task 1 had",
+    before_its_end_was_committed: "P7 inserted with key k, which task 1 had",
+    refused: "P7 an enqueue by test was refused for task 1, which had ended 1.9 s before",
+    lambda: refused(2): "P7 an enqueue by test was refused for task 2, which nobody has inserted",
     not_woken: "P3 started 4.050 s after its time, before any fault",
     not_healed: "P3 started 4.050 s after its time, 6.0 s after connection ended",
     lambda: rescue(8.0): "P4 its worker w1 was killed, and 7.0 s later",
@@ -244,6 +280,24 @@ def test_a_crash_that_may_have_lost_a_claim() -> None:
 
 def test_below_the_limit() -> None:
     assert check(together("limit_key", most=2)) == []
+
+
+def test_one_after_the_other() -> None:
+    """Of a key; or of two."""
+    assert check(keyed(0.9)) == []
+    assert check(keyed(2, unique_key="other")) == []
+
+
+@pytest.mark.parametrize("began", [0.05, 0.5])
+def test_refused_for_what_is_there(began: float) -> None:
+    """Or was, a moment ago."""
+    assert check(refused(began=began)) == []
+
+
+def test_what_is_in_the_way_of_an_enqueue_begins_after_it() -> None:
+    late = not_woken()
+    late.batches.append(Batch(by="test", numbers=[], began=T + 0.01, at=T + 3.9, existed=[1]))
+    assert check(late) == []
 
 
 @pytest.mark.parametrize("excuse", ["a slot of nobody's", "a lag of the machine"])

@@ -10,7 +10,7 @@ faults           the list of what is done to them
 stage            what the faults act on
 play             one run: all of that together, until the last task has ended
 history          what was recorded, read into one place
-checker, flow, timing  the promises, proven from the history or not
+checker, flow, once, timing  the promises, proven from the history or not
 report           the table, and the story of a task that a promise was broken for
 mutants          notifyq broken on purpose, to see that the checker can fail
 

@@ -66,6 +66,11 @@ class Numbered(notifyq.Task):
 class Quick(Numbered): ...
 
 
+class Only(Numbered):
+    unique = ("key",)
+    key: int = 0
+
+
 class Slow(Numbered): ...
 
 
@@ -112,6 +117,13 @@ class Rude(Numbered):
 @app.handler
 async def quick(task: Quick, ctx: notifyq.Context) -> str:
     with told(task, ctx) as run:
+        return run
+
+
+@app.handler
+async def only(task: Only, ctx: notifyq.Context) -> str:
+    with told(task, ctx) as run:
+        await anyio.sleep(task.seconds)
         return run
 
 

@@ -17,7 +17,7 @@ import msgspec
 from .history import RUN, History, Lease, Row, Run
 
 ENDS = {
-    "Quick": "done", "Slow": "done", "Fail": "done", "Thread": "done", "Leak": "done", "Block": "done",
+    "Quick": "done", "Only": "done", "Slow": "done", "Fail": "done", "Thread": "done", "Leak": "done", "Block": "done",
     "Doomed": "dead", "TimedOut": "dead", "Kamikaze": "dead", "Rude": "dead",
 }  # fmt: skip
 CONDUCTOR = "notifyq"  # the role of enqueuers, and of whoever cancels and retries by SQL
@@ -31,9 +31,10 @@ class Breach(msgspec.Struct, frozen=True):
 
 
 def check(history: History) -> list[Breach]:
-    from . import flow, timing  # which need Breach
+    from . import flow, once, timing  # which need Breach
 
-    checks = (enqueued, ended, transitions, settled, leased, again, overlapping, *flow.CHECKS, *timing.CHECKS)
+    more = (*flow.CHECKS, *once.CHECKS, *timing.CHECKS)
+    checks = (enqueued, ended, transitions, settled, leased, again, overlapping, *more)
     return [breach for check in checks for breach in check(history)]
 
 

@@ -36,6 +36,7 @@ class Row(msgspec.Struct, kw_only=True):
     limit_key: str | None = None
     most: int | None = None  # of that key at once
     order_key: str | None = None
+    unique_key: str | None = None
 
 
 class Run(msgspec.Struct, kw_only=True):
@@ -58,6 +59,8 @@ class Batch(msgspec.Struct, kw_only=True):
     numbers: list[int]
     outcome: str = "unknown"  # committed, rolled back
     at: float = 0.0  # when it knew
+    began: float = 0.0
+    existed: list[int] = []  # the tasks that it was told are in the way
 
 
 class Window(msgspec.Struct, kw_only=True):

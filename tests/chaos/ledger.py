@@ -21,7 +21,7 @@ CREATE TABLE chaos.ledger (
     app text DEFAULT current_setting('application_name'),
     op text, id bigint, was_worker integer, was_attempts integer, worker integer, attempts integer,
     run_at timestamptz, aside boolean, queue text, type text, n text, note text,
-    limit_key text, most integer, order_key text
+    limit_key text, order_key text, options jsonb
 ) WITH (autovacuum_enabled = false);
 
 -- The writer's session_user stays what it is: who did it.
@@ -31,11 +31,11 @@ BEGIN
     IF TG_OP <> 'INSERT' THEN o := OLD; END IF;
     IF TG_OP = 'DELETE' THEN r := OLD; ELSE r := NEW; END IF;
     INSERT INTO chaos.ledger (op, id, was_worker, was_attempts, worker, attempts, run_at, aside, queue, type, n, note,
-                              limit_key, most, order_key)
+                              limit_key, order_key, options)
     VALUES (left(TG_OP, 1), r.id, o.worker, o.attempts, CASE WHEN TG_OP <> 'DELETE' THEN r.worker END, r.attempts,
             r.run_at, r.aside, r.queue, r.type, r.payload ->> 'n',
             CASE WHEN TG_OP = 'UPDATE' AND r.errors IS DISTINCT FROM o.errors THEN r.errors -> -1 ->> 'error' END,
-            r.limit_key, (r.options ->> 'limit_running')::integer, r.order_key);
+            r.limit_key, r.order_key, r.options);
     RETURN NULL;
 END $$;
 CREATE FUNCTION chaos.finished() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER AS $$
@@ -72,7 +72,7 @@ SELECT op, id, seq, extract(epoch FROM at)::float8 AS at,
        was_worker, coalesce(was_attempts, 0) AS was_attempts, worker, coalesce(attempts, 0) AS attempts,
        coalesce(extract(epoch FROM greatest(run_at, 'epoch')), 0)::float8 AS run_at, coalesce(aside, false) AS aside,
        coalesce(queue, '') AS queue, coalesce(type, '') AS type, n, coalesce(note, '') AS note,
-       limit_key, most, order_key
+       limit_key, (options ->> 'limit_running')::integer AS most, order_key, options ->> 'unique_key' AS unique_key
 FROM chaos.ledger ORDER BY seq
 """
 

@@ -50,6 +50,17 @@ MUTANTS: dict[str, list[Change]] = {
                           AND mode = 'ShareLock') THEN RAISE EXCEPTION 'ring'; END IF;""",
         )
     ],
+    # Who enqueues with a key looks who is in the way, and locks nothing.
+    "only one": [
+        (
+            "schema.sql",
+            "BEGIN\n    INSERT INTO notifyq.unique_key AS k",
+            """BEGIN
+    SELECT k.task, k.enqueued_at INTO old, since FROM notifyq.unique_key k WHERE k.key = my_key;
+    IF NOT FOUND THEN INSERT INTO notifyq.unique_key AS k""",
+        ),
+        ("schema.sql", "INTO old, since;\n    IF old", "INTO old, since;\n    END IF;\n    IF old"),
+    ],
 }
 
 

@@ -60,6 +60,7 @@ async def play(
             finally:
                 stop.set()
                 await stage.fleet.close()
+        await producers[WAYS.index("unique")].each_key()
         history = stage.history
         async with stage.session() as conn:
             history.rows = await ledger.read(conn)

@@ -20,6 +20,7 @@ from . import app as tempers
 from .history import Batch
 
 TIDE_SECONDS = 5.0
+KEYS = 4
 LOST = (*store.TRANSIENT, notifyq.NotifyqError, OSError)
 
 
@@ -167,6 +168,45 @@ class Producer:
                 self._ends(batch, "committed")
                 await self._pause(2.0)
 
+    async def _unique(self) -> None:
+        """Tasks with keys that are few, alone and in bulk, some in transactions that dawdle or are rolled back."""
+        for _ in range(10):
+            keys = self.random.sample(range(KEYS), self.random.choice([1, 1, 1, 2, KEYS]))
+            await self._only(keys, self.random.choice(["", "", "COMMIT", "ROLLBACK"]))
+            await self._pause(0.3)
+
+    async def _only(self, keys: list[int], end: str) -> None:
+        began = time.time()
+        seconds = self.random.choice([0.0, 0.1])
+        tasks = [tempers.Only(n=self._numbers(), key=key, seconds=seconds) for key in keys]
+        options = self._options() | {
+            "on_conflict": self.random.choice(["keep", "replace", "move"]),
+            "unique_states": ("scheduled", "ready", "running"),
+        }
+        if end:
+            await self._conn.execute("BEGIN")
+        if len(tasks) == 1:
+            ref = await self._app.enqueue(tasks[0], conn=self._conn, **options)
+            ids = notifyq.Ids([ref.id], [ref.id] if ref.existed else [])
+        else:
+            ids = await self._app.enqueue_many(tasks, conn=self._conn, **options)
+        new = [task.n for task, id in zip(tasks, ids, strict=True) if id not in ids.existed]
+        batch = Batch(by=self.way, numbers=new, began=began, existed=list(ids.existed))
+        self.batches.append(batch)
+        try:
+            if end:
+                await self._pause(0.5)
+                await self._conn.execute(end)
+            batch.outcome = "rolled back" if end == "ROLLBACK" else "committed"
+        finally:
+            batch.at = time.time()
+
+    async def each_key(self) -> None:
+        """When all has ended, nobody is in the way."""
+        self._conn = await store.connect(self._dsn, role="chaos last")
+        await self._only(list(range(KEYS)), "ROLLBACK")
+        self._conn.terminate()
+
     async def _psql(self) -> None:
         assert self._program is not None
         batch = self._batch(1)
@@ -240,5 +280,5 @@ def payload_of(task: tempers.Numbered) -> bytes:
 
 WAYS = (
     *("pool", "pool", "transaction", "transaction", "transaction", "insert", "insert"),
-    *("keyed", "keyed", "burst", "copy", "select", "psql", "meddle"),
+    *("keyed", "keyed", "burst", "copy", "select", "psql", "meddle", "unique", "unique", "unique"),
 )

@@ -89,6 +89,12 @@ def _excuse(history: History, start: Start, full: dict[str, list[tuple[float, fl
         return "a queue with a limit"
     if start.lease.claim.limit_key or start.lease.claim.order_key:
         return "it waits for others"
+    # What is in an enqueuer's way doesn't begin before he has ended; then its worker is rung.
+    if any(
+        start.run.id in batch.existed and batch.began < begun and begun - LATE_SECONDS < batch.at
+        for batch in history.batches
+    ):
+        return "in the way of somebody's enqueue"
     crowds = full.get(queue)
     if crowds is None:
         return "nobody serves that queue"

@@ -1,0 +1,49 @@
+"""The promises on tasks of which there is one, proven from a history.
+
+P7  while a task with a unique_key has not ended, no other with it is inserted; what ended is in nobody's way
+
+All who enqueue with keys here name the states until the end (scheduled, ready, running). Who inserts has looked under
+a lock on the key, which he keeps until his commit: so of one key the ledger's rows of insertions are in the order in
+which they looked, and when the second one's was written, the first one's end had been committed. What a person has
+retried has no key any more.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import defaultdict
+from collections.abc import Iterator
+
+from .checker import Breach
+from .flow import SEEN_SECONDS
+from .history import History, Row
+
+
+def alone(history: History) -> Iterator[Breach]:
+    born: dict[str, list[Row]] = defaultdict(list)
+    for row in history.rows:
+        if row.op == "I" and row.unique_key is not None:
+            born[row.unique_key].append(row)
+    for key, rows in born.items():
+        for first, second in itertools.pairwise(sorted(rows, key=lambda row: row.seq)):
+            end = next((row for row in history.rows_of[first.id] if row.op == "D"), None)
+            if end is None or end.seq > second.seq or end.committed > second.at:
+                yield Breach("P7", f"inserted with key {key}, which task {first.id} had", second.id, second.at)
+
+
+def in_the_way(history: History) -> Iterator[Breach]:
+    """Who was refused was so for a task that was there, sometime between his question and the answer."""
+    for batch in history.batches:
+        for id in batch.existed:
+            there, why, rows = False, "nobody has inserted", history.rows_of.get(id, [])
+            for row in rows:
+                if row.op == "D" and row.committed + SEEN_SECONDS < batch.began:
+                    there, why = False, f"had ended {batch.began - row.committed:.1f} s before"
+                elif row.op == "I" and row.at < batch.at:
+                    there = True
+            if not there:
+                what = f"an enqueue by {batch.by} was refused for task {id}, which {why}"
+                yield Breach("P7", what, id if rows else 0, batch.began)
+
+
+CHECKS = (alone, in_the_way)
