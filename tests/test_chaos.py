@@ -209,16 +209,20 @@ def of(id: int, rows: list[Row]) -> list[Row]:
     return rows
 
 
+def in_order(rows: list[Row]) -> list[Row]:
+    rows.sort(key=lambda row: row.at)
+    for seq, one in enumerate(rows, 1):
+        one.seq = seq
+    return rows
+
+
 def keyed(end: float, **second: Any) -> History:
     """Two tasks of a key, the second of which is inserted after a second; the first one ends at some time."""
     rows = [row("I", 0, unique_key="k"), claim(0.01), row("I", 1, **{"id": 2, "n": "8", "unique_key": "k", **second})]
     rows += [*of(2, [claim(1.01), *done(1.1, run="w1-2")]), *done(end)]
-    rows.sort(key=lambda row: row.at)
-    for seq, one in enumerate(rows, 1):
-        one.seq = seq
     runs = [ran("w1-1", 0.02, end), ran("w1-2", 1.02, 1.1)]
     runs[1].id = 2
-    return history(rows, runs, batches=[Batch(by="test", numbers=[7, 8], outcome="committed", at=T)])
+    return history(in_order(rows), runs, batches=[Batch(by="test", numbers=[7, 8], outcome="committed", at=T)])
 
 
 def before_its_end_was_committed() -> History:
@@ -231,6 +235,37 @@ def refused(id: int = 1, began: float = 2.0) -> History:
     wrong = well()
     wrong.batches.append(Batch(by="test", numbers=[], began=T + began, at=T + began + 0.01, existed=[id]))
     return wrong
+
+
+def waiting(
+    end: float, told: float, state: str = "done", on_dead: str | None = None, by: str = "", born: float = 0.1
+) -> History:
+    """Task 2 comes after task 1, which ends so, at some time. It is told, and runs, or is cancelled by somebody."""
+    second: dict[str, Any] = {"after": [1], "on_dead": on_dead}
+    lease = {"was_worker": 1, "was_attempts": 1, "who": "w1", "app": "notifyq claims 1"}
+    first = [row("I", 0), claim(0.01), *done(end)]
+    for one in first:
+        one.type, one.note = "Verdict", f"{state} x"
+    rows = of(2, [row("I", born, n="8", **second), claim(born + 0.01), row("U", born + 0.02, aside=True, **lease)])
+    runs = [ran("w1-1", 0.02, end)]
+    if by:
+        rows += of(2, [row("D", told, who=by), row("F", told, who=by, note="cancelled by somebody")])
+    else:
+        rows += of(2, [row("U", told, run_at=T + told), claim(told + 0.01), *done(told + 0.1, run="w1-2")])
+        runs += [ran("w1-2", told + 0.02, told + 0.1)]
+        runs[1].id = 2
+    return history(
+        in_order([*first, *rows]), runs, batches=[Batch(by="test", numbers=[7, 8], outcome="committed", at=T)]
+    )
+
+
+def retried(born: float) -> History:
+    """Task 1 is dead after a second, and a person retries it after two; from when is the task that comes after it?"""
+    both = waiting(1, 2.5, "dead", "run", born=born)
+    more = [row("X", 2), row("I", 2), claim(2.01), *done(3, run="w1-3")]
+    both.rows = in_order([*both.rows, *more])
+    both.runs.append(ran("w1-3", 2.02, 3))
+    return both
 
 
 WRONG: dict[Callable[[], History], str] = {
@@ -254,6 +289,12 @@ WRONG: dict[Callable[[], History], str] = {
     before_its_end_was_committed: "P7 inserted with key k, which task 1 had",
     refused: "P7 an enqueue by test was refused for task 1, which had ended 1.9 s before",
     lambda: refused(2): "P7 an enqueue by test was refused for task 2, which nobody has inserted",
+    lambda: waiting(1, 0.5): "P8 run w1-2 began before task 1 had ended",
+    lambda: retried(2.2): "P8 run w1-2 began before task 1 had ended",
+    lambda: waiting(1, 3.1): "P8 told 2.1 s after the last one's end",
+    lambda: waiting(1, 1, "dead"): "P8 run w1-2 began, though task 1 wasn't done",
+    lambda: waiting(1, 1, by="w2"): "P8 cancelled, and all that it came after are done",
+    lambda: waiting(1, 1, "cancelled", "run", "w2"): "P8 cancelled, and was to run all the same",
     not_woken: "P3 started 4.050 s after its time, before any fault",
     not_healed: "P3 started 4.050 s after its time, 6.0 s after connection ended",
     lambda: rescue(8.0): "P4 its worker w1 was killed, and 7.0 s later",
@@ -298,6 +339,19 @@ def test_what_is_in_the_way_of_an_enqueue_begins_after_it() -> None:
     late = not_woken()
     late.batches.append(Batch(by="test", numbers=[], began=T + 0.01, at=T + 3.9, existed=[1]))
     assert check(late) == []
+
+
+def test_after_the_end_of_another() -> None:
+    """Whatever that is, if nobody minds."""
+    assert check(waiting(1, 1.1)) == []
+    assert check(waiting(1, 1.1, "dead", "run")) == []
+    assert check(waiting(1, 1.1, "dead", by="w2")) == []
+    assert check(waiting(1, 0.5, by="notifyq")) == []
+
+
+def test_after_one_that_was_retried() -> None:
+    """The end that it came before is enough."""
+    assert check(retried(0.1)) == []
 
 
 @pytest.mark.parametrize("excuse", ["a slot of nobody's", "a lag of the machine"])

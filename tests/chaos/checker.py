@@ -142,7 +142,11 @@ def again(history: History) -> Iterator[Breach]:
             if end is None or end.who == CONDUCTOR or own_outcome(end, lease):
                 continue
             # To be judged while another judges one of its key: it is handed back, and has not begun.
-            if end.who == lease.who and (end.limit_key or end.order_key) and not _began(history, lease, end):
+            if (
+                end.who == lease.who
+                and (end.limit_key or end.order_key or end.after)
+                and not _began(history, lease, end)
+            ):
                 continue
             if not history.touched(lease.who, lease.claim.at, end.at):
                 yield Breach("P2", f"taken from {lease.who}, which no fault had touched, by {end.who}", id, end.at)

@@ -1,6 +1,8 @@
 """The promises on tasks that wait for others, proven from a history.
 
 P6  of a limit_key never more run at once than their limit; of an order_key one, in the order of ids
+P8  who comes after others begins when all have ended, and soon is told; and is cancelled if one is dead, unless it is
+    to run all the same
 
 What counts is a run under its lease: a handler that goes on after it lost that is fenced, and nobody can stop it.
 """
@@ -13,10 +15,12 @@ from collections.abc import Iterator
 
 import msgspec
 
-from .checker import Breach, lease_of
-from .history import History
+from .checker import CONDUCTOR, Breach, lease_of
+from .history import History, Row
+from .timing import LAG_TIMES
 
 SEEN_SECONDS = 1.0  # a commit's time is from before it was flushed; later than that, all see it
+TOLD_SECONDS = 2.0  # at the latest by a heartbeat, if somebody has locked its row
 
 
 class Turn(msgspec.Struct):
@@ -50,6 +54,60 @@ def ordered(history: History) -> Iterator[Breach]:
             for other in {other.id for other in turns if other.id < turn.id}:
                 if _in_front(history, other, turn.since):
                     yield Breach("P6", f"run {turn.run} of {key} before task {other}", turn.id, turn.since)
+
+
+def after(history: History) -> Iterator[Breach]:
+    for id, life in _lives(history):
+        ends = {needed: _end_of(history, needed, life[0].seq) for needed in life[0].after if needed in history.rows_of}
+        # What was retried may have been looked at before that, or after.
+        retried = any(row.op == "X" for needed in ends for row in history.rows_of[needed])
+        bad = [needed for needed, (_, state) in ends.items() if state not in ("", "done")]
+        for run in history.runs_of[id]:
+            lease = lease_of(history, run)
+            if lease is None or lease.claim not in life:
+                continue
+            for needed, (end, _) in ends.items():
+                if end is None or end.committed > run.started:
+                    yield Breach("P8", f"run {run.run} began before task {needed} had ended", id, run.started)
+            if bad and life[0].on_dead != "run" and not retried:
+                yield Breach("P8", f"run {run.run} began, though task {bad[0]} wasn't done", id, run.started)
+        last = life[-1]
+        if last.op == "F" and last.note.startswith("cancelled") and last.who != CONDUCTOR:
+            if life[0].on_dead == "run":
+                yield Breach("P8", "cancelled, and was to run all the same", id, last.at)
+            elif not bad and not retried:
+                yield Breach("P8", "cancelled, and all that it came after are done", id, last.at)
+        told = max((end.committed if end else float("inf") for end, _ in ends.values()), default=0.0)
+        for row, following in itertools.pairwise(life):
+            late = following.committed - told
+            if retried or not row.aside or not row.at < told < following.at - TOLD_SECONDS:
+                continue
+            healed = [window.until + window.heal for window in history.windows if window.since <= following.at]
+            if late > TOLD_SECONDS + LAG_TIMES * history.lag(told, following.at) and told > max(healed, default=0.0):
+                yield Breach("P8", f"told {late:.1f} s after the last one's end", id, told)
+
+
+def _lives(history: History) -> Iterator[tuple[int, list[Row]]]:
+    """Of tasks that come after others: from when they are inserted until they have ended, and again if retried."""
+    for id, rows in history.rows_of.items():
+        births = [n for n, row in enumerate(rows) if row.op == "I"]
+        for birth, following in itertools.pairwise([*births, len(rows)]):
+            if rows[birth].after:
+                yield id, [row for row in rows[birth:following] if row.op != "X"]
+
+
+def _end_of(history: History, id: int, seq: int) -> tuple[Row | None, str]:
+    """The first end, and its state, that counts for who was inserted then: the last one before, if nobody had retried
+    it by then, or else the next."""
+    end, state = None, ""
+    for row in history.rows_of[id]:
+        if row.seq > seq and end is not None and row.op != "F":
+            break
+        if row.op in "ID":
+            end, state = (row, "") if row.op == "D" else (None, "")
+        elif row.op == "F":
+            state = row.note.split(" ", 1)[0]
+    return end, state
 
 
 def _in_front(history: History, id: int, at: float) -> bool:
@@ -87,4 +145,4 @@ def _turns(history: History, what: str) -> dict[str, list[Turn]]:
     return found
 
 
-CHECKS = (limited, ordered)
+CHECKS = (limited, ordered, after)

@@ -37,6 +37,8 @@ class Row(msgspec.Struct, kw_only=True):
     most: int | None = None  # of that key at once
     order_key: str | None = None
     unique_key: str | None = None
+    after: list[int] = []
+    on_dead: str | None = None  # cancel
 
 
 class Run(msgspec.Struct, kw_only=True):

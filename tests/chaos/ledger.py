@@ -72,7 +72,8 @@ SELECT op, id, seq, extract(epoch FROM at)::float8 AS at,
        was_worker, coalesce(was_attempts, 0) AS was_attempts, worker, coalesce(attempts, 0) AS attempts,
        coalesce(extract(epoch FROM greatest(run_at, 'epoch')), 0)::float8 AS run_at, coalesce(aside, false) AS aside,
        coalesce(queue, '') AS queue, coalesce(type, '') AS type, n, coalesce(note, '') AS note,
-       limit_key, (options ->> 'limit_running')::integer AS most, order_key, options ->> 'unique_key' AS unique_key
+       limit_key, (options ->> 'limit_running')::integer AS most, order_key, options ->> 'unique_key' AS unique_key,
+       ARRAY(SELECT jsonb_array_elements_text(options -> 'after')::bigint) AS after, options ->> 'on_dead' AS on_dead
 FROM chaos.ledger ORDER BY seq
 """
 

@@ -61,6 +61,18 @@ MUTANTS: dict[str, list[Change]] = {
         ),
         ("schema.sql", "INTO old, since;\n    IF old", "INTO old, since;\n    END IF;\n    IF old"),
     ],
+    # What is waited for is noted, and not marked: its end tells nobody.
+    "after": [
+        ("schema.sql", "held := notifyq.track(needed);\n        EXIT WHEN", "held := needed;\n        EXIT WHEN"),
+    ],
+    # What somebody has locked at that moment isn't waited for.
+    "locked": [
+        (
+            "schema.sql",
+            "WHERE t.id = ANY (judged)\n        ON CONFLICT DO NOTHING;",
+            "WHERE t.id = ANY (judged) AND d.id = ANY (held)\n        ON CONFLICT DO NOTHING;",
+        ),
+    ],
 }
 
 

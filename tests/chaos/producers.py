@@ -36,6 +36,7 @@ class Producer:
         self._numbers = numbers
         self._conn: Any = None
         self._app = notifyq.App()
+        self._last: list[int] = []
 
     async def run(self, stop: asyncio.Event) -> None:
         if self.way == "psql" and self._program is None:
@@ -207,6 +208,25 @@ class Producer:
         await self._only(list(range(KEYS)), "ROLLBACK")
         self._conn.terminate()
 
+    async def _after(self) -> None:
+        """Each waits for one to three: new ones, or some of the last, which may wait themselves, or have ended."""
+        for _ in range(10):
+            options = self._options()
+            options["on_dead"] = self.random.choice(["cancel", "run"])
+            if len(self._last) < 3 or self.random.random() < 0.5:
+                batch = self._batch(self.random.choice([2, 3, 4]))
+                tasks = [self._task(n) for n in batch.numbers[1:]]
+                then = tempers.Quick(n=batch.numbers[0])
+                ids, ref = await self._app.enqueue_many(tasks, then=then, conn=self._conn, **options)
+                self._last += ids
+            else:
+                batch = self._batch(1)
+                options["after"] = self.random.sample(self._last, self.random.choice([1, 2, 3]))
+                ref = await self._app.enqueue(tempers.Quick(n=batch.numbers[0]), conn=self._conn, **options)
+            self._ends(batch, "committed")
+            self._last = [*self._last, ref.id][-9:]
+            await self._pause(0.5)
+
     async def _psql(self) -> None:
         assert self._program is not None
         batch = self._batch(1)
@@ -279,6 +299,6 @@ def payload_of(task: tempers.Numbered) -> bytes:
 
 
 WAYS = (
-    *("pool", "pool", "transaction", "transaction", "transaction", "insert", "insert"),
+    *("after", "after", "pool", "pool", "transaction", "transaction", "transaction", "insert", "insert"),
     *("keyed", "keyed", "burst", "copy", "select", "psql", "meddle", "unique", "unique", "unique"),
 )
