@@ -268,6 +268,22 @@ def retried(born: float) -> History:
     return both
 
 
+def ticking(*slots: tuple[float, float]) -> History:
+    """Of six seconds; the tasks of these slots were enqueued then."""
+    rows: list[Row] = []
+    for id, (slot, at) in enumerate(slots, 1):
+        start = max(slot, at)
+        rows += of(
+            id, [row("I", at, run_at=T + slot, type="Tick", n="0"), claim(start), *done(start + 0.1, run="w1-1")]
+        )
+    runs = [ran(f"w1-{id}", max(slot) + 0.01, max(slot) + 0.1) for id, slot in enumerate(slots, 1)]
+    for id, run in enumerate(runs, 1):
+        run.id = id
+    for one in rows:
+        one.note = one.note.replace("w1-1", f"w1-{one.id}")
+    return history(in_order(rows), runs, cron=(T, T + 5), batches=[])
+
+
 WRONG: dict[Callable[[], History], str] = {
     lost: "P1 lost: numbers [7] by test were committed",
     half: "P1 of numbers [7, 8] by test only [7] are there",
@@ -295,6 +311,10 @@ WRONG: dict[Callable[[], History], str] = {
     lambda: waiting(1, 1, "dead"): "P8 run w1-2 began, though task 1 wasn't done",
     lambda: waiting(1, 1, by="w2"): "P8 cancelled, and all that it came after are done",
     lambda: waiting(1, 1, "cancelled", "run", "w2"): "P8 cancelled, and was to run all the same",
+    lambda: ticking((0, -3), (2, -1), (2, 1.9), (4, 1)): "P9 it has task 2's slot",
+    lambda: ticking((0, -3), (4, 1)): "P9 nothing was enqueued for slot 1002",
+    lambda: ticking((0, -3), (2, -1)): "P9 nothing was enqueued for slot 1004",
+    lambda: ticking((0, -3), (2, 2.5), (4, 1)): "P9 enqueued 0.5 s after its slot",
     not_woken: "P3 started 4.050 s after its time, before any fault",
     not_healed: "P3 started 4.050 s after its time, 6.0 s after connection ended",
     lambda: rescue(8.0): "P4 its worker w1 was killed, and 7.0 s later",
@@ -352,6 +372,16 @@ def test_after_the_end_of_another() -> None:
 def test_after_one_that_was_retried() -> None:
     """The end that it came before is enough."""
     assert check(retried(0.1)) == []
+
+
+def test_slots() -> None:
+    """After a fault they may come late, or, if all was over before that, not at all."""
+    assert check(ticking((0, -3), (2, -1), (4, 1))) == []
+    fault = Window(name="server frozen", since=T + 1, until=T + 2.4, who=None, round=1)
+    for slots in ([(0.0, -3.0), (2.0, 2.5), (4.0, 2.5)], [(0.0, -3.0), (2.0, 2.5)]):
+        late = ticking(*slots)
+        late.windows = [fault]
+        assert check(late) == []
 
 
 @pytest.mark.parametrize("excuse", ["a slot of nobody's", "a lag of the machine"])

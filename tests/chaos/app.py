@@ -20,6 +20,7 @@ import anyio
 
 import notifyq
 
+TICK_SECONDS = 2
 WHO = os.environ.get("CHAOS_WHO", "")
 _flags = os.O_CREAT | os.O_APPEND | os.O_WRONLY
 _file = os.open(os.path.join(os.environ["CHAOS_EVENTS"], f"{WHO}.jsonl"), _flags) if WHO else -1
@@ -64,6 +65,9 @@ class Numbered(notifyq.Task):
 
 
 class Quick(Numbered): ...
+
+
+class Tick(Numbered): ...
 
 
 class Only(Numbered):
@@ -116,6 +120,13 @@ class Rude(Numbered):
 
 @app.handler
 async def quick(task: Quick, ctx: notifyq.Context) -> str:
+    with told(task, ctx) as run:
+        return run
+
+
+@app.cron(f"*/{TICK_SECONDS} * * * * *", name="tick")
+@app.handler
+async def tick(task: Tick, ctx: notifyq.Context) -> str:
     with told(task, ctx) as run:
         return run
 

@@ -119,6 +119,7 @@ class History(msgspec.Struct, kw_only=True, dict=True, eq=False):
     lags: list[Lag] = []
     logs: list[tuple[float, str, str, list[int]]] = []  # at, who, message, ids
     left: dict[int, str] = {}  # tasks that had not ended: id -> type
+    cron: tuple[float, float] = (0.0, 0.0)  # workers were there to look after it: since, until
 
     @cached_property
     def rows_of(self) -> dict[int, list[Row]]:

@@ -73,6 +73,8 @@ MUTANTS: dict[str, list[Change]] = {
             "WHERE t.id = ANY (judged) AND d.id = ANY (held)\n        ON CONFLICT DO NOTHING;",
         ),
     ],
+    # Of all who have seen that a slot is due, each enqueues it.
+    "cron": [("sql/cron_enqueue.sql", "AND c.next_at IS NOT DISTINCT FROM $2::timestamptz ", "")],
 }
 
 

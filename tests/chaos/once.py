@@ -1,6 +1,7 @@
 """The promises on tasks of which there is one, proven from a history.
 
 P7  while a task with a unique_key has not ended, no other with it is inserted; what ended is in nobody's way
+P9  each slot of a cron has one task, and in quiet it has it in time; P3 says when that starts
 
 All who enqueue with keys here name the states until the end (scheduled, ready, running). Who inserts has looked under
 a lock on the key, which he keeps until his commit: so of one key the ledger's rows of insertions are in the order in
@@ -11,12 +12,17 @@ retried has no key any more.
 from __future__ import annotations
 
 import itertools
+import math
 from collections import defaultdict
 from collections.abc import Iterator
 
+from notifyq.cron import AHEAD_SECONDS
+
+from .app import TICK_SECONDS
 from .checker import Breach
 from .flow import SEEN_SECONDS
 from .history import History, Row
+from .timing import LAG_TIMES, LATE_SECONDS
 
 
 def alone(history: History) -> Iterator[Breach]:
@@ -46,4 +52,25 @@ def in_the_way(history: History) -> Iterator[Breach]:
                 yield Breach("P7", what, id if rows else 0, batch.began)
 
 
-CHECKS = (alone, in_the_way)
+def slots(history: History) -> Iterator[Breach]:
+    """What a fault delayed is made up for, unless the workers were told to go before that."""
+    begin, end = history.cron
+    found: dict[int, list[Row]] = {slot: [] for slot in range(math.ceil(begin), int(end)) if slot % TICK_SECONDS == 0}
+    for rows in history.rows_of.values():
+        if rows[0].op == "I" and rows[0].type == "Tick":
+            found.setdefault(int(rows[0].run_at), []).append(rows[0])
+    last = max((slot for slot, rows in found.items() if rows), default=0)
+    for slot, rows in found.items():
+        if len(rows) > 1:
+            yield Breach("P9", f"it has task {rows[0].id}'s slot", rows[1].id, slot)
+        healed = [window.until + window.heal for window in history.windows if window.since <= slot]
+        quiet = slot > max(healed, default=0.0)
+        if not rows and (quiet or slot < last):
+            yield Breach("P9", f"nothing was enqueued for slot {slot}", at=slot)
+        elif rows and quiet:
+            late = rows[0].committed - slot
+            if late > LATE_SECONDS + LAG_TIMES * history.lag(slot - AHEAD_SECONDS, slot + late):
+                yield Breach("P9", f"enqueued {late:.1f} s after its slot", rows[0].id, slot)
+
+
+CHECKS = (alone, in_the_way, slots)

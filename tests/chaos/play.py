@@ -54,8 +54,11 @@ async def play(
                 assert await stage.until(at_work, 30), "the workers didn't start"
                 for producer in producers:
                     group.create_task(producer.run(stop))
+                begin = time.time() + 1.5  # a heartbeat
                 await _rounds(stage, faults, seconds, patience)
                 stop.set()
+                stage.history.cron = begin, time.time()
+                await stage.until("SELECT notifyq.cron_pause('tick')", DRAIN_SECONDS)
                 await stage.until(ENDED, DRAIN_SECONDS)
             finally:
                 stop.set()
