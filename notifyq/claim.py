@@ -86,6 +86,7 @@ class Claimer:
         self._due_at = 0.0
         self._due_mark: datetime | None = None  # due tasks of before it were promoted, or are very late to be seen
         self._due_front_at = 0.0  # when to look for those
+        self._due_seconds = 0.0  # how long that took
         self._again_at = math.inf  # when to claim what was locked
         self._again_wait = 0.0
         self._poll_at = 0.0
@@ -383,7 +384,9 @@ class Claimer:
         if onward:
             self._next_due = min(self._next_due, self._due_front_at)
         else:
-            self._due_front_at = now + (OWED_TIMES * (now - begin) if now - begin > SLOW_SECONDS else 0.0)
+            took = min(now - begin, self._due_seconds)  # marks.py has why
+            self._due_seconds = now - begin
+            self._due_front_at = now + (OWED_TIMES * took if took > SLOW_SECONDS else 0.0)
         if promoted:
             self._look = True
             if promoted >= PROMOTED_AT_ONCE:

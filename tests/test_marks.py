@@ -14,6 +14,7 @@ from notifyq.marks import BUSY_SECONDS, BUSY_TIMES, LAG_SECONDS, LEVELS, OWED_TI
 from notifyq.store import Job, Onward
 
 from .conftest import Seen, Sessions, eventually, working
+from .test_doorbell import asleep
 
 FRONT, ONWARD = False, True
 
@@ -28,7 +29,8 @@ def told(*jobs: Job, slow: bool) -> tuple[Marks, float]:
     m.claimed(jobs, FRONT, 0.001, 10.0)
     m.claimed([], FRONT, 0.001, 10.0 + LAG_SECONDS)
     now = 10.0 + 2 * LAG_SECONDS
-    m.claimed([], FRONT, 1.0 if slow else 0.001, now)
+    for _ in range(2):
+        m.claimed([], FRONT, 1.0 if slow else 0.001, now)
     return m, now
 
 
@@ -55,6 +57,16 @@ def test_after_a_slow_claim_marks_answer_first_and_one_from_the_front_is_owed() 
     assert m.onward(m.owed_at, backlog=False) is None
     m.claimed([], FRONT, 0.001, m.owed_at)
     assert m.owed_at == float("inf"), "that was it"
+
+
+def test_a_claim_that_was_held_up_once_is_no_sign() -> None:
+    m, now = told(job(7), slow=False)
+    m.claimed([], FRONT, 2.5, now)
+    assert m.onward(now, backlog=False) is None
+    assert m.onward(now + BUSY_SECONDS, backlog=True) is None
+    m.claimed([], FRONT, 0.5, now)
+    assert m.onward(now, backlog=False), "so it is slow, and half a second of it"
+    assert m.onward(now + OWED_TIMES / 2, backlog=False) is None
 
 
 def test_marks_that_do_not_help_are_left_alone_for_a_while() -> None:
@@ -136,3 +148,44 @@ async def test_what_lies_before_a_mark_is_found(
             await seen.reach(24)
         await eventually(lambda: db.fetchval("SELECT count(*) FROM notifyq.task"), 0)
     assert sorted(seen.items[20:]) == ["again", "straggler", "timed", "urgent"]
+
+
+@pytest.mark.parametrize("what", ["claim", "timer"])
+async def test_a_lock_that_held_one_up_holds_back_none_later(what: str, dsn: str, db: Any, connect: Sessions) -> None:
+    """What waited for it took long, and isn't slow: so those that the marks know nothing of start at once."""
+    app, seen = notifyq.App(), Seen()
+
+    class Mark(notifyq.Task):
+        name: str = ""
+
+    @app.handler
+    async def run(task: Mark) -> None:
+        seen.add(task.name)
+
+    stranger = await connect()
+    waits = "SELECT count(*) FROM pg_locks WHERE relation = 'notifyq.task'::regclass AND NOT granted"
+    async with working(app, dsn):
+        until = anyio.current_time() + 5 * LAG_SECONDS
+        while anyio.current_time() < until:
+            await app.enqueue(Mark("first"), conn=db)
+            await seen.reach(len(seen.items) + 1)
+        if what == "timer":
+            await app.enqueue(Mark("timed"), conn=db, delay=1)
+        await asleep(db)
+        async with stranger.transaction():
+            await stranger.execute("LOCK TABLE notifyq.task IN ACCESS EXCLUSIVE MODE")
+            if what == "claim":
+                await db.execute("NOTIFY notifyq")
+            await eventually(lambda: db.fetchval(waits), 1)
+            await anyio.sleep(0.5)  # it is to take long
+        count = len(seen.items)
+        if what == "claim":
+            await app.enqueue(Mark("urgent"), conn=db, priority=9)
+        else:
+            count = len(await seen.reach(count + 1))
+            await db.execute(
+                """INSERT INTO notifyq.task (type, created_at, run_at)
+                   VALUES ('Mark', now() - interval '2 min', now() - interval '1 min')"""
+            )
+        with anyio.fail_after(2):
+            await seen.reach(count + 1)
