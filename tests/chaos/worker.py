@@ -13,6 +13,8 @@ from typing import Any
 
 import anyio
 
+import notifyq
+
 from .app import app
 
 
@@ -28,4 +30,7 @@ async def main(dsn: str, options: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(main(sys.argv[1], json.loads(sys.argv[2])))
+    try:
+        asyncio.run(main(sys.argv[1], json.loads(sys.argv[2])))
+    except notifyq.DatabaseError:
+        sys.exit(3)  # as the command: there is none
