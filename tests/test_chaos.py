@@ -209,6 +209,23 @@ def of(id: int, rows: list[Row]) -> list[Row]:
     return rows
 
 
+def impatient(answered: float = 0.005) -> History:
+    """Claimed while somebody is open who was refused for it, and had his answer then."""
+    wrong = well()
+    wrong.batches.append(
+        Batch(
+            by="test",
+            numbers=[],
+            outcome="rolled back",
+            began=T,
+            at=T + 0.1,
+            existed=[1],
+            open=(T + answered, T + 0.05),
+        )
+    )
+    return wrong
+
+
 def in_order(rows: list[Row]) -> list[Row]:
     rows.sort(key=lambda row: row.at)
     for seq, one in enumerate(rows, 1):
@@ -304,6 +321,7 @@ WRONG: dict[Callable[[], History], str] = {
     lambda: keyed(2): "P7 inserted with key k, which task 1 had",
     before_its_end_was_committed: "P7 inserted with key k, which task 1 had",
     refused: "P7 an enqueue by test was refused for task 1, which had ended 1.9 s before",
+    impatient: "P7 claimed while an enqueue by test was open",
     lambda: refused(2): "P7 an enqueue by test was refused for task 2, which nobody has inserted",
     lambda: waiting(1, 0.5): "P8 run w1-2 began before task 1 had ended",
     lambda: retried(2.2): "P8 run w1-2 began before task 1 had ended",
@@ -353,6 +371,7 @@ def test_one_after_the_other() -> None:
 def test_refused_for_what_is_there(began: float) -> None:
     """Or was, a moment ago."""
     assert check(refused(began=began)) == []
+    assert check(impatient(0.02)) == []
 
 
 def test_what_is_in_the_way_of_an_enqueue_begins_after_it() -> None:

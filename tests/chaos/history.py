@@ -63,6 +63,7 @@ class Batch(msgspec.Struct, kw_only=True):
     at: float = 0.0  # when it knew
     began: float = 0.0
     existed: list[int] = []  # the tasks that it was told are in the way
+    open: tuple[float, float] = (0.0, 0.0)  # its transaction: from that answer until it sent the end
 
 
 class Window(msgspec.Struct, kw_only=True):

@@ -61,17 +61,17 @@ MUTANTS: dict[str, list[Change]] = {
         ),
         ("schema.sql", "INTO old, since;\n    IF old", "INTO old, since;\n    END IF;\n    IF old"),
     ],
-    # What is waited for is noted, and not marked: its end tells nobody.
-    "after": [
-        ("schema.sql", "held := notifyq.track(needed);\n        EXIT WHEN", "held := needed;\n        EXIT WHEN"),
+    # Whoever is in the way may begin at any time.
+    "in the way": [
+        ("schema.sql", "t.id = old AND t.worker IS NULL FOR KEY SHARE;", "t.id = old AND t.worker IS NULL;")
     ],
-    # What somebody has locked at that moment isn't waited for.
-    "locked": [
-        (
-            "schema.sql",
-            "WHERE t.id = ANY (judged)\n        ON CONFLICT DO NOTHING;",
-            "WHERE t.id = ANY (judged) AND d.id = ANY (held)\n        ON CONFLICT DO NOTHING;",
-        ),
+    # Who waits for several is let in by the first.
+    "after": [
+        ("schema.sql", "\n          AND NOT EXISTS (SELECT FROM notifyq.dependency d WHERE d.task = t.id);", ";"),
+    ],
+    # What is waited for is noted, and not marked: its end tells nobody.
+    "told": [
+        ("schema.sql", "held := notifyq.track(needed);\n        EXIT WHEN", "held := needed;\n        EXIT WHEN"),
     ],
     # Of all who have seen that a slot is due, each enqueues it.
     "cron": [("sql/cron_enqueue.sql", "AND c.next_at IS NOT DISTINCT FROM $2::timestamptz ", "")],

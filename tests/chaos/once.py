@@ -1,6 +1,7 @@
 """The promises on tasks of which there is one, proven from a history.
 
-P7  while a task with a unique_key has not ended, no other with it is inserted; what ended is in nobody's way
+P7  while a task with a unique_key has not ended, no other with it is inserted; what ended is in nobody's way; and what
+    is in somebody's begins after his transaction
 P9  each slot of a cron has one task, and in quiet it has it in time; P3 says when that starts
 
 All who enqueue with keys here name the states until the end (scheduled, ready, running). Who inserts has looked under
@@ -52,6 +53,16 @@ def in_the_way(history: History) -> Iterator[Breach]:
                 yield Breach("P7", what, id if rows else 0, batch.began)
 
 
+def held_back(history: History) -> Iterator[Breach]:
+    """What is in an enqueuer's way, and hasn't begun, begins when he has ended: it is to see what he wrote."""
+    for batch in history.batches:
+        for id in batch.existed:
+            leases = history.leases_of.get(id)
+            if leases and batch.open[0] < leases[0].claim.at < batch.open[1] and batch.outcome != "unknown":
+                what = f"claimed while an enqueue by {batch.by} was open, which it was in the way of"
+                yield Breach("P7", what, id, leases[0].claim.at)
+
+
 def slots(history: History) -> Iterator[Breach]:
     """What a fault delayed is made up for, unless the workers were told to go before that."""
     begin, end = history.cron
@@ -73,4 +84,4 @@ def slots(history: History) -> Iterator[Breach]:
                 yield Breach("P9", f"enqueued {late:.1f} s after its slot", rows[0].id, slot)
 
 
-CHECKS = (alone, in_the_way, slots)
+CHECKS = (alone, in_the_way, held_back, slots)

@@ -196,7 +196,9 @@ class Producer:
         self.batches.append(batch)
         try:
             if end:
+                answered = time.time()
                 await self._pause(0.5)
+                batch.open = answered, time.time()
                 await self._conn.execute(end)
             batch.outcome = "rolled back" if end == "ROLLBACK" else "committed"
         finally:
