@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from contextlib import AsyncExitStack, contextmanager
 from datetime import datetime
 
@@ -63,7 +63,7 @@ async def drain(
 
 
 @contextmanager
-def _without_crons(app: App) -> Iterator[None]:
+def _without_crons(app: App) -> Generator[None, None, None]:
     crons, app.registry.crons = app.registry.crons, {}
     try:
         yield
