@@ -27,7 +27,7 @@ import anyio
 from .admit import Admission
 from .config import WorkerConfig
 from .doorbell import CHANNEL, Door, Moderation, Place, fleet_key
-from .marks import OWED_TIMES, SLOW_SECONDS, Marks
+from .marks import OWED_TIMES, SLOW_SECONDS, Marks, Usual
 from .room import Room
 from .run import Runners
 from .store import PROOF_SECONDS, SQL, Connection, Job, claim, connect_worker, is_pooled
@@ -86,7 +86,7 @@ class Claimer:
         self._due_at = 0.0
         self._due_mark: datetime | None = None  # due tasks of before it were promoted, or are very late to be seen
         self._due_front_at = 0.0  # when to look for those
-        self._due_seconds = 0.0  # how long that took
+        self._due_usual = Usual()
         self._again_at = math.inf  # when to claim what was locked
         self._again_wait = 0.0
         self._poll_at = 0.0
@@ -384,9 +384,8 @@ class Claimer:
         if onward:
             self._next_due = min(self._next_due, self._due_front_at)
         else:
-            took = min(now - begin, self._due_seconds)  # marks.py has why
-            self._due_seconds = now - begin
-            self._due_front_at = now + (OWED_TIMES * took if took > SLOW_SECONDS else 0.0)
+            takes = self._due_usual.of(now - begin)
+            self._due_front_at = now + (OWED_TIMES * takes if takes > SLOW_SECONDS else 0.0)
         if promoted:
             self._look = True
             if promoted >= PROMOTED_AT_ONCE:

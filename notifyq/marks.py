@@ -12,9 +12,6 @@ priority that wasn't there before. That is for claims from the front, which look
     * without a backlog every claim is one, unless the last was slow and a mark helps. Then the marks answer first, and
       a claim from the front is owed, after 8 times as long as the last one took.
 
-How long those take is the shorter time of the last two: one that waited for somebody's lock, or for a server that was
-frozen, says nothing of the next.
-
 So a mark is a hint: it decides what is found first, and nothing is found by marks alone.
 """
 
@@ -35,6 +32,19 @@ LEVELS = 100  # more priorities and queues than that aren't kept apart: claims a
 Level = tuple[str, int]  # queue, priority
 
 
+class Usual:
+    """How long something takes: the shorter time of the last two. One that waited for somebody's lock, or for a server
+    that was frozen, says nothing of the next."""
+
+    def __init__(self) -> None:
+        self._last = 0.0
+
+    def of(self, seconds: float) -> float:
+        """Now that it took so long."""
+        usual, self._last = min(seconds, self._last), seconds
+        return usual
+
+
 class Marks:
     """Asked before each claim where to begin, and told after it what came."""
 
@@ -45,9 +55,9 @@ class Marks:
         self._turned = -math.inf
         self._onward: Onward | None = None
         self._front_at = -math.inf  # when the last claim from the front was made,
-        self._front_seconds = 0.0  # how long they take,
-        self._last_seconds = 0.0  # how long it took itself,
-        self._slow = False  # and whether that was long
+        self._front_usual = Usual()
+        self._front_seconds = 0.0  # how long it takes,
+        self._slow = False  # and whether that is long
         self._not_before = -math.inf
         self.owed_at = math.inf  # when to claim from the front even if nothing happens
 
@@ -64,8 +74,7 @@ class Marks:
         for job in jobs:  # as `claim` sorts them: the last one of a level has its highest id
             self._highest[job.queue, job.priority] = job.id
         if not onward:
-            self._front_at = now
-            self._front_seconds, self._last_seconds = min(seconds, self._last_seconds), seconds
+            self._front_at, self._front_seconds = now, self._front_usual.of(seconds)
             self._slow = self._front_seconds > SLOW_SECONDS + SLOW_EACH * len(jobs) and now >= self._not_before
             self.owed_at = math.inf
         else:
