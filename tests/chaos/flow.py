@@ -82,8 +82,8 @@ def after(history: History) -> Iterator[Breach]:
             late = following.committed - told
             if retried or not row.aside or not row.at < told < following.at - TOLD_SECONDS:
                 continue
-            healed = [window.until + window.heal for window in history.windows if window.since <= following.at]
-            if late > TOLD_SECONDS + LAG_TIMES * history.lag(told, following.at) and told > max(healed, default=0.0):
+            allowed = TOLD_SECONDS + LAG_TIMES * history.lag(told, following.at)
+            if late > allowed and told > history.healed(following.at):
                 yield Breach("P8", f"told {late:.1f} s after the last one's end", id, told)
 
 

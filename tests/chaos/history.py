@@ -192,6 +192,10 @@ class History(msgspec.Struct, kw_only=True, dict=True, eq=False):
             for begin, end, whose in self.trouble
         )
 
+    def healed(self, at: float) -> float:
+        """When the last of the faults that had begun by then is made up for."""
+        return max((window.until + window.heal for window in self.windows if window.since <= at), default=0.0)
+
     def lag(self, since: float, until: float) -> float:
         """Seconds that the machine was late in between."""
         return sum(lag.seconds for lag in self.lags if since <= lag.at and lag.at - lag.seconds <= until)

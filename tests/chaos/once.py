@@ -74,8 +74,7 @@ def slots(history: History) -> Iterator[Breach]:
     for slot, rows in found.items():
         if len(rows) > 1:
             yield Breach("P9", f"it has task {rows[0].id}'s slot", rows[1].id, slot)
-        healed = [window.until + window.heal for window in history.windows if window.since <= slot]
-        quiet = slot > max(healed, default=0.0)
+        quiet = slot > history.healed(slot)
         if not rows and (quiet or slot < last):
             yield Breach("P9", f"nothing was enqueued for slot {slot}", at=slot)
         elif rows and quiet:
