@@ -121,7 +121,7 @@ class Stock:
         self._template = template
         self._new: Any = None
         self._empty = ""
-        self._clean: list[str] = []
+        self._clean: list[tuple[str, AsyncExitStack]] = []  # the DSN, and what drops it
 
     async def __aenter__(self) -> Stock:
         conn = await store.connect(self._server.dsn(self._template), role="test")
@@ -132,19 +132,19 @@ class Stock:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        for name in self._clean:
-            await admin(self._server, f"DROP DATABASE {name}")
+        while self._clean:
+            await self._clean.pop()[1].aclose()
 
     @asynccontextmanager
     async def database(self) -> AsyncIterator[str]:
         if self._clean:
-            name = self._clean.pop()
+            dsn, copy = self._clean.pop()
         else:
-            name = f"t{next(_numbers)}"
-            await admin(self._server, f"CREATE DATABASE {name} TEMPLATE {self._template}")
-        yield self._server.dsn(name)
+            copy = AsyncExitStack()
+            dsn = await copy.enter_async_context(database(self._server, self._template))
+        yield dsn
         clean = False
-        conn = await store.connect(self._server.dsn(name), role="test")
+        conn = await store.connect(dsn, role="test")
         try:
             await conn.execute(self._LEAVE)
             if clean := await conn.fetchrow(self._STATE) == self._new:
@@ -154,9 +154,9 @@ class Stock:
         finally:
             await conn.close()
         if clean:
-            self._clean.append(name)
+            self._clean.append((dsn, copy))
         else:
-            await admin(self._server, f"DROP DATABASE {name} WITH (FORCE)")
+            await copy.aclose()
 
 
 @pytest.fixture(scope="session")
