@@ -81,20 +81,27 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def options() -> Iterator[tuple[str, click.Option]]:
-    for command in COMMANDS:
+    commands: list[click.Command] = list(COMMANDS)
+    for command in commands:
+        if isinstance(command, click.Group):
+            commands += command.commands.values()
         for parameter in command.params:
             if isinstance(parameter, click.Option):
                 yield command.name or "", parameter
 
 
-def test_every_flag_has_its_variable_and_help() -> None:
-    """Only the DSN's variables are read elsewhere, by config.resolve_dsn."""
+def test_only_settings_of_a_process_have_variables() -> None:
+    """A variable of a worker's container must not change what another command does with one task. The DSN's variables
+    are read by config.resolve_dsn."""
+    settings = {("dev", "--data-dir"), ("enqueue", "--app")}
     for command, flag in options():
         name = next(opt for opt in flag.opts if opt.startswith("--"))
         assert flag.help, (command, name)
-        if name != "--dsn":
+        if (command.startswith("worker") and name != "--dsn") or (command, name) in settings:
             assert flag.envvar == "NOTIFYQ_" + name[2:].replace("-", "_").upper(), (command, name)
             assert flag.show_envvar, (command, name)
+        else:
+            assert flag.envvar is None, (command, name)
 
 
 def test_the_commands_of_the_contract() -> None:
@@ -112,7 +119,6 @@ async def test_help_and_version(run: Run) -> None:
     for command in COMMANDS:
         said = await run(f"{command.name} --help")
         assert said.code == 0
-        assert "env var: NOTIFYQ_" in said.out.replace("\n", " ").replace("  ", " ") or command.params == []
     assert re.fullmatch(r"notifyq \d\S+\n", (await run("--version")).out)
 
 
@@ -130,6 +136,11 @@ async def test_help_and_version(run: Run) -> None:
         ("worker a:b --processes -1", "'-1' is not a number from 1 to 1000"),
         ("worker a:b -q mail:0", "queue 'mail' has limit 0"),
         ("worker a:b -q mail:1.5", "queue 'mail:1.5': expected NAME or NAME:LIMIT"),
+        ("worker a:b -q mail:x", "queue 'mail:x': a name on the command line has no spaces, commas or colons"),
+        ("worker a:b -q default,mail:5", "queue 'default,mail': a name on the command line has no"),
+        ("worker a:b --lease 1s", "lease_seconds is 1.0; expected seconds, from 6 to a year"),
+        ("enqueue X -q mail:5", "queue 'mail:5': a name on the command line has no"),
+        ("enqueue X -q default,mail", "queue 'default,mail': a name on the command line has no"),
         ("worker a:b -q mail -q mail:5", "queue 'mail' is named twice"),
         ("worker a:b --shutdown-timeout soon", "'soon' is not a duration; expected seconds, or 90s, 15m, 12h, 1d"),
         ("worker a:b --shutdown-timeout 9999d", "shutdown_timeout_seconds is"),
@@ -154,8 +165,8 @@ async def test_help_and_version(run: Run) -> None:
         ("enqueue X --order-key=", "--order-key '': expected 1 to 200 characters"),
         ("enqueue X --limit-key limit_key", "--limit-key is 'limit_key', and no limit; add --limit 3, --rate \"1"),
         ("enqueue X --rate 5/s", '--limit and --rate are of tasks with the same --limit-key; add --limit-key "..."'),
-        ("enqueue X --limit-key k --limit 0", "(env var: 'NOTIFYQ_LIMIT_RUNNING'): '0' is not a number from 1 to"),
-        ("enqueue X --limit-key k --rate often", "(env var: 'NOTIFYQ_RATE'): rate is 'often'; expected how many in"),
+        ("enqueue X --limit-key k --limit 0", "'0' is not a number from 1 to"),
+        ("enqueue X --limit-key k --rate often", "rate is 'often'; expected how many in"),
         ("enqueue X --on-dead run", "--on-dead is 'run'; expected 'cancel' or 'run', beside --after"),
         ("enqueue X --unique-for 1h", "--unique-for, --unique-states and --on-conflict go with --unique KEY, or with"),
         ("enqueue X --on-conflict move", "go with --unique KEY, or with --app"),
@@ -192,10 +203,18 @@ async def test_wrong_usage(run: Run, words: str, says: str) -> None:
 
 async def test_a_wrong_variable_is_named(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """A flag that nobody typed has to say where its value came from."""
-    monkeypatch.setenv("NOTIFYQ_LIMIT", "lots")
-    said = await run("tasks")
+    monkeypatch.setenv("NOTIFYQ_CONCURRENCY", "lots")
+    said = await run("worker a:b")
     assert said.code == 2
-    assert "'--limit' (env var: 'NOTIFYQ_LIMIT'): 'lots' is not a number" in said.err
+    assert "'--concurrency' (env var: 'NOTIFYQ_CONCURRENCY'): 'lots' is not a number" in said.err
+
+
+@pytest.mark.parametrize("queue", ["default,mail", "mail:x", "tenant:acme:5", ","])
+async def test_a_queue_that_is_a_slip_in_a_variable(run: Run, queue: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NOTIFYQ_QUEUE", queue)
+    said = await run("worker a:b")
+    assert said.code == 2
+    assert "a name on the command line has no spaces, commas or colons" in said.err
 
 
 async def test_what_is_not_foreseen(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -370,9 +389,7 @@ async def options_of(db: Any, said: Said) -> Any:
     return await db.fetchval("SELECT options FROM notifyq.task WHERE id = $1", int(said.out))
 
 
-async def test_enqueue_in_order_and_within_limits(run: Run, dsn: str, db: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By flags and by their variables, of which NOTIFYQ_LIMIT, how many are listed, is none."""
-    monkeypatch.setenv("NOTIFYQ_LIMIT", "7")
+async def test_enqueue_in_order_and_within_limits(run: Run, dsn: str, db: Any) -> None:
     limits = {"limit_key": "k", "limit_running": 2, "limit_rate": 100, "limit_seconds": 60}
     for words, expected in (
         ("--limit-key k --limit 2 --rate 100/minute", limits),
@@ -383,15 +400,31 @@ async def test_enqueue_in_order_and_within_limits(run: Run, dsn: str, db: Any, m
         said = await run(f"enqueue X {words}", dsn=dsn)
         assert (said.code, said.err) == (0, "")
         assert json.loads(await options_of(db, said)) == expected
-    for name, value in (("ORDER_KEY", "o"), ("LIMIT_KEY", "k"), ("LIMIT_RUNNING", "2"), ("RATE", "100/minute")):
-        monkeypatch.setenv(f"NOTIFYQ_{name}", value)
-    assert json.loads(await options_of(db, await run("enqueue X", dsn=dsn))) == {"order_key": "o", **limits}
+
+
+async def test_the_environment_of_a_worker(run: Run, dsn: str, db: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever stands there, for whichever command: other commands do what they do without it."""
+    for command, flag in options():
+        name = next(opt for opt in flag.opts if opt.startswith("--"))
+        if name not in ("--dsn", "--app"):
+            monkeypatch.setenv("NOTIFYQ_" + name[2:].replace("-", "_").upper(), f"{command} mail:5")
+    said = await run("enqueue X", dsn=dsn)
+    assert (said.code, said.err) == (0, "")
+    row = await db.fetchrow("SELECT queue, priority, run_at <= now() AS due, max_attempts, options FROM notifyq.task")
+    assert tuple(row) == ("default", 0, True, None, None)
+    listed = await run("tasks", dsn=dsn)
+    assert (listed.code, len(listed.lines)) == (0, 2)
+    for words in ("stats", "queues", "cron", "show 1", "queue limit default --none", "retry 1", "cancel 1", "prune"):
+        said = await run(words, dsn=dsn)
+        assert "NOTIFYQ_" not in said.err
+        assert "mail" not in said.out + said.err, words
+    assert (await run("enqueue X -q", "default mail", dsn=dsn)).code == 2
 
 
 IS_THERE = "notifyq: nothing was enqueued: a task with this key is there"
 
 
-async def test_enqueue_unique(run: Run, dsn: str, db: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_enqueue_unique(run: Run, dsn: str, db: Any) -> None:
     """The id of the one that is there is printed, and on stderr what became of that one."""
     first = await run("enqueue X --unique k --delay 1h", '{"n": 1}', dsn=dsn)
     assert (first.code, first.err) == (0, "")
@@ -411,9 +444,9 @@ async def test_enqueue_unique(run: Run, dsn: str, db: Any, monkeypatch: pytest.M
     said = await run("enqueue X --unique k --unique-for 1h --unique-states ready --unique-states DONE", dsn=dsn)
     assert (said.code, said.err) == (0, "")
     assert json.loads(await options_of(db, said)) == wanted
-    monkeypatch.setenv("NOTIFYQ_UNIQUE_STATES", "scheduled running")
-    monkeypatch.setenv("NOTIFYQ_ON_CONFLICT", "move")
-    said = await run("enqueue X --unique k", dsn=dsn)
+    said = await run(
+        "enqueue X --unique k --unique-states scheduled --unique-states running --on-conflict move", dsn=dsn
+    )
     assert json.loads(await options_of(db, said)) == {
         "unique_key": "k", "unique_states": ["scheduled", "running"], "on_conflict": "move",
     }  # fmt: skip
@@ -1073,7 +1106,7 @@ async def test_a_worker(start: Start, db: Any, loop: str) -> None:
 
 
 async def test_drain_and_json_logs(start: Start, db: Any) -> None:
-    """The app and every flag may come from variables. Every line of the log is an object."""
+    """The app and the flags may come from variables. Every line of the log is an object."""
     await db.execute(
         "INSERT INTO notifyq.task (type, payload) SELECT 'SEND_MAIL', '{\"to\": \"x\"}' FROM generate_series(1, 20)"
     )
@@ -1317,7 +1350,6 @@ async def test_demo(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("notifyq.demo.main", demo)
     monkeypatch.setenv("NOTIFYQ_DSN", NOWHERE)
-    monkeypatch.setenv("NOTIFYQ_SECONDS", "7")
-    assert (await run("demo")).code == 1
+    assert (await run("demo --seconds 7")).code == 1
     assert (await run("demo --seconds 6.5 --tasks 300", dsn="postgresql://x/y")).code == 1
     assert asked == [(7.0, 5000, None), (6.5, 300, "postgresql://x/y")]

@@ -17,7 +17,7 @@ from notifyq.errors import ConfigError, NotifyqError
 from notifyq.store import SQL, server_version
 from notifyq.task import STATES
 
-from .options import dsn_option, number, option
+from .options import dsn_option, number, option, setting
 from .output import say, span, table
 from .session import LONG_SECONDS, session
 
@@ -108,11 +108,8 @@ def _age(row: dict[str, Any]) -> str:
 @click.command()
 @option("--seconds", type=float, default=20.0, help="how long there is traffic")
 @option("--tasks", type=int, default=5000, help="about how many tasks in all")
-@click.option(
-    "--dsn",
-    metavar="URL",
-    help="run it on your server, not on an embedded one  [no env var: where NOTIFYQ_DSN points stays alone]",
-)
+# Without the variables of other commands' --dsn: a demo leaves the database of NOTIFYQ_DSN alone.
+@option("--dsn", metavar="URL", help="run it on your server, not on an embedded one")
 def demo(*, seconds: float, tasks: int, dsn: str | None) -> int:
     """See it work: signups, mail, a worker that dies; checked in the end."""
     from notifyq.demo import main
@@ -121,7 +118,7 @@ def demo(*, seconds: float, tasks: int, dsn: str | None) -> int:
 
 
 @click.command()
-@option("--data-dir", type=click.Path(path_type=Path), help="where the data are kept  [default: in XDG_STATE_HOME]")
+@setting("--data-dir", type=click.Path(path_type=Path), help="where the data are kept  [default: in XDG_STATE_HOME]")
 @option(
     "--port", metavar="PORT", type=number(1, 65535), help="listen on this port of 127.0.0.1 too; there is no password"
 )

@@ -1,4 +1,4 @@
-"""What the commands' flags have in common: an environment variable each, and values a person can write."""
+"""What the commands' flags have in common: which have an environment variable, and values a person can write."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import click
 
+from notifyq.config import check_name
 from notifyq.errors import ConfigError
 from notifyq.options import EnqueueOptions, parse_rate
 
@@ -24,11 +25,17 @@ OPTION = re.compile(rf"(?<!['\w])(?=\w*[_=])({'|'.join(EnqueueOptions.__annotati
 
 
 def option(*names: str, **settings: Any) -> Callable[[Command], Command]:
-    """click.option with the variable NOTIFYQ_<FLAG>, which --help shows."""
+    """click.option for one call of a command. It has no environment variable: a container has one environment for all
+    commands, and NOTIFYQ_QUEUE of its worker must not say where `notifyq enqueue` puts a task."""
+    settings.setdefault("show_default", "default" in settings)
+    return click.option(*names, **settings)
+
+
+def setting(*names: str, **settings: Any) -> Callable[[Command], Command]:
+    """`option` for what configures a process. It has the variable NOTIFYQ_<FLAG>, which --help shows."""
     flag = next(name for name in names if name.startswith("--"))
     variable = "NOTIFYQ_" + flag[2:].replace("-", "_").upper()
-    settings.setdefault("show_default", "default" in settings)
-    return click.option(*names, envvar=variable, show_envvar=True, **settings)
+    return option(*names, envvar=variable, show_envvar=True, **settings)
 
 
 def dsn_option(command: Command) -> Command:
@@ -53,6 +60,19 @@ def as_flags() -> Generator[None, None, None]:
     except ConfigError as error:
         said = OPTION.sub(lambda m: f"--{m[1].replace('_', '-')}{' ' if m[2] else ''}", str(error))
         raise ConfigError(said) from error
+
+
+def check_typed_queue(name: str) -> None:
+    """Raise ConfigError for a queue's name that is rather a slip of whoever typed it.
+
+    Python and SQL may name queues so: there a name is one value, and is not split or cut.
+    """
+    check_name("queue", name)
+    if re.search(r"[\s,:]", name):
+        raise ConfigError(
+            f"queue {name!r}: a name on the command line has no spaces, commas or colons; for several queues of a "
+            "worker repeat -q, or put spaces between them in NOTIFYQ_QUEUE; a limit is a number: -q mail:5"
+        )
 
 
 # Types of values: functions, for click to call. BadParameter gets the flag's name from click.

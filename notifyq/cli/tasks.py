@@ -21,7 +21,19 @@ from notifyq.task import ENDED, STATES, State, Task
 from notifyq.unique import NOTHING
 
 from .load import load_app
-from .options import as_flags, did_you_mean, dsn_option, duration, moment, number, option, rate, word
+from .options import (
+    as_flags,
+    check_typed_queue,
+    did_you_mean,
+    dsn_option,
+    duration,
+    moment,
+    number,
+    option,
+    rate,
+    setting,
+    word,
+)
 from .output import percent, say, span, table
 from .session import LONG_SECONDS, session
 
@@ -44,7 +56,6 @@ task_id = number(1, 2**63 - 1)
 )
 @option("--order-key", metavar="KEY", help="of tasks with the same, one runs at a time, in the order of their ids")
 @option("--limit-key", metavar="KEY", help="of tasks with the same, over all workers,")
-# Its variable is the first name's: NOTIFYQ_LIMIT is how many `notifyq tasks` lists.
 @option(
     "--limit-running", "--limit", "limit", metavar="N", type=number(1, 2**31 - 1), help="at most so many run at once,"
 )
@@ -65,7 +76,7 @@ task_id = number(1, 2**63 - 1)
     type=click.Choice(["keep", "replace", "move"]),
     help="keep that one as it is, replace its payload, or move its time to this one's, while it waits  [default: keep]",
 )
-@option(
+@setting(
     "--app",
     metavar="MODULE:APP",
     help="validate type and payload against this app's tasks first, and go by their rules for what is unique",
@@ -98,6 +109,7 @@ def enqueue(
     JSON is the payload, an object, {} if it is left out; - reads it from stdin.
     """
     check_name("type", type)
+    check_typed_queue(queue)
     with as_flags():
         options = Options.check(
             queue=queue,

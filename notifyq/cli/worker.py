@@ -17,7 +17,7 @@ from notifyq.worker import work
 
 from . import family, logs
 from .load import load_app
-from .options import dsn_option, duration, number, option, word
+from .options import check_typed_queue, dsn_option, duration, number, setting, word
 from .output import our_version, say
 from .watch import Watch
 
@@ -26,7 +26,7 @@ logger = logging.getLogger("notifyq.cli")
 
 @click.command()
 @click.argument("app", metavar="MODULE:APP", envvar="NOTIFYQ_APP")
-@option(
+@setting(
     "-q",
     "--queue",
     "queues",
@@ -35,20 +35,23 @@ logger = logging.getLogger("notifyq.cli")
     default=["default"],
     help="a queue to work on, and how many of its tasks may run at once; repeatable",
 )
-@option("-c", "--concurrency", metavar="N", type=number(1, 10_000), default=100, help="handlers at once")
-@option("--processes", metavar="N", type=number(1, 1000), default=1, help="workers, each with all of the above")
-@option("--drain", is_flag=True, help="exit when nothing is runnable any more")
-@option("--shutdown-timeout", type=duration, metavar="TIME", default="25s", help="that handlers have to end")
-@option(
+@setting("-c", "--concurrency", metavar="N", type=number(1, 10_000), default=100, help="handlers at once")
+@setting("--processes", metavar="N", type=number(1, 1000), default=1, help="workers, each with all of the above")
+@setting("--drain", is_flag=True, help="exit when nothing is runnable any more")
+@setting("--shutdown-timeout", type=duration, metavar="TIME", default="25s", help="that handlers have to end")
+@setting(
     "--poll-interval",
     type=duration,
     metavar="TIME",
     default="5s",
     help="between looks that don't need the bell; 0: none",
 )
-@option("--history", type=duration, metavar="TIME", default="1d", help="to keep done and cancelled tasks; 0: none")
-@option("--log-level", type=word(*logs.LEVELS), metavar="LEVEL", default="info", help=", ".join(logs.LEVELS))
-@option("--log-format", type=word("text", "json"), metavar="FORMAT", default="text", help="text, json")
+@setting(
+    "--lease", type=duration, metavar="TIME", default="30s", help="a worker unseen for this long is dead; 6s or more"
+)
+@setting("--history", type=duration, metavar="TIME", default="1d", help="to keep done and cancelled tasks; 0: none")
+@setting("--log-level", type=word(*logs.LEVELS), metavar="LEVEL", default="info", help=", ".join(logs.LEVELS))
+@setting("--log-format", type=word("text", "json"), metavar="FORMAT", default="text", help="text, json")
 @dsn_option
 @click.pass_context
 def worker(
@@ -61,6 +64,7 @@ def worker(
     drain: bool,
     shutdown_timeout: float,
     poll_interval: float,
+    lease: float,
     history: float,
     log_level: str,
     log_format: str,
@@ -75,11 +79,15 @@ def worker(
 
     Times are seconds, or 90s, 15m, 12h, 1d.
     """
+    parsed = parse_queues(queues)
+    for name in parsed:
+        check_typed_queue(name)
     config = WorkerConfig(
-        queues=parse_queues(queues),
+        queues=parsed,
         concurrency=concurrency,
         shutdown_timeout_seconds=shutdown_timeout,
         poll_interval_seconds=poll_interval,
+        lease_seconds=lease,
         history_seconds=history,
         drain=drain,
     )
