@@ -23,13 +23,20 @@ import anyio.abc
 import asyncpg
 import pytest
 from anyio.from_thread import BlockingPortal
+from hypothesis import HealthCheck, settings
 
 import notifyq
 from notifyq import schema, store
 from notifyq.embedded import Server
 from notifyq.testing import Databases
 
+from .machine import LIMIT_SECONDS, Probe, limit, probing
+
 pytest_plugins = ["notifyq.testing.plugin"]
+
+# How long an example takes, or takes to be made, says how busy the machine is, and nothing about the code.
+settings.register_profile("notifyq", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("notifyq")
 
 _numbers = itertools.count()
 
@@ -211,6 +218,13 @@ async def db(connect: Sessions) -> Any:
     return await connect()
 
 
+@pytest.fixture
+async def probe(server: Server) -> AsyncIterator[Probe]:
+    """`with probe.within(0.2): ...`: for a promise with a bound in time."""
+    async with probing(server.dsn("postgres")) as probe:
+        yield probe
+
+
 # Roles, by the GRANTs that schema.sql documents.
 
 
@@ -283,7 +297,7 @@ class RunningWorker:
 
     async def stopped(self) -> None:
         self.stop.set()
-        with anyio.fail_after(20):
+        with anyio.fail_after(limit()):
             await self.done.wait()
 
 
@@ -300,7 +314,7 @@ async def working(app: notifyq.App, dsn: str, **options: Any) -> AsyncIterator[R
             done.set()
 
     async with anyio.create_task_group() as group:
-        with anyio.fail_after(20):
+        with anyio.fail_after(limit()):
             info = await group.start(run)
         yield RunningWorker(info, stop, force, done)
         stop.set()
@@ -318,23 +332,23 @@ class Seen:
         self._changed.set()
         self._changed = anyio.Event()
 
-    async def reach(self, count: int, seconds: float = 20) -> list[Any]:
+    async def reach(self, count: int, seconds: float = LIMIT_SECONDS) -> list[Any]:
         """Wait for that many."""
-        with anyio.fail_after(seconds):
+        with anyio.fail_after(limit(seconds)):
             while len(self.items) < count:
                 await self._changed.wait()
         return self.items
 
 
-async def eventually(query: Callable[[], Any], want: Any = True, seconds: float = 20) -> None:
+async def eventually(query: Callable[[], Any], want: Any = True, seconds: float = LIMIT_SECONDS) -> None:
     """Wait until what the database says is `want`: for what only it knows, and nobody signals."""
-    value = None
+    value, seconds = None, limit(seconds)
     try:
         with anyio.fail_after(seconds):
             while (value := await query()) != want:
                 await anyio.sleep(0.01)
     except TimeoutError:
-        raise AssertionError(f"after {seconds} s it is {value!r}, not {want!r}") from None
+        raise AssertionError(f"after {seconds:.0f} s it is {value!r}, not {want!r}") from None
 
 
 class Process:
@@ -350,10 +364,10 @@ class Process:
         )
         self.pid = self.popen.pid
 
-    async def line(self, event: str, seconds: float = 30) -> dict[str, Any]:
+    async def line(self, event: str) -> dict[str, Any]:
         """The next line that tells of `event`; others are skipped."""
         assert self.popen.stdout is not None
-        with anyio.fail_after(seconds):
+        with anyio.fail_after(limit()):
             while True:
                 text = await anyio.to_thread.run_sync(self.popen.stdout.readline, abandon_on_cancel=True)
                 if not text:
@@ -365,8 +379,8 @@ class Process:
     def signal(self, number: int) -> None:
         os.kill(self.pid, number)
 
-    async def wait(self, seconds: float = 30) -> int:
-        with anyio.fail_after(seconds):
+    async def wait(self) -> int:
+        with anyio.fail_after(limit()):
             return await anyio.to_thread.run_sync(self.popen.wait, abandon_on_cancel=True)
 
     def close(self) -> None:

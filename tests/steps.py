@@ -26,7 +26,8 @@ import anyio
 
 from notifyq import store
 
-LIMIT_SECONDS = 5.0
+from .machine import limit
+
 PREPARED = None  # a prepared transaction, as one that is waited for
 
 Step: TypeAlias = str | Callable[..., Awaitable[Any]]
@@ -47,7 +48,7 @@ class Waiting:
         return self._result().__await__()
 
     async def _result(self) -> Any:
-        done, _ = await asyncio.wait([self._task], timeout=LIMIT_SECONDS)
+        done, _ = await asyncio.wait([self._task], timeout=limit())
         assert done, f"{self._name} still waits"
         return self._task.result()
 
@@ -69,7 +70,7 @@ class Session:
 
     async def __call__(self, step: Step, *args: Any, **more: Any) -> Any:
         task = self._start(step, args, more)
-        done, _ = await asyncio.wait([task], timeout=LIMIT_SECONDS)
+        done, _ = await asyncio.wait([task], timeout=limit())
         assert done, f"{self.name} should wait for nobody, and waits for backends {await self.blockers()}: {step}"
         return task.result()
 
@@ -77,7 +78,7 @@ class Session:
         """Take a step that has to wait for `other`: a session, a backend's pid, or PREPARED."""
         task = self._start(step, args, more)
         pid = other.pid if isinstance(other, Session) else other or 0
-        with anyio.move_on_after(LIMIT_SECONDS):
+        with anyio.move_on_after(limit()):
             while pid not in await self.blockers() and not task.done():
                 await asyncio.sleep(0.001)
         assert not task.done(), f"{self.name} should wait, and didn't: {step} returned {task.result()!r}"
@@ -150,7 +151,7 @@ async def until_blocked(db: Any, role: str, by: Session) -> None:
     found = (
         "SELECT pid FROM pg_stat_activity WHERE application_name = 'notifyq ' || $1 AND datname = current_database()"
     )
-    with anyio.fail_after(LIMIT_SECONDS):
+    with anyio.fail_after(limit()):
         while not any([by.pid in await blockers(db, row[0]) for row in await db.fetch(found, role)]):
             await asyncio.sleep(0.001)
 

@@ -23,6 +23,7 @@ from notifyq.store import SQL
 from notifyq.testing import drain, run_inline
 
 from .conftest import Process, Seen, eventually, working
+from .machine import limit
 from .steps import frozen, steps
 from .test_faults import insert, started
 from .test_lifecycle import ended, errors, state
@@ -432,7 +433,7 @@ async def test_it_has_ended_a_moment_later(dsn: str) -> None:
             await settler("BEGIN")
             await settler(finish, needed)
             judged = asyncio.create_task(admit(judge.conn, waits))
-            with anyio.fail_after(5):
+            with anyio.fail_after(limit()):
                 while not judged.done() and not await s.db.fetchval(SLEEPS):
                     pass
             with frozen(judge):
@@ -461,7 +462,7 @@ async def test_it_is_waited_for_itself_when_it_is_judged(dsn: str) -> None:
             await other("BEGIN")
             assert await other(admit, third) == {third[0].id: "after"}
             judged = asyncio.create_task(admit(judge.conn, [waits, also]))
-            with anyio.fail_after(5):
+            with anyio.fail_after(limit()):
                 while not judged.done() and not await s.db.fetchval(SLEEPS):
                     pass
             with frozen(judge):
@@ -623,7 +624,7 @@ async def test_killed(spawn: Callable[..., Process], db: Any, bench: Bench) -> N
     [pid] = [int(row[0].rpartition(":")[2]) for row in await db.fetch(names)]
     victim, heir = sorted(workers, key=lambda story: story.process.pid != pid)
     victim.process.signal(signal.SIGKILL)
-    await heir.reach(20, "ran", 10, attempt=2)
+    await heir.reach(20, "ran", attempt=2)
     assert await where(db, waits) == ["after"]
     for id in before:
         assert await db.fetchval("SELECT notifyq.cancel($1)", id)
@@ -738,7 +739,7 @@ async def test_other_clients(bench: Bench, db: Any, dsn: str) -> None:
 async def test_command_line(bench: Bench, db: Any, dsn: str) -> None:
     def run(*args: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "notifyq", "enqueue", "--dsn", dsn, *args]
-        return subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
+        return subprocess.run(command, capture_output=True, text=True, check=False, timeout=limit())
 
     first, second = (await bench.app.enqueue(Step())).id, (await bench.app.enqueue(Step())).id
     done = await anyio.to_thread.run_sync(run, "Sum", "--after", str(first), "--after", str(second), "--on-dead", "run")

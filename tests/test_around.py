@@ -21,6 +21,7 @@ from notifyq.errors import ConfigError, NotifyqError
 from notifyq.testing import drain, run_inline
 
 from .conftest import Seen, working
+from .machine import limit
 from .test_lifecycle import ended, errors, state
 
 Call = Callable[[Task, Context], Awaitable[object]]
@@ -320,7 +321,7 @@ async def test_a_lifespan_that_fails_on_the_command_line(dsn: str, tmp_path: Pat
         f"@app.lifespan\nasync def lifespan():\n    {before}\n    yield\n    {after}\n"
     )
     command = [sys.executable, "-m", "notifyq", "worker", "failing:app", "--drain", "--dsn", dsn]
-    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=30)
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=limit())
     assert ended.returncode == 1
     assert f"the lifespan failed at its {at}: OSError: no such host" in ended.stderr
     assert "failing.py" in ended.stderr, "a traceback"

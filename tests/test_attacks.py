@@ -31,6 +31,7 @@ from notifyq.embedded import Server
 from notifyq.store import SQL
 
 from .conftest import Seen, Sessions, eventually, working
+from .machine import Probe, limit
 
 Logged = Callable[[str], list[dict[str, Any]]]
 ENQUEUE = "SELECT notifyq.enqueue('Good')"
@@ -105,20 +106,20 @@ async def test_a_stranger_who_keeps_everybody_awake(
     async with working(bench.app, roles("worker")):
         await stranger.execute("BEGIN; LOCK TABLE notifyq.bell IN ROW EXCLUSIVE MODE")
         await enqueuer.execute(ENQUEUE)  # wakes the worker, which can't sleep again
-        await bench.seen.reach(1, 5)
+        await bench.seen.reach(1)
         await anyio.sleep(1)
         before, began = claims, time.monotonic()
         for count in range(2, 6):
             await anyio.sleep(0.2)
             await enqueuer.execute(ENQUEUE)
-            await bench.seen.reach(count, 5)
+            await bench.seen.reach(count)
         rate = (claims - before) / (time.monotonic() - began)
         print(f"{rate:.0f} claims a second")
         assert rate < 400  # 2 ms apart at the most, for the first tenth of a second after each task
 
 
 async def test_a_stranger_who_holds_the_turn(
-    bench: Bench, roles: Any, as_role: Any, logged: Logged, monkeypatch: pytest.MonkeyPatch
+    bench: Bench, roles: Any, as_role: Any, logged: Logged, monkeypatch: pytest.MonkeyPatch, probe: Probe
 ) -> None:
     """A poll finds out; from then on the workers go without it, and say so; and again with it once they can."""
     monkeypatch.setattr(doorbell, "TURN_WAIT_MS", 300)
@@ -126,33 +127,33 @@ async def test_a_stranger_who_holds_the_turn(
     key = doorbell.fleet_key(["default"], bench.app.registry.types)
     assert await stranger.fetchval("SELECT notifyq.take_turn($1, 1000)", key)
     async with (
-        working(bench.app, roles("worker"), poll_interval=0.2),
+        working(bench.app, roles("worker"), poll_interval=1.0),
         working(bench.app, roles("worker"), poll_interval=0),
     ):
         sent = 0
-        with anyio.fail_after(20):
+        with anyio.fail_after(limit()):
             while not logged("no worker has the turn"):
                 await enqueuer.execute(ENQUEUE)
                 sent += 1
-                await bench.seen.reach(sent, 5)
-        waits = []
+                await bench.seen.reach(sent)
+        waits, first = [], time.monotonic()
         for _ in range(10):
             await anyio.sleep(0.03)  # let it fall asleep
             began = time.monotonic()
             await enqueuer.execute(ENQUEUE)
             sent += 1
-            await bench.seen.reach(sent, 5)
+            await bench.seen.reach(sent)
             waits.append(time.monotonic() - began)
         print(f"commit to start {sorted(waits)[5] * 1000:.1f} ms at the median")
-        assert sorted(waits)[5] < 0.15, "the poll is slower"
+        assert sorted(waits)[5] < 0.3 + probe.late(first), "the poll is slower"
         reader = await as_role("reader")
         told = "SELECT count(*) FROM notifyq.worker WHERE status = 'the turn at the bell is with a stranger'"
         await eventually(lambda: reader.fetchval(told), 1)
         await stranger.execute("SELECT pg_advisory_unlock_all()")
-        with anyio.fail_after(10):
+        with anyio.fail_after(limit()):
             while not logged("the turn at the bell is back"):  # a burst has them step back, and try
                 await enqueuer.execute(f"{ENQUEUE} FROM generate_series(1, 20)")
-                await bench.seen.reach(sent := sent + 20, 5)
+                await bench.seen.reach(sent := sent + 20)
                 await anyio.sleep(0.05)
 
 
@@ -186,7 +187,7 @@ async def test_sessions_that_are_named_like_a_workers(
         )
         assert ended == 1
         await enqueuer.execute(ENQUEUE)
-        await bench.seen.reach(1, 10)
+        await bench.seen.reach(1)
         assert len(logged("the database is back")) == 1
         conn = await as_role("worker")
         await stranger.execute("SET application_name = 'notifyq door 7'")
@@ -262,7 +263,7 @@ async def test_rings_that_nobody_meant(bench: Bench, roles: Any, as_role: Any, l
             for payload in ("", "aside", "echo", "echo 00000000-0000-0000-0000-000000000000", "x" * 7999, "{}"):
                 await stranger.execute("SELECT pg_notify('notifyq', $1)", payload)
             await enqueuer.execute("SELECT notifyq.enqueue('Good', '{\"name\": \"secret\"}')")
-            await bench.seen.reach(count, 5)
+            await bench.seen.reach(count)
         assert not worker.done.is_set()
     assert not logged("lost the database")
     assert "secret" not in "".join(heard)
@@ -305,14 +306,14 @@ async def test_a_full_queue_of_notifications(bench: Bench, small: str, logged: L
         for count in range(1, 5):
             await conn.execute("SELECT notifyq.enqueue('Unknown')")
             await conn.execute(ENQUEUE)
-            await bench.seen.reach(count, 5)
+            await bench.seen.reach(count)
         await eventually(lambda: conn.fetchval("SELECT count(*) FROM notifyq.task WHERE aside"), 4)
         await stranger.execute("ROLLBACK")
-        with anyio.fail_after(10):
+        with anyio.fail_after(limit()):
             count = 4
             while not logged("the bell rings again"):
                 await conn.execute(ENQUEUE)
-                await bench.seen.reach(count := count + 1, 5)
+                await bench.seen.reach(count := count + 1)
                 await anyio.sleep(0.03)
     assert not logged("lost the database")
     await stranger.close()
@@ -322,16 +323,20 @@ async def test_a_full_queue_of_notifications(bench: Bench, small: str, logged: L
 # --- Payloads
 
 
-async def test_payloads_that_grow(bench: Bench, db: Any, dsn: str, logged: Logged) -> None:
+async def test_payloads_that_grow(
+    bench: Bench, db: Any, dsn: str, logged: Logged, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """144 kB of numbers that are more than a GB as text, which PostgreSQL won't send: dead, with what it says, and
     those that were claimed with it are none the worse."""
+    # To write that much takes seconds of a processor, and its connection's timeout is another matter.
+    monkeypatch.setattr(store, "WORKER_TIMEOUT_SECONDS", limit())
     await db.execute(
         """INSERT INTO notifyq.task (type, payload)
            SELECT 'Good', jsonb_build_object('anything', jsonb_agg('1e131071'::jsonb)) FROM generate_series(1, 8200)
            UNION ALL SELECT 'Good', '{}' FROM generate_series(1, 30)"""
     )
     async with working(bench.app, dsn):
-        await eventually(lambda: db.fetchval("SELECT count(*) FROM notifyq.task"), 0, 60)
+        await eventually(lambda: db.fetchval("SELECT count(*) FROM notifyq.task"), 0)
     assert len(bench.seen.items) == 30
     dead = "SELECT error FROM notifyq.all_tasks WHERE state = 'dead' AND attempts = 1"
     assert (await db.fetchval(dead)).startswith("PostgreSQL can't read out its payload: ")
@@ -458,6 +463,6 @@ async def test_a_password_is_not_to_be_seen(db: Any, dsn: str, tmp_path: Path) -
         assert await db.fetch(f"{end} AND datname = current_database()")
     finally:
         process.terminate()
-        told = await anyio.to_thread.run_sync(lambda: process.communicate(timeout=20)[1])
+        told = await anyio.to_thread.run_sync(lambda: process.communicate(timeout=limit())[1])
     assert "hunter2" not in told
     assert "notifyq" in told

@@ -22,6 +22,7 @@ from notifyq.errors import ConfigError
 from notifyq.testing import Ran, drain, run_inline
 
 from .conftest import Process, Seen, eventually, working
+from .machine import limit
 from .test_faults import insert, started, states, whose
 from .test_lifecycle import ended, errors, handed_back, nobody_left, state
 
@@ -215,7 +216,7 @@ async def test_more_than_slots(bench: Bench, db: Any, dsn: str) -> None:
 async def test_drained(bench: Bench, dsn: str) -> None:
     """Nothing more comes, so the rest doesn't linger."""
     ids = await bench.app.enqueue_many([*items(13), Threaded(), Threaded()])
-    with anyio.fail_after(20):
+    with anyio.fail_after(limit()):
         assert (await drain(bench.app)).done == 15
     assert ids[:10] in bench.seen.items
     assert ids[10:13] in bench.seen.items
@@ -590,7 +591,7 @@ async def test_killed_in_a_batch(spawn: Callable[..., Process], db: Any) -> None
     await victim.reach(2, "batch")
     killed = time.monotonic()
     victim.process.signal(signal.SIGKILL)
-    last = await heir.reach(2, "batch", 10)
+    last = await heir.reach(2, "batch")
     assert last - killed < 5
     batches = [line for _, line in heir.of("batch")]
     assert sorted(id for line in batches for id in line["ids"]) == ids
@@ -606,9 +607,9 @@ async def test_frozen_past_its_lease(spawn: Callable[..., Process], db: Any) -> 
     frozen, other = await whose(db, workers)
     await frozen.reach(1, "batch")
     frozen.process.signal(signal.SIGSTOP)
-    await other.reach(1, "batch", 15)
+    await other.reach(1, "batch")
     frozen.process.signal(signal.SIGCONT)
-    await frozen.reach(1, "log", 10, message="lease lost: cancelled its handler")
+    await frozen.reach(1, "log", message="lease lost: cancelled its handler")
     assert not frozen.of("ended")
     assert await states(db, ids) == {("running", 2): 20}
 

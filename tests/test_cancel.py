@@ -19,6 +19,7 @@ from notifyq import lease
 
 from . import verbs
 from .conftest import Process, Seen, Sessions, eventually, working
+from .machine import Probe, limit
 from .test_results import GARBAGE
 
 CANCELS = 10
@@ -122,7 +123,7 @@ def listened(monkeypatch: pytest.MonkeyPatch) -> Seen:
 
 async def listening(seen: Seen, count: int = 1) -> None:
     """A keeper has begun to listen, so often."""
-    with anyio.fail_after(10):
+    with anyio.fail_after(limit()):
         while seen.items.count(("LISTEN", lease.CANCELS)) < count:  # in another thread
             await anyio.sleep(0.005)
 
@@ -138,10 +139,10 @@ def slow_heart(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("kind", [Sleep, Block])
 async def test_a_running_handler(
-    bench: Bench, dsn: str, db: Any, listened: Seen, slow_heart: None, kind: type[notifyq.Task]
+    bench: Bench, dsn: str, db: Any, listened: Seen, slow_heart: None, kind: type[notifyq.Task], probe: Probe
 ) -> None:
     """Within milliseconds; its clean-up runs; the outcome is kept, and told to who waits for it."""
-    took = []
+    took, first = [], time.monotonic()
     async with working(bench.app, dsn):
         refs = [await bench.app.enqueue(kind()) for _ in range(CANCELS)]
         await bench.began.reach(CANCELS)
@@ -149,14 +150,14 @@ async def test_a_running_handler(
         for n, ref in enumerate(refs):
             begin = time.perf_counter()
             assert await ref.cancel()
-            id, flag, at = (await bench.ended.reach(n + 1, 10))[n]
+            id, flag, at = (await bench.ended.reach(n + 1))[n]
             assert (id, flag) == (ref.id, True)
             took.append(at - begin)
             with pytest.raises(notifyq.TaskCancelled, match=r"was cancelled$"):
-                await ref.result(timeout=10)
+                await ref.result(timeout=limit())
     took.sort()
     print(f"cancel to the end of the handler: median {took[CANCELS // 2] * 1e3:.1f} ms, worst {took[-1] * 1e3:.1f}")
-    assert took[CANCELS // 2] < 0.5
+    assert took[CANCELS // 2] < 0.5 + probe.late(first)
     assert {state for state, _ in (await verbs.states(db)).values()} == {"cancelled"}
 
 
@@ -174,14 +175,13 @@ async def test_wherever_it_runs(spawn: Callable[..., Process], dsn: str, db: Any
     await eventually(lambda: verbs.states(db), dict.fromkeys(ids, ("cancelled", 1)))
 
 
-async def test_soon_after_its_start_it_is_the_heartbeat(bench: Bench, dsn: str) -> None:
+async def test_soon_after_its_start_it_is_the_heartbeat(bench: Bench, dsn: str, probe: Probe) -> None:
     async with working(bench.app, dsn):
         ref = await bench.app.enqueue(Sleep())
         await bench.began.reach(1)
-        begin = time.perf_counter()
-        assert await ref.cancel()
-        await bench.ended.reach(1, 5)
-        assert time.perf_counter() - begin < 4
+        with probe.within(4):
+            assert await ref.cancel()
+            await bench.ended.reach(1)
 
 
 async def test_it_may_be_retried_at_once(bench: Bench, dsn: str, db: Any, listened: Seen, slow_heart: None) -> None:
@@ -223,7 +223,7 @@ async def test_the_flag_at_a_timeout(bench: Bench, dsn: str, kind: type[notifyq.
     async with working(bench.app, dsn):
         ref = await bench.app.enqueue(kind(), max_attempts=1)
         with pytest.raises(notifyq.TaskDead, match=r"timed out after 0\.2 s"):
-            await ref.result(timeout=10)
+            await ref.result(timeout=limit())
         assert (await bench.ended.reach(1))[0][:2] == (ref.id, True)
 
 
@@ -243,7 +243,7 @@ async def test_the_flag_when_the_lease_is_lost(bench: Bench, dsn: str, db: Any, 
         ref = await bench.app.enqueue(kind())
         await bench.began.reach(1)
         await db.execute("UPDATE notifyq.task SET worker = NULL, run_at = now() + interval '1 h', promoted = false")
-        assert (await bench.ended.reach(1, 10))[0][:2] == (ref.id, True)
+        assert (await bench.ended.reach(1))[0][:2] == (ref.id, True)
 
 
 def test_outside_of_a_worker_it_is_false() -> None:
@@ -267,7 +267,7 @@ async def test_it_listens_only_while_something_runs_for_long(bench: Bench, dsn: 
             assert listened.items.count(("UNLISTEN", lease.CANCELS)) == n
             await ref.cancel()
             await bench.ended.reach(n + 1)
-            with anyio.fail_after(5):
+            with anyio.fail_after(limit()):
                 while listened.items.count(("UNLISTEN", lease.CANCELS)) <= n:
                     await anyio.sleep(0.01)
     assert len([item for item in listened.items if item[1] == lease.CANCELS]) == 4
@@ -299,4 +299,4 @@ async def test_cancels_that_nobody_meant(
         assert len(ticks) <= 2 + 2 * took / lease.DEAF_SECONDS, f"{len(ticks)} in {took:.1f} s"
         assert not bench.ended.items
         assert await ref.cancel()
-        await bench.ended.reach(1, 5)
+        await bench.ended.reach(1)

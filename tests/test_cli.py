@@ -28,7 +28,7 @@ import click
 import pytest
 
 from notifyq import schema, upgrade
-from notifyq.cli import COMMANDS, database, logs, main, show, tasks
+from notifyq.cli import COMMANDS, database, logs, main, tasks
 from notifyq.cli.load import load_app
 from notifyq.cli.output import span
 from notifyq.embedded import Server
@@ -36,6 +36,7 @@ from notifyq.errors import ConfigError
 from notifyq.task import STATES
 
 from .conftest import Sessions, admin, eventually
+from .machine import limit
 
 NOWHERE = "postgresql://somebody:secret@127.0.0.1:1/nothing"
 SCHEMA_COMMANDS = ["tasks", "show 1", "stats", "enqueue X", "retry 1", "cancel 1", "prune"]
@@ -752,7 +753,7 @@ async def fill(db: Any) -> dict[str, int]:
         " VALUES ('here:1', '{q1}', '{A_RUNNING}', '{10}', 5, '30 s', 1) RETURNING id"
     )
     await db.execute(
-        "UPDATE notifyq.task SET worker = $2, attempts = 1, processing_at = now() - interval '3 s' WHERE id = $1",
+        "UPDATE notifyq.task SET worker = $2, attempts = 1, processing_at = now() - interval '3 h' WHERE id = $1",
         ids["running"], worker,
     )  # fmt: skip
     errors = [{"error": "first"}, {"error": "no such host\n\x1b[31m" + "x" * 100}]
@@ -772,7 +773,7 @@ async def test_tasks(run: Run, dsn: str, db: Any) -> None:
     assert [row[1] for row in rows] == list(reversed(STATES))
     by_state = {row[1]: row for row in rows}
     assert by_state["scheduled"][2:] == ["in 90m", "q1", "A_SCHEDULED", "0"]
-    assert by_state["running"][2:] == ["for 3s", "q1", "A_RUNNING", "1"]
+    assert by_state["running"][2:] == ["for 3h", "q1", "A_RUNNING", "1"]
     assert by_state["done"][2:] == ["60m ago", "q1", "A_DONE", "2/2"]
     assert by_state["dead"][2:6] == ["3d ago", "q1", "A_DEAD", "2/2"]
     assert by_state["dead"][6].startswith("no such host \\x1b[31mxxx")
@@ -852,12 +853,14 @@ async def test_show_follows(run: Run, dsn: str, db: Any) -> None:
 
         group.start_soon(follow)
         looks = (
-            "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()"
-            " AND application_name = 'notifyq cli' AND query LIKE '%to_json(t)%'"
+            "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND state = 'idle'"
+            " AND application_name = 'notifyq cli' AND query LIKE '%to_json(t)%' AND query_start > $1"
         )
-        await eventually(lambda: db.fetchval(looks), 1)
+        now = await db.fetchval("SELECT clock_timestamp()")
+        await eventually(lambda: db.fetchval(looks, now), 1)
         await db.execute("UPDATE notifyq.task SET progress = 0.5 WHERE id = $1", ids["running"])
-        await anyio.sleep(show.LOOK_SECONDS * 1.5)
+        now = await db.fetchval("SELECT clock_timestamp()")
+        await eventually(lambda: db.fetchval(looks, now), 1)
         assert await db.fetchval("SELECT notifyq.cancel($1)", ids["running"])
     assert "\nrunning 50%\nid: " in said[0].out
     assert "\nstate:         cancelled\n" in said[0].out
@@ -1043,7 +1046,7 @@ class Program:
     async def line(self, text: str) -> str:
         """The next line with this text."""
         assert self.popen.stdout is not None
-        with anyio.fail_after(30):
+        with anyio.fail_after(limit()):
             while read := await anyio.to_thread.run_sync(self.popen.stdout.readline, abandon_on_cancel=True):
                 self.said += read
                 if text in read:
@@ -1054,7 +1057,7 @@ class Program:
         """Send it these; its exit code. Whoever else writes to the same place, a child, has ended too."""
         for number in signals:
             self.popen.send_signal(number)
-        with anyio.fail_after(30):
+        with anyio.fail_after(limit()):
             rest, _ = await anyio.to_thread.run_sync(self.popen.communicate, abandon_on_cancel=True)
         self.said += rest
         return self.popen.returncode
@@ -1137,7 +1140,7 @@ async def test_a_worker_that_cannot_start(start: Start, empty_dsn: str) -> None:
         assert "secret" not in program.said
 
 
-QUICK = "import notifyq.cli.watch as w; w.LATE_SECONDS, w.FORCED_SECONDS = 0.3, 0.3; "
+WATCH = "import notifyq.cli.watch as w; w.LATE_SECONDS = w.FORCED_SECONDS = {}; "
 
 
 HANDED_BACK, ENDED = "handing their tasks back", "handlers don't end: ending the process"
@@ -1160,7 +1163,8 @@ async def test_signals(
     start: Start, db: Any, loop: str, how: str, timeout: int, signals: list[int], code: int, after: Any, says: str
 ) -> None:
     """The first stops with the timeout, the second now; whatever a handler does to the loop, or to signals."""
-    worker = start(f"worker mailer:app --shutdown-timeout {timeout}", first=QUICK + LOOPS[loop])
+    more = 0.3 if how == "blocks" else limit()  # for what ends by itself, if only it has the time
+    worker = start(f"worker mailer:app --shutdown-timeout {timeout}", first=WATCH.format(more) + LOOPS[loop])
     id = await db.fetchval(INSERT, "SLEEP", json.dumps({"how": how}).encode())
     await worker.line(f"sleeps {how}")
     assert await worker.end(*signals) == code
@@ -1171,7 +1175,7 @@ async def test_signals(
 
 async def test_a_thread_keeps_nobody(start: Start, db: Any) -> None:
     """A plain handler can't be cancelled. Its task is handed back, and the process ends without waiting for it."""
-    worker = start("worker mailer:app --shutdown-timeout 0")
+    worker = start("worker mailer:app --shutdown-timeout 0", first=WATCH.format(limit()))
     id = await db.fetchval(INSERT, "THREAD", b"{}")
     await worker.line("sleeps in a thread")
     assert await worker.end(signal.SIGTERM) == 0

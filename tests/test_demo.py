@@ -28,6 +28,8 @@ from notifyq.demo.producers import MALFORMED, Plan
 from notifyq.demo.smtp import MailServer
 from notifyq.errors import ConfigError
 
+from .machine import limit
+
 ROOT = Path(__file__).parents[1]
 NOON = datetime(2026, 1, 1, 12, tzinfo=UTC)
 
@@ -363,7 +365,7 @@ async def left_behind(db: Any) -> list[Any]:
 
 async def test_the_whole(demo: Demo, db: Any) -> None:
     """All its checks hold, and it leaves nothing on a server that isn't its own."""
-    output, _ = await anyio.to_thread.run_sync(lambda: demo.process.communicate(timeout=60))
+    output, _ = await anyio.to_thread.run_sync(lambda: demo.process.communicate(timeout=limit()))
     assert demo.process.returncode == 0, output
     assert output.count("\nok  ") == 10
     assert "all 10 checks hold" in output
@@ -374,7 +376,7 @@ async def test_an_interrupt_ends_all_of_it(demo: Demo, db: Any) -> None:
     workers = demo.working()
     began = time.monotonic()
     demo.process.send_signal(signal.SIGINT)
-    output, _ = await anyio.to_thread.run_sync(lambda: demo.process.communicate(timeout=10))
+    output, _ = await anyio.to_thread.run_sync(lambda: demo.process.communicate(timeout=limit()))
     assert demo.process.returncode == 1, output
     assert "interrupted" in output
     assert time.monotonic() - began < 5
@@ -386,6 +388,6 @@ async def test_an_interrupt_ends_all_of_it(demo: Demo, db: Any) -> None:
 async def test_no_child_outlives_a_demo_that_is_killed(demo: Demo) -> None:
     workers = demo.working()
     demo.process.kill()
-    with anyio.fail_after(5):
+    with anyio.fail_after(limit()):
         while any(map(alive, workers)):
             await anyio.sleep(0.01)

@@ -25,6 +25,7 @@ from notifyq.embedded import Server
 from notifyq.errors import ConfigError
 
 from .conftest import database, eventually, working
+from .machine import limit
 
 T = TypeVar("T")
 
@@ -242,7 +243,7 @@ async def test_a_worker_of_the_command_line(site: Any, dsn: str, db: Any) -> Non
     sent = await apart(lambda: site.add.enqueue(1, 2))
     environment = {**os.environ, "DJANGO_SETTINGS_MODULE": "tests.django_site.settings", "NOTIFYQ_DSN": dsn}
     command = [sys.executable, "-m", "notifyq", "worker", "notifyq.django.worker:app", "--drain"]
-    with anyio.fail_after(30):
+    with anyio.fail_after(limit()):
         found = await anyio.run_process(command, env=environment, cwd=ROOT, check=False, stderr=subprocess.STDOUT)
     assert found.returncode == 0, found.stdout.decode()
     assert (await apart(lambda: site.add.get_result(sent.id))).return_value == 3

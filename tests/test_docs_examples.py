@@ -11,6 +11,8 @@ from typing import Any
 
 from notifyq import store
 
+from .machine import limit
+
 DOCS = Path(__file__).parent.parent / "docs"
 FILE = re.compile(r"`(\w+\.py)`[^\n`]*:\n\n```python\n(.*?)```", re.DOTALL)
 CONSOLE = re.compile(r"```console\n(.*?)```", re.DOTALL)
@@ -127,7 +129,8 @@ async def test_results(tmp_path: Path, dsn: str) -> None:
         [sys.executable, "-m", "notifyq", "worker", "thumbs:app"], stderr=subprocess.DEVNULL, **where
     ) as worker:
         try:
-            asked = subprocess.run([sys.executable, "ask.py"], capture_output=True, timeout=60, check=False, **where)
+            ask = [sys.executable, "ask.py"]
+            asked = subprocess.run(ask, capture_output=True, timeout=limit(), check=False, **where)
         finally:
             worker.terminate()
     (shown,) = CONSOLE.findall(page)

@@ -20,9 +20,10 @@ from notifyq import doorbell
 from notifyq.doorbell import BURST, WINDOW_SECONDS, Moderation, fleet_key
 
 from .conftest import Seen, Sessions, eventually, working
+from .machine import limit
 
 INSERT = "INSERT INTO notifyq.task (type, payload) VALUES ('Mark', $1::text::jsonb) RETURNING id"
-SOON = 1.0  # seconds: generous for a wake-up of a millisecond on a loaded machine, and far below any timeout
+SOON = 3.0  # seconds, on an idle machine: nothing but the bell finds what is here that soon
 
 
 class Mark(notifyq.Task):
@@ -246,7 +247,7 @@ async def test_a_hidden_enqueuer_with_the_newest_transaction_id(
             "INSERT INTO notifyq.task (type, payload) SELECT 'Mark', '{\"name\": \"x\"}' FROM generate_series(1, 50)"
         )
         transaction = await silent_insert_in_burst(db, hidden)
-        await seen.reach(50, SOON * 3)
+        await seen.reach(50, SOON)
         await awake_and_arming(db)
         await transaction.commit()
         assert (await seen.reach(51, SOON))[-1] == "hidden"
@@ -349,7 +350,7 @@ async def test_no_snapshot_is_held_while_sleeping_or_waiting(app: notifyq.App, d
             """SELECT max(extract(epoch FROM clock_timestamp() - query_start)) FROM pg_stat_activity
                WHERE backend_xmin IS NOT NULL AND application_name LIKE 'notifyq %' AND datname = current_database()"""
         )
-        assert longest < 6
+        assert longest < limit(6)
 
 
 async def test_timer(app: notifyq.App, seen: Seen, db: Any, dsn: str) -> None:

@@ -22,6 +22,7 @@ from notifyq.settle import Settler
 
 from . import verbs
 from .conftest import Seen, eventually, working
+from .machine import limit
 from .steps import PREPARED, Session, Steps, steps, until_blocked
 from .verbs import (
     OVERDUE,
@@ -74,7 +75,7 @@ async def test_a_step_that_waits_for_somebody_else_is_found(
     [job] = await w(held)
     await p("BEGIN")
     await p(cancel, job.id)
-    monkeypatch.setattr("tests.steps.LIMIT_SECONDS", 0.3)
+    monkeypatch.setattr("tests.steps.limit", lambda: limit(0.3))
     with pytest.raises(AssertionError, match="w waits for nobody"):
         await w.blocked_by(await s.session("q"), finish, [job])
     q = await s.session("q")
@@ -369,7 +370,7 @@ class Writing:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        with anyio.fail_after(10):
+        with anyio.fail_after(limit()):
             await self.task
 
 
@@ -626,12 +627,12 @@ async def test_cancelled_and_retried_while_its_handler_runs(s: Steps, p: Session
 
     async with working(app, dsn):
         [id] = await insert(s.db)
-        await begun.reach(1, 5)
+        await begun.reach(1)
         assert await p(cancel, id)
         assert await p(retry, id)
         await eventually(lambda: s.db.fetchval("SELECT attempts FROM notifyq.task WHERE worker IS NOT NULL"), 1)
         release[0].set()
-        await begun.reach(2, 5)
+        await begun.reach(2)
         release[1].set()
         await eventually(lambda: states(s.db), {id: ("done", 1)})
     assert json.loads(await s.db.fetchval("SELECT result FROM notifyq.finished")) == 1

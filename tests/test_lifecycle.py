@@ -15,8 +15,10 @@ import pytest
 
 import notifyq
 from notifyq.retry import backoff_seconds, ceiling_seconds
+from notifyq.room import Room
 
 from .conftest import Seen, Sessions, eventually, working
+from .machine import Probe, limit
 from .test_faults import outage
 
 
@@ -176,15 +178,19 @@ async def test_stop_lets_handlers_end_and_writes_their_outcomes(bench: Bench, db
     assert await nobody_left(db)
 
 
-async def test_what_waits_its_turn_in_the_worker_is_handed_back_at_once(bench: Bench, db: Any, dsn: str) -> None:
+async def test_what_waits_its_turn_in_the_worker_is_handed_back_at_once(
+    bench: Bench, db: Any, dsn: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Claimed ahead of the slots and not begun, at the stop: ready for others while a handler still runs here."""
-    async with working(bench.app, dsn, concurrency=1, shutdown_timeout=30) as worker:
+    # As on an idle machine, which runs so many short tasks a second.
+    monkeypatch.setattr(Room, "_rate", property(lambda room: 5000.0, lambda room, rate: None), raising=False)
+    async with working(bench.app, dsn, concurrency=1, shutdown_timeout=3600) as worker:
         await bench.app.enqueue_many([*(Note() for _ in range(600)), *(Hold() for _ in range(100))])
         [first] = await bench.held.reach(1)
         claimed = "SELECT count(*) FROM notifyq.task WHERE worker IS NOT NULL"
         assert await db.fetchval(claimed) > 1, "it claims ahead of one slot when tasks are short"
         worker.stop.set()
-        await eventually(lambda: db.fetchval(claimed), 1, 3)
+        await eventually(lambda: db.fetchval(claimed), 1)
         others = [row[0] for row in await db.fetch("SELECT id FROM notifyq.task WHERE id <> $1", first)]
         assert await handed_back(db, *others)
         assert not worker.done.is_set()
@@ -218,7 +224,7 @@ async def test_force_hands_back_now(bench: Bench, db: Any, dsn: str) -> None:
             getattr(worker, first).set()
             await anyio.sleep(0.05)
             worker.force.set()
-            with anyio.fail_after(5):
+            with anyio.fail_after(limit()):
                 await worker.done.wait()
         assert await handed_back(db, id)
         assert await db.fetchval("SELECT notifyq.cancel($1)", id)
@@ -281,7 +287,7 @@ async def test_a_handler_that_will_not_be_cancelled_cannot_keep_the_worker(db: A
             id = (await app.enqueue(Hold())).id
             await begun.wait()
             worker.stop.set()
-            with anyio.move_on_after(10):
+            with anyio.move_on_after(limit(10)):
                 await worker.done.wait()
             in_time = worker.done.is_set()
             over.set()
@@ -292,7 +298,7 @@ async def test_a_handler_that_will_not_be_cancelled_cannot_keep_the_worker(db: A
     assert logged("didn't end when cancelled")
 
 
-async def test_it_ends_in_time_without_a_database(bench: Bench, dsn: str) -> None:
+async def test_it_ends_in_time_without_a_database(bench: Bench, dsn: str, probe: Probe) -> None:
     """Stopped or cancelled while handlers run: the deadline, 2 s to cancel, 3 to write, 4 for a good-bye at most."""
     ended: dict[str, anyio.Event] = {"stop": anyio.Event(), "cancel": anyio.Event()}
     stop, cancel = anyio.Event(), anyio.CancelScope()
@@ -310,13 +316,11 @@ async def test_it_ends_in_time_without_a_database(bench: Bench, dsn: str) -> Non
             await bench.app.enqueue(Hold(), queue=how)
         await bench.held.reach(2)
         async with outage(dsn):
-            began = time.monotonic()
             stop.set()
             cancel.cancel()
-            with anyio.fail_after(15):
+            with probe.within(10.3):
                 await ended["stop"].wait()
                 await ended["cancel"].wait()
-            assert time.monotonic() - began < 10.3
 
 
 async def test_drain_returns_when_nothing_is_runnable(bench: Bench, db: Any, dsn: str) -> None:
@@ -324,7 +328,7 @@ async def test_drain_returns_when_nothing_is_runnable(bench: Bench, db: Any, dsn
     parent = await bench.app.enqueue(Parent(50))
     again = await bench.app.enqueue(Say("retry", 3600))
     later = await bench.app.enqueue(Note("tomorrow"), delay=86400)
-    with anyio.fail_after(20):
+    with anyio.fail_after(limit()):
         await bench.app.run_worker(dsn=dsn, drain=True, poll_interval=0)
     assert await state(db, parent.id) == "done"
     assert bench.seen.items.count("parent") == 1
@@ -332,7 +336,7 @@ async def test_drain_returns_when_nothing_is_runnable(bench: Bench, db: Any, dsn
     assert [await state(db, ref.id) for ref in (again, later)] == ["scheduled", "scheduled"]
     assert await db.fetchval("SELECT count(*) FROM notifyq.task") == 2
     assert await nobody_left(db)
-    with anyio.fail_after(20):
+    with anyio.fail_after(limit()):
         await bench.app.run_worker(dsn=dsn, drain=True, poll_interval=0)  # nothing at all to do
 
 

@@ -14,6 +14,7 @@ from notifyq.marks import BUSY_SECONDS, BUSY_TIMES, LAG_SECONDS, LEVELS, OWED_TI
 from notifyq.store import Job, Onward
 
 from .conftest import Seen, Sessions, eventually, working
+from .machine import limit
 from .test_doorbell import asleep
 
 FRONT, ONWARD = False, True
@@ -144,7 +145,7 @@ async def test_what_lies_before_a_mark_is_found(
         await app.enqueue(Mark("again", fail=True), conn=db)
         await app.enqueue(Mark("urgent"), conn=db, priority=9)
         await app.enqueue(Mark("timed"), conn=db, delay=0.05)
-        with anyio.fail_after(10):
+        with anyio.fail_after(limit()):
             await seen.reach(24)
         await eventually(lambda: db.fetchval("SELECT count(*) FROM notifyq.task"), 0)
     assert sorted(seen.items[20:]) == ["again", "straggler", "timed", "urgent"]

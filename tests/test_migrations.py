@@ -24,6 +24,7 @@ from notifyq.errors import DatabaseError, SchemaError
 from notifyq.schema import SCHEMA_VERSION
 
 from .conftest import Process, Seen, Sessions, admin, eventually, grants, working
+from .machine import limit
 from .old import SCHEMAS, OldWorker, statements
 from .test_faults import started
 
@@ -577,7 +578,7 @@ async def test_nobody_waits_for_an_upgrade_that_waits(empty_dsn: str, conn: Any)
             group.start_soon(enqueue)
         await writes.execute("BEGIN; INSERT INTO notifyq.task (type) VALUES ('Quick')")
         migrating = asyncio.create_task(schema.migrate(conn, say))
-        with anyio.fail_after(20):
+        with anyio.fail_after(limit()):
             await told.wait()
         await reads.execute("BEGIN; SELECT FROM notifyq.all_tasks LIMIT 1")
         for session in (writes, reads):

@@ -18,6 +18,7 @@ from notifyq import schema, store
 from notifyq.embedded import Server
 
 from .conftest import Seen, admin, database, eventually, working
+from .machine import limit
 from .proxy import Proxy, free_port, proxy_to
 
 ROLES = ("claims *", "door *", "settle", "keeper*", "app")
@@ -187,7 +188,7 @@ async def test_under_load(net: Rig, fault: str) -> None:
             group.start_soon(enqueue)
             for role in ROLES:
                 load = len(net.acknowledged) + 10
-                with anyio.fail_after(20):
+                with anyio.fail_after(limit()):
                     while len(net.acknowledged) < load:
                         await anyio.sleep(0.002)
                 await proxy.new(role, 0.0)
@@ -205,7 +206,7 @@ async def test_a_claim_cut_in_mid_result(net: Rig) -> None:
         await net.woken(5)
         assert net.proxy.reset_in_result("claims *", 100_000) == 1
         await net.insert(count=100, ballast=10_000)
-        await net.ran.reach(101, 10)
+        await net.ran.reach(101)
         await net.all_done_once()
     assert net.ran.items[0] == 1
 

@@ -21,6 +21,7 @@ import pytest
 import notifyq
 
 from .conftest import Seen, eventually, working
+from .machine import Probe
 
 INSERT = "INSERT INTO notifyq.task (type, payload) VALUES ($1, $2::text::jsonb) RETURNING id"
 SOON = 1.0  # seconds: far more than a wake-up takes, and less than the heartbeat that would find it too
@@ -194,8 +195,8 @@ async def row(db: Any, id: int) -> dict[str, Any]:
     return dict(await db.fetchrow("SELECT * FROM notifyq.all_tasks WHERE id = $1", id))
 
 
-async def nothing_live(db: Any, seconds: float = 20) -> None:
-    await eventually(lambda: db.fetchval("SELECT count(*) FROM notifyq.task"), 0, seconds)
+async def nothing_live(db: Any) -> None:
+    await eventually(lambda: db.fetchval("SELECT count(*) FROM notifyq.task"), 0)
 
 
 BAD_PAYLOADS = {
@@ -270,7 +271,7 @@ async def test_large_payloads(bench: Bench, db: Any, dsn: str) -> None:
         assert tuple(found) == ("dead", "its payload is larger than 16,777,216 bytes", True)
 
 
-async def test_odd_rows(bench: Bench, db: Any, dsn: str) -> None:
+async def test_odd_rows(bench: Bench, db: Any, dsn: str, probe: Probe) -> None:
     """Columns nobody but a person with all rights sets, at the end of their ranges: they run, or wait, like others."""
     odd = [
         "created_at", "'infinity'",
@@ -294,7 +295,8 @@ async def test_odd_rows(bench: Bench, db: Any, dsn: str) -> None:
         await eventually(lambda: db.fetchval("SELECT count(*) FROM notifyq.task"), 2)
         assert len(bench.good.items) == len(odd) // 2
         await insert(db, "Good", {"name": "after"})
-        await bench.good.reach(len(odd) // 2 + 1, SOON)
+        with probe.within(SOON):
+            await bench.good.reach(len(odd) // 2 + 1)
     assert await db.fetchval("SELECT count(*) FROM notifyq.all_tasks WHERE state = 'scheduled'") == 2
 
 
@@ -370,7 +372,7 @@ async def test_what_handlers_do(bench: Bench, db: Any, dsn: str, concurrency: in
 
 
 async def test_an_unknown_type_waits_for_one_who_knows_it(
-    bench: Bench, db: Any, dsn: str, logged: Callable[[str], list[dict[str, Any]]]
+    bench: Bench, db: Any, dsn: str, logged: Callable[[str], list[dict[str, Any]]], probe: Probe
 ) -> None:
     """Left aside, not failed, not looped on, visible; run at once when a worker that knows it starts."""
     types = ["Later", "", "x" * 200, "'; DROP TABLE", "%s %d {}", "zeilen\numbruch", "\N{PILE OF POO}"]
@@ -394,13 +396,14 @@ async def test_an_unknown_type_waits_for_one_who_knows_it(
         told = logged("no handler here")
         assert sum(fields["tasks"] for fields in told) == len(types), "once for each, and no more"
         async with working(knower, dsn):
-            await seen.reach(1, SOON)
+            with probe.within(SOON):
+                await seen.reach(1)
         assert seen.items == [0]
 
 
 @pytest.mark.parametrize("tasks", [15, 150], ids=["few", "more than it has slots"])
 async def test_a_sleeper_who_knows_it_is_told(
-    bench: Bench, db: Any, dsn: str, logged: Callable[[str], list[dict[str, Any]]], tasks: int
+    bench: Bench, db: Any, dsn: str, logged: Callable[[str], list[dict[str, Any]]], tasks: int, probe: Probe
 ) -> None:
     """Two fleets sleep at the bell; what one of them claims in ignorance and sets aside, the other runs at once."""
     knower, seen = notifyq.App(), Seen()
@@ -417,7 +420,8 @@ async def test_a_sleeper_who_knows_it_is_told(
     async with working(bench.app, dsn, concurrency=20), working(knower, dsn, concurrency=20):
         for round in range(1, 6):
             await db.execute(many, tasks)
-            await seen.reach(round * tasks, SOON)
+            with probe.within(SOON):
+                await seen.reach(round * tasks)
             await nothing_live(db)
     assert sorted(seen.items) == sorted([*range(1, tasks + 1)] * 5)
     assert logged("no handler here"), "somebody was ignorant"

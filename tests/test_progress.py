@@ -18,6 +18,7 @@ from notifyq.testing import run_inline
 
 from . import verbs
 from .conftest import Seen, Sessions, eventually, working
+from .machine import limit
 from .test_results import GARBAGE
 
 STEPS = [notifyq.Progress(0.25, "a"), notifyq.Progress(0.5), notifyq.Progress(0.75, "c")]
@@ -99,7 +100,7 @@ async def test_who_waits_sees_each_step(bench: Bench, dsn: str, db: Any, kind: t
     async with working(bench.app, dsn):
         ref = await bench.app.enqueue(kind())
         seen = []
-        with anyio.fail_after(20):
+        with anyio.fail_after(limit()):
             async for step in ref.progress():
                 assert await told(db) == ("running", step.fraction, step.note)
                 seen.append(step)
@@ -125,7 +126,7 @@ async def test_it_is_pushed(bench: Bench, dsn: str, monkeypatch: pytest.MonkeyPa
             for _ in range(3):
                 group.start_soon(watch)
             for n, step in enumerate(STEPS, 1):
-                await seen.reach(3 * n, 10)
+                await seen.reach(3 * n)
                 assert seen.items[-3:] == [step] * 3
                 bench.go.release()
 
@@ -162,7 +163,7 @@ async def test_only_the_latest_is_written_and_not_often(
         begin = anyio.current_time()
         refs = [await bench.app.enqueue(Race(times=20_000)) for _ in range(5)]
         for ref in refs:
-            await ref.result(timeout=60)
+            await ref.result(timeout=limit())
         took = anyio.current_time() - begin
         assert len(written) <= 1 + took / lease.REPORT_SECONDS
         assert all(len(reports) <= 5 for reports in written)
@@ -210,7 +211,7 @@ async def test_a_locked_row_keeps_no_heartbeat(bench: Bench, dsn: str, db: Any, 
         before = await db.fetchval("SELECT seen_at FROM notifyq.worker WHERE id = $1", worker.info.id)
         for _ in range(2):
             later = "SELECT seen_at > $2 FROM notifyq.worker WHERE id = $1"
-            await eventually(lambda: db.fetchval(later, worker.info.id, before), seconds=4)  # noqa: B023
+            await eventually(lambda: db.fetchval(later, worker.info.id, before))  # noqa: B023
             before = await db.fetchval("SELECT seen_at FROM notifyq.worker WHERE id = $1", worker.info.id)
         assert await told(db) == ("running", 0.25, "a")
         await someone.execute("COMMIT")
@@ -289,4 +290,4 @@ async def test_an_older_schema_is_told(bench: Bench, db: Any) -> None:
     """The columns came with version 2."""
     await db.execute("ALTER TABLE notifyq.task RENAME awaited TO awaited_no_more")
     with pytest.raises(notifyq.SchemaError, match="notifyq migrate"):
-        await bench.app.ref(1).result(timeout=5)
+        await bench.app.ref(1).result(timeout=limit())

@@ -19,6 +19,7 @@ from notifyq import schema, store
 from notifyq.embedded import Server
 
 from .conftest import Seen, working
+from .machine import limit
 from .proxy import free_port
 
 Logged = Callable[[str], list[dict[str, Any]]]
@@ -94,7 +95,7 @@ async def refused(dsn: str) -> str:
 async def refusals(server: Server, text: str, count: int) -> None:
     """Wait until so many more are in the server's log: the worker's own log tells only of the first."""
     before = server.log_path.read_text().count(text)
-    with anyio.fail_after(10):
+    with anyio.fail_after(limit()):
         while server.log_path.read_text().count(text) < before + count:
             await anyio.sleep(0.01)
 
@@ -150,7 +151,7 @@ async def test_connections_exhausted(small: Server, db: Any, app: notifyq.App, s
             assert "too many clients" in await refused(as_worker(small))
             assert await woken(db, seen, 1) < 1, "who has a connection isn't concerned"
             # What is freed is taken at once, until the worker has none to claim on.
-            with anyio.fail_after(10):
+            with anyio.fail_after(limit()):
                 while await db.fetchval(CLAIMS):
                     await db.fetchval(END)
                     await take_all()

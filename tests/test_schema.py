@@ -18,6 +18,7 @@ from notifyq.schema import SCHEMA_VERSION
 from notifyq.store import SQL
 
 from .conftest import Seen, admin, grants, working
+from .machine import limit
 
 # --- Installing
 
@@ -489,9 +490,9 @@ async def test_the_roles_together(roles: Any, as_role: Any) -> None:
         assert worker.info.bell_ms is not None
         for number in range(3):
             await app.enqueue(Told(name=str(number)))
-            await seen.reach(number + 1, 5)
+            await seen.reach(number + 1)
         assert len(await app.enqueue_many([Told(name="a"), Told(name="b")], delay=0.01)) == 2
-        await seen.reach(5, 5)
+        await seen.reach(5)
         await worker.stopped()
     rows = await reader.fetch("SELECT state, result FROM notifyq.all_tasks WHERE type = 'Told' ORDER BY id")
     assert [tuple(row) for row in rows[:3]] == [("done", f'"{n}"'.encode()) for n in range(3)]
@@ -510,7 +511,7 @@ async def test_an_enqueuer_without_the_bell_still_enqueues(server: Server, as_ro
     plain = await store.connect(server.dsn("roles").replace("://notifyq@", "://plain@"), role="test")
     await plain.execute(INSERT)
     await plain.close()
-    with anyio.fail_after(5):
+    with anyio.fail_after(limit()):
         while not heard:
             await anyio.sleep(0.001)
     await owner.execute("DROP OWNED BY plain")

@@ -21,6 +21,7 @@ from notifyq.options import Options
 from notifyq.store import SQL
 
 from .conftest import Sessions, admin
+from .machine import limit
 
 ROW = (
     "id:int8 attempts:int2 type:text queue:text priority:int2 max_attempts:int2 created_at:timestamptz payload:jsonb"
@@ -510,7 +511,7 @@ async def test_two_claims_at_once_share(worker: Any, dsn: str) -> None:
     other: Any = await store.connect_worker(dsn, "test")
     transaction = other.transaction()
     await transaction.start()
-    with anyio.fail_after(5):
+    with anyio.fail_after(limit()):
         assert [job.id for job in await store.claim(other, me, {"default": 2}, 2)] == all_ids[:2]
         assert [job.id for job in await store.claim(worker, me, {"default": 9}, 9)] == all_ids[2:]
         await transaction.rollback()
@@ -668,7 +669,7 @@ async def test_due_of_two_workers_at_once(worker: Any, dsn: str) -> None:
     transaction = other.transaction()
     await transaction.start()
     assert (await other.fetchrow(SQL["due"], ["default"], [], 9, None, None))["promoted"] == 2
-    with anyio.fail_after(5):
+    with anyio.fail_after(limit()):
         row = await worker.fetchrow(SQL["due"], ["default"], [], 9, None, None)
     assert (row["promoted"], row["next_seconds"]) == (0, None)
     await transaction.rollback()
@@ -930,7 +931,7 @@ async def test_two_rescuers_take_turns(worker: Any, dsn: str) -> None:
     transaction = other.transaction()
     await transaction.start()
     assert tuple(await other.fetchrow(SQL["rescue"], me, 1)) == ("host:1", 1, 0)
-    with anyio.fail_after(5):
+    with anyio.fail_after(limit()):
         assert tuple(await worker.fetchrow(SQL["rescue"], me, 9)) == (None, 0, 0)
     await transaction.commit()
     assert tuple(await worker.fetchrow(SQL["rescue"], me, 9)) == ("host:1", 1, 0)
@@ -945,7 +946,7 @@ async def test_rescue_leaves_what_is_being_settled(worker: Any, dsn: str) -> Non
     transaction = settler.transaction()
     await transaction.start()
     await settler.fetch(SQL["finish"], me, [first], [1], ["done"], [], [], True)
-    with anyio.fail_after(5):
+    with anyio.fail_after(limit()):
         assert tuple(await worker.fetchrow(SQL["rescue"], me, 9)) == ("host:1", 1, 0)
     await transaction.commit()
     assert await states(worker) == {first: "done", second: "ready"}
@@ -1063,7 +1064,7 @@ async def test_who_rings_while_somebody_sleeps(worker: Any, db: Any, connect: Se
         await sleeper.execute("LOCK TABLE notifyq.bell IN SHARE MODE")
         await act(worker, me, id)
         await worker.execute("NOTIFY notifyq, 'the end'")
-        with anyio.fail_after(5):
+        with anyio.fail_after(limit()):
             while "the end" not in heard:
                 await anyio.sleep(0.001)
     assert heard[:-1] == ([""] if want is True else [want] if want else [])

@@ -20,6 +20,7 @@ from notifyq import lease
 from notifyq.errors import ConfigError, LeaseLost
 
 from .conftest import Process, Seen, eventually, working
+from .machine import limit
 from .test_faults import Story
 from .test_lifecycle import ended, errors, state
 
@@ -390,7 +391,7 @@ async def test_cut_short_while_it_commits(
                 await eventually(lambda: db.fetchval(f"SELECT count(*) FROM pg_stat_activity WHERE {ASKS}"), 1)
             elif how == "force":
                 worker.force.set()
-                with anyio.fail_after(5):
+                with anyio.fail_after(limit()):
                     while not logged("stopping now"):
                         await anyio.sleep(0.01)
             else:

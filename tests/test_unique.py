@@ -186,7 +186,7 @@ async def test_one_that_is_moved_wakes_a_worker_in_time(app: notifyq.App, dsn: s
             ref = await app.enqueue(Known(n=n), unique=f"k{n}", delay=86400)
             moved = await app.enqueue(Known(), unique=f"k{n}", on_conflict="move", delay=delay)
             assert (moved.id, moved.existed) == (ref.id, True)
-            await seen.reach(n, 5)
+            await seen.reach(n)
     assert seen.items == [1, 2]
 
 
@@ -371,7 +371,7 @@ async def test_plain_tasks_touch_no_key(app: notifyq.App, dsn: str, db: Any) -> 
             await db.execute("INSERT INTO notifyq.task (type) VALUES ('Known')")
             await db.fetchval("SELECT notifyq.enqueue('Known')")
             await db.copy_records_to_table("task", schema_name="notifyq", columns=["type"], records=[("Known",)])
-            await seen.reach(3004, 20)
+            await seen.reach(3004)
         with pytest.raises(asyncpg.UndefinedTableError):
             await db.execute(KEYED)
     finally:
@@ -558,7 +558,7 @@ async def test_the_worker_that_stepped_over_it_is_rung(app: notifyq.App, dsn: st
         await eventually(lambda: db.fetchval("SELECT run_at < clock_timestamp() FROM notifyq.task"), True)
         assert seen.items == []
         await a("COMMIT")
-        assert await seen.reach(1, 5) == [1]
+        assert await seen.reach(1) == [1]
 
 
 async def test_one_that_is_being_claimed_is_waited_for(s: Steps) -> None:
