@@ -12,6 +12,7 @@ from typing import Any
 import asyncpg
 import msgspec
 
+from . import loops
 from .errors import failure
 from .store import SQL, TRANSIENT, connect_worker
 
@@ -21,11 +22,14 @@ class Reader:
 
     def __init__(self, dsn: str | None) -> None:
         self._dsn = dsn
+        self._loop = asyncio.get_running_loop()
         self._conn: asyncpg.Connection[asyncpg.Record] | None = None
         self._lock = asyncio.Lock()
 
     async def results(self, task: int) -> list[Any]:
         """In the order of its `after`. Raises one of store.TRANSIENT."""
+        cure = "in a plain `def` handler, call anyio.from_thread.run(ctx.results)"
+        loops.same(self._loop, "ctx.results()", "the worker", cure)
         async with self._lock:
             try:
                 rows = await self._fetch(task)

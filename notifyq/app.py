@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
@@ -11,7 +12,7 @@ import anyio
 import asyncpg
 from anyio.abc import TaskStatus
 
-from . import enqueue, foreign, lifespan, store
+from . import enqueue, foreign, lifespan, loops, store
 from .config import WorkerConfig, check_name, parse_queues, resolve_dsn
 from .cron import Cron, Missed, check_schedule
 from .errors import ConfigError, DatabaseError
@@ -29,6 +30,38 @@ _Handler = TypeVar("_Handler", bound=Callable[..., Any])
 _Middleware = TypeVar("_Middleware", bound=Middleware)
 _Lifespan = TypeVar("_Lifespan", bound=Callable[..., AbstractAsyncContextManager[Any] | AsyncIterator[Any]])
 
+# What works where nothing can be awaited, for messages.
+_ENQUEUE_ELSEWHERE = (
+    "write `await` in an async function; in a plain `def` handler, anyio.from_thread.run(app.{0}, ...); in any other "
+    "code without async, notifyq.SyncClient(app).{0}(...)"
+)
+_CANCEL_ELSEWHERE = (
+    "write `await` in an async function; in a plain `def` handler, anyio.from_thread.run(app.cancel, id); in any other "
+    "code without async, SELECT notifyq.cancel(id)"
+)
+_RESULT_ELSEWHERE = (
+    "write `await` in an async function; in a plain `def` handler, anyio.from_thread.run(ref.result); in any other "
+    "code without async, look into notifyq.all_tasks"
+)
+
+
+def _check_enqueue(name: str) -> Callable[..., None]:
+    """What `App.enqueue` and `App.enqueue_many` check when they are called."""
+
+    def check(app: App, *_: object, conn: foreign.AsyncConnection | None = None, **__: object) -> None:
+        what, cure = f"app.{name}()", _ENQUEUE_ELSEWHERE.format(name)
+        if conn is None:
+            app.check_loop(what, cure)
+        else:
+            foreign.awaited(conn)  # it says so of one that blocks
+            loops.same(getattr(conn, "_loop", None) or loops.running(what, cure), what, "`conn`", cure)  # asyncpg's
+
+    return check
+
+
+def _check_cancel(app: App, *_: object, **__: object) -> None:
+    app.check_cancel()
+
 
 class App:
     """Holds the handlers by type and, inside `async with app.connect():`, a pool of connections."""
@@ -36,6 +69,7 @@ class App:
     def __init__(self) -> None:
         self.registry = Registry()
         self._pool: Pool | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None  # the one that connect() ran on
         self._dsn: str | None = None
         self._results: Results | None = None
 
@@ -156,8 +190,10 @@ class App:
     async def connect(self, dsn: str | None = None) -> AsyncGenerator[Self, None]:
         """A pool of up to 10 connections to enqueue with, to `dsn` or where the environment says.
 
-        Raises ConfigError for a DSN that can't be one, DatabaseError for a server that can't be reached.
+        It belongs to the event loop that this runs on: code on another one, or on none, has a SyncClient. Raises
+        ConfigError for a DSN that can't be one, DatabaseError for a server that can't be reached.
         """
+        loop = loops.running("app.connect()", "write `async with app.connect():` in a function that asyncio.run() runs")
         if self._pool is not None:
             raise ConfigError("this app is connected already; one `async with app.connect():` serves all tasks")
         url, source = resolve_dsn(dsn)
@@ -180,15 +216,16 @@ class App:
             )
         results = Results(dsn, self.registry)
         try:
-            self._pool, self._dsn, self._results = pool, dsn, results
+            self._pool, self._loop, self._dsn, self._results = pool, loop, dsn, results
             yield self
         finally:
-            self._pool = self._dsn = self._results = None
+            self._pool = self._loop = self._dsn = self._results = None
             with anyio.move_on_after(5, shield=True):
                 await results.close()
                 await pool.close()
             pool.terminate()
 
+    @loops.checked_at_call(_check_enqueue("enqueue"))
     async def enqueue(
         self,
         task: Task,
@@ -225,6 +262,7 @@ class App:
         conn: foreign.AsyncConnection | None = None,
         **options: Unpack[EnqueueOptions],
     ) -> tuple[list[int], Ref]: ...
+    @loops.checked_at_call(_check_enqueue("enqueue_many"))
     async def enqueue_many(
         self,
         tasks: Iterable[Task],
@@ -251,6 +289,7 @@ class App:
             raise ConfigError(f"ref({id!r}): expected a task's id, as enqueue_many returns them")
         return ref(self, id)
 
+    @loops.checked_at_call(_check_cancel)
     async def cancel(self, id: int) -> bool:
         """Cancel a task that hasn't ended; return whether it did that. The handler of a running one is cancelled: at
         once if it has run for a second or so, and else within 1.5 s."""
@@ -265,6 +304,7 @@ class App:
         """Who waits for results here; Ref's methods do."""
         if self._results is None:
             raise ConfigError("not connected: wait for results inside `async with app.connect():`")
+        self.check_loop("waiting for a task", _RESULT_ELSEWHERE)
         return self._results
 
     async def run_worker(
@@ -298,6 +338,7 @@ class App:
         tasks back at once. Raises ConfigError, DatabaseError or SchemaError if it can't start, and NotifyqError if
         the lifespan fails.
         """
+        loops.running("app.run_worker()", "a worker runs on asyncio: asyncio.run(app.run_worker())")
         if not self.registry.types:
             raise ConfigError("this app has no handlers, so there is nothing to run; decorate one with @app.handler")
         config = WorkerConfig(
@@ -311,6 +352,17 @@ class App:
         )
         stop, force = stop or anyio.Event(), force or anyio.Event()
         await work(self.registry, config, dsn or self._dsn, stop, force, task_status)
+
+    def check_loop(self, what: str, cure: str) -> None:
+        """Raise ConfigError if `what`, which uses this app's connections, is called on another event loop than theirs.
+
+        cure  what to write instead
+        """
+        loops.same(self._loop or loops.running(what, cure), what, "`async with app.connect():`", cure)
+
+    def check_cancel(self) -> None:
+        """Raise ConfigError if `cancel` can't be awaited here."""
+        self.check_loop("app.cancel()", _CANCEL_ELSEWHERE)
 
     def _via(self, conn: foreign.AsyncConnection | None) -> Connection | Pool | foreign.Foreign:
         if conn is not None:

@@ -1,4 +1,5 @@
-"""The words: what a user writes, raises and is given. Imports nothing of ours but errors."""
+"""The words: what a user writes, raises and is given. Imports nothing of ours but errors and
+loops."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeAlias, T
 
 import msgspec
 
+from . import loops
 from .errors import ConfigError
 
 if TYPE_CHECKING:
@@ -64,6 +66,10 @@ class Progress(msgspec.Struct, frozen=True):
 
     fraction: float  # 0 to 1
     note: str | None = None
+
+
+def _check_results(_: Context) -> None:
+    loops.running("ctx.results()", "in a plain `def` handler, call anyio.from_thread.run(ctx.results)")
 
 
 class Context(msgspec.Struct, frozen=True):
@@ -122,6 +128,7 @@ class Context(msgspec.Struct, frozen=True):
             run.report(self, Progress(fraction, note))
         return BREATH
 
+    @loops.checked_at_call(_check_results)
     async def results(self) -> list[Any]:
         """The results of the tasks that this one has waited for, its `after`, in their order: plain JSON values.
 
@@ -163,6 +170,14 @@ Call: TypeAlias = Callable[[Task, Context], Awaitable[object]]
 Middleware: TypeAlias = Callable[[Task, Context, Call], Awaitable[object]]
 
 
+def _check_result(ref: Ref, *_: object, **__: object) -> None:
+    assert ref._app.results is not None  # pyright: ignore[reportPrivateUsage]
+
+
+def _check_cancel(ref: Ref) -> None:
+    ref._app.check_cancel()  # pyright: ignore[reportPrivateUsage]
+
+
 class Ref(msgspec.Struct, frozen=True, dict=True):
     """An enqueued task, by its id in notifyq.all_tasks. One that enqueue returned, or `app.ref(id)`, can be waited for,
     inside of `async with app.connect():`."""
@@ -175,6 +190,7 @@ class Ref(msgspec.Struct, frozen=True, dict=True):
     async def result(self, type: type[_Result], /, *, timeout: float | None = None) -> _Result: ...
     @overload
     async def result(self, type: object, /, *, timeout: float | None = None) -> Any: ...
+    @loops.checked_at_call(_check_result)
     async def result(self, type: object = None, /, *, timeout: float | None = None) -> Any:
         """Wait for the task's end, however many attempts that takes, and return its result; at once, if it has ended.
 
@@ -195,6 +211,7 @@ class Ref(msgspec.Struct, frozen=True, dict=True):
         """
         return self._app.results.steps(self.id)
 
+    @loops.checked_at_call(_check_cancel)
     async def cancel(self) -> bool:
         """As App.cancel."""
         return await self._app.cancel(self.id)

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias, cast
 import anyio
 import asyncpg
 
+from . import loops
 from .config import resolve_dsn
 from .errors import ConfigError, LeaseLost
 from .store import COMMAND_TIMEOUT_SECONDS, GONE_SETTINGS, SQL, TRANSIENT, connect, explained, keep_alive
@@ -48,6 +49,7 @@ class Transactions:
 
     def __init__(self, dsn: str | None, keep: bool, freed: Callable[[], None] = lambda: None) -> None:
         self._dsn = dsn
+        self._loop = asyncio.get_running_loop()
         self._freed = freed  # something ended that others may wait for
         self._keep = keep
         self._pool: Pool | None = None
@@ -59,6 +61,8 @@ class Transactions:
         self, job: Job, isolation: Isolation | None, lost: Callable[[Job], None]
     ) -> AsyncGenerator[asyncpg.Connection[asyncpg.Record], None]:
         """The block. `lost` is told of a lease that was found to be."""
+        cure = "make the handler an `async def`, and use it there"
+        loops.same(self._loop, "ctx.transaction()", "the worker", cure)
         if job in self.states:
             raise ConfigError(
                 f"task {job.id} has a transaction already; a handler has one ctx.transaction(), which settles its task"

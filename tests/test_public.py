@@ -224,6 +224,18 @@ MISTAKES = [
     'app.enqueue_many([], then=Thumbnail)',
 ]  # fmt: skip
 
+# The same, as statements: nobody awaits them.
+UNAWAITED = [
+    'app.enqueue(Thumbnail(path="x"))',
+    'app.enqueue_many([Thumbnail(path="x")])',
+    'app.enqueue_many([Thumbnail(path="x")], then=Thumbnail(path="x"))',
+    'app.cancel(5)',
+    'app.ref(5).cancel()',
+    'app.ref(5).result()',
+    'app.ref(5).result(int)',
+]  # fmt: skip
+WRONG = [*(f"print({mistake})" for mistake in MISTAKES), *UNAWAITED]
+
 
 def test_all_is_what_is_documented() -> None:
     assert set(notifyq.__all__) == PUBLIC
@@ -257,8 +269,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A user's project: the example, and each mistake in a file of its own."""
     folder = tmp_path_factory.mktemp("user")
     (folder / "example.py").write_text(EXAMPLE)
-    for number, mistake in enumerate(MISTAKES):
-        (folder / f"mistake{number}.py").write_text(f"{EXAMPLE}\n\nasync def wrong() -> None:\n    print({mistake})\n")
+    for number, mistake in enumerate(WRONG):
+        (folder / f"mistake{number}.py").write_text(f"{EXAMPLE}\n\nasync def wrong() -> None:\n    {mistake}\n")
     return folder
 
 
@@ -282,13 +294,13 @@ def wrong_lines(output: str) -> set[str]:
 def test_mypy_strict_from_outside(folder: Path) -> None:
     options = ("--strict", "--python-executable", sys.executable, "--cache-dir", str(folder / "cache"))
     _, output = run(folder, "mypy", *options, ".")
-    assert wrong_lines(output) == {f"mistake{n}.py" for n in range(len(MISTAKES))}, output
+    assert wrong_lines(output) == {f"mistake{n}.py" for n in range(len(WRONG))}, output
 
 
 def test_pyright_strict_from_outside(folder: Path) -> None:
     (folder / "pyrightconfig.json").write_text(json.dumps({"typeCheckingMode": "strict", "include": ["."]}))
     _, output = run(folder, "pyright", "--pythonpath", sys.executable)
-    assert wrong_lines(output) == {f"mistake{n}.py" for n in range(len(MISTAKES))}, output
+    assert wrong_lines(output) == {f"mistake{n}.py" for n in range(len(WRONG))}, output
 
 
 def test_the_example_runs() -> None:

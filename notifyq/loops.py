@@ -1,0 +1,67 @@
+"""Calls that must be awaited, and on which event loop.
+
+A call that nobody awaits does nothing, and Python only warns of it. A connection that two event loops use breaks for
+both. So both are checked when the function is called: a plain function can't await, and runs in a thread that has no
+event loop, or one of its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import inspect
+import sys
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeVar, cast
+
+from .errors import ConfigError
+
+_Function = TypeVar("_Function", bound=Callable[..., Coroutine[Any, Any, Any]])
+
+
+def checked_at_call(check: Callable[..., object]) -> Callable[[_Function], _Function]:
+    """For an `async def`: call `check` with the same arguments when the function is called, not when it is awaited.
+
+    Type checkers, frameworks and asyncio still see a coroutine function.
+    """
+
+    def decorate(function: _Function) -> _Function:
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            check(*args, **kwargs)
+            return function(*args, **kwargs)
+
+        if sys.version_info >= (3, 12):
+            inspect.markcoroutinefunction(call)
+        else:
+            call._is_coroutine = asyncio.coroutines._is_coroutine  # type: ignore[attr-defined]
+        return cast("_Function", call)
+
+    return decorate
+
+
+def running(what: str, cure: str) -> asyncio.AbstractEventLoop:
+    """The event loop that runs here. Raises ConfigError if none does.
+
+    what  the call, for the message
+    cure  what to write instead
+    """
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        raise ConfigError(
+            f"{what}: no event loop of asyncio runs here (in a plain function, a thread, or trio), so nothing can "
+            f"await this; {cure}"
+        ) from None
+
+
+def same(home: object, what: str, whose: str, cure: str) -> None:
+    """Raise ConfigError unless `home`, the event loop of some connections, is the one that runs here.
+
+    whose  who opened those connections, for the message
+    """
+    if running(what, cure) is not home:
+        raise ConfigError(
+            f"{what}: this is another event loop than that of {whose}, whose connections would break for everybody; "
+            f"{cure}"
+        )
