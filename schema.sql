@@ -84,6 +84,8 @@
 
 CREATE SCHEMA notifyq;
 
+-- Every table that rows are updated in or deleted from has a primary key: in a publication, which may be one FOR ALL
+-- TABLES that nobody made for us, PostgreSQL refuses the UPDATE or DELETE of a table without one.
 CREATE TABLE notifyq.schema_version (
     version      integer     NOT NULL PRIMARY KEY,
     installed_at timestamptz NOT NULL DEFAULT now(),
@@ -252,9 +254,9 @@ CREATE TABLE notifyq.started (
     key           text        NOT NULL,
     at            timestamptz NOT NULL,
     n             integer     NOT NULL,
-    seconds       float8      NOT NULL
+    seconds       float8      NOT NULL,
+    PRIMARY KEY (key, at)
 ) WITH (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 500, vacuum_truncate = off);
-CREATE INDEX started_key ON notifyq.started (key, at);
 
 CREATE FUNCTION notifyq.ended() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
@@ -782,7 +784,7 @@ BEGIN
         WHERE t.id = ANY (ARRAY[v.id])
         RETURNING t.id, t.parked, t.queue, t.limit_key, v.limit_rate, v.limit_seconds
     ), noted AS (
-        INSERT INTO notifyq.started (key, at, n, seconds)
+        INSERT INTO notifyq.started AS known (key, at, n, seconds)
         SELECT s.key, moment, count(*),
                greatest(max(s.seconds), (SELECT max(old.seconds) FROM notifyq.started old WHERE old.key = s.key))
         FROM (SELECT 'limit:' || w.limit_key AS key, w.limit_seconds AS seconds FROM written w
@@ -791,6 +793,9 @@ BEGIN
               SELECT 'queue:' || w.queue, q.limit_seconds FROM written w JOIN queues q ON q.name = w.queue
               WHERE w.parked IS NULL AND q.limit_rate IS NOT NULL AND q.limit_seconds IS NOT NULL) AS s
         GROUP BY s.key
+        -- Only a clock that was set back says the same time twice.
+        ON CONFLICT (key, at) DO UPDATE
+        SET n = known.n + excluded.n, seconds = greatest(known.seconds, excluded.seconds)
     )
     SELECT array_agg(w.id), array_agg(w.parked) INTO judged_ids, judged_why FROM written w;
     DELETE FROM notifyq.started s WHERE s.key = ANY (keys) AND s.at < moment - make_interval(secs => s.seconds);

@@ -16,6 +16,7 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
+import asyncpg
 from cronsim import CronSim, CronSimError
 
 from .errors import ConfigError
@@ -97,14 +98,19 @@ class Schedule:
         await conn.execute(SQL["cron_serve"], worker, list(self._crons))
 
     async def look(self, conn: Connection) -> None:
-        """Enqueue what is about to be due."""
+        """Enqueue what is about to be due. Raises the first error of PostgreSQL's once all crons had their turn."""
         if not self._crons:
             return
+        refused: asyncpg.PostgresError | None = None
         for name, expression, tz, missed, next_at, now, since in await conn.fetch(
             SQL["cron_due"], list(self._crons), AHEAD_SECONDS
         ):
             try:
                 await self._see_to(conn, name, expression, tz, missed, next_at, now, since)
+            except asyncpg.PostgresError as error:  # of this cron's task, say; another's may be put
+                if conn.is_closed():
+                    raise
+                refused = refused or error
             except (CronSimError, ValueError, OverflowError) as error:
                 if (poison := (name, expression, tz)) not in self._poisoned:
                     self._poisoned.add(poison)
@@ -112,6 +118,8 @@ class Schedule:
                         "a cron that can't be reckoned; nothing is enqueued for it until its row is mended",
                         extra={"fields": {"cron": name, "expression": expression, "tz": tz, "error": str(error)}},
                     )
+        if refused is not None:
+            raise refused
 
     async def _see_to(
         self,

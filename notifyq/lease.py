@@ -25,8 +25,9 @@ import logging
 import random
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
+from typing import Any
 
 import asyncpg
 
@@ -54,6 +55,7 @@ PRUNE_AT_ONCE = 5000
 DEAD_KEPT_SECONDS = 30 * 86400.0
 ORPHANS_SECONDS = 60.0
 STIR_SECONDS = 15.0
+ENDED = (asyncpg.AdminShutdownError, asyncpg.CrashShutdownError, asyncpg.PostgresConnectionError)  # the session is over
 GRACE_SECONDS = 4.0  # after an outage, for the others to come back too: longer than the longest back-off
 
 
@@ -113,6 +115,7 @@ class Keeper:
         self._rescue_from = 0.0
         self._wait = 0.1
         self._stirred = ""
+        self._failing: dict[str, str] = {}  # chores that the database refuses, and its reason
 
     # On the worker's loop.
 
@@ -237,21 +240,20 @@ class Keeper:
                 heard, self._heard = self._heard, False  # before it: another may come meanwhile
                 if not await self._tick(conn) and heard:
                     self._deaf_until = time.monotonic() + DEAF_SECONDS
-                await self._schedule.look(conn)
+                await self._chore(conn, "enqueue what crons are due for", self._schedule.look(conn))
                 next_tick = now + random.uniform(0.9, 1.0) * TICK_SECONDS
             if self._runners.reports and now >= next_report:
                 next_report = now + REPORT_SECONDS
-                await self._report(conn)
+                await self._chore(conn, "write progress", self._report(conn))
             if now >= next_prune:
                 next_prune = now + random.uniform(0.5, 1.5) * PRUNE_SECONDS
                 await self._prune(conn)
             if now >= next_orphans:
                 next_orphans = now + random.uniform(0.5, 1.5) * ORPHANS_SECONDS
-                if await conn.fetchval(SQL["orphaned"]) and (orphans := await conn.fetchval(SQL["orphans"])):
-                    logger.warning("took back tasks of workers that are gone", extra={"fields": {"tasks": orphans}})
+                await self._chore(conn, "take back tasks of workers that are gone", self._take_orphans(conn))
             if now >= next_stir:
                 next_stir = now + random.uniform(0.5, 1.5) * STIR_SECONDS
-                self._stirred = await conn.fetchval(SQL["stir"], self._stirred) or ""
+                await self._chore(conn, "look again at keys where tasks wait", self._stir(conn))
             if await self._sleep(PULSE_SECONDS):
                 break
             await self._watch(conn)
@@ -345,14 +347,44 @@ class Keeper:
                 extra={"fields": {"worker": name, "ready_again": ready, "dead": dead}},
             )
 
+    async def _chore(self, conn: Connection, what: str, work: Coroutine[Any, Any, None]) -> None:
+        """Do `work`. A statement of it that the database refuses is logged once, and keeps neither the heartbeat nor
+        the other chores from being done."""
+        try:
+            await work
+        except asyncpg.PostgresError as error:
+            if isinstance(error, ENDED) or conn.is_closed() or schema.gone(error):
+                raise
+            if what not in self._failing:
+                self._failing[what] = str(error)
+                logger.warning(
+                    "the database refuses a chore; it is tried again, and everything else goes on",
+                    extra={"fields": {"chore": what, "error": f"{type(error).__name__}: {error}"}},
+                )
+        else:
+            if self._failing.pop(what, None) is not None:
+                logger.info("the database accepts the chore again", extra={"fields": {"chore": what}})
+
+    async def _take_orphans(self, conn: Connection) -> None:
+        if await conn.fetchval(SQL["orphaned"]) and (orphans := await conn.fetchval(SQL["orphans"])):
+            logger.warning("took back tasks of workers that are gone", extra={"fields": {"tasks": orphans}})
+
+    async def _stir(self, conn: Connection) -> None:
+        self._stirred = await conn.fetchval(SQL["stir"], self._stirred) or ""
+
     async def _prune(self, conn: Connection) -> None:
-        args = (self._config.history_seconds, DEAD_KEPT_SECONDS, PRUNE_AT_ONCE)
-        while await conn.fetchval(SQL["prune"], *args) >= PRUNE_AT_ONCE:
-            if await self._sleep(0.05):
-                return
-            self._tell(self._take_pulse)
-        while await conn.fetchval(SQL["prune_keys"], PRUNE_AT_ONCE) >= PRUNE_AT_ONCE:
-            if await self._sleep(0.05):
+        """Each table by itself."""
+        for table, statement, args in (
+            ("finished", "prune", (self._config.history_seconds, DEAD_KEPT_SECONDS, PRUNE_AT_ONCE)),
+            ("started", "prune_started", (PRUNE_AT_ONCE,)),
+            ("unique_key", "prune_keys", (PRUNE_AT_ONCE,)),
+        ):
+            await self._chore(conn, f"prune notifyq.{table}", self._prune_all(conn, statement, args))
+
+    async def _prune_all(self, conn: Connection, statement: str, args: tuple[float, ...]) -> None:
+        assert self._stop is not None
+        while await conn.fetchval(SQL[statement], *args) >= PRUNE_AT_ONCE:
+            if self._stop.is_set() or await self._sleep(0.05):
                 return
             self._tell(self._take_pulse)
 

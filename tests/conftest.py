@@ -108,6 +108,7 @@ class Stock:
     FROM (SELECT xmin FROM pg_class UNION ALL SELECT xmin FROM pg_attribute UNION ALL SELECT xmin FROM pg_depend
           UNION ALL SELECT xmin FROM pg_proc UNION ALL SELECT xmin FROM pg_trigger
           UNION ALL SELECT xmin FROM pg_namespace UNION ALL SELECT xmin FROM pg_statistic
+          UNION ALL SELECT xmin FROM pg_publication UNION ALL SELECT xmin FROM pg_policy
           UNION ALL SELECT s.xmin FROM pg_db_role_setting s
           JOIN pg_database d ON d.oid = s.setdatabase AND d.datname = current_database()
           UNION ALL SELECT xmin FROM notifyq.schema_version UNION ALL SELECT '1' FROM notifyq.gate) it"""

@@ -95,6 +95,7 @@ STATEMENTS = {
     "progress": Statement("int4 int8[] int2[] float4[] text[]", "id:int8 told:text", "task_pkey"),
     "prune": Statement("float8 float8 int4", "count:int4", "finished_dead finished_old finished_pkey"),
     "prune_keys": Statement("int4", "count:int4", "task_pkey"),
+    "prune_started": Statement("int4", "count:int4", ""),
     "queued": Statement("", "id:int8 type:text payload:jsonb", None),
     "queues": Statement("", "queue:text", None),
     "ran": Statement("timestamptz", "id:int8 state:text", None),

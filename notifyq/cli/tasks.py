@@ -316,8 +316,9 @@ def prune(*, history: float, dead: float, dsn: str | None) -> None:
                 total += pruned
                 if pruned < PRUNE_AT_ONCE:
                     break
-            while await conn.fetchval(SQL["prune_keys"], PRUNE_AT_ONCE) >= PRUNE_AT_ONCE:
-                pass
+            for statement in ("prune_started", "prune_keys"):
+                while await conn.fetchval(SQL[statement], PRUNE_AT_ONCE) >= PRUNE_AT_ONCE:
+                    pass
             return total
 
     click.echo(f"pruned {(count := asyncio.run(run()))} {'task' if count == 1 else 'tasks'}")

@@ -82,9 +82,9 @@ CREATE TABLE IF NOT EXISTS notifyq.started (
     key           text        NOT NULL,
     at            timestamptz NOT NULL,
     n             integer     NOT NULL,
-    seconds       float8      NOT NULL
+    seconds       float8      NOT NULL,
+    PRIMARY KEY (key, at)
 ) WITH (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 500, vacuum_truncate = off);
-CREATE INDEX IF NOT EXISTS started_key ON notifyq.started (key, at);
 
 -- step: concurrently
 DROP INDEX CONCURRENTLY IF EXISTS notifyq.task_admitted;

@@ -1,6 +1,5 @@
 -- Forget what ended long ago: done and cancelled tasks after $1 seconds, dead ones after $2; at most $3 of each.
--- Returns how many. Two indexes, so that the dead, kept longer, are not stepped over each time. And of what has started,
--- what no rate asks for any more.
+-- Returns how many. Two indexes, so that the dead, kept longer, are not stepped over each time.
 WITH old AS MATERIALIZED (
     (SELECT id FROM notifyq.finished
      WHERE state <> 'dead' AND processed_at < statement_timestamp() - make_interval(secs => $1)
@@ -13,7 +12,5 @@ WITH old AS MATERIALIZED (
     DELETE FROM notifyq.finished
     WHERE id = ANY (ARRAY(SELECT id FROM old UNION ALL SELECT id FROM dead))
     RETURNING 1
-), started AS (
-    DELETE FROM notifyq.started WHERE at < statement_timestamp() - make_interval(secs => seconds)
 )
 SELECT count(*)::integer FROM gone

@@ -1,0 +1,12 @@
+-- Forget up to $1 starts that no rate asks for any more. Returns how many. A statement of its own: each table is pruned
+-- whatever is wrong with another.
+WITH old AS MATERIALIZED (
+    SELECT s.key, s.at
+    FROM notifyq.started s
+    WHERE s.at < statement_timestamp() - make_interval(secs => s.seconds)
+    LIMIT $1::integer
+    FOR UPDATE SKIP LOCKED
+), gone AS (
+    DELETE FROM notifyq.started s USING old o WHERE s.key = o.key AND s.at = o.at RETURNING 1
+)
+SELECT count(*)::integer FROM gone
