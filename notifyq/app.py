@@ -199,7 +199,9 @@ class App:
         url, source = resolve_dsn(dsn)
         with explained(url, source):
             conn = await store.open(url, "app", {}, timeout=10, command_timeout=store.COMMAND_TIMEOUT_SECONDS)
-            options: dict[str, Any] = {"connect": _dial}  # with types that asyncpg's pool has, and its stubs don't
+            options: dict[str, Any] = {
+                "connect": store.dial_for_pool
+            }  # with types that asyncpg's pool has, and its stubs don't
             if store.is_pooled(conn):
                 options["statement_cache_size"] = 0
             await conn.close(timeout=10)
@@ -373,10 +375,6 @@ class App:
         if self._pool is None:
             raise ConfigError(f"not connected: {what} inside `async with app.connect():`{or_else}")
         return self._pool
-
-
-async def _dial(url: str | None, *, loop: object, **options: Any) -> asyncpg.Connection[asyncpg.Record]:
-    return await store.dial(url, **options)
 
 
 async def _keep_alive(conn: asyncpg.Connection[asyncpg.Record]) -> None:

@@ -6,10 +6,10 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from typing import cast
-from urllib.parse import urlsplit
 
 import msgspec
 
+from .dsn import pair_parameters, url_of
 from .errors import ConfigError
 
 NAME_LENGTH = 200  # of a queue, a type or a key, in characters: schema.sql has it for keys
@@ -89,8 +89,8 @@ def parse_queues(queues: Iterable[str] | Mapping[str, int | None]) -> dict[str, 
 def resolve_dsn(dsn: str | None, environ: Mapping[str, str] = os.environ) -> tuple[str | None, str]:
     """The DSN to use and where it comes from: `dsn`, else NOTIFYQ_DSN, else DATABASE_URL, else libpq's PG*.
 
-    A "+driver" in the scheme, which SQLAlchemy's URLs have, is dropped. None as a DSN leaves it to asyncpg,
-    which reads PG* and has libpq's defaults. Raises ConfigError for what isn't a PostgreSQL URL.
+    A "+driver" in the scheme, which SQLAlchemy's URLs have, is dropped, and a string of key=value becomes a URL. None
+    as a DSN leaves it to PG* and libpq's defaults. dsn.py says where each leads. Raises ConfigError for anything else.
     """
     for text, source in (
         (dsn, "--dsn"),
@@ -100,23 +100,29 @@ def resolve_dsn(dsn: str | None, environ: Mapping[str, str] = os.environ) -> tup
         if not text:
             continue
         scheme, separator, rest = text.strip().partition("://")
-        if not separator or scheme.partition("+")[0] not in ("postgresql", "postgres"):
-            shown = f"{scheme}://..." if separator and re.fullmatch("[a-z][a-z0-9+.-]*", scheme) else "no URL"
-            raise ConfigError(f"{source} is {shown}; expected postgresql://user:password@host:5432/database")
-        _check_authority(rest, source)
-        return f"postgresql://{rest}", source
+        if separator and scheme.partition("+")[0] in ("postgresql", "postgres"):
+            _check_authority(rest, source)
+            return f"postgresql://{rest}", source
+        if re.match(r"\s*[a-z_]+\s*=", text):
+            try:
+                return url_of(pair_parameters(text)), source
+            except ValueError as error:
+                raise ConfigError(f"{source} can't be used: {error}") from None
+        shown = f"{scheme}://..." if separator and re.fullmatch("[a-z][a-z0-9+.-]*", scheme) else "no URL"
+        raise ConfigError(f"{source} is {shown}; expected postgresql://user:password@host:5432/database")
     return None, "the PG* environment variables"
 
 
 def _check_authority(rest: str, source: str) -> None:
-    """Raise ConfigError for a password that would be taken for a port or a path, and be shown as such in a message."""
-    try:
-        parts = urlsplit(f"postgresql://{rest}")
-    except ValueError:
-        raise ConfigError(f"{source} is no URL; in a password, {_ENCODE}") from None
-    hosts = re.sub(r"\[[^\]]*\]", "", parts.netloc.rpartition("@")[2])
-    ports = [host.partition(":")[2] for host in hosts.split(",")]
-    astray = "@" in parts.path + parts.fragment
+    """Raise ConfigError for a password that would be taken for something else, and be shown as such in a message."""
+    before, _, query = rest.partition("?")
+    authority, _, path = before.partition("/")
+    servers = authority.rpartition("@")[2]
+    if authority.count("[") != authority.count("]") or not re.fullmatch(r"(\[[^\[\]]*\]|[^\[\]])*", servers):
+        raise ConfigError(f"{source} is no URL; in a password, {_ENCODE}")
+    ports = [host.partition(":")[2] for host in re.sub(r"\[[^\]]*\]", "", servers).split(",")]
+    # In front of an @ stands a user or a password, unless something else has begun before.
+    astray = "@" in path or ("@" in query and "@" not in authority and "/" not in before)
     if astray or not all(port == "" or (port.isascii() and port.isdigit() and int(port) < 65536) for port in ports):
         raise ConfigError(f"{source} has no number for a port; in a password, {_ENCODE}")
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime, timedelta, tzinfo
 from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
@@ -69,7 +69,9 @@ def next_slot(expression: str, tz: str, after: datetime) -> datetime:
     raise ValueError("it has no slot in the next fifty years")
 
 
-def _zone(tz: str) -> ZoneInfo:
+def _zone(tz: str) -> tzinfo:
+    if tz == "UTC":  # the default, which needs no data: slim images and Windows have none
+        return UTC
     try:
         return ZoneInfo(tz)
     except (ZoneInfoNotFoundError, ValueError, TypeError, OSError):  # OSError: a folder of the package tzdata

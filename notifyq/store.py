@@ -12,12 +12,12 @@ from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias, cast
-from urllib.parse import urlsplit
 
 import asyncpg
 import asyncpg.exceptions
 
 from .config import redact, resolve_dsn
+from .dsn import Attempt, attempts, where_of
 from .errors import ConfigError, DatabaseError
 
 if TYPE_CHECKING:
@@ -121,16 +121,13 @@ def is_pooled(conn: Connection) -> bool:
     return type(conn) is Pooled
 
 
-async def dial(url: str | None, *, timeout: float, **options: Any) -> asyncpg.Connection[asyncpg.Record]:
-    """asyncpg.connect, host after host. Its own timeout is for all of a URL's hosts together: one that has vanished
-    without a word would be the only one that is ever tried."""
-    parts = urlsplit(url or "")
-    user, at, hosts = parts.netloc.rpartition("@")
-    *others, last = hosts.split(",")
-    for host in others:
+async def dial(url: str | None, *, timeout: float = 10.0, **options: Any) -> asyncpg.Connection[asyncpg.Record]:
+    """asyncpg.connect, host after host, to where the DSN leads (dsn.py). Its own timeout is for all hosts together: one
+    that has vanished without a word would be the only one that is ever tried."""
+    *others, last = attempts(url)
+    for attempt in others:
         try:
-            one = parts._replace(netloc=f"{user}{at}{host}").geturl()
-            return await asyncpg.connect(one, timeout=min(timeout, HOST_SECONDS), **options)
+            return await _connect(attempt, min(timeout, HOST_SECONDS), options)
         except (
             OSError,
             TimeoutError,
@@ -138,9 +135,19 @@ async def dial(url: str | None, *, timeout: float, **options: Any) -> asyncpg.Co
             asyncpg.exceptions.TargetServerAttributeNotMatched,
         ):
             pass
-    if others:
-        url = parts._replace(netloc=f"{user}{at}{last}").geturl()
-    return await asyncpg.connect(url, timeout=timeout, **options)
+    return await _connect(last, timeout, options)
+
+
+async def dial_for_pool(url: str | None, *, loop: object, **options: Any) -> asyncpg.Connection[asyncpg.Record]:
+    """`dial`, for asyncpg.create_pool(url, connect=...)."""
+    return await dial(url, **options)
+
+
+async def _connect(attempt: Attempt, timeout: float, options: Mapping[str, Any]) -> asyncpg.Connection[asyncpg.Record]:
+    settings = {**({"options": attempt.options} if attempt.options else {}), **options.get("server_settings", {})}
+    given = {**options, **attempt.arguments, "server_settings": settings, "timeout": attempt.timeout or timeout}
+    conn: asyncpg.Connection[asyncpg.Record] = await asyncpg.connect(**given)
+    return conn
 
 
 async def open(
@@ -252,11 +259,17 @@ def keep_alive(conn: asyncpg.Connection[asyncpg.Record]) -> None:
 
 def _unreachable(url: str | None, source: str, error: BaseException) -> str:
     what = redact(str(error)) or type(error).__name__
-    where = redact(url) if url else "libpq's defaults and PG*"
+    where = f"{source}: {redact(url)}" if url else f"nothing names one; {source} and libpq's defaults: {where_of(url)}"
     if isinstance(error, asyncpg.InvalidCatalogNameError):
         cure = "create it with createdb, or name another"
     elif isinstance(error, asyncpg.InvalidAuthorizationSpecificationError):
         cure = "check the user and the password"
+    elif isinstance(error, asyncpg.TooManyConnectionsError):
+        cure = "the server is there, and its connections are used up; close some, or raise the limit that it names"
+    elif isinstance(error, asyncpg.CannotConnectNowError):
+        cure = "the server is there, and takes no connections now; try again soon"
+    elif isinstance(error, asyncpg.PostgresError):
+        cure = "the server is there, and refuses this connection"
     elif url is None:
         cure = "name a server with --dsn, NOTIFYQ_DSN or DATABASE_URL (to try one: notifyq dev)"
     elif "SSL" in what or (isinstance(error, FileNotFoundError) and "sslrootcert" in where):
@@ -266,7 +279,7 @@ def _unreachable(url: str | None, source: str, error: BaseException) -> str:
         what, cure = "no answer", "check the address, and what lies between"
     else:
         cure = "is the server running there?"
-    return f"can't connect to the database ({source}: {where}): {what}; {cure}"
+    return f"can't connect to the database ({where}): {what}; {cure}"
 
 
 def notified_id(payload: object) -> int | None:

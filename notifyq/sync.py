@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Self, Unpack, overload
 from . import foreign
 from .bulk import Bulk
 from .config import redact, resolve_dsn
+from .dsn import conninfo
 from .enqueue import Explained, checked, explained_many, grouped, ids_of_group, statement
 from .errors import ConfigError, DatabaseError
 from .options import EnqueueOptions, Options
@@ -44,7 +45,7 @@ class SyncClient:
         self._registry = app.registry
         self._lock = threading.Lock()
         self._pool: tuple[int, ConnectionPool[Connection[Any]]] | None = None  # and the process it is of
-        self._where: tuple[str, str] | None = None  # the DSN, and how to name it
+        self._where: tuple[str, str] | None = None  # for libpq, and how to name it
 
     def connect(self, dsn: str | None = None) -> Self:
         """Connect to `dsn`, or where the environment says, with up to 10 connections, opened when needed.
@@ -64,12 +65,13 @@ class SyncClient:
         url, source = resolve_dsn(dsn)
         where = f"{source}: {redact(url)}" if url else source
         try:
-            psycopg.connect(url or "", connect_timeout=TIMEOUT_SECONDS).close()
+            info = conninfo(url)
+            psycopg.connect(info, **_settings(info)).close()
         except psycopg.OperationalError as error:
             raise DatabaseError(f"can't connect to the database ({where}): {redact(str(error))}") from error
-        except psycopg.ProgrammingError as error:
+        except (psycopg.ProgrammingError, ValueError) as error:
             raise ConfigError(f"{source} can't be used: {redact(str(error))}") from None
-        self._where = url or "", where
+        self._where = info, where
         return self
 
     def close(self) -> None:
@@ -177,12 +179,18 @@ class SyncClient:
                     open=True,
                     check=ConnectionPool.check_connection,  # a server that restarted isn't noticed otherwise
                     name="notifyq",
-                    kwargs={
-                        "autocommit": True,  # each statement is its own transaction, in one round trip
-                        "prepare_threshold": None,  # behind a pooler it would fail
-                        "connect_timeout": TIMEOUT_SECONDS,
-                        "application_name": "notifyq client",
-                    },
+                    kwargs=_settings(self._where[0]),
                 )
                 self._pool = os.getpid(), pool
             return self._pool[1]
+
+
+def _settings(info: str) -> dict[str, Any]:
+    """Of each connection."""
+    return {
+        "autocommit": True,  # each statement is its own transaction, in one round trip
+        "prepare_threshold": None,  # behind a pooler it would fail
+        "application_name": "notifyq client",
+        "client_encoding": "UTF8",  # whatever PGCLIENTENCODING says: payloads may hold any character
+        **({} if "connect_timeout=" in info else {"connect_timeout": TIMEOUT_SECONDS}),
+    }

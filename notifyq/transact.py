@@ -17,7 +17,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Literal, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
 
 import anyio
 import asyncpg
@@ -25,7 +25,7 @@ import asyncpg
 from . import loops
 from .config import resolve_dsn
 from .errors import ConfigError, LeaseLost
-from .store import COMMAND_TIMEOUT_SECONDS, GONE_SETTINGS, SQL, TRANSIENT, connect, explained, keep_alive
+from .store import COMMAND_TIMEOUT_SECONDS, GONE_SETTINGS, SQL, TRANSIENT, connect, dial_for_pool, explained, keep_alive
 from .task import Isolation
 
 if TYPE_CHECKING:
@@ -103,6 +103,8 @@ class Transactions:
         async with self._making:
             if self._pool is None:
                 url, source = resolve_dsn(self._dsn)
+                # A type that asyncpg's pool has, and its stubs don't.
+                options: dict[str, Any] = {"connect": dial_for_pool}
                 with explained(url, source):
                     self._pool = await asyncpg.create_pool(
                         url,
@@ -111,6 +113,7 @@ class Transactions:
                         timeout=10,
                         init=_keep_alive,
                         server_settings={"application_name": "notifyq handler", **GONE_SETTINGS},
+                        **options,
                     )
             return self._pool
 

@@ -126,8 +126,14 @@ async def test_run_worker_says_so_before_it_connects() -> None:
         (None, {"NOTIFYQ_DSN": "", "DATABASE_URL": ""}, (None, "the PG* environment variables")),
         ("postgresql:///db?host=/tmp/s&port=5", {}, ("postgresql:///db?host=/tmp/s&port=5", "--dsn")),
         ("postgresql://u:p%2F%40@[::1]:5432/db", {}, ("postgresql://u:p%2F%40@[::1]:5432/db", "--dsn")),
+        ("postgresql://u:se#cret@h/db", {}, ("postgresql://u:se#cret@h/db", "--dsn")),  # as libpq has it
         ("postgresql://u@a:1,b:2,c/db", {}, ("postgresql://u@a:1,b:2,c/db", "--dsn")),
         ("postgresql://me@corp:pw@host/db", {}, ("postgresql://me@corp:pw@host/db", "--dsn")),
+        (
+            "host=h  dbname = 'my shop' password=a\\ b",
+            {},
+            ("postgresql://:a%20b@/my%20shop?host=h", "--dsn"),
+        ),
     ],
 )
 def test_where_the_dsn_comes_from(given: str | None, environ: dict[str, str], resolved: Any) -> None:
@@ -138,12 +144,13 @@ def test_where_the_dsn_comes_from(given: str | None, environ: dict[str, str], re
     ("dsn", "message"),
     [
         ("mysql://u:secret@h/db", "--dsn is mysql://...; expected postgresql://user:password@host:5432/database"),
-        ("host=h password=secret", "--dsn is no URL; expected postgresql://"),
+        ("host=h password='secret", "--dsn can't be used: it is not name=value name='value with spaces'"),
+        ("host=h password=my secret", "--dsn can't be used: it is not name=value name='value with spaces'"),
+        ("postgresql://u:12?se@cret@h/db", "--dsn has no number for a port"),
         ("u:secret@h://db", "--dsn is no URL; expected postgresql://"),
         ("localhost", "--dsn is no URL"),
         ("postgresql://u:secret/x@h/db", "--dsn has no number for a port; in a password, write / as %2F"),
         ("postgresql://u:secret?x@h/db", "--dsn has no number for a port"),
-        ("postgresql://u:secret#x@h/db", "--dsn has no number for a port"),
         ("postgresql://u:12/secret@h/db", "--dsn has no number for a port"),
         ("postgresql://u:se[cret@h/db", "--dsn is no URL; in a password, write / as %2F"),
         ("postgresql://u@h:port/db", "--dsn has no number for a port"),

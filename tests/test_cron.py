@@ -327,6 +327,22 @@ def test_what_cannot_be(args: dict[str, Any], message: str) -> None:
         app.cron(**{"expression": "0 3 * * *", **args})(handled(app))
 
 
+def test_utc_needs_no_time_zones() -> None:
+    """As in a slim image: no folder of time zones, no package tzdata. Others are refused there, with the cure."""
+    code = """if True:
+        import sys, zoneinfo
+        zoneinfo.reset_tzpath([])
+        sys.modules["tzdata"] = None
+        from datetime import UTC, datetime
+        from notifyq.cron import check_schedule, next_slot
+        check_schedule("0 3 * * *", "UTC")
+        assert next_slot("0 3 * * *", "UTC", datetime(2026, 1, 1, tzinfo=UTC)) == datetime(2026, 1, 1, 3, tzinfo=UTC)
+        check_schedule("0 3 * * *", "Europe/Berlin")
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "pip install tzdata" in done.stderr.splitlines()[-1]
+
+
 def test_of_whom_it_cannot_be() -> None:
     app = notifyq.App()
 

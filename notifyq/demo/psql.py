@@ -5,8 +5,8 @@ from __future__ import annotations
 import shutil
 import subprocess
 from collections.abc import AsyncIterator
-from urllib.parse import unquote, urlsplit, urlunsplit
 
+from notifyq.dsn import for_libpq, pairs_of
 from notifyq.embedded import find_binaries
 from notifyq.errors import EmbeddedError, NotifyqError
 from notifyq.store import connect
@@ -58,9 +58,6 @@ def find_psql() -> str | None:
 
 def without_password(dsn: str) -> tuple[str, dict[str, str]]:
     """The DSN as an argument, which other users of the machine can see, and its password as a variable."""
-    parts = urlsplit(dsn)
-    user, colon, password = parts.netloc.rpartition("@")[0].partition(":")
-    if not colon:
-        return dsn, {}
-    bare = parts.netloc.rpartition("@")[2]
-    return urlunsplit(parts._replace(netloc=f"{user}@{bare}")), {"PGPASSWORD": unquote(password)}
+    parameters = for_libpq(dsn)
+    password = parameters.pop("password", None)
+    return pairs_of(parameters), {} if password is None else {"PGPASSWORD": password}

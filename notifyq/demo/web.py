@@ -7,7 +7,7 @@ import secrets
 import uuid
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import asyncpg
 import msgspec
@@ -15,6 +15,8 @@ from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
+
+from notifyq.store import dial_for_pool
 
 from .app import QUEUE, Email, SendForgotPasswordEmail, SendVerificationEmail, User, app
 
@@ -30,7 +32,8 @@ class State(TypedDict):
 @asynccontextmanager
 async def lifespan(_: Starlette) -> AsyncGenerator[State, None]:
     tables = {"search_path": os.environ.get("DEMO_SCHEMA", "public")}
-    async with asyncpg.create_pool(os.environ.get("NOTIFYQ_DSN"), server_settings=tables) as pool:
+    connect: dict[str, Any] = {"connect": dial_for_pool}  # unknown to asyncpg's stubs
+    async with asyncpg.create_pool(os.environ.get("NOTIFYQ_DSN"), server_settings=tables, **connect) as pool:
         yield {"pool": pool}
 
 

@@ -10,12 +10,12 @@ import secrets
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from typing import Self
-from urllib.parse import urlsplit
 
 import asyncpg
 
 from notifyq import schema
 from notifyq.config import resolve_dsn
+from notifyq.dsn import with_database
 from notifyq.errors import DatabaseError
 from notifyq.store import connect
 
@@ -65,8 +65,7 @@ class Databases:
             await self._run(f"DROP DATABASE {name} WITH (FORCE)")
 
     def _url(self, database: str) -> str:
-        parts = urlsplit(resolve_dsn(self._dsn)[0] or "")
-        return f"postgresql://{parts.netloc}/{database}" + (f"?{parts.query}" if parts.query else "")
+        return with_database(resolve_dsn(self._dsn)[0], database)
 
     async def _run(self, statement: str) -> None:
         # A connection each, as one that is kept belongs to an event loop, and a test session may have many.
