@@ -21,7 +21,7 @@ logger = logging.getLogger("notifyq.lifespan")
 
 LEAVE_SECONDS = 5.0
 
-Lifespan: TypeAlias = Callable[[], AbstractAsyncContextManager[object]]
+Lifespan: TypeAlias = Callable[[], Awaitable[AbstractAsyncContextManager[object]]]
 
 
 def checked(function: Callable[..., Any], app: object) -> Lifespan:
@@ -34,8 +34,22 @@ def checked(function: Callable[..., Any], app: object) -> Lifespan:
     required = [p for p in parameters if p.default is p.empty]
     if len(required) > 1 or any(p.kind is p.KEYWORD_ONLY for p in required):
         raise ConfigError(f"@app.lifespan: {function!r} is called without arguments, or with the app: {example}")
-    made = asynccontextmanager(function) if inspect.isasyncgenfunction(function) else function
-    return functools.partial(made, app) if required else made
+    return functools.partial(_opened, function, *([app] if required else []))
+
+
+async def _opened(function: Callable[..., Any], *args: object) -> AbstractAsyncContextManager[object]:
+    """Call it, and make a context manager of what it returns, if that isn't one already.
+
+    What it returns decides, not what kind of function it is: a plain wrapper around a lifespan is none of these kinds.
+    """
+    made = function(*args)
+    if inspect.isawaitable(made):
+        made = await made
+    if inspect.isasyncgen(made):
+        return asynccontextmanager(lambda: made)()
+    if not isinstance(made, AbstractAsyncContextManager):
+        raise ConfigError(f"{function!r} returned a {type(made).__name__}; expected an `async def` with a `yield`")
+    return cast("AbstractAsyncContextManager[object]", made)
 
 
 async def within(lifespan: Lifespan | None, work: Callable[[Sequence[object] | None], Awaitable[None]]) -> None:
@@ -51,7 +65,7 @@ async def within(lifespan: Lifespan | None, work: Callable[[Sequence[object] | N
     failed: Exception | None = None
     with anyio.CancelScope() as limit:
         try:
-            manager = lifespan()
+            manager = await lifespan()
             given = await manager.__aenter__()
         except Exception as error:
             raise _failed("start", error) from error

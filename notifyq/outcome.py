@@ -12,10 +12,11 @@ not begun, or cut short by a shutdown            HandBack: the attempt doesn't c
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator, Iterator
 from typing import Literal, TypeAlias
 
 from .codec import describe, encode_error, encode_result
-from .registry import Handler
+from .registry import Handler, is_awaitable
 from .retry import backoff_seconds
 from .store import Job
 from .task import Cancel, Dead, Retry, Verdict
@@ -76,8 +77,16 @@ def returned(job: Job, handler: Handler, value: object) -> Outcome:
     try:
         return Finish(job, "done", encode_result(value))
     except Exception as error:  # what a user's type makes of being encoded is anybody's guess
-        why = f"its result, a {type(value).__name__}, can't be written as JSON: {describe(error)}"
+        why = f"its result, a {type(value).__name__}, can't be written as JSON: {describe(error)}{_hint(value)}"
         return Finish(job, "dead", error=encode_error(job.attempt, why))
+
+
+def _hint(value: object) -> str:
+    if is_awaitable(value):
+        return "; the items of what a batch handler returns are results, so await them first"
+    if isinstance(value, Iterator | AsyncIterator):
+        return "; a handler returns its result as a whole: a list, say"
+    return ""
 
 
 def raised(job: Job, handler: Handler, error: BaseException) -> Outcome:

@@ -32,7 +32,7 @@ from .codec import PAYLOAD_LIMIT, describe
 from .config import NAME_LENGTH
 from .errors import ConfigError, LeaseLost
 from .outcome import Aside, Finish, HandBack, Later, Outcome
-from .registry import Handler, Registry
+from .registry import Handler, Registry, awaited, is_awaitable
 from .store import Job
 from .task import Context, Isolation, Progress, Run, Task, Transaction, current_run
 from .transact import State, Transactions
@@ -381,11 +381,12 @@ class Runners:
         """Through the middleware, if there is any."""
         if handler.around is None:
             return self._call(handler, task, context)
-        return handler.around(task, context, functools.partial(self._call, handler))
+        return awaited(handler.around(task, context, functools.partial(self._call, handler)))
 
     async def _call(self, handler: Handler, task: Any, context: Any) -> object:
         if handler.is_async:
-            return await handler.call(task, context)
+            value = await handler.call(task, context)
+            return await awaited(value) if is_awaitable(value) else value
         # A thread can't be cancelled, only left alone: its slot goes on, its outcome isn't waited for.
         call = _Call(handler, current_run.get())
         try:
@@ -398,7 +399,8 @@ class Runners:
             raise
         if error is not None:
             raise error
-        return value
+        # A wrapper of an `async def`: its coroutine is for the loop, whose connections it may use.
+        return await awaited(value) if is_awaitable(value) else value
 
     def _cut_short(self, runner: Runner) -> None:
         job, stop = runner.job, runner.stop

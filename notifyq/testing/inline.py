@@ -21,7 +21,7 @@ from notifyq.enqueue import checked
 from notifyq.errors import ConfigError
 from notifyq.lifespan import within
 from notifyq.outcome import Aside, Finish, HandBack, Later, Outcome
-from notifyq.registry import Handler, Registry
+from notifyq.registry import Handler, Registry, awaited, is_awaitable
 from notifyq.results import typed
 from notifyq.run import Runners
 from notifyq.store import Job
@@ -149,15 +149,19 @@ def _noting(handler: Handler, raised: list[BaseException]) -> Callable[..., Any]
     function = handler.function
 
     async def waits(*args: Any) -> Any:
-        try:
-            return await function(*args)
-        except BaseException as error:
-            raised.append(error)
-            raise
+        return await noted(function(*args))
 
     def blocks(*args: Any) -> Any:
         try:
-            return function(*args)
+            value = function(*args)
+        except BaseException as error:
+            raised.append(error)
+            raise
+        return noted(value) if is_awaitable(value) else value
+
+    async def noted(value: object) -> object:
+        try:
+            return await awaited(value)
         except BaseException as error:
             raised.append(error)
             raise
