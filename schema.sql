@@ -176,8 +176,8 @@ CREATE TABLE notifyq.finished (
 CREATE INDEX finished_old ON notifyq.finished (processed_at) WHERE state <> 'dead';
 CREATE INDEX finished_dead ON notifyq.finished (processed_at) WHERE state = 'dead';
 
--- Workers that are, or a moment ago were, alive. One heartbeat a worker, not a task. Beside it each worker holds a
--- session-level advisory lock (1852990827, id), which is gone the moment its backend is.
+-- Workers that are, or a moment ago were, alive. One heartbeat a worker, not a task. Beside it each session of a worker
+-- shares the session-level advisory lock (1852990827, id), which is free the moment the last of their backends is gone.
 CREATE TABLE notifyq.worker (
     id            integer     GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
     name          text        NOT NULL,                -- host:pid
@@ -447,9 +447,17 @@ BEGIN
     RETURN true;
 EXCEPTION WHEN lock_not_available OR query_canceled THEN
     -- It may have been granted at the very moment at which the wait ended, and a session's lock outlives the error: a
-    -- turn that nobody knows of, nor passes on. If it is had, however often, it is given back; a door has no other lock.
+    -- turn that nobody knows of, nor passes on. Release it however many times this session holds it. Not with
+    -- pg_advisory_unlock_all: the session's other lock proves that its worker lives.
     IF pg_catalog.pg_try_advisory_lock(1852990836, fleet) THEN
-        PERFORM pg_catalog.pg_advisory_unlock_all();
+        LOOP
+            PERFORM pg_catalog.pg_advisory_unlock(1852990836, fleet);
+            EXIT WHEN NOT EXISTS (
+                SELECT FROM pg_catalog.pg_locks l
+                WHERE l.pid OPERATOR(pg_catalog.=) pg_catalog.pg_backend_pid()
+                  AND l.locktype OPERATOR(pg_catalog.=) 'advisory'
+                  AND l.classid OPERATOR(pg_catalog.=) 1852990836::pg_catalog.oid);
+        END LOOP;
     END IF;
     RETURN false;
 END $$;

@@ -72,6 +72,7 @@ class Claimer:
         self._backlog = False  # the last claim came back full
         self._left: set[str] = set()  # queues with a limit that it left tasks in, maybe
         self._freed = False  # there may be tasks that wait for what has ended
+        self._beats = False  # a heartbeat is asked for
         self._changed = False  # what is said of the queues
         self._passing = False
         self._pass_after = 0.0
@@ -132,6 +133,11 @@ class Claimer:
         self._freed = True
         self._wake.set()
 
+    def beat(self) -> None:
+        """The keeper can't write the heartbeat at the moment: write one here."""
+        self._beats = True
+        self._wake.set()
+
     def fail(self, error: BaseException) -> None:
         """End this session with `error`."""
         self._failure = self._failure or error
@@ -153,7 +159,7 @@ class Claimer:
         self._poll_at = self._later(self._config.poll_interval_seconds)
         self._door = Door(fleet_key(self._queues, self._types), self._door_moved)
         try:
-            conn = await connect_worker(self._dsn, f"claims {worker}", relaxed=True)
+            conn = await connect_worker(self._dsn, f"claims {worker}", worker=worker, relaxed=True)
             self._connections.append(conn)
             if is_pooled(conn):
                 self._warn_silent()
@@ -162,7 +168,7 @@ class Claimer:
                 await (self._drain(conn, worker) if self._config.drain else self._serve(conn, worker))
                 return
             # evict.sql finds it by this name, to end it when its worker is frozen.
-            door = await connect_worker(self._dsn, f"door {worker}")
+            door = await connect_worker(self._dsn, f"door {worker}", worker=worker)
             self._connections.append(door)
             self.door_pid = door.get_server_pid()
             for connection in self._connections:
@@ -197,6 +203,8 @@ class Claimer:
             if self._failure is not None:
                 raise self._failure
             now = clock()
+            if self._beats:
+                await self._beat(conn, worker)
             if self._freed:
                 await self._free(conn)
             rooms, room = self._rooms(now)
@@ -277,6 +285,8 @@ class Claimer:
             self._wake.clear()
             if self._failure is not None:
                 raise self._failure
+            if self._beats:
+                await self._beat(conn, worker)
             if self._freed:
                 await self._free(conn)
             if clock() - self._due_at > DUE_BUSY_SECONDS:
@@ -343,6 +353,10 @@ class Claimer:
         for job in locked:
             self.hand_back(job)
         return len(jobs)
+
+    async def _beat(self, conn: Connection, worker: int) -> None:
+        self._beats = False
+        await conn.execute(SQL["beat"], worker)
 
     async def _free(self, conn: Connection) -> int:
         """Let in who waited for what has ended. Those it lets in ring, but perhaps for another."""

@@ -4,9 +4,12 @@ It has a thread, an event loop and a connection of its own, so a handler that bl
 costs no lease. Every 1.5 s it writes one heartbeat for the whole worker (not one a task) and learns in the same
 statement which leases were lost, which workers went silent, and whether tasks of its types were set aside.
 
-A worker is dead when the advisory lock its keeper's session holds is free and it wasn't seen for 2 s, or when it
-wasn't seen for the length of its lease. 1.5 + 2 + at most 1.5 s is the time a killed worker's tasks wait. A keeper that
-lost its own connection gives others 4 s: after an outage they all look dead, and the first one back would rob them.
+A worker is dead when it wasn't seen for 2 s and none of its sessions is left, or when it wasn't seen for the length of
+its lease. Each of its sessions (of the keeper, the claims, the door and the settler) shares the worker's advisory lock,
+so a rescuer is granted that lock only when all of them are gone. While the keeper has no connection, the claimer writes
+the heartbeat. 1.5 + 2 + at most 1.5 s is the time a killed worker's tasks wait: the server ends the backends of a
+killed process within a second. A keeper that lost its own connection gives others 4 s: after an outage they all look
+dead, and the first one back would rob them.
 
 While a handler has been running for a second, it listens for cancels too, on this same connection, and comes to see
 at once which leases are gone. Not always: each NOTIFY in the database, those of the bell first, wakes whoever listens.
@@ -22,6 +25,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import random
 import threading
 import time
@@ -38,11 +42,12 @@ from .cron import Schedule
 from .errors import DatabaseError
 from .registry import Registry
 from .run import Runners
-from .store import SQL, TRANSIENT, Connection, Job, connect_worker, is_pooled, notified_id
+from .store import SQL, TRANSIENT, Connection, Job, connect_worker, is_pooled, notified_id, prove_alive
 
 logger = logging.getLogger("notifyq.lease")
 
 TICK_SECONDS = 1.5
+LATE_SECONDS = 2.0  # since the last heartbeat: longer than a tick and a pulse
 PULSE_SECONDS = 0.4
 CANCELS = "notifyq_cancel"
 LONG_SECONDS = 0.8  # as seen at two pulses: something is running for long
@@ -116,6 +121,7 @@ class Keeper:
         self._wait = 0.1
         self._stirred = ""
         self._failing: dict[str, str] = {}  # chores that the database refuses, and its reason
+        self._beaten = -math.inf
 
     # On the worker's loop.
 
@@ -123,6 +129,11 @@ class Keeper:
         """Register the worker and return its id. Raises DatabaseError or SchemaError."""
         self._thread.start()
         return await asyncio.wrap_future(self._registered)
+
+    @property
+    def late(self) -> bool:
+        """Whether the next heartbeat is overdue: the keeper has no connection, or no answer on it."""
+        return time.monotonic() - self._beaten > LATE_SECONDS
 
     async def stop(self, seconds: float) -> None:
         """Hand back what is still held, unregister, and end; in `seconds` at most."""
@@ -195,6 +206,7 @@ class Keeper:
                     logger.warning("heartbeat: the database is out of reach", extra={"fields": {"error": str(error)}})
             finally:
                 self._locked = False
+                self._beaten = -math.inf
                 if conn is not None:
                     conn.terminate()
                     conn = None
@@ -268,13 +280,13 @@ class Keeper:
         allowed = self._registry.max_attempts
         args = (self._name, list(config.queues), types, allowed, config.concurrency, config.lease_seconds)
         id: int = await conn.fetchval(SQL["register"], *args)
+        self._beaten = time.monotonic()
         await self._lock(conn, id)
         await self._schedule.begin(conn, id)
         return id
 
     async def _lock(self, conn: Connection, id: int) -> None:
-        # A session of ours whose end the server hasn't noticed may have it still: then the next tick tries again.
-        self._locked = bool(await conn.fetchval("SELECT pg_try_advisory_lock(1852990827, $1)", id))
+        self._locked = await prove_alive(conn, id)  # if not, the next tick tries again
 
     async def _tick(self, conn: Connection) -> bool:
         """One heartbeat; whether leases were lost."""
@@ -286,6 +298,7 @@ class Keeper:
         )  # fmt: skip
         assert row is not None
         registered, lost, silent, aside, freed = row
+        self._beaten = time.monotonic()
         if self._down:
             self._down = False
             logger.info("heartbeat: the database is back")

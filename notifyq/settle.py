@@ -16,7 +16,7 @@ import asyncpg
 
 from .codec import describe, encode_error
 from .outcome import Aside, Finish, HandBack, Later, Outcome
-from .store import REFUSED, SQL, TRANSIENT, Connection, Job, connect_worker
+from .store import REFUSED, SQL, TRANSIENT, Connection, Job, connect_worker, is_pooled, prove_alive
 
 logger = logging.getLogger("notifyq.settle")
 
@@ -38,6 +38,8 @@ class Settler:
         self._wake = asyncio.Event()
         self._stopping = False
         self._conn: Connection | None = None
+        self._worker: int | None = None
+        self._proven: int | None = None  # the worker that the connection proves to be alive
 
     @property
     def pending(self) -> int:
@@ -51,6 +53,11 @@ class Settler:
 
     def put(self, outcome: Outcome) -> None:
         self._pending.append(outcome)
+        self._wake.set()
+
+    def work_as(self, worker: int) -> None:
+        """From now on the connection proves that this worker lives. What an older one has run, it still writes."""
+        self._worker = worker
         self._wake.set()
 
     def finish(self) -> None:
@@ -68,6 +75,14 @@ class Settler:
             while self._pending or not self._stopping:
                 if not self._pending:
                     self._wake.clear()
+                    if self._worker is not None:
+                        try:
+                            await self._prove()
+                        except TRANSIENT as error:
+                            self._disconnect()
+                            await back_off("settle", error)
+                            continue
+                        well("settle")
                     await self._wake.wait()
                     continue
                 self._writing, self._pending = self._pending[:BATCH], self._pending[BATCH:]
@@ -88,20 +103,36 @@ class Settler:
         if self._conn is not None:
             self._conn.terminate()
             self._conn = None
+            self._proven = None
+
+    async def _prove(self) -> None:
+        """Have a connection though there is nothing to write: any of the worker's sessions may be the last one."""
+        if self._conn is not None and self._conn.is_closed():
+            raise ConnectionError("the server closed the connection")
+        await self._connect()
+
+    async def _connect(self) -> Connection:
+        if self._conn is None:
+            self._conn = await connect_worker(self._dsn, "settle", worker=self._worker)
+            self._conn.add_termination_listener(lambda _: self._wake.set())
+        elif self._proven != self._worker and self._worker is not None and not is_pooled(self._conn):
+            await self._conn.execute("SELECT pg_advisory_unlock_all()")
+            await prove_alive(self._conn, self._worker)
+        self._proven = self._worker
+        return self._conn
 
     async def _write(self, batch: list[Outcome]) -> list[Outcome]:
         """Write a batch; return what is still to be written. Raises TRANSIENT: all of it."""
-        if self._conn is None:
-            self._conn = await connect_worker(self._dsn, "settle")
+        conn = await self._connect()
         try:
             for worker in {outcome.job.worker for outcome in batch}:  # one, unless it was given up and came back
                 mine = [outcome for outcome in batch if outcome.job.worker == worker]
                 mine.sort(key=lambda outcome: outcome.job.id)  # everybody locks rows in this order
                 if len({type(outcome) for outcome in mine}) == 1:
-                    await self._write_kinds(self._conn, worker, mine)
+                    await self._write_kinds(conn, worker, mine)
                 else:
-                    async with self._conn.transaction():
-                        await self._write_kinds(self._conn, worker, mine)
+                    async with conn.transaction():
+                        await self._write_kinds(conn, worker, mine)
         except REFUSED as error:
             if len(batch) == 1:
                 return [_refused(batch[0], error)]

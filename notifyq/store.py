@@ -200,10 +200,13 @@ def explained(url: str | None, source: str) -> Generator[None, None, None]:
         raise DatabaseError(_unreachable(url, source, error)) from error
 
 
-async def connect_worker(dsn: str | None, role: str, *, relaxed: bool = False) -> asyncpg.Connection[asyncpg.Record]:
-    """`connect`, with the settings of a worker. relaxed: its commits don't wait for the disk.
+async def connect_worker(
+    dsn: str | None, role: str, *, worker: int | None = None, relaxed: bool = False
+) -> asyncpg.Connection[asyncpg.Record]:
+    """`connect`, with the settings of a worker. While the connection lasts, it proves that `worker` lives.
 
-    That is for claims alone: if the server crashes, one that is lost is a task still ready.
+    relaxed: its commits don't wait for the disk. That is for claims alone: if the server crashes, one that is lost is
+    a task still ready.
     """
     settings = {**WORKER_SETTINGS, **({"synchronous_commit": "off"} if relaxed else {})}
     conn = await connect(dsn, role=role, command_timeout=WORKER_TIMEOUT_SECONDS, settings=settings)
@@ -212,7 +215,7 @@ async def connect_worker(dsn: str | None, role: str, *, relaxed: bool = False) -
     try:
         await conn.execute(
             # Not every version has them, and at the start of a session an unknown name is fatal.
-            "SELECT set_config(name, value, false) FROM (VALUES ('client_connection_check_interval', '5s'),"
+            "SELECT set_config(name, value, false) FROM (VALUES ('client_connection_check_interval', '1s'),"
             " ('transaction_timeout', '0'), ('idle_session_timeout', '0')) AS s (name, value)"
             " WHERE name IN (SELECT name FROM pg_catalog.pg_settings)"
         )
@@ -221,7 +224,21 @@ async def connect_worker(dsn: str | None, role: str, *, relaxed: bool = False) -
     except BaseException:
         conn.terminate()
         raise
+    if worker is not None:
+        try:
+            await prove_alive(conn, worker)
+        except BaseException:
+            conn.terminate()
+            raise
     return conn
+
+
+async def prove_alive(conn: Connection, worker: int) -> bool:
+    """Take, shared, the advisory lock of `worker`, which keeps rescuers away as long as one session of it is left.
+
+    False if the lock is with somebody: with a rescuer, who has found that no session was left, or with a stranger.
+    """
+    return bool(await conn.fetchval("SELECT pg_try_advisory_lock_shared(1852990827, $1::integer)", worker))
 
 
 async def set_codecs(conn: Connection) -> None:

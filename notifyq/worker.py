@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("notifyq.worker")
 
+STAND_IN_SECONDS = 0.4  # between looks at whether the keeper is late
 CLAIM_SECONDS = 2.0  # at the end, for the last claim's answer
 WRITE_SECONDS = 3.0  # at the end, for outcomes and good-byes
 
@@ -115,11 +116,13 @@ class Worker:
         )  # fmt: skip
         try:
             self._id = await keeper.start()
+            self._settler.work_as(self._id)
             tell_clipped(self._registry, self._config.concurrency)
             async with anyio.create_task_group() as group:
                 group.start_soon(self._runners.run, name="notifyq run")
                 group.start_soon(self._settler.run, self._back_off, self._well, name="notifyq settle")
                 group.start_soon(self._claim, name="notifyq claim")
+                group.start_soon(self._stand_in, keeper, name="notifyq stand in")
                 group.start_soon(self._watch, force, name="notifyq force")
                 group.start_soon(self._watch, stop, name="notifyq stop")
                 await self._first(self._working, self._over, stop, force)
@@ -237,6 +240,13 @@ class Worker:
         self._working.set()
         self._changed.set()
 
+    async def _stand_in(self, keeper: Keeper) -> None:
+        """While the keeper's connection is lost, or says nothing, the claimer writes the heartbeats."""
+        while True:
+            await asyncio.sleep(STAND_IN_SECONDS)
+            if keeper.late:
+                self._claimer.beat()
+
     # What the stages tell.
 
     def _settle(self, outcome: Outcome) -> None:
@@ -266,6 +276,7 @@ class Worker:
 
     def _reborn(self, id: int) -> None:
         self._id = id
+        self._settler.work_as(id)
         self._claimer.fail(ConnectionResetError("given up for dead, back under a new id"))
 
     def _die(self, error: BaseException) -> None:

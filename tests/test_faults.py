@@ -21,7 +21,7 @@ import notifyq
 from notifyq import schema, store
 from notifyq.embedded import Server
 
-from .conftest import Process, Seen, Sessions, eventually, working
+from .conftest import Process, Seen, Sessions, eventually, grants, working
 from .machine import Probe, limit
 
 INSERT = "INSERT INTO notifyq.task (type, payload) VALUES ($1, $2::text::jsonb) RETURNING id"
@@ -146,6 +146,88 @@ async def test_killed(spawn: Spawn, db: Any, probe: Probe) -> None:
     assert [await process.wait() for process in mortal] == [-signal.SIGKILL] * 2
     buried = "SELECT array_agg(split_part(name, ':', 2)) FROM notifyq.worker"
     await eventually(lambda: db.fetchval(buried), [str(heir.process.pid)])
+
+
+async def test_not_all_of_its_connections_are_lost(dsn: str, spawn: Spawn, db: Any) -> None:
+    """A worker that has lost its keeper's connection, and others, but not all, and can't open another, isn't dead."""
+    role = f"worker_{urlsplit(dsn).path[1:]}"
+    cut = (["keeper%"], ["keeper%", "settle"], ["keeper%", "claims %", "door %"])
+    sessions = """SELECT l.pid FROM pg_locks l JOIN pg_stat_activity a ON a.pid = l.pid
+                  WHERE l.locktype = 'advisory' AND l.classid = 1852990827 AND l.objid = $1::integer::oid AND l.granted
+                    AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
+                    AND a.application_name LIKE ANY ($2::text[])"""
+    everybody = "SELECT count(pg_terminate_backend(pid, 5000)) FROM pg_stat_activity WHERE usename = $1"
+    await db.execute(f"CREATE ROLE {role} LOGIN")
+    for grant in grants("worker"):
+        await db.execute(grant.replace("TO worker;", f"TO {role};"))
+    processes = [Process(dsn.replace("://notifyq@", f"://{role}@"), f'queues=["q{n}"]') for n in range(len(cut))]
+    try:
+        victims = [Story(process) for process in processes]
+        rescuer = await started(spawn, 'queues=["none"]')
+        ids = []
+        for n, victim in enumerate(victims):
+            await victim.reach(1, "started")
+            ids += await insert(db, "Sleep", 5, f"q{n}")
+        for victim in victims:
+            await victim.reach(5, "ran")
+        await db.execute(f"ALTER ROLE {role} NOLOGIN")
+        for victim, names in zip(victims, cut, strict=True):
+            args = victim.of("started")[0][1]["id"], [f"notifyq {name}" for name in names]
+            ended = await db.fetch(f"SELECT pg_terminate_backend(pid, 5000) FROM ({sessions}) s", *args)
+            assert len(ended) == len(names)
+        # Long enough for the rescuer to look at them four times at least, when they have been silent for 2 s.
+        since = await db.fetchval("SELECT clock_timestamp()")
+        looked = "SELECT seen_at > $2::timestamptz + interval '9 seconds' FROM notifyq.worker WHERE id = $1"
+        await eventually(lambda: db.fetchval(looked, rescuer.of("started")[0][1]["id"], since))
+        assert await states(db, ids) == {("running", 1): len(ids)}
+        assert not rescuer.logged("rescued")
+        await db.execute(f"ALTER ROLE {role} LOGIN")
+        for victim in victims:
+            await victim.reach(1, "log", message="heartbeat: the database is back")
+            assert not victim.logged("given up for dead") + victim.logged("lease lost")
+        assert await states(db, ids) == {("running", 1): len(ids)}
+        # Without any of them it is dead, though its process lives.
+        await db.execute(f"ALTER ROLE {role} NOLOGIN")
+        await db.execute(everybody.replace("$1", f"'{role}'"))
+        await rescuer.reach(len(victims), "log", message="rescued the tasks of a dead worker")
+        assert await states(db, ids) == {("ready", 1): len(ids)}
+    finally:
+        for process in processes:
+            process.close()
+        await db.execute(everybody.replace("$1", f"'{role}'"))
+        await db.execute(f"DROP OWNED BY {role}")
+        await db.execute(f"DROP ROLE {role}")
+
+
+async def test_killed_while_its_connections_wait(spawn: Spawn, db: Any, connect: Sessions, probe: Probe) -> None:
+    """One backend of a killed worker waits for the turn, another for a row: its tasks are rescued all the same."""
+    victim, rescuer = await started(spawn, 'queues=["a"]'), await started(spawn, 'queues=["none"]')
+    ids = await insert(db, "Sleep", 5, "a")
+    [locked] = await insert(db, "Sleep", 1, "a", seconds=2)
+    await victim.reach(6, "ran")
+    turn, row = await connect(), await connect()
+    await row.execute("BEGIN")
+    await row.execute("SELECT FROM notifyq.task WHERE id = $1 FOR UPDATE", locked)
+    take = """SELECT pg_advisory_lock(1852990836, objid::bigint::bit(32)::integer) FROM pg_locks
+              WHERE locktype = 'advisory' AND classid = 1852990836 AND granted AND pid IN (
+                  SELECT pid FROM pg_stat_activity
+                  WHERE application_name = 'notifyq door ' || $1::integer AND datname = current_database())"""
+    async with anyio.create_task_group() as group:
+        group.start_soon(turn.execute, take, victim.of("started")[0][1]["id"])
+        waits = """SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()
+                   AND application_name LIKE 'notifyq ' || $1"""
+        await eventually(lambda: db.fetchval(waits, "test"), 1)
+        await terminate(db, "door %")
+    await eventually(lambda: db.fetchval(waits, "door %"), 1)
+    await eventually(lambda: db.fetchval(waits, "settle"), 1)
+    killed = time.monotonic()
+    victim.process.signal(signal.SIGKILL)
+    rescued = await rescuer.reach(1, "log", message="rescued the tasks of a dead worker") - killed
+    print(f"rescued after {rescued:.2f} s")
+    assert rescued < 5 + probe.late(killed)
+    assert await states(db, [*ids, locked]) == {("ready", 1): 5, ("running", 1): 1}
+    await row.execute("ROLLBACK")
+    await eventually(lambda: states(db, [locked]), {("ready", 1): 1})
 
 
 async def test_frozen_past_its_lease(spawn: Spawn, db: Any, probe: Probe) -> None:
@@ -283,7 +365,7 @@ async def test_each_connection_is_ended_while_idle(db: Any, dsn: str, logged: Lo
         bench.release.set()
         await eventually(lambda: states(db, ids), {("done", 1): len(ids)})
         everybody = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND classid = 1852990827 AND granted"
-        await eventually(lambda: db.fetchval(everybody), 2)
+        await eventually(lambda: db.fetchval(everybody), 2 * len(CONNECTIONS))  # each session proves its worker alive
         assert not worker.done.is_set()
     assert len(bench.held.items) == 3, "what ran meanwhile was not run again"
     assert sorted(bench.seen.items) == sorted(set(bench.seen.items))

@@ -44,6 +44,7 @@ STATEMENTS = {
         "id:int8 state:text type:text result:jsonb error:text progress:float4 note:text marked:bool",
         "finished_pkey task_pkey",
     ),
+    "beat": Statement("int4", "", ""),
     "became": Statement("text", "status:text", ""),
     "claim": Statement("int4 text[] int4[] int4 bool", ROW, "task_pkey task_ready"),
     "claim_onward": Statement("int4 text[] int4[] int4 text[] int2[] int8[] bool", ROW, "task_pkey task_ready"),

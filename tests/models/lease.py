@@ -1,10 +1,10 @@
 """Claim, settle and rescue: one task, and the worker processes that may have it, a step for each statement.
 
-A process has a keeper (lease.py: heartbeat, advisory lock, rescue), a connection that claims (claim.py), runners
-(run.py) and a settler (settle.py), each of which goes on by itself. A worker's id is its process and how often that
-registered. A fault may come at any time: killed, frozen and thawed, told to stop, either connection cut, an answer lost
-after the statement ran, the server crashed and with it a claim that was committed without a flush; and somebody at
-psql cancels and retries.
+A process has a keeper (lease.py: heartbeat, rescue), a connection that claims (claim.py), runners (run.py) and a
+settler (settle.py), each of which goes on by itself. The sessions of the keeper and of the claims share the worker's
+advisory lock. A worker's id is its process and how often that registered. A fault may come at any time: killed, frozen
+and thawed, told to stop, either connection cut, an answer lost after the statement ran, the server crashed and with it
+a claim that was committed without a flush; and somebody at psql cancels and retries.
 
 What no program sees, but the model: of each job and outcome, whether the claim it comes from still is the task's last
 (`current`). Whatever is applied by another is wrong, whatever worker and attempt it names. A claim that a crash undid,
@@ -17,6 +17,7 @@ What is merged or left out, and why that hides nothing:
   to the next round; the first can't change what is written, the others leave the rest as it was.
 * A statement is one step, but for the claim: its snapshot, which says whether the worker is registered; the rows it
   takes, when it comes to them; its answer. Its backend goes on when its client is gone.
+* The settler's session shares the lock too. It is left out, so the model has fewer sessions to keep a worker alive.
 * Silence is three steps (fresh, over 2 s, over the lease) that pass while nothing is heard. A keeper that is in good
   health is never silent. The keeper's grace after an outage only delays rescues.
 * A task of a type that nobody here knows (Aside) is a hand-back to another index. A worker registers twice at most.
@@ -78,11 +79,11 @@ class Worker(NamedTuple):
     life: Life = Life.UP
     id: int = 1
     registered: bool = True  # notifyq.worker has a row for this id
-    locked: bool = True  # its keeper's session has the advisory lock
+    locked: bool = True  # its keeper's session is there, and shares the advisory lock
     silent: int = 0  # since its heartbeat: 1: over 2 s; 2: over its lease
     owns: int = 0  # the task's row names this id of it; 0: not this process
     sent: int = 0  # claim.sql runs for this id; negative: its client is gone; 0: none runs
-    connected: bool = True  # its connection for claims
+    connected: bool = True  # its connection for claims, whose session shares the lock
     answer: Job | None = None  # of claim.sql, on its way
     held: Job | None = None
     behind: Job | None = None  # claimed again, while the handler of `held` winds up
@@ -105,6 +106,7 @@ WRONG = {
     "no worker": "the fence is the attempt alone",
     "no attempt": "the fence is the worker alone",
     "no liveness": "rescue doesn't ask whether the worker is dead",
+    "keeper's lock": "rescue asks for the lock of the keeper's session, not for those of all the worker's sessions",
     "bare hand-back": "hand_back.sql isn't fenced",
     "known ids": "strays.sql goes by the ids of the tasks that are known, not by their leases",
     "early strays": "strays.sql doesn't wait for the end of the backend that claims",
@@ -330,7 +332,12 @@ class Lease:
         """Keeper: rescue.sql and orphans.sql, for the others."""
         for m, other in enumerate(state.workers):
             if m != n and other.registered:
-                dead = other.silent == 2 or (other.silent == 1 and not other.locked)
+                alive = other.life is not Life.OVER and (other.locked or other.connected)
+                alive = alive or other.sent != 0  # a backend that still claims
+                well = other.life is Life.UP and other.silent < 2 and alive
+                if self._wrong == "keeper's lock":
+                    alive = other.locked
+                dead = other.silent == 2 or (other.silent == 1 and not alive)
                 if dead or self._wrong == "no liveness":
                     buried = _put(state, m, registered=False, silent=0)
                     if other.owns == other.id:
@@ -339,7 +346,7 @@ class Lease:
                         buried = self._free(
                             buried, Task.DEAD if spent and attempts == state.attempts else Task.READY, attempts
                         )
-                    if not dead and other.life is Life.UP:
+                    if well:
                         buried = buried._replace(bad="a worker that is well was robbed of what it runs")
                     yield Step(f"worker {n + 1}: rescue.sql, of worker {m + 1}", buried, NOW)
             if other.owns and not (other.registered and other.owns == other.id) and self._wrong != "no orphans":
