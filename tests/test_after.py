@@ -116,6 +116,14 @@ async def test_it_waits_for_all_and_gets_their_results(bench: Bench, db: Any, ds
     assert not await db.fetchval(LEFT)
 
 
+async def test_a_task_that_is_named_twice_counts_once(bench: Bench, db: Any, dsn: str) -> None:
+    first, second = await bench.app.enqueue(Step("a")), await bench.app.enqueue(Step("b"))
+    last = await bench.app.enqueue(Sum(), after=[second, first, second.id])
+    async with working(bench.app, dsn):
+        assert (await ended(db, last.id, "done"))["result"] == b"2"
+    assert bench.seen.items[-1] == ["b", "a"]
+
+
 async def test_a_chain_of_a_hundred_with_two_workers(bench: Bench, db: Any, dsn: str) -> None:
     ids: list[int] = []
     async with working(bench.app, dsn), working(bench.app, dsn):

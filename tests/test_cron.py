@@ -252,6 +252,26 @@ async def test_pause_resume_run(dsn: str, db: Any) -> None:
     assert await db.fetchval("SELECT notifyq.cron_run('Nobody')") is None
 
 
+async def test_run_now_is_enqueued_as_the_row_says(db: Any) -> None:
+    await db.execute(
+        """INSERT INTO notifyq.cron (name, expression, type, payload, queue, priority)
+           VALUES ('n', '0 3 * * *', 'T', '{"region": "eu"}', 'night', 7)"""
+    )
+    id = await db.fetchval("SELECT notifyq.cron_run('n')")
+    task = await db.fetchrow("SELECT type, payload, queue, priority FROM notifyq.task WHERE id = $1", id)
+    assert tuple(task) == ("T", b'{"region": "eu"}', "night", 7)
+
+
+async def test_a_worker_that_saw_the_slot_before_the_pause_enqueues_nothing(db: Any) -> None:
+    """It has read the row, the cron is paused, and then the worker writes."""
+    await db.execute("INSERT INTO notifyq.cron (name, expression, type, next_at) VALUES ('n', '* * * * *', 'T', now())")
+    slot = await db.fetchval("SELECT next_at FROM notifyq.cron")
+    assert await db.fetchval("SELECT notifyq.cron_pause('n')")
+    assert await db.fetchval(SQL["cron_enqueue"], "n", slot, slot + timedelta(minutes=1), True) is False
+    assert await db.fetchval("SELECT count(*) FROM notifyq.task") == 0
+    assert await db.fetchval("SELECT next_at FROM notifyq.cron") == slot
+
+
 async def told(logged: Logged) -> bool:
     return len(logged("a cron that can't be reckoned")) == 1
 

@@ -191,6 +191,21 @@ async def test_an_end_while_somebody_is_judged(dsn: str) -> None:
         assert await a(admit, await a(verbs.claim, one)) == [(second, None)]
 
 
+async def test_of_two_workers_that_look_for_freed_slots_one_does(dsn: str) -> None:
+    """The other neither waits for it nor does the same again."""
+    async with steps(dsn) as s:
+        a, b = await s.worker("claims a"), await s.worker("claims b")
+        first, second = await verbs.insert(s.db, 2, **ONE)
+        jobs = await a(verbs.claim, await verbs.register(s.db))
+        assert await a(admit, jobs) == [(first, None), (second, "limit")]
+        assert await a(verbs.finish, jobs[:1]) == [first]
+        await a("BEGIN")
+        assert await a(free) == 1
+        assert await b(free) == 0
+        await a("COMMIT")
+        assert await verbs.states(s.db) == {first: ("done", 1), second: ("ready", 0)}
+
+
 async def test_what_somebody_is_cancelling_is_left_to_him(dsn: str) -> None:
     """His transaction may take hours. Nobody waits for it, nor for the gate; the worker hands the task back."""
     async with steps(dsn) as s:
@@ -212,6 +227,44 @@ async def test_what_somebody_is_cancelling_is_left_to_him(dsn: str) -> None:
         assert await claims(verbs.finish, jobs[1:]) == [second]
         assert await claims(free) == 1
         assert await claims(admit, await claims(verbs.claim, id)) == [(third, None)]
+
+
+async def test_starts_are_remembered_for_the_longest_window(db: Any, worker: int) -> None:
+    """Of tasks with one key and different windows: a start within the last hour counts for a task that asks for an hour,
+    though the task that started asked for a second."""
+    window = '{"limit_key": "a", "limit_rate": 2, "limit_seconds": %s}'
+
+    async def judged(seconds: float) -> str | None:
+        await verbs.insert(db, options=window % seconds)
+        [(_, why)] = await admit(db, await verbs.claim(db, worker))
+        return why
+
+    assert await judged(3600) is None
+    assert await judged(1) is None
+    await db.execute("UPDATE notifyq.started SET at = at - interval '1 min'")
+    await verbs.prune(db)
+    assert await judged(3600) == "rate"
+
+
+async def test_starts_that_no_window_reaches_are_forgotten(db: Any, worker: int) -> None:
+    """By the prune, also at a key that no task comes with any more."""
+    await verbs.insert(db, **RATE)
+    await admit(db, await verbs.claim(db, worker))
+    await verbs.prune(db)
+    assert await db.fetchval("SELECT count(*) FROM notifyq.started") == 1
+    await db.execute("UPDATE notifyq.started SET at = at - interval '2 h'")
+    await verbs.prune(db)
+    assert await db.fetchval("SELECT count(*) FROM notifyq.started") == 0
+
+
+async def test_a_retried_task_keeps_its_keys(db: Any, worker: int) -> None:
+    options = '{"order_key": "o", "limit_key": "l", "limit_running": 1}'
+    jobs = await verbs.held(db, options=options)
+    await verbs.finish(db, jobs, "dead")
+    assert await verbs.retry(db, jobs[0].id)
+    row = await db.fetchrow("SELECT order_key, limit_key, tracked, options FROM notifyq.task")
+    assert tuple(row)[:3] == ("o", "l", True)
+    assert json.loads(row["options"]) == json.loads(options)
 
 
 async def test_a_slot_is_kept_for_who_was_granted_it(db: Any, worker: int) -> None:

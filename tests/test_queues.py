@@ -126,6 +126,14 @@ async def test_draining_leaves_a_paused_queue_alone(dsn: str, db: Any) -> None:
     assert not stats["unserved"]
 
 
+async def test_a_worker_that_is_silent_serves_no_queue(db: Any) -> None:
+    """Of two workers of a queue one hasn't been seen for longer than its lease."""
+    await verbs.register(db)
+    gone = await verbs.register(db)
+    await db.execute("UPDATE notifyq.worker SET seen_at = seen_at - 2 * lease WHERE id = $1", gone)
+    assert await db.fetchval("SELECT workers FROM notifyq.all_queues WHERE name = 'default'") == 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

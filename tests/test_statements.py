@@ -18,7 +18,7 @@ import pytest
 from notifyq import schema, store
 from notifyq.embedded import Server
 from notifyq.options import Options
-from notifyq.store import SQL
+from notifyq.store import SQL, Onward
 
 from .conftest import Sessions, admin
 from .machine import limit
@@ -525,6 +525,7 @@ async def test_a_worker_that_was_given_up_claims_nothing(worker: Any) -> None:
     (id,) = await insert(worker)
     await insert(worker, aside=True)
     assert await store.claim(worker, 99, {"default": 9}, 9) == []
+    assert await store.claim(worker, 99, {"default": 9}, 9, onward=Onward(["default"], [0], [1])) == []
     assert await store.claim(worker, 99, {"default": 9}, 9, aside=["Known"]) == []
     assert (await task(worker, id))["attempts"] == 0
 

@@ -173,6 +173,13 @@ async def verbs_row(db: Any, id: int) -> Any:
     return await db.fetchrow("SELECT * FROM notifyq.all_tasks WHERE id = $1", id)
 
 
+async def test_one_that_is_moved_to_now_is_ready_at_once(app: notifyq.App, db: Any) -> None:
+    """A claim finds it, without any timer."""
+    old = await put(db, "scheduled")
+    assert (await app.enqueue(Known(), unique="k", on_conflict="move")).id == old
+    assert [job.id for job in await verbs.claim(db, await verbs.register(db))] == [old]
+
+
 async def test_one_that_is_moved_wakes_a_worker_in_time(app: notifyq.App, dsn: str, db: Any) -> None:
     """From tomorrow to now, and from now to a moment later, with nothing but the bell."""
     seen = Seen()
@@ -715,6 +722,17 @@ async def test_prune_keys(app: notifyq.App, db: Any) -> None:
     await db.fetch(SQL["advance"], 3600.0 * 2)
     assert await db.fetchval(SQL["prune_keys"], 100) == 3
     assert await keys(db) == ["lives", "lives for"]
+
+
+async def test_a_key_is_remembered_for_the_longest_time_that_was_asked_for(app: notifyq.App, db: Any) -> None:
+    """The second caller asks for an hour, and finds the first caller's task in its way; so does the third."""
+    old = await app.enqueue(Known(), unique="k", unique_for=60)
+    assert (await app.enqueue(Known(), unique="k", unique_for=3600)).existed
+    await verbs.finish(db, await verbs.claim(db, await verbs.register(db)))
+    await db.fetch(SQL["advance"], 120.0)
+    await db.fetchval(SQL["prune_keys"], 100)
+    again = await app.enqueue(Known(), unique="k", unique_for=3600)
+    assert (again.id, again.existed) == (old.id, True)
 
 
 async def test_pruning_waits_for_nobody_and_forgets_no_new_task(s: Steps) -> None:
