@@ -139,6 +139,7 @@ async def test_a_full_one_does_not_wait_and_the_rest_lingers(bench: Bench, db: A
 
 
 async def test_a_trickle_runs_after_the_linger(db: Any, dsn: str) -> None:
+    """It is counted from the first task on: tasks that keep coming don't put the batch off."""
     app, seen = notifyq.App(), Seen()
 
     @app.handler(batch=100, linger=0.2)
@@ -147,12 +148,14 @@ async def test_a_trickle_runs_after_the_linger(db: Any, dsn: str) -> None:
 
     async with app.connect(dsn), working(app, dsn):
         begin = time.monotonic()
-        for _ in range(3):
+        for _ in range(99):
             await app.enqueue(Item())
             await anyio.sleep(0.01)
-        [(count, at)] = await seen.reach(1)
-        assert count == 3
-        assert at - begin > 0.19, "from the first on"
+            if seen.items:
+                break
+        count, at = (await seen.reach(1))[0]
+        assert count < 99
+        assert at - begin > 0.19
 
 
 async def test_nothing_more_can_come(db: Any, dsn: str) -> None:

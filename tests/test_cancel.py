@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
@@ -244,6 +245,30 @@ async def test_the_flag_when_the_lease_is_lost(bench: Bench, dsn: str, db: Any, 
         await bench.began.reach(1)
         await db.execute("UPDATE notifyq.task SET worker = NULL, run_at = now() + interval '1 h', promoted = false")
         assert (await bench.ended.reach(1))[0][:2] == (ref.id, True)
+
+
+async def test_a_run_whose_lease_was_lost_settles_nothing(dsn: str, db: Any) -> None:
+    """The task was handed back, and this worker has claimed the same attempt once more, so its lease looks the same.
+    The first run ends without minding its cancellation: what it returns is dropped, and the second run counts."""
+    app, began, runs = notifyq.App(), Seen(), itertools.count(1)
+
+    @app.handler
+    async def sleeps(task: Sleep, ctx: notifyq.Context) -> int:
+        run = next(runs)
+        began.add(ctx.attempt)
+        if run == 1:
+            try:
+                await anyio.sleep_forever()
+            except BaseException:
+                pass
+        return run
+
+    async with app.connect(dsn), working(app, dsn):
+        ref = await app.enqueue(Sleep())
+        await began.reach(1)
+        await db.execute("UPDATE notifyq.task SET worker = NULL, attempts = 0, run_at = run_at")
+        assert await ref.result(timeout=20) == 2
+    assert began.items == [1, 1]
 
 
 def test_outside_of_a_worker_it_is_false() -> None:

@@ -426,6 +426,26 @@ async def test_a_claim_whose_answer_never_came(db: Any, dsn: str, logged: Logged
     assert len(bench.held.items) == 1
 
 
+async def test_an_outcome_that_is_being_written_is_no_stray(db: Any, dsn: str, connect: Sessions) -> None:
+    """A session has locked the row, so the outcome waits, while the connection for claims is lost: the worker leaves
+    that task alone, and neither waits for it nor runs it again."""
+    bench, someone = Bench(), await connect()
+    async with working(bench.app, dsn):
+        [held] = await insert(db, "Hold")
+        await bench.held.reach(1)
+        async with someone.transaction():
+            await someone.execute("SELECT FROM notifyq.task WHERE id = $1 FOR UPDATE", held)
+            bench.release.set()
+            waits = """SELECT count(*) FROM pg_stat_activity WHERE application_name = 'notifyq settle'
+                       AND wait_event_type = 'Lock' AND datname = current_database()"""
+            await eventually(lambda: db.fetchval(waits), 1)
+            assert await terminate(db, "claims %") == 1
+            [other] = await insert(db, "Note")
+            await bench.ran(other, 10)
+        await eventually(lambda: states(db, [held, other]), {("done", 1): 2})
+    assert len(bench.held.items) == 1
+
+
 async def test_a_database_out_of_reach(db: Any, dsn: str, connect: Sessions, logged: Logged, probe: Probe) -> None:
     """For more than the 2 s after which a worker looks dead: both come back, and none takes the other's tasks."""
     bench = Bench()

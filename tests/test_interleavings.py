@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -385,6 +385,27 @@ async def test_rows_are_locked_in_the_order_of_their_ids(s: Steps, w: Session, p
         free = await s.db.fetch("SELECT id FROM notifyq.task FOR UPDATE SKIP LOCKED")
         assert [row[0] for row in free] == [jobs[2].id], "it has the first, waits for the second, and has no third"
         await p("COMMIT")
+
+
+async def test_outcomes_of_all_kinds_are_one_transaction(s: Steps, w: Session, dsn: str) -> None:
+    """Of a batch all is written or nothing, and it costs one commit."""
+    jobs = await w(held, len(OUTCOMES))
+    async with Writing(dsn, [make(job) for make, job in zip(OUTCOMES.values(), jobs, strict=True)]):
+        pass
+    xmins = "SELECT xmin FROM notifyq.task UNION SELECT xmin FROM notifyq.finished"
+    assert len(await s.db.fetch(xmins)) == 1
+    assert sorted((await states(s.db)).values()) == [("done", 1), ("ready", 0), ("ready", 0), ("scheduled", 1)]
+
+
+async def test_a_batch_has_outcomes_of_before_and_after_a_new_id(
+    s: Steps, w: Session, dsn: str, logged: Callable[[str], list[Any]]
+) -> None:
+    """A worker was given up and came back: each outcome is written under the id that its task was claimed with."""
+    old, new = await w(held, 2), await w(held, 2)
+    async with Writing(dsn, [Finish(job, "done") for job in (new[0], old[0], new[1], old[1])]):
+        pass
+    assert set((await states(s.db)).values()) == {("done", 1)}
+    assert not logged("lease was lost")
 
 
 @pytest.fixture

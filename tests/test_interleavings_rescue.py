@@ -6,12 +6,14 @@ order: its tasks have one lease, end once, count each attempt once, and don't st
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
 
-from .steps import Session, Steps, steps
+from .conftest import eventually
+from .steps import Session, Steps, frozen, steps
 from .verbs import (
     SETTLES,
     cancel,
@@ -390,6 +392,22 @@ async def test_strays_of_a_claim_that_is_still_under_way(s: Steps, k: Session) -
     assert await k(end_claims, me)
     assert await k(strays, me, []) == 0
     assert [(job.id, job.attempt) for job in await k(claim, me)] == [(id, 1)]
+
+
+async def test_claims_have_ended_only_when_their_backend_is_gone(s: Steps, k: Session) -> None:
+    """A backend that doesn't hear the signal yet may still commit its claim, so end_claims waits for it."""
+    me = await k(register)
+    claims = await s.worker(f"claims {me}")
+    waits = "SELECT wait_event = 'BackendTermination' FROM pg_stat_activity WHERE pid = $1"
+
+    async def seen() -> bool:
+        return asking.done() or await s.db.fetchval(waits, k.pid)
+
+    with frozen(claims):
+        asking = asyncio.create_task(k(end_claims, me))
+        await eventually(seen)
+        assert not asking.done()
+    assert await asking
 
 
 async def test_strays_while_something_known_is_settled(s: Steps, w: Session, k: Session) -> None:

@@ -214,6 +214,26 @@ async def test_at_the_deadline_tasks_are_handed_back_without_burning_an_attempt(
         assert (await ended(db, ids[0], "done"))["attempts"] == 1
 
 
+async def test_an_attempt_that_fails_because_it_is_stopped_does_not_count(db: Any, dsn: str) -> None:
+    """A handler turns its cancellation into an error of its own, as database drivers do."""
+    app, begun = notifyq.App(), anyio.Event()
+
+    @app.handler
+    async def hold(task: Hold) -> None:
+        begun.set()
+        try:
+            await anyio.sleep_forever()
+        except BaseException:
+            raise ConnectionError("cut off") from None
+
+    async with app.connect(dsn), working(app, dsn) as worker:
+        id = (await app.enqueue(Hold(), max_attempts=1)).id
+        await begun.wait()
+        worker.force.set()
+        await worker.stopped()
+    assert await handed_back(db, id)
+
+
 async def test_force_hands_back_now(bench: Bench, db: Any, dsn: str) -> None:
     """At once, and also in the middle of a drain that has an hour."""
     for first in ("stop", "force"):
@@ -495,6 +515,24 @@ async def test_priorities_and_then_age_decide_the_order(bench: Bench, db: Any, d
         order = await bench.seen.reach(200)
     by_priority = [(-int(name.split()[0]), int(name.split()[1])) for name in order]
     assert by_priority == sorted(by_priority)
+
+
+async def test_a_worker_claims_no_more_than_it_has_slots_for(bench: Bench, db: Any, dsn: str) -> None:
+    """As long as it doesn't know its tasks to be short: a task that waits here could run in another worker."""
+    await bench.app.enqueue_many([Hold() for _ in range(10)])
+    async with working(bench.app, dsn, concurrency=3):
+        await bench.held.reach(3)
+        assert await db.fetchval("SELECT count(*) FROM notifyq.task WHERE worker IS NOT NULL") == 3
+        bench.release.set()
+
+
+async def test_queues_are_served_in_turn(bench: Bench, dsn: str) -> None:
+    """A backlog in the first queue keeps no task of the second waiting until it is over."""
+    for queue in ("a", "b"):
+        await bench.app.enqueue_many([Note(queue) for _ in range(20)], queue=queue)
+    async with working(bench.app, dsn, queues=["a", "b"], concurrency=1):
+        order = await bench.seen.reach(40)
+    assert set(order[:3]) == {"a", "b"}
 
 
 async def test_a_queue_takes_no_more_than_its_limit(bench: Bench, db: Any, dsn: str) -> None:

@@ -230,8 +230,8 @@ async def test_what_somebody_is_cancelling_is_left_to_him(dsn: str) -> None:
 
 
 async def test_starts_are_remembered_for_the_longest_window(db: Any, worker: int) -> None:
-    """Of tasks with one key and different windows: a start within the last hour counts for a task that asks for an hour,
-    though the task that started asked for a second."""
+    """Of tasks with one key and different windows: a start within the last hour counts for a task that asks for an
+    hour, though the task that started asked for a second."""
     window = '{"limit_key": "a", "limit_rate": 2, "limit_seconds": %s}'
 
     async def judged(seconds: float) -> str | None:

@@ -13,6 +13,7 @@ import pytest
 import notifyq
 from notifyq import lease, results
 from notifyq.codec import NOTE_LENGTH
+from notifyq.run import Runners
 from notifyq.store import SQL
 from notifyq.testing import run_inline
 
@@ -43,6 +44,10 @@ class Silent(notifyq.Task):
 
 
 class Odd(notifyq.Task):
+    pass
+
+
+class Known(notifyq.Task):
     pass
 
 
@@ -186,6 +191,25 @@ async def test_what_ends_an_attempt_ends_its_progress(db: Any, how: str) -> None
         await verbs.silent(db, job.worker)
         await verbs.rescue(db, job.worker)
     assert (await told(db))[1:] == (None, None)
+
+
+async def test_what_has_ended_before_it_was_written_is_not(db: Any) -> None:
+    """A handler tells of its progress and ends: there is nothing left for the next heartbeat to write."""
+    app, settled = notifyq.App(), Seen()
+
+    @app.handler
+    async def known(task: Known, ctx: notifyq.Context) -> None:
+        await ctx.progress(0.5)
+        assert len(runners.reports) == 1
+
+    runners = Runners(app.registry, 1, settled.add, lambda: None)
+    async with anyio.create_task_group() as group:
+        group.start_soon(runners.run)
+        await runners.ready.wait()
+        runners.feed(await verbs.held(db))
+        [end] = await settled.reach(1)
+        assert (end.state, runners.reports) == ("done", {})
+        group.cancel_scope.cancel()
 
 
 async def test_it_is_fenced(db: Any) -> None:
