@@ -42,6 +42,7 @@ DUE_BUSY_SECONDS = 0.25  # and under a backlog, where they queue up like everybo
 PASS_SECONDS = 0.05  # not more often is the turn passed on for a queue that is full here; doubles up to 1 s
 ARMING_SHARE, ARMING_LEAST, ARMING_MOST = 0.02, 0.002, 0.05  # of the time spent arming; seconds, seconds
 AGAIN_LEAST, AGAIN_MOST = 0.002, 0.5  # until it looks again for what somebody has locked; doubles
+BLIND_SECONDS = 60.0  # after a claim that timed out, claims take no payloads with them
 UNSURE_SECONDS = 0.02  # until it looks for what ended in the moment when somebody was parked to wait for it
 LAG_SECONDS = 0.005  # a loop that wakes up so late has work enough
 
@@ -90,6 +91,8 @@ class Claimer:
         self._due_usual = Usual()
         self._again_at = math.inf  # when to claim what was locked
         self._again_wait = 0.0
+        self._blind_until = 0.0  # a claim had timed out: claim without payloads
+        self._most: int | None = None  # at most so many at once, after claims that timed out
         self._poll_at = 0.0
         self._inserted = -1
         self._claimed = 0  # since _inserted was read
@@ -323,8 +326,19 @@ class Claimer:
         fed: list[Job] = []
         locked: list[Job] = []
         onward = None if front else self._marks.onward(begin, self._backlog)
+        if self._most is not None:
+            room = min(room, self._most)
+        blind = begin < self._blind_until
         with anyio.CancelScope(shield=True):
-            jobs += await claim(conn, worker, rooms, room, onward=onward)
+            try:
+                jobs += await claim(conn, worker, rooms, room, onward=onward, blind=blind)
+            except TimeoutError:
+                # The next session asks for less. What this claim took, if anything, is found by strays.sql.
+                self._blind_until = clock() + BLIND_SECONDS
+                self._most = max(1, room // 2)
+                raise
+            if self._most is not None:
+                self._most = self._most * 2 if self._most < self._config.concurrency else None
             now = clock()
             self._marks.claimed(jobs, onward is not None, now - begin, now)
             if self._aside and len(jobs) < room:
@@ -332,7 +346,7 @@ class Claimer:
                 left = {queue: free - len(jobs) for queue, free in rooms.items() if free > len(jobs)}
                 if left:
                     self._aside = False  # before the claim: somebody may ring meanwhile
-                    more = await claim(conn, worker, left, room - len(jobs), aside=self._types)
+                    more = await claim(conn, worker, left, room - len(jobs), aside=self._types, blind=blind)
                     self._aside |= len(more) >= min(room - len(jobs), sum(left.values()))
                     jobs += more
             fed, locked = await self._admission.admit(conn, worker, jobs)

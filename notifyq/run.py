@@ -31,6 +31,7 @@ from .batch import Batches, ReadResults, is_ours
 from .codec import PAYLOAD_LIMIT, describe
 from .config import NAME_LENGTH
 from .errors import ConfigError, LeaseLost
+from .large_payloads import LargePayloads
 from .outcome import Aside, Finish, HandBack, Later, Outcome
 from .registry import Handler, Registry, awaited, is_awaitable
 from .store import Job
@@ -94,6 +95,7 @@ class Runners:
         freed: Callable[[], None],
         transactions: Transactions | None = None,
         results: ReadResults | None = None,
+        large: LargePayloads | None = None,
     ) -> None:
         self._registry = registry
         self._concurrency = concurrency
@@ -114,6 +116,7 @@ class Runners:
         self._transactions = transactions
         self.reports: dict[Job, Progress] = {}  # not written yet; handlers' threads write here, and the keeper's takes
         self._results = results or _no_results
+        self._large = large
         self._batches = Batches(concurrency, self._call, self._start, self._lost, self.reports, self._results)
         self._states: dict[Job, State] = transactions.states if transactions else {}  # empty, if nobody begins one
         self.held: dict[int, Job] = {}  # by id: waiting and running
@@ -208,10 +211,13 @@ class Runners:
         while self._waiting:
             self._end(HandBack(self._waiting.popleft()))
         for runner in self._runners:
-            if (job := runner.job) is not None and self._batches.give_up(job):
+            if (job := runner.job) is not None and (self._batches.give_up(job) or self._gave_up_payload(job)):
                 runner.job = None
                 runner.scope.cancel()
                 self._end(HandBack(job))
+
+    def _gave_up_payload(self, job: Job) -> bool:
+        return self._large is not None and self._large.give_up(job)
 
     def hurry(self) -> None:
         """Nothing more will come for now: batches needn't wait for it."""
@@ -339,15 +345,24 @@ class Runners:
         handler = self._registry.get(job.type)
         if handler is None:
             return Aside(job) if len(job.type) <= NAME_LENGTH else self._unnamed(job)
-        if isinstance(job.payload, str):
-            return self._log(handler, outcome.undecodable(job, job.payload))
-        if job.payload is None or len(job.payload) > PAYLOAD_LIMIT:
+        payload = job.payload
+        if payload is None:
+            assert self._large is not None
+            answer = await self._large.read(job)
+            if answer is None:  # the lease is lost, and the fence refuses whatever is said
+                return HandBack(job)
+            if isinstance(answer, str):
+                return self._log(handler, outcome.undecodable(job, answer))
+            payload = answer
+            del answer
+        if len(payload) > PAYLOAD_LIMIT:
             return self._log(handler, outcome.undecodable(job, f"its payload is larger than {PAYLOAD_LIMIT:,} bytes"))
         try:
-            task = handler.decode(job.payload)
+            task = handler.decode(payload)
         except Exception as error:
             why = str(error) if isinstance(error, msgspec.MsgspecError) else describe(error)
             return self._log(handler, outcome.undecodable(job, why))
+        del payload  # a large one isn't held twice
         context = Context(
             id=job.id,
             queue=job.queue,
@@ -436,6 +451,8 @@ class Runners:
             self.reports.pop(job, None)
         if self._states:
             self._states.pop(job, None)
+        if job.size and self._large is not None:
+            self._large.drop(job)
         self.by_queue[job.queue] -= 1
         self.finished += 1
         if self._behind and (again := self._behind.pop(job.id, None)) is not None:

@@ -51,8 +51,20 @@ REFUSED: Final = (
 )
 
 # What one odd row can make of a claim, however often it is tried again.
-UNREADABLE: Final = (asyncpg.ProgramLimitExceededError, asyncpg.OutOfMemoryError, asyncpg.InternalServerError)
-BLIND = 10  # tasks claimed at once after that
+UNREADABLE: Final = (
+    asyncpg.ProgramLimitExceededError,
+    asyncpg.OutOfMemoryError,
+    asyncpg.InternalServerError,
+    asyncpg.DataError,
+)
+
+# How much one statement carries. A claim's answer has some CLAIM_BYTES of payloads, each of INLINE_MOST bytes at most,
+# or of INLINE_LEAST where it may be thousands. Statements that carry large values carry STATEMENT_BYTES, or one value
+# if it is larger.
+CLAIM_BYTES = 4 * 1024 * 1024
+INLINE_LEAST, INLINE_MOST = 2 * 1024, 16 * 1024
+STATEMENT_BYTES = 4 * 1024 * 1024
+SLOWEST = 512 * 1024  # bytes a second: a statement that carries many bytes is given the time they take at this rate
 
 COMMAND_TIMEOUT_SECONDS = 30.0  # and asyncpg bounds with it how long it waits for a cancelled statement
 # A worker's statements take milliseconds, or 5 s where they wait for the turn. One that isn't answered for longer went
@@ -85,6 +97,11 @@ WORKER_SETTINGS: Final[Mapping[str, str]] = {
     "default_transaction_isolation": "read committed",
     "search_path": "pg_catalog",
 }
+
+
+def seconds_for(size: int) -> float:
+    """The timeout of a worker's statement that carries `size` bytes, one way or the other."""
+    return WORKER_TIMEOUT_SECONDS + size / SLOWEST
 
 
 async def connect(
@@ -330,6 +347,7 @@ class Job:
         "payload",
         "priority",
         "queue",
+        "size",
         "type",
         "worker",
     )
@@ -345,7 +363,8 @@ class Job:
         self.max_attempts: int | None = max_attempts
         self.created_at: datetime = created_at
         self.judged: bool = judged  # to be admitted before it runs
-        self.payload: bytes | str | None = payload  # None: too large; a str: why PostgreSQL can't read it out
+        self.payload: bytes | None = payload  # None: large, its runner fetches it (large_payloads.py)
+        self.size = 0  # bytes of the payload, if it was large
 
 
 async def claim(
@@ -356,22 +375,19 @@ async def claim(
     *,
     onward: Onward | None = None,
     aside: Sequence[str] | None = None,
+    blind: bool = False,
 ) -> list[Job]:
     """Up to `limit` ready tasks, from each queue at most its room, in the order to run them.
 
-    With `onward`, only from those marks; with `aside`, of these types those that somebody set aside.
+    With `onward`, only from those marks; with `aside`, of these types those that somebody set aside. `blind`: without
+    any payload.
     """
+    inline = 0 if blind else max(INLINE_LEAST, min(INLINE_MOST, CLAIM_BYTES // max(limit, 1)))
     try:
-        jobs = await _claim(conn, worker, rooms, limit, onward, aside, blind=False)
+        jobs = await _claim(conn, worker, rooms, limit, onward, aside, inline)
     except UNREADABLE:
-        # A payload that was stored, and can't be sent: ten thousand times 1e131071 is more than a GB as text. So a few
-        # without their payloads, and then those, one by one.
-        jobs = await _claim(conn, worker, rooms, min(limit, BLIND), onward, aside, blind=True)
-        for job in jobs:
-            try:
-                job.payload = await conn.fetchval(SQL["payload"], worker, job.id)
-            except UNREADABLE as error:
-                job.payload = f"PostgreSQL can't read out its payload: {error}"
+        # A payload that was stored, and can't be sent: 1400 times 1e131071 is 16 kB, and 180 MB as text.
+        jobs = await _claim(conn, worker, rooms, limit, onward, aside, 0)
     jobs.sort(key=_order)  # RETURNING has none
     return jobs
 
@@ -383,16 +399,15 @@ async def _claim(
     limit: int,
     onward: Onward | None,
     aside: Sequence[str] | None,
-    *,
-    blind: bool,
+    inline: int,
 ) -> list[Job]:
     args = (worker, list(rooms), list(rooms.values()), limit)
     if aside is not None:
-        rows = await conn.fetch(SQL["adopt"], *args, aside, blind)
+        rows = await conn.fetch(SQL["adopt"], *args, aside, inline)
     elif onward is not None:
-        rows = await conn.fetch(SQL["claim_onward"], *args, *onward, blind)
+        rows = await conn.fetch(SQL["claim_onward"], *args, *onward, inline)
     else:
-        rows = await conn.fetch(SQL["claim"], *args, blind)
+        rows = await conn.fetch(SQL["claim"], *args, inline)
     return [Job(worker, row) for row in rows]
 
 

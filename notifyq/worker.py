@@ -29,6 +29,7 @@ from .batch import tell_clipped
 from .claim import Claimer
 from .config import WorkerConfig
 from .errors import only
+from .large_payloads import LargePayloads
 from .lease import Keeper
 from .lifespan import within
 from .outcome import HandBack, Outcome
@@ -78,8 +79,15 @@ class Worker:
         self._changed = asyncio.Event()
         self._transactions = Transactions(dsn, config.history_seconds > 0, self._let_in)
         self._reader = Reader(dsn)
+        self._large = LargePayloads(dsn, self._back_off, self._well)
         self._runners = Runners(
-            registry, config.concurrency, self._settle, self._freed, self._transactions, self._reader.results
+            registry,
+            config.concurrency,
+            self._settle,
+            self._freed,
+            self._transactions,
+            self._reader.results,
+            self._large,
         )
         self._settler = Settler(dsn, config.history_seconds > 0, self._freed, self._let_in)
         self._claimer = Claimer(dsn, config, registry.types, self._runners)
@@ -148,6 +156,7 @@ class Worker:
                 self._claimer.stop()
                 await self._transactions.close()
                 self._reader.close()
+                self._large.close()
                 for job in self._runners.leases:
                     self._settler.put(HandBack(job))
                 await self._write()

@@ -88,6 +88,7 @@ class Proxy:
         self._port = port
         self.port = 0
         self.links: list[Link] = []
+        self.rates: dict[str, float] = {}  # bytes a second of connections that are opened later, by patterns of roles
         self._changed = asyncio.Event()
 
     def dsn(self, dsn: str) -> str:
@@ -162,6 +163,7 @@ class Proxy:
             return
         server.writer.write(first)
         link = Link(_role(first), Half(reader, writer), server)
+        link.rate = next((rate for roles, rate in self.rates.items() if fnmatch(link.role, roles)), 0.0)
         self.links.append(link)
         self._changed.set()
         await asyncio.gather(link.pump(*link.ends), link.pump(*reversed(link.ends)))

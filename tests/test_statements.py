@@ -37,7 +37,7 @@ class Statement(NamedTuple):
 
 STATEMENTS = {
     "admit": Statement("int4 int8[] int2[]", "id:int8 waits_for:text", ""),
-    "adopt": Statement("int4 text[] int4[] int4 text[] bool", ROW, "task_pkey task_set_aside"),
+    "adopt": Statement("int4 text[] int4[] int4 text[] int4", ROW, "task_pkey task_set_aside"),
     "advance": Statement("float8", "count:int8", None),
     "awaited": Statement(
         "int8[]",
@@ -46,8 +46,8 @@ STATEMENTS = {
     ),
     "beat": Statement("int4", "", ""),
     "became": Statement("text", "status:text", ""),
-    "claim": Statement("int4 text[] int4[] int4 bool", ROW, "task_pkey task_ready"),
-    "claim_onward": Statement("int4 text[] int4[] int4 text[] int2[] int8[] bool", ROW, "task_pkey task_ready"),
+    "claim": Statement("int4 text[] int4[] int4 int4", ROW, "task_pkey task_ready"),
+    "claim_onward": Statement("int4 text[] int4[] int4 text[] int2[] int8[] int4", ROW, "task_pkey task_ready"),
     "count_running": Statement("int4 text[]", "count_running:void", ""),
     "cron_due": Statement(
         "text[] float8",
@@ -92,7 +92,8 @@ STATEMENTS = {
     "names": Statement("", "queues:text[] types:text[]", None),
     "orphaned": Statement("", "exists:bool", "task_running"),
     "orphans": Statement("", "count:int4", "task_pkey task_running"),
-    "payload": Statement("int4 int8", "payload:jsonb", "task_pkey"),
+    "payload_sizes": Statement("int4 int8[] int2[] int8", "id:int8 bytes:int8", "task_pkey"),
+    "payloads": Statement("int4 int8[] int2[]", "id:int8 payload:jsonb", "task_pkey"),
     "progress": Statement("int4 int8[] int2[] float4[] text[]", "id:int8 told:text", "task_pkey"),
     "prune": Statement("float8 float8 int4", "count:int4", "finished_dead finished_old finished_pkey"),
     "prune_keys": Statement("int4", "count:int4", "task_pkey"),
@@ -318,7 +319,7 @@ async def test_a_claim_costs_the_same_in_a_crowd(sessions: dict[str, Any], worke
         async with rolled_back(conn):
             await conn.execute(f"PREPARE costed AS {SQL['claim']}")
             plan = await conn.fetchval("""EXPLAIN (ANALYZE, BUFFERS, TIMING OFF, FORMAT JSON)
-                                          EXECUTE costed(1, '{default,empty}', '{10,10}', 10, false)""")
+                                          EXECUTE costed(1, '{default,empty}', '{10,10}', 10, 16384)""")
         top = json.loads(plan)[0]["Plan"]
         assert top["Actual Rows"] == 10
         pages.append(top["Shared Hit Blocks"] + top["Shared Read Blocks"])
@@ -551,19 +552,55 @@ async def test_odd_attempts_are_claimed_all_the_same(worker: Any, attempts: int)
     assert [job.attempt for job in jobs] == [min(attempts + 1, 32767), 1, 1]
 
 
-async def test_a_payload_too_large_to_hold_comes_as_none(worker: Any) -> None:
-    """By what it takes in the table. One that compressed well comes whole, and is found when it is decoded."""
+async def test_a_claim_leaves_out_large_payloads(worker: Any) -> None:
+    """By what they are when they aren't compressed: 1 MB of x is 12 kB on disk. Each claim statement does."""
     me = await register(worker)
-    limit = 16 * 1024 * 1024
-    async with rolled_back(worker):
-        await worker.execute("ALTER TABLE notifyq.task ALTER payload SET STORAGE EXTERNAL")
-        insert = "INSERT INTO notifyq.task (type, payload) VALUES ('Known', to_jsonb(repeat('x', $1)))"
-        for size in (limit - 100, limit + 100):
-            await worker.execute(insert, size)
-        small, large = await store.claim(worker, me, {"default": 9}, 9)
-    assert small.payload is not None
-    assert len(small.payload) == limit - 98
-    assert large.payload is None
+    insert_one = """INSERT INTO notifyq.task (type, payload, aside) SELECT 'Known', to_jsonb(text), $1
+                    FROM (VALUES (repeat('x', 3000)), (repeat('x', 1000000)),
+                                 ((SELECT string_agg(md5(n::text), '') FROM generate_series(1, 1000) n)))
+                         AS v (text) RETURNING id"""
+    for statement in ("claim", "claim_onward", "adopt"):
+        all_ids = [row[0] for row in await worker.fetch(insert_one, statement == "adopt")]
+        stored = "SELECT pg_column_size(payload) < 16000 FROM notifyq.task WHERE id = $1"
+        assert await worker.fetchval(stored, all_ids[1]), "compressed"
+        onward = store.Onward(["default"], [0], [1]) if statement == "claim_onward" else None
+        aside = ["Known"] if statement == "adopt" else None
+        jobs = await store.claim(worker, me, {"default": 9}, 9, onward=onward, aside=aside)
+        assert [job.id for job in jobs] == all_ids
+        assert [job.payload is None for job in jobs] == [False, True, True], statement
+        assert jobs[0].payload == b'"' + b"x" * 3000 + b'"'
+        await worker.execute("UPDATE notifyq.task SET worker = NULL, aside = $1", statement == "adopt")
+        jobs = await store.claim(worker, me, {"default": 9}, 9, onward=onward, aside=aside, blind=True)
+        assert [job.payload for job in jobs] == [None] * 3
+        await worker.execute("DELETE FROM notifyq.task")
+
+
+async def test_a_claim_for_many_takes_smaller_payloads_with_it(worker: Any) -> None:
+    """All that an answer can hold is bounded, so what each may have depends on how many there may be."""
+    me = await register(worker)
+    text = "SELECT string_agg(sha256(n::text::bytea)::text, '') FROM generate_series(1, 200) n"
+    for room, inline in ((100, True), (1000, False)):
+        (id,) = await insert(worker)
+        await worker.execute(f"UPDATE notifyq.task SET payload = to_jsonb(({text})) WHERE id = $1", id)
+        (job,) = await store.claim(worker, me, {"default": room}, room)
+        assert (job.payload is not None) is inline
+
+
+async def test_sizes_are_asked_for_up_to_so_many_bytes(worker: Any) -> None:
+    """At least one. Who has lost its lease is told so, and what isn't asked for isn't in the answer."""
+    me, mine = await held(worker, 4)
+    await worker.execute("UPDATE notifyq.task SET payload = to_jsonb(repeat('x', 98))")
+    await worker.execute("UPDATE notifyq.task SET attempts = 2 WHERE id = $1", mine[0])
+
+    async def sizes(most: int) -> list[tuple[int, int | None]]:
+        return [tuple(row) for row in await worker.fetch(SQL["payload_sizes"], me, mine, [1] * 4, most)]
+
+    assert await sizes(1) == [(mine[0], None), (mine[1], 100)]
+    assert await sizes(101) == [(mine[0], None), (mine[1], 100), (mine[2], 100)]
+    assert len(await sizes(10**9)) == 4
+    assert await worker.fetch(SQL["payload_sizes"], me, [], [], 1) == []
+    got = await worker.fetch(SQL["payloads"], me, mine, [1] * 4)
+    assert {row[0]: len(row[1]) for row in got} == dict.fromkeys(mine[1:], 100)
 
 
 HOSTILE = [

@@ -19,8 +19,7 @@ WHERE t.id = ANY (ARRAY(
 AND EXISTS (SELECT FROM notifyq.worker w WHERE w.id = $1)
 RETURNING t.id, t.attempts, t.type, t.queue, t.priority, t.max_attempts,
           greatest(least(t.created_at, '9999-12-30Z'), '0001-01-03Z') AS created_at,
-          CASE WHEN NOT $6::boolean
-            AND (pg_column_size(t.payload) <= 65536
-                 OR pg_column_size(t.payload) <= 16777216 AND pg_column_size(ARRAY[t.payload]) <= 67108864)
+          CASE WHEN pg_column_size(t.payload) <= $6::integer
+            AND (pg_column_compression(t.payload) IS NULL OR pg_column_size(ARRAY[t.payload]) <= $6)
        THEN t.payload END AS payload,
        t.limit_key IS NOT NULL OR t.order_key IS NOT NULL OR t.after IS NOT NULL AS judged

@@ -1,14 +1,16 @@
 -- Take up to $4 ready tasks under the lease of worker $1: from each queue of $2 at most its room in $3.
--- Returns what a handler needs, the payload as NULL if it is too large to hold hundreds of, or if $5.
+-- Returns what a handler needs. A payload of more than $5 bytes is left out (NULL): the runner that gets to the task
+-- fetches it, see large_payloads.py. So an answer is a few MB at most, whatever was enqueued.
 --
 -- * = ANY(ARRAY(...)) is run once, before the UPDATE. As a join or an IN the planner may run the LIMIT again
 --   for each outer row and so claim more than asked for; and a CTE costs twice as much for a single row.
 -- * The inner WHERE and ORDER BY are index task_ready's, word for word: it reads as many entries as it takes,
 --   whatever else is in the table.
 -- * least, greatest and left: somebody's odd row must not fail a claim, nor have an answer that Python can't read or hold.
--- * A payload's size is that on disk, compressed up to 87 times (by lz4 up to 255): so of those above 64 kB the whole
---   is looked at, as an array's element isn't compressed. That is up to four times the length of the text, where it is
---   digits; the worker checks the length itself.
+-- * pg_column_size is the size on disk. A compressed payload can be 87 times as large (pglz), or 255 times (lz4), so
+--   its whole size counts: the elements of an array aren't compressed. Only a payload whose compressed size is at most
+--   $5 is decompressed for that. The text is up to four times as long as this size where it is made of digits. Numbers
+--   such as 1e131071 make it longer still; then the claim fails or times out, and the next one leaves out all payloads.
 -- * The EXISTS is for a worker that was given up for dead: what it claims now nobody would rescue.
 UPDATE notifyq.task t
 SET worker = $1, attempts = least(t.attempts, 32766) + 1, processing_at = clock_timestamp()
@@ -28,8 +30,7 @@ WHERE t.id = ANY (ARRAY(
 AND EXISTS (SELECT FROM notifyq.worker w WHERE w.id = $1)
 RETURNING t.id, t.attempts, left(t.type, 201) AS type, t.queue, t.priority, t.max_attempts,
           greatest(least(t.created_at, '9999-12-30Z'), '0001-01-03Z') AS created_at,
-          CASE WHEN NOT $5::boolean
-            AND (pg_column_size(t.payload) <= 65536
-                 OR pg_column_size(t.payload) <= 16777216 AND pg_column_size(ARRAY[t.payload]) <= 67108864)
+          CASE WHEN pg_column_size(t.payload) <= $5::integer
+            AND (pg_column_compression(t.payload) IS NULL OR pg_column_size(ARRAY[t.payload]) <= $5)
        THEN t.payload END AS payload,
        t.limit_key IS NOT NULL OR t.order_key IS NOT NULL OR t.after IS NOT NULL AS judged

@@ -1,0 +1,234 @@
+"""Large payloads and results: every statement is bounded by bytes as well as rows, and one that takes too long is tried
+again with less. Lines are slow here and timeouts short, so that a few MB are what a few hundred MB are elsewhere."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator, Callable, Iterator
+from typing import Any
+from urllib.parse import urlsplit
+
+import anyio
+import pytest
+
+import notifyq
+from notifyq import large_payloads, schema, store
+from notifyq.embedded import Server
+
+from .conftest import Seen, admin, database, eventually, working
+from .proxy import Proxy, free_port, proxy_to
+
+Logged = Callable[[str], list[dict[str, Any]]]
+
+# Text that PostgreSQL can't compress to less than two thirds.
+NOISE = "(SELECT left(string_agg(sha256(n::text::bytea)::text, ''), {size}) FROM generate_series(1, {size} / 60 + 1) n)"
+
+
+class Note(notifyq.Task):
+    name: str
+    ballast: str = ""
+    waits: bool = False
+
+
+class Part(notifyq.Task):
+    name: str
+    ballast: str = ""
+
+
+@pytest.fixture(scope="module")
+def tcp() -> Iterator[Server]:
+    """A server on TCP."""
+    with Server(port=free_port()) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+async def tcp_template(tcp: Server) -> str:
+    await admin(tcp, "CREATE DATABASE template_notifyq")
+    conn = await store.connect(tcp.dsn("template_notifyq"), role="test")
+    await schema.migrate(conn)
+    await conn.close()
+    return "template_notifyq"
+
+
+class Rig:
+    """An app whose worker is behind a proxy, and a connection that isn't."""
+
+    def __init__(self, proxy: Proxy, dsn: str, db: Any) -> None:
+        self.proxy = proxy
+        self.dsn = proxy.dsn(dsn)
+        self.db = db
+        self.app = notifyq.App()
+        self.ran, self.parts, self.release = Seen(), Seen(), anyio.Event()
+
+        @self.app.handler
+        async def note(task: Note) -> None:
+            self.ran.add((task.name, len(task.ballast)))
+            if task.waits:
+                await self.release.wait()
+
+        @self.app.handler(batch=10)
+        async def parts(tasks: list[Part]) -> None:
+            self.parts.add([len(task.ballast) for task in tasks])
+
+    async def insert(self, name: str, ballast: str, count: int = 1, type: str = "Note", **fields: Any) -> list[int]:
+        sent = f"""INSERT INTO notifyq.task (type, payload)
+                   SELECT $1, jsonb_build_object('name', $2::text, 'ballast', {ballast}) || $4::jsonb
+                   FROM generate_series(1, $3::integer) RETURNING id"""
+        rows = await self.db.fetch(sent, type, name, count, json.dumps(fields).encode())
+        return [row[0] for row in rows]
+
+    async def states(self) -> dict[str, int]:
+        rows = await self.db.fetch("SELECT state, count(*) FROM notifyq.all_tasks GROUP BY state")
+        return {row[0]: row[1] for row in rows}
+
+    async def settled(self, states: dict[str, int], seconds: float = 60) -> None:
+        await eventually(self.states, states, seconds)
+
+
+@pytest.fixture
+async def rig(tcp: Server, tcp_template: str) -> AsyncIterator[Rig]:
+    async with database(tcp, tcp_template) as dsn, proxy_to(urlsplit(dsn).port or 0) as proxy:
+        db = await store.connect(dsn, role="test")
+        yield Rig(proxy, dsn, db)
+        await db.close()
+
+
+# --- Claims
+
+
+async def test_payloads_that_no_single_answer_can_carry(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of them at once would take 6 s, and a statement has 2 s. None is lost, none runs twice, each with its own
+    size, in the order of their ids; a small one too."""
+    monkeypatch.setattr(store, "WORKER_TIMEOUT_SECONDS", 2.0)
+    for module in (store, large_payloads):
+        monkeypatch.setattr(module, "STATEMENT_BYTES", 500_000)
+    for n in range(20):
+        await rig.insert(f"{n}", NOISE.format(size=400_000 + n))
+    await rig.insert("small", "''")
+    rig.proxy.rates["*"] = 1.5e6
+    async with working(rig.app, rig.dsn, concurrency=30):
+        await rig.settled({"done": 21})
+    assert sorted(rig.ran.items) == sorted([*((f"{n}", 400_000 + n) for n in range(20)), ("small", 0)])
+    large = [int(name) for name, size in rig.ran.items if size]
+    assert large == sorted(large), "in the order of their ids"
+    assert await rig.db.fetchval("SELECT max(attempts) FROM notifyq.all_tasks") == 1
+
+
+async def test_what_all_hold_at_once_is_bounded(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """40 payloads of 300 kB, which are 4 kB each on disk, and room for three of them. The others wait, and nobody else
+    waits for them."""
+    monkeypatch.setattr(large_payloads, "HELD_BYTES", 900_000)
+    monkeypatch.setattr(large_payloads, "STATEMENT_BYTES", 400_000)
+    await rig.insert("large", "repeat('x', 300000)", 40, waits=True)
+    async with working(rig.app, rig.dsn, concurrency=50):
+        await rig.ran.reach(3)
+        await rig.insert("small", "''")
+        await rig.ran.reach(4)
+        assert [name for name, _ in rig.ran.items] == ["large"] * 3 + ["small"]
+        held = "SELECT count(*) FROM notifyq.task WHERE worker IS NOT NULL AND payload ->> 'name' = 'large'"
+        assert await rig.db.fetchval(held) == 40, "their leases are held meanwhile"
+        rig.release.set()
+        await rig.settled({"done": 41})
+
+
+@pytest.mark.parametrize("drain", [False, True])
+async def test_in_a_batch_and_in_a_drain(rig: Rig, drain: bool) -> None:
+    await rig.insert("part", "repeat('x', 300000)", 15, "Part")
+    await rig.insert("note", "repeat('x', 100000)", 5)
+    if drain:
+        await rig.app.run_worker(dsn=rig.dsn, drain=True)
+    else:
+        async with working(rig.app, rig.dsn):
+            await rig.settled({"done": 20})
+    assert await rig.states() == {"done": 20}
+    assert sorted(size for sizes in rig.parts.items for size in sizes) == [300_000] * 15
+    assert all(len(sizes) <= 10 for sizes in rig.parts.items)
+
+
+async def test_what_others_set_aside(rig: Rig) -> None:
+    """The statement that adopts leaves them out too."""
+    await rig.insert("aside", "repeat('x', 300000)", 3)
+    await rig.db.execute("UPDATE notifyq.task SET aside = true")
+    async with working(rig.app, rig.dsn):
+        await rig.settled({"done": 3})
+    assert rig.ran.items == [("aside", 300_000)] * 3
+
+
+async def test_one_that_can_not_be_fetched_is_dead(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In three tries, each with twice the time: with the reason. One that can be had in the second runs; and small
+    ones, which need no such answer, run meanwhile."""
+    monkeypatch.setattr(store, "WORKER_TIMEOUT_SECONDS", 0.5)
+    monkeypatch.setattr(store, "SLOWEST", 1e9)
+    (hopeless,) = await rig.insert("hopeless", NOISE.format(size=300_000))
+    await rig.insert("slow", NOISE.format(size=20_000))
+    rig.proxy.rates["payloads"] = 20_000.0
+    async with working(rig.app, rig.dsn):
+        await rig.insert("small", "''")
+        await rig.settled({"dead": 1, "done": 2})
+    assert sorted(rig.ran.items) == [("slow", 20_000), ("small", 0)]
+    row = await rig.db.fetchrow("SELECT * FROM notifyq.all_tasks WHERE id = $1", hopeless)
+    assert row["attempts"] == 1
+    for words in ("could not be fetched in 3 tries", "was given 2 s", "its size is 30", "limit is 16,777,216"):
+        assert words in row["error"]
+    assert len(row["payload"]) > 300_000, "kept where a person finds it"
+
+
+async def test_a_server_that_is_away_is_no_tasks_fault(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, logged: Logged
+) -> None:
+    """The connection that fetches is cut in each answer, five times: then it is whole, and the task runs, once."""
+    monkeypatch.setattr(store, "SLOWEST", 1e9)
+    await rig.insert("large", NOISE.format(size=300_000))
+    rig.proxy.rates["payloads"] = 100_000.0
+    async with working(rig.app, rig.dsn):
+        for _ in range(5):
+            with anyio.fail_after(20):
+                while not rig.proxy.open("payloads"):
+                    await anyio.sleep(0.01)
+            rig.proxy.reset("payloads")
+        rig.proxy.rates.clear()
+        await rig.settled({"done": 1})
+    assert rig.ran.items == [("large", 300_000)]
+    assert await rig.db.fetchval("SELECT attempts FROM notifyq.all_tasks") == 1
+    stages = [fields["stage"] for fields in logged("lost the database")]
+    assert stages == ["payloads"]
+    assert [fields["stage"] for fields in logged("the database is back")] == ["payloads"]
+
+
+async def test_a_claim_that_times_out_is_repeated_without_payloads(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small ones, but too many for a very slow line. Whatever makes an answer take too long, the next is smaller."""
+    monkeypatch.setattr(store, "WORKER_TIMEOUT_SECONDS", 2.0)
+    await rig.insert("note", NOISE.format(size=15_000), 60)
+    rig.proxy.rates["claims *"] = 100_000.0
+    async with working(rig.app, rig.dsn):
+        await rig.settled({"done": 60})
+    assert rig.ran.items == [("note", 15_000)] * 60
+    assert await rig.db.fetchval("SELECT max(attempts) FROM notifyq.all_tasks") == 1
+
+
+async def test_a_stop_hands_back_what_waits_for_its_payload(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At once: it hasn't begun. What runs may end."""
+    monkeypatch.setattr(large_payloads, "HELD_BYTES", 100_000)
+    await rig.insert("large", "repeat('x', 300000)", 5, waits=True)
+    async with working(rig.app, rig.dsn, shutdown_timeout=60.0) as worker:
+        await rig.ran.reach(1)
+        worker.stop.set()
+        await rig.settled({"running": 1, "ready": 4}, 20)
+        assert await rig.db.fetchval("SELECT sum(attempts) FROM notifyq.task WHERE worker IS NULL") == 0
+        rig.release.set()
+    assert await rig.states() == {"done": 1, "ready": 4}
+
+
+async def test_one_is_cancelled_while_it_waits_for_its_payload(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(large_payloads, "HELD_BYTES", 100_000)
+    await rig.insert("first", "repeat('x', 300000)", waits=True)
+    (second,) = await rig.insert("second", "repeat('x', 300000)")
+    await rig.insert("third", "repeat('x', 300000)")
+    async with working(rig.app, rig.dsn):
+        await rig.ran.reach(1)
+        await eventually(lambda: rig.db.fetchval("SELECT count(*) FROM notifyq.task WHERE worker IS NOT NULL"), 3)
+        assert await rig.db.fetchval("SELECT notifyq.cancel($1)", second)
+        rig.release.set()
+        await rig.settled({"done": 2, "cancelled": 1})
+    assert [name for name, _ in rig.ran.items] == ["first", "third"]
