@@ -441,7 +441,7 @@ async def test_an_outcome_that_is_being_written_is_no_stray(db: Any, dsn: str, c
             await eventually(lambda: db.fetchval(waits), 1)
             assert await terminate(db, "claims %") == 1
             [other] = await insert(db, "Note")
-            await bench.ran(other, 10)
+            await bench.ran(other)
         await eventually(lambda: states(db, [held, other]), {("done", 1): 2})
     assert len(bench.held.items) == 1
 
