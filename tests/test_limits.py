@@ -242,7 +242,7 @@ async def test_starts_are_remembered_for_the_longest_window(db: Any, worker: int
     assert await judged(3600) is None
     assert await judged(1) is None
     await db.execute("UPDATE notifyq.started SET at = at - interval '1 min'")
-    await verbs.prune(db)
+    await verbs.prune_started(db)
     assert await judged(3600) == "rate"
 
 
@@ -250,10 +250,10 @@ async def test_starts_that_no_window_reaches_are_forgotten(db: Any, worker: int)
     """By the prune, also at a key that no task comes with any more."""
     await verbs.insert(db, **RATE)
     await admit(db, await verbs.claim(db, worker))
-    await verbs.prune(db)
+    await verbs.prune_started(db)
     assert await db.fetchval("SELECT count(*) FROM notifyq.started") == 1
     await db.execute("UPDATE notifyq.started SET at = at - interval '2 h'")
-    await verbs.prune(db)
+    await verbs.prune_started(db)
     assert await db.fetchval("SELECT count(*) FROM notifyq.started") == 0
 
 

@@ -141,6 +141,10 @@ async def prune(conn: Any, most: int = 100) -> int:
     return int(await conn.fetchval(SQL["prune"], 0.0, 0.0, most))
 
 
+async def prune_started(conn: Any, most: int = 100) -> int:
+    return int(await conn.fetchval(SQL["prune_started"], most))
+
+
 async def cancel(conn: Any, id: int) -> bool:
     return bool(await conn.fetchval("SELECT notifyq.cancel($1)", id))
 
