@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Self, TypeVar, Unpack, overload
 
 import anyio
@@ -19,6 +19,7 @@ from .errors import ConfigError, DatabaseError
 from .options import EnqueueOptions, Options, is_id
 from .registry import Handler, HandlerOptions, Registry
 from .results import Results
+from .signals import watched
 from .store import Connection, explained
 from .task import Ids, Middleware, Ref, Task, ref
 from .worker import WorkerInfo, work
@@ -320,11 +321,12 @@ class App:
         lease: float = 30.0,
         history: float = 86400.0,
         drain: bool = False,
+        signals: bool = False,
         stop: anyio.Event | None = None,
         force: anyio.Event | None = None,
         task_status: TaskStatus[WorkerInfo] = anyio.TASK_STATUS_IGNORED,
     ) -> None:
-        """Run a worker here until `stop` is set, or it is cancelled.
+        """Run a worker here until `stop` is set, a signal says so (signals=True), or it is cancelled.
 
         queues            names, or "name:limit" for at most so many of it at once, or {name: limit}
         concurrency       handlers at once
@@ -334,6 +336,9 @@ class App:
         lease             seconds without a heartbeat after which others take the worker for dead
         history           seconds that done and cancelled tasks are kept; 0: not at all
         drain             return when nothing is runnable
+        signals           True: take SIGTERM and SIGINT, as `notifyq worker` does. The first sets `stop`, the second
+                          `force`; if handlers block the event loop beyond all time limits, the process ends. For a
+                          program of its own. Inside of a server, which has signals of its own, set `stop` instead.
         stop, force       set `stop` to drain and return, `force` to hand back and return at once
 
         With `await task_group.start(app.run_worker)` it returns a WorkerInfo when it works. Cancelled, it hands its
@@ -353,7 +358,8 @@ class App:
             drain=drain,
         )
         stop, force = stop or anyio.Event(), force or anyio.Event()
-        await work(self.registry, config, dsn or self._dsn, stop, force, task_status)
+        with watched(stop, force, shutdown_timeout) if signals else nullcontext():
+            await work(self.registry, config, dsn or self._dsn, stop, force, task_status)
 
     def check_loop(self, what: str, cure: str) -> None:
         """Raise ConfigError if `what`, which uses this app's connections, is called on another event loop than theirs.

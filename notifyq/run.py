@@ -26,7 +26,7 @@ import anyio.to_thread
 import msgspec
 from anyio.abc import TaskGroup
 
-from . import outcome
+from . import forked, outcome
 from .batch import Batches, ReadResults, is_ours
 from .codec import PAYLOAD_LIMIT, describe
 from .config import NAME_LENGTH
@@ -97,6 +97,7 @@ class Runners:
         results: ReadResults | None = None,
         large: LargePayloads | None = None,
     ) -> None:
+        self._pid = forked.pid
         self._registry = registry
         self._concurrency = concurrency
         self._settle = settle
@@ -399,9 +400,19 @@ class Runners:
         return awaited(handler.around(task, context, functools.partial(self._call, handler)))
 
     async def _call(self, handler: Handler, task: Any, context: Any) -> object:
-        if handler.is_async:
-            value = await handler.call(task, context)
-            return await awaited(value) if is_awaitable(value) else value
+        try:
+            value = await (handler.call(task, context) if handler.is_async else self._in_thread(handler, task, context))
+            # A wrapper of an `async def`: its coroutine is for the loop, whose connections it may use.
+            result = await awaited(value) if is_awaitable(value) else value
+        except BaseException as error:
+            if forked.pid != self._pid:
+                forked.leave(error)
+            raise
+        if forked.pid != self._pid:
+            forked.leave(None)
+        return result
+
+    async def _in_thread(self, handler: Handler, task: Any, context: Any) -> object:
         # A thread can't be cancelled, only left alone: its slot goes on, its outcome isn't waited for.
         call = _Call(handler, current_run.get())
         try:
@@ -414,8 +425,7 @@ class Runners:
             raise
         if error is not None:
             raise error
-        # A wrapper of an `async def`: its coroutine is for the loop, whose connections it may use.
-        return await awaited(value) if is_awaitable(value) else value
+        return value
 
     def _cut_short(self, runner: Runner) -> None:
         job, stop = runner.job, runner.stop
@@ -531,12 +541,16 @@ class _Call:
         """What it returns, or raises. A future that is given a GeneratorExit to raise would throw it into our
         coroutine, where it means something else: to close; and a StopIteration it doesn't take."""
         current_run.set(self)  # in the thread's copy of the context
+        pid = forked.pid
+        value, failure = None, None
         try:
-            return self.handler.call(task, context), None
+            value = self.handler.call(task, context)
         except BaseException as error:
-            return None, error
-        finally:
-            self.over = True
+            failure = error
+        if forked.pid != pid:
+            forked.leave(failure)
+        self.over = True
+        return value, failure
 
 
 async def _no_results(task: int) -> list[Any]:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias, cast
 import asyncpg
 import asyncpg.exceptions
 
+from . import forked
 from .config import redact, resolve_dsn
 from .dsn import Attempt, attempts, where_of
 from .errors import ConfigError, DatabaseError
@@ -120,8 +121,8 @@ async def connect(
     with explained(url, source):
         conn = await open(url, role, settings or {}, timeout=timeout, command_timeout=command_timeout)
     try:
-        await set_codecs(conn)
         keep_alive(conn)
+        await set_codecs(conn)
     except BaseException:
         conn.terminate()
         raise
@@ -274,9 +275,14 @@ def _jsonb_decode(binary: bytes) -> bytes:
 
 
 def keep_alive(conn: asyncpg.Connection[asyncpg.Record]) -> None:
-    """A peer that vanished is noticed within 15 s. asyncpg sets only TCP_NODELAY (its issue 519)."""
+    """A peer that vanished is noticed within 15 s. asyncpg sets only TCP_NODELAY (its issue 519).
+
+    And the server notices that this process is gone, even if a child that it has forked lives on.
+    """
     transport = cast("asyncio.Transport | None", getattr(conn, "_transport", None))
     sock = transport.get_extra_info("socket") if transport is not None else None
+    if sock is not None:
+        forked.keep_from_children(sock.fileno())
     if sock is None or sock.family not in (socket.AF_INET, socket.AF_INET6):
         return
     for level, name, value in (

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, Self, Unpack, overload
 
-from . import foreign
+from . import foreign, forked
 from .bulk import Bulk
 from .config import redact, resolve_dsn
 from .dsn import conninfo
@@ -44,8 +44,10 @@ class SyncClient:
         self._app = app
         self._registry = app.registry
         self._lock = threading.Lock()
+        self._parents: list[object] = []
         self._pool: tuple[int, ConnectionPool[Connection[Any]]] | None = None  # and the process it is of
         self._where: tuple[str, str] | None = None  # for libpq, and how to name it
+        forked.call_in_children(self._forked)
 
     def connect(self, dsn: str | None = None) -> Self:
         """Connect to `dsn`, or where the environment says, with up to 10 connections, opened when needed.
@@ -80,6 +82,12 @@ class SyncClient:
             pool, self._pool, self._where = self._pool, None, None
         if pool is not None and pool[0] == os.getpid():
             pool[1].close()
+
+    def _forked(self) -> None:
+        """In a forked child: another thread of the parent may have held the lock, and its pool has no threads here."""
+        self._lock = threading.Lock()
+        self._parents.append(self._pool)  # kept, as the end of a pool waits for its threads
+        self._pool = None
 
     def __enter__(self) -> Self:
         return self
@@ -180,6 +188,7 @@ class SyncClient:
                     check=ConnectionPool.check_connection,  # a server that restarted isn't noticed otherwise
                     name="notifyq",
                     kwargs=_settings(self._where[0]),
+                    configure=_keep_from_children,
                 )
                 self._pool = os.getpid(), pool
             return self._pool[1]
@@ -194,3 +203,7 @@ def _settings(info: str) -> dict[str, Any]:
         "client_encoding": "UTF8",  # whatever PGCLIENTENCODING says: payloads may hold any character
         **({} if "connect_timeout=" in info else {"connect_timeout": TIMEOUT_SECONDS}),
     }
+
+
+def _keep_from_children(conn: Connection[Any]) -> None:
+    forked.keep_from_children(conn.fileno())

@@ -23,7 +23,7 @@ import anyio
 import msgspec
 from anyio.abc import TaskStatus
 
-from . import schema
+from . import forked, schema
 from .after import Reader
 from .batch import tell_clipped
 from .claim import Claimer
@@ -348,4 +348,5 @@ async def work(
     async def run(given: Sequence[object] | None) -> None:
         await Worker(registry.bound(given), config, dsn).run(stop=stop, force=force, task_status=task_status)
 
-    await within(registry.lifespan, run)
+    with forked.signals_are_ours():
+        await within(registry.lifespan, run)

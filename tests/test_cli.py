@@ -1140,7 +1140,7 @@ async def test_a_worker_that_cannot_start(start: Start, empty_dsn: str) -> None:
         assert "secret" not in program.said
 
 
-WATCH = "import notifyq.cli.watch as w; w.LATE_SECONDS = w.FORCED_SECONDS = {}; "
+WATCH = "import notifyq.signals as w; w.LATE_SECONDS = w.FORCED_SECONDS = {}; "
 
 
 HANDED_BACK, ENDED = "handing their tasks back", "handlers don't end: ending the process"

@@ -19,7 +19,8 @@ from collections.abc import Sequence
 
 import anyio
 
-from .watch import FORCED_SECONDS, LATE_SECONDS
+from notifyq import forked
+from notifyq.signals import FORCED_SECONDS, LATE_SECONDS
 
 logger = logging.getLogger("notifyq.cli")
 
@@ -40,6 +41,7 @@ def parent() -> socket.socket | None:
         return None
     shared = socket.socket(fileno=int(number))
     shared.set_inheritable(False)
+    forked.keep_from_children(shared.fileno())
     return shared
 
 

@@ -13,13 +13,13 @@ import click
 from notifyq import App, WorkerInfo
 from notifyq.config import WorkerConfig, parse_queues
 from notifyq.errors import NotifyqError
+from notifyq.signals import Watch
 from notifyq.worker import work
 
 from . import family, logs
 from .load import load_app
 from .options import check_typed_queue, dsn_option, duration, number, setting, word
 from .output import our_version, say
-from .watch import Watch
 
 logger = logging.getLogger("notifyq.cli")
 

@@ -26,6 +26,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from notifyq import forked
 from notifyq.errors import EmbeddedError
 
 from .account import Account
@@ -43,6 +44,7 @@ def lock_file(path: Path) -> int | None:
     except BlockingIOError:
         os.close(lock)
         return None
+    forked.keep_from_children(lock)  # a child that outlives its parent would hold the lock
     return lock
 
 

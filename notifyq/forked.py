@@ -1,0 +1,128 @@
+"""What a forked child of this process must not share with it.
+
+A handler may fork: multiprocessing's Pool, os.fork, subprocess with preexec_fn. The child inherits
+
+    signals   the handlers that stop the worker, and the socket that wakes its event loop. A signal to the child would
+              stop the parent, and not end the child.
+    sockets   those of the database. While the child lives, the server doesn't see that a killed worker is gone.
+
+So Python runs `_in_child` in each child, before anything else there. The child has one thread, a copy of the one that
+forked, and the locks of the others may be held for ever. So `_in_child` takes no lock, logs nothing, and makes system
+calls only. It never closes through an event loop: the child shares the epoll instance, and would remove the parent's
+sockets from it. Each socket is replaced by one without a peer. Its number stays taken, so that what closes it later
+closes nothing else.
+
+Where a library forks without Python's knowledge, none of this happens; signals.py has a second check for that.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import sys
+import traceback
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from typing import NoReturn
+from weakref import WeakMethod
+
+logger = logging.getLogger("notifyq.run")
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)  # that end a child, and stop a worker
+
+pid = os.getpid()  # of this process, for checks that are to cost nothing
+
+# Each change is one step of the interpreter, so a fork in another thread finds them whole.
+_files: dict[int, tuple[int, int]] = {}  # descriptor -> device and inode; one that was closed and reused has others
+_workers: set[object] = set()  # while there is one, signals are the parent's alone
+_resets: set[WeakMethod[Callable[[], None]]] = set()
+
+
+def keep_from_children(descriptor: int) -> None:
+    """This file is not for forked children. Needs no call when it is closed."""
+    try:
+        status = os.fstat(descriptor)
+    except OSError:
+        return  # closed already
+    _files[descriptor] = status.st_dev, status.st_ino
+
+
+def call_in_children(reset: Callable[[], None]) -> None:
+    """Call this method in each forked child, while its object lives: to forget what belongs to the parent."""
+    _resets.add(WeakMethod(reset, _resets.discard))
+
+
+@contextmanager
+def signals_are_ours() -> Generator[None, None, None]:
+    """Inside, a forked child starts with SIGTERM and SIGINT as a new Python has them."""
+    mark = object()
+    _workers.add(mark)
+    try:
+        yield
+    finally:
+        _workers.discard(mark)
+
+
+def leave(error: BaseException | None) -> NoReturn:
+    """End this child, which has left the handler that forked it and would go on as a second copy of the worker."""
+    code = 1
+    try:
+        if isinstance(error, SystemExit) and (error.code is None or isinstance(error.code, int)):
+            code = error.code or 0
+        elif isinstance(error, SystemExit):
+            print(error.code, file=sys.stderr)
+        elif error is not None:
+            traceback.print_exception(error)
+        else:
+            code = 0
+            logger.warning("a forked child returned from the handler that forked it, and ends here: use os._exit(0)")
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        os._exit(code)
+
+
+def _in_child() -> None:
+    global pid  # noqa: PLW0603 - a module attribute is the cheapest to read
+    pid = os.getpid()
+    if _workers:
+        _workers.clear()
+        _free_signals()
+    files = list(_files.items())
+    _files.clear()
+    if files:
+        _replace(files)
+    for reference in list(_resets):
+        if (reset := reference()) is not None:
+            reset()
+
+
+def _free_signals() -> None:
+    try:
+        signal.set_wakeup_fd(-1)
+        for number in SIGNALS:
+            # What Python doesn't run, SIG_DFL and SIG_IGN, is inherited everywhere, and stays.
+            if callable(signal.getsignal(number)):
+                default = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+                signal.signal(number, default)
+    except ValueError:
+        pass  # not in the main interpreter, which alone has signals
+
+
+def _replace(files: list[tuple[int, tuple[int, int]]]) -> None:
+    dead, peer = socket.socketpair()
+    peer.close()
+    with dead:
+        for descriptor, known in files:
+            try:
+                status = os.fstat(descriptor)
+                if (status.st_dev, status.st_ino) == known:
+                    os.dup2(dead.fileno(), descriptor, inheritable=False)
+            except OSError:
+                pass  # closed since
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_in_child)
