@@ -471,6 +471,18 @@ EXCEPTION WHEN lock_not_available OR query_canceled THEN
     RETURN false;
 END $$;
 
+-- Does a statement (VACUUM, ANALYZE, ALTER PUBLICATION, ...) wait for a lock on the bell that a sleeper's SHARE conflicts
+-- with? To be asked while a worker sleeps. PostgreSQL grants no SHARE ahead of such a waiter, so NOWAIT tells, at a fraction
+-- of what pg_locks costs. The exception gives back at once what was granted.
+CREATE FUNCTION notifyq.bell_wanted() RETURNS boolean LANGUAGE plpgsql AS $$
+BEGIN
+    LOCK TABLE notifyq.bell IN SHARE MODE NOWAIT;
+    RAISE EXCEPTION USING ERRCODE = 'P0001';
+EXCEPTION
+    WHEN lock_not_available THEN RETURN true;
+    WHEN OTHERS THEN RETURN false;
+END $$;
+
 -- For those who prefer a function. It returns the id; of a unique task, it may be the one's that is in the way. The defaults
 -- are the table's own.
 CREATE FUNCTION notifyq.enqueue(
@@ -564,9 +576,16 @@ END;
 
 -- Everybody locks gates in this order.
 CREATE FUNCTION notifyq.lock_gates(keys text[]) RETURNS void LANGUAGE plpgsql SET search_path = pg_catalog AS $$
+DECLARE
+    gates CONSTANT smallint[] := ARRAY(SELECT DISTINCT (hashtext(k) & 255)::smallint FROM unnest(keys) AS k);
+    found_gates integer;
 BEGIN
-    PERFORM FROM notifyq.gate g
-    WHERE g.n = ANY (ARRAY(SELECT (hashtext(k) & 255)::smallint FROM unnest(keys) AS k)) ORDER BY g.n FOR UPDATE;
+    PERFORM FROM notifyq.gate g WHERE g.n = ANY (gates) ORDER BY g.n FOR UPDATE;
+    GET DIAGNOSTICS found_gates = ROW_COUNT;
+    IF found_gates < cardinality(gates) THEN  -- a TRUNCATE, or a copy without rows, must not leave limits without locks
+        INSERT INTO notifyq.gate (n) SELECT generate_series(-1, 255) ON CONFLICT DO NOTHING;
+        PERFORM FROM notifyq.gate g WHERE g.n = ANY (gates) ORDER BY g.n FOR UPDATE;
+    END IF;
 END $$;
 
 -- Grant what is free at `key`, whose gate is had. Returns how many tasks became ready, or scheduled.
@@ -986,6 +1005,10 @@ BEGIN
     -- One at a time, or of two that each end one of a task's last two, neither would see that none is left. The lock
     -- comes after those of keys, and is had by nobody else.
     PERFORM FROM notifyq.gate g WHERE g.n = -1 FOR UPDATE;
+    IF NOT FOUND THEN
+        INSERT INTO notifyq.gate (n) VALUES (-1) ON CONFLICT (n) DO NOTHING;
+        PERFORM FROM notifyq.gate g WHERE g.n = -1 FOR UPDATE;
+    END IF;
     LOOP
         needed := ARRAY(
             SELECT d.needs FROM notifyq.dependency d WHERE d.needs = ANY (ended)

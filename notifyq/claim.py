@@ -141,6 +141,15 @@ class Claimer:
         self._beats = True
         self._wake.set()
 
+    @property
+    def asleep(self) -> bool:
+        return self.door_pid is not None and self._door.place is Place.ASLEEP
+
+    def let_go(self) -> None:
+        """A statement of somebody's waits for the lock that the sleeper holds."""
+        if self.asleep:
+            self._door.let_go()
+
     def fail(self, error: BaseException) -> None:
         """End this session with `error`."""
         self._failure = self._failure or error

@@ -16,6 +16,10 @@ enqueues from the moment falling asleep *begins* rings, and the ring is heard si
       ▲                  │ ▲                    │
       └────pass on───────┘ └──────wake up───────┘
 
+SHARE is in the way of VACUUM, ANALYZE, ALTER PUBLICATION and most other statements that name the table. The keeper asks
+with each heartbeat whether one of them waits (`notifyq.bell_wanted`); then the sleeper lets go, and falls asleep anew
+behind it.
+
 Nothing here waits long in one statement, since a SELECT that waits holds a snapshot, and with it vacuum: 5 s for the
 turn, 20 to 800 ms to fall asleep, then asked again. A transaction that only holds SHARE has no snapshot.
 
@@ -112,6 +116,12 @@ class Door:
         else:
             self._doubted = True
         self._changed.set()
+
+    def let_go(self) -> None:
+        """Asleep, fall asleep anew, behind the statements that wait for a lock on the bell by now."""
+        if self.place is Place.ASLEEP:
+            self._refresh = True
+            self._changed.set()
 
     def suspect(self) -> None:
         """Somebody who has the turn should have claimed what was found without it."""

@@ -59,6 +59,7 @@ PRUNE_SECONDS = 60.0
 PRUNE_AT_ONCE = 5000
 DEAD_KEPT_SECONDS = 30 * 86400.0
 ORPHANS_SECONDS = 60.0
+LOOK_SECONDS = 60.0
 STIR_SECONDS = 15.0
 ENDED = (asyncpg.AdminShutdownError, asyncpg.CrashShutdownError, asyncpg.PostgresConnectionError)  # the session is over
 GRACE_SECONDS = 4.0  # after an outage, for the others to come back too: longer than the longest back-off
@@ -80,7 +81,9 @@ class Keeper:
         on_freed: Callable[[], None],
         on_new_id: Callable[[int], None],
         on_failure: Callable[[BaseException], None],
+        on_wanted: Callable[[], None],
         door_pid: Callable[[], int | None],
+        asleep: Callable[[], bool],
         trouble: Callable[[], str],
     ) -> None:
         self._dsn = dsn
@@ -94,7 +97,9 @@ class Keeper:
         self._on_freed = on_freed
         self._on_new_id = on_new_id
         self._on_failure = on_failure
+        self._on_wanted = on_wanted
         self._door_pid = door_pid
+        self._asleep = asleep
         self._trouble = trouble
         self._home = asyncio.get_running_loop()  # the worker's
         self._registered: Future[int] = Future()
@@ -111,6 +116,7 @@ class Keeper:
         self._long = False
         self._pulse = time.monotonic()
         self._status = "ok"
+        self._sleeps = False  # its door does
         # Written by the thread.
         self._id: int | None = None
         self._locked = False
@@ -120,6 +126,9 @@ class Keeper:
         self._rescue_from = 0.0
         self._wait = 0.1
         self._stirred = ""
+        self._findings: dict[
+            str, tuple[str, str]
+        ] = {}  # what is wrong with the database: about what, problem, and cure
         self._failing: dict[str, str] = {}  # chores that the database refuses, and its reason
         self._beaten = -math.inf
 
@@ -158,6 +167,7 @@ class Keeper:
         self._since = {job: self._since.get(job, now) for job in held}
         self._long = bool(held) and min(self._since.values()) <= now - LONG_SECONDS
         self._status = self._trouble() or "ok"
+        self._sleeps = self._asleep()
         self._pulse = time.monotonic()
 
     # In the thread.
@@ -232,6 +242,8 @@ class Keeper:
 
     async def _serve(self, conn: Connection, stop: asyncio.Event) -> None:
         loop = asyncio.get_running_loop()
+        await self._chore(conn, "look for what is wrong with the database", self._look(conn))
+        next_look = loop.time() + random.uniform(0.5, 1.5) * LOOK_SECONDS
         if self._id is None:
             self._id = await self._register(conn)
             self._registered.set_result(self._id)
@@ -260,6 +272,9 @@ class Keeper:
             if now >= next_prune:
                 next_prune = now + random.uniform(0.5, 1.5) * PRUNE_SECONDS
                 await self._prune(conn)
+            if now >= next_look:
+                next_look = now + random.uniform(0.5, 1.5) * LOOK_SECONDS
+                await self._chore(conn, "look for what is wrong with the database", self._look(conn))
             if now >= next_orphans:
                 next_orphans = now + random.uniform(0.5, 1.5) * ORPHANS_SECONDS
                 await self._chore(conn, "take back tasks of workers that are gone", self._take_orphans(conn))
@@ -291,13 +306,13 @@ class Keeper:
     async def _tick(self, conn: Connection) -> bool:
         """One heartbeat; whether leases were lost."""
         assert self._id is not None
-        held = self._held
+        held, status = self._held, self._all_status()
         row = await conn.fetchrow(
-            SQL["tick"], self._id, len(held), self._status, [id for id, _ in held], [attempt for _, attempt in held],
-            list(self._config.queues), self._registry.types,
+            SQL["tick"], self._id, len(held), status, [id for id, _ in held], [attempt for _, attempt in held],
+            list(self._config.queues), self._registry.types, self._sleeps,
         )  # fmt: skip
         assert row is not None
-        registered, lost, silent, aside, freed = row
+        registered, lost, silent, aside, freed, wanted = row
         self._beaten = time.monotonic()
         if self._down:
             self._down = False
@@ -322,10 +337,17 @@ class Keeper:
             self._tell(self._on_aside)
         if freed:
             self._tell(self._on_freed)
+        if wanted:
+            self._tell(self._on_wanted)
         if silent and asyncio.get_running_loop().time() >= self._rescue_from:
             for worker in silent:
                 await self._rescue(conn, worker)
         return bool(lost)
+
+    def _all_status(self) -> str:
+        """The worker's own, and what is wrong with the database, of which `notifyq stats` tells more."""
+        own = () if self._status == "ok" and self._findings else (self._status,)
+        return "; ".join((*own, *self._findings))
 
     async def _report(self, conn: Connection) -> None:
         reports = {job: p for job, p in self._runners.take_reports().items() if job.worker == self._id}
@@ -377,6 +399,16 @@ class Keeper:
         else:
             if self._failing.pop(what, None) is not None:
                 logger.info("the database accepts the chore again", extra={"fields": {"chore": what}})
+
+    async def _look(self, conn: Connection) -> None:
+        """Say what is wrong with the database and raises no error: once when it is found, and once when it is over."""
+        found = {about: (problem, cure) for about, problem, cure in await conn.fetch(SQL["findings"], False)}
+        for about, (problem, cure) in found.items():
+            if about not in self._findings:
+                logger.warning("%s. Cure: %s", problem, cure, extra={"fields": {"about": about}})
+        for about in self._findings.keys() - found.keys():
+            logger.info("mended: %s", about, extra={"fields": {"about": about}})
+        self._findings = found
 
     async def _take_orphans(self, conn: Connection) -> None:
         if await conn.fetchval(SQL["orphaned"]) and (orphans := await conn.fetchval(SQL["orphans"])):

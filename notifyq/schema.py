@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from .store import Connection
 
 SCHEMA_VERSION = 2
+STRANGER = "this database has a schema notifyq that notifyq didn't make; rename or drop that one"
+VERSION_ROW = "INSERT INTO notifyq.schema_version (version, serves) VALUES (2, 1)"  # schema.sql's
 
 
 def schema_sql() -> str:
@@ -42,14 +44,35 @@ async def installed_version(conn: Connection) -> int | None:
     try:
         version: object = await conn.fetchval("SELECT max(version) FROM notifyq.schema_version")
     except (asyncpg.UndefinedTableError, asyncpg.UndefinedColumnError, asyncpg.UndefinedFunctionError):
-        version = None
+        raise SchemaError(STRANGER) from None
     except asyncpg.InsufficientPrivilegeError as error:
         raise DatabaseError(
             f"user {found['role']} may not use the schema notifyq; schema.sql ends with the GRANTs"
         ) from error
     if not isinstance(version, int):
-        raise SchemaError("this database has a schema notifyq that notifyq didn't make; rename or drop that one")
+        await _explain_no_version(conn)
+        raise SchemaError(STRANGER)
     return version
+
+
+async def _explain_no_version(conn: Connection) -> None:
+    """A row that isn't seen may be there all the same, and what belongs to it in any case. Raises for those two."""
+    found = await conn.fetchrow(
+        """SELECT to_regclass('notifyq.task') IS NOT NULL AND to_regclass('notifyq.bell') IS NOT NULL AS ours,
+                  row_security_active(to_regclass('notifyq.schema_version')) AS hidden, current_user::text AS role"""
+    )
+    assert found is not None
+    if found["hidden"]:
+        raise DatabaseError(
+            f"row level security hides the rows of notifyq.schema_version from user {found['role']}; switch it off for "
+            "the tables of notifyq (ALTER TABLE ... DISABLE ROW LEVEL SECURITY), or make policies that show this user "
+            "all rows"
+        )
+    if found["ours"]:
+        raise SchemaError(
+            "the table notifyq.schema_version is empty: its row was deleted, or the tables were copied without rows. "
+            f"If the schema is this notifyq's, {VERSION_ROW}"
+        )
 
 
 async def check(conn: Connection) -> int:

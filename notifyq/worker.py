@@ -119,7 +119,9 @@ class Worker:
             on_freed=self._claimer.let_in,
             on_new_id=self._reborn,
             on_failure=self._die,
+            on_wanted=self._claimer.let_go,
             door_pid=lambda: self._claimer.door_pid,
+            asleep=lambda: self._claimer.asleep,
             trouble=self._trouble,
         )  # fmt: skip
         try:

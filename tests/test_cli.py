@@ -1000,7 +1000,17 @@ async def test_stats_of_nothing(run: Run, dsn: str) -> None:
     said = await run("stats", dsn=dsn)
     assert (said.code, said.lines[1:]) == (0, ["", "no workers"])
     found = json.loads((await run("stats --json", dsn=dsn)).out)
-    assert found == {"queues": [], "oldest_ready_seconds": None, "unserved": [], "workers": []}
+    assert found == {"queues": [], "oldest_ready_seconds": None, "unserved": [], "workers": [], "findings": []}
+
+
+async def test_stats_says_what_is_wrong_with_the_database(run: Run, dsn: str, db: Any) -> None:
+    await db.execute("ALTER TABLE notifyq.task DISABLE TRIGGER given")
+    cure = "ALTER TABLE notifyq.task ENABLE TRIGGER given"
+    said = await run("stats", dsn=dsn)
+    assert (said.code, said.lines[-1].partition(". Cure: ")[2]) == (0, cure)
+    assert said.lines[-1].startswith("trigger given of notifyq.task is disabled: limits, order, unique keys")
+    [finding] = json.loads((await run("stats --json", dsn=dsn)).out)["findings"]
+    assert (finding["about"], finding["cure"]) == ("trigger given", cure)
 
 
 async def test_a_terminal_gets_a_rich_table(run: Run, dsn: str, db: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -339,6 +339,49 @@ async def test_silent_under_load(
     assert rang < 40, f"{rang} of 400 rang"
 
 
+DBA = {
+    "VACUUM": "VACUUM notifyq.bell",
+    "ANALYZE": "ANALYZE notifyq.bell",
+    "VACUUM FULL": "VACUUM FULL notifyq.bell",
+    "ALTER PUBLICATION": "ALTER PUBLICATION mine SET TABLE notifyq.bell, notifyq.task",
+    "COMMENT": "COMMENT ON TABLE notifyq.bell IS 'locked'",
+    "LOCK": "BEGIN; LOCK TABLE notifyq.bell IN ACCESS EXCLUSIVE MODE; COMMIT",
+}
+
+
+@pytest.mark.parametrize("name", DBA)
+async def test_a_sleeper_lets_go_for_others(app: notifyq.App, seen: Seen, db: Any, dsn: str, name: str) -> None:
+    """Of two fleets both; and they sleep again, and hear the bell, once the statement is over."""
+    other = notifyq.App()
+
+    @other.handler
+    async def mark_too(task: Mark) -> None:
+        seen.add(task.name)
+
+    await db.execute("CREATE PUBLICATION mine FOR TABLE notifyq.task")
+    async with working(app, dsn), working(other, dsn, queues=["other"]):
+        await asleep(db, 2)
+        await db.execute(DBA[name], timeout=25)  # it would wait for two minutes
+        await asleep(db, 2)
+        await db.execute(INSERT, mark("woken"))
+        assert await seen.reach(1, SOON) == ["woken"]
+
+
+async def test_nobody_lets_go_for_other_sleepers_and_enqueuers(app: notifyq.App, db: Any, dsn: str) -> None:
+    """Neither counts as a waiter, so what sleeps goes on sleeping; and the question leaves no lock."""
+    wanted = "SELECT notifyq.bell_wanted()"
+    async with db.transaction():
+        assert not await db.fetchval(wanted), "nobody is there at all"
+        held = "SELECT count(*) FROM pg_locks WHERE relation = 'notifyq.bell'::regclass AND pid = pg_backend_pid()"
+        assert await db.fetchval(held) == 0
+    async with working(app, dsn), working(app, dsn, queues=["other"]):
+        await asleep(db, 2)
+        assert not await db.fetchval(wanted)
+        async with db.transaction():
+            await db.execute("INSERT INTO notifyq.task (type, queue) VALUES ('Mark', 'nobody')")
+            assert not await db.fetchval(wanted)
+
+
 async def test_no_snapshot_is_held_while_sleeping_or_waiting(app: notifyq.App, db: Any, dsn: str) -> None:
     """Three idle workers: one asleep, two waiting for the turn; vacuum's horizon goes on."""
     async with working(app, dsn), working(app, dsn), working(app, dsn):

@@ -430,7 +430,7 @@ ENQUEUES: dict[str, list[Any]] = {
     "enqueue_many": [["T"] * 2, ["{}"] * 2],
     "enqueue_then": [["T"] * 3, ["{}"] * 3],
 }
-FOR_ALL = {*ENQUEUES, "became", "evict", "end_claims", "turn_stolen", "lock_holder", "enqueue_unique"}
+FOR_ALL = {*ENQUEUES, "became", "evict", "end_claims", "turn_stolen", "lock_holder", "findings", "enqueue_unique"}
 
 
 @pytest.mark.parametrize("options", [None, '{"order_key": "a"}'], ids=["plain", "ordered"])
@@ -456,7 +456,7 @@ async def test_an_enqueuer_may_run_its_own_statements(as_role: Any, name: str, o
 
 @pytest.mark.parametrize("name", sorted(set(SQL) - FOR_ALL))
 async def test_an_enqueuer_may_run_no_statement_of_a_worker(as_role: Any, name: str) -> None:
-    """Claim, settle, rescue, heartbeat: refused. (Five read only what the system shows everybody.)"""
+    """Claim, settle, rescue, heartbeat: refused. (Six read only what the system shows everybody.)"""
     conn = await as_role("enqueuer")
     statement = await conn.prepare(SQL[name])
     values = {

@@ -85,6 +85,7 @@ STATEMENTS = {
         None,
     ),
     "evict": Statement("int4", "count:int4", ""),
+    "findings": Statement("bool", "about:text problem:text cure:text", None),
     "finish": Statement("int4 int8[] int2[] text[] jsonb[] jsonb[] bool", "id:int8 freed:bool", "task_pkey"),
     "free": Statement("", "ready:int4", ""),
     "hand_back": Statement("int4 int8[] int2[]", "id:int8 freed:bool", "task_pkey"),
@@ -116,8 +117,8 @@ STATEMENTS = {
     "tally": Statement("", "type:text state:text n:int8", None),
     "tasks": Statement("text text text int8 bool", "task:text seconds:float8", None),
     "tick": Statement(
-        "int4 int4 text int8[] int2[] text[] text[]",
-        "registered:bool lost:int8[] silent:int4[] aside:bool freed:bool",
+        "int4 int4 text int8[] int2[] text[] text[] bool",
+        "registered:bool lost:int8[] silent:int4[] aside:bool freed:bool wanted:bool",
         "task_pkey task_set_aside",
     ),
     "turn_stolen": Statement("int4", "exists:bool", ""),
@@ -297,7 +298,9 @@ async def test_nothing_reads_more_than_it_returns(sessions: dict[str, Any], mome
         jobs, most["adopt"] = await touched(conn, lambda: store.claim(conn, 1, rooms, 10, aside=["Strange", "Other"]))
         assert len(jobs) == 10
         args = [len(jobs), "ok", [job.id for job in jobs], [job.attempt for job in jobs]]
-        row, most["tick"] = await touched(conn, lambda: conn.fetchrow(SQL["tick"], 1, *args, ["default"], ["Strange"]))
+        row, most["tick"] = await touched(
+            conn, lambda: conn.fetchrow(SQL["tick"], 1, *args, ["default"], ["Strange"], True)
+        )
         assert row["lost"] == []
         assert row["aside"]
         await insert(conn, 10, created_at="2000-01-01", run_at="2001-01-01")
@@ -629,7 +632,7 @@ async def test_hostile_names_of_queues_and_types(worker: Any, name: str) -> None
     keys = [job.id for job in jobs], [job.attempt for job in jobs]
     assert {(job.queue, job.type) for job in jobs} == {(name, name)}
     assert len(await worker.fetch(SQL["set_aside"], me, *keys)) == 2
-    assert (await worker.fetchrow(SQL["tick"], me, 0, "ok", [], [], [name], [name]))["aside"]
+    assert (await worker.fetchrow(SQL["tick"], me, 0, "ok", [], [], [name], [name], False))["aside"]
     assert len(await store.claim(worker, me, {name: 9}, 9, aside=[name])) == 2
     assert len(await worker.fetch(SQL["finish"], me, *keys, ["done"] * 2, [], [], True)) == 2
     assert await worker.fetchval("SELECT count(*) FROM notifyq.all_tasks WHERE queue = $1 AND type = $1", name) == 2
@@ -866,7 +869,7 @@ async def test_tick_is_a_sign_of_life_and_hears_of_lost_leases(worker: Any) -> N
     await register(worker, "loud:1")
     await worker.execute("DELETE FROM notifyq.task WHERE id = $1", gone)
     await worker.execute("UPDATE notifyq.task SET attempts = 2 WHERE id = $1", again)
-    args = (me, 2, "busy", [mine, gone, again], [1, 1, 1], ["default"], ["Known"])
+    args = (me, 2, "busy", [mine, gone, again], [1, 1, 1], ["default"], ["Known"], False)
     row = await worker.fetchrow(SQL["tick"], *args)
     assert row["registered"]
     assert not row["aside"]
@@ -886,7 +889,7 @@ async def test_tick_sees_only_what_is_aside_for_it(worker: Any) -> None:
     await insert(worker)
 
     async def aside(queues: list[str], types: list[str]) -> bool:
-        row = await worker.fetchrow(SQL["tick"], me, 0, "ok", [], [], queues, types)
+        row = await worker.fetchrow(SQL["tick"], me, 0, "ok", [], [], queues, types, False)
         return bool(row["aside"])
 
     assert not await aside(["default"], ["Known"])
@@ -1078,7 +1081,7 @@ async def test_strays_are_what_the_worker_does_not_know_of(worker: Any) -> None:
 RINGS: dict[str, tuple[Any, Callable[[Any, int, int], Any]]] = {
     "claim": (False, lambda c, w, id: store.claim(c, w, {"default": 9}, 9)),
     "due": (False, lambda c, w, id: c.fetchrow(SQL["due"], ["default"], [], 9, None, None)),
-    "tick": (False, lambda c, w, id: c.fetchrow(SQL["tick"], w, 0, "ok", [id], [1], ["default"], ["Known"])),
+    "tick": (False, lambda c, w, id: c.fetchrow(SQL["tick"], w, 0, "ok", [id], [1], ["default"], ["Known"], True)),
     "finish": (False, lambda c, w, id: c.fetch(SQL["finish"], w, [id], [1], ["done"], [], [], True)),
     "set_aside": ("aside", lambda c, w, id: c.fetch(SQL["set_aside"], w, [id], [1])),
     "retry_later": (True, lambda c, w, id: c.fetch(SQL["retry_later"], w, [id], [1], [9.0], [b"{}"])),

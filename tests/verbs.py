@@ -105,7 +105,7 @@ async def promote(conn: Any) -> int:
 async def tick(conn: Any, worker: int, jobs: Sequence[Job] = ()) -> tuple[bool, list[int], list[int]]:
     """Is it registered, what has it lost, who is silent."""
     keys = [job.id for job in jobs], [job.attempt for job in jobs]
-    row = await conn.fetchrow(SQL["tick"], worker, len(jobs), "ok", *keys, ["default"], [KNOWN])
+    row = await conn.fetchrow(SQL["tick"], worker, len(jobs), "ok", *keys, ["default"], [KNOWN], False)
     return row["registered"], sorted(row["lost"]), row["silent"]
 
 

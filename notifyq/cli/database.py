@@ -68,15 +68,15 @@ def stats(*, as_json: bool, dsn: str | None) -> None:
     about half a second a million tasks, of history too.
     """
 
-    async def run() -> str:
+    async def run() -> dict[str, Any]:
         async with session(dsn) as conn, conn.transaction(readonly=True):
             # The planner expects 200 values of the view's state, and would sort millions of rows with the default.
             await conn.execute("SET LOCAL work_mem = '64MB'")
             text: str = await conn.fetchval(SQL["stats"], timeout=LONG_SECONDS)
-            return text
+            findings = [dict(row) for row in await conn.fetch(SQL["findings"], True)]
+            return {**json.loads(text), "findings": findings}
 
-    text = asyncio.run(run())
-    found: dict[str, Any] = json.loads(text)
+    found = asyncio.run(run())
     if as_json:
         click.echo(json.dumps(found))
         return
@@ -98,6 +98,8 @@ def stats(*, as_json: bool, dsn: str | None) -> None:
                 for w in found["workers"]
             ],
         )  # fmt: skip
+    for finding in found["findings"]:
+        click.echo(f"\n{finding['problem']}. Cure: {finding['cure']}")
 
 
 def _age(row: dict[str, Any]) -> str:

@@ -2,4 +2,5 @@
 SELECT EXISTS (
     SELECT
     FROM notifyq.task t
-    WHERE t.worker IS NOT NULL AND NOT EXISTS (SELECT FROM notifyq.worker w WHERE w.id = t.worker))
+    WHERE t.worker IS NOT NULL AND NOT EXISTS (SELECT FROM notifyq.worker w WHERE w.id = t.worker)
+      AND NOT row_security_active('notifyq.worker'))

@@ -1,11 +1,13 @@
 -- The safety net under rescue: tasks under the lease of a worker that isn't registered any more, which a worker that
--- was frozen in the middle of a claim can leave behind. They are ready again. Returns how many.
+-- was frozen in the middle of a claim can leave behind. They are ready again. Returns how many. Under row level security a
+-- worker that isn't seen may live.
 --
 -- No ORDER BY: by id, the planner might read all of task_pkey to save a sort. SKIP LOCKED never waits, so order matters not.
 WITH held AS MATERIALIZED (
     SELECT t.id
     FROM notifyq.task t
     WHERE t.worker IS NOT NULL AND NOT EXISTS (SELECT FROM notifyq.worker w WHERE w.id = t.worker)
+      AND NOT row_security_active('notifyq.worker')
     LIMIT 10000
     FOR UPDATE OF t SKIP LOCKED
 ), again AS (

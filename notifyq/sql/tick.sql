@@ -1,7 +1,8 @@
 -- The heartbeat of worker $1, which runs $2 tasks and is in status $3; and what there is to know meanwhile:
 -- is it still registered; which of its tasks (ids $4, attempts $5) it has lost; which other workers were not seen
 -- for 2 seconds; has somebody set tasks aside that it could run (queues $6, types $7); is there anything that was freed, and
--- that nobody has taken care of. Of the lookup by id: finish.sql.
+-- that nobody has taken care of; and, if its door is asleep ($8), does a statement of somebody's wait for the bell's lock. Of
+-- the lookup by id: finish.sql.
 WITH beat AS (
     UPDATE notifyq.worker SET seen_at = clock_timestamp(), running = $2, status = $3 WHERE id = $1 RETURNING 1
 )
@@ -25,4 +26,5 @@ SELECT EXISTS (SELECT FROM beat) AS registered,
                    WHERE r.type = k.type AND r.queue = q.queue AND r.worker IS NULL AND r.aside AND r.parked IS NULL
                    LIMIT 1
                ) AS s) AS aside,
-       EXISTS (SELECT FROM notifyq.freed) OR EXISTS (SELECT FROM notifyq.dependency d WHERE NOT d.sure) AS freed
+       EXISTS (SELECT FROM notifyq.freed) OR EXISTS (SELECT FROM notifyq.dependency d WHERE NOT d.sure) AS freed,
+       CASE WHEN $8::boolean THEN notifyq.bell_wanted() ELSE false END AS wanted
