@@ -18,6 +18,8 @@ from urllib.parse import urlsplit
 
 import anyio
 
+from .machine import limit
+
 CHUNK = 65536
 
 
@@ -137,9 +139,9 @@ class Proxy:
             hit(link)
         return len(links)
 
-    async def new(self, roles: str, since: float, seconds: float = 20) -> float:
+    async def new(self, roles: str, since: float) -> float:
         """Wait for a connection that was opened after `since`; how long after."""
-        with anyio.fail_after(seconds):
+        with anyio.fail_after(limit()):
             while True:
                 for link in self.open(roles):
                     if link.born > since:

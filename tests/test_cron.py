@@ -25,6 +25,7 @@ from notifyq.store import SQL
 from notifyq.testing import advance
 
 from .conftest import Seen, Sessions, eventually, working
+from .machine import Probe
 
 Logged = Callable[[str], list[dict[str, Any]]]
 
@@ -95,7 +96,7 @@ async def known(db: Any) -> datetime:
     return found
 
 
-async def test_a_slot_has_one_task(dsn: str, db: Any) -> None:
+async def test_a_slot_has_one_task(dsn: str, db: Any, probe: Probe) -> None:
     """Of three workers, at its time; and the next slot is that of the day after, in Berlin's time."""
     seen = Seen()
     app = made(seen, tz="Europe/Berlin", task=Nightly(region="de"), queue="night", priority=3)
@@ -115,7 +116,7 @@ async def test_a_slot_has_one_task(dsn: str, db: Any) -> None:
     assert (task["id"], task["run_at"], task["queue"], task["priority"]) == (row["recent"][0], soon, "night", 3)
     late = (task["processing_at"] - soon).total_seconds()
     print(f"started {late * 1000:.1f} ms after its slot")
-    assert 0 <= late < 0.5
+    assert 0 <= late < 0.5 + probe.late()
 
 
 async def test_two_who_have_seen_the_same_slot(dsn: str, db: Any, connect: Sessions) -> None:
@@ -225,18 +226,20 @@ async def test_a_change_when_slots_were_put_ahead(dsn: str, db: Any) -> None:
     assert await db.fetch(times) == []
     now = await db.fetchval("SELECT clock_timestamp()")
     await schedule.look(db)
-    assert 0 < ((await db.fetch(times))[0]["run_at"] - now).total_seconds() < 2
+    first = (await db.fetch(times))[0]["run_at"]
+    assert now < first <= await db.fetchval("SELECT clock_timestamp()") + timedelta(seconds=1)
 
 
 # --- Pause, resume, run now
 
 
-async def test_pause_resume_run(dsn: str, db: Any) -> None:
+async def test_pause_resume_run(dsn: str, db: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Paused, what was put ahead is taken back; resumed, it goes on with the next slot; run now is beside all that."""
-    seen = Seen()
-    async with working(made(seen), dsn):
+    monkeypatch.setattr("notifyq.cron.AHEAD_SECONDS", 600.0)
+    seen, far = Seen(), f"0 {(datetime.now(UTC).hour + 12) % 24} * * *"
+    async with working(made(seen, far), dsn):
         await known(db)
-        await db.execute("UPDATE notifyq.cron SET next_at = clock_timestamp() + interval '2.9 s'")
+        await db.execute("UPDATE notifyq.cron SET next_at = clock_timestamp() + interval '500 s'")
         await eventually(lambda: db.fetchval("SELECT count(*) FROM notifyq.task"), 1)
         assert await db.fetchval("SELECT notifyq.cron_pause('Nightly')")
         assert await db.fetchval("SELECT array_agg(state) FROM notifyq.all_tasks") == ["cancelled"]
@@ -245,7 +248,7 @@ async def test_pause_resume_run(dsn: str, db: Any) -> None:
         assert await seen.reach(1) == [(id, "eu")]
         await asyncio.sleep(2)  # a heartbeat
         assert await db.fetchval("SELECT notifyq.cron_resume('Nightly')")
-        assert await known(db) == next_slot("0 3 * * *", "UTC", datetime.now(UTC))
+        assert await known(db) == next_slot(far, "UTC", datetime.now(UTC))
     assert len(seen.items) == 1
     for function in ("cron_pause", "cron_resume"):
         assert await db.fetchval(f"SELECT notifyq.{function}('Nobody')") is False

@@ -59,7 +59,7 @@ async def test_every_option(app: notifyq.App, dsn: str, db: Any) -> None:
         32767,
         "scheduled",
     )
-    assert abs((late["run_at"] - late["created_at"]).total_seconds() - 3600) < 1
+    assert abs((late["run_at"] - late["created_at"]).total_seconds() - 3600) < 60
     assert (dated["run_at"], dated["priority"], dated["max_attempts"]) == (at, 32767, 1)
     assert (now["state"], past["state"]) == ("ready", "ready")
 

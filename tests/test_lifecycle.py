@@ -53,7 +53,7 @@ class Slow(notifyq.Task):
 
 class SlowThread(notifyq.Task):
     max_attempts = 1
-    timeout = 0.1
+    timeout = 0.25  # in which a thread has begun
 
 
 class Parent(notifyq.Task):
@@ -465,9 +465,9 @@ async def test_verdicts(bench: Bench, db: Any, dsn: str, returned: bool) -> None
 async def test_timeouts(bench: Bench, db: Any, dsn: str) -> None:
     """An async handler is cancelled, a plain one's thread left alone; either way the attempt has failed."""
     async with working(bench.app, dsn):
-        ids = [(await bench.app.enqueue(task)).id for task in (Slow(), SlowThread())]
-        for id in ids:
-            assert (await ended(db, id, "dead"))["error"] == "timed out after 0.1 s"
+        refs = [(await bench.app.enqueue(task), task.timeout) for task in (Slow(), SlowThread())]
+        for ref, timeout in refs:
+            assert (await ended(db, ref.id, "dead"))["error"] == f"timed out after {timeout} s"
         await bench.app.enqueue(Note("next"))
         assert (await bench.seen.reach(2))[-1] == "next"
 

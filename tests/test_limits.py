@@ -21,6 +21,7 @@ from notifyq.store import SQL
 
 from . import verbs
 from .conftest import Process, Seen, eventually, working
+from .machine import Probe
 from .steps import steps
 from .test_faults import Story, started
 from .verbs import admit, free
@@ -65,6 +66,25 @@ async def idle(db: Any) -> None:
     await eventually(lambda: db.fetchval("SELECT count(*) FROM notifyq.freed"), 0)
 
 
+# What notifyq.started forgets with the time of a rate.
+STARTS = """
+    CREATE TABLE ledger (key text, at timestamptz, n integer);
+    CREATE FUNCTION note() RETURNS trigger LANGUAGE plpgsql AS $$
+    BEGIN INSERT INTO public.ledger VALUES (NEW.key, NEW.at, NEW.n); RETURN NULL; END $$;
+    CREATE TRIGGER note AFTER INSERT ON notifyq.started FOR EACH ROW EXECUTE FUNCTION note()"""
+
+
+async def begun(db: Any, key: str) -> list[float]:
+    """When tasks of a key or a queue were admitted, by the database's clock."""
+    rows = await db.fetch("SELECT at, n FROM ledger WHERE key = $1 ORDER BY at", key)
+    return [row["at"].timestamp() for row in rows for _ in range(row["n"])]
+
+
+def closest(starts: list[float], count: int) -> float:
+    """The shortest time in which one more than `count` started."""
+    return min(later - first for first, later in zip(starts, starts[count:], strict=False))
+
+
 async def test_at_most_so_many_of_a_key(dsn: str, db: Any) -> None:
     """Over two workers, and always as many as may; others go by; each key by itself."""
     bench = Bench()
@@ -79,7 +99,7 @@ async def test_at_most_so_many_of_a_key(dsn: str, db: Any) -> None:
     assert bench.most["free"] > 3
 
 
-async def test_a_freed_slot_is_taken_at_once(dsn: str, db: Any) -> None:
+async def test_a_freed_slot_is_taken_at_once(dsn: str, db: Any, probe: Probe) -> None:
     """By a bell, not by a poll: 20 tasks of no length, one at a time, in a small part of a second."""
     bench = Bench()
     async with bench.app.connect(dsn) as app, working(app, dsn), working(app, dsn):
@@ -88,7 +108,7 @@ async def test_a_freed_slot_is_taken_at_once(dsn: str, db: Any) -> None:
         await bench.ended.reach(20)
         took = time.monotonic() - began
     print(f"{took / 20 * 1000:.1f} ms a task")
-    assert took < 3
+    assert took < 3 + 4 * probe.late(began)
 
 
 async def test_what_fails_and_what_is_cancelled_leaves_its_slot(dsn: str, db: Any) -> None:
@@ -105,9 +125,10 @@ async def test_what_fails_and_what_is_cancelled_leaves_its_slot(dsn: str, db: An
     assert len(bench.begun.items) == 1 + 9
 
 
-async def test_a_rate(dsn: str, db: Any) -> None:
+async def test_a_rate(dsn: str, db: Any, probe: Probe) -> None:
     """5 in half a second: in no such time do more start, by the database's clock; none waits longer than it must."""
     bench = Bench()
+    await db.execute(STARTS)
     async with bench.app.connect(dsn) as app, working(app, dsn), working(app, dsn):
         began = time.monotonic()
         tasks = [bench.Job(key="a") for _ in range(18)]
@@ -120,10 +141,10 @@ async def test_a_rate(dsn: str, db: Any) -> None:
         await bench.ended.reach(18)
         took = time.monotonic() - began
         await idle(db)
-    assert took < 3 * 0.5 + 0.4
-    starts = [row[0] for row in await db.fetch("SELECT processing_at FROM notifyq.finished ORDER BY 1")]
-    # A claim comes before its admission, which is what counts, by a few milliseconds.
-    assert min((b - a).total_seconds() for a, b in zip(starts, starts[5:], strict=False)) > 0.48
+    assert took < 3 * 0.5 + 0.4 + 3 * probe.late(began)
+    starts = await begun(db, "limit:a")
+    assert len(starts) == 18
+    assert closest(starts, 5) > 0.5 - 0.000_001
 
 
 async def test_one_key_with_many_tasks_costs_each_a_few_writes(dsn: str, db: Any) -> None:
@@ -139,7 +160,7 @@ async def test_one_key_with_many_tasks_costs_each_a_few_writes(dsn: str, db: Any
             while plain.id not in bench.ended.items:
                 await bench.ended.reach(len(bench.ended.items) + 1)
             behind = time.monotonic() - began
-            await bench.ended.reach(many + 1, 60)
+            await bench.ended.reach(many + 1)
             await idle(db)
             took = time.monotonic() - began
     each = (await updates(db) - before) / many
@@ -467,8 +488,8 @@ class Ledger:
         victim = random.choice(busy or self._alive)
         self._alive.remove(victim)
         victim.process.signal(signal.SIGKILL)
-        await victim.process.wait()
         next(dead for story, dead in self._stories if story is victim).append(time.time())
+        await victim.process.wait()
 
     def runs(self) -> list[tuple[float, float, int]]:
         """(began, over, id), the earliest first."""
@@ -494,13 +515,10 @@ async def test_killed_at_random(spawn: Spawn, db: Any) -> None:
     """Two fleets, 4 processes, killed one by one with what they run: no limit, rate or order is ever broken, and in
     the end all is done."""
     await db.execute(
-        """CREATE TABLE ledger (key text, at timestamptz, n integer);
-           CREATE FUNCTION note() RETURNS trigger LANGUAGE plpgsql AS $$
-           BEGIN INSERT INTO public.ledger VALUES (NEW.key, NEW.at, NEW.n); RETURN NULL; END $$;
+        f"""{STARTS};
            CREATE FUNCTION slow() RETURNS trigger LANGUAGE plpgsql AS $$
            BEGIN PERFORM pg_sleep(0.005); RETURN NULL; END $$;
            CREATE TRIGGER slow AFTER UPDATE OF admitted ON notifyq.task EXECUTE FUNCTION slow();
-           CREATE TRIGGER note AFTER INSERT ON notifyq.started FOR EACH ROW EXECUTE FUNCTION note();
            SELECT notifyq.limit_queue('narrow', 2, 10, 0.5)"""
     )
     insert = """INSERT INTO notifyq.task (type, payload, queue, priority, options)
@@ -516,11 +534,13 @@ async def test_killed_at_random(spawn: Spawn, db: Any) -> None:
     for ledger in (wide, both):
         await ledger.hire()
         await ledger.hire()
-    over = anyio.Event()
+    over, inserts, kills = anyio.Event(), 0, 0
 
     async def enqueue() -> None:
-        for _ in range(60):  # so that they meet at the gates
+        nonlocal inserts
+        while inserts < 60 or kills < 4:  # so that they meet at the gates
             await db.execute(insert)
+            inserts += 1
             await anyio.sleep(random.uniform(0, 0.2))
         over.set()
 
@@ -530,8 +550,9 @@ async def test_killed_at_random(spawn: Spawn, db: Any) -> None:
             await anyio.sleep(random.uniform(0, 0.5))
             ledger = random.choice((wide, both))
             await ledger.kill()
+            kills += 1
             await ledger.hire()
-    await eventually(lambda: db.fetchval("SELECT count(*) FROM notifyq.task"), 0, 90)
+    await eventually(lambda: db.fetchval("SELECT count(*) FROM notifyq.task"), 0, 120)
     await eventually(lambda: db.fetchval("SELECT count(*) FROM notifyq.freed"), 0)
     done = {
         row["id"]: row
@@ -541,7 +562,7 @@ async def test_killed_at_random(spawn: Spawn, db: Any) -> None:
         )
     }
     assert {row["state"] for row in done.values()} == {"done"}
-    assert len(done) == 7 * 60
+    assert len(done) == 7 * inserts
     runs = sorted(wide.runs() + both.runs())
     vanished = "SELECT count(*) FROM notifyq.finished WHERE errors::text LIKE '%vanished while it ran%'"
     assert await db.fetchval(vanished) > 3
@@ -557,10 +578,9 @@ async def test_killed_at_random(spawn: Spawn, db: Any) -> None:
         assert ids == sorted(ids)
         assert most_at_once(of(order_key=order)) == 1
     for key, count in (("limit:rate", 8), ("queue:narrow", 10)):
-        rows = await db.fetch("SELECT at, n FROM ledger WHERE key = $1 ORDER BY at", key)
-        starts = [row["at"].timestamp() for row in rows for _ in range(row["n"])]
+        starts = await begun(db, key)
         assert len(starts) >= 40
-        window = min(later - first for first, later in zip(starts, starts[count:], strict=False))
+        window = closest(starts, count)
         print(f"{key}: {len(starts)} starts, {count + 1} in no less than {window:.6f} s")
         assert window > 0.5 - 0.000_001
 

@@ -14,7 +14,7 @@ from notifyq.marks import BUSY_SECONDS, BUSY_TIMES, LAG_SECONDS, LEVELS, OWED_TI
 from notifyq.store import Job, Onward
 
 from .conftest import Seen, Sessions, eventually, working
-from .machine import limit
+from .machine import Probe, limit
 from .test_doorbell import asleep
 
 FRONT, ONWARD = False, True
@@ -152,7 +152,9 @@ async def test_what_lies_before_a_mark_is_found(
 
 
 @pytest.mark.parametrize("what", ["claim", "timer"])
-async def test_a_lock_that_held_one_up_holds_back_none_later(what: str, dsn: str, db: Any, connect: Sessions) -> None:
+async def test_a_lock_that_held_one_up_holds_back_none_later(
+    what: str, dsn: str, db: Any, connect: Sessions, probe: Probe
+) -> None:
     """What waited for it took long, and isn't slow: so those that the marks know nothing of start at once."""
     app, seen = notifyq.App(), Seen()
 
@@ -189,5 +191,5 @@ async def test_a_lock_that_held_one_up_holds_back_none_later(what: str, dsn: str
                 """INSERT INTO notifyq.task (type, created_at, run_at)
                    VALUES ('Mark', now() - interval '2 min', now() - interval '1 min')"""
             )
-        with anyio.fail_after(2):
+        with probe.within(2):
             await seen.reach(count + 1)

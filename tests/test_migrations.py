@@ -24,7 +24,7 @@ from notifyq.errors import DatabaseError, SchemaError
 from notifyq.schema import SCHEMA_VERSION
 
 from .conftest import Process, Seen, Sessions, admin, eventually, grants, working
-from .machine import limit
+from .machine import Probe, limit
 from .old import SCHEMAS, OldWorker, statements
 from .test_faults import started
 
@@ -545,7 +545,7 @@ async def test_a_step_locks_the_tables_that_it_says(conn: Any, version: int) -> 
     assert {name: after.get(name) for name in before} == before
 
 
-async def test_nobody_waits_for_an_upgrade_that_waits(empty_dsn: str, conn: Any) -> None:
+async def test_nobody_waits_for_an_upgrade_that_waits(empty_dsn: str, conn: Any, probe: Probe) -> None:
     """A transaction that has enqueued stays open for seconds, another that reads for longer. Meanwhile others enqueue,
     claim and settle: none of their statements waits for long, however long the upgrade must wait."""
     await install(conn, 1)
@@ -582,7 +582,11 @@ async def test_nobody_waits_for_an_upgrade_that_waits(empty_dsn: str, conn: Any)
             await told.wait()
         await reads.execute("BEGIN; SELECT FROM notifyq.all_tasks LIMIT 1")
         for session in (writes, reads):
-            await anyio.sleep(1)
+            more = len(waits) + 400
+            with anyio.fail_after(limit()):
+                while len(waits) < more:
+                    await anyio.sleep(0.05)
+            await anyio.sleep(1)  # several of its tries
             assert not migrating.done()
             await session.execute("COMMIT")
         assert await migrating == (1, SCHEMA_VERSION)
@@ -591,9 +595,9 @@ async def test_nobody_waits_for_an_upgrade_that_waits(empty_dsn: str, conn: Any)
         stop.set()
     writes.terminate()
     reads.terminate()
-    assert len(waits) > 500
-    assert max(waits) < 0.5, "it is 0.1 s, and what this machine adds"
-    assert sum(wait > 0.2 for wait in waits) < len(waits) / 20, sorted(waits)[-20:]
+    late = probe.late()
+    assert max(waits) < 0.5 + late, "it is 0.1 s, and what this machine adds"
+    assert sum(wait > 0.2 + late for wait in waits) < len(waits) / 20, sorted(waits)[-20:]
     assert old.sleeps > 0, "it had the bell"
     assert len(old.settled) == len(ids) + 1
     assert re.fullmatch(

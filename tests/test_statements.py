@@ -901,7 +901,7 @@ LOCK = "SELECT pg_try_advisory_lock(1852990827, $1)"
 
 @pytest.mark.parametrize(
     ("seconds", "locked", "rescued"),
-    [(0, False, False), (1.5, False, False), (2.5, False, True), (2.5, True, False), (31, True, True)],
+    [(0, False, False), (1, False, False), (2.5, False, True), (2.5, True, False), (31, True, True)],
 )
 async def test_rescue_only_of_the_dead(worker: Any, dsn: str, seconds: float, locked: bool, rescued: bool) -> None:
     """Its lock free and not seen for 2 seconds, or not seen for its lease of 30, lock or no lock."""

@@ -45,7 +45,7 @@ class Book(notifyq.Task):
 
 class BookSoon(notifyq.Task):
     max_attempts = 1
-    timeout = 0.2
+    timeout = 0.5  # long enough to come to its commit
 
 
 Inside = Callable[[notifyq.Context, Any], Awaitable[Any]]
@@ -360,7 +360,7 @@ async def test_a_timeout_inside(books: Books, db: Any, dsn: str) -> None:
     async with working(books.app, dsn):
         ref = await books.app.enqueue(BookSoon())
         row = await ended(db, ref.id, "dead")
-        assert row["error"] == "timed out after 0.2 s"
+        assert row["error"] == "timed out after 0.5 s"
         await eventually(
             lambda: db.fetchval("SELECT count(*) FROM pg_stat_activity WHERE query ~ '^SELECT pg_sleep'"), 0
         )
