@@ -244,15 +244,47 @@ def test_the_starting_thread_may_end() -> None:
 
 
 def test_initdb_that_fails_says_so(base: Path) -> None:
-    """With its last words, and what to do."""
-    broken = programs(
-        base / "broken", "18.0", initdb="[ $1 = --version ] || { echo 'no space left on device'; exit 1; }"
-    )
-    with pytest.raises(EmbeddedError, match="no space left on device") as raised:
-        Server(binaries=Binaries(broken, "18.0", "test")).start()
-    assert "initdb failed in" in str(raised.value)
-    assert "choose another folder" in str(raised.value)
+    """With its last words, and what to do. To install what is installed is no cure."""
+    for words, cure in (
+        ("could not write: No space left on device", "make room on that disk, or choose a folder on another"),
+        ("it is raining", "choose another folder (--data-dir), or use a server of your own"),
+    ):
+        initdb = f"[ $1 = --version ] || {{ echo '{words}'; exit 1; }}"
+        broken = programs(base / words[:3].strip(), "18.0", initdb=initdb)
+        with pytest.raises(EmbeddedError, match=words) as raised:
+            Server(binaries=Binaries(broken, "18.0", "test")).start()
+        assert "initdb failed in" in str(raised.value)
+        assert str(raised.value).splitlines()[-1].startswith(cure)
+        assert "pip install" not in str(raised.value)
     assert list(base.glob("notifyq-pg-*")) == []
+
+
+def test_a_port_that_is_not_for_us(base: Path) -> None:
+    """It is free, so another than "taken" is said of it."""
+    first = Path("/proc/sys/net/ipv4/ip_unprivileged_port_start")
+    if not first.exists() or int(first.read_text()) <= 81:
+        pytest.skip("every port is everybody's here")
+    with pytest.raises(EmbeddedError, match=r"port 81 of 127\.0\.0\.1 is not for the account \w+: .* root's; choose"):
+        Server(base / "kept", port=81).start()
+
+
+def test_the_address_of_kept_data_stays(base: Path) -> None:
+    """From start to start, a killed one in between; but where the path is too long for a socket."""
+    folder = base / "kept"
+    with Server(folder) as kept:
+        dsn = kept.dsn()
+        assert kept.is_stable
+        assert kept.socket_dir.stat().st_mode & 0o777 == 0o700
+        with Server(folder) as sharing:
+            assert (sharing.dsn(), sharing.shares, sharing.owner_pid) == (dsn, True, os.getpid())
+        os.kill(kept.pid, signal.SIGKILL)
+    (folder / "sock" / ".s.PGSQL.5432").touch()
+    with Server(folder) as kept:
+        assert kept.dsn() == dsn
+        assert sql(dsn, "select 1") == 1
+    with Server(base / ("d" * 80)) as deep:
+        assert not deep.is_stable
+        assert sql(deep.dsn(), "select 1") == 1
 
 
 # -------------------------------------------------------------------------------- owners that die
@@ -478,7 +510,7 @@ def test_root_runs_it_as_somebody_else(base: Path) -> None:
         groups = Path(f"/proc/{embedded.pid}/status").read_text().partition("Groups:")[2].partition("\n")[0]
         assert groups.strip() == ""
         owners = {path.name: path.stat().st_uid for path in (base / "kept").iterdir()}
-        assert owners == {"data": uid, "lock": 0, "postgres.log": 0}
+        assert owners == {"data": uid, "lock": 0, "postgres.log": 0, "sock": uid}
         assert (base / "kept").stat().st_uid == 0
     del os.environ["NOTIFYQ_TEST_SECRET"]
 

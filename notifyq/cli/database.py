@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -20,6 +22,8 @@ from notifyq.task import STATES
 from .options import dsn_option, number, option, setting
 from .output import say, span, table
 from .session import LONG_SECONDS, session
+
+PROJECT_MARKS = ("pyproject.toml", ".git")
 
 
 @click.command()
@@ -120,20 +124,24 @@ def demo(*, seconds: float, tasks: int, dsn: str | None) -> int:
 
 
 @click.command()
-@setting("--data-dir", type=click.Path(path_type=Path), help="where the data are kept  [default: in XDG_STATE_HOME]")
-@option(
-    "--port", metavar="PORT", type=number(1, 65535), help="listen on this port of 127.0.0.1 too; there is no password"
-)
-def dev(*, data_dir: Path | None, port: int | None) -> int:
+@click.argument("name", required=False)
+@setting("--data-dir", type=click.Path(path_type=Path), help="keep the data here, whatever the project")
+@option("--port", metavar="PORT", type=number(1, 65535), help="listen on this port of 127.0.0.1 too; no password")
+def dev(*, name: str | None, data_dir: Path | None, port: int | None) -> int:
     """Run the embedded PostgreSQL until Ctrl-C.
 
-    Its data are kept, its schema is migrated. The first line on stdout is its DSN, and nothing else is.
+    Each project has one of its own. NAME is the project's; without it, the project is the folder with
+    pyproject.toml or .git, or else this folder. The data are kept, the DSN stays the same, and the schema is
+    migrated. The first line on stdout is the DSN, and nothing else is.
     """
+    if name is not None and data_dir is not None:
+        raise ConfigError(f"NAME {name!r} and --data-dir {data_dir} both say where the data are; say one")
+    folder = data_dir or state_folder() / (project_name() if name is None else checked_name(name))
     # The same for both signals; Server leaves nothing behind, at whatever point it is interrupted.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        return _serve(data_dir or state_folder(), port)
+        return _serve(folder, port)
     except KeyboardInterrupt:
         return 0
 
@@ -151,11 +159,19 @@ def _serve(data_dir: Path, port: int | None) -> int:
 
         version = asyncio.run(prepare())
         click.echo(dsn)
-        say(f"PostgreSQL {version} ({server.binaries.source}), process {server.pid}, data in {data_dir}")
-        say(f"use it: export NOTIFYQ_DSN='{dsn}'; end it: Ctrl-C")
-        while _lives(server.pid):
+        shared = f"the one that process {server.owner_pid or '(unknown)'} runs: it ends when that process ends"
+        whose = f"shares {shared}" if server.shares else server.binaries.source
+        say(f"PostgreSQL {version} ({whose}), process {server.pid}, data in {data_dir}")
+        stays = (
+            "" if server.is_stable else " (another at each start, as this folder's path is long; --port 5433 keeps it)"
+        )
+        say(f"use it: export NOTIFYQ_DSN='{dsn}'{stays}; end it: Ctrl-C")
+        pid, log = server.pid, server.log_path
+        while _lives(pid):
             time.sleep(0.5)
-        raise NotifyqError(f"PostgreSQL has ended by itself; {server.log_path} may say why")
+        if server.shares:
+            raise NotifyqError(f"PostgreSQL has ended; it was {shared}")
+        raise NotifyqError(f"PostgreSQL has ended by itself; {log} may say why")
 
 
 def _lives(pid: int) -> bool:
@@ -173,4 +189,25 @@ def state_folder() -> Path:
     named = Path(os.environ.get("XDG_STATE_HOME", ""))
     if named.is_absolute():
         return named / "notifyq" / "dev"
-    return (Path("/var/lib") if os.geteuid() == 0 else Path.home() / ".local" / "state") / "notifyq" / "dev"
+    if os.geteuid() == 0:
+        return Path("/var/lib/notifyq/dev")
+    try:
+        return Path.home() / ".local" / "state" / "notifyq" / "dev"
+    except RuntimeError:
+        raise ConfigError("this user has no home folder to keep data in; say where: --data-dir FOLDER") from None
+
+
+def project_name(here: Path | None = None) -> str:
+    """Of the project that this folder belongs to: its name, and a few letters that tell it from its namesakes."""
+    here = Path(os.path.realpath(here or Path.cwd()))
+    marked = (folder for folder in (here, *here.parents) if any((folder / it).exists() for it in PROJECT_MARKS))
+    folder = next(marked, here)
+    name = re.sub(r"[^\w.-]+", "-", folder.name)[:20] or "root"
+    return f"{name}-{hashlib.sha256(os.fsencode(folder)).hexdigest()[:6]}"
+
+
+def checked_name(name: str) -> str:
+    """Raises ConfigError for what would be another folder."""
+    if not re.fullmatch(r"\w[\w.-]{0,39}", name):
+        raise ConfigError(f"NAME is {name!r:.50}; expected up to 40 letters, digits, - . and _; a folder is --data-dir")
+    return name

@@ -15,10 +15,10 @@ from typing import Any
 
 from notifyq.errors import EmbeddedError
 
-from .binaries import environment
+from .binaries import OWN_SERVER, environment
 
 SERVICE_ACCOUNTS = ("postgres", "nobody")
-CURE = "run as an ordinary user, or name a server of your own with --dsn"
+CURE = f"run as an ordinary user, or {OWN_SERVER}"
 
 
 @dataclass(frozen=True)

