@@ -1,4 +1,5 @@
-"""Does nothing but sleep, and writes down when it woke up late: then the machine was busy, and not notifyq slow."""
+"""Sleeps and computes, and writes down when either took longer than it should: then the machine was busy, and not
+notifyq slow. A process that only sleeps is let in first on a busy machine, so a short sleep alone tells of little."""
 
 from __future__ import annotations
 
@@ -7,12 +8,26 @@ import sys
 import time
 
 STEP_SECONDS = 0.01
+STEPS = 9  # to sleep, then one to compute
 LATE_SECONDS = 0.02
+SLOW_TIMES = 1.5
+
+
+def compute() -> float:
+    """Use a step's time of a processor; how many times as long that took."""
+    begin, used = time.monotonic(), time.thread_time()
+    while time.thread_time() - used < STEP_SECONDS:
+        pass
+    return (time.monotonic() - begin) / STEP_SECONDS
+
 
 if __name__ == "__main__":
     with open(sys.argv[1], "a", buffering=1, encoding="utf-8") as file:
         while True:
-            begin = time.monotonic()
-            time.sleep(STEP_SECONDS)
-            if (late := time.monotonic() - begin - STEP_SECONDS) > LATE_SECONDS:
-                file.write(json.dumps({"at": time.time(), "seconds": round(late, 3)}) + "\n")
+            for _ in range(STEPS):
+                begin = time.monotonic()
+                time.sleep(STEP_SECONDS)
+                if (late := time.monotonic() - begin - STEP_SECONDS) > LATE_SECONDS:
+                    file.write(json.dumps({"at": time.time(), "seconds": round(late, 3)}) + "\n")
+            if (slow := compute()) > SLOW_TIMES:
+                file.write(json.dumps({"at": time.time(), "slow": round(slow, 1)}) + "\n")

@@ -17,6 +17,7 @@ from typing import Any
 
 import msgspec
 
+from .. import machine
 from .history import Process
 
 PROJECT = Path(__file__).parent.parent.parent
@@ -112,7 +113,7 @@ class Fleet:
             if member.seen.told is None:
                 member.signal(signal.SIGTERM)
         try:
-            async with asyncio.timeout(SHUTDOWN_SECONDS + 15):
+            async with asyncio.timeout(machine.limit(SHUTDOWN_SECONDS + 15)):
                 for member in self.all:
                     await member.ended.wait()
         except TimeoutError:

@@ -11,6 +11,8 @@ from pathlib import Path
 import msgspec
 
 RUN = re.compile(r"run (\S+-\d+)")
+WORK_SECONDS = 0.05  # of a processor: what a step may take, with the tasks that are before it
+CANARY_SECONDS = 0.25  # it computes now and then
 
 
 class Row(msgspec.Struct, kw_only=True):
@@ -103,10 +105,11 @@ class Lease(msgspec.Struct, kw_only=True):
 
 
 class Lag(msgspec.Struct):
-    """The machine itself was late, seen by a process that does nothing but sleep."""
+    """The machine itself was late or slow, as the canary saw it."""
 
     at: float
-    seconds: float
+    seconds: float = 0.0  # by which a sleep was too long
+    slow: float = 1.0  # how many times as long as alone it took to compute
 
 
 class History(msgspec.Struct, kw_only=True, dict=True, eq=False):
@@ -197,8 +200,10 @@ class History(msgspec.Struct, kw_only=True, dict=True, eq=False):
         return max((window.until + window.heal for window in self.windows if window.since <= at), default=0.0)
 
     def lag(self, since: float, until: float) -> float:
-        """Seconds that the machine was late in between."""
-        return sum(lag.seconds for lag in self.lags if since <= lag.at and lag.at - lag.seconds <= until)
+        """How much longer a step of some work may have taken in between, since the machine was late or slow."""
+        late = sum(lag.seconds for lag in self.lags if since <= lag.at and lag.at - lag.seconds <= until)
+        near = (lag.slow for lag in self.lags if since - CANARY_SECONDS <= lag.at <= until + CANARY_SECONDS)
+        return late + WORK_SECONDS * (max(near, default=1.0) - 1)
 
 
 def read_events(folder: Path, history: History) -> None:

@@ -15,6 +15,7 @@ import asyncpg
 from notifyq import store
 from notifyq.embedded import Server
 
+from ..machine import limit
 from . import ledger
 from .faults import FAULTS, Fault, Hit, Missed
 from .fleet import PLACES, PROJECT, Place
@@ -51,15 +52,15 @@ async def play(
                 group.create_task(stage.fleet.keep(place))
             try:
                 at_work = f"SELECT count(*) >= {len(places)} FROM notifyq.worker"
-                assert await stage.until(at_work, 30), "the workers didn't start"
+                assert await stage.until(at_work, limit()), "the workers didn't start"
                 for producer in producers:
                     group.create_task(producer.run(stop))
                 begin = time.time() + 1.5  # a heartbeat
                 await _rounds(stage, faults, seconds, patience)
                 stop.set()
                 stage.history.cron = begin, time.time()
-                await stage.until("SELECT notifyq.cron_pause('tick')", DRAIN_SECONDS)
-                await stage.until(ENDED, DRAIN_SECONDS)
+                await stage.until("SELECT notifyq.cron_pause('tick')", limit(DRAIN_SECONDS))
+                await stage.until(ENDED, limit(DRAIN_SECONDS))
             finally:
                 stop.set()
                 await stage.fleet.close()
@@ -110,7 +111,7 @@ async def _inject(stage: Stage, number: int, fault: Fault, delay: float) -> None
     await asyncio.sleep(delay)
     hit, since = Hit(), time.time()
     try:
-        async with asyncio.timeout(40):
+        async with asyncio.timeout(limit(40)):
             await fault.act(stage, hit)
     except Missed:
         stage.say(f"  {fault.name}: nothing to hit")

@@ -18,6 +18,7 @@ from notifyq import store
 from notifyq.demo.psql import find_psql
 from notifyq.embedded import Server
 
+from ..machine import limit
 from . import ledger
 from .fleet import Fleet
 from .history import Batch, History
@@ -46,7 +47,7 @@ class Stage:
 
     @asynccontextmanager
     async def session(self) -> AsyncIterator[Any]:
-        conn = await asyncpg.connect(self.dsn, timeout=10, server_settings={"application_name": "conductor"})
+        conn = await asyncpg.connect(self.dsn, timeout=limit(10), server_settings={"application_name": "conductor"})
         try:
             yield conn
         finally:
@@ -54,7 +55,7 @@ class Stage:
 
     async def sql(self, query: str, *args: object) -> list[Any]:
         async with self.session() as conn:
-            return list(await conn.fetch(query, *args, timeout=30))
+            return list(await conn.fetch(query, *args, timeout=limit(30)))
 
     async def until(self, query: str, seconds: float) -> bool:
         """Poll until it says true; False if it never did. Waits for a server that is away."""

@@ -22,8 +22,8 @@ from .history import History, Lease, Process, Run
 
 LATE_SECONDS = 0.25
 LIMITED_SECONDS = 1.0  # more, in a queue with limits: who has the turn and is full there passes it on once a second
-LAG_TIMES = 5  # a wake-up is some hops long, and each may find the machine busy
-START_SECONDS = 3.0  # for a Python to start
+LAG_TIMES = 5  # a wake-up is some steps long, and each may find the machine busy
+START_SECONDS = 3.0  # for a Python to start, if it never says so
 RESCUE_SECONDS = 5.0
 EXIT_SECONDS = SHUTDOWN_SECONDS + 7.0  # cancelling, writing and good-byes: 5 s, and a Python to end
 
@@ -83,9 +83,10 @@ def starts(history: History) -> list[Start]:
 def _excuse(history: History, start: Start, full: dict[str, list[tuple[float, float]]]) -> str:
     ready, begun = start.lease.ready, start.run.started
     queue = start.lease.claim.queue
-    if start.late < LATE_SECONDS + LAG_TIMES * history.lag(ready, begun):
+    allowed = LATE_SECONDS + LAG_TIMES * history.lag(ready, begun)
+    if start.late < allowed:
         return "the machine was busy"
-    if start.late < LATE_SECONDS + LIMITED_SECONDS and any(process.queues.get(queue) for process in history.processes):
+    if start.late < allowed + LIMITED_SECONDS and any(process.queues.get(queue) for process in history.processes):
         return "a queue with a limit"
     if start.lease.claim.limit_key or start.lease.claim.order_key:
         return "it waits for others"
@@ -106,9 +107,11 @@ def crowded(history: History) -> dict[str, list[tuple[float, float]]]:
     """For each queue when no worker had a slot for it, as far as the database knows: since, until; in order."""
     moments: list[tuple[float, int, Process, str]] = []
     process_of = {process.who: process for process in history.processes}
+    registered = {row.who: row.committed for row in reversed(history.rows) if row.op == "W"}  # for the first time
     for process in history.processes:
         ends = [end for end in (process.told, process.killed, process.ended) if end is not None]
-        moments.append((process.started + START_SECONDS, 0, process, "begins"))
+        begun = registered.get(process.who, process.started + START_SECONDS)
+        moments.append((begun, 0, process, "begins"))
         moments.append((min(ends, default=float("inf")), 0, process, "ends"))
     for lease in history.leases:
         if lease.who in process_of:
@@ -154,7 +157,8 @@ def late(history: History) -> Iterator[Breach]:
             continue
         begun = start.run.started
         one = next((one for one in ordered if one.since <= begun < one.next), None)
-        if one is None or begun > one.until + one.heal + LATE_SECONDS:
+        allowed = LATE_SECONDS + LAG_TIMES * history.lag(one.until, begun) if one else 0.0
+        if one is None or begun > one.until + one.heal + allowed:
             where = f"{begun - one.until:.1f} s after {' + '.join(one.names)}" if one else "before any fault"
             yield Breach("P3", f"started {start.late:.3f} s after its time, {where}", start.run.id, begun)
 
