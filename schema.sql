@@ -178,8 +178,10 @@ CREATE INDEX finished_dead ON notifyq.finished (processed_at) WHERE state = 'dea
 
 -- Workers that are, or a moment ago were, alive. One heartbeat a worker, not a task. Beside it each session of a worker
 -- shares the session-level advisory lock (1852990827, id), which is free the moment the last of their backends is gone.
+-- An id is drawn at random, and not from a sequence: after a failover that lost a worker's row, or a restore, a sequence
+-- would give the id of a worker that lives to another one, and no fence could tell the two apart.
 CREATE TABLE notifyq.worker (
-    id            integer     GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+    id            integer     NOT NULL DEFAULT 1 + floor(random() * 2147483647) PRIMARY KEY,
     name          text        NOT NULL,                -- host:pid
     queues        text[]      NOT NULL,
     types         text[]      NOT NULL,

@@ -179,7 +179,7 @@ class Door:
         elif self.place is Place.TURN:
             self.place = Place.AWAY
             if not self.robbed:
-                await conn.execute("SELECT pg_advisory_unlock(1852990836, $1)", self._fleet)
+                await conn.execute("SELECT pg_advisory_unlock(1852990836, $1::integer)", self._fleet)
             self._moved()
 
     def _arrive(self, place: Place) -> None:

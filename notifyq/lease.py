@@ -294,7 +294,9 @@ class Keeper:
         types, config = self._registry.types, self._config
         allowed = self._registry.max_attempts
         args = (self._name, list(config.queues), types, allowed, config.concurrency, config.lease_seconds)
-        id: int = await conn.fetchval(SQL["register"], *args)
+        id: int | None = None
+        while id is None:
+            id = await conn.fetchval(SQL["register"], *args)
         self._beaten = time.monotonic()
         await self._lock(conn, id)
         await self._schedule.begin(conn, id)
@@ -444,7 +446,7 @@ class Keeper:
             extra={"fields": {"handler": who or "unknown"}},
         )
         if (pid := self._door_pid()) is not None:
-            await conn.fetchval("SELECT pg_terminate_backend($1)", pid)
+            await conn.fetchval("SELECT pg_terminate_backend($1::integer, 0::bigint)", pid)
         while self._pulse == since:
             now = time.monotonic()
             await self._tick(conn)

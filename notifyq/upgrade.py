@@ -127,7 +127,7 @@ async def _patiently(conn: Connection, locks: list[str], sql: str, say: Callable
     while True:
         try:
             async with conn.transaction(isolation="read_committed"):
-                await conn.execute("SELECT set_config('lock_timeout', $1, true)", str(LOCK_MS))
+                await conn.execute("SELECT set_config('lock_timeout', $1::text, true)", str(LOCK_MS))
                 await conn.execute(sql, timeout=LONG_SECONDS)
             return
         except (asyncpg.LockNotAvailableError, asyncpg.DeadlockDetectedError):

@@ -284,6 +284,27 @@ async def as_role(roles: Any) -> AsyncIterator[Any]:
         conn.terminate()
 
 
+# Functions that an extension adds under the names of PostgreSQL's own make a call with untyped arguments ambiguous.
+
+
+async def overload(db: Any) -> None:
+    """Overload what notifyq calls, each with types that an untyped or shorter call could mean as well."""
+    overloads = {
+        "pg_terminate_backend": ("bigint", "text", "integer"),
+        "pg_cancel_backend": ("bigint", "text"),
+        "pg_notify": ("name, name",),
+        "set_config": ("name, name, boolean", "text, integer, boolean"),
+        "make_interval": ("secs integer", "secs numeric", "secs text"),
+    }
+    for lock in ("advisory_lock", "try_advisory_lock", "try_advisory_lock_shared", "advisory_unlock"):
+        overloads[f"pg_{lock}"] = ("integer, bigint", "bigint, bigint", "integer, text")
+    overloads["pg_try_advisory_xact_lock"] = overloads["pg_advisory_xact_lock"] = overloads["pg_advisory_lock"]
+    for name, arguments in overloads.items():
+        for types in arguments:
+            await db.execute(f"""CREATE FUNCTION pg_catalog.{name}({types}) RETURNS boolean LANGUAGE plpgsql
+                                 AS $$ BEGIN RAISE EXCEPTION 'the wrong {name}'; END $$""")
+
+
 # Workers.
 
 

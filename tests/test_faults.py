@@ -21,7 +21,7 @@ import notifyq
 from notifyq import schema, store
 from notifyq.embedded import Server
 
-from .conftest import Process, Seen, Sessions, eventually, grants, working
+from .conftest import Process, Seen, Sessions, eventually, grants, overload, working
 from .machine import Probe, limit
 
 INSERT = "INSERT INTO notifyq.task (type, payload) VALUES ($1, $2::text::jsonb) RETURNING id"
@@ -269,7 +269,7 @@ async def test_frozen_past_its_lease(spawn: Spawn, db: Any, probe: Probe) -> Non
     assert {line["id"] for _, line in frozen.of("ended")} == set(short)
     assert sum(fields["tasks"] for fields in frozen.logged("settled nothing")) == 5
     [again] = frozen.logged("comes back under a new id")
-    assert again["new"] > again["old"] == frozen.of("started")[0][1]["id"]
+    assert again["new"] != again["old"] == frozen.of("started")[0][1]["id"]
     assert await states(db, long + short) == {("running", 2): 10}, "they belong to the other"
 
     other.process.signal(signal.SIGTERM)
@@ -277,6 +277,31 @@ async def test_frozen_past_its_lease(spawn: Spawn, db: Any, probe: Probe) -> Non
     await frozen.reach(10, "ran", attempt=2)
     owners = await db.fetch("SELECT DISTINCT worker FROM notifyq.task")
     assert [row[0] for row in owners] == [again["new"]]
+
+
+async def test_a_failover_that_lost_its_registration(spawn: Spawn, db: Any) -> None:
+    """The database is as it was before a worker registered; another worker registers there. Then the first goes on."""
+    first = await started(spawn)
+    first.process.signal(signal.SIGSTOP)
+    await db.execute("TRUNCATE notifyq.worker RESTART IDENTITY")
+    await terminate(db, "%r%")  # all but this test's own
+    second = await started(spawn)
+    assert second.of("started")[0][1]["id"] != first.of("started")[0][1]["id"]
+    ids = await insert(db, "Sleep", 10)
+    await second.reach(10, "ran")
+    first.process.signal(signal.SIGCONT)
+    await first.reach(1, "log", message="this worker had been given up for dead; it comes back under a new id")
+    await first.reach(1, "log", message="the database is back")  # it claims again, and has taken back its strays
+    assert await states(db, ids) == {("running", 1): 10}
+    assert not first.of("ran")
+    assert not second.logged("lease lost")
+    [settled] = await insert(db, "Quick")
+    await eventually(lambda: states(db, [settled]), {("done", 1): 1})
+    for story in (first, second):  # and each is registered, as itself
+        seen = await db.fetchval(
+            "SELECT count(*) FROM notifyq.worker WHERE name LIKE '%:' || $1", str(story.process.pid)
+        )
+        assert seen == 1
 
 
 async def test_a_blocked_event_loop(spawn: Spawn, db: Any) -> None:
@@ -297,6 +322,25 @@ async def test_a_blocked_event_loop(spawn: Spawn, db: Any) -> None:
     assert told["handler"].endswith(f"block (task {block})")
     await blocked.reach(1, "log", message="the event loop answers again")
     assert not blocked.logged("lease lost") + other.logged("rescued")
+
+
+async def test_functions_that_an_extension_overloads(spawn: Spawn, db: Any) -> None:
+    """A worker and its rescuer call PostgreSQL's own all the same, and no heartbeat loses its connection."""
+    await overload(db)
+    workers = [await started(spawn) for _ in range(2)]
+    [block] = await insert(db, "Block", seconds=3)
+    await eventually(lambda: states(db, [block]), {("running", 1): 1})
+    blocked, other = await whose(db, workers)
+    await blocked.reach(1, "log", message="the event loop answers again")
+    long = await insert(db, "Sleep", 3)
+    await eventually(lambda: states(db, [block, *long]), {("done", 1): 1, ("running", 1): 3})
+    victim, heir = await whose(db, workers)
+    victim.process.signal(signal.SIGKILL)
+    await heir.reach(3, "ran", attempt=2)
+    for story in workers:
+        assert not [line for _, line in story.lines if "the wrong" in str(line) or "not unique" in str(line)]
+        assert not story.logged("out of reach")
+    assert not blocked.logged("lease lost") + other.logged("lease lost")
 
 
 # Connections.

@@ -189,6 +189,7 @@ MAKE = {
 async def make(conn: Any, what: str) -> int:
     """A task in this state, held by worker 1 if it is running."""
     await conn.fetchval(SQL["register"], "host:1", ["default"], ["T"], [10], 1, 30.0)
+    await conn.execute("UPDATE notifyq.worker SET id = 1")
     id: int = await conn.fetchval(f"{MAKE[what]} RETURNING id")
     return id
 

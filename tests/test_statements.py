@@ -20,7 +20,7 @@ from notifyq.embedded import Server
 from notifyq.options import Options
 from notifyq.store import SQL, Onward
 
-from .conftest import Sessions, admin
+from .conftest import Sessions, admin, overload
 from .machine import limit
 
 ROW = (
@@ -142,6 +142,14 @@ async def test_it_prepares_with_these_types(name: str, worker: Any) -> None:
     assert " ".join(f"{a.name}:{a.type.name}" for a in statement.get_attributes()) == STATEMENTS[name].columns
 
 
+async def test_it_prepares_beside_functions_of_extensions(worker: Any, db: Any) -> None:
+    """Those that an extension adds under the names of PostgreSQL's own make no call ambiguous, or another's."""
+    await overload(db)
+    for name, statement in STATEMENTS.items():
+        prepared = await worker.prepare(SQL[name])
+        assert " ".join(p.name for p in prepared.get_parameters()) == statement.parameters, name
+
+
 # --- Plans
 
 MANY = 300_000
@@ -174,7 +182,8 @@ async def crowd(server: Server, template: str) -> AsyncIterator[str]:
         group.start_soon(fill, BACKLOG, "VACUUM (ANALYZE) notifyq.task")
         group.start_soon(fill, HISTORY, "VACUUM (ANALYZE) notifyq.finished")
     conn = await store.connect_worker(server.dsn("crowd"), "test")
-    assert await register(conn) == 1
+    await register(conn)
+    await conn.execute("UPDATE notifyq.worker SET id = 1")
     await conn.close()
     yield server.dsn("crowd")
     await admin(server, "DROP DATABASE crowd WITH (FORCE)")
@@ -316,6 +325,7 @@ async def test_nothing_reads_more_than_it_returns(sessions: dict[str, Any], mome
 async def test_a_claim_costs_the_same_in_a_crowd(sessions: dict[str, Any], worker: Any) -> None:
     """Pages that a claim of ten looks at: a level or two more of each index it descends, and nothing else."""
     await register(worker)
+    await worker.execute("UPDATE notifyq.worker SET id = 1")
     await worker.execute("INSERT INTO notifyq.task (type) SELECT 'Known' FROM generate_series(1, 10)")
     pages = []
     for conn in (worker, sessions["counted now"]):
@@ -896,7 +906,7 @@ async def test_tick_sees_only_what_is_aside_for_it(worker: Any) -> None:
     assert await aside(["default", "mail"], ["Other", "Known"])
 
 
-LOCK = "SELECT pg_try_advisory_lock(1852990827, $1)"
+LOCK = "SELECT pg_try_advisory_lock_shared(1852990827, $1)"
 
 
 @pytest.mark.parametrize(

@@ -109,7 +109,10 @@ CREATE INDEX CONCURRENTLY task_order ON notifyq.task (
     WHERE order_key IS NOT NULL;
 
 -- step: locks worker
-ALTER TABLE notifyq.worker ADD COLUMN IF NOT EXISTS crons text[] NOT NULL DEFAULT '{}';
+ALTER TABLE notifyq.worker
+    ADD COLUMN IF NOT EXISTS crons text[] NOT NULL DEFAULT '{}',
+    ALTER COLUMN id DROP IDENTITY IF EXISTS,
+    ALTER COLUMN id SET DEFAULT 1 + floor(random() * 2147483647);
 
 -- step
 CREATE TABLE IF NOT EXISTS notifyq.cron (

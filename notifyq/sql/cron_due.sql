@@ -6,4 +6,4 @@ SELECT name, expression, tz, missed, next_at, clock_timestamp() AS now,
             THEN last_at ELSE clock_timestamp() END AS since
 FROM notifyq.cron c
 WHERE name = ANY ($1::text[]) AND NOT paused
-  AND (next_at IS NULL OR next_at <= clock_timestamp() + make_interval(secs => $2))
+  AND (next_at IS NULL OR next_at <= clock_timestamp() + make_interval(secs => $2::float8))

@@ -6,7 +6,8 @@ WITH given AS (
     FROM unnest($1::text[], $2::text[], $8::text[]) AS t (type, payload, options)
 ), new AS (
     INSERT INTO notifyq.task (type, payload, queue, run_at, priority, max_attempts, options)
-    SELECT g.type, g.payload::jsonb, $3, coalesce($5, clock_timestamp() + make_interval(secs => $4), now()), $6, $7, g.options
+    SELECT g.type, g.payload::jsonb, $3, coalesce($5, clock_timestamp() + make_interval(secs => $4::float8), now()), $6, $7,
+           g.options
     FROM given g
     RETURNING id, options ->> 'unique_key' AS key
 )

@@ -5,7 +5,7 @@ WITH given AS (
     FROM unnest($1::text[], $2::text[]) WITH ORDINALITY AS t (type, payload, n)
 ), grouped AS (
     INSERT INTO notifyq.task (type, payload, queue, run_at, priority, max_attempts, options)
-    SELECT g.type, g.payload, $3, coalesce($5, clock_timestamp() + make_interval(secs => $4), now()), $6, $7,
+    SELECT g.type, g.payload, $3, coalesce($5, clock_timestamp() + make_interval(secs => $4::float8), now()), $6, $7,
            $8::text::jsonb
     FROM given g
     WHERE NOT g.last

@@ -3,7 +3,7 @@
 -- the other.
 WITH new AS (
     INSERT INTO notifyq.task (type, payload, queue, run_at, priority, max_attempts, options)
-    VALUES ($1, $2::text::jsonb, $3, coalesce($5, clock_timestamp() + make_interval(secs => $4), now()), $6, $7,
+    VALUES ($1, $2::text::jsonb, $3, coalesce($5, clock_timestamp() + make_interval(secs => $4::float8), now()), $6, $7,
             $8::text::jsonb)
     RETURNING id
 )

@@ -2,11 +2,11 @@
 -- Returns how many. Two indexes, so that the dead, kept longer, are not stepped over each time.
 WITH old AS MATERIALIZED (
     (SELECT id FROM notifyq.finished
-     WHERE state <> 'dead' AND processed_at < statement_timestamp() - make_interval(secs => $1)
+     WHERE state <> 'dead' AND processed_at < statement_timestamp() - make_interval(secs => $1::float8)
      ORDER BY processed_at LIMIT $3::integer FOR UPDATE SKIP LOCKED)
 ), dead AS MATERIALIZED (
     (SELECT id FROM notifyq.finished
-     WHERE state = 'dead' AND processed_at < statement_timestamp() - make_interval(secs => $2)
+     WHERE state = 'dead' AND processed_at < statement_timestamp() - make_interval(secs => $2::float8)
      ORDER BY processed_at LIMIT $3::integer FOR UPDATE SKIP LOCKED)
 ), gone AS (
     DELETE FROM notifyq.finished

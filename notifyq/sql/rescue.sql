@@ -11,7 +11,8 @@ WITH corpse AS MATERIALIZED (
     FROM notifyq.worker w
     WHERE w.id = $1
       AND CASE WHEN w.seen_at < clock_timestamp() - w.lease THEN true
-               WHEN w.seen_at < clock_timestamp() - interval '2 seconds' THEN pg_try_advisory_xact_lock(1852990827, w.id)
+               WHEN w.seen_at < clock_timestamp() - interval '2 seconds'
+               THEN pg_try_advisory_xact_lock(1852990827, w.id::integer)
                ELSE false END
     FOR UPDATE SKIP LOCKED
 ), held AS MATERIALIZED (

@@ -37,5 +37,5 @@ SELECT json_build_object(
     'queues', (SELECT coalesce(json_agg(q ORDER BY q.queue), '[]') FROM by_queue q),
     'oldest_ready_seconds', (SELECT max(q.oldest_ready_seconds) FROM by_queue q),
     'unserved', (SELECT coalesce(json_agg(u ORDER BY u.queue, u.type), '[]') FROM unserved u),
-    'workers', (SELECT coalesce(json_agg(w ORDER BY w.id), '[]') FROM workers w)
+    'workers', (SELECT coalesce(json_agg(w ORDER BY w.started_at, w.id), '[]') FROM workers w)
 )::text
