@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterable, Mapping
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, nullcontext
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Self, TypeVar, Unpack, overload
 
 import anyio
@@ -30,6 +31,28 @@ if TYPE_CHECKING:
 _Handler = TypeVar("_Handler", bound=Callable[..., Any])
 _Middleware = TypeVar("_Middleware", bound=Middleware)
 _Lifespan = TypeVar("_Lifespan", bound=Callable[..., AbstractAsyncContextManager[Any] | AsyncIterator[Any]])
+
+_loading: ContextVar[bool] = ContextVar("notifyq_loading", default=False)
+
+
+@contextmanager
+def loading() -> Generator[None, None, None]:
+    """Around the import of a user's modules by the command line. A program that begins there, where it lacks its
+    `if __name__ == "__main__":`, would run in place of the command: what it does first is refused."""
+    token = _loading.set(True)
+    try:
+        yield
+    finally:
+        _loading.reset(token)
+
+
+def _check_not_loading(what: str) -> None:
+    if _loading.get():
+        raise ConfigError(
+            f"{what} is called while this module is imported, and would run in place of the command; put what calls "
+            'it under `if __name__ == "__main__":`'
+        )
+
 
 # What works where nothing can be awaited, for messages.
 _ENQUEUE_ELSEWHERE = (
@@ -194,6 +217,7 @@ class App:
         It belongs to the event loop that this runs on: code on another one, or on none, has a SyncClient. Raises
         ConfigError for a DSN that can't be one, DatabaseError for a server that can't be reached.
         """
+        _check_not_loading("app.connect()")
         loop = loops.running("app.connect()", "write `async with app.connect():` in a function that asyncio.run() runs")
         if self._pool is not None:
             raise ConfigError("this app is connected already; one `async with app.connect():` serves all tasks")
@@ -345,6 +369,7 @@ class App:
         tasks back at once. Raises ConfigError, DatabaseError or SchemaError if it can't start, and NotifyqError if
         the lifespan fails.
         """
+        _check_not_loading("app.run_worker()")
         loops.running("app.run_worker()", "a worker runs on asyncio: asyncio.run(app.run_worker())")
         if not self.registry.types:
             raise ConfigError("this app has no handlers, so there is nothing to run; decorate one with @app.handler")

@@ -7,6 +7,7 @@ union of all types would have to be told the tag again, and a union of one type 
 
 from __future__ import annotations
 
+import os
 import traceback
 from typing import Any
 
@@ -18,6 +19,7 @@ from .task import Task
 PAYLOAD_LIMIT = 16 * 1024 * 1024  # bytes of JSON; a worker holds hundreds of payloads at once
 TRACEBACK_LINES = 30
 NOTE_LENGTH = 200  # characters of what ctx.progress tells
+OURS = os.path.dirname(os.path.abspath(__file__)) + os.sep
 TEXT_LIMIT = 8_000  # characters of an error's text, and of its traceback
 
 _encoder = msgspec.json.Encoder()
@@ -71,7 +73,11 @@ def describe(error: BaseException) -> str:
 
 def _tail(error: BaseException) -> str:
     try:
-        lines = "".join(traceback.format_exception(error)).splitlines()
+        frames = error.__traceback__
+        while frames is not None and frames.tb_frame.f_code.co_filename.startswith(OURS):
+            frames = frames.tb_next  # what called the handler: the same in each of them
+        frames = frames or error.__traceback__
+        lines = "".join(traceback.format_exception(type(error), error, frames)).splitlines()
     except BaseException:
         return ""
     return "\n".join(lines[-TRACEBACK_LINES:])

@@ -49,6 +49,7 @@ def document(registry: Registry) -> Schema:
         "description": "The payload of each type of task.",
         "type": "object",
         "properties": payloads,
+        "required": list(payloads),  # of a type with a member for each, none is optional
         "additionalProperties": False,
         "$defs": {name: defs[name] for name in sorted(used)},
     }

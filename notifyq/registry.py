@@ -8,7 +8,7 @@ import functools
 import inspect
 import math
 import re
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from copy import copy
 from inspect import Parameter
 from types import UnionType
@@ -185,17 +185,24 @@ class Registry:
         """All registered task types as one tagged union, for msgspec.json.schema and the like."""
         return Union[tuple(self._handlers[type].task for type in self.types)]  # noqa: UP007 - built at run time
 
-    def check(self, type: str, payload: bytes) -> Task:
-        """The task of this type with this payload (JSON). Raises ConfigError unless a handler here takes it."""
+    def check(self, type: str, payload: bytes, also: Iterable[str] = ()) -> Task:
+        """The task of this type with this payload (JSON). Raises ConfigError unless a handler here takes it; `also` are
+        other types that may have been meant."""
         handler = self._handlers.get(type)
         if handler is None:
-            near = difflib.get_close_matches(type, self._handlers, n=3, cutoff=0.5)
-            known = f"did you mean {' or '.join(near)}?" if near else f"known types: {', '.join(self.types) or 'none'}"
+            types = sorted({*self.types, *also})
+            near = difflib.get_close_matches(type, types, n=3, cutoff=0.5)
+            known = f"did you mean {' or '.join(near)}?" if near else f"known types: {', '.join(types) or 'none'}"
             raise ConfigError(f"no handler takes type {type!r}; {known}")
-        try:
-            return handler.decode(payload)
-        except (msgspec.MsgspecError, RecursionError, ValueError) as error:
-            raise ConfigError(f"the payload doesn't fit {type}: {error}") from error
+        return decode_as(handler.task, type, payload)
+
+
+def decode_as(task: type[Task], type: str, payload: bytes) -> Task:
+    """Raises ConfigError for a payload that doesn't fit."""
+    try:
+        return msgspec.json.decode(payload, type=task)
+    except (msgspec.MsgspecError, RecursionError, ValueError) as error:
+        raise ConfigError(f"the payload doesn't fit {type}: {error}") from error
 
 
 def _signature(function: Callable[..., Any], scope: Mapping[str, Any], batch: bool) -> tuple[type[Task], list[Need]]:

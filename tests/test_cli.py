@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -18,6 +19,7 @@ import sys
 import tempfile
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +113,7 @@ def test_the_commands_of_the_contract() -> None:
     assert [command.name for command in COMMANDS] == expected
 
 
-async def test_help_and_version(run: Run) -> None:
+async def test_help_and_version(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """No command is a mistake, but one that is answered with help."""
     nothing, asked, short = await run(""), await run("--help"), await run("-h")
     assert (nothing.code, nothing.out) == (2, "")
@@ -120,6 +122,10 @@ async def test_help_and_version(run: Run) -> None:
     for command in COMMANDS:
         said = await run(f"{command.name} --help")
         assert said.code == 0
+    monkeypatch.setenv("COLUMNS", "80")
+    listed = (await run("--help")).out.partition("Commands:")[2]
+    assert listed.count("\n") == len(COMMANDS) + 1
+    assert "..." not in listed, "a summary that is cut off"
     assert re.fullmatch(r"notifyq \d\S+\n", (await run("--version")).out)
 
 
@@ -361,7 +367,7 @@ async def test_roles(run: Run, server: Server, dsn: str, db: Any) -> None:
 
 
 async def test_a_standby_is_refused(run: Run, dsn: str) -> None:
-    said = await run("enqueue X", dsn=f"{dsn}&default_transaction_read_only=on")
+    said = await run("enqueue X", dsn=f"{dsn}&options=-c%20default_transaction_read_only%3Don")
     assert said.code == 3
     assert "read-only" in said.err
 
@@ -694,6 +700,84 @@ def test_an_app_that_cannot_be_loaded(folder: Path, spec: str, says: str) -> Non
     assert not hasattr(error, "__notes__")
 
 
+@pytest.mark.parametrize("app", ["await app.run_worker()", "async with app.connect(): ..."])
+def test_a_script_without_its_guard(folder: Path, app: str) -> None:
+    """It would run in place of the command, without banner and signals."""
+    code = "import asyncio, notifyq\napp = notifyq.App()\nclass A(notifyq.Task): ...\n@app.handler\ndef f(t: A): ...\n"
+    (folder / "bare.py").write_text(f"{code}async def main():\n    {app}\nasyncio.run(main())\n")
+    error = unloadable("bare:app")
+    assert str(error).startswith("bare.py, line 7: app.")
+    assert str(error).endswith('put what calls it under `if __name__ == "__main__":`')
+
+
+def test_modules_that_import_each_other(folder: Path) -> None:
+    (folder / "one.py").write_text("import two\nimport notifyq\napp = notifyq.App()\n")
+    (folder / "two.py").write_text("from one import app\n")
+    error = unloadable("one:app")
+    assert "put `app = notifyq.App()` in a module of its own that imports none of them" in str(error)
+
+
+async def test_a_file_that_hides_a_module_of_pythons(run: Run, start: Start, folder: Path) -> None:
+    """It isn't a bug in notifyq: by its name, by what imports it later, as a package."""
+    shutil.copy(folder / "mailer.py", folder / "queue.py")
+    program = start("worker queue:app", first="sys.path.remove('')")  # as the installed script has it
+    assert await program.end() == 2
+    assert "queue.py has the name of Python's own module 'queue'" in program.said
+    assert "rename queue.py" in program.said
+    (folder / "shop.py").write_text("import colorsys\ncolorsys.rgb_to_hsv\n")
+    (folder / "colorsys.py").write_text("")
+    (folder / "shop2.py").write_text("from sched import scheduler\n")
+    (folder / "sched").mkdir()
+    (folder / "sched" / "__init__.py").write_text("")
+    for module, file in (("shop", "colorsys.py"), ("shop2", "sched/__init__.py")):
+        program = start(f"worker {module}:app")
+        assert await program.end() == 2
+        assert f"notifyq: {file} has the name of Python's own module" in program.said
+        assert "a bug in notifyq" not in program.said
+    # What notifyq itself imports later.
+    later = "lambda _: (sys.path.insert(0, '.'), __import__('colorsys').rgb_to_hsv)"
+    program = start("worker mailer:app", first=f"import notifyq.cli.worker as w; w.load_app = {later}")
+    assert await program.end() == 2
+    assert "notifyq: colorsys.py has the name of Python's own module 'colorsys', which others need" in program.said
+    assert "a bug in notifyq" not in program.said
+
+
+async def test_an_app_without_handlers_validates(run: Run, dsn: str, db: Any, folder: Path) -> None:
+    """A process that only enqueues declares tasks, and has none to run them."""
+    (folder / "shop.py").write_text(
+        "import notifyq\napp = notifyq.App()\nclass Buy(notifyq.Task, tag='BUY'):\n    unique = True\n    what: str\n"
+    )
+    first = await run("enqueue BUY --app shop:app", '{"what": "tea"}', dsn=dsn)
+    assert (first.code, first.err) == (0, "")
+    assert (await run("enqueue BUY --app shop:app", '{"what": "tea"}', dsn=dsn)).out == first.out
+    said = await run("enqueue BUY --app shop:app", '{"what": 5}', dsn=dsn)
+    assert (said.code, said.out) == (2, "")
+    assert "the payload doesn't fit BUY: Expected `str`, got `int`" in said.err
+    said = await run("enqueue BYU --app shop:app", '{"what": "tea"}', dsn=dsn)
+    assert "no handler takes type 'BYU'; did you mean BUY?" in said.err
+
+
+async def test_a_type_that_no_worker_takes(run: Run, dsn: str, db: Any) -> None:
+    """A note beside the id, if workers are up; the task is enqueued all the same."""
+    assert (await run("enqueue SEND_MIAL", dsn=dsn)).err == "", "no worker is up"
+    worker = (
+        "INSERT INTO notifyq.worker (name, queues, types, max_attempts, concurrency, lease, seen_at)"
+        " VALUES ($1, $2, $3, '{}', 1, '1 min', now() - $4::interval)"
+    )
+    await db.execute(worker, "gone:1", ["old"], ["SEND_MIAL"], timedelta(hours=1))
+    assert (await run("enqueue SEND_MIAL", dsn=dsn)).err == ""
+    await db.execute(worker, "here:1", ["default", "mail"], ["SEND_MAIL", "SLEEP"], timedelta(0))
+    for words, note in (
+        ("SEND_MIAL", "no worker that is up takes type 'SEND_MIAL'; did you mean 'SEND_MAIL'?"),
+        ("XYZZY", "no worker that is up takes type 'XYZZY'"),
+        ("SEND_MAIL -q mial", "no worker that is up serves queue 'mial'; did you mean 'mail'?"),
+    ):
+        said = await run(f"enqueue {words}", dsn=dsn)
+        assert (said.code, said.err) == (0, f"notifyq: {note}\n")
+        assert int(said.out)
+    assert (await run("enqueue SEND_MAIL -q mail", dsn=dsn)).err == ""
+
+
 @pytest.mark.parametrize(
     ("code", "what", "where"),
     [
@@ -930,10 +1014,16 @@ async def test_stats(run: Run, dsn: str, db: Any) -> None:
     said = await run("stats --json", dsn=dsn)
     found = json.loads(said.out)
     assert len(said.lines) == 1
-    zeros = dict.fromkeys(STATES, 0)
+    zeros, none_runs = dict.fromkeys(STATES, 0), {"longest_running_seconds": None}
     q0, q1 = found["queues"]
-    assert q0 == {"queue": "q0", **zeros, "ready": 1, "oldest_ready_seconds": pytest.approx(60, abs=5)}
-    assert q1 == {"queue": "q1", **dict.fromkeys(STATES, 1), "oldest_ready_seconds": pytest.approx(0, abs=5)}
+    assert q0 == {"queue": "q0", **zeros, "ready": 1, "oldest_ready_seconds": pytest.approx(60, abs=5), **none_runs}
+    assert q1 == {
+        "queue": "q1",
+        **dict.fromkeys(STATES, 1),
+        "oldest_ready_seconds": pytest.approx(0, abs=5),
+        "longest_running_seconds": pytest.approx(10800, abs=60),
+    }
+    assert found["longest_running_seconds"] == q1["longest_running_seconds"]
     assert found["oldest_ready_seconds"] == q0["oldest_ready_seconds"]
     assert [(row["queue"], row["type"], row["ready"]) for row in found["unserved"]] == [
         ("q0", "B", 1),
@@ -948,9 +1038,9 @@ async def test_stats(run: Run, dsn: str, db: Any) -> None:
     assert (said.code, said.err) == (0, "")
     rows = [line.split() for line in said.lines]
     assert rows[:3] == [
-        ["queue", *STATES, "oldest", "ready"],
+        ["queue", *STATES, "oldest", "ready", "longest", "running"],
         ["q0", "0", "1", "0", "0", "0", "0", rows[1][7], "s"],
-        ["q1", *"111111", rows[2][7], "s"],
+        ["q1", *"111111", rows[2][7], "s", rows[2][9], "s"],
     ]
     assert "ready, but no worker that lives takes this type from this queue:" in said.lines
     assert any(re.fullmatch(r" *\d+  gone:2 +0 +5  5m ago  q0 +silent", line) for line in said.lines)
@@ -1000,7 +1090,13 @@ async def test_stats_of_nothing(run: Run, dsn: str) -> None:
     said = await run("stats", dsn=dsn)
     assert (said.code, said.lines[1:]) == (0, ["", "no workers"])
     found = json.loads((await run("stats --json", dsn=dsn)).out)
-    assert found == {"queues": [], "oldest_ready_seconds": None, "unserved": [], "workers": [], "findings": []}
+    nothing: dict[str, Any] = {
+        "oldest_ready_seconds": None,
+        "longest_running_seconds": None,
+        "unserved": [],
+        "workers": [],
+    }
+    assert found == {"queues": [], **nothing, "findings": []}
 
 
 async def test_stats_says_what_is_wrong_with_the_database(run: Run, dsn: str, db: Any) -> None:

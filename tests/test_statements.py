@@ -108,6 +108,7 @@ STATEMENTS = {
     "retry_later": Statement("int4 int8[] int2[] float8[] jsonb[]", "id:int8 freed:bool", "task_pkey"),
     "results": Statement("int8", "id:int8 type:text state:text result:jsonb error:text", "finished_pkey task_pkey"),
     "runnable": Statement("text[]", "queues:text[] next_seconds:float8 at:timestamptz", None),
+    "served": Statement("", "queues:text[] types:text[]", None),
     "set_aside": Statement("int4 int8[] int2[]", "id:int8 freed:bool", "task_pkey"),
     "settle_within": Statement("int4 int8 int2 bool", "xid:text freed:bool", "task_pkey"),
     "show": Statement("int8", "to_json:text", None),

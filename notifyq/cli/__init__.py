@@ -30,6 +30,7 @@ import click
 from notifyq.errors import NotifyqError
 
 from . import crons, database, queues, schema, show, tasks, worker
+from .load import hidden_module
 from .options import did_you_mean
 from .output import our_version, say
 
@@ -94,8 +95,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         for note in getattr(error, "__notes__", ()):  # a traceback of theirs
             click.echo(note, err=True)
         return error.exit_code
-    except Exception:
+    except Exception as error:
         traceback.print_exc()
+        if hidden := hidden_module(error):
+            say(hidden)
+            return 2
         say("that is a bug in notifyq; please report it with the lines above")
         return 1
     return code if isinstance(code, int) else 0

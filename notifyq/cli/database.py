@@ -37,9 +37,10 @@ PROJECT_MARKS = ("pyproject.toml", ".git")
 )
 @dsn_option
 def migrate(*, sql: bool, since: int | None, dsn: str | None) -> None:
-    """Install or upgrade the schema; once is enough, twice does no harm.
+    """Install or upgrade the schema.
 
-    Workers and producers go on meanwhile: migrate first, then bring the workers of the new version.
+    Once is enough, twice does no harm. Workers and producers go on meanwhile: migrate first, then bring the workers of
+    the new version.
     """
     if sql:
         text = schema.schema_sql()
@@ -68,8 +69,8 @@ async def _migrate(dsn: str | None) -> tuple[str, int | None, int]:
 def stats(*, as_json: bool, dsn: str | None) -> None:
     """Count tasks by queue and state, and list workers.
 
-    Beside each queue the age of its oldest ready task, in seconds. All are counted, none estimated: that takes
-    about half a second a million tasks, of history too.
+    Beside each queue stand the age of its oldest ready task and the time of its longest running one. All are counted,
+    none estimated: that takes about half a second a million tasks, of history too.
     """
 
     async def run() -> dict[str, Any]:
@@ -85,8 +86,11 @@ def stats(*, as_json: bool, dsn: str | None) -> None:
         click.echo(json.dumps(found))
         return
     table(
-        ("queue", *STATES, "oldest ready"),
-        [[q["queue"], *(q[state] for state in STATES), _age(q)] for q in found["queues"]],
+        ("queue", *STATES, "oldest ready", "longest running"),
+        [
+            [q["queue"], *(q[state] for state in STATES), _age(q), _age(q, "longest_running_seconds")]
+            for q in found["queues"]
+        ],
     )
     if found["unserved"]:
         click.echo("\nready, but no worker that lives takes this type from this queue:")
@@ -106,8 +110,8 @@ def stats(*, as_json: bool, dsn: str | None) -> None:
         click.echo(f"\n{finding['problem']}. Cure: {finding['cure']}")
 
 
-def _age(row: dict[str, Any]) -> str:
-    seconds = row["oldest_ready_seconds"]
+def _age(row: dict[str, Any], name: str = "oldest_ready_seconds") -> str:
+    seconds = row[name]
     return "" if seconds is None else f"{seconds:.1f} s"
 
 
@@ -117,7 +121,10 @@ def _age(row: dict[str, Any]) -> str:
 # Without the variables of other commands' --dsn: a demo leaves the database of NOTIFYQ_DSN alone.
 @option("--dsn", metavar="URL", help="run it on your server, not on an embedded one")
 def demo(*, seconds: float, tasks: int, dsn: str | None) -> int:
-    """See it work: signups, mail, a worker that dies; checked in the end."""
+    """See it work: signups, mail, a worker that dies.
+
+    What it claims is checked in the end.
+    """
     from notifyq.demo import main
 
     return main(seconds, tasks, dsn)

@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import NoReturn
 
 from notifyq import App
+from notifyq.app import loading
 from notifyq.errors import ConfigError, NotifyqError
 
 from .options import did_you_mean
@@ -18,11 +19,13 @@ from .options import did_you_mean
 EXAMPLE = "MODULE:APP, such as myproject.tasks:app"
 
 
+PYTHONS = os.path.dirname(os.__file__) + os.sep
 OURS = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
-def load_app(spec: str) -> App:
-    """The App that `spec` names, imported with the current folder on the path. Raises ConfigError."""
+def load_app(spec: str, *, to_run: bool = True) -> App:
+    """The App that `spec` names, imported with the current folder on the path. Raises ConfigError; to_run: for one
+    without handlers too."""
     name, _, path = spec.partition(":")
     is_file = name.endswith(".py") and os.path.exists(name)
     if is_file or not all(part.isidentifier() for part in [*name.split("."), *path.split(".")]):
@@ -30,6 +33,7 @@ def load_app(spec: str) -> App:
         raise ConfigError(f"{spec!r} names no app; expected {EXAMPLE}{cure}")
     if (folder := os.getcwd()) not in sys.path:
         sys.path.insert(0, folder)
+    _check_own(name, folder)
     found: object = _import(spec, name)
     for i, part in enumerate(path.split(".")):
         if not hasattr(found, part):
@@ -39,12 +43,47 @@ def load_app(spec: str) -> App:
     if not isinstance(found, App):
         others = _other_apps(sys.modules[name], name, "")
         raise ConfigError(f"{spec} is of type {type(found).__name__}; expected a notifyq.App{others}")
-    if not found.registry.types:
+    if to_run and not found.registry.types:
         raise ConfigError(
             f"{spec} has no handlers, so there is nothing to run; decorate one with @{path}.handler, "
-            "in this module or one that it imports"
+            "in this module or one that it imports (an app over several modules: docs/modules.md)"
         )
     return found
+
+
+def _check_own(name: str, folder: str) -> None:
+    """Raise ConfigError if a module of Python's own was loaded before, so that the user's file can't have its name."""
+    top = name.partition(".")[0]
+    loaded = getattr(sys.modules.get(top), "__file__", None)
+    if top in sys.stdlib_module_names and loaded and (own := _file_of(top, folder)) and not _same(loaded, own):
+        raise ConfigError(f"{_hides(top, own)}, and that one is loaded already; rename {os.path.relpath(own)}")
+
+
+def hidden_module(error: BaseException | None) -> str | None:
+    """The cure for an error that comes of a file with the name of a module of Python's own; else None."""
+    while error is not None:
+        name = error.name if isinstance(error, ImportError) else None
+        if isinstance(error, AttributeError) and isinstance(error.obj, ModuleType):
+            name = error.obj.__name__
+        top = (name or "").partition(".")[0]
+        if top in sys.stdlib_module_names and (own := _file_of(top, os.getcwd())):
+            return f"{_hides(top, own)}, which others need; rename {os.path.relpath(own)}"
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _file_of(name: str, folder: str) -> str | None:
+    """The file of a module of this name in this folder."""
+    places = (os.path.join(folder, f"{name}.py"), os.path.join(folder, name, "__init__.py"))
+    return next((place for place in places if os.path.isfile(place)), None)
+
+
+def _same(one: str, other: str) -> bool:
+    return os.path.realpath(one) == os.path.realpath(other)
+
+
+def _hides(name: str, file: str) -> str:
+    return f"{os.path.relpath(file)} has the name of Python's own module {name!r}"
 
 
 def _dotted(file: str) -> str:
@@ -62,7 +101,8 @@ def _other_apps(found: object, name: str, wanted: str) -> str:
 
 def _import(spec: str, name: str) -> ModuleType:
     try:
-        return importlib.import_module(name)
+        with loading():
+            return importlib.import_module(name)
     except KeyboardInterrupt:
         raise
     except ModuleNotFoundError as error:
@@ -91,14 +131,26 @@ def _their_failure(name: str, error: BaseException) -> NoReturn:
     if isinstance(error, NotifyqError):
         raise ConfigError(f"{where}: {error}") from error
     what = traceback.format_exception_only(error)[-1].strip().splitlines()[0]
+    cure = "correct that"
+    if "partially initialized module" in what:
+        cure = (
+            "two modules import each other; put `app = notifyq.App()` in a module of its own that imports none of "
+            "them, and have the worker load one that imports all (docs/modules.md)"
+        )
+    elif isinstance(error, SystemExit):
+        cure = 'a module that is run as a script does its work under `if __name__ == "__main__":`'
+    elif hidden := hidden_module(error):
+        cure = hidden
     failure = ConfigError(
         f"can't import {name} (looked for in {os.getcwd()} first)\n"
         f"it failed at {where}: {what}\n"
-        f"correct that; to see whether it helped: python -c 'import {name}'"
+        f"{cure}; to see whether it helped: python -c 'import {name}'"
     )
     failure.add_note("".join(traceback.format_exception(type(error), error, trace)).rstrip())
     raise failure from error
 
 
 def _is_ours(file: str) -> bool:
-    return file.startswith((OURS + os.sep, "<frozen importlib")) or file == importlib.__file__
+    """Or Python's: a place that the user didn't write."""
+    pythons = file.startswith(PYTHONS) and "site-packages" not in file
+    return pythons or file.startswith((OURS + os.sep, "<frozen "))

@@ -19,6 +19,7 @@ NUMBERS = (
     "dead",
     "cancelled",
     "oldest ready",
+    "longest running",
     "attempts",
     "slots",
     "waiting",

@@ -25,7 +25,11 @@ async def _queues(conn: Connection) -> list[dict[str, Any]]:
 @option("--json", "as_json", is_flag=True, help="a JSON object a line")
 @dsn_option
 def queues(*, as_json: bool, dsn: str | None) -> None:
-    """List queues: which are paused or limited, what runs, what their limits keep back, how many workers serve each."""
+    """List queues, with their limits and workers.
+
+    Each line says whether the queue is paused, its limits, how many tasks run, how many its limits keep back, and how
+    many workers serve it.
+    """
 
     async def run() -> list[dict[str, Any]]:
         async with session(dsn) as conn:
@@ -55,7 +59,10 @@ def _rate(queue: dict[str, Any]) -> str:
 
 @click.group()
 def queue() -> None:
-    """Pause, resume or limit queues, for every worker: in force within a second."""
+    """Pause, resume or limit queues, for every worker.
+
+    It is in force within a second.
+    """
 
 
 _names = click.argument("names", metavar="NAME...", nargs=-1, required=True)

@@ -30,9 +30,9 @@ from .session import LONG_SECONDS, session
 @option("--queued", is_flag=True, help="decode every task that hasn't ended; exit 1 if one can't be")
 @dsn_option
 def schema(*, app: str, check: Path | None, queued: bool, dsn: str | None) -> int:
-    """Print the JSON Schema of all payloads of an app, such as myproject.tasks:app.
+    """Print the JSON Schema of an app's payloads.
 
-    MODULE:APP may come from NOTIFYQ_APP too. --dsn is for --queued.
+    MODULE:APP is such as myproject.tasks:app. It may come from NOTIFYQ_APP too. --dsn is for --queued.
     """
     registry = load_app(app).registry
     present = payloads.document(registry)

@@ -27,7 +27,7 @@ LOOK_SECONDS = 0.5
 @option("--follow", is_flag=True, help="go on until it ends, telling of each change; exit code 1 if it isn't done then")
 @dsn_option
 def show(*, id: int, as_json: bool, follow: bool, dsn: str | None) -> int:
-    """Show one task: all that is known of it, each attempt's error too."""
+    """Show all that is known of one task, each attempt's error too."""
 
     async def run() -> int:
         task: dict[str, Any] = {}

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import builtins
 import json
 import sys
+from collections.abc import Iterator
 from datetime import datetime
 from typing import Literal
 
+import asyncpg
 import click
 
-from notifyq.codec import PAYLOAD_LIMIT
+from notifyq import App
+from notifyq.codec import PAYLOAD_LIMIT, type_name
 from notifyq.config import check_name
 from notifyq.enqueue import Explained, statement
 from notifyq.errors import ConfigError
 from notifyq.lease import DEAD_KEPT_SECONDS, PRUNE_AT_ONCE
 from notifyq.options import Options
-from notifyq.store import SQL
+from notifyq.registry import decode_as
+from notifyq.store import SQL, Connection
 from notifyq.task import ENDED, STATES, State, Task
 from notifyq.unique import NOTHING
 
@@ -129,7 +134,7 @@ def enqueue(
             on_conflict=on_conflict,
         )
     text = _payload(payload)
-    task = Task() if app is None else load_app(app).registry.check(type, text.encode())
+    task = Task() if app is None else _validated(load_app(app, to_run=False), type, text.encode())
     if app is None and unique is None and options.unique != NOTHING:
         raise ConfigError(
             "--unique-for, --unique-states and --on-conflict go with --unique KEY, or with --app and a type's rule"
@@ -138,17 +143,48 @@ def enqueue(
         only = options.unique.of(task)
     query, args = statement(type, text, options, only)
 
-    async def run() -> tuple[int, bool]:
+    async def run() -> tuple[int, bool, str]:
         async with session(dsn, reads=False) as conn:
             with Explained(type):
                 [row] = await conn.fetch(query, *args)
-            return row[0], len(row) > 1 and row[1]
+            return row[0], len(row) > 1 and row[1], "" if app else await _unserved(conn, type, queue)
 
-    id, existed = asyncio.run(run())
+    id, existed, note = asyncio.run(run())
+    if note:
+        say(note)
     if existed:
         assert only is not None
         say(f"nothing was enqueued: a task with this key is there{CONFLICT[only.on_conflict]}")
     click.echo(id)
+
+
+def _validated(app: App, type: str, payload: bytes) -> Task:
+    """By the app's handlers. An app that only enqueues has none; there, by the tasks that its modules declare."""
+    declared = {type_name(cls): cls for cls in _subclasses(Task) if not cls.__module__.startswith("notifyq.")}
+    if app.registry.get(type) is None and type in declared:
+        return decode_as(declared[type], type, payload)
+    return app.registry.check(type, payload, declared)
+
+
+def _subclasses(cls: builtins.type[Task]) -> Iterator[builtins.type[Task]]:
+    for below in cls.__subclasses__():
+        yield below
+        yield from _subclasses(below)
+
+
+async def _unserved(conn: Connection, type: str, queue: str) -> str:
+    """A note, if workers are up and none of them will take this task; a role that only enqueues isn't told."""
+    try:
+        row = await conn.fetchrow(SQL["served"])
+    except asyncpg.InsufficientPrivilegeError:
+        return ""
+    if row is None or not row["queues"]:
+        return ""  # no worker is up: it may be started later, with anything
+    if queue not in row["queues"]:
+        return f"no worker that is up serves queue {queue!r}{did_you_mean(queue, row['queues'])}"
+    if type not in row["types"]:
+        return f"no worker that is up takes type {type!r}{did_you_mean(type, row['types'])}"
+    return ""
 
 
 CONFLICT = {
@@ -198,7 +234,10 @@ def _refuse(constant: str) -> None:
 def tasks(
     *, state: str | None, queue: str | None, type: str | None, limit: int, as_json: bool, dsn: str | None
 ) -> None:
-    """List tasks, finished ones too, the newest first; with what they say: how far they are, or their last error."""
+    """List tasks, finished ones too, the newest first.
+
+    The last column has what a task says: how far it is, or its last error.
+    """
 
     async def run() -> tuple[list[tuple[str, float]], str]:
         async with session(dsn) as conn:

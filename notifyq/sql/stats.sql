@@ -5,7 +5,8 @@
 WITH counted AS MATERIALIZED (
     SELECT queue, type, state, count(*) AS n,
            min(greatest(created_at, run_at)) FILTER (
-               WHERE state = 'ready' AND queue NOT IN (SELECT name FROM notifyq.queue WHERE paused)) AS since
+               WHERE state = 'ready' AND queue NOT IN (SELECT name FROM notifyq.queue WHERE paused)) AS since,
+           min(processing_at) FILTER (WHERE state = 'running') AS begun
     FROM notifyq.all_tasks
     GROUP BY queue, type, state
 ), by_queue AS (
@@ -16,7 +17,8 @@ WITH counted AS MATERIALIZED (
            coalesce(sum(n) FILTER (WHERE state = 'done'), 0) AS done,
            coalesce(sum(n) FILTER (WHERE state = 'dead'), 0) AS dead,
            coalesce(sum(n) FILTER (WHERE state = 'cancelled'), 0) AS cancelled,
-           round(extract(epoch FROM statement_timestamp() - min(since))::numeric, 3) AS oldest_ready_seconds
+           round(extract(epoch FROM statement_timestamp() - min(since))::numeric, 3) AS oldest_ready_seconds,
+           round(extract(epoch FROM statement_timestamp() - min(begun))::numeric, 3) AS longest_running_seconds
     FROM counted
     GROUP BY queue
 ), unserved AS (
@@ -36,6 +38,7 @@ WITH counted AS MATERIALIZED (
 SELECT json_build_object(
     'queues', (SELECT coalesce(json_agg(q ORDER BY q.queue), '[]') FROM by_queue q),
     'oldest_ready_seconds', (SELECT max(q.oldest_ready_seconds) FROM by_queue q),
+    'longest_running_seconds', (SELECT max(q.longest_running_seconds) FROM by_queue q),
     'unserved', (SELECT coalesce(json_agg(u ORDER BY u.queue, u.type), '[]') FROM unserved u),
     'workers', (SELECT coalesce(json_agg(w ORDER BY w.started_at, w.id), '[]') FROM workers w)
 )::text
