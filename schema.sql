@@ -327,6 +327,13 @@ BEGIN
     ELSIF old IS NULL THEN
         SELECT k.task, k.enqueued_at INTO old, since FROM notifyq.unique_key k WHERE k.key = my_key;
     END IF;
+    IF since > clock_timestamp() THEN
+        -- The clock was set back since. It counts as enqueued now: else the key would be taken until that time comes.
+        since := clock_timestamp();
+        UPDATE notifyq.unique_key k
+        SET enqueued_at = since, until = since + greatest(k.until - k.enqueued_at, coalesce(period, '0'))
+        WHERE k.key = my_key;
+    END IF;
     LOOP
         -- KEY SHARE, as it hinders nothing but claims. Not one that runs: its worker would wait to settle it.
         PERFORM FROM notifyq.task t WHERE t.id = old AND t.worker IS NULL FOR KEY SHARE;
@@ -576,17 +583,29 @@ END;
 --
 -- Each task is parked and granted once, unless its keys have different ideas: then once for each.
 
--- Everybody locks gates in this order.
+-- Everybody locks gates in this order, and finds in notifyq.started what the clock says.
 CREATE FUNCTION notifyq.lock_gates(keys text[]) RETURNS void LANGUAGE plpgsql SET search_path = pg_catalog AS $$
 DECLARE
     gates CONSTANT smallint[] := ARRAY(SELECT DISTINCT (hashtext(k) & 255)::smallint FROM unnest(keys) AS k);
     found_gates integer;
+    moment timestamptz;
 BEGIN
     PERFORM FROM notifyq.gate g WHERE g.n = ANY (gates) ORDER BY g.n FOR UPDATE;
     GET DIAGNOSTICS found_gates = ROW_COUNT;
     IF found_gates < cardinality(gates) THEN  -- a TRUNCATE, or a copy without rows, must not leave limits without locks
         INSERT INTO notifyq.gate (n) SELECT generate_series(-1, 255) ON CONFLICT DO NOTHING;
         PERFORM FROM notifyq.gate g WHERE g.n = ANY (gates) ORDER BY g.n FOR UPDATE;
+    END IF;
+    -- What started in the future did so before the clock was set back. It counts as of now: else it would block its key
+    -- until that time comes.
+    moment := clock_timestamp();
+    IF EXISTS (SELECT FROM notifyq.started s WHERE s.key = ANY (keys) AND s.at > moment) THEN
+        WITH ahead AS (
+            DELETE FROM notifyq.started s WHERE s.key = ANY (keys) AND s.at > moment RETURNING s.key, s.n, s.seconds
+        )
+        INSERT INTO notifyq.started AS known (key, at, n, seconds)
+        SELECT a.key, moment, sum(a.n), max(a.seconds) FROM ahead a GROUP BY a.key
+        ON CONFLICT (key, at) DO UPDATE SET n = known.n + excluded.n, seconds = greatest(known.seconds, excluded.seconds);
     END IF;
 END $$;
 
@@ -640,6 +659,15 @@ BEGIN
         SELECT count(*) INTO held FROM notifyq.task t
         WHERE t.limit_key = name AND t.worker IS NOT NULL AND t.admitted = t.processing_at;
     END IF;
+    -- A rate grants for the length of its window ahead, at most. What is granted for later was so before the clock was set
+    -- back, and would keep its slot until that time comes: it waits again, and is granted anew.
+    UPDATE notifyq.task t SET aside = true
+    WHERE t.id = ANY (ARRAY(
+        SELECT g.id FROM notifyq.task g
+        WHERE g.waits_at = key AND NOT g.aside AND g.worker IS NULL
+          AND g.run_at > moment + interval '2 seconds' + make_interval(secs => greatest(
+                  limits.limit_seconds, (SELECT l.limit_seconds FROM notifyq.limits(g.options) AS l), 0))
+        FOR NO KEY UPDATE SKIP LOCKED));
     kept := notifyq.kept(key, moment, NULL);
     -- Of the one that is first. Where others have other limits, they are judged by their own when they are claimed.
     room := least(most, limits.limit_running - held - kept, limits.limit_rate - kept);
@@ -1180,7 +1208,7 @@ WITH RECURSIVE ready AS (  -- from one queue's first entry of index task_ready t
     SELECT t.queue, count(*) AS n FROM notifyq.task t WHERE t.worker IS NOT NULL GROUP BY t.queue
 ), served AS MATERIALIZED (
     SELECT u.queue, count(*) AS n FROM notifyq.worker w CROSS JOIN LATERAL unnest(w.queues) AS u (queue)
-    WHERE w.seen_at > statement_timestamp() - w.lease GROUP BY u.queue
+    WHERE w.seen_at BETWEEN statement_timestamp() - w.lease AND statement_timestamp() + w.lease GROUP BY u.queue
 )
 SELECT k.name, coalesce(q.paused, false) AS paused, q.limit_running, q.limit_rate, q.limit_seconds,
        coalesce(r.n, 0) AS running,

@@ -29,6 +29,7 @@ logger = logging.getLogger("notifyq.cron")
 
 AHEAD_SECONDS = 3.0  # twice as long as the keeper's heartbeats are apart
 MISSED_SECONDS = 60.0  # a slot that nobody saw to for so long was missed; before that it is only late
+IMPLAUSIBLE_SECONDS = 60.0  # beyond the slot that the schedule gives from now
 AT_ONCE = 100  # slots of one schedule, each time
 
 Missed: TypeAlias = Literal["once", "skip"]
@@ -87,6 +88,8 @@ class Schedule:
     def __init__(self, crons: Mapping[str, Cron]) -> None:
         self._crons = crons
         self._written = False
+        self._plausible: dict[str, datetime] = {}  # next slots that were compared with their schedules,
+        self._judged_at: datetime | None = None  # and when, by the database's clock
         self._poisoned: set[tuple[str, str, str]] = set()
 
     async def begin(self, conn: Connection, worker: int) -> None:
@@ -105,9 +108,13 @@ class Schedule:
             return
         refused: asyncpg.PostgresError | None = None
         for name, expression, tz, missed, next_at, now, since in await conn.fetch(
-            SQL["cron_due"], list(self._crons), AHEAD_SECONDS
-        ):
+            SQL["cron_due"], list(self._crons), AHEAD_SECONDS, list(self._plausible), list(self._plausible.values()),
+            self._judged_at,
+        ):  # fmt: skip
             try:
+                if next_at is not None and next_at > now + timedelta(seconds=AHEAD_SECONDS):
+                    await self._judge(conn, name, expression, tz, next_at, now)
+                    continue
                 await self._see_to(conn, name, expression, tz, missed, next_at, now, since)
             except asyncpg.PostgresError as error:  # of this cron's task, say; another's may be put
                 if conn.is_closed():
@@ -122,6 +129,24 @@ class Schedule:
                     )
         if refused is not None:
             raise refused
+
+    async def _judge(
+        self, conn: Connection, name: str, expression: str, tz: str, next_at: datetime, now: datetime
+    ) -> None:
+        """Compute a slot anew that the schedule can't have given at this time: the server's clock was ahead when it was
+        computed. Until that time comes, the cron would enqueue nothing."""
+        expected = next_slot(expression, tz, now + timedelta(seconds=AHEAD_SECONDS))
+        if next_at > expected + timedelta(seconds=IMPLAUSIBLE_SECONDS):
+            expected = next_slot(expression, tz, now)
+            if not await conn.fetchval(SQL["cron_enqueue"], name, next_at, expected, False):
+                return
+            logger.warning(
+                "the next slot of cron %s was %s, far beyond its schedule, as after a wrong clock; it is %s now",
+                name, next_at, expected, extra={"fields": {"cron": name}},
+            )  # fmt: skip
+            next_at = expected
+        self._plausible[name] = next_at
+        self._judged_at = now
 
     async def _see_to(
         self,

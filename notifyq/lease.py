@@ -31,6 +31,7 @@ import threading
 import time
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import asyncpg
@@ -60,6 +61,7 @@ PRUNE_AT_ONCE = 5000
 DEAD_KEPT_SECONDS = 30 * 86400.0
 ORPHANS_SECONDS = 60.0
 LOOK_SECONDS = 60.0
+STEP_SECONDS = 60.0  # two clocks that are so far apart were not set at the same time
 STIR_SECONDS = 15.0
 ENDED = (asyncpg.AdminShutdownError, asyncpg.CrashShutdownError, asyncpg.PostgresConnectionError)  # the session is over
 GRACE_SECONDS = 4.0  # after an outage, for the others to come back too: longer than the longest back-off
@@ -126,6 +128,11 @@ class Keeper:
         self._rescue_from = 0.0
         self._wait = 0.1
         self._stirred = ""
+        self._clock_then, self._clock_read = (
+            datetime.max.replace(tzinfo=UTC),
+            0.0,
+        )  # the server's clock, at that time of ours
+        self._stepped = False  # it went ahead since, and that was said
         self._findings: dict[
             str, tuple[str, str]
         ] = {}  # what is wrong with the database: about what, problem, and cure
@@ -245,6 +252,7 @@ class Keeper:
         await self._chore(conn, "look for what is wrong with the database", self._look(conn))
         next_look = loop.time() + random.uniform(0.5, 1.5) * LOOK_SECONDS
         if self._id is None:
+            self._clock_then, self._clock_read = await conn.fetchval("SELECT clock_timestamp()"), time.monotonic()
             self._id = await self._register(conn)
             self._registered.set_result(self._id)
         else:
@@ -421,14 +429,42 @@ class Keeper:
 
     async def _prune(self, conn: Connection) -> None:
         """Each table by itself."""
+        now = self._time_at_most(await conn.fetchval("SELECT clock_timestamp()"))
         for table, statement, args in (
-            ("finished", "prune", (self._config.history_seconds, DEAD_KEPT_SECONDS, PRUNE_AT_ONCE)),
+            ("finished", "prune", (self._config.history_seconds, DEAD_KEPT_SECONDS, PRUNE_AT_ONCE, now)),
             ("started", "prune_started", (PRUNE_AT_ONCE,)),
             ("unique_key", "prune_keys", (PRUNE_AT_ONCE,)),
         ):
             await self._chore(conn, f"prune notifyq.{table}", self._prune_all(conn, statement, args))
+        for queue in self._config.queues:
+            await self._chore(conn, "find what a clock that was set back keeps waiting", self._set_back(conn, queue))
 
-    async def _prune_all(self, conn: Connection, statement: str, args: tuple[float, ...]) -> None:
+    async def _set_back(self, conn: Connection, queue: str) -> None:
+        found = await conn.fetchrow(SQL["doubtful"], queue)
+        if found is not None and any(found) and (changed := await conn.fetchval(SQL["set_back"], *found)):
+            logger.warning(
+                "the server's clock was set back: tasks waited for times that were reckoned while it was ahead",
+                extra={"fields": {"queue": queue, "tasks": changed}},
+            )
+
+    def _time_at_most(self, said: datetime) -> datetime:
+        """What the server's clock said when this worker started, and the time since by its own: a step of the server's
+        clock ahead makes nothing old. A step back is believed, as then nothing is forgotten too early."""
+        trusted = self._clock_then + timedelta(seconds=time.monotonic() - self._clock_read)
+        step = (said - trusted).total_seconds()
+        if step < -STEP_SECONDS:
+            self._clock_then, self._clock_read = said, time.monotonic()
+            logger.warning("the server's clock was set back by %.0f s", -step)
+            trusted = said
+        elif step > STEP_SECONDS and not self._stepped:
+            logger.warning(
+                "the server's clock went ahead by %.0f s: history is pruned by the time that passed here, until this "
+                "worker is restarted", step,
+            )  # fmt: skip
+        self._stepped = step > STEP_SECONDS
+        return trusted + timedelta(seconds=STEP_SECONDS)
+
+    async def _prune_all(self, conn: Connection, statement: str, args: tuple[float | datetime, ...]) -> None:
         assert self._stop is not None
         while await conn.fetchval(SQL[statement], *args) >= PRUNE_AT_ONCE:
             if self._stop.is_set() or await self._sleep(0.05):

@@ -50,7 +50,7 @@ STATEMENTS = {
     "claim_onward": Statement("int4 text[] int4[] int4 text[] int2[] int8[] int4", ROW, "task_pkey task_ready"),
     "count_running": Statement("int4 text[]", "count_running:void", ""),
     "cron_due": Statement(
-        "text[] float8",
+        "text[] float8 text[] timestamptz[] timestamptz",
         "name:text expression:text tz:text missed:text next_at:timestamptz now:timestamptz since:timestamptz",
         "task_pkey",
     ),
@@ -65,6 +65,7 @@ STATEMENTS = {
         "processing_at:timestamptz processed_at:timestamptz payload:text result:text worker:text errors:text",
         None,
     ),
+    "doubtful": Statement("text", "failed:int8[] granted:int8[]", "task_scheduled"),
     "due": Statement(
         "text[] text[] int4 text timestamptz",
         "promoted:int8 next_seconds:float8 blocked:bool inserted:int8 freed:bool settings:text mark:timestamptz "
@@ -96,7 +97,7 @@ STATEMENTS = {
     "payload_sizes": Statement("int4 int8[] int2[] int8", "id:int8 bytes:int8", "task_pkey"),
     "payloads": Statement("int4 int8[] int2[]", "id:int8 payload:jsonb", "task_pkey"),
     "progress": Statement("int4 int8[] int2[] float4[] text[]", "id:int8 told:text", "task_pkey"),
-    "prune": Statement("float8 float8 int4", "count:int4", "finished_dead finished_old finished_pkey"),
+    "prune": Statement("float8 float8 int4 timestamptz", "count:int4", "finished_dead finished_old finished_pkey"),
     "prune_keys": Statement("int4", "count:int4", "task_pkey"),
     "prune_started": Statement("int4", "count:int4", ""),
     "queued": Statement("", "id:int8 type:text payload:jsonb", None),
@@ -110,6 +111,7 @@ STATEMENTS = {
     "runnable": Statement("text[]", "queues:text[] next_seconds:float8 at:timestamptz", None),
     "served": Statement("", "queues:text[] types:text[]", None),
     "set_aside": Statement("int4 int8[] int2[]", "id:int8 freed:bool", "task_pkey"),
+    "set_back": Statement("int8[] int8[]", "changed:int4", "task_pkey"),
     "settle_within": Statement("int4 int8 int2 bool", "xid:text freed:bool", "task_pkey"),
     "show": Statement("int8", "to_json:text", None),
     "stats": Statement("", "json_build_object:text", None),
@@ -318,7 +320,7 @@ async def test_nothing_reads_more_than_it_returns(sessions: dict[str, Any], mome
             conn, lambda: conn.fetchrow(SQL["due"], ["default"], ["default"], 10, None, None)
         )
         assert row["promoted"] == 10
-        count, most["prune"] = await touched(conn, lambda: conn.fetchval(SQL["prune"], 60.0, 60.0, 5))
+        count, most["prune"] = await touched(conn, lambda: conn.fetchval(SQL["prune"], 60.0, 60.0, 5, None))
         assert count == 10
         assert max(most.values()) <= 200, most  # one transaction: each steps over what those before left
 
@@ -1030,12 +1032,12 @@ async def test_prune_by_age_each_state_by_its_own(worker: Any) -> None:
         "UPDATE notifyq.finished SET processed_at = now() - interval '1 h' WHERE id = ANY ($1)", all_ids[:3]
     )
     await insert(worker)
-    assert await worker.fetchval(SQL["prune"], 7200.0, 7200.0, 100) == 0
-    assert await worker.fetchval(SQL["prune"], 60.0, 7200.0, 100) == 2
-    assert await worker.fetchval(SQL["prune"], 60.0, 60.0, 100) == 1
-    assert await worker.fetchval(SQL["prune"], 0.0, 60.0, 1) == 1, "no more than the limit"
-    assert await worker.fetchval(SQL["prune"], 0.0, 60.0, 1) == 1
-    assert await worker.fetchval(SQL["prune"], 0.0, 60.0, 1) == 0
+    assert await worker.fetchval(SQL["prune"], 7200.0, 7200.0, 100, None) == 0
+    assert await worker.fetchval(SQL["prune"], 60.0, 7200.0, 100, None) == 2
+    assert await worker.fetchval(SQL["prune"], 60.0, 60.0, 100, None) == 1
+    assert await worker.fetchval(SQL["prune"], 0.0, 60.0, 1, None) == 1, "no more than the limit"
+    assert await worker.fetchval(SQL["prune"], 0.0, 60.0, 1, None) == 1
+    assert await worker.fetchval(SQL["prune"], 0.0, 60.0, 1, None) == 0
     assert sorted((await states(worker)).values()) == ["dead", "ready"]
 
 

@@ -138,7 +138,7 @@ async def end_claims(conn: Any, worker: int) -> bool:
 
 async def prune(conn: Any, most: int = 100) -> int:
     """Whatever its age."""
-    return int(await conn.fetchval(SQL["prune"], 0.0, 0.0, most))
+    return int(await conn.fetchval(SQL["prune"], 0.0, 0.0, most, None))
 
 
 async def prune_started(conn: Any, most: int = 100) -> int:

@@ -351,7 +351,7 @@ def prune(*, history: float, dead: float, dsn: str | None) -> None:
         total = 0
         async with session(dsn) as conn:
             while True:
-                pruned: int = await conn.fetchval(SQL["prune"], history, dead, PRUNE_AT_ONCE)
+                pruned: int = await conn.fetchval(SQL["prune"], history, dead, PRUNE_AT_ONCE, None)
                 total += pruned
                 if pruned < PRUNE_AT_ONCE:
                     break

@@ -6,7 +6,7 @@ SELECT to_json(t)::text AS cron, t.name,
 FROM (
     SELECT c.name, c.expression, c.tz, c.type, c.queue, c.priority, c.missed, c.paused,
            EXISTS (SELECT FROM notifyq.worker w
-                   WHERE c.name = ANY (w.crons) AND w.seen_at > statement_timestamp() - w.lease) AS served,
+                   WHERE c.name = ANY (w.crons) AND w.seen_at BETWEEN statement_timestamp() - w.lease AND statement_timestamp() + w.lease) AS served,
            CASE WHEN NOT c.paused THEN c.next_at END AS next_at, c.last_at, c.recent[1] AS last_task,
            (SELECT a.state FROM notifyq.all_tasks a WHERE a.id = c.recent[1]) AS last_state
     FROM notifyq.cron c

@@ -1,5 +1,6 @@
 -- Forget up to $1 keys of unique tasks that are over, and whose unique_for has passed. Of those whose task lives on, look
--- again in an hour. Returns how many it looked at.
+-- again in an hour. Returns how many it looked at. Of the 1000 that would be kept longest, those that were enqueued by a clock
+-- which was set back since count as enqueued now.
 --
 -- It waits for no enqueuer (SKIP LOCKED), and what one has locked in the meantime is not of the task that was looked up:
 -- then the row that is locked in the end names another, and "k.task = o.task" leaves it alone.
@@ -19,5 +20,14 @@ WITH old AS MATERIALIZED (
 ), later AS (
     UPDATE notifyq.unique_key SET until = statement_timestamp() + interval '1 hour'
     WHERE key = ANY (ARRAY(SELECT key FROM mine WHERE lives))
+), ahead AS (
+    UPDATE notifyq.unique_key
+    SET enqueued_at = statement_timestamp(), until = statement_timestamp() + (until - enqueued_at)
+    WHERE key = ANY (ARRAY(
+        SELECT k.key FROM notifyq.unique_key k
+        WHERE k.key = ANY (ARRAY(SELECT l.key FROM notifyq.unique_key l ORDER BY l.until DESC LIMIT 1000))
+          AND k.enqueued_at > statement_timestamp() + interval '1 minute' AND k.until >= k.enqueued_at
+          AND isfinite(k.enqueued_at) AND isfinite(k.until)
+        FOR UPDATE SKIP LOCKED))
 )
 SELECT count(*)::integer FROM mine

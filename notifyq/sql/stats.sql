@@ -28,9 +28,9 @@ WITH counted AS MATERIALIZED (
     WHERE c.state = 'ready' AND c.since IS NOT NULL
       AND NOT EXISTS (SELECT FROM notifyq.worker w
                       WHERE c.queue = ANY (w.queues) AND c.type = ANY (w.types)
-                        AND w.seen_at > statement_timestamp() - w.lease)
+                        AND w.seen_at BETWEEN statement_timestamp() - w.lease AND statement_timestamp() + w.lease)
 ), workers AS (
-    SELECT id, name, CASE WHEN seen_at > statement_timestamp() - lease THEN status ELSE 'silent' END AS status,
+    SELECT id, name, CASE WHEN seen_at BETWEEN statement_timestamp() - lease AND statement_timestamp() + lease THEN status ELSE 'silent' END AS status,
            round(extract(epoch FROM statement_timestamp() - seen_at)::numeric, 3) AS seen_seconds,
            running, concurrency, queues, types, started_at
     FROM notifyq.worker
