@@ -111,7 +111,7 @@ CREATE TABLE notifyq.task (
     queue         text        NOT NULL DEFAULT 'default',
     type          text        NOT NULL,
     payload       jsonb       NOT NULL DEFAULT '{}',
-    errors        jsonb,                               -- one object for each attempt that failed
+    errors        jsonb,                               -- one object for each attempt that failed: see with_error()
     options       jsonb,                               -- see "Options"; these three are taken from it by notifyq.given():
     order_key     text,                                -- one at a time, in the order of ids
     limit_key     text,                                -- so many of all with this key
@@ -276,6 +276,37 @@ END $$;
 -- for UPDATE OF run_at too: each row that is claimed would be fetched once more, though claims don't name that column.
 CREATE TRIGGER ended AFTER DELETE ON notifyq.task FOR EACH ROW
     WHEN (OLD.tracked OR OLD.awaited) EXECUTE FUNCTION notifyq.ended();
+
+-- `errors` with one more entry. It keeps the first hundred and the last hundred entries. One between them says how many
+-- were left out, so a task that fails thousands of times costs each time the same. Of errors that take more than 8 MB on
+-- disk, only the new entry is kept, as it is when that has a left_out itself: it could not be stored beside the others.
+CREATE FUNCTION notifyq.with_error(errors jsonb, error jsonb) RETURNS jsonb STABLE LANGUAGE plpgsql AS $$
+DECLARE
+    first CONSTANT integer := 100;
+    last CONSTANT integer := 100;
+    length integer;
+    omitted numeric;
+BEGIN
+    IF errors IS NULL OR jsonb_typeof(errors) = 'null' THEN
+        RETURN jsonb_build_array(error);
+    ELSIF jsonb_typeof(errors) <> 'array' THEN
+        RETURN jsonb_build_array(errors, error);
+    END IF;
+    length := jsonb_array_length(errors);
+    IF pg_column_size(errors) > 8388608 OR error ? 'left_out' THEN
+        RETURN jsonb_build_array(
+            jsonb_build_object('left_out', length, 'error', 'entries that were left out, as they are too large: ' || length), error - 'left_out');
+    ELSIF length < first + last THEN
+        RETURN errors || jsonb_build_array(error);
+    END IF;
+    SELECT sum(CASE WHEN jsonb_typeof(e.entry -> 'left_out') = 'number' THEN (e.entry ->> 'left_out')::numeric ELSE 1 END)
+    INTO omitted
+    FROM jsonb_array_elements(errors) WITH ORDINALITY AS e (entry, n)
+    WHERE e.n > first AND e.n <= length - last + 1;
+    RETURN jsonb_path_query_array(errors, '$[0 to 99]')
+        || jsonb_build_array(jsonb_build_object('left_out', omitted, 'error', 'entries that were left out here: ' || omitted))
+        || jsonb_path_query_array(errors, '$[last - 98 to last]') || jsonb_build_array(error);
+END $$;
 
 -- For whoever sets worker = NULL, in RETURNING, of a tracked task: it lives, and has given up its slot. Returns true.
 CREATE FUNCTION notifyq.gave_up(t notifyq.task) RETURNS boolean LANGUAGE plpgsql AS $$
@@ -1010,8 +1041,8 @@ BEGIN
                                       state, queue, type, worker, payload, result, errors, options)
         SELECT g.id, g.created_at, g.run_at, g.processing_at, clock_timestamp(), g.priority, g.attempts - g.claims,
                g.max_attempts, 'cancelled', g.queue, g.type, NULL, g.payload, NULL,
-               coalesce(g.errors, '[]') || jsonb_build_object('attempt', g.attempts - g.claims, 'at', clock_timestamp(),
-                                                              'error', g.error), g.options
+               notifyq.with_error(g.errors, jsonb_build_object('attempt', g.attempts - g.claims, 'at', clock_timestamp(),
+                                                               'error', g.error)), g.options
         FROM (SELECT g.*, (g.worker IS NOT NULL)::integer AS claims FROM gone g) AS g
         RETURNING id
     )

@@ -97,6 +97,7 @@ class Claimer:
         self._inserted = -1
         self._claimed = 0  # since _inserted was read
         self.unsettled: Callable[[], int] = lambda: 0
+        self.full: Callable[[], bool] = lambda: False  # there is too much that isn't settled
         self.hand_back: Callable[[Job], None] = lambda job: None
         self.bell_seconds: float | None = None  # the round trip that proved the bell; None: polling only
         self._robbed = False
@@ -317,6 +318,8 @@ class Claimer:
                 if not due and not await self._claim(conn, worker, rooms, room, front=True):
                     return
                 continue
+            if not room and not self._runners.held and not self.unsettled():
+                return  # too many outcomes that PostgreSQL refuses
             await self._wait(math.inf)
 
     # What it does.
@@ -451,7 +454,7 @@ class Claimer:
         return bool(promoted or (ready and look is not None))
 
     def _rooms(self, now: float) -> tuple[dict[str, int], int]:
-        return self._room.now(now, self._admission.paused, self.unsettled())
+        return ({}, 0) if self.full() else self._room.now(now, self._admission.paused, self.unsettled())
 
     def _work_enough(self, now: float) -> bool:
         return len(self._runners.held) * 2 > self._config.concurrency and now >= self._pass_after

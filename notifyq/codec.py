@@ -16,7 +16,10 @@ import msgspec
 from .errors import ConfigError
 from .task import Task
 
-PAYLOAD_LIMIT = 16 * 1024 * 1024  # bytes of JSON; a worker holds hundreds of payloads at once
+PAYLOAD_LIMIT = 16 * 1024 * 1024  # bytes of JSON
+RESULT_LIMIT = (
+    16 * 1024 * 1024
+)  # bytes of JSON; what is larger belongs in a table or a file, and its name in the result
 TRACEBACK_LINES = 30
 NOTE_LENGTH = 200  # characters of what ctx.progress tells
 OURS = os.path.dirname(os.path.abspath(__file__)) + os.sep
@@ -53,9 +56,14 @@ def encode_result(result: object) -> bytes | None:
     return None if result is None else _encoder.encode(result)
 
 
-def encode_error(attempt: int, error: str, where: BaseException | None = None) -> bytes:
-    """One failed attempt, an element of the `errors` column. Never raises, and PostgreSQL takes what it makes."""
+def encode_error(attempt: int, error: str, where: BaseException | None = None, *, alone: bool = False) -> bytes:
+    """One failed attempt, an element of the `errors` column. Never raises, and PostgreSQL takes what it makes.
+
+    alone: it takes the place of all earlier ones; see notifyq.with_error in schema.sql.
+    """
     entry: dict[str, Any] = {"attempt": attempt, "error": _clean(error)}
+    if alone:
+        entry["left_out"] = True
     if where is not None:
         entry["traceback"] = _clean(_tail(where))
     return _encoder.encode(entry)

@@ -6,6 +6,7 @@ it raised, timed out, asked for Retry            Later; after the last attempt F
 its batch handler returned no list that fits     the same
 it raised or returned Dead, Cancel               Finish dead, Finish cancelled
 the payload doesn't fit, the result isn't JSON   Finish dead: another run would end the same
+the result is larger than RESULT_LIMIT           the same
 nobody here knows the type                       Aside
 not begun, or cut short by a shutdown            HandBack: the attempt doesn't count
 """
@@ -15,7 +16,9 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Iterator
 from typing import Literal, TypeAlias
 
-from .codec import describe, encode_error, encode_result
+import msgspec
+
+from .codec import RESULT_LIMIT, describe, encode_error, encode_result
 from .registry import Handler, is_awaitable
 from .retry import backoff_seconds
 from .store import Job
@@ -75,10 +78,17 @@ def returned(job: Job, handler: Handler, value: object) -> Outcome:
     if isinstance(value, Verdict):
         return raised(job, handler, value)
     try:
-        return Finish(job, "done", encode_result(value))
+        result = encode_result(value)
     except Exception as error:  # what a user's type makes of being encoded is anybody's guess
         why = f"its result, a {type(value).__name__}, can't be written as JSON: {describe(error)}{_hint(value)}"
         return Finish(job, "dead", error=encode_error(job.attempt, why))
+    if result is not None and len(result) > RESULT_LIMIT:
+        why = (
+            f"its result is {len(result):,} bytes of JSON, the limit is {RESULT_LIMIT:,}; store it elsewhere, and "
+            "return where it is"
+        )
+        return Finish(job, "dead", error=encode_error(job.attempt, why))
+    return Finish(job, "done", result)
 
 
 def _hint(value: object) -> str:
@@ -125,3 +135,49 @@ def _again(job: Job, handler: Handler, error: bytes, delay: float | None = None)
     if job.attempt >= attempts_allowed(job, handler):
         return Finish(job, "dead", error=error)
     return Later(job, backoff_seconds(job.attempt, handler.backoff) if delay is None else delay, error)
+
+
+def size_of(outcome: Outcome) -> int:
+    """About how many bytes its write moves: what is sent, and a large payload, which goes to the history."""
+    size = outcome.job.size
+    if isinstance(outcome, Finish):
+        if outcome.result is not None:
+            size += len(outcome.result)
+        if outcome.error is not None:
+            size += len(outcome.error)
+    elif isinstance(outcome, Later):
+        size += len(outcome.error)
+    return size
+
+
+def smaller(outcome: Outcome, step: int, why: str) -> Outcome | None:
+    """What to write instead of an outcome that PostgreSQL didn't take, at the first, second, ... step; None: there is
+    nothing less that can be said.
+
+    done                 dead with the reason; then that without the errors of earlier attempts
+    dead, cancelled      only the first line of its error, and the reason; then without those of earlier attempts
+    tried again later    the same, without those of earlier attempts; then dead
+    left to others       dead: nobody can take it
+    handed back          nothing
+    """
+    job = outcome.job
+
+    def error(*, alone: bool) -> bytes:
+        said = ""
+        if isinstance(outcome, Finish | Later) and outcome.error is not None:
+            said = f"{msgspec.json.decode(outcome.error)['error'].splitlines()[0][:300]} ("
+        return encode_error(
+            job.attempt, f"{said}PostgreSQL can't store its outcome: {why}{')' if said else ''}", alone=alone
+        )
+
+    match outcome:
+        case Finish(state=state) if step <= 2:
+            return Finish(job, "dead" if state == "done" else state, error=error(alone=step == 2))
+        case Later(delay=delay) if step == 1:
+            return Later(job, delay, error(alone=True))
+        case Later() if step == 2:
+            return Finish(job, "dead", error=error(alone=True))
+        case Aside() if step == 1:
+            return Finish(job, "dead", error=error(alone=True))
+        case _:
+            return None

@@ -147,7 +147,8 @@ async def _turn(conn: Connection, say: Callable[[str], None]) -> AsyncGenerator[
 
 def gone(error: BaseException) -> SchemaError | None:
     """If that is what `error` of a worker's statement means: the schema was there, and is no more."""
-    if isinstance(error, asyncpg.UndefinedTableError | asyncpg.InvalidSchemaNameError):
+    # A trigger that somebody added may miss a table of its own: that is another one's name.
+    if isinstance(error, asyncpg.UndefinedTableError | asyncpg.InvalidSchemaNameError) and "notifyq" in str(error):
         return SchemaError("the schema notifyq has gone from under this worker; run: notifyq migrate")
     return None
 

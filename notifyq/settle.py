@@ -1,26 +1,80 @@
 """Write outcomes, in fenced batches, each exactly as decided, as often as it takes.
 
 What comes in while a batch is on its way is the next batch: a lone outcome is written at once, and under load
-batches grow by themselves. Only the write is tried again, never the handler. A batch that PostgreSQL refuses for
-what is in it is written one by one, and the one it refuses ends dead with what PostgreSQL said.
+batches grow by themselves. A batch has BATCH outcomes and STATEMENT_BYTES at most, or one outcome, and its time grows
+with its bytes. Only the write is tried again, never the handler.
+
+    PostgreSQL refuses a batch     it is tried again with half as many, down to one. The others are written at once
+    it refuses that one            it is written in a smaller form: outcome.smaller
+    it refuses all of these        it is put off, and its lease stays held. After a pause, which doubles each time, it
+                                   is tried again, as it was decided: what was in its way may be gone
+    a batch isn't written in time  half as many, down to one; that one with twice the time, and then as above
+    an id is in the history        the older row gives way: somebody has set the sequence of ids back
+    the connection fails           all of it is tried again, on a new one
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import assert_never
 
 import asyncpg
 
-from .codec import describe, encode_error
-from .outcome import Aside, Finish, HandBack, Later, Outcome
-from .store import REFUSED, SQL, TRANSIENT, Connection, Job, connect_worker, is_pooled, prove_alive
+from . import schema
+from .codec import describe
+from .outcome import Aside, Finish, HandBack, Later, Outcome, size_of, smaller
+from .store import (
+    SQL,
+    STATEMENT_BYTES,
+    TRANSIENT,
+    Connection,
+    Job,
+    connect_worker,
+    is_pooled,
+    is_refusal,
+    prove_alive,
+    seconds_for,
+)
 
 logger = logging.getLogger("notifyq.settle")
 
 BATCH = 1000
+FULL_BYTES = 64 * 1024 * 1024  # of what isn't written; then nothing more is claimed
+MOST_PUT_OFF = 10_000  # outcomes that PostgreSQL refuses; then nothing more is claimed
+KEPT_BYTES = 64 * 1024  # one that is put off is kept as it was decided if it is no larger, else in its smallest form
+TRIES = 2  # alone, until one that isn't written in time waits for later
+MOST_TRIES = 6  # each has twice the time of the one before
+PAUSE_LEAST, PAUSE_MOST = 1.0, 300.0  # seconds for which one is put off
+
+# What says little about the row: a server that has no memory left, or is broken.
+DISORDER = (asyncpg.OutOfMemoryError, asyncpg.InternalServerError)
+
+WRITTEN = "outcomes that could not be written are written now"
+LESS = "PostgreSQL can't store these outcomes: less of them is written"
+REFUSED = (
+    "these outcomes can't be written in any form: they are kept here and tried again, and their tasks stay running "
+    "until then; is there a constraint, a trigger or a lock on notifyq.task or notifyq.finished?"
+)
+
+BackOff = Callable[[str, BaseException], Awaitable[None]]
+
+
+class PutOff:
+    """An outcome that PostgreSQL refuses in every form, and when to try again."""
+
+    __slots__ = ("due", "outcome", "pause")
+
+    def __init__(self, outcome: Outcome) -> None:
+        self.outcome = outcome
+        self.pause = PAUSE_LEAST
+        self.due = time.monotonic() + self.pause
+
+    def again(self) -> None:
+        self.pause = min(PAUSE_MOST, self.pause * 2)
+        self.due = time.monotonic() + self.pause
 
 
 class Settler:
@@ -40,19 +94,47 @@ class Settler:
         self._conn: Connection | None = None
         self._worker: int | None = None
         self._proven: int | None = None  # the worker that the connection proves to be alive
+        self._most = BATCH  # outcomes in a statement: fewer, after one that failed for what is in it
+        self._bytes = 0  # of those that are not written yet
+        self._first: dict[Job, tuple[Outcome, int]] = {}  # what was decided, and how often it was made smaller since
+        self._tries: dict[Job, int] = {}  # of those that were not written in time, alone
+        self._put_off: dict[Job, PutOff] = {}
+        self._told: dict[int, tuple[str, str]] = {}  # what to log of this batch, by id: a message, and why
 
     @property
     def pending(self) -> int:
-        """Outcomes that aren't in the database yet."""
-        return len(self._pending) + len(self._writing)
+        """Outcomes that aren't in the database yet, without those that were put off to a later time."""
+        return len(self._pending) + len(self._writing) + len(self._due())
+
+    @property
+    def put_off(self) -> int:
+        """Outcomes that PostgreSQL refuses."""
+        return len(self._put_off)
+
+    @property
+    def full(self) -> bool:
+        """There is too much to write to claim more."""
+        return self._bytes > FULL_BYTES or len(self._put_off) > MOST_PUT_OFF
+
+    @property
+    def trouble(self) -> str:
+        """What is degraded, in words."""
+        return f"PostgreSQL refuses the outcomes of {len(self._put_off)} tasks" if self._put_off else ""
 
     @property
     def leases(self) -> list[Job]:
         """What they are the outcomes of."""
-        return [outcome.job for outcome in (*self._pending, *self._writing)]
+        return [outcome.job for outcome in (*self._pending, *self._writing)] + list(self._put_off)
 
     def put(self, outcome: Outcome) -> None:
         self._pending.append(outcome)
+        self._bytes += size_of(outcome)
+        self._wake.set()
+
+    def hurry(self) -> None:
+        """The worker stops: what was put off is tried now, for the last time."""
+        for one in self._put_off.values():
+            one.due = 0.0
         self._wake.set()
 
     def work_as(self, worker: int) -> None:
@@ -65,7 +147,7 @@ class Settler:
         self._stopping = True
         self._wake.set()
 
-    async def run(self, back_off: Callable[[str, BaseException], Awaitable[None]], well: Callable[[str], None]) -> None:
+    async def run(self, back_off: BackOff, well: Callable[[str], None]) -> None:
         """Write until `finish`. `back_off` is awaited after each failure, `well` called after a success.
 
         Cancelled in the middle of a batch, it keeps it for the next `run`. If it was written after all, the fence
@@ -73,8 +155,9 @@ class Settler:
         """
         try:
             while self._pending or not self._stopping:
-                if not self._pending:
-                    self._wake.clear()
+                self._wake.clear()
+                self._writing = self._due() or self._take()
+                if not self._writing:
                     if self._worker is not None:
                         try:
                             await self._prove()
@@ -83,21 +166,148 @@ class Settler:
                             await back_off("settle", error)
                             continue
                         well("settle")
-                    await self._wake.wait()
+                    await self._wait()
                     continue
-                self._writing, self._pending = self._pending[:BATCH], self._pending[BATCH:]
                 while self._writing:
-                    try:
-                        self._writing = await self._write(self._writing)
-                        well("settle")
-                    except TRANSIENT as error:
-                        self._disconnect()
-                        await back_off("settle", error)
+                    await self._write_some(back_off, well)
+                self._log()
                 self._settled()
         finally:
-            self._pending[:0] = self._writing
+            self._pending[:0] = [outcome for outcome in self._writing if outcome.job not in self._put_off]
             self._writing = []
             self._disconnect()
+
+    async def _wait(self) -> None:
+        """For more, or until something that was put off is due."""
+        timer = None
+        if self._put_off:
+            seconds = min(one.due for one in self._put_off.values()) - time.monotonic()
+            timer = asyncio.get_running_loop().call_later(max(0.0, seconds), self._wake.set)
+        try:
+            await self._wake.wait()
+        finally:
+            if timer is not None:
+                timer.cancel()
+
+    def _due(self) -> list[Outcome]:
+        """What was put off until now. By itself, so that the others' batches aren't refused for it."""
+        if not self._put_off:
+            return []
+        now = time.monotonic()
+        return [one.outcome for one in self._put_off.values() if one.due <= now]
+
+    def _take(self) -> list[Outcome]:
+        """The next batch."""
+        count = BATCH
+        if self._bytes > STATEMENT_BYTES:
+            size = count = 0
+            for outcome in self._pending[:BATCH]:
+                size += size_of(outcome)
+                if count and size > STATEMENT_BYTES:
+                    break
+                count += 1
+        batch, self._pending = self._pending[:count], self._pending[count:]
+        return batch
+
+    async def _write_some(self, back_off: BackOff, well: Callable[[str], None]) -> None:
+        """Write as many of `_writing` as one statement may have, and take them out of it; or find out which one hinders
+        the others."""
+        batch = self._writing[: self._most]
+        seconds = 0.0
+        try:
+            conn = await self._connect()
+        except TRANSIENT as error:
+            self._disconnect()
+            await back_off("settle", error)
+            return
+        try:
+            seconds = seconds_for(sum(map(size_of, batch))) * 2 ** self._tries.get(batch[0].job, 0)
+            await self._write(conn, batch, seconds)
+        except TimeoutError as error:
+            self._disconnect()
+            if len(batch) > 1:
+                self._most = len(batch) // 2
+            else:
+                await self._too_slow(batch[0], seconds)
+            await back_off("settle", error)
+        except TRANSIENT as error:
+            if not is_refusal(error) or schema.gone(error):
+                self._disconnect()
+                await back_off("settle", error)
+            elif len(batch) > 1:
+                self._most = len(batch) // 2
+            else:
+                self._refused(
+                    batch[0], describe(error), shrink=not isinstance(error, DISORDER) or _sent(batch[0]) > KEPT_BYTES
+                )
+        else:
+            del self._writing[: len(batch)]
+            self._most = min(BATCH, self._most * 2)
+            self._written(batch)
+            well("settle")
+
+    def _written(self, batch: list[Outcome]) -> None:
+        if self._bytes:
+            self._bytes -= sum(map(size_of, batch))
+        if self._first or self._put_off or self._tries:
+            for outcome in batch:
+                self._first.pop(outcome.job, None)
+                self._tries.pop(outcome.job, None)
+                if self._put_off.pop(outcome.job, None) is not None:
+                    self._told[outcome.job.id] = WRITTEN, ""
+
+    async def _too_slow(self, outcome: Outcome, seconds: float) -> None:
+        """It is alone, and wasn't written in `seconds`. The next try has twice the time. After that it is put off, so
+        that it keeps nobody else; or made smaller, if its bytes alone take too long, and not a lock, say."""
+        tries = self._tries[outcome.job] = min(MOST_TRIES, self._tries.get(outcome.job, 0) + 1)
+        if tries < TRIES:
+            return
+        slow = False
+        if isinstance(outcome, Finish) and outcome.result is not None and _sent(outcome) > KEPT_BYTES:
+            try:
+                conn = await self._connect()
+                await conn.fetchval("SELECT pg_column_size($1::jsonb)", outcome.result, timeout=seconds)
+            except TimeoutError:
+                self._disconnect()
+                slow = True
+            except TRANSIENT:
+                self._disconnect()
+                return
+        self._refused(outcome, f"its {_sent(outcome):,} bytes were not written within {seconds:.0f} s", shrink=slow)
+
+    def _refused(self, outcome: Outcome, why: str, *, shrink: bool) -> None:
+        """Replace it, the first that is being written, by a smaller form, or put it off."""
+        job = outcome.job
+        first, step = self._first.get(job, (outcome, 0))
+        less = smaller(first, step + 1, why) if shrink else None
+        if less is not None:
+            if not step and job not in self._put_off:
+                self._told[job.id] = LESS, why
+            self._first[job] = first, step + 1
+            self._bytes += size_of(less) - size_of(outcome)
+            self._writing[0] = less
+            return
+        del self._writing[0]
+        self._bytes -= size_of(outcome)
+        self._first.pop(job, None)
+        if job in self._put_off:
+            self._put_off[job].again()
+        else:
+            kept = first if size_of(first) - job.size <= KEPT_BYTES else outcome
+            self._put_off[job] = PutOff(kept)
+            self._told[job.id] = REFUSED, why
+        self._bytes += size_of(self._put_off[job].outcome)
+
+    def _log(self) -> None:
+        """A line for each reason, and not for each task."""
+        lines: dict[tuple[str, str], list[int]] = {}
+        for id, line in self._told.items():
+            lines.setdefault(line, []).append(id)
+        self._told.clear()
+        for (message, why), ids in lines.items():
+            level = logging.INFO if message is WRITTEN else logging.ERROR
+            fields = {"ids": ids[:20], "tasks": len(ids)} | ({"error": why} if why else {})
+            logger.log(level, message, extra={"fields": fields})
 
     def _disconnect(self) -> None:
         if self._conn is not None:
@@ -121,30 +331,18 @@ class Settler:
         self._proven = self._worker
         return self._conn
 
-    async def _write(self, batch: list[Outcome]) -> list[Outcome]:
-        """Write a batch; return what is still to be written. Raises TRANSIENT: all of it."""
-        conn = await self._connect()
-        try:
-            for worker in {outcome.job.worker for outcome in batch}:  # one, unless it was given up and came back
-                mine = [outcome for outcome in batch if outcome.job.worker == worker]
-                mine.sort(key=lambda outcome: outcome.job.id)  # everybody locks rows in this order
-                if len({type(outcome) for outcome in mine}) == 1:
-                    await self._write_kinds(conn, worker, mine)
-                else:
-                    async with conn.transaction():
-                        await self._write_kinds(conn, worker, mine)
-        except REFUSED as error:
-            if len(batch) == 1:
-                return [_refused(batch[0], error)]
-            logger.debug("a batch was refused, writing its %d outcomes one by one", len(batch))
-            while batch:
-                rest = await self._write(batch[-1:])
-                batch.pop()
-                batch += rest
-            return batch
-        return []
+    async def _write(self, conn: Connection, batch: list[Outcome], seconds: float) -> None:
+        """Each worker's in a transaction. Raises TRANSIENT."""
+        for worker in {outcome.job.worker for outcome in batch}:  # one, unless it was given up and came back
+            mine = [outcome for outcome in batch if outcome.job.worker == worker]
+            mine.sort(key=lambda outcome: outcome.job.id)  # everybody locks rows in this order
+            if len({type(outcome) for outcome in mine}) == 1:
+                await self._write_kinds(conn, worker, mine, seconds)
+            else:
+                async with conn.transaction():
+                    await self._write_kinds(conn, worker, mine, seconds)
 
-    async def _write_kinds(self, conn: Connection, worker: int, outcomes: list[Outcome]) -> None:
+    async def _write_kinds(self, conn: Connection, worker: int, outcomes: list[Outcome], seconds: float) -> None:
         finish: list[Finish] = []
         later: list[Later] = []
         back: list[HandBack] = []
@@ -165,11 +363,12 @@ class Settler:
             results = [o.result for o in finish] if any(o.result is not None for o in finish) else []
             errors = [o.error for o in finish] if any(o.error is not None for o in finish) else []
             states = [o.state for o in finish]
-            rows = await conn.fetch(SQL["finish"], worker, *_keys(finish), states, results, errors, self._keep)
-            self._tell(finish, rows)
+            args = states, results, errors, self._keep
+            self._tell(finish, await conn.fetch(SQL["finish"], worker, *_keys(finish), *args, timeout=seconds))
         if later:
-            args = [o.delay for o in later], [o.error for o in later]
-            self._tell(later, await conn.fetch(SQL["retry_later"], worker, *_keys(later), *args))
+            delays, errors = [o.delay for o in later], [o.error for o in later]
+            rows = await conn.fetch(SQL["retry_later"], worker, *_keys(later), delays, errors, timeout=seconds)
+            self._tell(later, rows)
         if back:
             self._tell(back, await conn.fetch(SQL["hand_back"], worker, *_keys(back)))
         if aside:
@@ -202,8 +401,6 @@ def _keys(outcomes: Iterable[Outcome]) -> tuple[list[int], list[int]]:
     return [o.job.id for o in outcomes], [o.job.attempt for o in outcomes]
 
 
-def _refused(outcome: Outcome, error: BaseException) -> Outcome:
-    why = encode_error(outcome.job.attempt, f"PostgreSQL can't store its outcome: {describe(error)}")
-    if isinstance(outcome, Finish) and outcome.state == "dead":
-        return Later(outcome.job, 3600.0, why)  # not even that: something is wrong with notifyq.finished
-    return Finish(outcome.job, "dead", error=why)
+def _sent(outcome: Outcome) -> int:
+    """Bytes of it that are sent."""
+    return size_of(outcome) - outcome.job.size

@@ -43,13 +43,9 @@ TRANSIENT: Final = (
     DatabaseError,
 )
 
-# A value PostgreSQL won't store: trying again won't help, writing the others will.
-REFUSED: Final = (
-    asyncpg.DataError,
-    asyncpg.ProgramLimitExceededError,
-    asyncpg.IntegrityConstraintViolationError,
-    asyncpg.StatementTooComplexError,
-)
+# SQLSTATE classes of errors that tell nothing about the rows of a statement: connection, authorisation, read-only
+# server, deadlock, resources, locks, shutdown, system, and plans and statements that a session has lost.
+PASSING: Final = frozenset({"08", "0A", "25", "26", "28", "34", "40", "53", "55", "57", "58", "F0"})
 
 # What one odd row can make of a claim, however often it is tried again.
 UNREADABLE: Final = (
@@ -98,6 +94,17 @@ WORKER_SETTINGS: Final[Mapping[str, str]] = {
     "default_transaction_isolation": "read committed",
     "search_path": "pg_catalog",
 }
+
+
+def is_refusal(error: BaseException) -> bool:
+    """Whether PostgreSQL may have refused a statement for what is in its rows: a value that it can't store, a
+    constraint, a trigger that somebody added. Then trying again won't help, and writing the other rows will."""
+    return (
+        isinstance(error, asyncpg.PostgresError)
+        and isinstance(error.sqlstate, str)
+        and (error.sqlstate[:2] not in PASSING or isinstance(error, asyncpg.OutOfMemoryError))
+        and not isinstance(error, asyncpg.PostgresConnectionError)
+    )
 
 
 def seconds_for(size: int) -> float:

@@ -92,6 +92,7 @@ class Worker:
         self._settler = Settler(dsn, config.history_seconds > 0, self._freed, self._let_in)
         self._claimer = Claimer(dsn, config, registry.types, self._runners)
         self._claimer.unsettled = lambda: self._settler.pending
+        self._claimer.full = lambda: self._settler.full
         self._claimer.hand_back = lambda job: self._settler.put(HandBack(job))
 
     async def run(
@@ -193,6 +194,7 @@ class Worker:
                 while runners.held:
                     await self._change()
         runners.close()
+        self._settler.hurry()
         with anyio.move_on_after(self._write_seconds) as late:
             while self._settler.pending:
                 await self._change()
@@ -205,11 +207,11 @@ class Worker:
         if self._settler.pending:
             with anyio.move_on_after(self._write_seconds):
                 await self._settler.run(self._back_off, self._well)
-            if self._settler.pending:
-                logger.warning(
-                    "stopped with outcomes that could not be written: their tasks will run again",
-                    extra={"fields": {"tasks": self._settler.pending}},
-                )
+        if left := self._settler.pending + self._settler.put_off:
+            logger.warning(
+                "stopped with outcomes that could not be written: their tasks will run again",
+                extra={"fields": {"tasks": left}},
+            )
 
     # The claiming stage, session after session.
 
@@ -271,7 +273,7 @@ class Worker:
         self._claimer.let_in()
 
     def _trouble(self) -> str:
-        return "; ".join(filter(None, (self._claimer.trouble, self._runners.trouble)))
+        return "; ".join(filter(None, (self._claimer.trouble, self._runners.trouble, self._settler.trouble)))
 
     def _lost(self, leases: list[tuple[int, int]]) -> None:
         # By attempt too: what was held when the heartbeat left may have ended, and be held again, when it answers.

@@ -4,6 +4,7 @@ again with less. Lines are slow here and timeouts short, so that a few MB are wh
 from __future__ import annotations
 
 import json
+import secrets
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 from urllib.parse import urlsplit
@@ -12,7 +13,7 @@ import anyio
 import pytest
 
 import notifyq
-from notifyq import large_payloads, schema, store
+from notifyq import large_payloads, schema, settle, store
 from notifyq.embedded import Server
 
 from .conftest import Seen, admin, database, eventually, working
@@ -28,6 +29,12 @@ class Note(notifyq.Task):
     name: str
     ballast: str = ""
     waits: bool = False
+
+
+class Make(notifyq.Task):
+    name: str
+    size: int
+    ballast: str = ""
 
 
 class Part(notifyq.Task):
@@ -66,6 +73,11 @@ class Rig:
             self.ran.add((task.name, len(task.ballast)))
             if task.waits:
                 await self.release.wait()
+
+        @self.app.handler
+        async def make(task: Make) -> str:
+            self.ran.add((task.name, task.size))
+            return secrets.token_hex(task.size // 2)
 
         @self.app.handler(batch=10)
         async def parts(tasks: list[Part]) -> None:
@@ -232,3 +244,73 @@ async def test_one_is_cancelled_while_it_waits_for_its_payload(rig: Rig, monkeyp
         rig.release.set()
         await rig.settled({"done": 2, "cancelled": 1})
     assert [name for name, _ in rig.ran.items] == ["first", "third"]
+
+
+# --- Settling
+
+
+async def test_results_that_no_single_write_can_carry(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of them at once would take 6 s, and a statement has 2 s. Each is kept whole, and small ones too."""
+    monkeypatch.setattr(store, "WORKER_TIMEOUT_SECONDS", 2.0)
+    monkeypatch.setattr(settle, "STATEMENT_BYTES", 500_000)
+    await rig.insert("large", "''", 20, "Make", size=400_000)
+    await rig.insert("small", "''")
+    rig.proxy.rates["settle"] = 1.5e6
+    async with working(rig.app, rig.dsn):
+        await rig.settled({"done": 21})
+    sizes = await rig.db.fetch("SELECT length(result #>> '{}') FROM notifyq.finished WHERE result IS NOT NULL")
+    assert [row[0] for row in sizes] == [400_000] * 20
+    assert len(rig.ran.items) == 21
+
+
+async def test_nothing_is_claimed_while_too_much_waits_to_be_written(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By bytes: results that can't be written as fast as they are made stay in the memory."""
+    monkeypatch.setattr(settle, "FULL_BYTES", 1_000_000)
+    monkeypatch.setattr(settle, "STATEMENT_BYTES", 300_000)
+    most = 0
+    put = settle.Settler.put
+
+    def watched(self: settle.Settler, outcome: Any) -> None:
+        nonlocal most
+        put(self, outcome)
+        most = max(most, self._bytes)
+
+    monkeypatch.setattr(settle.Settler, "put", watched)
+    await rig.insert("large", "''", 40, "Make", size=200_000)
+    rig.proxy.rates["settle"] = 2e6
+    async with working(rig.app, rig.dsn, concurrency=2):
+        await rig.settled({"done": 40})
+    assert 400_000 < most < 2_500_000, "and what was claimed already"
+
+
+async def test_a_result_that_can_not_be_written_in_time(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, logged: Logged
+) -> None:
+    """It is dead, with the reason. Small ones don't wait for it for long."""
+    monkeypatch.setattr(store, "WORKER_TIMEOUT_SECONDS", 1.0)
+    monkeypatch.setattr(store, "SLOWEST", 1e9)
+    (id,) = await rig.insert("large", "''", 1, "Make", size=400_000)
+    rig.proxy.rates["settle"] = 50_000.0
+    async with working(rig.app, rig.dsn):
+        await rig.ran.reach(1)
+        await rig.insert("small", "''", 3)
+        await rig.settled({"done": 3, "dead": 1})
+    error = await rig.db.fetchval("SELECT error FROM notifyq.all_tasks WHERE id = $1", id)
+    assert "PostgreSQL can't store its outcome: its 400,002 bytes were not written within 2 s" in error
+    assert logged("less of them is written")[0]["ids"] == [id]
+    assert len(rig.ran.items) == 4
+
+
+async def test_a_lock_is_no_results_fault(rig: Rig, monkeypatch: pytest.MonkeyPatch, logged: Logged) -> None:
+    """A large result whose write waits for a lock is put off, and written as it is when the lock is gone."""
+    monkeypatch.setattr(store, "WORKER_TIMEOUT_SECONDS", 1.0)
+    await rig.insert("large", "''", 1, "Make", size=400_000)
+    async with working(rig.app, rig.dsn):
+        async with rig.db.transaction():
+            await rig.db.execute("LOCK TABLE notifyq.finished")
+            with anyio.fail_after(60):
+                while not logged("can't be written in any form"):
+                    await anyio.sleep(0.05)
+        await rig.settled({"done": 1})
+    assert len(rig.ran.items) == 1
+    assert await rig.db.fetchval("SELECT length(result #>> '{}') FROM notifyq.finished") == 400_000

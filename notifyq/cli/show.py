@@ -68,6 +68,9 @@ def _print(task: dict[str, Any]) -> None:
             click.echo(f"{name.replace('_', ' ') + ':':<15}{plain(text)}")
     errors: list[dict[str, Any]] = task["errors"] or []
     for error in errors:
+        if "left_out" in error:
+            click.echo(plain(error.get("error")))
+            continue
         click.echo(f"attempt {plain(error.get('attempt', '?'))} at {plain(error.get('at', '?'))}:")
         for line in str(error.get("traceback") or error.get("error")).splitlines():
             click.echo(f"    {plain(line)}")

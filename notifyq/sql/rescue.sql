@@ -29,7 +29,7 @@ WITH corpse AS MATERIALIZED (
 ), again AS (
     UPDATE notifyq.task t
     SET worker = NULL, run_at = t.run_at, processed_at = clock_timestamp(), progress = NULL, note = NULL,
-        errors = coalesce(t.errors, '[]') || h.error
+        errors = notifyq.with_error(t.errors, h.error)
     FROM held h
     WHERE t.id = ANY (ARRAY[h.id]) AND NOT h.spent
     RETURNING t.tracked AND notifyq.gave_up(t)
@@ -39,7 +39,7 @@ WITH corpse AS MATERIALIZED (
     INSERT INTO notifyq.finished (id, created_at, run_at, processing_at, processed_at, priority, attempts, max_attempts,
                                   state, queue, type, worker, payload, result, errors, options)
     SELECT id, created_at, run_at, processing_at, clock_timestamp(), priority, attempts, max_attempts,
-           'dead', queue, type, (SELECT name FROM corpse), payload, NULL, coalesce(errors, '[]') || error, options
+           'dead', queue, type, (SELECT name FROM corpse), payload, NULL, notifyq.with_error(errors, error), options
     FROM gone
 ), buried AS (
     DELETE FROM notifyq.worker w
