@@ -11,7 +11,7 @@ from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias, TypeVar, cast
 
 import asyncpg
 import asyncpg.exceptions
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record] | PoolConnectionProxy[asyncpg.Record]"
 else:
     Connection = Any
+
+_Error = TypeVar("_Error", bound=BaseException)
 
 SQL: Final[Mapping[str, str]] = {
     path.stem: path.read_text(encoding="utf-8") for path in (Path(__file__).parent / "sql").glob("*.sql")
@@ -218,11 +220,17 @@ def explained(url: str | None, source: str) -> Generator[None, None, None]:
     except asyncpg.exceptions.TargetServerAttributeNotMatched as error:
         raise DatabaseError(f"no server of {source} will do: {redact(str(error))}") from None
     except (asyncpg.PostgresError, OSError, TimeoutError) as error:
-        raise DatabaseError(_unreachable(url, source, error)) from error
+        raise DatabaseError(_unreachable(url, source, error)) from bare(error)
     except (asyncpg.ClientConfigurationError, asyncpg.UnsupportedClientFeatureError, ValueError) as error:
         raise ConfigError(f"{source} can't be used: {redact(str(error))}") from None
     except (asyncpg.InternalClientError, asyncpg.InterfaceError) as error:
-        raise DatabaseError(_unreachable(url, source, error)) from error
+        raise DatabaseError(_unreachable(url, source, error)) from bare(error)
+
+
+def bare(error: _Error) -> _Error:
+    """Without its traceback and what came before: seventy lines of a driver's, under which nobody finds the message."""
+    error.__cause__ = error.__context__ = None
+    return error.with_traceback(None)
 
 
 async def connect_worker(

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -341,3 +342,12 @@ def test_what_is_shown_of_pairs() -> None:
     assert url is not None
     assert "secret" not in redact(url)
     assert redact(url) == "postgresql://u:***@/?host=h"
+
+
+async def test_the_message_isnt_buried() -> None:
+    """Under the traceback of the driver, seventy lines of it."""
+    with pytest.raises(DatabaseError) as caught:
+        await by_asyncpg("postgresql://u@127.0.0.1:1/x")
+    lines = traceback.format_exception(caught.value)
+    assert isinstance(caught.value.__cause__, OSError)
+    assert "asyncpg" not in "".join(lines)

@@ -125,12 +125,14 @@ class Story:
         killed_at = await ours.conn.fetchval("SELECT clock_timestamp()")
         self._told_to_go.add(worker)
         self._workers.remove(worker)
+        # Before it is gone, which the table shows at once.
+        self._screen.event(f"SIGKILL to {worker.name}, in the middle of its tasks")
         await worker.end(signal.SIGKILL, 5)
         held_tasks: dict[int, int] = {}
         for _ in range(10):  # what it had sent is still carried out: a claim, an outcome. The first rescue may be near
             held_tasks |= await ours.held(worker.pid)
             await anyio.sleep(0.02)
-        self._screen.event(f"SIGKILL to {worker.name}, which ran {len(held_tasks)} tasks")
+        self._screen.event(f"{worker.name} ran {len(held_tasks)} tasks when it was killed")
         return Killed(name=worker.name, pid=worker.pid, at=killed_at, held=held_tasks)
 
     async def _rescue(self, ours: Tasks, killed: Killed) -> None:
