@@ -110,5 +110,5 @@ def _summary(facts: Facts, screen: Screen) -> int:
     screen.line("")
     screen.line(f"{failed} of {len(found)} checks failed" if failed else f"all {len(found)} checks hold", "bold")
     if not failed:
-        screen.line("what next: `notifyq dev` for a database to try things on, and README's \"A first task\"")
+        screen.line('what next: `notifyq dev` for a database to try things on, and README\'s "A first task"')
     return failed
