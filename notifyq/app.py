@@ -339,6 +339,7 @@ class App:
         queues: Iterable[str] | Mapping[str, int | None] = ("default",),
         concurrency: int = 100,
         *,
+        threads: int | None = None,
         dsn: str | None = None,
         shutdown_timeout: float = 25.0,
         poll_interval: float = 5.0,
@@ -353,7 +354,8 @@ class App:
         """Run a worker here until `stop` is set, a signal says so (signals=True), or it is cancelled.
 
         queues            names, or "name:limit" for at most so many of it at once, or {name: limit}
-        concurrency       handlers at once
+        concurrency       handlers that run at the same time
+        threads           of these, plain ones, which run in threads; None: 4 more than there are CPUs, at most 32
         dsn               None: that of `connect`, else the environment's
         shutdown_timeout  seconds handlers may go on after `stop`, before they are cancelled and handed back
         poll_interval     seconds between looks that don't need the bell; 0: never
@@ -376,6 +378,7 @@ class App:
         config = WorkerConfig(
             queues=parse_queues(queues),
             concurrency=concurrency,
+            threads=threads,
             shutdown_timeout_seconds=shutdown_timeout,
             poll_interval_seconds=poll_interval,
             lease_seconds=lease,

@@ -337,6 +337,7 @@ class Claimer:
         jobs: list[Job] = []
         fed: list[Job] = []
         locked: list[Job] = []
+        surplus: list[Job] = []
         onward = None if front else self._marks.onward(begin, self._backlog)
         if self._most is not None:
             room = min(room, self._most)
@@ -361,7 +362,8 @@ class Claimer:
                     more = await claim(conn, worker, left, room - len(jobs), aside=self._types, blind=blind)
                     self._aside |= len(more) >= min(room - len(jobs), sum(left.values()))
                     jobs += more
-            fed, locked = await self._admission.admit(conn, worker, jobs)
+            stay, surplus = self._room.divide(jobs, rooms)
+            fed, locked = await self._admission.admit(conn, worker, stay)
             if self._admission.unsure:
                 asyncio.get_running_loop().call_later(UNSURE_SECONDS, self.let_in)
         self._backlog = len(jobs) >= room
@@ -369,14 +371,14 @@ class Claimer:
         for job in jobs:
             taken[job.queue] = taken.get(job.queue, 0) + 1
         for queue, free in rooms.items():
-            if self._config.queues[queue] and taken.get(queue, 0) >= free:
+            if self._room.is_bounded(queue) and taken.get(queue, 0) >= free:
                 self._left.add(queue)
             else:
                 self._left.discard(queue)
         self._claimed += len(jobs)
         self._moderation.arrived(len(jobs), now)
         self._runners.feed(fed)
-        for job in locked:
+        for job in (*locked, *surplus):
             self.hand_back(job)
         return len(jobs)
 
@@ -457,7 +459,9 @@ class Claimer:
         return ({}, 0) if self.full() else self._room.now(now, self._admission.paused, self.unsettled())
 
     def _work_enough(self, now: float) -> bool:
-        return len(self._runners.held) * 2 > self._config.concurrency and now >= self._pass_after
+        runners, config = self._runners, self._config
+        enough = len(runners.held) * 2 > config.concurrency or runners.threads_needed * 2 > config.most_threads
+        return enough and now >= self._pass_after
 
     def _pass_on(self, now: float) -> None:
         """Let another have the turn, and queue for it again."""

@@ -22,6 +22,7 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     queues: dict[str, int | None]  # name -> how many may run at once in this worker
     concurrency: int = 100  # handlers at once
+    threads: int | None = None  # of these, plain ones, which run in threads; None: default_threads()
     shutdown_timeout_seconds: float = 25.0  # until running handlers are cancelled and handed back
     poll_interval_seconds: float = 5.0  # the fallback for a bell that fails; 0 switches it off
     lease_seconds: float = 30.0  # without a heartbeat for so long, a worker counts as dead
@@ -37,6 +38,8 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
                 raise ConfigError(f"queue {queue!r} has limit {limit!r}; expected 1 or more, or no limit")
         if not isinstance(self.concurrency, int) or not 1 <= self.concurrency <= 10_000:
             raise ConfigError(f"concurrency is {self.concurrency!r}; expected 1 to 10000")
+        if self.threads is not None and not (isinstance(self.threads, int) and 1 <= self.threads <= 10_000):
+            raise ConfigError(f"threads is {self.threads!r}; expected 1 to 10000")
         for name, least in (
             ("shutdown_timeout_seconds", 0.0),
             ("poll_interval_seconds", 0.0),
@@ -46,6 +49,17 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
             value = getattr(self, name)
             if not (isinstance(value, int | float) and least <= value <= 366 * 86400):  # a NaN fails this too
                 raise ConfigError(f"{name} is {value!r}; expected seconds, from {least:g} to a year")
+
+    @property
+    def most_threads(self) -> int:
+        """How many plain handlers run at the same time."""
+        return min(self.concurrency, self.threads or default_threads())
+
+
+def default_threads() -> int:
+    """As many as Python's ThreadPoolExecutor has: 4 more than this process may use CPUs, at most 32."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return min(32, (len(affinity(0)) if affinity else os.cpu_count() or 1) + 4)
 
 
 def check_name(what: str, name: str) -> None:

@@ -55,6 +55,8 @@ LONG_SECONDS = 0.8  # as seen at two pulses: something is running for long
 REPORT_SECONDS = 1.0  # between writes of progress
 DEAF_SECONDS = 1.0  # from a look for a cancel that wasn't to the next
 BLOCKED_SECONDS = 0.8
+OTHERS_COMPUTE = 0.1  # of the time, at least: the machine may be busy with other processes too
+AFTERMATH_SECONDS = 2.0  # after the loop was blocked: what it missed shows
 RESCUE_AT_ONCE = 2000
 PRUNE_SECONDS = 60.0
 PRUNE_AT_ONCE = 5000
@@ -118,6 +120,13 @@ class Keeper:
         self._long = False
         self._pulse = time.monotonic()
         self._status = "ok"
+        self._cpu = (0.0, 0.0)  # seconds that the process, and the loop's thread, had used at the last pulse
+        cpu_clock = getattr(time, "pthread_getcpuclockid", None)
+        self._home_clock: int | None = cpu_clock(threading.get_ident()) if cpu_clock else None
+        # Written by the thread, read by the worker's loop.
+        self._asked = 0.0  # for a pulse
+        self._blocked = False
+        self._blocked_until = -math.inf
         self._sleeps = False  # its door does
         # Written by the thread.
         self._id: int | None = None
@@ -166,6 +175,15 @@ class Keeper:
         except TimeoutError:
             logger.debug("the keeper didn't end in time")
 
+    @property
+    def loop_was_blocked(self) -> bool:
+        """Whether what fails now may fail because the loop didn't run: a statement whose answer it didn't read in time,
+        or the door's connection, which this has ended."""
+        now = time.monotonic()
+        if self._blocked or now < self._blocked_until + AFTERMATH_SECONDS:
+            return True
+        return self._pulse < self._asked < now - BLOCKED_SECONDS
+
     def _take_pulse(self) -> None:
         held = [*self._runners.held.values()]
         self._held = [(job.id, job.attempt) for job in held]
@@ -175,7 +193,11 @@ class Keeper:
         self._long = bool(held) and min(self._since.values()) <= now - LONG_SECONDS
         self._status = self._trouble() or "ok"
         self._sleeps = self._asleep()
-        self._pulse = time.monotonic()
+        now = time.monotonic()
+        if self._pulse < self._asked < now - BLOCKED_SECONDS:
+            self._blocked_until = now
+        self._pulse = now
+        self._cpu = time.process_time(), time.thread_time()
 
     # In the thread.
 
@@ -195,6 +217,11 @@ class Keeper:
             self._home.call_soon_threadsafe(callback, *args)
         except RuntimeError:
             pass  # the worker's loop is closed: nobody is left to tell
+
+    def _ask_pulse(self) -> None:
+        if self._asked <= self._pulse:  # the last time was answered
+            self._asked = time.monotonic()
+        self._tell(self._take_pulse)
 
     async def _main(self) -> None:
         self._loop = asyncio.get_running_loop()
@@ -263,7 +290,7 @@ class Keeper:
         next_orphans = loop.time() + random.uniform(0.2, 1.0) * ORPHANS_SECONDS
         next_stir = loop.time() + random.uniform(0.2, 1.0) * STIR_SECONDS
         while not stop.is_set():
-            self._tell(self._take_pulse)
+            self._ask_pulse()
             now = loop.time()
             if self._long is not listens and not is_pooled(conn):
                 listens = self._long
@@ -469,27 +496,50 @@ class Keeper:
         while await conn.fetchval(SQL[statement], *args) >= PRUNE_AT_ONCE:
             if self._stop.is_set() or await self._sleep(0.05):
                 return
-            self._tell(self._take_pulse)
+            self._ask_pulse()
+
+    def _others_compute(self) -> bool:
+        """Whether other threads have used most of this process's time since the last pulse. The loop's task is then
+        one that waits for the interpreter's lock, wherever it is."""
+        process, loop = self._cpu
+        if (clock := self._home_clock) is None:
+            return False
+        process, loop = time.process_time() - process, time.clock_gettime(clock) - loop
+        return process > OTHERS_COMPUTE * (time.monotonic() - self._pulse) and process > 3 * loop
 
     async def _watch(self, conn: Connection) -> None:
         """Is the worker's loop alive? If not, and it has the turn: end the door's backend."""
         if time.monotonic() - self._pulse < BLOCKED_SECONDS:
             return
         since = self._pulse
+        self._blocked = True
         who = self._runners.whose(asyncio.current_task(self._home))
-        logger.warning(
-            "the event loop is blocked: a handler computes or sleeps without `await` (make it a plain def)",
-            extra={"fields": {"handler": who or "unknown"}},
-        )
+        computing = self._runners.computing
+        if computing and (who is None or self._others_compute()):
+            logger.warning(
+                "the event loop gets no time: plain handlers compute in threads, which share one lock (the GIL); run"
+                " fewer at once (--threads), and more processes (--processes)",
+                extra={"fields": {"handlers": computing[:20]}},
+            )
+        else:
+            logger.warning(
+                "the event loop is blocked: a handler waits or computes without `await`;"
+                " a wait can move to a plain def, which runs in a thread, and a computation to a process",
+                extra={"fields": {"handler": who or "unknown"}},
+            )
         if (pid := self._door_pid()) is not None:
             await conn.fetchval("SELECT pg_terminate_backend($1::integer, 0::bigint)", pid)
-        while self._pulse == since:
-            now = time.monotonic()
-            await self._tick(conn)
-            if await self._sleep(TICK_SECONDS):
-                return
-            self._tell(self._take_pulse)
-            logger.debug("the event loop is still blocked after %.1f s", now - since)
+        try:
+            while self._pulse == since:
+                now = time.monotonic()
+                await self._tick(conn)
+                if await self._sleep(TICK_SECONDS):
+                    return
+                self._ask_pulse()
+                logger.debug("the event loop is still blocked after %.1f s", now - since)
+        finally:
+            self._blocked_until = time.monotonic()
+            self._blocked = False
         logger.info("the event loop answers again", extra={"fields": {"seconds": round(self._pulse - since, 1)}})
 
 

@@ -59,8 +59,8 @@ class Handler:
     """One registered handler: how to decode its task, how to call it, and its type's settings."""
 
     __slots__ = (
-        "around", "backoff", "batch", "decode", "function", "is_async", "linger", "max_attempts", "middleware", "name",
-        "needs", "task", "timeout", "type", "wants_context",
+        "around", "backoff", "batch", "decode", "function", "is_async", "is_plain", "linger", "max_attempts",
+        "middleware", "name", "needs", "task", "timeout", "type", "wants_context",
     )  # fmt: skip
 
     def __init__(
@@ -74,6 +74,7 @@ class Handler:
         self.needs = needs
         self.wants_context = bool(needs) and needs[0].type is Context and not needs[0].keyword
         self.is_async = _is_async(function)
+        self.is_plain = not (self.is_async or _is_async(innermost(function)))  # it needs a thread until it ends
         self.max_attempts = task.max_attempts
         self.backoff = task.backoff
         self.timeout = task.timeout

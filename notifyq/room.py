@@ -1,18 +1,43 @@
-"""Room: how much may be claimed now.
+"""Room: how much may be claimed now, and how much of a claim may stay.
 
 Free slots, and up to 10 ms of work ahead, as measured by itself; so slow handlers have nothing claimed ahead that
 another worker could run now, and empty ones are claimed by the hundreds.
+
+Plain handlers need a thread each, of which there are fewer than slots. But a claim doesn't know types: that would
+cost each claim, and each row that it steps over. So what a claim has taken beyond the threads goes back at once, to
+other workers, and until a thread is free nothing more is claimed from its queue, as its tasks start in their order.
+How many may be claimed beyond the threads grows with each claim from the queue that had no plain handler's task in
+it, from 1 up, and is 1 again after one that had. So little goes back, and a queue without such tasks has all the room.
 """
 
 from __future__ import annotations
 
-from collections.abc import Set
+from collections import Counter
+from collections.abc import Mapping, Sequence, Set
 
 from .config import WorkerConfig
 from .run import Runners
+from .store import Job
 
 AHEAD_SECONDS = 0.010  # of work to claim ahead of the slots
 AHEAD_MOST = 500  # tasks of it
+TRUST_MOST = 1_000_000
+
+
+class Rate:
+    """How much ends in a second."""
+
+    def __init__(self) -> None:
+        self._rate = 0.0
+        self._since, self._finished = 0.0, 0
+
+    def ahead(self, now: float, finished: int) -> int:
+        """As much as ends in AHEAD_SECONDS. `finished`: since the beginning."""
+        if now - self._since > AHEAD_SECONDS:
+            rate = (finished - self._finished) / (now - self._since)
+            self._rate = rate if rate < self._rate / 4 else (self._rate + rate) / 2
+            self._since, self._finished = now, finished
+        return min(AHEAD_MOST, int(self._rate * AHEAD_SECONDS))
 
 
 class Room:
@@ -21,30 +46,38 @@ class Room:
     def __init__(self, config: WorkerConfig, runners: Runners) -> None:
         self._config = config
         self._runners = runners
-        self._rate = 0.0  # attempts ended in a second
-        self._rated: tuple[float, int] = (0.0, 0)
+        self._rate = Rate()
+        self._plain_rate = Rate()
+        self._spare = 0  # threads, and what may wait for one
+        self._trust = dict.fromkeys(config.queues, 1)  # how many may be claimed even without a spare thread
+        self._no_thread: set[str] = set()  # queues whose next task needs one, and there is none
         self.queues = list(config.queues)  # each in turn is the first to be served
 
     def now(self, now: float, paused: Set[str], unsettled: int) -> tuple[dict[str, int], int]:
         """By queue, and in all. None in a paused queue, but some in all, if that is all that keeps it from claiming: to
         hear of it when one is resumed."""
         runners = self._runners
-        since, finished = self._rated
-        if now - since > AHEAD_SECONDS:
-            rate = (runners.finished - finished) / (now - since)
-            self._rate = rate if rate < self._rate / 4 else (self._rate + rate) / 2
-            self._rated = (now, runners.finished)
-        ahead = min(AHEAD_MOST, int(self._rate * AHEAD_SECONDS))
+        ahead = self._rate.ahead(now, runners.finished)
         held = len(runners.held)
         room = self._config.concurrency + ahead - held
         if room <= 0 or (runners.waiting > ahead // 2 and runners.waiting > 0) or unsettled > 4 * (held + room):
             return {}, 0
+        plain_room = 0
+        if runners.plain:
+            plain_ahead = self._plain_rate.ahead(now, runners.plain_finished)
+            share = max(runners.plain.values())
+            self._spare = self._config.most_threads + plain_ahead // share - runners.threads_needed
+            plain_room = self._spare * share + runners.seats
+            if self._spare > 0:
+                self._no_thread.clear()
         rooms: dict[str, int] = {}
         for queue in self.queues:
-            if queue in paused:
+            if queue in paused or queue in self._no_thread:
                 continue
             limit = self._config.queues[queue]
             free = room if limit is None else min(room, limit - runners.by_queue[queue])
+            if runners.plain:
+                free = min(free, max(plain_room, self._trust[queue]))
             if free > 0:
                 rooms[queue] = free
         if len(rooms) > 1:
@@ -52,3 +85,39 @@ class Room:
         if not rooms and any(queue in paused for queue in self.queues):
             return {}, room
         return rooms, min(room, sum(rooms.values()))
+
+    def is_bounded(self, queue: str) -> bool:
+        """Whether a claim may leave tasks in it although there are slots."""
+        return bool(self._runners.plain) or self._config.queues[queue] is not None
+
+    def divide(self, jobs: Sequence[Job], rooms: Mapping[str, int]) -> tuple[list[Job], list[Job]]:
+        """What of a claim stays, and what is more than there are threads for. `rooms` is what was asked for."""
+        plain = self._runners.plain
+        if not plain:
+            return list(jobs), []
+        stay: list[Job] = []
+        surplus: list[Job] = []
+        spare, held = self._spare, self._runners.plain_held.copy()
+        taken = Counter(job.queue for job in jobs)
+        mixed: set[str] = set()  # queues that had such tasks
+        for job in jobs:
+            if (share := plain.get(job.type)) is not None:
+                mixed.add(job.queue)
+                if held[job.type] % share == 0:  # it needs another thread
+                    if spare <= 0:
+                        surplus.append(job)
+                        self._no_thread.add(job.queue)
+                        continue
+                    spare -= 1
+                held[job.type] += 1
+            stay.append(job)
+        self._spare = spare
+        full = spare <= 0 and not any(count % plain[type] for type, count in held.items())
+        for queue, count in taken.items():
+            if queue not in mixed:
+                self._trust[queue] = min(TRUST_MOST, 2 * self._trust[queue])
+                continue
+            self._trust[queue] = 1
+            if full and count >= rooms.get(queue, 0):
+                self._no_thread.add(queue)  # what comes next in it is probably another
+        return stay, surplus

@@ -91,6 +91,7 @@ class Runners:
         self,
         registry: Registry,
         concurrency: int,
+        threads: int,
         settle: Callable[[Outcome], None],
         freed: Callable[[], None],
         transactions: Transactions | None = None,
@@ -105,7 +106,9 @@ class Runners:
         self._waiting: deque[Job] = deque()
         self._runners: set[Runner] = set()
         self._idle: list[asyncio.Future[None]] = []
-        self._threads = anyio.CapacityLimiter(concurrency)
+        self._most_threads = threads
+        self._threads = anyio.CapacityLimiter(threads)
+        self._calls: set[_Call] = set()  # that have a thread, or wait for one
         self._left: list[_Call] = []  # threads that were left alone
         self._told_left = False
         self._group: TaskGroup | None = None
@@ -123,11 +126,31 @@ class Runners:
         self.held: dict[int, Job] = {}  # by id: waiting and running
         self.by_queue: Counter[str] = Counter()  # of these
         self.finished = 0  # attempts ended, ever
+        # Of plain handlers alone: how many tasks share a thread, which is more than one for a batch handler; how many
+        # are held; how many have ended, ever.
+        self.plain = {handler.type: handler.batch or 1 for handler in registry.handlers if handler.is_plain}
+        self.plain_held: Counter[str] = Counter()
+        self.plain_finished = 0
 
     @property
     def waiting(self) -> int:
         """Jobs claimed ahead, not begun."""
         return len(self._waiting)
+
+    @property
+    def threads_needed(self) -> int:
+        """How many threads the held tasks of plain handlers take, or wait for."""
+        return sum(-(-held // self.plain[type]) for type, held in self.plain_held.items())
+
+    @property
+    def seats(self) -> int:
+        """How many tasks of plain batch handlers fit into the threads that are counted for those held."""
+        return sum(-held % self.plain[type] for type, held in self.plain_held.items())
+
+    @property
+    def computing(self) -> list[str]:
+        """The names of the plain handlers that run now, each once. Called from another thread."""
+        return sorted({call.handler.name for call in list(self._calls) if call.begun and not call.over})
 
     @property
     def leases(self) -> list[Job]:
@@ -139,7 +162,7 @@ class Runners:
     def trouble(self) -> str:
         """What is degraded, in words; looked at now and then."""
         self._left = [call for call in self._left if not call.over]
-        if len(self._left) < self._concurrency:
+        if len(self._left) < self._most_threads:
             if self._told_left and not self._left:
                 self._told_left = False
                 logger.info("the threads that were left alone have ended")
@@ -147,7 +170,7 @@ class Runners:
         if not self._told_left:
             self._told_left = True
             logger.warning(
-                "as many threads as it has slots were left alone and still run: does a plain handler never return?",
+                "as many threads as it may use were left alone and still run: does a plain handler never return?",
                 extra={"fields": {"threads": len(self._left), "handler": self._left[-1].handler.name}},
             )
         return f"{len(self._left)} threads left alone"
@@ -194,6 +217,8 @@ class Runners:
                     continue
             self.held[job.id] = job
             self.by_queue[job.queue] += 1
+            if job.type in self.plain:
+                self.plain_held[job.type] += 1
             self._waiting.append(job)
         for _ in range(min(len(self._waiting), self._concurrency)):
             if self._idle:
@@ -415,6 +440,7 @@ class Runners:
     async def _in_thread(self, handler: Handler, task: Any, context: Any) -> object:
         # A thread can't be cancelled, only left alone: its slot goes on, its outcome isn't waited for.
         call = _Call(handler, current_run.get())
+        self._calls.add(call)
         try:
             value, error = await anyio.to_thread.run_sync(
                 call, task, context, abandon_on_cancel=True, limiter=self._threads
@@ -423,6 +449,8 @@ class Runners:
             call.left = True
             self._left.append(call)
             raise
+        finally:
+            self._calls.discard(call)
         if error is not None:
             raise error
         return value
@@ -464,6 +492,9 @@ class Runners:
         if job.size and self._large is not None:
             self._large.drop(job)
         self.by_queue[job.queue] -= 1
+        if job.type in self.plain:
+            self.plain_held[job.type] -= 1
+            self.plain_finished += 1
         self.finished += 1
         if self._behind and (again := self._behind.pop(job.id, None)) is not None:
             self.feed([again])
@@ -514,11 +545,12 @@ class Runners:
 class _Call:
     """A plain handler's run, in a thread. A Run of its own: its runner goes on without it when it is left alone."""
 
-    __slots__ = ("handler", "left", "over", "runner")
+    __slots__ = ("begun", "handler", "left", "over", "runner")
 
     def __init__(self, handler: Handler, runner: Run | None) -> None:
         self.handler = handler
         self.runner = runner
+        self.begun = False
         self.left = False
         self.over = False
 
@@ -542,6 +574,7 @@ class _Call:
         coroutine, where it means something else: to close; and a StopIteration it doesn't take."""
         current_run.set(self)  # in the thread's copy of the context
         pid = forked.pid
+        self.begun = True
         value, failure = None, None
         try:
             value = self.handler.call(task, context)

@@ -57,6 +57,7 @@ class WorkerInfo(msgspec.Struct, frozen=True, kw_only=True):
     schema_version: int
     queues: dict[str, int | None]  # name -> limit
     concurrency: int
+    threads: int  # how many of these may be plain handlers
     types: list[str]
     bell_ms: float | None  # the round trip that proved LISTEN and NOTIFY; None: polling only
 
@@ -72,6 +73,7 @@ class Worker:
         self._down: set[str] = set()  # stages without a database
         self._waits: dict[str, float] = {}
         self._fatal: BaseException | None = None
+        self._keeper: Keeper | None = None
         self._write_seconds = WRITE_SECONDS
         self._over = asyncio.Event()  # claiming has ended: drained, stopped, or failed
         self._working = asyncio.Event()
@@ -83,6 +85,7 @@ class Worker:
         self._runners = Runners(
             registry,
             config.concurrency,
+            config.most_threads,
             self._settle,
             self._freed,
             self._transactions,
@@ -113,7 +116,7 @@ class Worker:
         finally:
             conn.terminate()
         name = f"{socket.gethostname()}:{os.getpid()}"
-        keeper = Keeper(
+        keeper = self._keeper = Keeper(
             self._dsn, name, self._config, self._registry, self._runners,
             on_lost=self._lost,
             on_aside=self._claimer.look_aside,
@@ -146,6 +149,7 @@ class Worker:
                         schema_version=version,
                         queues=self._config.queues,
                         concurrency=self._config.concurrency,
+                        threads=self._config.most_threads,
                         types=self._registry.types,
                         bell_ms=None if bell is None else bell * 1000,
                     )
@@ -304,7 +308,10 @@ class Worker:
         if gone := schema.gone(error):
             self._die(gone)
             return
-        if stage not in self._down:
+        if self._keeper is not None and self._keeper.loop_was_blocked:
+            # That has been said. If the database is lost too, the next try is late enough to tell.
+            logger.debug("a statement failed as the event loop was blocked", extra={"fields": {"stage": stage}})
+        elif stage not in self._down:
             self._down.add(stage)
             if not self._claimer.stopping:
                 logger.warning(

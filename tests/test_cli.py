@@ -1196,10 +1196,10 @@ STATE = "SELECT state, attempts::integer FROM notifyq.all_tasks WHERE id = $1"
 @pytest.mark.parametrize("loop", LOOPS)
 async def test_a_worker(start: Start, db: Any, loop: str) -> None:
     """Says what it is, runs tasks, lets handlers enqueue through the app, and ends clean; logs have no payloads."""
-    worker = start("worker mailer:app -q default -q mail:5 -c 7", first=LOOPS[loop])
+    worker = start("worker mailer:app -q default -q mail:5 -c 7 --threads 3", first=LOOPS[loop])
     banner = await worker.line("notifyq 0")
     assert re.fullmatch(r"notifyq \S+: worker \d+ \(\S+:\d+\) on PostgreSQL [\d.]+, schema \d+\n", banner)
-    assert await worker.line("queues") == "  queues   default, mail (5 at once); 7 tasks at once\n"
+    assert await worker.line("queues") == "  queues   default, mail (5 at once); 7 tasks at once, 3 in threads\n"
     assert await worker.line("types") == "  types    SEND_MAIL, SLEEP, THREAD\n"
     assert re.search(r"proven, \d+\.\d ms there and back", await worker.line("bell"))
     await db.fetchval(INSERT, "SEND_MAIL", b'{"to": "again"}')

@@ -15,7 +15,7 @@ import pytest
 
 import notifyq
 from notifyq.retry import backoff_seconds, ceiling_seconds
-from notifyq.room import Room
+from notifyq.room import Rate
 
 from .conftest import Seen, Sessions, eventually, working
 from .machine import Probe, limit
@@ -183,7 +183,7 @@ async def test_what_waits_its_turn_in_the_worker_is_handed_back_at_once(
 ) -> None:
     """Claimed ahead of the slots and not begun, at the stop: ready for others while a handler still runs here."""
     # As on an idle machine, which runs so many short tasks a second.
-    monkeypatch.setattr(Room, "_rate", property(lambda room: 5000.0, lambda room, rate: None), raising=False)
+    monkeypatch.setattr(Rate, "ahead", lambda rate, now, finished: 50)
     async with working(bench.app, dsn, concurrency=1, shutdown_timeout=3600) as worker:
         await bench.app.enqueue_many([*(Note() for _ in range(600)), *(Hold() for _ in range(100))])
         [first] = await bench.held.reach(1)

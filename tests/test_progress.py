@@ -202,7 +202,7 @@ async def test_what_has_ended_before_it_was_written_is_not(db: Any) -> None:
         await ctx.progress(0.5)
         assert len(runners.reports) == 1
 
-    runners = Runners(app.registry, 1, settled.add, lambda: None)
+    runners = Runners(app.registry, 1, 1, settled.add, lambda: None)
     async with anyio.create_task_group() as group:
         group.start_soon(runners.run)
         await runners.ready.wait()

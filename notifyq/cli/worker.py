@@ -36,6 +36,12 @@ logger = logging.getLogger("notifyq.cli")
     help="a queue to work on, and how many of its tasks may run at once; repeatable",
 )
 @setting("-c", "--concurrency", metavar="N", type=number(1, 10_000), default=100, help="handlers at once")
+@setting(
+    "--threads",
+    metavar="N",
+    type=number(1, 10_000),
+    help="of these, plain `def` handlers, which run in threads  [default: CPUs + 4, at most 32]",
+)
 @setting("--processes", metavar="N", type=number(1, 1000), default=1, help="workers, each with all of the above")
 @setting("--drain", is_flag=True, help="exit when nothing is runnable any more")
 @setting("--shutdown-timeout", type=duration, metavar="TIME", default="25s", help="that handlers have to end")
@@ -60,6 +66,7 @@ def worker(
     app: str,
     queues: tuple[str, ...],
     concurrency: int,
+    threads: int | None,
     processes: int,
     drain: bool,
     shutdown_timeout: float,
@@ -85,6 +92,7 @@ def worker(
     config = WorkerConfig(
         queues=parsed,
         concurrency=concurrency,
+        threads=threads,
         shutdown_timeout_seconds=shutdown_timeout,
         poll_interval_seconds=poll_interval,
         lease_seconds=lease,
@@ -156,6 +164,7 @@ class Started:
                 "schema": value.schema_version,
                 "queues": queues,
                 "concurrency": value.concurrency,
+                "threads": value.threads,
                 "types": value.types,
                 "bell": bell,
             }
@@ -169,7 +178,7 @@ class Started:
         where = f"PostgreSQL {value.server_version}, schema {value.schema_version}"
         lines = (
             f"notifyq {our_version()}: worker {value.id} ({value.name}) on {where}",
-            f"  queues   {', '.join(queues)}; {value.concurrency} tasks at once",
+            f"  queues   {', '.join(queues)}; {value.concurrency} tasks at once, {value.threads} in threads",
             f"  types    {', '.join(value.types)}",
             f"  bell     {bell}",
             "  stop it  Ctrl-C or SIGTERM: once to let handlers end, twice to stop now",

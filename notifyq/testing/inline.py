@@ -182,7 +182,7 @@ async def _run(registry: Registry, jobs: Sequence[Job], results: Sequence[Any]) 
         return list(results)
 
     # As many runners as jobs: a batch knows that no more will come.
-    runners = Runners(registry, len(jobs), settle, lambda: None, None, read)
+    runners = Runners(registry, len(jobs), len(jobs), settle, lambda: None, None, read)
     async with anyio.create_task_group() as group:
         group.start_soon(runners.run)
         await runners.ready.wait()
