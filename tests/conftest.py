@@ -26,7 +26,7 @@ from anyio.from_thread import BlockingPortal
 from hypothesis import HealthCheck, settings
 
 import notifyq
-from notifyq import schema, store
+from notifyq import lease, schema, store
 from notifyq.embedded import Server
 from notifyq.testing import Databases
 
@@ -340,6 +340,12 @@ async def working(app: notifyq.App, dsn: str, **options: Any) -> AsyncIterator[R
             info = await group.start(run)
         yield RunningWorker(info, stop, force, done)
         stop.set()
+
+
+@pytest.fixture
+def quick_heart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers in this process have a heartbeat every 0.4 s: for tests that wait for one, whenever it comes."""
+    monkeypatch.setattr(lease, "TICK_SECONDS", 0.2)
 
 
 class Seen:

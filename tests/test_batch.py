@@ -447,7 +447,7 @@ async def test_one_that_will_not_be_cancelled_cannot_keep_the_worker(dsn: str, d
 # --- Leases
 
 
-async def test_a_cancel_of_one_and_then_of_all(db: Any, dsn: str, logged: Logged) -> None:
+async def test_a_cancel_of_one_and_then_of_all(db: Any, dsn: str, logged: Logged, quick_heart: None) -> None:
     """The call goes on for the others, and its end changes nothing for that one. With nobody left, it is cancelled."""
     app, seen, release = notifyq.App(), Seen(), anyio.Event()
 
@@ -486,7 +486,9 @@ async def test_a_cancel_of_one_and_then_of_all(db: Any, dsn: str, logged: Logged
         await seen.reach(4)
 
 
-async def test_a_cancel_of_one_that_is_gathered(bench: Bench, db: Any, dsn: str, logged: Logged) -> None:
+async def test_a_cancel_of_one_that_is_gathered(
+    bench: Bench, db: Any, dsn: str, logged: Logged, quick_heart: None
+) -> None:
     async with working(bench.app, dsn):
         ids = await bench.app.enqueue_many(items(3))
         await eventually(lambda: claimed(db), 3)

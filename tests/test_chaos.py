@@ -418,7 +418,7 @@ def test_a_late_start_with_an_excuse(excuse: str) -> None:
 
 def test_a_machine_that_is_slow_and_not_so_slow() -> None:
     late = not_woken()
-    late.lags = [Lag(at=T + 2, slow=10.0), Lag(at=T + 3, slow=10.0), Lag(at=T + 9, slow=50.0)]
+    late.lags = [Lag(at=T + 2, slow=20.0), Lag(at=T + 3, slow=5.0), Lag(at=T + 9, slow=50.0)]
     assert [breach.promise for breach in check(late)] == ["P3"]
 
 

@@ -28,6 +28,7 @@ from .conftest import Seen, Sessions, eventually, working
 from .machine import Probe
 
 Logged = Callable[[str], list[dict[str, Any]]]
+pytestmark = pytest.mark.usefixtures("quick_heart")
 
 
 class Nightly(notifyq.Task):
@@ -105,13 +106,13 @@ async def test_a_slot_has_one_task(dsn: str, db: Any, probe: Probe) -> None:
         assert first == next_slot("0 3 * * *", "Europe/Berlin", datetime.now(UTC))
         async with working(app, dsn, queues=["night"]):
             soon = await db.fetchval(
-                "UPDATE notifyq.cron SET next_at = clock_timestamp() + interval '2 s' RETURNING next_at"
+                "UPDATE notifyq.cron SET next_at = clock_timestamp() + interval '1 s' RETURNING next_at"
             )
             await seen.reach(1)
             assert seen.items[0][1] == "de"
             row = await db.fetchrow(CRON)
             assert (row["last_at"], row["next_at"]) == (soon, next_slot("0 3 * * *", "Europe/Berlin", soon))
-            await asyncio.sleep(2)  # two heartbeats of each, which find nothing to do
+            await asyncio.sleep(1)  # two heartbeats of each, which find nothing to do
     [task] = await db.fetch("SELECT * FROM notifyq.all_tasks")
     assert (task["id"], task["run_at"], task["queue"], task["priority"]) == (row["recent"][0], soon, "night", 3)
     late = (task["processing_at"] - soon).total_seconds()
@@ -246,7 +247,7 @@ async def test_pause_resume_run(dsn: str, db: Any, monkeypatch: pytest.MonkeyPat
         await db.execute("UPDATE notifyq.cron SET next_at = clock_timestamp()")
         id = await db.fetchval("SELECT notifyq.cron_run('Nightly')")
         assert await seen.reach(1) == [(id, "eu")]
-        await asyncio.sleep(2)  # a heartbeat
+        await asyncio.sleep(0.5)  # a heartbeat, or two
         assert await db.fetchval("SELECT notifyq.cron_resume('Nightly')")
         assert await known(db) == next_slot(far, "UTC", datetime.now(UTC))
     assert len(seen.items) == 1

@@ -538,10 +538,10 @@ async def test_killed_at_random(spawn: Spawn, db: Any) -> None:
 
     async def enqueue() -> None:
         nonlocal inserts
-        while inserts < 60 or kills < 4:  # so that they meet at the gates
+        while inserts < 45 or kills < 4:  # so that they meet at the gates
             await db.execute(insert)
             inserts += 1
-            await anyio.sleep(random.uniform(0, 0.2))
+            await anyio.sleep(random.uniform(0, 0.15))
         over.set()
 
     async with anyio.create_task_group() as group:

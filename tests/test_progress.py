@@ -223,7 +223,9 @@ async def test_it_is_fenced(db: Any) -> None:
     assert [row[0] for row in await db.fetch("SELECT id FROM notifyq.task WHERE progress IS NOT NULL")] == [mine.id]
 
 
-async def test_a_locked_row_keeps_no_heartbeat(bench: Bench, dsn: str, db: Any, connect: Sessions) -> None:
+async def test_a_locked_row_keeps_no_heartbeat(
+    bench: Bench, dsn: str, db: Any, connect: Sessions, quick_heart: None
+) -> None:
     """What it had to tell is told when the row is free again."""
     async with working(bench.app, dsn) as worker:
         ref = await bench.app.enqueue(Walk())

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import statistics
+from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterable
 from functools import cached_property
@@ -12,7 +14,7 @@ import msgspec
 
 RUN = re.compile(r"run (\S+-\d+)")
 WORK_SECONDS = 0.05  # of a processor: what a step may take, with the tasks that are before it
-CANARY_SECONDS = 0.25  # it computes now and then
+CANARY_SECONDS = 0.5  # so long before and after counts as well
 
 
 class Row(msgspec.Struct, kw_only=True):
@@ -109,7 +111,7 @@ class Lag(msgspec.Struct):
 
     at: float
     seconds: float = 0.0  # by which a sleep was too long
-    slow: float = 1.0  # how many times as long as alone it took to compute
+    slow: float = 0.0  # how many times as long as alone it took to compute; 0: it slept
 
 
 class History(msgspec.Struct, kw_only=True, dict=True, eq=False):
@@ -199,11 +201,24 @@ class History(msgspec.Struct, kw_only=True, dict=True, eq=False):
         """When the last of the faults that had begun by then is made up for."""
         return max((window.until + window.heal for window in self.windows if window.since <= at), default=0.0)
 
+    @cached_property
+    def _late(self) -> list[Lag]:
+        """When the canary slept too long."""
+        return [lag for lag in self.lags if lag.seconds]
+
+    @cached_property
+    def _slow(self) -> list[tuple[float, float]]:
+        """When the canary computed, and how slow that was; in order."""
+        return sorted((lag.at, lag.slow) for lag in self.lags if lag.slow)
+
     def lag(self, since: float, until: float) -> float:
         """How much longer a step of some work may have taken in between, since the machine was late or slow."""
-        late = sum(lag.seconds for lag in self.lags if since <= lag.at and lag.at - lag.seconds <= until)
-        near = (lag.slow for lag in self.lags if since - CANARY_SECONDS <= lag.at <= until + CANARY_SECONDS)
-        return late + WORK_SECONDS * (max(near, default=1.0) - 1)
+        late = sum(
+            lag.seconds for lag in self.lags if lag.seconds and since <= lag.at and lag.at - lag.seconds <= until
+        )
+        first, last = (bisect_left(self._slow, (at,)) for at in (since - CANARY_SECONDS, until + CANARY_SECONDS))
+        near = [slow for _, slow in self._slow[first:last]]
+        return late + WORK_SECONDS * (max(statistics.fmean(near), 1.0) - 1 if near else 0.0)
 
 
 def read_events(folder: Path, history: History) -> None:

@@ -73,7 +73,7 @@ def summary(history: History) -> str:
         f"{len(history.rows_of):,} tasks, {len(history.runs):,} runs, {len(history.processes)} worker processes, "
         f"{len(history.rows):,} transitions; start p50 {median:.1f} ms after commit, late with an excuse: {late}; "
         f"the machine itself late for {sum(lag.seconds for lag in history.lags):.1f} s, "
-        f"and up to {max((lag.slow for lag in history.lags), default=1):.0f} times slower than alone"
+        f"and {statistics.fmean([lag.slow for lag in history.lags if lag.slow] or [1.0]):.1f} times slower than alone"
     )
 
 
