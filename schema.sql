@@ -16,8 +16,8 @@
 -- a row trigger, and the claim's index never holds a future, a running or a finished task: what a claim costs
 -- depends on none of them.
 --
---     INSERT ──▶ ready ──claim──▶ running ──settle──▶ finished (done, dead, cancelled)
---       └─▶ scheduled ──promote─▶ ready     └─ retry ──▶ scheduled      └─ hand back, rescue ──▶ ready
+--     INSERT --> ready --claim--> running --settle--> finished (done, dead, cancelled)
+--       `-> scheduled --promote-> ready     `- retry --> scheduled      `- hand back, rescue --> ready
 --
 -- The lease is (worker, attempts): every claim raises attempts, and every later write names both and says
 -- whether it applied. A worker that was given up for dead can therefore never settle what runs elsewhere.
@@ -43,9 +43,9 @@
 -- queue, or for the ends of the tasks in `after`. They are inserted as ready as any, so an INSERT costs nothing and locks
 -- nothing, and claims find them in their order. A worker that has claimed such a row has it judged before it runs:
 --
---     claimed ──admit──▶ runs                      the slot is the row itself: a row with a worker counts
---                └─────▶ parked (and aside)        not looked at again until something frees
---     its end, or its worker's loss of it ──▶ a row in notifyq.freed ──free──▶ as many parked as fit are ready again
+--     claimed --admit--> runs                      the slot is the row itself: a row with a worker counts
+--                `-----> parked (and aside)        not looked at again until something frees
+--     its end, or its worker's loss of it --> a row in notifyq.freed --free--> as many parked as fit are ready again
 --
 -- Nothing is counted that could be counted wrong: how many run is read from the rows, under a lock that everybody who
 -- admits or frees the same key takes (a row of notifyq.gate, by the key's hash) before the snapshot he counts in. What
@@ -272,7 +272,7 @@ BEGIN
     RETURN NULL;
 END $$;
 
--- 0.14 µs for a row that nobody waits for, and for each statement, INSERTs too, as much as the words after WHEN are long. Not
+-- 0.14 us for a row that nobody waits for, and for each statement, INSERTs too, as much as the words after WHEN are long. Not
 -- for UPDATE OF run_at too: each row that is claimed would be fetched once more, though claims don't name that column.
 CREATE TRIGGER ended AFTER DELETE ON notifyq.task FOR EACH ROW
     WHEN (OLD.tracked OR OLD.awaited) EXECUTE FUNCTION notifyq.ended();
@@ -362,7 +362,8 @@ BEGIN
         -- The clock was set back since. It counts as enqueued now: else the key would be taken until that time comes.
         since := clock_timestamp();
         UPDATE notifyq.unique_key k
-        SET enqueued_at = since, until = since + greatest(k.until - k.enqueued_at, coalesce(period, '0'))
+        SET enqueued_at = since, until = since + greatest(
+            CASE WHEN isfinite(k.until) AND isfinite(k.enqueued_at) THEN k.until - k.enqueued_at END, coalesce(period, '0'))
         WHERE k.key = my_key;
     END IF;
     LOOP

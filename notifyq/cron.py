@@ -90,6 +90,7 @@ class Schedule:
         self._written = False
         self._plausible: dict[str, datetime] = {}  # next slots that were compared with their schedules,
         self._judged_at: datetime | None = None  # and when, by the database's clock
+        self._contested: set[str] = set()  # names that another app has too
         self._poisoned: set[tuple[str, str, str]] = set()
 
     async def begin(self, conn: Connection, worker: int) -> None:
@@ -97,10 +98,28 @@ class Schedule:
         if not self._crons:
             return
         if not self._written:
-            columns = [list(column) for column in zip(*self._crons.values(), strict=True)]
-            await conn.execute(SQL["cron_register"], *columns)
+            await self.compare(conn, worker, "replaces that of another app")
+            await conn.execute(SQL["cron_register"], *self._columns())
             self._written = True
         await conn.execute(SQL["cron_serve"], worker, list(self._crons))
+
+    def _columns(self) -> list[list[object]]:
+        return [list(column) for column in zip(*self._crons.values(), strict=True)]
+
+    async def compare(self, conn: Connection, worker: int, what: str = "was overwritten by another app") -> None:
+        """Say which crons another app has under the same names: the last one that started has its way, and the other's
+        would stop without a word."""
+        if not self._crons:
+            return
+        rows = await conn.fetch(SQL["cron_conflicts"], *self._columns(), worker)
+        for name, expression, tz, type, queue, other in rows:
+            if name not in self._contested:
+                logger.warning(
+                    "cron %s of this app %s, which has %r (%s) for %s in queue %s and runs in worker %s. An older "
+                    "version of this app ends soon; another service needs another name: @app.cron(..., name=...)",
+                    name, what, expression, tz, type, queue, other, extra={"fields": {"cron": name}},
+                )  # fmt: skip
+        self._contested = {row[0] for row in rows}
 
     async def look(self, conn: Connection) -> None:
         """Enqueue what is about to be due. Raises the first error of PostgreSQL's once all crons had their turn."""

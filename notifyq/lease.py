@@ -391,7 +391,12 @@ class Keeper:
         keys = [job.id for job in reports], [job.attempt for job in reports]
         fractions = [p.fraction for p in reports.values()]
         notes = [None if p.note is None else storable(p.note[:NOTE_LENGTH]) for p in reports.values()]
-        written = {row[0] for row in await conn.fetch(SQL["progress"], self._id, *keys, fractions, notes)}
+        try:
+            rows = await conn.fetch(SQL["progress"], self._id, *keys, fractions, notes)
+        except asyncpg.DataError:  # the database's encoding lacks a character of a note's
+            notes = [None if note is None else note.encode("ascii", "backslashreplace").decode() for note in notes]
+            rows = await conn.fetch(SQL["progress"], self._id, *keys, fractions, notes)
+        written = {row[0] for row in rows}
         for job, progress in reports.items():
             if job.id not in written:  # somebody has its row locked, or it isn't ours any more
                 self._runners.unwritten(job, progress)
@@ -446,6 +451,8 @@ class Keeper:
         for about in self._findings.keys() - found.keys():
             logger.info("mended: %s", about, extra={"fields": {"about": about}})
         self._findings = found
+        if self._id is not None:
+            await self._schedule.compare(conn, self._id)
 
     async def _take_orphans(self, conn: Connection) -> None:
         if await conn.fetchval(SQL["orphaned"]) and (orphans := await conn.fetchval(SQL["orphans"])):

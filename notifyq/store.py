@@ -275,10 +275,30 @@ async def prove_alive(conn: Connection, worker: int) -> bool:
 
 
 async def set_codecs(conn: Connection) -> None:
-    """jsonb as bytes of JSON. Its binary form is that text after one version byte; no str in between."""
+    """jsonb as bytes of JSON. Its binary form is that text after one version byte; no str in between.
+
+    A database with the encoding SQL_ASCII holds any bytes, and refuses to send what isn't UTF-8 to a client that
+    expects UTF-8: one odd name would fail each claim that meets it. To a client that expects LATIN1, in which every
+    byte is valid, it sends all as it is. What isn't UTF-8 then reads as U+FFFD. (Statements, which are sent in LATIN1
+    too, are plain ASCII.)
+    """
+    if conn.get_settings().server_encoding == "SQL_ASCII":
+        await conn.execute("SET client_encoding = 'LATIN1'")
+        for name in ("text", "varchar"):
+            await conn.set_type_codec(
+                name, schema="pg_catalog", encoder=_text_encode, decoder=_text_decode, format="binary"
+            )
     await conn.set_type_codec(
         "jsonb", schema="pg_catalog", encoder=_jsonb_encode, decoder=_jsonb_decode, format="binary"
     )
+
+
+def _text_encode(text: str) -> bytes:
+    return text.encode()
+
+
+def _text_decode(binary: bytes) -> str:
+    return binary.decode(errors="replace")  # in JSON too, where a backslash would be wrong
 
 
 def _jsonb_encode(text: bytes) -> bytes:

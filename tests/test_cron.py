@@ -18,7 +18,7 @@ import asyncpg
 import pytest
 
 import notifyq
-from notifyq import store
+from notifyq import lease, store
 from notifyq.cron import Cron, Schedule, next_slot
 from notifyq.errors import ConfigError
 from notifyq.store import SQL
@@ -118,6 +118,29 @@ async def test_a_slot_has_one_task(dsn: str, db: Any, probe: Probe) -> None:
     late = (task["processing_at"] - soon).total_seconds()
     print(f"started {late * 1000:.1f} ms after its slot")
     assert 0 <= late < 0.5 + probe.late()
+
+
+async def test_two_services_with_one_name_are_told(
+    dsn: str, db: Any, logged: Logged, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both of them, once; not workers of one app, and not one whose other version has ended."""
+    monkeypatch.setattr(lease, "LOOK_SECONDS", 0.2)
+    shop, blog = made(Seen(), queue="shop"), made(Seen(), "0 4 * * *", queue="blog")
+    async with working(shop, dsn, queues=["shop"]), working(shop, dsn, queues=["shop"]):
+        await known(db)
+        assert logged("cron Nightly of this app") == []
+        async with working(blog, dsn, queues=["blog"]):
+            assert (
+                len(logged("replaces that of another app, which has '0 3 * * *' (UTC) for Nightly in queue shop")) == 1
+            )
+            await eventually(lambda: counted(logged, "was overwritten by another app, which has '0 4 * * *'"), 2)
+    async with working(shop, dsn, queues=["shop"]):
+        await known(db)
+    assert len(logged("cron Nightly of this app")) == 3
+
+
+async def counted(logged: Logged, text: str) -> int:
+    return len(logged(text))
 
 
 async def test_two_who_have_seen_the_same_slot(dsn: str, db: Any, connect: Sessions) -> None:

@@ -264,9 +264,9 @@ def tasks(
         say(f"no such tasks{guess}")
 
 
-def _row(task: dict[str, object], seconds: float) -> list[object]:
+def _row(task: dict[str, object], seconds: float | None) -> list[object]:
     words = {"scheduled": "in {}", "running": "for {}", "ready": "waits {}"}
-    when = words.get(str(task["state"]), "{} ago").format(span(abs(seconds)))
+    when = words.get(str(task["state"]), "{} ago").format("infinity" if seconds is None else span(abs(seconds)))
     if task["waits_for"]:
         when = f"waits for {task['waits_for']}"
     attempts = "/".join(str(n) for n in (task["attempts"], task["max_attempts"]) if n is not None)

@@ -3,7 +3,7 @@
 -- was set back since makes all of them doubtful. And what time it is. A cron that doesn't know its next slot is reckoned from
 -- `since`: from now, or from a slot that was put ahead before the schedule was changed and still waits.
 SELECT name, expression, tz, missed, next_at, clock_timestamp() AS now,
-       CASE WHEN next_at IS NULL AND last_at > clock_timestamp()
+       CASE WHEN next_at IS NULL AND last_at BETWEEN clock_timestamp() AND '9999-12-30Z'
                  AND (SELECT t.id FROM notifyq.task t WHERE t.id = c.recent[1]) IS NOT NULL
             THEN last_at ELSE clock_timestamp() END AS since
 FROM notifyq.cron c

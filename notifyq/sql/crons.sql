@@ -2,7 +2,7 @@
 -- last one's task the state, if it is still known. A cron that no worker which lives looks after enqueues nothing.
 SELECT to_json(t)::text AS cron, t.name,
        extract(epoch FROM t.next_at - statement_timestamp())::float8 AS next_seconds,
-       extract(epoch FROM statement_timestamp() - t.last_at)::float8 AS last_seconds
+       CASE WHEN isfinite(t.last_at) THEN extract(epoch FROM statement_timestamp() - t.last_at)::float8 END AS last_seconds
 FROM (
     SELECT c.name, c.expression, c.tz, c.type, c.queue, c.priority, c.missed, c.paused,
            EXISTS (SELECT FROM notifyq.worker w

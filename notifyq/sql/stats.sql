@@ -1,12 +1,13 @@
 -- For people and monitors: everything at a glance, as one JSON document. The counts are counted, in one scan of all
 -- that is known; half a second a million, if work_mem lets it hash. It reads only what the role that may read can (see
 -- schema.sql). So what nobody serves is told from the workers' own words, and not from task.aside: ready tasks of a queue
--- or a type that no live worker has. What is ready in a paused queue waits for a person, and is late for nobody.
+-- or a type that no live worker has. What is ready in a paused queue waits for a person, and is late for nobody. Times are kept
+-- within those that can be subtracted; before version 17 infinity can't.
 WITH counted AS MATERIALIZED (
     SELECT queue, type, state, count(*) AS n,
-           min(greatest(created_at, run_at)) FILTER (
+           min(least(greatest(created_at, run_at, '0001-01-03Z'), '9999-12-30Z')) FILTER (
                WHERE state = 'ready' AND queue NOT IN (SELECT name FROM notifyq.queue WHERE paused)) AS since,
-           min(processing_at) FILTER (WHERE state = 'running') AS begun
+           min(least(greatest(processing_at, '0001-01-03Z'), '9999-12-30Z')) FILTER (WHERE state = 'running') AS begun
     FROM notifyq.all_tasks
     GROUP BY queue, type, state
 ), by_queue AS (
@@ -17,21 +18,23 @@ WITH counted AS MATERIALIZED (
            coalesce(sum(n) FILTER (WHERE state = 'done'), 0) AS done,
            coalesce(sum(n) FILTER (WHERE state = 'dead'), 0) AS dead,
            coalesce(sum(n) FILTER (WHERE state = 'cancelled'), 0) AS cancelled,
-           round(extract(epoch FROM statement_timestamp() - min(since))::numeric, 3) AS oldest_ready_seconds,
-           round(extract(epoch FROM statement_timestamp() - min(begun))::numeric, 3) AS longest_running_seconds
+           round(greatest(extract(epoch FROM statement_timestamp() - min(since))::numeric, 0), 3) AS oldest_ready_seconds,
+           round(greatest(extract(epoch FROM statement_timestamp() - min(begun))::numeric, 0), 3) AS longest_running_seconds
     FROM counted
     GROUP BY queue
 ), unserved AS (
     SELECT c.queue, c.type, c.n AS ready,
-           round(extract(epoch FROM statement_timestamp() - c.since)::numeric, 3) AS oldest_ready_seconds
+           round(greatest(extract(epoch FROM statement_timestamp() - c.since)::numeric, 0), 3) AS oldest_ready_seconds
     FROM counted c
     WHERE c.state = 'ready' AND c.since IS NOT NULL
       AND NOT EXISTS (SELECT FROM notifyq.worker w
                       WHERE c.queue = ANY (w.queues) AND c.type = ANY (w.types)
                         AND w.seen_at BETWEEN statement_timestamp() - w.lease AND statement_timestamp() + w.lease)
 ), workers AS (
-    SELECT id, name, CASE WHEN seen_at BETWEEN statement_timestamp() - lease AND statement_timestamp() + lease THEN status ELSE 'silent' END AS status,
-           round(extract(epoch FROM statement_timestamp() - seen_at)::numeric, 3) AS seen_seconds,
+    SELECT id, name, CASE WHEN seen_at BETWEEN statement_timestamp() - lease AND statement_timestamp() + lease THEN status
+                          ELSE 'silent' END AS status,
+           CASE WHEN isfinite(seen_at) THEN round(extract(epoch FROM statement_timestamp() - seen_at)::numeric, 3)
+                END AS seen_seconds,
            running, concurrency, queues, types, started_at
     FROM notifyq.worker
 )
