@@ -1176,6 +1176,7 @@ CREATE TABLE notifyq.cron (
     queue         text        NOT NULL DEFAULT 'default' CHECK (length(queue) <= 200),
     priority      smallint    NOT NULL DEFAULT 0,
     missed        text        NOT NULL DEFAULT 'once' CHECK (missed IN ('once', 'skip')),  -- while no worker ran
+    options       jsonb,                               -- the tasks': their keys and limits
     paused        boolean     NOT NULL DEFAULT false,
     -- The next slot; null: to be reckoned from now on. A time that Python can't read would end the workers that look.
     next_at       timestamptz CHECK (next_at BETWEEN '0001-01-03Z' AND '9999-12-30Z'),
@@ -1205,8 +1206,8 @@ END;
 
 -- Run it now, paused or not, beside what is due anyway. Returns the task's id; NULL: there is no such cron.
 CREATE FUNCTION notifyq.cron_run(name text) RETURNS bigint LANGUAGE sql BEGIN ATOMIC
-    INSERT INTO notifyq.task (type, payload, queue, priority)
-    SELECT c.type, c.payload, c.queue, c.priority FROM notifyq.cron c WHERE c.name = $1 RETURNING id;
+    INSERT INTO notifyq.task (type, payload, queue, priority, options)
+    SELECT c.type, c.payload, c.queue, c.priority, c.options FROM notifyq.cron c WHERE c.name = $1 RETURNING id;
 END;
 
 -- The stable way to read.

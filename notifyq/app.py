@@ -17,7 +17,7 @@ from . import enqueue, foreign, lifespan, loops, store
 from .config import WorkerConfig, check_name, parse_queues, resolve_dsn
 from .cron import Cron, Missed, check_schedule
 from .errors import ConfigError, DatabaseError
-from .options import EnqueueOptions, Options, is_id
+from .options import EnqueueOptions, Options, is_id, where
 from .registry import Handler, HandlerOptions, Registry
 from .results import Results
 from .signals import watched
@@ -140,8 +140,8 @@ class App:
         tz: str = "UTC",
         task: Task | None = None,
         name: str | None = None,
-        queue: str = "default",
-        priority: int = 0,
+        queue: str | None = None,
+        priority: int | None = None,
         missed: Missed = "once",
     ) -> Callable[[_Handler], _Handler]:
         """Enqueue a task by the clock; use it as a decorator, above @app.handler.
@@ -149,6 +149,7 @@ class App:
         expression  "0 3 * * *": minute, hour, day, month, weekday, by cronsim; a sixth field in front is the second
         tz          in whose time that is meant
         task        what to enqueue; None: the handler's task, if it can be made without arguments
+        queue, priority  None: what its class says, as order_key and limits are; whether it is unique isn't asked
         name        of the schedule, by which it is paused and listed; None: the task's type
         missed      of slots that came while no worker ran: "once", one run for all of them, or "skip"
 
@@ -164,12 +165,14 @@ class App:
                     f"@app.cron got {function!r}, which is no handler of this app; put it above @app.handler"
                 )
             called = handler.type if name is None else name
-            self._schedule(handler, Cron(called, expression, tz, "", "", queue, priority, missed), task)
+            self._schedule(handler, Cron(called, expression, tz, missed=missed), queue, priority, task)
             return function
 
         return schedule
 
-    def _schedule(self, handler: Handler, cron: Cron, task: Task | None) -> None:
+    def _schedule(
+        self, handler: Handler, cron: Cron, queue: str | None, priority: int | None, task: Task | None
+    ) -> None:
         try:
             task = task or handler.task()
         except TypeError as error:
@@ -181,13 +184,15 @@ class App:
             raise ConfigError(f"@app.cron of {handler.name}: task is {task!r:.100}, expected a {handler.task.__name__}")
         check_name("name", cron.name)
         check_schedule(cron.expression, cron.tz)
-        Options.check(queue=cron.queue, priority=cron.priority)
+        options = where(queue, priority).of(task)
         if cron.missed not in ("once", "skip"):
             raise ConfigError(f"missed is {cron.missed!r}; expected 'once' or 'skip'")
         if cron.name in self.registry.crons:
             raise ConfigError(f"two crons are named {cron.name!r}; give one another name: @app.cron(..., name=...)")
         tag, payload = enqueue.checked(self.registry, task)
-        self.registry.crons[cron.name] = cron._replace(type=tag, payload=payload)
+        self.registry.crons[cron.name] = cron._replace(
+            type=tag, payload=payload, queue=options.values[0], priority=options.values[3], options=options.text()
+        )
 
     def middleware(self, function: _Middleware) -> _Middleware:
         """Put `async def f(task, ctx, call)` around each handler; use it as a decorator. The first is the outermost.

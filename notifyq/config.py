@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Mapping
-from typing import cast
+from datetime import timedelta
+from typing import TypeVar, cast
 
 import msgspec
 
 from .dsn import pair_parameters, url_of
 from .errors import ConfigError
+
+_Value = TypeVar("_Value")
 
 NAME_LENGTH = 200  # of a queue, a type or a key, in characters: schema.sql has it for keys
 
@@ -70,6 +73,11 @@ def check_name(what: str, name: str) -> None:
     if not 1 <= len(name) <= NAME_LENGTH or "\x00" in name or any("\ud800" <= c <= "\udfff" for c in name):
         shown = name if len(name) <= 40 else name[:40] + "..."
         raise ConfigError(f"{what} {shown!r}: expected 1 to {NAME_LENGTH} characters, none of them NUL")
+
+
+def in_seconds(value: _Value | timedelta) -> _Value | float:
+    """A timedelta as seconds; anything else as it is."""
+    return value.total_seconds() if isinstance(value, timedelta) else value
 
 
 def parse_queues(queues: Iterable[str] | Mapping[str, int | None]) -> dict[str, int | None]:

@@ -41,11 +41,12 @@ class Cron(NamedTuple):
     name: str
     expression: str
     tz: str
-    type: str
-    payload: str
-    queue: str
-    priority: int
-    missed: Missed
+    type: str = ""
+    payload: str = ""
+    queue: str = "default"
+    priority: int = 0
+    missed: Missed = "once"
+    options: str | None = None  # JSON
 
 
 def check_schedule(expression: str, tz: str) -> None:

@@ -13,11 +13,12 @@ import anyio.lowlevel
 import asyncpg
 import msgspec
 
-from .bulk import Bulk, Row, Statement, columns, plain
+from . import settings
+from .bulk import Bulk, Placed, Row, Statement, insert
 from .codec import encode_payload, type_name
 from .errors import ConfigError, DatabaseError, SchemaError, only
 from .foreign import Foreign
-from .options import Options, check_group
+from .options import Options, check_group, where
 from .registry import Registry
 from .store import SQL
 from .task import Ids, Task
@@ -37,7 +38,7 @@ async def one(via: Connection | Pool | Foreign, registry: Registry, task: Task, 
     """Insert a task, unless it is unique and another is in its way: the id of either, and, if it is unique, whether it
     is the other's."""
     type, payload = checked(registry, task)
-    query, args = statement(type, payload, options, options.unique.of(task))
+    query, args = statement(type, payload, options.of(task), options.unique.of(task))
     with Explained(type):
         [row] = await via.fetch(query, *args)
     return row
@@ -91,12 +92,22 @@ async def group(
 def grouped(registry: Registry, tasks: Iterable[Task], then: Task, options: Options) -> Statement:
     """To insert a group; `then` is the last of its types and payloads."""
     tasks = list(tasks)
-    rows = [checked(registry, task) for task in tasks]
+    rows = [_placed(registry, task, options) for task in tasks]
     if any(options.unique.of(task) for task in (*tasks, then)):
         raise ConfigError("a group's tasks can't be unique; enqueue those by themselves, and one after=[...] them")
     check_group(len(rows))
-    rows.append(checked(registry, then))
-    return SQL["enqueue_then"], (*columns(rows), *options.values, options.text(), options.on_dead)
+    # In the queue and with the priority of the others, as far as these are told; their keys and limits are theirs.
+    same = where(options.said.queue, options.said.priority)
+    rows.append(_placed(registry, then, same))
+    types, payloads, queues, priorities, texts = map(list, zip(*rows, strict=True))
+    _, delay, run_at, _, max_attempts = options.values
+    args = (types, payloads, queues, delay, run_at, priorities, max_attempts, texts, options.on_dead)
+    return SQL["enqueue_then"], args
+
+
+def _placed(registry: Registry, task: Task, options: Options) -> Placed:
+    options = options.of(task)
+    return *checked(registry, task), options.values[0], options.values[3], options.text()
 
 
 def ids_of_group(answer: Sequence[Any]) -> tuple[list[int], int]:
@@ -105,13 +116,15 @@ def ids_of_group(answer: Sequence[Any]) -> tuple[list[int], int]:
     return list(ids or ()), last
 
 
-async def _stream(conn: Connection, bulk: Bulk, first: list[Row], rest: Iterator[Task], options: Options) -> None:
+async def _stream(
+    conn: Connection, bulk: Bulk, first: list[Row | Placed], rest: Iterator[Task], options: Options
+) -> None:
     """Insert those that aren't unique."""
-    send, receive = anyio.create_memory_object_stream[list[Row]](1)
+    send, receive = anyio.create_memory_object_stream[list[Row | Placed]](1)
 
     async def encode() -> None:
         async with send:
-            chunk: list[Row] = []
+            chunk: list[Row | Placed] = []
             for task in rest:
                 chunk += bulk.rows((task,))
                 if len(chunk) == CHUNK:
@@ -125,9 +138,9 @@ async def _stream(conn: Connection, bulk: Bulk, first: list[Row], rest: Iterator
     async with receive, anyio.create_task_group() as group:
         group.start_soon(encode)
         if first:
-            await _send(conn, bulk, plain(first, options))
+            await _send(conn, bulk, insert(first, options))
         async for chunk in receive:
-            await _send(conn, bulk, plain(chunk, options))
+            await _send(conn, bulk, insert(chunk, options))
 
 
 async def _send(via: Connection | Pool | Foreign, bulk: Bulk, statement: Statement) -> None:
@@ -163,6 +176,7 @@ _decoders: dict[type[Task], Any] = {}
 
 def _decoder(cls: type[Task]) -> Any:
     if cls not in _decoders:
+        settings.check(cls)
         _decoders[cls] = msgspec.json.Decoder(cls).decode
     return _decoders[cls]
 

@@ -16,11 +16,13 @@ from typing import Annotated, Any, NamedTuple, Union, cast, get_args, get_origin
 
 import msgspec
 
+from . import settings
 from .codec import type_name
-from .config import check_name
+from .config import check_name, in_seconds
 from .cron import Cron
 from .errors import ConfigError
 from .lifespan import Lifespan
+from .rules import rules_of
 from .task import Call, Context, Middleware, Task
 from .unique import check_rule
 
@@ -76,8 +78,8 @@ class Handler:
         self.is_async = _is_async(function)
         self.is_plain = not (self.is_async or _is_async(innermost(function)))  # it needs a thread until it ends
         self.max_attempts = task.max_attempts
-        self.backoff = task.backoff
-        self.timeout = task.timeout
+        self.backoff = in_seconds(task.backoff)
+        self.timeout = in_seconds(task.timeout)
         self.around: Middleware | None = None
         self.batch, self.linger, self.middleware = options
 
@@ -435,14 +437,16 @@ def _check_task(task: type[Task]) -> None:
                 f"task {name}: {setting!r} is a setting of the class, not a field of the payload; write "
                 f"`{setting} = ...` without an annotation, or name the field otherwise"
             )
-    attempts, backoff, timeout = task.max_attempts, task.backoff, task.timeout
+    attempts, backoff, timeout = task.max_attempts, in_seconds(task.backoff), in_seconds(task.timeout)
     if not isinstance(attempts, int) or not 1 <= attempts <= 32767:
         raise ConfigError(f"task {name}: max_attempts is {attempts!r}; expected 1 to 32767")
     if not _seconds(backoff) or backoff < 0:
-        raise ConfigError(f"task {name}: backoff is {backoff!r}; expected seconds, 0 or more")
+        raise ConfigError(f"task {name}: backoff is {backoff!r}; expected seconds, 0 or more, or a timedelta")
     if timeout is not None and (not _seconds(timeout) or timeout <= 0):
         raise ConfigError(f"task {name}: timeout is {timeout!r}; expected seconds above 0, or None")
+    settings.check(task)
     check_rule(task)
+    rules_of(task)
     try:
         msgspec.json.Decoder(task)
     except NameError as error:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Generator, Iterable, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Self, Unpack, overload
 
@@ -19,13 +18,8 @@ from .options import EnqueueOptions, Options
 from .task import Ids, Ref, Task, ref
 
 if TYPE_CHECKING:
-    from psycopg import Connection
-    from psycopg_pool import ConnectionPool
-
     from .app import App
-
-POOL_SIZE = 10
-TIMEOUT_SECONDS = 10
+    from .sync_pool import Pool
 
 
 class SyncClient:
@@ -45,7 +39,7 @@ class SyncClient:
         self._registry = app.registry
         self._lock = threading.Lock()
         self._parents: list[object] = []
-        self._pool: tuple[int, ConnectionPool[Connection[Any]]] | None = None  # and the process it is of
+        self._pool: tuple[int, Pool] | None = None  # and the process it is of
         self._where: tuple[str, str] | None = None  # for libpq, and how to name it
         forked.call_in_children(self._forked)
 
@@ -59,6 +53,8 @@ class SyncClient:
         try:
             import psycopg
             import psycopg_pool  # noqa: F401 # pyright: ignore[reportUnusedImport] - to learn it here, not at a task
+
+            from . import sync_pool
         except ImportError as error:
             raise ConfigError(
                 f"SyncClient.connect needs psycopg ({error}): pip install 'notifyq[sync]', and 'psycopg[binary]' where "
@@ -68,9 +64,9 @@ class SyncClient:
         where = f"{source}: {redact(url)}" if url else source
         try:
             info = conninfo(url)
-            psycopg.connect(info, **_settings(info)).close()
+            sync_pool.connect(info).close()
         except psycopg.OperationalError as error:
-            raise DatabaseError(f"can't connect to the database ({where}): {redact(str(error))}") from error
+            raise DatabaseError(f"can't connect to the database ({where}): {redact(str(error))}") from None
         except (psycopg.ProgrammingError, ValueError) as error:
             raise ConfigError(f"{source} can't be used: {redact(str(error))}") from None
         self._where = info, where
@@ -105,7 +101,7 @@ class SyncClient:
         """As App.enqueue. conn: a psycopg.Connection, SQLAlchemy's Session or Connection, or django.db.connection."""
         checked_options = Options.check(**options)
         type, payload = checked(self._registry, task)
-        query, args = statement(type, payload, checked_options, checked_options.unique.of(task))
+        query, args = statement(type, payload, checked_options.of(task), checked_options.unique.of(task))
         with Explained(type):
             [row] = self._fetch(conn, query, args)
         return ref(self._app, *row)
@@ -152,58 +148,16 @@ class SyncClient:
     def _fetch(self, conn: foreign.SyncConnection | None, query: str, args: Sequence[Any]) -> Sequence[Any]:
         if conn is not None:
             return foreign.fetch(conn, query, args)
-        with self._own() as own:
+        with self._opened().connection() as own:
             return foreign.fetch(own, query, args)
 
-    @contextmanager
-    def _own(self) -> Generator[Connection[Any]]:
-        from psycopg_pool import PoolTimeout
-
-        pool = self._opened()
-        try:
-            # Not around what is done with it, which has errors of its own.
-            own = pool.getconn()
-        except PoolTimeout as error:
-            where = self._where[1] if self._where else "closed meanwhile"
-            raise DatabaseError(f"no connection to the database within {TIMEOUT_SECONDS} s ({where})") from error
-        try:
-            yield own
-        finally:
-            pool.putconn(own)
-
-    def _opened(self) -> ConnectionPool[Connection[Any]]:
+    def _opened(self) -> Pool:
         """This process's pool: threads and sockets don't outlive a fork, and servers fork what they have loaded."""
-        from psycopg_pool import ConnectionPool
+        from .sync_pool import Pool
 
         with self._lock:
             if self._where is None:
                 raise ConfigError("not connected: call connect() first, or pass conn=")
             if self._pool is None or self._pool[0] != os.getpid():
-                pool: ConnectionPool[Connection[Any]] = ConnectionPool(
-                    self._where[0],
-                    min_size=0,
-                    max_size=POOL_SIZE,
-                    timeout=TIMEOUT_SECONDS,
-                    open=True,
-                    check=ConnectionPool.check_connection,  # a server that restarted isn't noticed otherwise
-                    name="notifyq",
-                    kwargs=_settings(self._where[0]),
-                    configure=_keep_from_children,
-                )
-                self._pool = os.getpid(), pool
+                self._pool = os.getpid(), Pool(*self._where)
             return self._pool[1]
-
-
-def _settings(info: str) -> dict[str, Any]:
-    """Of each connection."""
-    return {
-        "autocommit": True,  # each statement is its own transaction, in one round trip
-        "prepare_threshold": None,  # behind a pooler it would fail
-        "application_name": "notifyq client",
-        "client_encoding": "UTF8",  # whatever PGCLIENTENCODING says: payloads may hold any character
-        **({} if "connect_timeout=" in info else {"connect_timeout": TIMEOUT_SECONDS}),
-    }
-
-
-def _keep_from_children(conn: Connection[Any]) -> None:
-    forked.keep_from_children(conn.fileno())

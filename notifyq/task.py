@@ -1,18 +1,20 @@
-"""The words: what a user writes, raises and is given. Imports nothing of ours but errors and
-loops."""
+"""The words: what a user writes, raises and is given. Imports nothing of ours but errors, loops and
+settings."""
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterable
 from contextlib import AbstractAsyncContextManager
 from contextvars import ContextVar
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeAlias, TypeVar, get_args, overload
 
 import msgspec
 
 from . import loops
+from .config import in_seconds
 from .errors import ConfigError
+from .settings import StructMeta
 
 if TYPE_CHECKING:
     import asyncpg
@@ -30,7 +32,7 @@ ENDED = ("done", "dead", "cancelled")
 Isolation: TypeAlias = Literal["read_committed", "repeatable_read", "serializable"]
 
 
-class Task(msgspec.Struct, tag=True, tag_field="$type"):
+class Task(msgspec.Struct, metaclass=StructMeta, tag=True, tag_field="$type"):
     """One unit of work. Subclass it with the fields of the payload; the class name, or `tag=`, names its type.
 
         class SendMail(notifyq.Task, tag="SEND_MAIL"):
@@ -38,27 +40,42 @@ class Task(msgspec.Struct, tag=True, tag_field="$type"):
             to: str
             subject: str = ""
 
-    Class-level settings, which subclasses may replace (without an annotation, or as a ClassVar):
+    Class-level settings, which subclasses may replace (without an annotation, or as a ClassVar). Where a time is
+    wanted, it is in seconds, or a timedelta:
 
     max_attempts  runs in all before the task is dead. What the row says, if it says, wins.
-    backoff       seconds. The wait after attempt n is drawn evenly from 0 to backoff * 2**(n - 1), at most an
+    backoff       the wait after attempt n is drawn evenly from 0 to backoff * 2**(n - 1), at most an
                   hour ("full jitter"): up to 2, 4, 8, 16, ... seconds, on average half of that.
-    timeout       seconds a run may take until its handler is cancelled and the attempt counts as failed;
+    timeout       how long a run may take until its handler is cancelled and the attempt counts as failed;
                   None: as long as it likes.
     unique        True: not enqueued while one with the same payload is there; ("user", "day"): with the same in these
                   fields. EnqueueOptions, where it may be said of one task too, explains it, and what goes with it:
     unique_for, unique_states, on_conflict
+    queue, priority  of its tasks, "default" and 0
+    order_key     a key, or ("account",): of tasks with the same value in these fields, one runs at a time, in the order
+                  of their ids
+    limit_key     a key, or ("tenant",): of tasks with the same value in these fields; the type, if it isn't said,
+    limit         at most so many run at once,
+    rate          and at most so many start in any such time: "100/minute"
+
+    What enqueue is told wins over each of them.
 
     The stored payload is the fields' JSON without the tag: that is in the row's `type` column.
     """
 
     max_attempts: ClassVar[int] = 10
-    backoff: ClassVar[float] = 2.0
-    timeout: ClassVar[float | None] = None
+    backoff: ClassVar[float | timedelta] = 2.0
+    timeout: ClassVar[float | timedelta | None] = None
     unique: ClassVar[bool | tuple[str, ...]] = False
-    unique_for: ClassVar[float | None] = None
+    unique_for: ClassVar[float | timedelta | None] = None
     unique_states: ClassVar[tuple[State, ...] | None] = None
     on_conflict: ClassVar[Literal["keep", "replace", "move"]] = "keep"
+    queue: ClassVar[str] = "default"
+    priority: ClassVar[int] = 0
+    order_key: ClassVar[str | tuple[str, ...] | None] = None
+    limit_key: ClassVar[str | tuple[str, ...] | None] = None
+    limit: ClassVar[int | None] = None
+    rate: ClassVar[str | None] = None
 
 
 class Progress(msgspec.Struct, frozen=True):
@@ -251,11 +268,13 @@ class Verdict(Exception):
 
 
 class Retry(Verdict):
-    """Try again after `delay` seconds (None: the task's backoff). Counts as an attempt; after the last, dead."""
+    """Try again after `delay`, seconds or a timedelta (None: the task's backoff). Counts as an attempt; after the last,
+    dead."""
 
-    def __init__(self, delay: float | None = None, reason: str = "retry asked for") -> None:
+    def __init__(self, delay: float | timedelta | None = None, reason: str = "retry asked for") -> None:
+        delay = in_seconds(delay)
         if delay is not None and not 0 <= delay <= 366 * 86400:  # a NaN fails this too
-            raise ValueError(f"Retry(delay={delay!r}): expected seconds, from 0 to a year")
+            raise ValueError(f"Retry(delay={delay!r}): expected seconds, from 0 to a year, or a timedelta")
         super().__init__(reason)
         self.delay = delay
         self.reason = reason

@@ -14,7 +14,7 @@ from typing import NamedTuple, Self, cast
 import msgspec
 
 from .codec import type_name
-from .config import NAME_LENGTH, check_name
+from .config import NAME_LENGTH, check_name, in_seconds
 from .errors import ConfigError
 from .task import ENDED, STATES, Task
 
@@ -76,7 +76,7 @@ class Wish(NamedTuple):
                     'add unique="..."'
                 )
             return None
-        seconds = cls.unique_for if self.seconds is None else self.seconds
+        seconds = in_seconds(cls.unique_for) if self.seconds is None else self.seconds
         states = cls.unique_states if self.states is None else self.states
         _check_together("", seconds, states)
         key = rule if isinstance(rule, str) else _key(task, rule)
@@ -105,10 +105,11 @@ def check_rule(cls: type[Task]) -> None:
 def _settings(
     whose: str, seconds: object, states: object, on_conflict: object
 ) -> tuple[float | None, tuple[str, ...] | None, str | None]:
+    seconds = in_seconds(seconds)
     if seconds is not None and not (
         isinstance(seconds, int | float) and math.isfinite(seconds) and 0 < seconds <= LONGEST_SECONDS
     ):
-        raise ConfigError(f"{whose}unique_for is {seconds!r}; expected seconds above 0")
+        raise ConfigError(f"{whose}unique_for is {seconds!r}; expected seconds above 0, or a timedelta")
     chosen: tuple[str, ...] | None = None
     if states is not None:
         known = not isinstance(states, str) and isinstance(states, Iterable)

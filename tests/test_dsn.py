@@ -114,7 +114,7 @@ async def by_app(dsn: str | None) -> tuple[str, ...]:
 
 def by_psycopg(dsn: str | None) -> tuple[str, ...]:
     client = notifyq.SyncClient(notifyq.App())
-    with client.connect(dsn), client._own() as conn:  # pyright: ignore[reportPrivateUsage]
+    with client.connect(dsn), client._opened().connection() as conn:  # pyright: ignore[reportPrivateUsage]
         row: Any = conn.execute(WHO.encode()).fetchone()
         return answer(row)
 

@@ -38,7 +38,7 @@ PUBLIC = {
 EXAMPLE = """
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
-from datetime import datetime, timezone
+from datetime import datetime, timedelta, timezone
 
 import anyio
 import asyncpg
@@ -61,6 +61,13 @@ class SendVerificationEmail(notifyq.Task, tag="SEND_VERIFICATION_EMAIL"):
 
 
 class Thumbnail(notifyq.Task):
+    queue = "images"
+    priority = 5
+    limit_key = ("path",)
+    limit = 3
+    rate = "100/minute"
+    order_key = "all"
+    backoff = timedelta(seconds=3)
     path: str
     width: int = 200
 
@@ -149,6 +156,7 @@ async def use(dsn: str | None, tasks: Sequence[notifyq.Task], connection: "async
         cancelled: bool = await ref.cancel() or await app.cancel(5)
         await app.enqueue(task, queue="mail", delay=60, priority=5)
         await app.enqueue(task, run_at=datetime.now(timezone.utc), max_attempts=3)
+        await app.enqueue(task, delay=timedelta(minutes=5))
         await app.enqueue(task, conn=connection)
         ids: list[int] = await app.enqueue_many(tasks)
         both: tuple[list[int], notifyq.Ref] = await app.enqueue_many(tasks, then=Thumbnail(path="x"), on_dead="run")
@@ -224,8 +232,8 @@ MISTAKES = [
     'app.enqueue_many([], then=Thumbnail)',
 ]  # fmt: skip
 
-# The same, as statements: nobody awaits them.
-UNAWAITED = [
+# The same, as statements: nobody awaits them, or a class's setting is of another type.
+STATEMENTS = [
     'app.enqueue(Thumbnail(path="x"))',
     'app.enqueue_many([Thumbnail(path="x")])',
     'app.enqueue_many([Thumbnail(path="x")], then=Thumbnail(path="x"))',
@@ -233,8 +241,14 @@ UNAWAITED = [
     'app.ref(5).cancel()',
     'app.ref(5).result()',
     'app.ref(5).result(int)',
+    'class Wrong(notifyq.Task): queue = 5',
+    'class Wrong(notifyq.Task): priority = "high"',
+    'class Wrong(notifyq.Task): limit_key = 5',
+    'class Wrong(notifyq.Task): limit = "3"',
+    'class Wrong(notifyq.Task): rate = 5',
+    'class Wrong(notifyq.Task): timeout = "5"',
 ]  # fmt: skip
-WRONG = [*(f"print({mistake})" for mistake in MISTAKES), *UNAWAITED]
+WRONG = [*(f"print({mistake})" for mistake in MISTAKES), *STATEMENTS]
 
 
 def test_all_is_what_is_documented() -> None:

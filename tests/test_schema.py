@@ -429,6 +429,7 @@ async def test_what_each_role_may(as_role: Any, role: str) -> None:
 ENQUEUES: dict[str, list[Any]] = {
     "enqueue": ["T", "{}"],
     "enqueue_many": [["T"] * 2, ["{}"] * 2],
+    "enqueue_many_placed": [["T"] * 2, ["{}"] * 2],
     "enqueue_then": [["T"] * 3, ["{}"] * 3],
 }
 FOR_ALL = {*ENQUEUES, "became", "evict", "end_claims", "turn_stolen", "lock_holder", "findings", "enqueue_unique"}
@@ -441,7 +442,11 @@ async def test_an_enqueuer_may_run_its_own_statements(as_role: Any, name: str, o
     conn, worker = await as_role("enqueuer"), await as_role("worker")
     rest = ["cancel"] if name == "enqueue_then" else []
     async with conn.transaction():
-        rows = await conn.fetch(SQL[name], *ENQUEUES[name], "q", None, None, 0, None, options, *rest)
+        values: list[Any] = ["q", None, None, 0, None, options]
+        if name in ("enqueue_many_placed", "enqueue_then"):  # a queue, a priority and options for each
+            many = len(ENQUEUES[name][0])
+            values = [["q"] * many, None, None, [0] * many, None, [options] * 2 + [None] * (many - 2)]
+        rows = await conn.fetch(SQL[name], *ENQUEUES[name], *values, *rest)
     ids = [row["id"] for row in rows]
     if name == "enqueue_then":
         [last], ids = ids, [*rows[0]["after"], *ids]

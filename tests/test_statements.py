@@ -60,7 +60,7 @@ STATEMENTS = {
         "task_pkey",
     ),
     "cron_enqueue": Statement("text timestamptz timestamptz bool", "moved:bool", ""),
-    "cron_register": Statement("text[] text[] text[] text[] text[] text[] int2[] text[]", "", ""),
+    "cron_register": Statement("text[] text[] text[] text[] text[] text[] int2[] text[] text[]", "", ""),
     "cron_remove": Statement("text", "worker:text", None),
     "cron_serve": Statement("int4 text[]", "", ""),
     "crons": Statement("", "cron:text name:text next_seconds:float8 last_seconds:float8", None),
@@ -80,9 +80,12 @@ STATEMENTS = {
     "end_claims": Statement("int4", "coalesce:bool", ""),
     "enqueue": Statement("text text text float8 timestamptz int2 int2 text", "id:int8", ""),
     "enqueue_many": Statement("text[] text[] text float8 timestamptz int2 int2 text", "id:int8", ""),
-    "enqueue_then": Statement("text[] text[] text float8 timestamptz int2 int2 text text", "id:int8 after:int8[]", ""),
+    "enqueue_many_placed": Statement("text[] text[] text[] float8 timestamptz int2[] int2 text[]", "id:int8", ""),
+    "enqueue_then": Statement(
+        "text[] text[] text[] float8 timestamptz int2[] int2 text[] text", "id:int8 after:int8[]", ""
+    ),
     "enqueue_many_unique": Statement(
-        "text[] text[] text float8 timestamptz int2 int2 text[]", "id:int8 key:text existed:bool", ""
+        "text[] text[] text[] float8 timestamptz int2[] int2 text[]", "id:int8 key:text existed:bool", ""
     ),
     "enqueue_unique": Statement("text text text float8 timestamptz int2 int2 text", "id:int8 existed:bool", ""),
     "enqueued": Statement(

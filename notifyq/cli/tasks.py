@@ -19,7 +19,7 @@ from notifyq.config import check_name
 from notifyq.enqueue import Explained, statement
 from notifyq.errors import ConfigError
 from notifyq.lease import DEAD_KEPT_SECONDS, PRUNE_AT_ONCE
-from notifyq.options import Options
+from notifyq.options import UNTOLD, Options
 from notifyq.registry import decode_as
 from notifyq.store import SQL, Connection
 from notifyq.task import ENDED, STATES, State, Task
@@ -49,10 +49,10 @@ task_id = number(1, 2**63 - 1)
 @click.command()
 @click.argument("type")
 @click.argument("payload", metavar="[JSON]", default="{}")
-@option("-q", "--queue", metavar="NAME", default="default", help="which queue")
+@option("-q", "--queue", metavar="NAME", help="which queue  [default: what its type says, with --app; else default]")
 @option("--delay", type=duration, metavar="TIME", help="not before so much time has passed: 90s, 15m, 12h, 1d")
 @option("--run-at", type=moment, metavar="TIME", help="not before this time: 2030-01-31T08:00:00Z")
-@option("--priority", metavar="N", type=number(-32768, 32767), default=0, help="-32768 to 32767, the higher the sooner")
+@option("--priority", metavar="N", type=number(-32768, 32767), help="-32768 to 32767, the higher the sooner")
 @option(
     "--max-attempts",
     metavar="N",
@@ -84,17 +84,17 @@ task_id = number(1, 2**63 - 1)
 @setting(
     "--app",
     metavar="MODULE:APP",
-    help="validate type and payload against this app's tasks first, and go by their rules for what is unique",
+    help="validate type and payload against this app's tasks first, and go by their classes' queue, limits, ...",
 )
 @dsn_option
 def enqueue(
     *,
     type: str,
     payload: str,
-    queue: str,
+    queue: str | None,
     delay: float | None,
     run_at: datetime | None,
-    priority: int,
+    priority: int | None,
     max_attempts: int | None,
     order_key: str | None,
     limit_key: str | None,
@@ -114,13 +114,14 @@ def enqueue(
     JSON is the payload, an object, {} if it is left out; - reads it from stdin.
     """
     check_name("type", type)
-    check_typed_queue(queue)
+    if queue is not None:
+        check_typed_queue(queue)
     with as_flags():
         options = Options.check(
-            queue=queue,
+            queue=UNTOLD if queue is None else queue,
             delay=delay,
             run_at=run_at,
-            priority=priority,
+            priority=UNTOLD if priority is None else priority,
             max_attempts=max_attempts,
             order_key=order_key,
             limit_key=limit_key,
@@ -140,14 +141,14 @@ def enqueue(
             "--unique-for, --unique-states and --on-conflict go with --unique KEY, or with --app and a type's rule"
         )
     with as_flags():
-        only = options.unique.of(task)
+        only, options = options.unique.of(task), options.of(task)
     query, args = statement(type, text, options, only)
 
     async def run() -> tuple[int, bool, str]:
         async with session(dsn, reads=False) as conn:
             with Explained(type):
                 [row] = await conn.fetch(query, *args)
-            return row[0], len(row) > 1 and row[1], "" if app else await _unserved(conn, type, queue)
+            return row[0], len(row) > 1 and row[1], "" if app else await _unserved(conn, type, options.values[0])
 
     id, existed, note = asyncio.run(run())
     if note:

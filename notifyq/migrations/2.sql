@@ -124,6 +124,7 @@ CREATE TABLE IF NOT EXISTS notifyq.cron (
     queue         text        NOT NULL DEFAULT 'default' CHECK (length(queue) <= 200),
     priority      smallint    NOT NULL DEFAULT 0,
     missed        text        NOT NULL DEFAULT 'once' CHECK (missed IN ('once', 'skip')),
+    options       jsonb,
     paused        boolean     NOT NULL DEFAULT false,
     next_at       timestamptz CHECK (next_at BETWEEN '0001-01-03Z' AND '9999-12-30Z'),
     last_at       timestamptz,

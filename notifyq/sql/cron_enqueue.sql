@@ -7,10 +7,10 @@ WITH moved AS (
         last_at = CASE WHEN $4::boolean THEN $2 ELSE c.last_at END,
         recent = CASE WHEN $4 THEN (nextval('notifyq.task_id_seq') || c.recent)[1:5] ELSE c.recent END
     WHERE c.name = $1 AND c.next_at IS NOT DISTINCT FROM $2::timestamptz AND NOT c.paused
-    RETURNING c.type, c.payload, c.queue, c.priority, c.recent
+    RETURNING c.type, c.payload, c.queue, c.priority, c.options, c.recent
 ), put AS (
-    INSERT INTO notifyq.task (id, type, payload, queue, priority, run_at)
+    INSERT INTO notifyq.task (id, type, payload, queue, priority, options, run_at)
     OVERRIDING SYSTEM VALUE
-    SELECT m.recent[1], m.type, m.payload, m.queue, m.priority, $2 FROM moved m WHERE $4
+    SELECT m.recent[1], m.type, m.payload, m.queue, m.priority, m.options, $2 FROM moved m WHERE $4
 )
 SELECT EXISTS (SELECT FROM moved) AS moved

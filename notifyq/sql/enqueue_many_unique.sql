@@ -1,13 +1,14 @@
--- As enqueue_many.sql, for tasks of which some are unique: $8 is an array too, of each one's options. Who sends them sorted by
--- key waits for nobody who waits for him. Returns for each key the id and whether it was there before, and the ids of those
+-- As enqueue_many_placed.sql, for tasks of which some are unique. Who sends them sorted by key waits for nobody who waits for
+-- him. Returns for each key the id and whether it was there before, and the ids of those
 -- without one, in their order. Of unique_task: enqueue_unique.sql.
 WITH given AS (
-    SELECT t.type, t.payload, t.options::jsonb AS options
-    FROM unnest($1::text[], $2::text[], $8::text[]) AS t (type, payload, options)
+    SELECT t.type, t.payload, t.queue, t.priority, t.options::jsonb AS options
+    FROM unnest($1::text[], $2::text[], $3::text[], $6::smallint[], $8::text[])
+        AS t (type, payload, queue, priority, options)
 ), new AS (
     INSERT INTO notifyq.task (type, payload, queue, run_at, priority, max_attempts, options)
-    SELECT g.type, g.payload::jsonb, $3, coalesce($5, clock_timestamp() + make_interval(secs => $4::float8), now()), $6, $7,
-           g.options
+    SELECT g.type, g.payload::jsonb, g.queue, coalesce($5, clock_timestamp() + make_interval(secs => $4::float8), now()),
+           g.priority, $7, g.options
     FROM given g
     RETURNING id, options ->> 'unique_key' AS key
 )

@@ -1,12 +1,14 @@
--- As enqueue_many.sql, and the last of the types and payloads is of a task that runs when all the others have ended; $9 is its
+-- As enqueue_many_placed.sql, and the last of each array is of a task that runs when all the others have ended; $9 is its
 -- on_dead. Returns its id, and the others' as after, NULL if there are none.
 WITH given AS (
-    SELECT t.type, t.payload::jsonb AS payload, t.n, t.n = cardinality($1::text[]) AS last
-    FROM unnest($1::text[], $2::text[]) WITH ORDINALITY AS t (type, payload, n)
+    SELECT t.type, t.payload::jsonb AS payload, t.queue, t.priority, t.options::jsonb AS options,
+           t.n = cardinality($1::text[]) AS last
+    FROM unnest($1::text[], $2::text[], $3::text[], $6::smallint[], $8::text[]) WITH ORDINALITY
+        AS t (type, payload, queue, priority, options, n)
 ), grouped AS (
     INSERT INTO notifyq.task (type, payload, queue, run_at, priority, max_attempts, options)
-    SELECT g.type, g.payload, $3, coalesce($5, clock_timestamp() + make_interval(secs => $4::float8), now()), $6, $7,
-           $8::text::jsonb
+    SELECT g.type, g.payload, g.queue, coalesce($5, clock_timestamp() + make_interval(secs => $4::float8), now()),
+           g.priority, $7, g.options
     FROM given g
     WHERE NOT g.last
     RETURNING id
@@ -14,8 +16,9 @@ WITH given AS (
     SELECT array_agg(g.id) AS ids FROM grouped g  -- in their order, and before the id of the last is drawn
 ), callback AS (
     INSERT INTO notifyq.task (type, payload, queue, priority, max_attempts, options)
-    SELECT g.type, g.payload, $3, $6, $7,
-           CASE WHEN i.ids IS NOT NULL THEN jsonb_build_object('after', i.ids, 'on_dead', $9::text) END
+    SELECT g.type, g.payload, g.queue, g.priority, $7,
+           CASE WHEN i.ids IS NULL THEN g.options
+                ELSE coalesce(g.options, '{}') || jsonb_build_object('after', i.ids, 'on_dead', $9::text) END
     FROM given g, ids i
     WHERE g.last
     RETURNING id

@@ -20,6 +20,7 @@ from notifyq.app import App
 from notifyq.enqueue import checked
 from notifyq.errors import ConfigError
 from notifyq.lifespan import within
+from notifyq.options import where
 from notifyq.outcome import Aside, Finish, HandBack, Later, Outcome
 from notifyq.registry import Handler, Registry, awaited, is_awaitable
 from notifyq.results import typed
@@ -44,8 +45,8 @@ async def run_inline(
     *,
     attempt: int = 1,
     max_attempts: int | None = None,
-    queue: str = "default",
-    priority: int = 0,
+    queue: str | None = None,
+    priority: int | None = None,
     id: int = 1,
     created_at: datetime | None = None,
     raises: bool = False,
@@ -58,8 +59,8 @@ async def run_inline(
     *,
     attempt: int = 1,
     max_attempts: int | None = None,
-    queue: str = "default",
-    priority: int = 0,
+    queue: str | None = None,
+    priority: int | None = None,
     id: int = 1,
     created_at: datetime | None = None,
     raises: bool = False,
@@ -71,8 +72,8 @@ async def run_inline(
     *,
     attempt: int = 1,
     max_attempts: int | None = None,
-    queue: str = "default",
-    priority: int = 0,
+    queue: str | None = None,
+    priority: int | None = None,
     id: int = 1,
     created_at: datetime | None = None,
     raises: bool = False,
@@ -84,8 +85,8 @@ async def run_inline(
 
     raises  True: what the handler raises, but for Retry, Cancel and Dead, is raised here
     results what ctx.results() returns
-    else    what the handler's Context says, of the first; the others have the ids after it. max_attempts None: what its
-            type says, created_at None: now
+    else    what the handler's Context says, of the first; the others have the ids after it. None: what its type
+            says, of created_at now
 
     It runs through the app's middleware, inside of its lifespan. Raises ConfigError for a task that `enqueue` would
     refuse, or that no handler takes.
@@ -97,11 +98,12 @@ async def run_inline(
     type = rows[0][0]
     if others := {name for name, _ in rows} - {type}:
         raise ConfigError(f"run_inline got tasks of types {type} and {', '.join(sorted(others))}; expected one type")
+    options = where(queue, priority).of(tasks[0])
     jobs: list[Job] = []
     for number, (_, payload) in enumerate(rows, id):
         app.registry.check(type, payload.encode())
         at = created_at or datetime.now(UTC)
-        row = (number, attempt, type, queue, priority, max_attempts, at, payload.encode(), False)
+        row = (number, attempt, type, options.values[0], options.values[3], max_attempts, at, payload.encode(), False)
         jobs.append(Job(0, cast("asyncpg.Record", row)))
     handler = app.registry.get(type)
     assert handler is not None
