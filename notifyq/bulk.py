@@ -15,6 +15,12 @@ from .store import SQL
 from .task import Ids, Task
 from .unique import NOTHING
 
+CHUNK = 2000  # tasks in a statement,
+CHUNK_SIZE = 8_000_000  # and characters of their payloads together, or one task
+# Characters in a statement that can't be several: four bytes for each, or a backslash before each, are less than the GB
+# that PostgreSQL takes.
+ONE_STATEMENT = 200_000_000
+
 Row: TypeAlias = tuple[str, str]  # type and payload
 Placed: TypeAlias = tuple[str, str, str, int, str | None]  # and queue, priority, options as JSON: of a class with rules
 Statement: TypeAlias = tuple[str, tuple[Any, ...]]  # and its parameters
@@ -38,10 +44,17 @@ class Bulk:
         self._found: dict[str, tuple[int, bool]] = {}
         self._ids: list[int] = []  # of the others
         self.count = 0
+        self.size = 0  # characters of all payloads
+        self._more = False
 
     def rows(self, tasks: Iterable[Task]) -> list[Row | Placed]:
-        """Of the next ones, those that aren't unique. Raises ConfigError for what can't be enqueued."""
+        """Of the next ones, as many as a statement may have: those that aren't unique.
+
+        Raises ConfigError for what can't be enqueued.
+        """
         rows: list[Row | Placed] = []
+        last, full = self.count + CHUNK, self.size + CHUNK_SIZE
+        self._more = True
         for task in tasks:
             row = self._encode(task)
             if type(task) is self._plain:
@@ -49,6 +62,10 @@ class Bulk:
             else:
                 self._place(task, row, rows)
             self.count += 1
+            self.size += len(row[1])
+            if self.count == last or self.size >= full:
+                return rows
+        self._more = False
         return rows
 
     def _place(self, task: Task, row: Row, rows: list[Row | Placed]) -> None:
@@ -68,15 +85,30 @@ class Bulk:
             if unique.key not in self._unique or unique.on_conflict != "keep":
                 self._unique[unique.key] = placed
 
-    def statements(self, rows: list[Row | Placed], most: int | None = None) -> Iterator[Statement]:
-        """To insert these, and at most so many unique ones in each."""
+    def has_more(self) -> bool:
+        """Whether `rows` has ended before the tasks did, or may have."""
+        return self._more
+
+    def statements(self, rows: list[Row | Placed], *, whole: bool = False) -> Iterator[Statement]:
+        """To insert these, and the unique ones, as many in each as a statement may have; `whole`: all in one."""
         keys = sorted(self._unique)
         if not keys and rows:
             yield insert(rows, self._options)
-        for start in range(0, len(keys), most or len(keys) or 1):
+        start = 0
+        while start < len(keys):
+            end = len(keys) if whole else self._end_of_chunk(keys, start)
+            chosen = [self._unique[key] for key in keys[start:end]]
+            start = end
             more, rows = rows, []
-            chosen = [self._unique[key] for key in keys[start:][:most]]
             yield _each("enqueue_many_unique", [*chosen, *more], self._options)
+
+    def _end_of_chunk(self, keys: list[str], start: int) -> int:
+        size = 0
+        for place in range(start, min(start + CHUNK, len(keys))):
+            size += len(self._unique[keys[place]][1])
+            if size >= CHUNK_SIZE:
+                return place + 1
+        return min(start + CHUNK, len(keys))
 
     def took(self, answer: Sequence[Any]) -> None:
         """What a statement said."""
@@ -96,6 +128,16 @@ class Bulk:
         rest = iter(self._ids)
         ids = [self._found[self._keys[n]][0] if n in self._keys else next(rest) for n in range(self.count)]
         return Ids(ids, (id for id, existed in self._found.values() if existed))
+
+
+def check_one_statement(size: int) -> None:
+    """Raises ConfigError if so many characters are too much for one statement."""
+    if size > ONE_STATEMENT:
+        raise ConfigError(
+            f"the payloads of these tasks have more than {ONE_STATEMENT:,} characters together, and with conn= or "
+            "then= they go in one statement, which may not have more; enqueue them in several calls (with conn= they "
+            "are all in its transaction)"
+        )
 
 
 def insert(rows: Sequence[Row | Placed], options: Options) -> Statement:

@@ -14,13 +14,13 @@ import asyncpg
 import msgspec
 
 from . import settings
-from .bulk import Bulk, Placed, Row, Statement, insert
+from .bulk import CHUNK, CHUNK_SIZE, Bulk, Placed, Row, Statement, check_one_statement, insert
 from .codec import encode_payload, type_name
 from .errors import ConfigError, DatabaseError, SchemaError, only
 from .foreign import Foreign
 from .options import Options, check_group, where
 from .registry import Registry
-from .store import SQL
+from .store import COMMAND_TIMEOUT_SECONDS, SLOWEST, SQL
 from .task import Ids, Task
 from .unique import Unique
 
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     Pool = asyncpg.Pool[asyncpg.Record]
 
 
-CHUNK = 2000  # tasks in a statement
 SLICE = 100  # tasks encoded without a break: 0.2 ms
 
 
@@ -39,8 +38,12 @@ async def one(via: Connection | Pool | Foreign, registry: Registry, task: Task, 
     is the other's."""
     type, payload = checked(registry, task)
     query, args = statement(type, payload, options.of(task), options.unique.of(task))
+    row: Iterable[Any]
     with Explained(type):
-        [row] = await via.fetch(query, *args)
+        if isinstance(via, Foreign):
+            [row] = await via.fetch(query, *args)
+        else:
+            [row] = await via.fetch(query, *args, timeout=_timeout(len(payload)))
     return row
 
 
@@ -51,23 +54,24 @@ def statement(type: str, payload: str, options: Options, unique: Unique | None) 
 
 
 async def many(via: Connection | Pool | Foreign, registry: Registry, tasks: Iterable[Task], options: Options) -> Ids:
-    """Insert tasks, all or none: up to CHUNK in one statement, more in a transaction of several, each encoded while
-    PostgreSQL works on the one before.
+    """Insert tasks, all or none: up to CHUNK of them, and CHUNK_SIZE, in one statement, more in a transaction of
+    several, each encoded while PostgreSQL works on the one before.
 
     0.6 µs a row for asyncpg to send as two arrays, half of what COPY costs in all, and unlike COPY it returns the ids.
     """
     bulk = Bulk(partial(checked, registry), options)
     rest = iter(tasks)
-    first = bulk.rows(islice(rest, CHUNK))
+    first = bulk.rows(rest)
     if isinstance(via, Foreign):  # one statement, since each library has its own way with savepoints
-        for task in rest:
-            first += bulk.rows((task,))
-            if bulk.count % SLICE == 0:
-                await anyio.lowlevel.checkpoint()
-    if isinstance(via, Foreign) or bulk.count < CHUNK:
-        for statement in bulk.statements(first):
+        while bulk.has_more():
+            await anyio.lowlevel.checkpoint()
+            first += bulk.rows(rest)
+            check_one_statement(bulk.size)
+    if not bulk.has_more():
+        for statement in bulk.statements(first, whole=True):
             await _send(via, bulk, statement)
         return bulk.ids()
+    assert not isinstance(via, Foreign)
     async with AsyncExitStack() as stack:
         conn = await stack.enter_async_context(via.acquire()) if isinstance(via, asyncpg.Pool) else via
         await stack.enter_async_context(conn.transaction())
@@ -75,7 +79,7 @@ async def many(via: Connection | Pool | Foreign, registry: Registry, tasks: Iter
             await _stream(conn, bulk, first, rest, options)
         except BaseExceptionGroup as group:
             raise only(group) from None
-        for statement in bulk.statements([], CHUNK):
+        for statement in bulk.statements([]):
             await _send(conn, bulk, statement)
         return bulk.ids()
 
@@ -86,7 +90,9 @@ async def group(
     """Insert tasks, and one that waits for all of them: all or none, in one statement."""
     query, args = grouped(registry, tasks, then, options)
     with Explained("(one of a group)"):
-        return ids_of_group(await via.fetch(query, *args))
+        if isinstance(via, Foreign):
+            return ids_of_group(await via.fetch(query, *args))
+        return ids_of_group(await via.fetch(query, *args, timeout=_timeout(sum(map(len, args[1])))))
 
 
 def grouped(registry: Registry, tasks: Iterable[Task], then: Task, options: Options) -> Statement:
@@ -99,6 +105,7 @@ def grouped(registry: Registry, tasks: Iterable[Task], then: Task, options: Opti
     # In the queue and with the priority of the others, as far as these are told; their keys and limits are theirs.
     same = where(options.said.queue, options.said.priority)
     rows.append(_placed(registry, then, same))
+    check_one_statement(sum(len(row[1]) for row in rows))
     types, payloads, queues, priorities, texts = map(list, zip(*rows, strict=True))
     _, delay, run_at, _, max_attempts = options.values
     args = (types, payloads, queues, delay, run_at, priorities, max_attempts, texts, options.on_dead)
@@ -125,12 +132,14 @@ async def _stream(
     async def encode() -> None:
         async with send:
             chunk: list[Row | Placed] = []
-            for task in rest:
-                chunk += bulk.rows((task,))
-                if len(chunk) == CHUNK:
+            begun, last = bulk.size, -1
+            while bulk.count > last:
+                last = bulk.count
+                chunk += bulk.rows(islice(rest, SLICE))
+                if len(chunk) >= CHUNK or bulk.size - begun >= CHUNK_SIZE:
                     await send.send(chunk)
-                    chunk = []
-                elif bulk.count % SLICE == 0:
+                    chunk, begun = [], bulk.size
+                else:
                     await anyio.lowlevel.checkpoint()  # what is on its way is written to the socket in between
             if chunk:
                 await send.send(chunk)
@@ -146,7 +155,15 @@ async def _stream(
 async def _send(via: Connection | Pool | Foreign, bulk: Bulk, statement: Statement) -> None:
     query, args = statement
     with explained_many(args[0]):
-        bulk.took(await via.fetch(query, *args))
+        if isinstance(via, Foreign):
+            bulk.took(await via.fetch(query, *args))
+        else:
+            bulk.took(await via.fetch(query, *args, timeout=_timeout(min(bulk.size, 3 * CHUNK_SIZE))))
+
+
+def _timeout(size: int) -> float | None:
+    """Of a statement with so many characters, where they are many."""
+    return None if size < CHUNK_SIZE // 8 else COMMAND_TIMEOUT_SECONDS + size / SLOWEST
 
 
 def explained_many(types: list[str]) -> Explained:

@@ -9,7 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Self, Unpack, overload
 
 from . import foreign, forked
-from .bulk import Bulk
+from .bulk import Bulk, Statement, check_one_statement, insert
 from .config import redact, resolve_dsn
 from .dsn import conninfo
 from .enqueue import Explained, checked, explained_many, grouped, ids_of_group, statement
@@ -18,6 +18,8 @@ from .options import EnqueueOptions, Options
 from .task import Ids, Ref, Task, ref
 
 if TYPE_CHECKING:
+    from psycopg import Connection
+
     from .app import App
     from .sync_pool import Pool
 
@@ -132,7 +134,8 @@ class SyncClient:
         conn: foreign.SyncConnection | None = None,
         **options: Unpack[EnqueueOptions],
     ) -> Ids | tuple[list[int], Ref]:
-        """As App.enqueue_many: all or none, in one statement. Returns the ids in order; with `then`, and its Ref."""
+        """As App.enqueue_many: all or none. Returns the ids in order; with `then`, and its Ref. On `conn` it is one
+        statement, which may have 200,000,000 characters of payloads."""
         checked_options = Options.check(**options, then=then is not None)
         if then is not None:
             query, args = grouped(self._registry, tasks, then, checked_options)
@@ -140,10 +143,30 @@ class SyncClient:
                 ids, last = ids_of_group(self._fetch(conn, query, args))
             return ids, self._app.ref(last)
         bulk = Bulk(partial(checked, self._registry), checked_options)
-        for query, args in bulk.statements(bulk.rows(tasks)):
-            with explained_many(args[0]):
-                bulk.took(self._fetch(conn, query, args))
+        rest = iter(tasks)
+        first = bulk.rows(rest)
+        if conn is not None:
+            while bulk.has_more():
+                first += bulk.rows(rest)
+                check_one_statement(bulk.size)
+        if not bulk.has_more():
+            for query, args in bulk.statements(first, whole=True):
+                with explained_many(args[0]):
+                    bulk.took(self._fetch(conn, query, args))
+            return bulk.ids()
+        with self._opened().connection() as own, own.transaction():
+            while first or bulk.has_more():
+                if first:
+                    self._send(own, bulk, insert(first, checked_options))
+                first = bulk.rows(rest)
+            for each in bulk.statements([]):
+                self._send(own, bulk, each)
         return bulk.ids()
+
+    def _send(self, own: Connection[Any], bulk: Bulk, statement: Statement) -> None:
+        query, args = statement
+        with explained_many(args[0]):
+            bulk.took(foreign.fetch(own, query, args))
 
     def _fetch(self, conn: foreign.SyncConnection | None, query: str, args: Sequence[Any]) -> Sequence[Any]:
         if conn is not None:

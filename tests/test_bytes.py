@@ -10,10 +10,12 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import anyio
+import anyio.to_thread
+import psycopg
 import pytest
 
 import notifyq
-from notifyq import large_payloads, schema, settle, store
+from notifyq import bulk, enqueue, large_payloads, schema, settle, store
 from notifyq.embedded import Server
 
 from .conftest import Seen, admin, database, eventually, working
@@ -314,3 +316,104 @@ async def test_a_lock_is_no_results_fault(rig: Rig, monkeypatch: pytest.MonkeyPa
         await rig.settled({"done": 1})
     assert len(rig.ran.items) == 1
     assert await rig.db.fetchval("SELECT length(result #>> '{}') FROM notifyq.finished") == 400_000
+
+
+# --- Enqueue
+
+
+@pytest.fixture
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A statement takes 10,000 characters; how many tasks were in each that was made."""
+    sent: list[int] = []
+    made = bulk.columns
+
+    def columns(rows: Any) -> tuple[list[str], list[str]]:
+        sent.append(len(rows))
+        return made(rows)
+
+    def each(name: str, rows: Any, options: Any) -> bulk.Statement:
+        sent.append(len(rows))
+        return made_each(name, rows, options)
+
+    made_each = bulk._each
+    monkeypatch.setattr(bulk, "columns", columns)
+    monkeypatch.setattr(bulk, "_each", each)
+    monkeypatch.setattr(bulk, "CHUNK_SIZE", 10_000)
+    monkeypatch.setattr(enqueue, "CHUNK_SIZE", 10_000)
+    return sent
+
+
+def notes(*sizes: int) -> list[Note]:
+    return [Note(name=str(n), ballast="x" * size) for n, size in enumerate(sizes)]
+
+
+async def enqueue_many(how: str, rig: Rig, dsn: str, tasks: Any) -> list[int]:
+    if how == "async":
+        async with rig.app.connect(dsn):
+            return await rig.app.enqueue_many(tasks)
+    with notifyq.SyncClient(rig.app).connect(dsn) as client:
+        return await anyio.to_thread.run_sync(client.enqueue_many, tasks)
+
+
+SIZES = [*range(2_400, 2_440), 30_000, *[1] * 500, 30_000, 30_000, 1]
+
+
+@pytest.mark.parametrize("how", ["async", "sync"])
+async def test_many_large_tasks_go_in_several_statements(rig: Rig, dsn: str, how: str, small_chunks: list[int]) -> None:
+    """In one transaction, in their order. A task that is larger than a statement should be is one by itself."""
+    tasks: Any = notes(*SIZES)
+    ids = await enqueue_many(how, rig, dsn, tasks)
+    db = await store.connect(dsn, role="test")
+    rows = await db.fetch(
+        "SELECT id, payload ->> 'name' AS n, length(payload ->> 'ballast') AS size, xmin FROM notifyq.task ORDER BY id"
+    )
+    assert [(row["id"], int(row["n"]), row["size"]) for row in rows] == [(id, n, SIZES[n]) for n, id in enumerate(ids)]
+    assert len({row["xmin"] for row in rows}) == 1, "one transaction"
+    assert sum(small_chunks) == len(SIZES)
+    assert len(small_chunks) > 10
+    await db.close()
+
+
+@pytest.mark.parametrize("how", ["async", "sync"])
+async def test_many_large_ones_are_all_or_none(rig: Rig, dsn: str, how: str, small_chunks: list[int]) -> None:
+    """The last can't be stored, when many statements have been sent."""
+    tasks: Any = [*notes(*SIZES), Note(name="\x00")]
+    with pytest.raises(notifyq.ConfigError, match="PostgreSQL can't store"):
+        await enqueue_many(how, rig, dsn, tasks)
+    assert len(small_chunks) > 10
+    db = await store.connect(dsn, role="test")
+    assert await db.fetchval("SELECT count(*) FROM notifyq.task") == 0
+    await db.close()
+
+
+@pytest.mark.parametrize("how", ["async", "sync"])
+async def test_unique_ones_go_in_several_statements_too(rig: Rig, dsn: str, how: str, small_chunks: list[int]) -> None:
+    class Once(notifyq.Task):
+        unique = ("name",)
+        name: str
+        ballast: str
+
+    tasks: Any = [Once(name=str(n % 40), ballast="x" * 3_000) for n in range(50)]
+    ids = await enqueue_many(how, rig, dsn, tasks)
+    assert len(set(ids)) == 40
+    assert ids[:10] == ids[40:]
+    assert sum(small_chunks) == 40
+    assert max(small_chunks) == 4
+
+
+async def test_too_much_for_one_statement(rig: Rig, dsn: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it has to be one (with conn= of a library that isn't asyncpg, with then=), it is said before it is sent."""
+    monkeypatch.setattr(bulk, "ONE_STATEMENT", 50_000)
+    monkeypatch.setattr(bulk, "CHUNK_SIZE", 10_000)
+    tasks: Any = notes(*[3_000] * 20)
+    with psycopg.connect(dsn) as blocking:
+        with pytest.raises(notifyq.ConfigError, match=r"more than 50,000 characters .* enqueue them in several calls"):
+            notifyq.SyncClient(rig.app).enqueue_many(tasks, conn=blocking)
+        assert len(notifyq.SyncClient(rig.app).enqueue_many(tasks[:10], conn=blocking)) == 10
+    async with rig.app.connect(dsn), await psycopg.AsyncConnection.connect(dsn) as conn:
+        with pytest.raises(notifyq.ConfigError, match="more than 50,000 characters"):
+            await rig.app.enqueue_many(tasks, conn=conn)
+        with pytest.raises(notifyq.ConfigError, match="more than 50,000 characters"):
+            await rig.app.enqueue_many(tasks, then=Note(name="last"))
+        assert len(await rig.app.enqueue_many(tasks[:10], conn=conn)) == 10
+        assert len((await rig.app.enqueue_many(tasks[:10], then=Note(name="last")))[0]) == 10
