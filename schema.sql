@@ -80,6 +80,9 @@
 -- A rollback, of a savepoint too, undoes all of that. Under REPEATABLE READ and SERIALIZABLE the snapshot is the caller's; what
 -- others have done to the key or to the task since then is a serialization failure (40001), never a second task.
 --
+-- What a user of the database may call: enqueue, cancel, retry; pause, resume and limit_queue of queues; cron_pause,
+-- cron_resume and cron_run. All other functions are internal. Each has a comment: \df+ notifyq.*
+--
 -- Roles: see the GRANTs at the end.
 
 CREATE SCHEMA notifyq;
@@ -205,16 +208,21 @@ BEGIN
     RETURN NULL;
 EXCEPTION WHEN OTHERS THEN
     -- Any role can fill the notification queue (LISTEN, BEGIN, and wait while it notifies): then the commit of whoever
-    -- rings would fail. So nobody rings, and workers find out by their echoes, and poll.
-    IF pg_catalog.pg_notification_queue_usage() OPERATOR(pg_catalog.<) 0.9 THEN
+    -- rings would fail. So nobody rings, and workers find out by their echoes, and poll. Nor does a transaction ring that is
+    -- to be prepared for two-phase commit, and says so by SET LOCAL notifyq.two_phase = on: PostgreSQL refuses to prepare
+    -- one that has notified. (It asks here, since a transaction that doesn't ring need not ask.)
+    IF pg_catalog.pg_notification_queue_usage() OPERATOR(pg_catalog.<) 0.9
+       AND coalesce(pg_catalog.current_setting('notifyq.two_phase', true), '') OPERATOR(pg_catalog.<>) 'on' THEN
         PERFORM pg_catalog.pg_notify('notifyq', '');
     END IF;
     RETURN NULL;
 END $$;
 
--- Notify, unless the queue of notifications is nearly full: see ring, which does it by itself, being on everybody's way.
+-- Notify, except when the queue of notifications is nearly full, or in two-phase commit: see ring, which does it by itself,
+-- being on everybody's way.
 CREATE FUNCTION notifyq.tell(channel text, payload text) RETURNS void LANGUAGE sql BEGIN ATOMIC
-    SELECT pg_notify($1, $2) WHERE pg_notification_queue_usage() < 0.9;
+    SELECT pg_notify($1, $2)
+    WHERE pg_notification_queue_usage() < 0.9 AND coalesce(current_setting('notifyq.two_phase', true), '') <> 'on';
 END;
 
 -- Whose end, or return, others wait for: see "Tasks that wait". The rows are those of the attempts that ended and that
@@ -525,7 +533,7 @@ EXCEPTION
 END $$;
 
 -- For those who prefer a function. It returns the id; of a unique task, it may be the one's that is in the way. The defaults
--- are the table's own.
+-- are the table's own, and NULL means the default: what calls it with named parameters often has a NULL for each.
 CREATE FUNCTION notifyq.enqueue(
     type text, payload jsonb DEFAULT '{}', queue text DEFAULT 'default', run_at timestamptz DEFAULT now(),
     priority integer DEFAULT 0, max_attempts integer DEFAULT NULL, options jsonb DEFAULT NULL
@@ -534,7 +542,8 @@ DECLARE
     new_id bigint;
 BEGIN
     INSERT INTO notifyq.task (type, payload, queue, run_at, priority, max_attempts, options)
-    VALUES ($1, $2, $3, $4, $5, $6, $7) RETURNING id INTO new_id;
+    VALUES ($1, coalesce($2, '{}'), coalesce($3, 'default'), coalesce($4, pg_catalog.now()), coalesce($5, 0), $6, $7)
+    RETURNING id INTO new_id;
     RETURN coalesce(new_id, notifyq.unique_task($7 OPERATOR(pg_catalog.->>) 'unique_key'));
 END $$;
 
@@ -1252,6 +1261,234 @@ FROM (SELECT q.name FROM notifyq.queue q UNION SELECT r.queue FROM ready r WHERE
 LEFT JOIN notifyq.queue q ON q.name = k.name
 LEFT JOIN running r ON r.queue = k.name
 LEFT JOIN served s ON s.queue = k.name;
+
+-- Comments, for those who look with psql: \d+ notifyq.task, \df+ notifyq.*, \dn+ notifyq
+-- ----------------------------------------------------------------------------------
+--
+-- One for every table, view, column and function. Functions for everybody say what they do; the others are internal.
+
+COMMENT ON SCHEMA notifyq IS
+    'Background tasks: see notifyq.task, notifyq.enqueue and notifyq.all_tasks. The functions that are not internal'
+    ' are for everybody.';
+COMMENT ON TABLE notifyq.schema_version IS
+    'The version of this schema: one row for each version that was installed or upgraded to.';
+COMMENT ON COLUMN notifyq.schema_version.version IS 'The version; the highest one counts.';
+COMMENT ON COLUMN notifyq.schema_version.installed_at IS 'When it was installed.';
+COMMENT ON COLUMN notifyq.schema_version.serves IS 'The version of the oldest notifyq that can work with it.';
+COMMENT ON TABLE notifyq.task IS
+    'Live tasks: a row from the INSERT until the outcome is written. To enqueue, INSERT here, or call '
+    'notifyq.enqueue. To read, use notifyq.all_tasks.';
+COMMENT ON COLUMN notifyq.task.id IS 'Given by the database, in the order of INSERTs.';
+COMMENT ON COLUMN notifyq.task.created_at IS 'When it was inserted.';
+COMMENT ON COLUMN notifyq.task.run_at IS 'The earliest time to run it; the default is now. You may set it.';
+COMMENT ON COLUMN notifyq.task.processing_at IS 'When its latest attempt was claimed.';
+COMMENT ON COLUMN notifyq.task.processed_at IS 'When its latest attempt ended.';
+COMMENT ON COLUMN notifyq.task.worker IS 'The id of the worker that runs it; NULL: nothing runs it.';
+COMMENT ON COLUMN notifyq.task.priority IS 'Higher runs first, within a queue; the default is 0. You may set it.';
+COMMENT ON COLUMN notifyq.task.attempts IS 'How often it was claimed. With worker, it identifies the lease.';
+COMMENT ON COLUMN notifyq.task.max_attempts IS
+    'After so many failed attempts it is dead; NULL: what its type says, else 10. You may set it.';
+COMMENT ON COLUMN notifyq.task.promoted IS 'It was scheduled, and its time has come.';
+COMMENT ON COLUMN notifyq.task.aside IS
+    'No claim looks at it: its type was unknown to a worker, or parked says what it waits for.';
+COMMENT ON COLUMN notifyq.task.queue IS 'Its queue; the default is default. You may set it.';
+COMMENT ON COLUMN notifyq.task.type IS 'The name of the kind of task, by which a handler is found. You set it.';
+COMMENT ON COLUMN notifyq.task.payload IS 'What its handler gets, a JSON object. You may set it.';
+COMMENT ON COLUMN notifyq.task.errors IS 'A JSON array with one object for each failed attempt.';
+COMMENT ON COLUMN notifyq.task.options IS
+    'A JSON object with unique_key, order_key, limit_key, after and what goes with them; NULL for most. You may set'
+    ' it.';
+COMMENT ON COLUMN notifyq.task.order_key IS
+    'From options: of tasks with the same key one runs at a time, in the order of ids.';
+COMMENT ON COLUMN notifyq.task.limit_key IS 'From options: limits count all tasks with the same key.';
+COMMENT ON COLUMN notifyq.task.after IS 'From options: the ids of tasks whose ends it still waits for.';
+COMMENT ON COLUMN notifyq.task.parked IS
+    'What it waits for: limit, rate, queue, order or after; if aside is false, what it was granted.';
+COMMENT ON COLUMN notifyq.task.waits_at IS 'The key at which it waits, or of which a slot is kept for it.';
+COMMENT ON COLUMN notifyq.task.admitted IS 'Equal to processing_at: this attempt holds slots of its keys.';
+COMMENT ON COLUMN notifyq.task.tracked IS 'Other tasks may wait for its end, so its end adds a row to notifyq.freed.';
+COMMENT ON COLUMN notifyq.task.awaited IS 'A client waits for its end, so its end sends a NOTIFY.';
+COMMENT ON COLUMN notifyq.task.progress IS 'How far its handler says it is, from 0 to 1.';
+COMMENT ON COLUMN notifyq.task.note IS 'What its handler says it is doing.';
+COMMENT ON TABLE notifyq.finished IS
+    'Finished tasks. Workers delete them when they are older than their retention. To read, use notifyq.all_tasks.';
+COMMENT ON COLUMN notifyq.finished.id IS 'The id of the task.';
+COMMENT ON COLUMN notifyq.finished.created_at IS 'When it was inserted.';
+COMMENT ON COLUMN notifyq.finished.run_at IS 'The earliest time at which it was to run.';
+COMMENT ON COLUMN notifyq.finished.processing_at IS 'When its last attempt was claimed.';
+COMMENT ON COLUMN notifyq.finished.processed_at IS 'When it ended.';
+COMMENT ON COLUMN notifyq.finished.priority IS 'Its priority.';
+COMMENT ON COLUMN notifyq.finished.attempts IS 'How many attempts there were.';
+COMMENT ON COLUMN notifyq.finished.max_attempts IS 'How many were allowed; NULL: what its type says, else 10.';
+COMMENT ON COLUMN notifyq.finished.state IS 'done, dead or cancelled.';
+COMMENT ON COLUMN notifyq.finished.queue IS 'Its queue.';
+COMMENT ON COLUMN notifyq.finished.type IS 'The name of the kind of task.';
+COMMENT ON COLUMN notifyq.finished.worker IS 'host:pid of the worker that ran it last.';
+COMMENT ON COLUMN notifyq.finished.payload IS 'What its handler got.';
+COMMENT ON COLUMN notifyq.finished.result IS 'What its handler returned.';
+COMMENT ON COLUMN notifyq.finished.errors IS 'A JSON array with one object for each failed attempt.';
+COMMENT ON COLUMN notifyq.finished.options IS 'The options it was enqueued with.';
+COMMENT ON TABLE notifyq.worker IS 'Workers that live, or lived a moment ago: one row and one heartbeat for each.';
+COMMENT ON COLUMN notifyq.worker.id IS 'Its id, as in task.worker.';
+COMMENT ON COLUMN notifyq.worker.name IS 'host:pid.';
+COMMENT ON COLUMN notifyq.worker.queues IS 'The queues that it takes tasks from.';
+COMMENT ON COLUMN notifyq.worker.types IS 'The task types that it has handlers for.';
+COMMENT ON COLUMN notifyq.worker.max_attempts IS
+    'Beside types: how many attempts each allows where the task does not say.';
+COMMENT ON COLUMN notifyq.worker.concurrency IS 'How many handlers it runs at the same time.';
+COMMENT ON COLUMN notifyq.worker.lease IS 'Without a heartbeat for this long it counts as dead.';
+COMMENT ON COLUMN notifyq.worker.started_at IS 'When it started.';
+COMMENT ON COLUMN notifyq.worker.seen_at IS 'When its last heartbeat came.';
+COMMENT ON COLUMN notifyq.worker.running IS 'How many tasks it runs.';
+COMMENT ON COLUMN notifyq.worker.status IS 'ok, or what is degraded, in words.';
+COMMENT ON COLUMN notifyq.worker.crons IS 'The names of the crons that it looks after.';
+COMMENT ON TABLE notifyq.bell IS
+    'Always empty. A worker holds SHARE on it while it sleeps, and lets go when another statement waits. An '
+    'enqueuer that cannot get ROW EXCLUSIVE at once sends a NOTIFY.';
+COMMENT ON COLUMN notifyq.bell.nothing IS 'No row is ever stored.';
+COMMENT ON TABLE notifyq.freed IS
+    'Attempts that ended and that other tasks may wait for. A worker takes each row and lets those tasks in.';
+COMMENT ON COLUMN notifyq.freed.n IS 'The order of the rows.';
+COMMENT ON COLUMN notifyq.freed.task IS 'The task whose attempt ended; 0: none, look at the keys.';
+COMMENT ON COLUMN notifyq.freed.ended IS 'True: the task is over. False: it gave up its slot and lives.';
+COMMENT ON COLUMN notifyq.freed.queue IS 'The queue of that task.';
+COMMENT ON COLUMN notifyq.freed.order_key IS 'The order_key of that task.';
+COMMENT ON COLUMN notifyq.freed.limit_key IS 'The limit_key of that task.';
+COMMENT ON TABLE notifyq.gate IS
+    'Locks for keys, by hash: a worker that admits or frees tasks of a key first locks its row here.';
+COMMENT ON COLUMN notifyq.gate.n IS 'The hash, from 0 to 255; -1 is for the ends of tasks that others wait for.';
+COMMENT ON TABLE notifyq.dependency IS 'Which parked task waits for the end of which other.';
+COMMENT ON COLUMN notifyq.dependency.needs IS 'The task whose end is waited for.';
+COMMENT ON COLUMN notifyq.dependency.task IS 'The task that waits.';
+COMMENT ON COLUMN notifyq.dependency.sure IS
+    'True: the end of the other will add a row to notifyq.freed. False: look again.';
+COMMENT ON TABLE notifyq.queue IS
+    'Queues that were paused or limited. Change them with notifyq.pause, notifyq.resume and notifyq.limit_queue.';
+COMMENT ON COLUMN notifyq.queue.name IS 'The name of the queue.';
+COMMENT ON COLUMN notifyq.queue.paused IS 'True: no task starts from it.';
+COMMENT ON COLUMN notifyq.queue.limit_running IS 'At most so many of its tasks run at once; NULL: no such limit.';
+COMMENT ON COLUMN notifyq.queue.limit_rate IS
+    'At most so many of its tasks start in limit_seconds; NULL: no such limit.';
+COMMENT ON COLUMN notifyq.queue.limit_seconds IS 'The length of the window of limit_rate, in seconds.';
+COMMENT ON TABLE notifyq.started IS 'What has started at keys with a rate: how many, and when.';
+COMMENT ON COLUMN notifyq.started.key IS 'limit: and a limit_key, or queue: and the name of a queue.';
+COMMENT ON COLUMN notifyq.started.at IS 'When they started.';
+COMMENT ON COLUMN notifyq.started.n IS 'How many started then.';
+COMMENT ON COLUMN notifyq.started.seconds IS 'How long this row matters.';
+COMMENT ON TABLE notifyq.unique_key IS
+    'The newest task with each unique_key. Workers delete a row some time after the task is over and until has '
+    'passed.';
+COMMENT ON COLUMN notifyq.unique_key.key IS 'The unique_key.';
+COMMENT ON COLUMN notifyq.unique_key.task IS 'The id of the newest task with it.';
+COMMENT ON COLUMN notifyq.unique_key.enqueued_at IS 'When that task was enqueued.';
+COMMENT ON COLUMN notifyq.unique_key.until IS 'The end of the longest unique_for that was asked for.';
+COMMENT ON TABLE notifyq.cron IS
+    'Tasks that are enqueued by the clock. Workers write the crons of their app here when they start.';
+COMMENT ON COLUMN notifyq.cron.name IS 'The name of the cron.';
+COMMENT ON COLUMN notifyq.cron.expression IS
+    'Minute, hour, day, month and weekday; of six fields the first is the second.';
+COMMENT ON COLUMN notifyq.cron.tz IS 'The time zone of the expression.';
+COMMENT ON COLUMN notifyq.cron.type IS 'The type of the tasks.';
+COMMENT ON COLUMN notifyq.cron.payload IS 'The payload of the tasks.';
+COMMENT ON COLUMN notifyq.cron.queue IS 'The queue of the tasks.';
+COMMENT ON COLUMN notifyq.cron.priority IS 'The priority of the tasks.';
+COMMENT ON COLUMN notifyq.cron.missed IS 'once or skip: what to do about slots that came while no worker ran.';
+COMMENT ON COLUMN notifyq.cron.paused IS 'True: nothing is enqueued.';
+COMMENT ON COLUMN notifyq.cron.next_at IS 'The next slot; NULL: it is computed from now on.';
+COMMENT ON COLUMN notifyq.cron.last_at IS 'The latest slot that was enqueued.';
+COMMENT ON COLUMN notifyq.cron.recent IS 'The ids of the latest tasks, the newest first.';
+COMMENT ON VIEW notifyq.all_tasks IS
+    'One row for every task that is still known, finished ones included: the stable way to read tasks.';
+COMMENT ON COLUMN notifyq.all_tasks.id IS 'The id of the task.';
+COMMENT ON COLUMN notifyq.all_tasks.queue IS 'Its queue.';
+COMMENT ON COLUMN notifyq.all_tasks.type IS 'The name of the kind of task.';
+COMMENT ON COLUMN notifyq.all_tasks.state IS 'scheduled, ready, running, done, dead or cancelled.';
+COMMENT ON COLUMN notifyq.all_tasks.priority IS 'Higher runs first, within a queue.';
+COMMENT ON COLUMN notifyq.all_tasks.attempts IS 'How often it was claimed.';
+COMMENT ON COLUMN notifyq.all_tasks.max_attempts IS
+    'After so many failed attempts it is dead; NULL: what its type says, else 10.';
+COMMENT ON COLUMN notifyq.all_tasks.created_at IS 'When it was inserted.';
+COMMENT ON COLUMN notifyq.all_tasks.run_at IS 'The earliest time to run it.';
+COMMENT ON COLUMN notifyq.all_tasks.processing_at IS 'When its latest attempt was claimed.';
+COMMENT ON COLUMN notifyq.all_tasks.processed_at IS 'When its latest attempt ended.';
+COMMENT ON COLUMN notifyq.all_tasks.payload IS 'What its handler gets.';
+COMMENT ON COLUMN notifyq.all_tasks.error IS 'The text of the latest error.';
+COMMENT ON COLUMN notifyq.all_tasks.result IS 'What its handler returned.';
+COMMENT ON COLUMN notifyq.all_tasks.worker IS 'host:pid of the worker that runs it, or ran it last.';
+COMMENT ON COLUMN notifyq.all_tasks.errors IS 'A JSON array with one object for each failed attempt.';
+COMMENT ON COLUMN notifyq.all_tasks.waits_for IS
+    'What keeps it back: limit, rate, queue, order or after; NULL: nothing.';
+COMMENT ON COLUMN notifyq.all_tasks.progress IS 'How far its handler says it is, from 0 to 1.';
+COMMENT ON COLUMN notifyq.all_tasks.note IS 'What its handler says it is doing.';
+COMMENT ON COLUMN notifyq.all_tasks.options IS 'The options it was enqueued with.';
+COMMENT ON VIEW notifyq.all_queues IS
+    'Queues that were paused or limited, that a live worker serves, or that have a ready or running task.';
+COMMENT ON COLUMN notifyq.all_queues.name IS 'The name of the queue.';
+COMMENT ON COLUMN notifyq.all_queues.paused IS 'True: no task starts from it.';
+COMMENT ON COLUMN notifyq.all_queues.limit_running IS
+    'At most so many of its tasks run at once; NULL: no such limit.';
+COMMENT ON COLUMN notifyq.all_queues.limit_rate IS
+    'At most so many of its tasks start in limit_seconds; NULL: no such limit.';
+COMMENT ON COLUMN notifyq.all_queues.limit_seconds IS 'The length of the window of limit_rate, in seconds.';
+COMMENT ON COLUMN notifyq.all_queues.running IS 'How many of its tasks run.';
+COMMENT ON COLUMN notifyq.all_queues.waiting IS 'How many of its tasks the limits of the queue keep back.';
+COMMENT ON COLUMN notifyq.all_queues.workers IS 'How many live workers serve it.';
+COMMENT ON FUNCTION notifyq.enqueue(text, jsonb, text, timestamptz, integer, integer, jsonb) IS
+    'Enqueue a task. Returns its id; for a unique task that is not inserted, the id of the other. NULL means the '
+    'default, for all but type. It cannot be in a transaction that is to be prepared for two-phase commit; see '
+    'notifyq.two_phase in docs/transactions.md.';
+COMMENT ON FUNCTION notifyq.cancel(bigint) IS 'Cancel a live task, a running one too. Returns whether it was live.';
+COMMENT ON FUNCTION notifyq.retry(bigint) IS
+    'Run a task again, now: a dead or cancelled one with all its attempts, a scheduled one at once. Returns whether'
+    ' it did.';
+COMMENT ON FUNCTION notifyq.pause(text) IS
+    'Start nothing more from a queue; what runs goes on. Returns whether the queue was running.';
+COMMENT ON FUNCTION notifyq.resume(text) IS
+    'Start tasks from a paused queue again. Returns whether the queue was paused.';
+COMMENT ON FUNCTION notifyq.limit_queue(text, integer, integer, float8) IS
+    'Limit a queue over all workers: at most so many running at once, and at most so many starts in so many '
+    'seconds. NULL: no such limit.';
+COMMENT ON FUNCTION notifyq.cron_pause(text) IS
+    'Stop a cron, and cancel what it has enqueued and nothing has claimed. Returns whether there is such a cron.';
+COMMENT ON FUNCTION notifyq.cron_resume(text) IS
+    'Let a paused cron go on, with its next slot from now. Returns whether there is such a cron.';
+COMMENT ON FUNCTION notifyq.cron_run(text) IS
+    'Enqueue the task of a cron now. Returns its id; NULL: there is no such cron.';
+COMMENT ON FUNCTION notifyq.ring() IS 'Internal: trigger ring, which wakes a worker if one sleeps.';
+COMMENT ON FUNCTION notifyq.ended() IS
+    'Internal: trigger ended, which tells of the ends of tasks that others wait for.';
+COMMENT ON FUNCTION notifyq.given() IS
+    'Internal: trigger given, which checks the options of a new task and applies them.';
+COMMENT ON FUNCTION notifyq.tell(text, text) IS 'Internal: NOTIFY, unless the queue of notifications is nearly full.';
+COMMENT ON FUNCTION notifyq.gave_up(notifyq.task) IS
+    'Internal: adds a row to notifyq.freed for a task that gave up its slot.';
+COMMENT ON FUNCTION notifyq.with_error(jsonb, jsonb) IS
+    'Internal: adds an entry to a task''s errors, and keeps them bounded.';
+COMMENT ON FUNCTION notifyq.only_one(notifyq.task) IS
+    'Internal: whether a new task may be inserted, by its unique_key.';
+COMMENT ON FUNCTION notifyq.unique_task(text) IS 'Internal: the newest task with a unique_key.';
+COMMENT ON FUNCTION notifyq.take_turn(integer, integer) IS 'Internal: waits for the turn of a fleet of workers.';
+COMMENT ON FUNCTION notifyq.fall_asleep(integer) IS 'Internal: waits for SHARE on notifyq.bell.';
+COMMENT ON FUNCTION notifyq.bell_wanted() IS 'Internal: whether a statement waits for a lock on notifyq.bell.';
+COMMENT ON FUNCTION notifyq.lock_gates(text[]) IS 'Internal: locks the rows of notifyq.gate for keys.';
+COMMENT ON FUNCTION notifyq.fill(text) IS 'Internal: grants the free slots of a key to tasks that wait at it.';
+COMMENT ON FUNCTION notifyq.fill(text[]) IS 'Internal: grants the free slots of keys to tasks that wait at them.';
+COMMENT ON FUNCTION notifyq.limits(jsonb) IS 'Internal: the limits in a task''s options.';
+COMMENT ON FUNCTION notifyq.kept(text, timestamptz, bigint[]) IS
+    'Internal: how many slots of a key are kept for granted tasks.';
+COMMENT ON FUNCTION notifyq.waits(text) IS 'Internal: whether a task waits at a key.';
+COMMENT ON FUNCTION notifyq.admit(integer, bigint[], smallint[]) IS
+    'Internal: which claimed tasks may run; it parks the others.';
+COMMENT ON FUNCTION notifyq.free(integer) IS 'Internal: lets in tasks that waited for what notifyq.freed tells of.';
+COMMENT ON FUNCTION notifyq.stir(text, integer) IS 'Internal: has keys at which tasks wait looked at again.';
+COMMENT ON FUNCTION notifyq.track(bigint[]) IS 'Internal: has the ends of tasks told.';
+COMMENT ON FUNCTION notifyq.await_tasks(integer, bigint[], smallint[]) IS
+    'Internal: which claimed tasks have to wait for the ends of others.';
+COMMENT ON FUNCTION notifyq.forsake(bigint[]) IS
+    'Internal: cancels tasks that wait for one which is dead or was cancelled.';
+COMMENT ON FUNCTION notifyq.released(bigint[]) IS 'Internal: lets in tasks that waited for the ends of others.';
+COMMENT ON FUNCTION notifyq.count_running(text[], integer) IS
+    'Internal: counts running tasks of queues whose limit is new.';
 
 -- Roles. Nothing is granted to anybody; give each of your roles what it needs:
 --

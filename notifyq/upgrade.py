@@ -38,6 +38,7 @@ PAUSE_SECONDS = 0.5  # for the queue behind to go on, half to one and a half tim
 LONG_SECONDS = 7 * 86400.0  # asyncpg wants a limit
 
 MARKER = re.compile(r"^-- step(?:: (locks [a-z_ ]+|concurrently|with the functions))?$\n", re.MULTILINE)
+COMMENT = re.compile(r"^COMMENT ON (?!(?:TABLE|COLUMN) notifyq\.bell\b).*?;$", re.MULTILINE | re.DOTALL)
 REPLACED = re.compile(
     r"^CREATE (?:FUNCTION .*?^END(?: \$\$)?;|(?:TRIGGER|VIEW) .*?;)$",
     re.MULTILINE | re.DOTALL,
@@ -75,10 +76,17 @@ def steps(version: int, schema_sql: str) -> list[Step]:
 
 
 def replaced(schema_sql: str) -> list[str]:
-    """schema.sql's functions and views, then its triggers, which lock the table; each to replace the one that is."""
+    """schema.sql's functions and views, then its comments, then its triggers, which lock the table; each to replace the
+    one that is. Not the bell's comments, which wait for sleeping workers: they are a step of their own."""
     statements = [text.replace("CREATE", "CREATE OR REPLACE", 1) for text in REPLACED.findall(schema_sql)]
     rights = schema_sql[schema_sql.index("\nREVOKE ALL ON ALL FUNCTIONS") :].strip()
-    return [*sorted(statements, key=lambda text: text.startswith("CREATE OR REPLACE TRIGGER")), rights]
+    triggers = [text for text in statements if text.startswith("CREATE OR REPLACE TRIGGER")]
+    return [
+        *(text for text in statements if text not in triggers),
+        *COMMENT.findall(schema_sql),
+        *triggers,
+        rights,
+    ]
 
 
 def script(version: int, schema_sql: str) -> str:

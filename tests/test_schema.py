@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -282,8 +283,6 @@ async def test_enqueue_takes_names_and_positions(conn: Any) -> None:
     ("arguments", "message"),
     [
         ("NULL", 'null value in column "type"'),
-        ("'T', NULL", 'null value in column "payload"'),
-        ("'T', queue => NULL", 'null value in column "queue"'),
         ("'T', priority => 40000", "smallint out of range"),
         ("'T', max_attempts => 40000", "smallint out of range"),
         ("'T', '{nope'", "invalid input syntax for type json"),
@@ -293,6 +292,59 @@ async def test_enqueue_takes_names_and_positions(conn: Any) -> None:
 async def test_enqueue_refuses(conn: Any, arguments: str, message: str) -> None:
     with pytest.raises(asyncpg.PostgresError, match=message):
         await conn.execute(f"SELECT notifyq.enqueue({arguments})")
+
+
+async def test_enqueue_takes_null_for_the_default(conn: Any) -> None:
+    """Of every argument that has one; a type has none."""
+    names = ("payload", "queue", "run_at", "priority", "max_attempts", "options")
+    nulls = ", ".join(f"{name} => NULL" for name in names)
+    for call in (f"notifyq.enqueue('T', {nulls})", "notifyq.enqueue('T', NULL, NULL, NULL, NULL, NULL, NULL)"):
+        ids = await conn.fetchval(f"SELECT {call}"), await conn.fetchval("SELECT notifyq.enqueue('T')")
+        rows = await conn.fetch(
+            """SELECT payload, queue, priority, max_attempts, options, run_at = now(), run_at <= created_at
+               FROM notifyq.task WHERE id = ANY ($1::bigint[])""",
+            ids,
+        )
+        assert len(rows) == 2
+        assert rows[0] == rows[1]
+    with pytest.raises(asyncpg.NotNullViolationError):
+        await conn.fetchval("SELECT notifyq.enqueue(NULL)")
+
+
+PUBLIC = "enqueue cancel retry pause resume limit_queue cron_pause cron_resume cron_run"
+
+WITHOUT_COMMENT = """
+    SELECT format('notifyq.%I', relname) FROM pg_class
+    WHERE relnamespace = 'notifyq'::regnamespace AND relkind IN ('r', 'p', 'v')
+      AND obj_description(oid, 'pg_class') IS NULL
+    UNION ALL
+    SELECT format('notifyq.%I.%I', c.relname, a.attname)
+    FROM pg_attribute a JOIN pg_class c ON c.oid = a.attrelid
+    WHERE c.relnamespace = 'notifyq'::regnamespace AND c.relkind IN ('r', 'p', 'v') AND a.attnum > 0
+      AND NOT a.attisdropped AND col_description(c.oid, a.attnum) IS NULL
+    UNION ALL
+    SELECT oid::regprocedure::text FROM pg_proc
+    WHERE pronamespace = 'notifyq'::regnamespace AND obj_description(oid, 'pg_proc') IS NULL
+    UNION ALL
+    SELECT 'the schema' WHERE obj_description('notifyq'::regnamespace, 'pg_namespace') IS NULL"""
+
+
+async def test_everything_has_a_comment(conn: Any) -> None:
+    assert [row[0] for row in await conn.fetch(WITHOUT_COMMENT)] == []
+    await conn.execute("CREATE TABLE notifyq.another (n integer)")
+    assert len(await conn.fetch(WITHOUT_COMMENT)) == 2, "what has none is found"
+
+
+async def test_the_functions_that_anybody_may_call_are_named(conn: Any) -> None:
+    """In the head of schema.sql; the others' comments say that they are internal."""
+    rows = await conn.fetch(
+        """SELECT DISTINCT proname::text FROM pg_proc
+           WHERE pronamespace = 'notifyq'::regnamespace AND obj_description(oid, 'pg_proc') NOT LIKE 'Internal: %'"""
+    )
+    assert {row[0] for row in rows} == set(PUBLIC.split())
+    head = " ".join(line.lstrip("- ") for line in schema.schema_sql().partition("CREATE SCHEMA")[0].splitlines())
+    said = head.partition("What a user of the database may call: ")[2].partition(". ")[0]
+    assert re.findall(r"[a-z_]{5,}", said.replace(" of queues", "")) == PUBLIC.split()
 
 
 async def test_nobody_chooses_an_id_by_accident(conn: Any) -> None:

@@ -131,6 +131,15 @@ CREATE TABLE IF NOT EXISTS notifyq.cron (
     recent        bigint[]    NOT NULL DEFAULT '{}'
 );
 
+-- step: concurrently
+-- The bell's comments wait until each sleeping worker of version 1 has let go once, up to two minutes; nobody waits for them.
+COMMENT ON TABLE notifyq.bell IS
+    'Always empty. A worker holds SHARE on it while it sleeps, and lets go when another statement waits. An '
+    'enqueuer that cannot get ROW EXCLUSIVE at once sends a NOTIFY.';
+
+-- step: concurrently
+COMMENT ON COLUMN notifyq.bell.nothing IS 'No row is ever stored.';
+
 -- step: with the functions
 -- schema.sql's takes its place, and keeps the rights.
 CREATE OR REPLACE VIEW notifyq.all_queues AS
