@@ -227,5 +227,5 @@ def _sqlstate(error: BaseException | None) -> tuple[str, str]:
         state = getattr(error, "sqlstate", None) or getattr(error, "pgcode", None)  # psycopg2's name
         if isinstance(state, str):
             return state, str(error)
-        error = getattr(error, "orig", None) or error.__cause__  # SQLAlchemy's name
+        error = error.__cause__
     return "", ""

@@ -874,6 +874,14 @@ async def test_tasks(run: Run, dsn: str, db: Any) -> None:
     assert json.loads(said.out)["id"] == ids["running"]
 
 
+@pytest.mark.parametrize("name", ["o'clock", "' OR true --", "q%"])
+async def test_a_queue_of_any_name(run: Run, dsn: str, db: Any, name: str) -> None:
+    """It is compared, and is no part of the statement."""
+    await db.execute("INSERT INTO notifyq.task (type, queue) VALUES ('A', $1), ('A', 'quiet')", name)
+    said = await run("tasks --json --queue", name, dsn=dsn)
+    assert [json.loads(line)["queue"] for line in said.lines] == [name]
+
+
 async def test_tasks_as_json(run: Run, dsn: str, db: Any) -> None:
     """A line each with all that the view has, whole."""
     await fill(db)
@@ -1311,9 +1319,9 @@ def record(message: str, **fields: object) -> logging.LogRecord:
 def test_log_lines() -> None:
     """key=value, in quotes where a reader would lose the thread; one line a record, and a traceback after it."""
     text = logs.TextLines(pid=False).format(
-        record("a\nb", id=5, types=["A", "B"], error='he said "no"', empty="", x="\x1b")
+        record("a\r\nb", id=5, types=["A", "B"], error='he said "no"', empty="", x="\x1b")
     )
-    assert text.split("notifyq.run: ")[1] == 'a\\nb id=5 types=A,B error="he said \\"no\\"" empty="" x="\\u001b"'
+    assert text.split("notifyq.run: ")[1] == 'a\\r\\nb id=5 types=A,B error="he said \\"no\\"" empty="" x="\\u001b"'
     assert f" INFO notifyq.run[{os.getpid()}]: hello" in logs.TextLines(pid=True).format(record("hello"))
     try:
         raise ValueError("oh")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import traceback
 from typing import Any
 from urllib.parse import quote
 
@@ -229,6 +230,7 @@ async def test_no_password_when_connecting_fails(password: str, after: str) -> N
             pass
     for error in (caught.value, again.value):
         assert "qZ" not in str(error)
+        assert "qZ" not in "".join(traceback.format_exception(error)), "nor in what it was raised from"
         assert "--dsn" in str(error)
 
 

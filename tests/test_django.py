@@ -269,6 +269,23 @@ async def test_what_cannot_be_declared_or_sent(site: Any, dsn: str) -> None:
     assert msgspec.json.decode(b"{}", type=declared.call) == declared.call()
 
 
+async def test_it_works_on_the_database_that_its_options_name(site: Any, dsn: str) -> None:
+    """The task is in that one's open transaction: a result is found there, and a rollback takes it along."""
+    from django.db import transaction
+
+    from notifyq.django.framework import TaskResultDoesNotExist
+
+    def use() -> None:
+        with transaction.atomic(using="beside"):
+            result = site.add.using(backend="once").enqueue(1)
+            result.refresh()
+            transaction.set_rollback(True, using="beside")
+        with pytest.raises(TaskResultDoesNotExist):
+            result.refresh()
+
+    await apart(use)
+
+
 def test_a_project_without_tasks(site: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     handlers = importlib.import_module("notifyq.django.handlers")
     monkeypatch.setattr(handlers, "BY_TYPE", {})

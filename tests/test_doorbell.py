@@ -382,8 +382,14 @@ async def test_nobody_lets_go_for_other_sleepers_and_enqueuers(app: notifyq.App,
             assert not await db.fetchval(wanted)
 
 
-async def test_no_snapshot_is_held_while_sleeping_or_waiting(app: notifyq.App, db: Any, dsn: str) -> None:
-    """Three idle workers: one asleep, two waiting for the turn; vacuum's horizon goes on."""
+@pytest.mark.parametrize("isolation", ["read committed", "serializable"])
+async def test_no_snapshot_is_held_while_sleeping_or_waiting(
+    app: notifyq.App, db: Any, dsn: str, isolation: str
+) -> None:
+    """Three idle workers: one asleep, two waiting for the turn; vacuum's horizon goes on, whatever isolation the
+    database has for a default."""
+    name = await db.fetchval("SELECT current_database()")
+    await db.execute(f"ALTER DATABASE {name} SET default_transaction_isolation = '{isolation}'")
     async with working(app, dsn), working(app, dsn), working(app, dsn):
         await asleep(db)
         sleeper = """SELECT count(*) FROM pg_stat_activity WHERE application_name LIKE 'notifyq door %'

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import json
 import os
@@ -361,6 +362,20 @@ async def test_a_client_of_many_threads(app: notifyq.App, dsn: str, db: Any) -> 
     # Closed here, a backend takes its moment to end there.
     backends = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'notifyq client'"
     await eventually(lambda: db.fetchval(backends), 0)
+
+
+async def test_a_client_prepares_no_statement(app: notifyq.App, dsn: str) -> None:
+    """Behind a pooler, the next transaction may be another backend's, which doesn't know it."""
+    client = notifyq.SyncClient(app)
+
+    def use() -> list[Any]:
+        with client.connect(dsn):
+            for _ in range(10):
+                client.enqueue(Mail(to="a"))
+            with client._own() as own:
+                return own.execute("SELECT statement FROM pg_prepared_statements").fetchall()
+
+    assert await asyncio.to_thread(use) == []
 
 
 async def test_a_clients_connections_that_were_cut(app: notifyq.App, dsn: str, db: Any) -> None:

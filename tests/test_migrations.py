@@ -9,7 +9,7 @@ import asyncio
 import re
 import signal
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -172,6 +172,10 @@ async def test_an_interrupted_upgrade_is_run_again(conn: Any, fresh: dict[str, s
         await drop(conn)
 
 
+def steps_from(version: int) -> Sequence[upgrade.Step]:
+    return upgrade.steps(version, schema.schema_sql())
+
+
 async def invalid(conn: Any) -> list[str]:
     rows = await conn.fetch("SELECT indexrelid::regclass::text FROM pg_index WHERE NOT indisvalid")
     return [row[0] for row in rows]
@@ -198,6 +202,17 @@ async def test_one_cut_off_while_it_makes_an_index(empty_dsn: str, conn: Any, fr
     assert differences(fresh, await catalogs(conn)) == []
     writes.terminate()
     reads.terminate()
+
+
+async def test_every_index_that_was_left_is_made_anew(conn: Any, fresh: dict[str, str]) -> None:
+    """Whatever an upgrade that was cut off has left under the name of an index."""
+    await install(conn, 1)
+    names = re.findall(r"CREATE INDEX CONCURRENTLY (?:IF NOT EXISTS )?(\w+)", "".join(s.sql for s in steps_from(1)))
+    assert len(names) >= 4
+    for name in names:
+        await conn.execute(f"CREATE INDEX {name} ON notifyq.task (id)")
+    await schema.migrate(conn)
+    assert differences(fresh, await catalogs(conn)) == []
 
 
 async def test_upgrades_at_once_take_turns(empty_dsn: str, conn: Any) -> None:

@@ -3,6 +3,7 @@ woken soon. Half-open connections, over which no more bytes come, are found with
 
 from __future__ import annotations
 
+import asyncio
 import socket
 import time
 from collections import Counter
@@ -16,6 +17,7 @@ import pytest
 import notifyq
 from notifyq import schema, store
 from notifyq.embedded import Server
+from notifyq.errors import DatabaseError
 
 from .conftest import Seen, admin, database, eventually, working
 from .machine import Probe, limit, probing
@@ -222,6 +224,46 @@ async def test_a_host_that_vanished(net: Rig, monkeypatch: pytest.MonkeyPatch) -
             net.acknowledged.append((await net.app.enqueue(Note())).id)
             await net.woken(3)
             await net.all_done_once()
+
+
+async def test_each_of_several_hosts_is_asked(net: Rig) -> None:
+    """The first is a primary where a standby is wanted. That is no reason not to try the second."""
+    asked = Seen()
+
+    async def standby(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        asked.add("the second")
+        writer.close()
+
+    server = await asyncio.start_server(standby, "127.0.0.1", 0)
+    user, primary = net.dsn.split("@")
+    second = f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    async with server:
+        with pytest.raises(DatabaseError):
+            await store.connect(f"{user}@{primary.replace('/', f',{second}/')}&target_session_attrs=standby")
+    assert asked.items
+
+
+async def test_both_ends_of_a_connection_notice_that_the_other_has_vanished(tcp: Server) -> None:
+    """Within 15 s: the kernel here and the kernel there, where it is idle and where it has sent something; and a
+    backend in the middle of a statement."""
+    conn = await store.connect_worker(tcp.dsn("postgres"), "test")
+    sock = conn._transport.get_extra_info("socket")  # type: ignore[attr-defined]
+    assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+    idle, interval, count = (
+        sock.getsockopt(socket.IPPROTO_TCP, getattr(socket, f"TCP_KEEP{name}")) for name in ("IDLE", "INTVL", "CNT")
+    )
+    assert 3 <= idle + interval * count <= 15
+    assert 3_000 <= sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) <= 15_000
+    idle, interval, count = [
+        int(await conn.fetchval(f"SELECT current_setting('tcp_keepalives_{name}')"))
+        for name in ("idle", "interval", "count")
+    ]
+    assert 3 <= idle + interval * count <= 15
+    assert await conn.fetchval(
+        """SELECT setting::integer BETWEEN 500 AND 15000 FROM pg_settings
+           WHERE name = 'client_connection_check_interval'"""
+    )
+    await conn.close()
 
 
 @pytest.mark.parametrize("busy", [True, pytest.param(False, marks=pytest.mark.long)])

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import signal
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -16,10 +17,11 @@ import pytest
 import notifyq
 from notifyq import results, schema, store
 from notifyq.embedded import Server
+from notifyq.results import Results
 from notifyq.store import SQL
 
 from . import verbs, workers
-from .conftest import Process, Sessions, admin, database, eventually, grants, working
+from .conftest import Process, Seen, Sessions, admin, database, eventually, grants, working
 from .machine import Probe, limit
 
 app = notifyq.App()
@@ -193,7 +195,9 @@ def test_a_ref_is_its_id() -> None:
     assert msgspec.json.encode(app.ref(5)) == b'{"id":5}'
 
 
-async def test_an_app_that_is_disconnected_tells_who_waits(dsn: str, db: Any) -> None:
+async def test_an_app_that_is_disconnected_tells_who_waits(dsn: str, db: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And closes the connection at once."""
+    monkeypatch.setattr(results, "IDLE_SECONDS", 3600.0)
     async with anyio.create_task_group() as group, app.connect(dsn):
         ref = await app.enqueue(Pay())
 
@@ -309,6 +313,30 @@ async def test_a_row_that_is_locked_is_marked_later(
         assert not got
         await someone.execute("COMMIT")
     assert got == [Receipt(1)]
+
+
+async def test_a_row_that_stays_locked_is_asked_about_ever_more_rarely(
+    connected: notifyq.App, connect: Sessions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each pause is twice as long as the one before: a lock of an hour costs two statements a second."""
+    monkeypatch.setattr(results, "LOOK_SECONDS", 3600.0)
+    asked = Seen()
+
+    async def tell(self: Results, conn: Any, ids: Sequence[int]) -> None:
+        asked.add(time.monotonic())
+        await real(self, conn, ids)
+
+    real, _ = Results._tell, monkeypatch.setattr(Results, "_tell", tell)
+    locked = await app.enqueue(Pay())
+    someone = await connect()
+    await someone.execute("BEGIN")
+    await someone.execute("SELECT FROM notifyq.task WHERE id = $1 FOR UPDATE", locked.id)
+    async with wait(locked):
+        times = (await asked.reach(7))[:7]
+        pauses = [after - before for before, after in itertools.pairwise(times)]
+        assert all(pause > 0.001 * 2**n for n, pause in enumerate(pauses[1:])), pauses
+        await someone.execute("COMMIT")
+        await app.cancel(locked.id)
 
 
 async def test_what_ends_between_the_snapshot_and_the_lock(connect: Sessions, db: Any) -> None:
