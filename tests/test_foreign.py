@@ -372,8 +372,7 @@ async def test_a_client_prepares_no_statement(app: notifyq.App, dsn: str) -> Non
         with client.connect(dsn):
             for _ in range(10):
                 client.enqueue(Mail(to="a"))
-            with client._own() as own:
-                return own.execute("SELECT statement FROM pg_prepared_statements").fetchall()
+            return list(client._fetch(None, "SELECT statement FROM pg_prepared_statements", ()))
 
     assert await asyncio.to_thread(use) == []
 
