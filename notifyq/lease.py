@@ -5,7 +5,8 @@ costs no lease. Every 1.5 s it writes one heartbeat for the whole worker (not on
 statement which leases were lost, which workers went silent, and whether tasks of its types were set aside.
 
 A worker is dead when it wasn't seen for 2 s and none of its sessions is left, or when it wasn't seen for the length of
-its lease. Each of its sessions (of the keeper, the claims, the door and the settler) shares the worker's advisory lock,
+its lease. "Not seen" means that the time of its heartbeat stays the same, by the rescuer's own clock, whatever that
+time is. Each of its sessions (of the keeper, the claims, the door and the settler) shares the worker's advisory lock,
 so a rescuer is granted that lock only when all of them are gone. While the keeper has no connection, the claimer writes
 the heartbeat. 1.5 + 2 + at most 1.5 s is the time a killed worker's tasks wait: the server ends the backends of a
 killed process within a second. A keeper that lost its own connection gives others 4 s: after an outage they all look
@@ -29,7 +30,7 @@ import math
 import random
 import threading
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -48,6 +49,7 @@ from .store import SQL, TRANSIENT, Connection, Job, connect_worker, is_pooled, n
 logger = logging.getLogger("notifyq.lease")
 
 TICK_SECONDS = 1.5
+SILENT_SECONDS = 2.0  # without a heartbeat, until it is asked whether a session is left: rescue.sql has it too
 LATE_SECONDS = 2.0  # since the last heartbeat: longer than a tick and a pulse
 PULSE_SECONDS = 0.4
 CANCELS = "notifyq_cancel"
@@ -67,6 +69,38 @@ STEP_SECONDS = 60.0  # two clocks that are so far apart were not set at the same
 STIR_SECONDS = 15.0
 ENDED = (asyncpg.AdminShutdownError, asyncpg.CrashShutdownError, asyncpg.PostgresConnectionError)  # the session is over
 GRACE_SECONDS = 4.0  # after an outage, for the others to come back too: longer than the longest back-off
+
+
+class Unseen:
+    """How long other workers' heartbeats haven't changed, by this process's own clock. Pure: it is told times.
+
+    Not by the server's clock, which may be stepped. What this worker didn't watch, as it was frozen or cut off itself,
+    it can't judge: it begins anew.
+    """
+
+    def __init__(self) -> None:
+        self._since: dict[int, tuple[float, float]] = {}  # of each worker: its last heartbeat; since when we see that
+        self._looked = -math.inf
+        self.due = math.inf  # when somebody that doesn't look well will have been unseen for long enough
+
+    def look(self, workers: Sequence[int], seen: Sequence[float], now: float) -> list[tuple[int, float, float]]:
+        """Those that are silent: their ids, last heartbeats, and for how long. `now` is a time of time.monotonic()."""
+        known = self._since if now - self._looked <= GRACE_SECONDS else {}
+        self._looked = now
+        self._since = {}
+        self.due = math.inf
+        silent: list[tuple[int, float, float]] = []
+        for worker, at in zip(workers, seen, strict=True):
+            before, since = known.get(worker, (math.nan, now))
+            if before != at:
+                since = now
+            self._since[worker] = at, since
+            if now - since >= SILENT_SECONDS:
+                silent.append((worker, at, now - since))
+            elif now > since:
+                self.due = min(self.due, since + SILENT_SECONDS)
+        silent.sort(key=lambda worker: -worker[2])
+        return silent
 
 
 class Keeper:
@@ -134,6 +168,7 @@ class Keeper:
         self._down = False
         self._heard = False  # of a cancel that may be ours
         self._deaf_until = 0.0
+        self._unseen = Unseen()
         self._rescue_from = 0.0
         self._wait = 0.1
         self._stirred = ""
@@ -300,7 +335,7 @@ class Keeper:
                 if not await self._tick(conn) and heard:
                     self._deaf_until = time.monotonic() + DEAF_SECONDS
                 await self._chore(conn, "enqueue what crons are due for", self._schedule.look(conn))
-                next_tick = now + random.uniform(0.9, 1.0) * TICK_SECONDS
+                next_tick = min(now + random.uniform(0.9, 1.0) * TICK_SECONDS, self._unseen.due)
             if self._runners.reports and now >= next_report:
                 next_report = now + REPORT_SECONDS
                 await self._chore(conn, "write progress", self._report(conn))
@@ -349,8 +384,9 @@ class Keeper:
             list(self._config.queues), self._registry.types, self._sleeps,
         )  # fmt: skip
         assert row is not None
-        registered, lost, silent, aside, freed, wanted = row
+        registered, lost, others, seen, aside, freed, wanted = row
         self._beaten = time.monotonic()
+        silent = self._unseen.look(others, seen, self._beaten)
         if self._down:
             self._down = False
             logger.info("heartbeat: the database is back")
@@ -378,7 +414,7 @@ class Keeper:
             self._tell(self._on_wanted)
         if silent and asyncio.get_running_loop().time() >= self._rescue_from:
             for worker in silent:
-                await self._rescue(conn, worker)
+                await self._rescue(conn, *worker)
         return bool(lost)
 
     def _all_status(self) -> str:
@@ -401,9 +437,9 @@ class Keeper:
             if job.id not in written:  # somebody has its row locked, or it isn't ours any more
                 self._runners.unwritten(job, progress)
 
-    async def _rescue(self, conn: Connection, worker: int) -> None:
+    async def _rescue(self, conn: Connection, worker: int, seen: float, unseen: float) -> None:
         while True:
-            row = await conn.fetchrow(SQL["rescue"], worker, RESCUE_AT_ONCE)
+            row = await conn.fetchrow(SQL["rescue"], worker, RESCUE_AT_ONCE, seen, unseen)
             assert row is not None
             name, ready, dead = row
             if name is None:  # silent, but alive by its lock: frozen, or far away

@@ -32,6 +32,7 @@ from notifyq.store import SQL
 
 from .conftest import Seen, Sessions, eventually, working
 from .machine import Probe, limit
+from .verbs import rescue
 
 Logged = Callable[[str], list[dict[str, Any]]]
 ENQUEUE = "SELECT notifyq.enqueue('Good')"
@@ -166,7 +167,7 @@ async def test_a_stranger_who_holds_a_dead_workers_lock(db: Any, dsn: str, conne
     await stranger.execute("SELECT pg_advisory_lock(1852990827, $1)", id)
     for age, ready in ((5, 0), (20, 0), (31, 1)):
         await db.execute("UPDATE notifyq.worker SET seen_at = now() - make_interval(secs => $1)", age)
-        assert (await worker.fetchrow(SQL["rescue"], id, 9))["ready"] == ready, age
+        assert (await rescue(worker, id))[1] == ready, age
     await worker.close()
 
 

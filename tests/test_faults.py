@@ -230,6 +230,30 @@ async def test_killed_while_its_connections_wait(spawn: Spawn, db: Any, connect:
     await eventually(lambda: states(db, [locked]), {("ready", 1): 1})
 
 
+@pytest.mark.parametrize("step", ["1 hour", "-1 hour"])
+async def test_the_servers_clock_is_stepped(spawn: Spawn, db: Any, step: str) -> None:
+    """By as much as stored heartbeats are wrong from now on: nobody who is well is robbed, who is killed is rescued."""
+    well, mortal, rescuer = [await started(spawn, f'queues=["{queue}"]') for queue in ("a", "b", "none")]
+    ids, dying = await insert(db, "Sleep", 5, "a"), await insert(db, "Sleep", 5, "b")
+    await well.reach(5, "ran")
+    await mortal.reach(5, "ran")
+    await db.execute(f"""
+        CREATE FUNCTION step() RETURNS trigger LANGUAGE plpgsql AS $$
+        BEGIN NEW.seen_at := NEW.seen_at - interval '{step}'; RETURN NEW; END $$;
+        CREATE TRIGGER step BEFORE UPDATE ON notifyq.worker FOR EACH ROW EXECUTE FUNCTION step();
+        UPDATE notifyq.worker SET seen_at = seen_at""")
+    since = "SELECT seen_at FROM notifyq.worker WHERE id = $1"
+    began = await db.fetchval(since, me := rescuer.of("started")[0][1]["id"])
+    # It has looked at the others four times at least.
+    looked = "SELECT seen_at > $2::timestamptz + interval '7 seconds' FROM notifyq.worker WHERE id = $1"
+    await eventually(lambda: db.fetchval(looked, me, began))
+    assert await states(db, ids + dying) == {("running", 1): 10}
+    mortal.process.signal(signal.SIGKILL)
+    await eventually(lambda: states(db, dying), {("ready", 1): 5})
+    assert await states(db, ids) == {("running", 1): 5}
+    assert not well.logged("lease lost") + well.logged("given up for dead")
+
+
 async def test_frozen_past_its_lease(spawn: Spawn, db: Any, probe: Probe) -> None:
     """Frozen with the turn: another takes that soon, and after the lease the tasks. Thawed, it settles nothing, says
     so, cancels its handlers, and comes back as somebody new."""

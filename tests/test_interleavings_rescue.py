@@ -162,7 +162,7 @@ async def test_a_dead_worker_comes_back_and_says_everything_twice(s: Steps, w: S
         assert await w(verb, jobs) == []
     assert await w(release, me) == await w(strays, me, []) == await w(orphans) == 0
     assert await w(claim, me) == []
-    assert await w(tick, me, jobs) == (False, [again.id], [])
+    assert await w(tick, me, jobs) == (False, [again.id], [again.worker])
     assert not await w(unregister, me)
     assert await s.db.fetch("SELECT * FROM notifyq.task") == before
     assert await k(finish, [again]) == [again.id]
@@ -500,7 +500,7 @@ async def test_buried_while_it_registers_anew(s: Steps, w: Session, k: Session) 
     assert await k(tick, mine) == (True, [], [])
     assert await k(rescue, me) == (None, 0, 0)
     await w("COMMIT")
-    assert await k(tick, mine) == (True, [], [])
+    assert await k(tick, mine) == (True, [], [me])
 
 
 # --- Prune

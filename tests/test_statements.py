@@ -22,6 +22,7 @@ from notifyq.store import SQL, Onward
 
 from .conftest import Sessions, admin, overload
 from .machine import limit
+from .verbs import rescue, unseen
 
 ROW = (
     "id:int8 attempts:int2 type:text queue:text priority:int2 max_attempts:int2 created_at:timestamptz payload:jsonb"
@@ -113,7 +114,7 @@ STATEMENTS = {
     "ran": Statement("timestamptz", "id:int8 state:text", None),
     "register": Statement("text text[] text[] int2[] int4 float8", "id:int4", ""),
     "release": Statement("int4", "count:int4", "task_pkey task_running"),
-    "rescue": Statement("int4 int4", "name:text ready:int4 dead:int4", "task_pkey task_running"),
+    "rescue": Statement("int4 int4 float8 float8", "name:text ready:int4 dead:int4", "task_pkey task_running"),
     "retry_later": Statement("int4 int8[] int2[] float8[] jsonb[]", "id:int8 freed:bool", "task_pkey"),
     "results": Statement("int8", "id:int8 type:text state:text result:jsonb error:text", "finished_pkey task_pkey"),
     "runnable": Statement("text[]", "queues:text[] next_seconds:float8 at:timestamptz", None),
@@ -129,7 +130,7 @@ STATEMENTS = {
     "tasks": Statement("text text text int8 bool", "task:text seconds:float8", None),
     "tick": Statement(
         "int4 int4 text int8[] int2[] text[] text[] bool",
-        "registered:bool lost:int8[] silent:int4[] aside:bool freed:bool wanted:bool",
+        "registered:bool lost:int8[] others:int4[] seen:float8[] aside:bool freed:bool wanted:bool",
         "task_pkey task_set_aside",
     ),
     "turn_stolen": Statement("int4", "exists:bool", ""),
@@ -887,7 +888,7 @@ async def test_tick_is_a_sign_of_life_and_hears_of_lost_leases(worker: Any) -> N
     await silent(worker, me, 20)
     await silent(worker, quiet, 3)
     await silent(worker, quieter, 5)
-    await register(worker, "loud:1")
+    loud = await register(worker, "loud:1")
     await worker.execute("DELETE FROM notifyq.task WHERE id = $1", gone)
     await worker.execute("UPDATE notifyq.task SET attempts = 2 WHERE id = $1", again)
     args = (me, 2, "busy", [mine, gone, again], [1, 1, 1], ["default"], ["Known"], False)
@@ -895,7 +896,9 @@ async def test_tick_is_a_sign_of_life_and_hears_of_lost_leases(worker: Any) -> N
     assert row["registered"]
     assert not row["aside"]
     assert sorted(row["lost"]) == [gone, again]
-    assert row["silent"] == [quieter, quiet]
+    others = sorted((quiet, quieter, loud))
+    assert row["others"] == others
+    assert row["seen"] == [(await unseen(worker, other))[0] for other in others]
     seen = await worker.fetchrow(
         "SELECT running, status, now() - seen_at < interval '9 s' FROM notifyq.worker WHERE id = $1", me
     )
@@ -931,7 +934,7 @@ async def test_rescue_only_of_the_dead(worker: Any, dsn: str, seconds: float, lo
     if locked:
         assert await its_own.fetchval(LOCK, me)
     await silent(worker, me, seconds)
-    row = await worker.fetchrow(SQL["rescue"], me, 100)
+    row = await rescue(worker, me, 100)
     assert tuple(row) == (("host:1", 1, 0) if rescued else (None, 0, 0))
     assert (await task(worker, id))["state"] == ("ready" if rescued else "running")
     its_own.terminate()
@@ -940,7 +943,7 @@ async def test_rescue_only_of_the_dead(worker: Any, dsn: str, seconds: float, lo
 async def test_rescue_counts_as_an_attempt_and_says_why(worker: Any) -> None:
     me, (id,) = await held(worker)
     await silent(worker, me, 5)
-    await worker.fetchrow(SQL["rescue"], me, 100)
+    await rescue(worker, me, 100)
     row = await task(worker, id)
     (error,) = json.loads(row["errors"])
     assert (row["attempts"], error["attempt"]) == (1, 1)
@@ -971,7 +974,7 @@ async def test_rescue_ends_what_has_spent_its_attempts(
     me = await register(worker, allowed=[allowed])
     _, (id,) = await held(worker, worker=me, payload='{"a": 1}', **columns)
     await silent(worker, me, 5)
-    row = await worker.fetchrow(SQL["rescue"], me, 100)
+    row = await rescue(worker, me, 100)
     assert tuple(row) == ("host:1", int(not dead), int(dead))
     row = await task(worker, id)
     assert row["state"] == ("dead" if dead else "ready")
@@ -983,7 +986,7 @@ async def test_rescue_ends_what_has_spent_its_attempts(
 async def test_a_rescue_in_pieces_buries_the_worker_at_the_end(worker: Any) -> None:
     me, _ = await held(worker, 5)
     await silent(worker, me, 5)
-    found = [tuple(await worker.fetchrow(SQL["rescue"], me, 2)) for _ in range(5)]
+    found = [tuple(await rescue(worker, me, 2)) for _ in range(5)]
     assert found == [
         ("host:1", 2, 0),
         ("host:1", 2, 0),
@@ -1000,11 +1003,11 @@ async def test_two_rescuers_take_turns(worker: Any, dsn: str) -> None:
     other: Any = await store.connect_worker(dsn, "test")
     transaction = other.transaction()
     await transaction.start()
-    assert tuple(await other.fetchrow(SQL["rescue"], me, 1)) == ("host:1", 1, 0)
+    assert tuple(await rescue(other, me, 1)) == ("host:1", 1, 0)
     with anyio.fail_after(limit()):
-        assert tuple(await worker.fetchrow(SQL["rescue"], me, 9)) == (None, 0, 0)
+        assert tuple(await rescue(worker, me, 9)) == (None, 0, 0)
     await transaction.commit()
-    assert tuple(await worker.fetchrow(SQL["rescue"], me, 9)) == ("host:1", 1, 0)
+    assert tuple(await rescue(worker, me, 9)) == ("host:1", 1, 0)
     other.terminate()
 
 
@@ -1017,7 +1020,7 @@ async def test_rescue_leaves_what_is_being_settled(worker: Any, dsn: str) -> Non
     await transaction.start()
     await settler.fetch(SQL["finish"], me, [first], [1], ["done"], [], [], True)
     with anyio.fail_after(limit()):
-        assert tuple(await worker.fetchrow(SQL["rescue"], me, 9)) == ("host:1", 1, 0)
+        assert tuple(await rescue(worker, me, 9)) == ("host:1", 1, 0)
     await transaction.commit()
     assert await states(worker) == {first: "done", second: "ready"}
     settler.terminate()
@@ -1110,7 +1113,7 @@ RINGS: dict[str, tuple[Any, Callable[[Any, int, int], Any]]] = {
     "strays": (True, lambda c, w, id: c.fetchval(SQL["strays"], w, [], [])),
     "cancel": (False, lambda c, w, id: c.fetchval("SELECT notifyq.cancel($1)", id)),
     "release": (True, lambda c, w, id: c.fetchval(SQL["release"], w)),
-    "rescue": (True, lambda c, w, id: c.fetchrow(SQL["rescue"], w, 9)),
+    "rescue": (True, lambda c, w, id: rescue(c, w, 9)),
     "insert": (True, lambda c, w, id: insert(c)),
     "enqueue": (True, lambda c, w, id: c.fetch(SQL["enqueue"], "T", "{}", *Options.check(queue="q").values, None)),
     "enqueue_many": (

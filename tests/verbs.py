@@ -103,15 +103,22 @@ async def promote(conn: Any) -> int:
 
 
 async def tick(conn: Any, worker: int, jobs: Sequence[Job] = ()) -> tuple[bool, list[int], list[int]]:
-    """Is it registered, what has it lost, who is silent."""
+    """Is it registered, what has it lost, which others are there."""
     keys = [job.id for job in jobs], [job.attempt for job in jobs]
     row = await conn.fetchrow(SQL["tick"], worker, len(jobs), "ok", *keys, ["default"], [KNOWN], False)
-    return row["registered"], sorted(row["lost"]), row["silent"]
+    return row["registered"], sorted(row["lost"]), row["others"]
+
+
+async def unseen(conn: Any, worker: int) -> tuple[float, float]:
+    """The worker's last heartbeat, and how long ago: for rescue.sql, as by a rescuer that has watched it all along."""
+    found = "SELECT extract(epoch FROM seen_at)::float8, extract(epoch FROM now() - seen_at)::float8"
+    row = await conn.fetchrow(f"{found} FROM notifyq.worker WHERE id = $1", worker)
+    return tuple(row) if row else (0.0, 0.0)
 
 
 async def rescue(conn: Any, worker: int, most: int = 100) -> tuple[str | None, int, int]:
     """Whose tasks it took back, how many are ready again, how many dead."""
-    name, ready, dead = await conn.fetchrow(SQL["rescue"], worker, most)
+    name, ready, dead = await conn.fetchrow(SQL["rescue"], worker, most, *await unseen(conn, worker))
     return name, ready, dead
 
 

@@ -1,5 +1,9 @@
--- Take back up to $2 tasks of worker $1 if it is dead: not seen for 2 seconds while its advisory lock is free, or
--- not seen for the length of its lease, lock or no lock. What has attempts left is ready again, and the bell rings;
+-- Take back up to $2 tasks of worker $1 if it is dead. Its last heartbeat is still $3, as tick.sql told it, and that
+-- hasn't changed for $4 seconds by the rescuer's own clock: for 2 seconds, while its advisory lock is free, or for the
+-- length of its lease, lock or no lock. The server's clock isn't asked, as it may be stepped: a step forward would make
+-- all workers look silent, and after a step back a dead one's last heartbeat would lie in the future.
+--
+-- What has attempts left is ready again, and the bell rings;
 -- what has none is dead, so that a task that kills its worker doesn't kill them all. The worker itself goes when it
 -- holds nothing more. Returns one row: its name (NULL: it lives, or another rescues it), how many are ready again,
 -- how many dead.
@@ -9,10 +13,9 @@
 WITH corpse AS MATERIALIZED (
     SELECT w.id, w.name, w.types, w.max_attempts
     FROM notifyq.worker w
-    WHERE w.id = $1
-      AND CASE WHEN w.seen_at < clock_timestamp() - w.lease THEN true
-               WHEN w.seen_at < clock_timestamp() - interval '2 seconds'
-               THEN pg_try_advisory_xact_lock(1852990827, w.id::integer)
+    WHERE w.id = $1 AND extract(epoch FROM w.seen_at)::float8 = $3
+      AND CASE WHEN $4::float8 >= extract(epoch FROM w.lease) THEN true
+               WHEN $4::float8 >= 2 THEN pg_try_advisory_xact_lock(1852990827, w.id::integer)
                ELSE false END
     FOR UPDATE SKIP LOCKED
 ), held AS MATERIALIZED (

@@ -1,6 +1,6 @@
 -- The heartbeat of worker $1, which runs $2 tasks and is in status $3; and what there is to know meanwhile:
--- is it still registered; which of its tasks (ids $4, attempts $5) it has lost; which other workers were not seen
--- for 2 seconds; has somebody set tasks aside that it could run (queues $6, types $7); is there anything that was freed, and
+-- is it still registered; which of its tasks (ids $4, attempts $5) it has lost; which other workers there are, and
+-- their last heartbeats (as numbers, of which a keeper only asks whether they change); has somebody set tasks aside that it could run (queues $6, types $7); is there anything that was freed, and
 -- that nobody has taken care of; and, if its door is asleep ($8), does a statement of somebody's wait for the bell's lock. Of
 -- the lookup by id: finish.sql.
 WITH beat AS (
@@ -15,8 +15,12 @@ SELECT EXISTS (SELECT FROM beat) AS registered,
              )) AS lost,
        ARRAY(SELECT w.id
              FROM notifyq.worker w
-             WHERE w.id <> $1 AND w.seen_at < statement_timestamp() - interval '2 seconds'
-             ORDER BY w.seen_at) AS silent,
+             WHERE w.id <> $1
+             ORDER BY w.id) AS others,
+       ARRAY(SELECT extract(epoch FROM w.seen_at)::float8
+             FROM notifyq.worker w
+             WHERE w.id <> $1
+             ORDER BY w.id) AS seen,
        EXISTS (SELECT
                FROM unnest($6::text[]) AS q (queue)
                CROSS JOIN unnest($7::text[]) AS k (type)
