@@ -13,7 +13,7 @@ import anyio
 import asyncpg
 from anyio.abc import TaskStatus
 
-from . import enqueue, foreign, lifespan, loops, store
+from . import enqueue, foreign, lifespan, log, loops, store
 from .config import WorkerConfig, check_name, parse_queues, resolve_dsn
 from .cron import Cron, Missed, check_schedule
 from .errors import ConfigError, DatabaseError
@@ -246,6 +246,7 @@ class App:
                 reset=_nothing,  # one statement each, which leaves nothing behind: saves a round trip
                 **options,
             )
+        log.enable()
         results = Results(dsn, self.registry)
         try:
             self._pool, self._loop, self._dsn, self._results = pool, loop, dsn, results

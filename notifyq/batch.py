@@ -14,21 +14,20 @@ everything that has a slot here is being gathered.
 from __future__ import annotations
 
 import asyncio
-import logging
 import math
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any, cast
 
 import anyio
 
-from . import outcome
+from . import log, outcome
 from .errors import ConfigError
 from .outcome import Outcome
 from .registry import Handler, Registry
 from .store import Job
 from .task import Context, Isolation, Progress, Run, Task, Transaction, Verdict
 
-logger = logging.getLogger("notifyq.batch")
+logger = log.logger("notifyq.batch")
 
 Call = Callable[[Handler, Any, Any], Awaitable[object]]  # a handler, with the tasks and their contexts
 ReadResults = Callable[[int], Awaitable[list[Any]]]  # of the tasks that this one has waited for

@@ -14,7 +14,6 @@ How much is up to room.py; whether it may run, once it is claimed, to admit.py.
 from __future__ import annotations
 
 import asyncio
-import logging
 import math
 import random
 import time
@@ -24,6 +23,7 @@ from datetime import datetime
 
 import anyio
 
+from . import log
 from .admit import Admission
 from .config import WorkerConfig
 from .doorbell import CHANNEL, Door, Moderation, Place, fleet_key
@@ -32,7 +32,7 @@ from .room import Room
 from .run import Runners
 from .store import PROOF_SECONDS, SQL, Connection, Job, claim, connect_worker, is_pooled
 
-logger = logging.getLogger("notifyq.claim")
+logger = log.logger("notifyq.claim")
 
 PROMOTED_AT_ONCE = 1000
 ECHO_SECONDS = 10.0

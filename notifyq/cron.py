@@ -10,7 +10,6 @@ Who looks when, and why each slot has one task, schema.sql tells ("Cron"). What 
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta, tzinfo
 from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
@@ -19,13 +18,15 @@ from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 import asyncpg
 from cronsim import CronSim, CronSimError
 
+from . import log
+from .codec import describe
 from .errors import ConfigError
 from .store import SQL
 
 if TYPE_CHECKING:
     from .store import Connection
 
-logger = logging.getLogger("notifyq.cron")
+logger = log.logger("notifyq.cron")
 
 AHEAD_SECONDS = 3.0  # twice as long as the keeper's heartbeats are apart
 MISSED_SECONDS = 60.0  # a slot that nobody saw to for so long was missed; before that it is only late
@@ -145,7 +146,7 @@ class Schedule:
                     self._poisoned.add(poison)
                     logger.error(
                         "a cron that can't be reckoned; nothing is enqueued for it until its row is mended",
-                        extra={"fields": {"cron": name, "expression": expression, "tz": tz, "error": str(error)}},
+                        extra={"fields": {"cron": name, "expression": expression, "tz": tz, "error": describe(error)}},
                     )
         if refused is not None:
             raise refused

@@ -17,7 +17,6 @@ Where a library forks without Python's knowledge, none of this happens; signals.
 
 from __future__ import annotations
 
-import logging
 import os
 import signal
 import socket
@@ -28,7 +27,9 @@ from contextlib import contextmanager
 from typing import NoReturn
 from weakref import WeakMethod
 
-logger = logging.getLogger("notifyq.run")
+from . import log
+
+logger = log.logger("notifyq.run")
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)  # that end a child, and stop a worker
 

@@ -25,7 +25,6 @@ it ends that backend, the turn goes to somebody else, and the log names the hand
 from __future__ import annotations
 
 import asyncio
-import logging
 import math
 import random
 import threading
@@ -37,8 +36,8 @@ from typing import Any
 
 import asyncpg
 
-from . import schema
-from .codec import NOTE_LENGTH, storable
+from . import log, schema
+from .codec import NOTE_LENGTH, describe, storable
 from .config import WorkerConfig
 from .cron import Schedule
 from .errors import DatabaseError
@@ -46,7 +45,7 @@ from .registry import Registry
 from .run import Runners
 from .store import SQL, TRANSIENT, Connection, Job, connect_worker, is_pooled, notified_id, prove_alive
 
-logger = logging.getLogger("notifyq.lease")
+logger = log.logger("notifyq.lease")
 
 TICK_SECONDS = 1.5
 SILENT_SECONDS = 2.0  # without a heartbeat, until it is asked whether a session is left: rescue.sql has it too
@@ -114,7 +113,7 @@ class Keeper:
         registry: Registry,
         runners: Runners,
         *,
-        on_lost: Callable[[list[tuple[int, int]]], None],
+        on_lost: Callable[[list[tuple[int, int]], set[int]], None],
         on_aside: Callable[[], None],
         on_freed: Callable[[], None],
         on_new_id: Callable[[int], None],
@@ -282,7 +281,9 @@ class Keeper:
                 if not self._down:
                     self._down = True
                     self._wait = 0.1
-                    logger.warning("heartbeat: the database is out of reach", extra={"fields": {"error": str(error)}})
+                    logger.warning(
+                        "heartbeat: the database is out of reach", extra={"fields": {"error": describe(error)}}
+                    )
             finally:
                 self._locked = False
                 self._beaten = -math.inf
@@ -398,14 +399,15 @@ class Keeper:
                 "this worker had been given up for dead; it comes back under a new id",
                 extra={"fields": {"old": old, "new": self._id}},
             )
-            self._tell(self._on_lost, held)
+            self._tell(self._on_lost, held, set[int]())
             self._tell(self._on_new_id, self._id)
             return True
         if not self._locked:
             await self._lock(conn, self._id)
         if lost:
             gone = set(lost)
-            self._tell(self._on_lost, [(id, attempt) for id, attempt in held if id in gone])
+            cancelled = {id for id, state in await conn.fetch(SQL["ends"], lost) if state == "cancelled"}
+            self._tell(self._on_lost, [(id, attempt) for id, attempt in held if id in gone], cancelled)
         if aside:
             self._tell(self._on_aside)
         if freed:
@@ -472,7 +474,7 @@ class Keeper:
                 self._failing[what] = str(error)
                 logger.warning(
                     "the database refuses a chore; it is tried again, and everything else goes on",
-                    extra={"fields": {"chore": what, "error": f"{type(error).__name__}: {error}"}},
+                    extra={"fields": {"chore": what, "error": describe(error)}},
                 )
         else:
             if self._failing.pop(what, None) is not None:

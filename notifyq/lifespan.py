@@ -7,17 +7,17 @@ from __future__ import annotations
 
 import functools
 import inspect
-import logging
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any, TypeAlias, cast
 
 import anyio
 
+from . import log
 from .codec import describe
 from .errors import ConfigError, NotifyqError
 
-logger = logging.getLogger("notifyq.lifespan")
+logger = log.logger("notifyq.lifespan")
 
 LEAVE_SECONDS = 5.0
 

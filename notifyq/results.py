@@ -16,7 +16,6 @@ wait are asked about again: nothing that ends meanwhile is missed, since what is
 from __future__ import annotations
 
 import asyncio
-import logging
 import random
 from collections.abc import AsyncGenerator, Generator, Iterable, Sequence
 from contextlib import contextmanager
@@ -26,6 +25,8 @@ import anyio
 import asyncpg
 import msgspec
 
+from . import log
+from .codec import describe
 from .errors import ConfigError, DatabaseError, NotifyqError, SchemaError, failure
 from .registry import innermost
 from .store import SQL, TRANSIENT, UNREADABLE, Connection, connect_worker, is_pooled, notified_id
@@ -34,7 +35,7 @@ from .task import ENDED, Progress
 if TYPE_CHECKING:
     from .registry import Handler, Registry
 
-logger = logging.getLogger("notifyq.results")
+logger = log.logger("notifyq.results")
 
 DONE, PROGRESS = "notifyq_done", "notifyq_progress"
 BATCH = 500  # tasks asked about in one statement
@@ -173,7 +174,8 @@ class Results:
                 elif not self._down:
                     self._down = True
                     logger.warning(
-                        "lost the database, trying again", extra={"fields": {"stage": "results", "error": str(error)}}
+                        "lost the database, trying again",
+                        extra={"fields": {"stage": "results", "error": describe(error)}},
                     )
                 await asyncio.sleep(random.uniform(0.5, 1.0) * wait)
                 wait = min(2.0, wait * 2)

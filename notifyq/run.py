@@ -26,7 +26,7 @@ import anyio.to_thread
 import msgspec
 from anyio.abc import TaskGroup
 
-from . import forked, outcome
+from . import forked, log, outcome
 from .batch import Batches, ReadResults, is_ours
 from .codec import PAYLOAD_LIMIT, describe
 from .config import NAME_LENGTH
@@ -38,7 +38,7 @@ from .store import Job
 from .task import Context, Isolation, Progress, Run, Task, Transaction, current_run
 from .transact import State, Transactions
 
-logger = logging.getLogger("notifyq.run")
+logger = log.logger("notifyq.run")
 
 T = TypeVar("T")
 
@@ -49,7 +49,7 @@ FAIR_SECONDS = 0.005  # a runner whose handlers never wait lets the others have 
 class Runner:
     """One runner's hands: the job it has, and how to take that away from it. A Run, to its handlers' Contexts."""
 
-    __slots__ = ("_begin", "_reports", "_results", "job", "limit", "scope", "stop", "task")
+    __slots__ = ("_begin", "_reports", "_results", "began", "job", "limit", "scope", "stop", "task")
 
     def __init__(
         self,
@@ -61,6 +61,7 @@ class Runner:
         self._reports = reports
         self._results = results
         self.job: Job | None = None
+        self.began = 0.0
         self.scope = anyio.CancelScope()
         self.limit: anyio.CancelScope | None = None  # inside of it, of a job with a timeout
         self.stop: HandBack | None = None  # cancelled from outside: this, or nothing, is the outcome
@@ -345,9 +346,11 @@ class Runners:
         """Jobs, one after the other, until there are none, or until the scope was cancelled."""
         assert runner.task is not None
         waiting, scope, cancelling = self._waiting, runner.scope, runner.task.cancelling
-        breath = time.monotonic() + FAIR_SECONDS
+        now = time.monotonic()
+        breath = now + FAIR_SECONDS
         while waiting:
             runner.job = job = waiting.popleft()
+            runner.began = now
             result = await self._attempt(runner, job)
             if runner.stop is not None:
                 # To be handed back, and it ended by itself: that counts only if it got to its end.
@@ -362,9 +365,10 @@ class Runners:
             # A handler may have left something in its context variables, or have cancelled the asyncio task it ran in.
             if scope.cancel_called or cancelling() or contextvars.copy_context() != clean:
                 return
-            if time.monotonic() > breath:
+            if (now := time.monotonic()) > breath:
                 await asyncio.sleep(0)
-                breath = time.monotonic() + FAIR_SECONDS
+                now = time.monotonic()
+                breath = now + FAIR_SECONDS
 
     async def _attempt(self, runner: Runner, job: Job) -> Outcome:
         """Run one task: find its handler, decode, call, decide. Raises nothing but a cancellation of its scope."""
@@ -378,16 +382,18 @@ class Runners:
             if answer is None:  # the lease is lost, and the fence refuses whatever is said
                 return HandBack(job)
             if isinstance(answer, str):
-                return self._log(handler, outcome.undecodable(job, answer))
+                return self._log(handler, outcome.undecodable(job, answer), runner.began)
             payload = answer
             del answer
         if len(payload) > PAYLOAD_LIMIT:
-            return self._log(handler, outcome.undecodable(job, f"its payload is larger than {PAYLOAD_LIMIT:,} bytes"))
+            return self._log(
+                handler, outcome.undecodable(job, f"its payload is larger than {PAYLOAD_LIMIT:,} bytes"), runner.began
+            )
         try:
             task = handler.decode(payload)
         except Exception as error:
             why = str(error) if isinstance(error, msgspec.MsgspecError) else describe(error)
-            return self._log(handler, outcome.undecodable(job, why))
+            return self._log(handler, outcome.undecodable(job, why), runner.began)
         del payload  # a large one isn't held twice
         context = Context(
             id=job.id,
@@ -398,7 +404,7 @@ class Runners:
             created_at=job.created_at,
         )
         if handler.batch is not None:
-            return self._log(handler, await self._batches.join(handler, job, task, context))
+            return self._log(handler, await self._batches.join(handler, job, task, context), runner.began)
         try:
             if handler.timeout is None:
                 value = await self._called(handler, task, context)
@@ -411,12 +417,12 @@ class Runners:
                     finally:
                         runner.limit = None
                 if limit.cancelled_caught:
-                    return self._log(handler, outcome.timed_out(job, handler))
+                    return self._log(handler, outcome.timed_out(job, handler), runner.began)
         except BaseException as error:
             if is_ours(error):
                 raise
-            return self._log(handler, outcome.raised(job, handler, error))
-        return self._log(handler, outcome.returned(job, handler, value))
+            return self._log(handler, outcome.raised(job, handler, error), runner.began)
+        return self._log(handler, outcome.returned(job, handler, value), runner.began)
 
     def _called(self, handler: Handler, task: Task, context: Context) -> Awaitable[object]:
         """Through the middleware, if there is any."""
@@ -518,24 +524,29 @@ class Runners:
         logger.error("task dead", extra={"fields": {"id": job.id, "type": job.type[:40] + "...", "error": why}})
         return outcome.undecodable(job, why)
 
-    def _log(self, handler: Handler, result: Outcome) -> Outcome:
+    def _log(self, handler: Handler, result: Outcome, began: float) -> Outcome:
         job = result.job
         if self._states and self._states.get(job) == "committed":
             result = self._settled_itself(handler, result)
         if isinstance(result, Finish) and result.state == "done":
             if logger.isEnabledFor(logging.DEBUG):
-                logger.debug("task done", extra=_fields(job, handler))
+                logger.debug("task done", extra=_fields(job, handler, seconds=_since(began)))
             return result
-        why = msgspec.json.decode(result.error)["error"] if isinstance(result, Finish | Later) and result.error else ""
-        # No traceback: that is in the row, where it can be found by id.
-        extra = _fields(job, handler, error=why.splitlines()[0][:300] if why else "")
+        entry = msgspec.json.decode(result.error) if isinstance(result, Finish | Later) and result.error else {}
+        why = entry.get("error") or ""
+        extra = _fields(job, handler, error=why.splitlines()[0][:300] if why else "", seconds=_since(began))
+        # The row keeps the traceback, where it is found by id.
+        show = {"more": f"notifyq show {job.id}"}
+        if logger.isEnabledFor(logging.DEBUG):
+            extra["trace"] = entry.get("traceback")
         match result:
             case Finish(state="cancelled"):
                 logger.info("task cancelled", extra=extra)
             case Finish():
+                extra["fields"] |= show
                 logger.error("task dead", extra=extra)
             case Later(delay=delay):
-                extra["fields"]["again_in"] = round(delay, 3)
+                extra["fields"] |= {"again_in": round(delay, 3), **show}
                 logger.warning("task failed, trying again", extra=extra)
             case HandBack() | Aside():
                 pass
@@ -590,7 +601,11 @@ async def _no_results(task: int) -> list[Any]:
     return []
 
 
-def _fields(job: Job, handler: Handler, **more: object) -> dict[str, dict[str, object]]:
+def _since(began: float) -> float:
+    return round(time.monotonic() - began, 3)
+
+
+def _fields(job: Job, handler: Handler, **more: object) -> dict[str, Any]:
     return {
         "fields": {
             "id": job.id,

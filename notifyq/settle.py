@@ -23,7 +23,7 @@ from typing import assert_never
 
 import asyncpg
 
-from . import schema
+from . import log, schema
 from .codec import describe
 from .outcome import Aside, Finish, HandBack, Later, Outcome, size_of, smaller
 from .store import (
@@ -39,7 +39,7 @@ from .store import (
     seconds_for,
 )
 
-logger = logging.getLogger("notifyq.settle")
+logger = log.logger("notifyq.settle")
 
 BATCH = 1000
 FULL_BYTES = 64 * 1024 * 1024  # of what isn't written; then nothing more is claimed
@@ -364,23 +364,26 @@ class Settler:
             errors = [o.error for o in finish] if any(o.error is not None for o in finish) else []
             states = [o.state for o in finish]
             args = states, results, errors, self._keep
-            self._tell(finish, await conn.fetch(SQL["finish"], worker, *_keys(finish), *args, timeout=seconds))
+            await self._tell(
+                conn, finish, await conn.fetch(SQL["finish"], worker, *_keys(finish), *args, timeout=seconds)
+            )
         if later:
             delays, errors = [o.delay for o in later], [o.error for o in later]
             rows = await conn.fetch(SQL["retry_later"], worker, *_keys(later), delays, errors, timeout=seconds)
-            self._tell(later, rows)
+            await self._tell(conn, later, rows)
         if back:
-            self._tell(back, await conn.fetch(SQL["hand_back"], worker, *_keys(back)))
+            await self._tell(conn, back, await conn.fetch(SQL["hand_back"], worker, *_keys(back)))
         if aside:
             types = sorted({o.job.type[:100] for o in aside})
             logger.warning(
                 "no handler here for these types, leaving their tasks to other workers",
                 extra={"fields": {"types": types[:20], "tasks": len(aside)}},
             )
-            self._tell(aside, await conn.fetch(SQL["set_aside"], worker, *_keys(aside)))
+            await self._tell(conn, aside, await conn.fetch(SQL["set_aside"], worker, *_keys(aside)))
 
-    def _tell(
+    async def _tell(
         self,
+        conn: Connection,
         outcomes: list[Finish] | list[Later] | list[HandBack] | list[Aside],
         rows: Sequence[asyncpg.Record],
     ) -> None:
@@ -391,10 +394,17 @@ class Settler:
         applied = {row[0] for row in rows}
         # After a hiccup some of these were written, and only the answer was lost: indistinguishable, and harmless.
         lost = [o.job.id for o in outcomes if o.job.id not in applied]
-        logger.warning(
-            "settled nothing for tasks whose lease was lost",
-            extra={"fields": {"ids": lost[:20], "tasks": len(lost)}},
-        )
+        cancelled = {id for id, state in await conn.fetch(SQL["ends"], lost) if state == "cancelled"}
+        if cancelled:
+            logger.info(
+                "cancelled while they ran: what their handlers returned doesn't count",
+                extra={"fields": {"ids": sorted(cancelled)[:20], "tasks": len(cancelled)}},
+            )
+        if lost := [id for id in lost if id not in cancelled]:
+            logger.warning(
+                "settled nothing for tasks whose lease was lost",
+                extra={"fields": {"ids": lost[:20], "tasks": len(lost)}},
+            )
 
 
 def _keys(outcomes: Iterable[Outcome]) -> tuple[list[int], list[int]]:

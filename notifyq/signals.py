@@ -18,7 +18,6 @@ With --processes there is a third source: a socket whose other end closes howeve
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
 import select
 import signal
@@ -34,11 +33,11 @@ from typing import TypeAlias
 
 import anyio
 
-from . import forked
+from . import forked, log
 from .errors import ConfigError
 from .forked import SIGNALS
 
-logger = logging.getLogger("notifyq.worker")
+logger = log.logger("notifyq.worker")
 
 LATE_SECONDS = 5.0  # beyond the shutdown timeout, for handlers to be cancelled and outcomes to be written
 FORCED_SECONDS = 3.0  # after the second signal

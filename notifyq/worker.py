@@ -12,7 +12,6 @@ and once when it ends. Any other failure of a stage is a bug, and takes the work
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
 import random
 import socket
@@ -23,10 +22,11 @@ import anyio
 import msgspec
 from anyio.abc import TaskStatus
 
-from . import forked, schema
+from . import forked, log, schema
 from .after import Reader
 from .batch import tell_clipped
 from .claim import Claimer
+from .codec import describe
 from .config import WorkerConfig
 from .errors import only
 from .large_payloads import LargePayloads
@@ -41,7 +41,7 @@ from .transact import Transactions
 if TYPE_CHECKING:
     from .registry import Registry
 
-logger = logging.getLogger("notifyq.worker")
+logger = log.logger("notifyq.worker")
 
 STAND_IN_SECONDS = 0.4  # between looks at whether the keeper is late
 CLAIM_SECONDS = 2.0  # at the end, for the last claim's answer
@@ -170,6 +170,7 @@ class Worker:
                 await keeper.stop(WRITE_SECONDS)
         if self._fatal is not None:
             raise self._fatal
+        logger.info("worker stopped", extra={"fields": {"id": self._id}})
 
     async def _stop(self, force: anyio.Event) -> None:
         runners, deadline = self._runners, self._config.shutdown_timeout_seconds
@@ -279,14 +280,17 @@ class Worker:
     def _trouble(self) -> str:
         return "; ".join(filter(None, (self._claimer.trouble, self._runners.trouble, self._settler.trouble)))
 
-    def _lost(self, leases: list[tuple[int, int]]) -> None:
+    def _lost(self, leases: list[tuple[int, int]], cancelled: set[int]) -> None:
         # By attempt too: what was held when the heartbeat left may have ended, and be held again, when it answers.
         lost = [
             id
             for id, attempt in leases
             if (job := self._runners.held.get(id)) and job.attempt == attempt and self._runners.lost(job)
         ]
-        if lost:
+        if by_people := [id for id in lost if id in cancelled]:
+            fields = {"ids": by_people[:20], "tasks": len(by_people)}
+            logger.info("cancelled while it ran: its handler is cancelled", extra={"fields": fields})
+        if lost := [id for id in lost if id not in cancelled]:
             logger.warning(
                 "lease lost: cancelled its handler", extra={"fields": {"ids": lost[:20], "tasks": len(lost)}}
             )
@@ -316,7 +320,7 @@ class Worker:
             if not self._claimer.stopping:
                 logger.warning(
                     "lost the database, trying again",
-                    extra={"fields": {"stage": stage, "error": f"{type(error).__name__}: {error}"}},
+                    extra={"fields": {"stage": stage, "error": describe(error)}},
                 )
         wait = self._waits[stage] = min(5.0, self._waits.get(stage, 0.05) * 2)
         if self._stopping.is_set():  # no time to be patient, and nothing more to claim
@@ -357,6 +361,7 @@ async def work(
     """Run a worker inside of its app's lifespan."""
 
     async def run(given: Sequence[object] | None) -> None:
+        log.enable()  # the app, or its lifespan, may have set up logging
         await Worker(registry.bound(given), config, dsn).run(stop=stop, force=force, task_status=task_status)
 
     with forked.signals_are_ours():

@@ -466,7 +466,7 @@ async def test_a_cancel_of_one_and_then_of_all(db: Any, dsn: str, logged: Logged
         ids = await app.enqueue_many([Item() for _ in range(3)])
         await seen.reach(1)
         assert await db.fetchval("SELECT notifyq.cancel($1)", ids[0])
-        await eventually(lambda: _async(len(logged("lease lost"))), 1)
+        await eventually(lambda: _async(len(logged("cancelled while it ran"))), 1)
         assert seen.items == [ids], "it goes on"
         release.set()
         await eventually(lambda: states(db, ids), {("cancelled", 1): 1, ("done", 1): 2})
@@ -493,13 +493,13 @@ async def test_a_cancel_of_one_that_is_gathered(
         ids = await bench.app.enqueue_many(items(3))
         await eventually(lambda: claimed(db), 3)
         assert await db.fetchval("SELECT notifyq.cancel($1)", ids[1])
-        await eventually(lambda: _async(len(logged("lease lost"))), 1)
+        await eventually(lambda: _async(len(logged("cancelled while it ran"))), 1)
         more = await bench.app.enqueue_many(items(8))
         assert await bench.seen.reach(1) == [[ids[0], ids[2], *more]]
         last = await bench.app.enqueue(Item())
         await eventually(lambda: claimed(db), 1)
         assert await db.fetchval("SELECT notifyq.cancel($1)", last.id)
-        await eventually(lambda: _async(len(logged("lease lost"))), 2)
+        await eventually(lambda: _async(len(logged("cancelled while it ran"))), 2)
         again = await bench.app.enqueue_many(items(10))
         assert (await bench.seen.reach(2))[1] == again, "the batch of one that was left empty is gone"
 

@@ -144,7 +144,7 @@ async def test_a_running_handler(
 ) -> None:
     """Within milliseconds; its clean-up runs; the outcome is kept, and told to who waits for it."""
     took, first = [], time.monotonic()
-    async with working(bench.app, dsn):
+    async with working(bench.app, dsn, threads=CANCELS):
         refs = [await bench.app.enqueue(kind()) for _ in range(CANCELS)]
         await bench.began.reach(CANCELS)
         await listening(listened)

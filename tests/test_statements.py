@@ -79,6 +79,7 @@ STATEMENTS = {
         "task_pkey task_ready task_scheduled",
     ),
     "end_claims": Statement("int4", "coalesce:bool", ""),
+    "ends": Statement("int8[]", "id:int8 state:text", "finished_pkey"),
     "enqueue": Statement("text text text float8 timestamptz int2 int2 text", "id:int8", ""),
     "enqueue_many": Statement("text[] text[] text float8 timestamptz int2 int2 text", "id:int8", ""),
     "enqueue_many_placed": Statement("text[] text[] text[] float8 timestamptz int2[] int2 text[]", "id:int8", ""),

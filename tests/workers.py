@@ -29,7 +29,7 @@ def say(event: str, **fields: Any) -> None:
 
 class Log(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
-        say("log", message=record.getMessage(), fields=getattr(record, "fields", {}))
+        say("log", message=getattr(record, "summary", record.getMessage()), fields=getattr(record, "fields", {}))
 
 
 class Quick(notifyq.Task):

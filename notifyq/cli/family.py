@@ -10,7 +10,6 @@ The first child starts alone: what is wrong with the app, the schema or the data
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
 import signal
 import socket
@@ -19,10 +18,10 @@ from collections.abc import Sequence
 
 import anyio
 
-from notifyq import forked
+from notifyq import forked, log
 from notifyq.signals import FORCED_SECONDS, LATE_SECONDS
 
-logger = logging.getLogger("notifyq.cli")
+logger = log.logger("notifyq.cli")
 
 VARIABLE = "_NOTIFYQ_PARENT"  # the socket's number, for a child
 READY = b"+"

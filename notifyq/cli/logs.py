@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
-import re
+import sys
 from datetime import UTC, datetime
-from typing import Any, cast
+from typing import Any
+
+from notifyq.log import text_of
 
 LEVELS = ("debug", "info", "warning", "error")
 
@@ -18,6 +21,10 @@ def set_up(level: str, style: str, *, pid: bool) -> None:
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     # Its pool tells of every try to reach a lost database, with a traceback; the worker says it once.
     logging.getLogger("asyncpg.pool").setLevel(logging.ERROR)
+    # What a handler prints is seen at once, where stdout is no terminal too.
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(line_buffering=True)
 
 
 class TextLines(logging.Formatter):
@@ -31,8 +38,8 @@ class TextLines(logging.Formatter):
         when = datetime.fromtimestamp(record.created).astimezone().isoformat(timespec="milliseconds")
         who = f"{record.name}[{record.process}]" if self._pid else record.name
         # One line a record, whatever is in it.
-        line = f"{when} {record.levelname} {who}: {_one_line(record.getMessage())}"
-        line += "".join(f" {name}={_value(value)}" for name, value in _fields(record).items())
+        line = f"{when} {record.levelname} {who}: {_one_line(_summary(record))}"
+        line += "".join(f" {name}={text_of(value)}" for name, value in _fields(record).items())
         return "\n".join([line, *_trace(self, record)])
 
 
@@ -44,7 +51,7 @@ class JsonLines(logging.Formatter):
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname.lower(),
             "logger": record.name,
-            "message": record.getMessage(),
+            "message": _summary(record),
             "pid": record.process,
             **_fields(record),
         }
@@ -58,17 +65,16 @@ def _fields(record: logging.LogRecord) -> dict[str, Any]:
     return fields
 
 
+def _summary(record: logging.LogRecord) -> str:
+    """The message without the fields, of one of ours."""
+    return str(getattr(record, "summary", None) or record.getMessage())
+
+
 def _trace(formatter: logging.Formatter, record: logging.LogRecord) -> list[str]:
     found = [formatter.formatException(record.exc_info)] if record.exc_info else []
+    if record.exc_text and not record.exc_info:
+        found = [record.exc_text]
     return [*found, formatter.formatStack(record.stack_info)] if record.stack_info else found
-
-
-def _value(value: object) -> str:
-    text = ",".join(str(item) for item in cast("list[object]", value)) if isinstance(value, list) else str(value)
-    if re.fullmatch(r"[^\s\"=]+", text) and text.isprintable():
-        return text
-    # What a terminal might obey is \u009b and the like: of what isn't printable, JSON escapes only the beginning.
-    return "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in json.dumps(text, ensure_ascii=False))
 
 
 def _one_line(text: str) -> str:

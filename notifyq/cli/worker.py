@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import socket
 from collections.abc import Callable
 
 import anyio
 import click
 
-from notifyq import App, WorkerInfo
+from notifyq import App, WorkerInfo, log
 from notifyq.config import WorkerConfig, parse_queues
 from notifyq.errors import NotifyqError
 from notifyq.signals import Watch
@@ -21,7 +20,7 @@ from .load import load_app
 from .options import check_typed_queue, dsn_option, duration, number, setting, word
 from .output import our_version, say
 
-logger = logging.getLogger("notifyq.cli")
+logger = log.logger("notifyq.cli")
 
 
 @click.command()

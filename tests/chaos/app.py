@@ -41,7 +41,12 @@ class Log(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         fields = getattr(record, "fields", {})
-        say("log", message=record.getMessage(), ids=fields.get("ids") or [fields.get("id", 0)], fields=fields)
+        say(
+            "log",
+            message=getattr(record, "summary", record.getMessage()),
+            ids=fields.get("ids") or [fields.get("id", 0)],
+            fields=fields,
+        )
 
 
 @contextmanager
