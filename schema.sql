@@ -1505,6 +1505,13 @@ COMMENT ON FUNCTION notifyq.count_running(text[], integer) IS
 --   may await     GRANT USAGE ON SCHEMA notifyq TO r;  -- results and progress
 --                 GRANT SELECT ON notifyq.all_tasks TO r;
 --                 GRANT SELECT (id, awaited), UPDATE (awaited) ON notifyq.task TO r;
+--   operator      GRANT USAGE ON SCHEMA notifyq TO r;  -- pause, resume and limit queues; retry and cancel tasks; crons
+--                 GRANT SELECT ON ALL TABLES IN SCHEMA notifyq TO r;
+--                 GRANT INSERT, DELETE, UPDATE (run_at, promoted, admitted, tracked) ON notifyq.task TO r;
+--                 GRANT INSERT, DELETE ON notifyq.finished TO r;
+--                 GRANT INSERT ON notifyq.freed, notifyq.bell TO r;
+--                 GRANT INSERT, UPDATE ON notifyq.queue TO r;
+--                 GRANT DELETE, UPDATE (paused, next_at) ON notifyq.cron TO r;
 --   worker        GRANT USAGE ON SCHEMA notifyq TO r;
 --                 GRANT ALL ON ALL TABLES IN SCHEMA notifyq TO r; GRANT ALL ON ALL SEQUENCES IN SCHEMA notifyq TO r;
 REVOKE ALL ON ALL FUNCTIONS IN SCHEMA notifyq FROM PUBLIC;

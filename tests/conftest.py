@@ -238,6 +238,7 @@ def grants(role: str, schema_sql: str = schema.schema_sql()) -> list[str]:
         "keys": "with keys",
         "reader": "may read",
         "awaiter": "may await",
+        "operator": "operator",
         "worker": "worker",
     }
     found: list[str] = []
@@ -255,7 +256,7 @@ def grants(role: str, schema_sql: str = schema.schema_sql()) -> list[str]:
 async def roles(server: Server, template: str) -> AsyncIterator[Any]:
     """A database where each role has exactly what is documented, and `roles("reader")` is a DSN for it."""
     await admin(server, f"CREATE DATABASE roles TEMPLATE {template}")
-    for role in ("enqueuer", "reader", "awaiter", "worker"):
+    for role in ("enqueuer", "reader", "awaiter", "operator", "worker"):
         await admin(server, f"CREATE ROLE {role} LOGIN")
         conn = await store.connect(server.dsn("roles"), role="test")
         assert len(grants(role)) >= 2
@@ -267,7 +268,7 @@ async def roles(server: Server, template: str) -> AsyncIterator[Any]:
         return server.dsn("roles").replace("://notifyq@", f"://{role}@")
 
     yield dsn
-    await admin(server, "DROP DATABASE roles WITH (FORCE)", "DROP ROLE enqueuer, reader, awaiter, worker")
+    await admin(server, "DROP DATABASE roles WITH (FORCE)", "DROP ROLE enqueuer, reader, awaiter, operator, worker")
 
 
 @pytest.fixture

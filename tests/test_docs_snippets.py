@@ -24,8 +24,11 @@ import pytest
 import notifyq
 from notifyq.cli import cli
 
+from .test_docs_examples import prints_what_it_shows
+
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+# By their names; docs/README.md has no blocks.
+PAGES = [ROOT / "README.md", *sorted(set((ROOT / "docs").glob("*.md")) - {ROOT / "docs" / "README.md"})]
 
 # By page, the tests that run its python and its console blocks, and look at what they do.
 RUN = {
@@ -36,6 +39,7 @@ RUN = {
     "handlers.md": ("test_around", "test_the_example_of_handlers"),
     "limits.md": ("test_docs_examples", "test_limits"),
     "modules.md": ("test_docs_snippets", "test_modules"),
+    "payloads.md": ("test_docs_snippets", "test_payloads"),
     "processes.md": ("test_docs_snippets", "test_pages_that_only_declare"),
     "results.md": ("test_docs_examples", "test_results"),
     "schema.md": ("test_docs_examples", "test_schema"),
@@ -48,6 +52,10 @@ RUN = {
 
 # Words of commands in the pages that stand for something.
 STANDS_FOR = {"ID": "1", "FILE": "file", "NAME": "name", "FOLDER": "folder", "VERSION": "1", "...": "", "ID...": "1"}
+
+
+# Not commands: how connections are called.
+CONNECTIONS = {"app", "claims", "client", "door", "handler", "keeper", "payloads", "results", "settle"}
 
 
 class Block(NamedTuple):
@@ -104,7 +112,7 @@ def commands() -> Iterator[tuple[str, str]]:
     for page in PAGES:
         prose = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
         for code in re.findall(r"`([^`]+)`", prose):
-            if re.match(r"(\w+=\S+ )*notifyq ", code):
+            if re.match(r"(\w+=\S+ )*notifyq ", code) and code.split()[1] not in CONNECTIONS:
                 yield page.name, " ".join(code.split())
 
 
@@ -129,7 +137,9 @@ def test_commands(where: str, line: str) -> None:
         given = [word for word in (STANDS_FOR.get(word, word) for word in words[1:]) if word]
         if given[-1:] == ["--dsn"]:
             given.append("postgresql://h/d")
-        with suppress(click.MissingParameter):  # in a sentence, a command may stand without what it is about
+        with suppress(
+            click.MissingParameter, click.exceptions.Exit
+        ):  # in a sentence, a command may stand without what it is about
             parse(cli, given)
     elif words[:1] == ["make"]:
         assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
@@ -220,6 +230,19 @@ def test_modules(tmp_path: Path, dsn: str) -> None:
         assert program(command, tmp_path, dsn) == output
     with pytest.raises(AssertionError, match="has no handlers"):
         program("notifyq worker shop.app:app --drain", tmp_path, dsn)
+
+
+def test_payloads(tmp_path: Path, dsn: str) -> None:
+    prints_what_it_shows((ROOT / "docs" / "payloads.md").read_text(encoding="utf-8"), tmp_path, dsn)
+
+
+def test_the_index_has_every_page() -> None:
+    """And each link of a page leads to a file that is there."""
+    index = (ROOT / "docs" / "README.md").read_text(encoding="utf-8")
+    assert {page.name for page in PAGES} - {"README.md"} <= set(re.findall(r"\]\((\w+\.md)\)", index))
+    for page in PAGES:
+        for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
+            assert (page.parent / link).exists(), f"{page.name}: {link}"
 
 
 @pytest.mark.parametrize("page", ["processes.md", "results.md"])
