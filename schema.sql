@@ -1393,6 +1393,7 @@ COMMENT ON COLUMN notifyq.cron.payload IS 'The payload of the tasks.';
 COMMENT ON COLUMN notifyq.cron.queue IS 'The queue of the tasks.';
 COMMENT ON COLUMN notifyq.cron.priority IS 'The priority of the tasks.';
 COMMENT ON COLUMN notifyq.cron.missed IS 'once or skip: what to do about slots that came while no worker ran.';
+COMMENT ON COLUMN notifyq.cron.options IS 'The options of the tasks: their keys and limits.';
 COMMENT ON COLUMN notifyq.cron.paused IS 'True: nothing is enqueued.';
 COMMENT ON COLUMN notifyq.cron.next_at IS 'The next slot; NULL: it is computed from now on.';
 COMMENT ON COLUMN notifyq.cron.last_at IS 'The latest slot that was enqueued.';
