@@ -378,7 +378,8 @@ BEGIN
         -- KEY SHARE, as it hinders nothing but claims. Not one that runs: its worker would wait to settle it.
         PERFORM FROM notifyq.task t WHERE t.id = old AND t.worker IS NULL FOR KEY SHARE;
         held := FOUND;
-        state := (SELECT a.state FROM notifyq.all_tasks a WHERE a.id = old);
+        state := (SELECT a.state FROM notifyq.all_tasks a WHERE a.id = old
+                  ORDER BY a.state IN ('done', 'dead', 'cancelled') LIMIT 1);  -- ids may have been given twice
         EXIT WHEN held OR state IS NULL OR state <> ALL (waiting);  -- else it was handed back in between
     END LOOP;
     -- What isn't known any more was done, and isn't kept.
@@ -552,6 +553,8 @@ END $$;
 
 -- Move a live task to finished; the one place outside a worker's settle that does. Returns whether it was there.
 CREATE FUNCTION notifyq.cancel(id bigint) RETURNS boolean LANGUAGE sql BEGIN ATOMIC
+    -- An older task may have had the same id: see ids.sql.
+    DELETE FROM notifyq.finished f WHERE f.id = $1 AND EXISTS (SELECT FROM notifyq.task t WHERE t.id = $1);
     -- A running task is taken from its worker: the worker's next heartbeat finds its lease gone and cancels the handler.
     -- While something runs for long there, it listens, and comes to look at once.
     WITH gone AS (
@@ -575,7 +578,9 @@ END;
 -- or done one is left alone.
 CREATE FUNCTION notifyq.retry(id bigint) RETURNS boolean LANGUAGE sql BEGIN ATOMIC
     WITH again AS (
-        DELETE FROM notifyq.finished f WHERE f.id = $1 AND f.state IN ('dead', 'cancelled') RETURNING f.*
+        DELETE FROM notifyq.finished f
+        WHERE f.id = $1 AND f.state IN ('dead', 'cancelled') AND NOT EXISTS (SELECT FROM notifyq.task t WHERE t.id = $1)
+        RETURNING f.*
     ), back AS (
         INSERT INTO notifyq.task (id, created_at, run_at, priority, max_attempts, promoted, queue, type, payload, errors, options)
         OVERRIDING SYSTEM VALUE
@@ -1036,6 +1041,8 @@ CREATE FUNCTION notifyq.forsake(ids bigint[]) RETURNS bigint[] LANGUAGE plpgsql 
 DECLARE
     cancelled bigint[];
 BEGIN
+    DELETE FROM notifyq.finished f
+    WHERE f.id = ANY (ids) AND EXISTS (SELECT FROM notifyq.task t WHERE t.id = f.id);  -- of older tasks with these ids
     WITH bad AS MATERIALIZED (
         SELECT DISTINCT ON (t.id) t.id, 'task ' || f.id || ' (' || left(f.type, 200) || '), which it was to run after, '
                                   || CASE f.state WHEN 'dead' THEN 'is dead' ELSE 'was cancelled' END AS error
@@ -1043,6 +1050,7 @@ BEGIN
         CROSS JOIN unnest(t.after) AS a (id)
         JOIN notifyq.finished f ON f.id = ANY (ARRAY[a.id])
         WHERE t.id = ANY (ids) AND f.state <> 'done'
+          AND NOT EXISTS (SELECT FROM notifyq.task d WHERE d.id = f.id)  -- an older task may have had the same id
         ORDER BY t.id, f.id
     ), gone AS (
         DELETE FROM notifyq.task t USING bad b WHERE t.id = ANY (ARRAY[b.id]) RETURNING t.*, b.error

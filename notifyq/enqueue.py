@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     Pool = asyncpg.Pool[asyncpg.Record]
 
 
+ADVANCE = "SELECT setval('notifyq.task_id_seq', (SELECT max(id) FROM notifyq.all_tasks))"
 SLICE = 100  # tasks encoded without a break: 0.2 ms
 
 
@@ -217,6 +218,10 @@ class Explained:
             raise DatabaseError("this server, or this transaction, is read-only; enqueue on the primary") from error
         if state == "23514" and message.startswith("notifyq.task: "):  # schema.sql's notifyq.given()
             raise ConfigError(f"task {self._type}: {message.removeprefix('notifyq.task: ')}") from error
+        if state == "23505" and "task_pkey" in message:
+            raise DatabaseError(
+                f"task {self._type}: another task has its id, as the sequence of ids is behind; run: {ADVANCE}"
+            ) from error
         if state.startswith("22"):
             raise ConfigError(f"task {self._type}: PostgreSQL can't store this payload: {message}") from error
 

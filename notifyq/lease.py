@@ -66,6 +66,7 @@ ORPHANS_SECONDS = 60.0
 LOOK_SECONDS = 60.0
 STEP_SECONDS = 60.0  # two clocks that are so far apart were not set at the same time
 STIR_SECONDS = 15.0
+IDS_SECONDS = 60.0  # between looks at whether ids are given a second time
 ENDED = (asyncpg.AdminShutdownError, asyncpg.CrashShutdownError, asyncpg.PostgresConnectionError)  # the session is over
 GRACE_SECONDS = 4.0  # after an outage, for the others to come back too: longer than the longest back-off
 
@@ -181,6 +182,8 @@ class Keeper:
         ] = {}  # what is wrong with the database: about what, problem, and cure
         self._failing: dict[str, str] = {}  # chores that the database refuses, and its reason
         self._beaten = -math.inf
+        self._compare_ids_at = 0.0  # written by the worker's loop too
+        self._behind = ""  # the cure, if ids are given a second time
 
     # On the worker's loop.
 
@@ -193,6 +196,10 @@ class Keeper:
     def late(self) -> bool:
         """Whether the next heartbeat is overdue: the keeper has no connection, or no answer on it."""
         return time.monotonic() - self._beaten > LATE_SECONDS
+
+    def compare_ids(self) -> None:
+        """Look soon whether ids are given a second time."""
+        self._compare_ids_at = 0.0
 
     async def stop(self, seconds: float) -> None:
         """Hand back what is still held, unregister, and end; in `seconds` at most."""
@@ -225,7 +232,7 @@ class Keeper:
         now = time.monotonic()
         self._since = {job: self._since.get(job, now) for job in held}
         self._long = bool(held) and min(self._since.values()) <= now - LONG_SECONDS
-        self._status = self._trouble() or "ok"
+        self._status = "; ".join(filter(None, (self._trouble(), self._behind))) or "ok"
         self._sleeps = self._asleep()
         now = time.monotonic()
         if self._pulse < self._asked < now - BLOCKED_SECONDS:
@@ -346,6 +353,9 @@ class Keeper:
             if now >= next_look:
                 next_look = now + random.uniform(0.5, 1.5) * LOOK_SECONDS
                 await self._chore(conn, "look for what is wrong with the database", self._look(conn))
+            if now >= self._compare_ids_at:
+                self._compare_ids_at = now + random.uniform(0.5, 1.5) * IDS_SECONDS
+                await self._chore(conn, "compare ids", self._compare_ids(conn))
             if now >= next_orphans:
                 next_orphans = now + random.uniform(0.5, 1.5) * ORPHANS_SECONDS
                 await self._chore(conn, "take back tasks of workers that are gone", self._take_orphans(conn))
@@ -491,6 +501,27 @@ class Keeper:
         self._findings = found
         if self._id is not None:
             await self._schedule.compare(conn, self._id)
+
+    async def _compare_ids(self, conn: Connection) -> None:
+        """Are ids given that tasks have, or had? That is so after TRUNCATE ... RESTART IDENTITY, or where a sequence
+        wasn't brought along to another server."""
+        row = await conn.fetchrow(SQL["ids"])
+        assert row is not None
+        highest, last = row
+        was, self._behind = self._behind, ""
+        if highest > last:
+            cure = f"SELECT setval('notifyq.task_id_seq', {highest})"
+            self._behind = f"ids are given a second time; run: {cure}"
+            await conn.execute(SQL["forget_keys"])
+            if not was:
+                logger.warning(
+                    "ids are given to new tasks that older ones have had: the sequence is behind what the tables hold; "
+                    "where an outcome is written, the older task's gives way. Run: %s",
+                    cure,
+                    extra={"fields": {"last": last, "highest": highest, "cure": cure}},
+                )
+        elif was:
+            logger.info("new tasks are given ids of their own again")
 
     async def _take_orphans(self, conn: Connection) -> None:
         if await conn.fetchval(SQL["orphaned"]) and (orphans := await conn.fetchval(SQL["orphans"])):

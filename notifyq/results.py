@@ -231,7 +231,11 @@ class Results:
     async def _tell(self, conn: Connection, ids: Sequence[int]) -> None:
         """Ask about these, and tell whoever waits."""
         try:
-            rows = {row["id"]: row for row in await conn.fetch(SQL["awaited"], ids)}
+            rows: dict[int, asyncpg.Record] = {}
+            for found in await conn.fetch(SQL["awaited"], ids):
+                # Of an id that was given twice, the older task has ended, and isn't the one that is meant.
+                if found["id"] not in rows or found["state"] not in ENDED:
+                    rows[found["id"]] = found
         except UNREADABLE as error:
             # A result that was stored, and can't be sent.
             if len(ids) > 1:

@@ -81,11 +81,17 @@ class Settler:
     """`put` outcomes in, `run` writes them, `pending` tells how many are not written yet."""
 
     def __init__(
-        self, dsn: str | None, keep: bool, settled: Callable[[], None], freed: Callable[[], None] = lambda: None
+        self,
+        dsn: str | None,
+        keep: bool,
+        settled: Callable[[], None],
+        freed: Callable[[], None] = lambda: None,
+        reused: Callable[[], None] = lambda: None,
     ) -> None:
         self._dsn = dsn
         self._keep = keep  # done and cancelled tasks in notifyq.finished
         self._settled = settled
+        self._reused = reused  # ids were given twice
         self._freed = freed  # something ended that others may wait for
         self._pending: list[Outcome] = []
         self._writing: list[Outcome] = []
@@ -336,11 +342,23 @@ class Settler:
         for worker in {outcome.job.worker for outcome in batch}:  # one, unless it was given up and came back
             mine = [outcome for outcome in batch if outcome.job.worker == worker]
             mine.sort(key=lambda outcome: outcome.job.id)  # everybody locks rows in this order
-            if len({type(outcome) for outcome in mine}) == 1:
-                await self._write_kinds(conn, worker, mine, seconds)
-            else:
-                async with conn.transaction():
+            try:
+                if len({type(outcome) for outcome in mine}) == 1:
                     await self._write_kinds(conn, worker, mine, seconds)
+                else:
+                    async with conn.transaction():
+                        await self._write_kinds(conn, worker, mine, seconds)
+            except asyncpg.UniqueViolationError as error:
+                if error.constraint_name != "finished_pkey":
+                    raise
+                async with conn.transaction():
+                    gone = await conn.fetch(SQL["give_way"], worker, *_keys(mine), timeout=seconds)
+                    await self._write_kinds(conn, worker, mine, seconds)
+                logger.warning(
+                    "ids were given a second time: what the history had of older tasks with them gave way",
+                    extra={"fields": {"ids": sorted(row[0] for row in gone)[:20], "tasks": len(gone)}},
+                )
+                self._reused()
 
     async def _write_kinds(self, conn: Connection, worker: int, outcomes: list[Outcome], seconds: float) -> None:
         finish: list[Finish] = []

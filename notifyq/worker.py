@@ -92,7 +92,7 @@ class Worker:
             self._reader.results,
             self._large,
         )
-        self._settler = Settler(dsn, config.history_seconds > 0, self._freed, self._let_in)
+        self._settler = Settler(dsn, config.history_seconds > 0, self._freed, self._let_in, self._ids_reused)
         self._claimer = Claimer(dsn, config, registry.types, self._runners)
         self._claimer.unsettled = lambda: self._settler.pending
         self._claimer.full = lambda: self._settler.full
@@ -276,6 +276,10 @@ class Worker:
 
     def _let_in(self) -> None:
         self._claimer.let_in()
+
+    def _ids_reused(self) -> None:
+        if self._keeper is not None:
+            self._keeper.compare_ids()
 
     def _trouble(self) -> str:
         return "; ".join(filter(None, (self._claimer.trouble, self._runners.trouble, self._settler.trouble)))

@@ -99,6 +99,9 @@ STATEMENTS = {
     "findings": Statement("bool", "about:text problem:text cure:text", None),
     "finish": Statement("int4 int8[] int2[] text[] jsonb[] jsonb[] bool", "id:int8 freed:bool", "task_pkey"),
     "free": Statement("", "ready:int4", ""),
+    "forget_keys": Statement("", "", "task_pkey"),
+    "give_way": Statement("int4 int8[] int2[]", "id:int8", "finished_pkey task_pkey"),
+    "ids": Statement("", "highest:int8 last:int8", "finished_pkey task_pkey"),
     "hand_back": Statement("int4 int8[] int2[]", "id:int8 freed:bool", "task_pkey"),
     "lock_holder": Statement("text[]", "holder:text", None),
     "names": Statement("", "queues:text[] types:text[]", None),
@@ -263,8 +266,8 @@ def assert_plan(name: str, nodes: list[dict[str, Any]]) -> None:
         relation, index = node.get("Relation Name"), node.get("Index Name", "")
         if index.startswith(("task_", "finished_")):
             used.add(index)
-            # All that is running is what `orphaned` asks of.
-            assert "Index Cond" in node or name == "orphaned", f"{name} reads all of {index}: {node}"
+            # All that is running is what `orphaned` asks of, and the last entry is all that `ids` reads.
+            assert "Index Cond" in node or name in ("orphaned", "ids"), f"{name} reads all of {index}: {node}"
         elif relation in ("task", "finished") and "Scan" in node["Node Type"]:
             assert node["Node Type"] == "Bitmap Heap Scan", f"{name}: {node}"
         assert node["Node Type"] != "Sort" or name in ("cron_register", "release", "rescue", "results", "tick"), (

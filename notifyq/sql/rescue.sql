@@ -44,6 +44,12 @@ WITH corpse AS MATERIALIZED (
     SELECT id, created_at, run_at, processing_at, clock_timestamp(), priority, attempts, max_attempts,
            'dead', queue, type, (SELECT name FROM corpse), payload, NULL, notifyq.with_error(errors, error), options
     FROM gone
+    ON CONFLICT (id) DO UPDATE  -- an older task had this id: see give_way.sql
+    SET (created_at, run_at, processing_at, processed_at, priority, attempts, max_attempts, state, queue, type, worker,
+         payload, result, errors, options) =
+        (EXCLUDED.created_at, EXCLUDED.run_at, EXCLUDED.processing_at, EXCLUDED.processed_at, EXCLUDED.priority,
+         EXCLUDED.attempts, EXCLUDED.max_attempts, EXCLUDED.state, EXCLUDED.queue, EXCLUDED.type, EXCLUDED.worker,
+         EXCLUDED.payload, EXCLUDED.result, EXCLUDED.errors, EXCLUDED.options)
 ), buried AS (
     DELETE FROM notifyq.worker w
     USING corpse

@@ -13,5 +13,11 @@ WITH gone AS (
            'done', queue, type, (SELECT w.name FROM notifyq.worker w WHERE w.id = $1), payload, NULL, errors, options
     FROM gone
     WHERE $4::boolean OR awaited OR tracked AND EXISTS (SELECT FROM notifyq.dependency d WHERE d.needs = gone.id)
+    ON CONFLICT (id) DO UPDATE  -- an older task had this id: see give_way.sql
+    SET (created_at, run_at, processing_at, processed_at, priority, attempts, max_attempts, state, queue, type, worker,
+         payload, result, errors, options) =
+        (EXCLUDED.created_at, EXCLUDED.run_at, EXCLUDED.processing_at, EXCLUDED.processed_at, EXCLUDED.priority,
+         EXCLUDED.attempts, EXCLUDED.max_attempts, EXCLUDED.state, EXCLUDED.queue, EXCLUDED.type, EXCLUDED.worker,
+         EXCLUDED.payload, EXCLUDED.result, EXCLUDED.errors, EXCLUDED.options)
 )
 SELECT pg_current_xact_id()::text AS xid, tracked AS freed FROM gone
