@@ -19,6 +19,7 @@ from notifyq import bulk, enqueue, large_payloads, schema, settle, store
 from notifyq.embedded import Server
 
 from .conftest import Seen, admin, database, eventually, working
+from .machine import limit
 from .proxy import Proxy, free_port, proxy_to
 
 Logged = Callable[[str], list[dict[str, Any]]]
@@ -197,7 +198,7 @@ async def test_a_server_that_is_away_is_no_tasks_fault(
     rig.proxy.rates["payloads"] = 100_000.0
     async with working(rig.app, rig.dsn):
         for _ in range(5):
-            with anyio.fail_after(20):
+            with anyio.fail_after(limit()):
                 while not rig.proxy.open("payloads"):
                     await anyio.sleep(0.01)
             rig.proxy.reset("payloads")
@@ -310,7 +311,7 @@ async def test_a_lock_is_no_results_fault(rig: Rig, monkeypatch: pytest.MonkeyPa
     async with working(rig.app, rig.dsn):
         async with rig.db.transaction():
             await rig.db.execute("LOCK TABLE notifyq.finished")
-            with anyio.fail_after(60):
+            with anyio.fail_after(limit()):
                 while not logged("can't be written in any form"):
                     await anyio.sleep(0.05)
         await rig.settled({"done": 1})

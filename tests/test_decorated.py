@@ -18,6 +18,7 @@ from notifyq import Context, Task
 from notifyq.testing import run_inline
 
 from .conftest import eventually, working
+from .machine import limit
 
 pytestmark = pytest.mark.anyio
 
@@ -127,7 +128,7 @@ async def test_what_can_be_awaited_is_awaited(dsn: str, form: str) -> None:
     ran = await run_inline(app, T(n=4), raises=True)
     assert (ran.state, ran.result) == ("done", 8)
     async with app.connect(dsn), working(app, dsn):
-        assert await (await app.enqueue(T(n=5), max_attempts=1)).result(timeout=20) == 10
+        assert await (await app.enqueue(T(n=5), max_attempts=1)).result(timeout=limit()) == 10
 
 
 async def test_it_is_awaited_on_the_worker_s_loop(dsn: str) -> None:
@@ -148,8 +149,8 @@ async def test_it_is_awaited_on_the_worker_s_loop(dsn: str) -> None:
         return (await app.enqueue(Inner())).id
 
     async with app.connect(dsn), working(app, dsn):
-        id = await (await app.enqueue(T(), max_attempts=1)).result(timeout=20)
-        assert await app.ref(id).result(timeout=20) == "inner"
+        id = await (await app.enqueue(T(), max_attempts=1)).result(timeout=limit())
+        assert await app.ref(id).result(timeout=limit()) == "inner"
     assert threads == [threading.get_ident()]
 
 

@@ -203,7 +203,7 @@ async def test_killed_while_its_connections_wait(spawn: Spawn, db: Any, connect:
     """One backend of a killed worker waits for the turn, another for a row: its tasks are rescued all the same."""
     victim, rescuer = await started(spawn, 'queues=["a"]'), await started(spawn, 'queues=["none"]')
     ids = await insert(db, "Sleep", 5, "a")
-    [locked] = await insert(db, "Sleep", 1, "a", seconds=2)
+    [locked] = await insert(db, "Sleep", 1, "a", seconds=limit(2))
     await victim.reach(6, "ran")
     turn, row = await connect(), await connect()
     await row.execute("BEGIN")
@@ -291,7 +291,7 @@ async def test_frozen_past_its_lease(spawn: Spawn, db: Any, probe: Probe) -> Non
     assert {line["id"] for _, line in frozen.of("cancelled")} == set(long)
     assert sum(fields["tasks"] for fields in frozen.logged("lease lost")) >= 5
     assert {line["id"] for _, line in frozen.of("ended")} == set(short)
-    assert sum(fields["tasks"] for fields in frozen.logged("settled nothing")) == 5
+    await eventually(lambda: settled_nothing(frozen), 5)
     [again] = frozen.logged("comes back under a new id")
     assert again["new"] != again["old"] == frozen.of("started")[0][1]["id"]
     assert await states(db, long + short) == {("running", 2): 10}, "they belong to the other"
@@ -303,19 +303,27 @@ async def test_frozen_past_its_lease(spawn: Spawn, db: Any, probe: Probe) -> Non
     assert [row[0] for row in owners] == [again["new"]]
 
 
+async def settled_nothing(story: Story) -> int:
+    """How many outcomes it could not write, since the leases were others'."""
+    return sum(fields["tasks"] for fields in story.logged("settled nothing"))
+
+
 async def test_a_failover_that_lost_its_registration(spawn: Spawn, db: Any) -> None:
     """The database is as it was before a worker registered; another worker registers there. Then the first goes on."""
     first = await started(spawn)
     first.process.signal(signal.SIGSTOP)
+    for role in CONNECTIONS:  # first, as one of them may hold locks
+        await terminate(db, role)
     await db.execute("TRUNCATE notifyq.worker RESTART IDENTITY")
-    await terminate(db, "%r%")  # all but this test's own
     second = await started(spawn)
     assert second.of("started")[0][1]["id"] != first.of("started")[0][1]["id"]
     ids = await insert(db, "Sleep", 10)
     await second.reach(10, "ran")
     first.process.signal(signal.SIGCONT)
     await first.reach(1, "log", message="this worker had been given up for dead; it comes back under a new id")
-    await first.reach(1, "log", message="the database is back")  # it claims again, and has taken back its strays
+    [new] = [fields["new"] for fields in first.logged("comes back under a new id")]
+    claims = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'notifyq claims ' || $1::integer"
+    await eventually(lambda: db.fetchval(claims, new), 1)  # so it has taken back its strays
     assert await states(db, ids) == {("running", 1): 10}
     assert not first.of("ran")
     assert not second.logged("lease lost")

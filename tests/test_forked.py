@@ -17,6 +17,7 @@ import pytest
 from notifyq.embedded import Server
 
 from .conftest import eventually
+from .machine import limit
 
 pytestmark = pytest.mark.anyio
 
@@ -222,7 +223,7 @@ class Program:
 
     async def line(self, text: str, count: int = 1) -> str:
         """The line with this text, once it is there so often."""
-        with anyio.move_on_after(60):
+        with anyio.move_on_after(limit()):
             while (said := self.said).count(text) < count:
                 assert self.popen.poll() is None, f"it ended with {self.popen.returncode} before {text!r}:\n{said}"
                 await anyio.sleep(0.02)
@@ -230,7 +231,7 @@ class Program:
         return next(line for line in said.splitlines() if text in line)
 
     async def end(self) -> int:
-        with anyio.fail_after(60):
+        with anyio.fail_after(limit()):
             return await anyio.to_thread.run_sync(self.popen.wait, abandon_on_cancel=True)
 
     def kill_all(self) -> None:
@@ -267,7 +268,7 @@ def worker(*words: str, loop: str = "uvloop") -> list[str]:
 async def result(db: Any, id: int) -> Any:
     """Of a task, once it is done."""
     query = "SELECT state, result, error FROM notifyq.all_tasks WHERE id = $1 AND state IN ('done', 'dead')"
-    await eventually(lambda: db.fetchval(f"SELECT EXISTS ({query})", id), seconds=60)
+    await eventually(lambda: db.fetchval(f"SELECT EXISTS ({query})", id))
     state, value, error = await db.fetchrow(query, id)
     assert state == "done", error
     return None if value is None else json.loads(value)

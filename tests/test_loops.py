@@ -23,6 +23,7 @@ import notifyq
 from notifyq.testing import enqueued
 
 from .conftest import working
+from .machine import limit
 
 pytestmark = pytest.mark.anyio
 
@@ -86,7 +87,7 @@ async def test_a_plain_handler_that_forgot_it_fails_and_says_why(dsn: str) -> No
     async with app.connect(dsn), working(app, dsn):
         ref = await app.enqueue(Plain(), max_attempts=1)
         with pytest.raises(notifyq.TaskDead, match=r"nothing can await this; .*SyncClient"):
-            await ref.result(timeout=20)
+            await ref.result(timeout=limit())
 
 
 async def test_a_blocking_connection_is_refused_at_the_call(dsn: str) -> None:
@@ -159,8 +160,8 @@ async def test_what_the_messages_advise_works(dsn: str) -> None:
 
     async with app.connect(dsn), working(app, dsn):
         with client.connect(dsn):
-            ids = await (await app.enqueue(Plain())).result(timeout=20)
-        assert [await app.ref(id).result(timeout=20) for id in ids] == [1, 2, 3]
+            ids = await (await app.enqueue(Plain())).result(timeout=limit())
+        assert [await app.ref(id).result(timeout=limit()) for id in ids] == [1, 2, 3]
 
 
 async def test_a_worker_s_connections_are_not_used_from_another_loop(dsn: str) -> None:
@@ -188,7 +189,7 @@ async def test_a_worker_s_connections_are_not_used_from_another_loop(dsn: str) -
 
     async with app.connect(dsn), working(app, dsn):
         ref = await app.enqueue(Plain(), after=[await app.enqueue(Sent(n=7))])
-        results, transaction, unawaited, right = await ref.result(timeout=20)
+        results, transaction, unawaited, right = await ref.result(timeout=limit())
         assert "another event loop" in results
         assert "anyio.from_thread.run(ctx.results)" in results
         assert "another event loop" in transaction
@@ -206,7 +207,7 @@ async def test_a_worker_on_another_loop_runs_but_its_handlers_need_connections_o
     async with app.connect(dsn):
         ref = await app.enqueue(Plain())
         await anyio.to_thread.run_sync(asyncio.run, app.run_worker(drain=True))
-        assert "another event loop" in await ref.result(timeout=20)
+        assert "another event loop" in await ref.result(timeout=limit())
         await app.enqueue(Sent())
 
 

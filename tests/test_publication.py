@@ -15,6 +15,7 @@ from notifyq import lease
 from notifyq.store import SQL
 
 from .conftest import Seen, eventually, working
+from .machine import limit
 from .verbs import insert
 
 Logged = Callable[[str], list[dict[str, Any]]]
@@ -73,7 +74,7 @@ async def test_tasks_of_every_kind_run(dsn: str, db: Any, logged: Logged, monkey
             await app.enqueue(Note("unique"), unique="u", unique_for=3600)
         first = await app.enqueue(Note("first"), delay=0.5)
         await app.enqueue(Note("after"), after=[first])
-        assert await first.result(timeout=20) == "first"
+        assert await first.result(timeout=limit()) == "first"
         later = await app.enqueue(Note("never"), delay=3600)
         assert await db.fetchval("SELECT notifyq.cancel($1)", later.id)
         assert await db.fetchval("SELECT notifyq.retry($1)", later.id) or True  # it may be pruned by now

@@ -18,6 +18,7 @@ from notifyq.outcome import HandBack, Later, Outcome, returned, smaller
 from notifyq.store import SQL, Job
 
 from .conftest import Seen, eventually, working
+from .machine import limit
 
 Logged = Callable[[str], list[dict[str, Any]]]
 
@@ -196,7 +197,7 @@ async def test_a_hand_back_that_is_refused_does_not_hold_up_a_stop(
         await bench.ran.reach(1)
         await db.execute(trigger("task", "OLD.type = 'Bad'", events="UPDATE"))
         worker.stop.set()
-        with anyio.fail_after(30):
+        with anyio.fail_after(limit()):
             await worker.done.wait()
     assert await db.fetchval("SELECT state FROM notifyq.all_tasks WHERE id = $1", id) == "running"
     assert logged("stopped with outcomes that could not be written")[0]["tasks"] == 1
@@ -206,7 +207,7 @@ async def test_a_drain_ends_though_an_outcome_is_refused(bench: Bench, db: Any, 
     await db.execute("ALTER TABLE notifyq.finished ADD CONSTRAINT no CHECK (type <> 'Bad')")
     await insert(db, "Bad")
     await insert(db, "Good", 3)
-    with anyio.fail_after(40):
+    with anyio.fail_after(limit()):
         await bench.app.run_worker(dsn=dsn, drain=True)
     assert (await states(db))["Good", "done"] == 3
     assert bench.ran.items.count("bad") == 1

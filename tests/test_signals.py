@@ -132,7 +132,7 @@ async def test_the_example_of_the_readme(tmp_path: Path, dsn: str, db: Any) -> N
     (tmp_path / "run.py").write_text(snippet)
     program = Program(tmp_path, dsn, sys.executable, "run.py")
     try:
-        await eventually(lambda: db.fetchval("SELECT count(*) FROM notifyq.worker"), 1, seconds=60)
+        await eventually(lambda: db.fetchval("SELECT count(*) FROM notifyq.worker"), 1)
         program.popen.send_signal(signal.SIGTERM)
         assert await program.end() == 0
         assert "Traceback" not in program.said
