@@ -41,6 +41,7 @@ DUE_AWAKE_SECONDS = 0.010  # how often to look for due tasks while awake,
 DUE_BUSY_SECONDS = 0.25  # and under a backlog, where they queue up like everybody
 PASS_SECONDS = 0.05  # not more often is the turn passed on for a queue that is full here; doubles up to 1 s
 ARMING_SHARE, ARMING_LEAST, ARMING_MOST = 0.02, 0.002, 0.05  # of the time spent arming; seconds, seconds
+UNLISTEN_SECONDS = 1.0  # for which a worker without the turn listens on: it mostly has the turn again soon
 AGAIN_LEAST, AGAIN_MOST = 0.002, 0.5  # until it looks again for what somebody has locked; doubles
 BLIND_SECONDS = 60.0  # after a claim that timed out, claims take no payloads with them
 UNSURE_SECONDS = 0.02  # until it looks for what ended in the moment when somebody was parked to wait for it
@@ -250,9 +251,10 @@ class Claimer:
                         door.suspect()
             elif place is Place.AWAY:
                 door.want(Place.TURN)
-                if self._listening and now - self._away_since > 1.0:
+                if self._listening and now - self._away_since > UNLISTEN_SECONDS:
                     await self._unlisten(conn)
-                await self._wait(min(self._poll_at, self._away_since + 1.01 if self._listening else math.inf))
+                unlisten_at = self._away_since + UNLISTEN_SECONDS + 0.01 if self._listening else math.inf
+                await self._wait(min(self._poll_at, unlisten_at))
             elif self._echo and now - self._echo_sent > ECHO_LIMIT_SECONDS:
                 raise BellSilent("LISTEN no longer hears what NOTIFY sends")
             elif now >= self._next_due:

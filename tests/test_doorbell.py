@@ -16,8 +16,10 @@ import anyio
 import pytest
 
 import notifyq
-from notifyq import doorbell
-from notifyq.doorbell import BURST, WINDOW_SECONDS, Moderation, fleet_key
+from notifyq import claim, doorbell, store
+from notifyq.config import WorkerConfig
+from notifyq.doorbell import BURST, WINDOW_SECONDS, Door, Moderation, Place, fleet_key
+from notifyq.run import Runners
 
 from .conftest import Seen, Sessions, eventually, working
 from .machine import limit
@@ -310,6 +312,94 @@ async def test_one_wake_one_worker(app: notifyq.App, seen: Seen, db: Any, dsn: s
             await db.execute(INSERT, mark(str(n)))
             await seen.reach(n + 1, SOON)
         assert await claims(db) - before == 20
+
+
+async def test_only_who_has_the_turn_listens(
+    app: notifyq.App, seen: Seen, db: Any, dsn: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other stops listening, so a ring wakes one worker. When it gets the turn, it finds out what was said
+    meanwhile: its queue was paused, so it runs nothing."""
+    monkeypatch.setattr(claim, "UNLISTEN_SECONDS", 0.01)
+    async with working(app, dsn) as first:
+        await asleep(db)
+        async with working(app, dsn):
+            deaf = """SELECT count(*) FROM pg_stat_activity WHERE application_name LIKE 'notifyq claims %'
+                      AND datname = current_database() AND query LIKE 'UNLISTEN%'"""
+            await eventually(lambda: db.fetchval(deaf), 1)
+            await db.execute("SELECT notifyq.pause('default')")
+            await db.execute(INSERT, mark("waits"))
+            await first.stopped()
+            await asleep(db)
+            assert await claims(db) == 0
+            await db.execute("SELECT notifyq.resume('default')")
+            assert await seen.reach(1) == ["waits"]
+
+
+async def test_a_worker_that_is_busy_passes_the_turn_on(app: notifyq.App, seen: Seen, db: Any, dsn: str) -> None:
+    """As soon as most of its slots are taken, though it has one left: the next task is for the idle worker."""
+    never = anyio.Event()
+
+    class Hold(notifyq.Task):
+        pass
+
+    @app.handler
+    async def hold(task: Hold) -> None:
+        seen.add("held")
+        await never.wait()
+
+    turn = """SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND classid = 1852990836 AND NOT granted
+              AND database = (SELECT oid FROM pg_database WHERE datname = current_database())"""
+    async with working(app, dsn, concurrency=4), working(app, dsn, concurrency=4):
+        await eventually(lambda: db.fetchval(turn), 1)
+        for n in range(4):
+            await asleep(db)
+            await db.execute("INSERT INTO notifyq.task (type) VALUES ('Hold')")
+            await seen.reach(n + 1)
+        assert await db.fetchval("SELECT count(DISTINCT worker) FROM notifyq.task") == 2
+        never.set()
+
+
+async def test_the_turn_is_waited_for_in_few_statements(app: notifyq.App, db: Any, dsn: str) -> None:
+    """Seconds each. An idle worker costs the server next to nothing."""
+    begun = """SELECT a.pid, a.query_start FROM pg_stat_activity a JOIN pg_locks l USING (pid)
+               WHERE l.locktype = 'advisory' AND l.classid = 1852990836 AND NOT l.granted
+                 AND a.datname = current_database()"""
+    async with working(app, dsn), working(app, dsn):
+        await eventually(lambda: db.fetchval(f"SELECT count(*) FROM ({begun}) AS b"), 1)
+        pid, before = await db.fetchrow(begun)
+        await anyio.sleep(0.05)
+        after = await db.fetchval("SELECT query_start FROM pg_stat_activity WHERE pid = $1", pid)
+        assert after == before or (after - before).total_seconds() > 1
+
+
+async def test_who_sleeps_for_long_falls_asleep_anew(dsn: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A transaction that is open for hours looks like a mistake."""
+    conn, places = await store.connect_worker(dsn, "door 1"), Seen()
+    door = Door(7, lambda: places.add(door.place))
+    async with anyio.create_task_group() as group:
+        group.start_soon(door.run, conn)
+        door.want(Place.ASLEEP)
+        await places.reach(3)
+        monkeypatch.setattr(doorbell, "DOUBT_SECONDS", -1.0)
+        door.turn_over()
+        assert len(places.items) == 3, "not yet"
+        monkeypatch.setattr(doorbell, "ASLEEP_SECONDS", -1.0)
+        door.turn_over()
+        assert await places.reach(5) == [Place.AWAY, Place.TURN, Place.ASLEEP, Place.TURN, Place.ASLEEP]
+        group.cancel_scope.cancel()
+    conn.terminate()
+
+
+async def test_an_echo_that_was_sent_before_is_not_waited_for(app: notifyq.App, dsn: str) -> None:
+    """A worker stops listening before an echo is heard. It must not miss that echo when it listens again."""
+    runners = Runners(app.registry, 1, 1, lambda _: None, lambda: None)
+    claimer = claim.Claimer(dsn, WorkerConfig(queues={"default": None}), ["Mark"], runners)
+    conn = await store.connect_worker(dsn, "claims 1")
+    await claimer._listen(conn)
+    assert claimer._new_echo(0.0) == claimer._echo
+    await claimer._unlisten(conn)
+    assert claimer._echo == ""
+    conn.terminate()
 
 
 async def claims(db: Any) -> int:
