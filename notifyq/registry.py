@@ -147,7 +147,7 @@ class Registry:
         options = options or HandlerOptions()
         function = _unwrapped(function)
         task, needs = _signature(function, scope, options.batch is not None)
-        _check_task(task)
+        check_task(task)
         handler = Handler(function, task, needs, options)
         other = self._handlers.get(handler.type)
         if other is not None and other.task is task:
@@ -421,7 +421,7 @@ def _globals(function: Callable[..., Any]) -> dict[str, Any]:
     return found
 
 
-def _check_task(task: type[Task]) -> None:
+def check_task(task: type[Task]) -> None:
     name = _name(task)
     config = task.__struct_config__
     if not isinstance(config.tag, str) or config.tag_field != "$type":

@@ -21,6 +21,7 @@ import pytest
 
 import notifyq
 from notifyq import store
+from notifyq.config import default_threads
 from notifyq.embedded import Server
 from notifyq.errors import ConfigError
 
@@ -238,6 +239,36 @@ async def test_nothing_of_a_row_is_imported(site: Any, app: notifyq.App, dsn: st
     assert "antigravity" not in sys.modules
 
 
+async def test_the_settings_of_a_backend(site: Any, app: notifyq.App, dsn: str) -> None:
+    """Those of a task class, for all tasks that are declared for it; others have their own."""
+    once, add = (app.registry.get(f"tests.django_site.tasks.{name}") for name in ("once", "_add"))
+    assert once
+    assert add
+    assert (once.max_attempts, once.backoff, once.timeout) == (1, 0.5, 60)
+    assert (add.max_attempts, add.backoff, add.timeout) == (10, 2.0, None)
+
+
+HOLD = "SELECT pg_advisory_lock_shared(5711), pg_advisory_unlock_shared(5711)"
+CONNECTIONS = """
+SELECT count(*) FROM pg_stat_activity
+WHERE datname = current_database() AND application_name = 'from Django' AND wait_event_type = 'Lock'"""
+
+
+async def test_as_many_connections_as_threads(site: Any, app: notifyq.App, dsn: str, db: Any) -> None:
+    """However many tasks there are: by default few enough for a small server, and none when all is done."""
+    most = default_threads()
+    await db.execute("SELECT pg_advisory_lock(5711)")
+    sent = await apart(lambda: [site.waits.enqueue(HOLD) for _ in range(3 * most)])
+    async with working(app, dsn, queues=["default"]):
+        await eventually(lambda: db.fetchval(CONNECTIONS), most)
+        running = "SELECT count(*) FROM notifyq.task WHERE worker IS NOT NULL"
+        await eventually(lambda: db.fetchval(running), most)
+        await db.execute("SELECT pg_advisory_unlock(5711)")
+        await finished(db, *(result.id for result in sent))
+        query = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'from Django'"
+        await eventually(lambda: db.fetchval(query), 0)
+
+
 async def test_a_worker_of_the_command_line(site: Any, dsn: str, db: Any) -> None:
     """It needs nothing but the settings to find the project's tasks."""
     sent = await apart(lambda: site.add.enqueue(1, 2))
@@ -260,8 +291,13 @@ async def test_what_cannot_be_declared_or_sent(site: Any, dsn: str) -> None:
         site.add.using(queue_name="nowhere")
     with pytest.raises(TypeError):
         site.add.enqueue(object())
-    with pytest.raises(ImproperlyConfigured, match=r"TASKS\['x'\] has the OPTIONS queue; notifyq knows database, max_"):
+    with pytest.raises(
+        ImproperlyConfigured,
+        match=r"TASKS\['x'\] has the OPTIONS queue; notifyq knows database, max_attempts, backoff, timeout",
+    ):
         TaskBackend("x", {"OPTIONS": {"queue": "a"}})
+    with pytest.raises(ImproperlyConfigured, match=r"TASKS\['x'\]: task .*OPTIONS: timeout is -1; expected seconds"):
+        TaskBackend("x", {"OPTIONS": {"timeout": -1}})
     (wrong,) = TaskBackend("x", {"OPTIONS": {"database": "lite"}}).check()
     assert wrong.msg == "TASKS['x'] is notifyq's, and its database 'lite' is sqlite."
     declared: Declared = declare(site.add.using(priority=5))

@@ -12,7 +12,6 @@
     worker    worker: load the app, say what it does, run it
       load    MODULE:APP, and all that can be wrong with one
       logs    how log records look
-      watch   signals, and an end to what doesn't end by itself
       family  --processes: a parent and its workers
 
 Exit codes: 0 clean, 1 forced or failed, 2 usage, import or configuration, 3 database unreachable, 4 schema

@@ -15,10 +15,12 @@ from django.utils import timezone
 
 from notifyq import foreign
 from notifyq.app import App
+from notifyq.errors import ConfigError
+from notifyq.registry import check_task
 from notifyq.store import SQL
 from notifyq.sync import SyncClient
 
-from .declared import BY_TYPE, declare
+from .declared import BY_TYPE, call_class, declare
 from .framework import (
     BaseTaskBackend,
     InvalidTask,
@@ -45,8 +47,12 @@ _STATUS = {
 }
 
 
+SETTINGS = ("max_attempts", "backoff", "timeout")
+
+
 class TaskBackend(BaseTaskBackend):
-    """OPTIONS: `database`, the alias of the database ("default"); `max_attempts` of each task (notifyq's 10)."""
+    """OPTIONS: `database`, the alias of the database ("default"); and the settings that notifyq's task classes have,
+    for each task that is declared for this backend: `max_attempts` (10), `backoff` (2 s), `timeout` (None)."""
 
     supports_defer = True
     supports_async_task = True
@@ -55,16 +61,22 @@ class TaskBackend(BaseTaskBackend):
 
     def __init__(self, alias: str, params: dict[str, Any]) -> None:
         super().__init__(alias, params)
-        if unknown := self.options.keys() - {"database", "max_attempts"}:
+        if unknown := self.options.keys() - {"database", *SETTINGS}:
             raise ImproperlyConfigured(
-                f"TASKS[{alias!r}] has the OPTIONS {', '.join(sorted(unknown))}; notifyq knows database, max_attempts"
+                f"TASKS[{alias!r}] has the OPTIONS {', '.join(sorted(unknown))}; notifyq knows database, "
+                f"{', '.join(SETTINGS)}"
             )
+        self._settings = {name: value for name, value in self.options.items() if name in SETTINGS}
+        try:
+            check_task(call_class("OPTIONS", __name__, "options", self._settings))
+        except ConfigError as error:
+            raise ImproperlyConfigured(f"TASKS[{alias!r}]: {error}") from None
         self._database: str = self.options.get("database", DEFAULT_DB_ALIAS)
         self._max_attempts: int | None = self.options.get("max_attempts")
 
     def validate_task(self, task: Task[..., Any]) -> None:
         super().validate_task(task)
-        declare(task)
+        declare(task, self._settings)
 
     def enqueue(self, task: Task[_P, _R], args: Any, kwargs: Any) -> TaskResult[_P, _R]:
         """In the transaction that is open on Django's connection; the result's id is the row's."""
@@ -87,7 +99,7 @@ class TaskBackend(BaseTaskBackend):
         if run_at is not None and timezone.is_naive(run_at):  # USE_TZ = False
             run_at = timezone.make_aware(run_at)
         ref = _client.enqueue(
-            declare(task).call(args=result.args, kwargs=result.kwargs),
+            declare(task, self._settings).call(args=result.args, kwargs=result.kwargs),
             queue=task.queue_name,
             run_at=run_at,
             priority=task.priority,

@@ -36,8 +36,17 @@ _by_type: dict[str, Declared] = {}
 BY_TYPE: Final[Mapping[str, Declared]] = MappingProxyType(_by_type)
 
 
-def declare(task: framework.Task[..., Any]) -> Declared:
-    """The one that this is, or is a copy of with other options. Raises InvalidTask for a path that is no type."""
+def call_class(name: str, module: str | None, tag: str, settings: Mapping[str, Any]) -> type[Call]:
+    """A task class with these class settings."""
+    made = msgspec.defstruct(name, [], bases=(Call,), tag=tag, module=module, namespace=dict(settings))
+    return cast("type[Call]", made)
+
+
+def declare(task: framework.Task[..., Any], settings: Mapping[str, Any] = MappingProxyType({})) -> Declared:
+    """The one that this is, or is a copy of with other options. Raises InvalidTask for a path that is no type.
+
+    settings  of the backend that the task was first declared for: class settings of its type
+    """
     path = task.module_path
     known = _by_type.get(path)
     if known is None or known.task.func is not task.func:  # a module that was reloaded
@@ -45,7 +54,6 @@ def declare(task: framework.Task[..., Any]) -> Declared:
             check_name("type", path)
         except ConfigError as error:
             raise framework.InvalidTask(str(error)) from error
-        name, module = task.func.__name__, task.func.__module__
-        call = cast("type[Call]", msgspec.defstruct(name, [], bases=(Call,), tag=path, module=module))
+        call = call_class(task.func.__name__, task.func.__module__, path, settings)
         _by_type[path] = known = Declared(task, call)
     return known

@@ -25,5 +25,8 @@ DATABASES: dict[str, dict[str, Any]] = {
 DATABASES["beside"] = {**DATABASES["default"], "OPTIONS": {"server_side_binding": True}}
 TASKS = {
     "default": {"BACKEND": "notifyq.django.TaskBackend", "QUEUES": ["default", "mail"]},
-    "once": {"BACKEND": "notifyq.django.TaskBackend", "OPTIONS": {"max_attempts": 1, "database": "beside"}},
+    "once": {
+        "BACKEND": "notifyq.django.TaskBackend",
+        "OPTIONS": {"max_attempts": 1, "backoff": 0.5, "timeout": 60, "database": "beside"},
+    },
 }

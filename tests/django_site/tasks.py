@@ -65,3 +65,10 @@ def once() -> None:
 @task
 def given_up() -> notifyq.Dead:
     return notifyq.Dead("no use")
+
+
+@task
+def waits(statement: str) -> None:
+    with connection.cursor() as cursor:
+        cursor.execute("SET application_name = 'from Django'")
+        cursor.execute(statement)
