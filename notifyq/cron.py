@@ -19,7 +19,6 @@ import asyncpg
 from cronsim import CronSim, CronSimError
 
 from . import log
-from .codec import describe
 from .errors import ConfigError
 from .store import SQL
 
@@ -146,7 +145,14 @@ class Schedule:
                     self._poisoned.add(poison)
                     logger.error(
                         "a cron that can't be reckoned; nothing is enqueued for it until its row is mended",
-                        extra={"fields": {"cron": name, "expression": expression, "tz": tz, "error": describe(error)}},
+                        extra={
+                            "fields": {
+                                "cron": name,
+                                "expression": expression,
+                                "tz": tz,
+                                "error": str(error) or type(error).__name__,
+                            }
+                        },
                     )
         if refused is not None:
             raise refused

@@ -51,7 +51,7 @@ STATEMENTS = {
     "claim_onward": Statement("int4 text[] int4[] int4 text[] int2[] int8[] int4", ROW, "task_pkey task_ready"),
     "count_running": Statement("int4 text[]", "count_running:void", ""),
     "cron_conflicts": Statement(
-        "text[] text[] text[] text[] text[] text[] int2[] text[] int4",
+        "text[] text[] text[] text[] text[] text[] int2[] text[] text[] int4",
         "name:text expression:text tz:text type:text queue:text worker:text",
         "",
     ),
