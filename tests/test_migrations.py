@@ -277,6 +277,85 @@ async def test_tasks_survive(conn: Any, version: int) -> None:
     assert await conn.fetchval("SELECT notifyq.enqueue('next')") == 7
 
 
+ODD_TIMES = ("infinity", "-infinity", "4713-01-01 BC")
+ODD_STATES = {
+    "times without an end": "".join(
+        f"INSERT INTO notifyq.task (type, {column}) VALUES ('odd', '{time}');"
+        "INSERT INTO notifyq.finished"
+        " (id, created_at, run_at, processed_at, priority, attempts, state, queue, type, payload)"
+        f" VALUES ({1000 + number}, '{time}', '{time}', '{time}', 0, 1, 'dead', 'q', 'odd', '{{}}');"
+        for number, (column, time) in enumerate(
+            (column, time) for column in ("created_at", "run_at", "processing_at", "processed_at") for time in ODD_TIMES
+        )
+    ),
+    "rows from the future": """
+        INSERT INTO notifyq.task (type, created_at, run_at, processed_at, attempts)
+        SELECT 'odd', now() + interval '1 year', now() + interval '366 days', now() + interval '1 year', 1;
+        INSERT INTO notifyq.worker (name, queues, types, max_attempts, concurrency, lease, seen_at)
+        VALUES ('host:1', '{default}', '{T}', '{10}', 1, '30 s', now() + interval '1 year')""",
+    "triggers that are disabled": "ALTER TABLE notifyq.task DISABLE TRIGGER ALL",
+    "triggers for replicas": "ALTER TABLE notifyq.task ENABLE REPLICA TRIGGER ring",
+    "a publication": "CREATE PUBLICATION everything FOR ALL TABLES",
+    "row level security": """
+        ALTER TABLE notifyq.task ENABLE ROW LEVEL SECURITY; ALTER TABLE notifyq.finished ENABLE ROW LEVEL SECURITY;
+        ALTER TABLE notifyq.worker ENABLE ROW LEVEL SECURITY;
+        ALTER TABLE notifyq.schema_version ENABLE ROW LEVEL SECURITY;
+        CREATE POLICY mine ON notifyq.task USING (queue = current_user)""",
+    "unlogged": "ALTER TABLE notifyq.task SET UNLOGGED; ALTER TABLE notifyq.finished SET UNLOGGED",
+    "rows that nobody could have meant": """
+        INSERT INTO notifyq.task (type, worker, attempts, aside, promoted, processing_at)
+        VALUES ('odd', 77, -3, true, true, NULL), ('odd', NULL, 32767, true, true, now()),
+               ('odd', 77, 0, false, false, NULL)""",
+    "nothing in the row of the version but the number": "UPDATE notifyq.schema_version SET installed_at = '-infinity'",
+}
+
+
+@pytest.mark.parametrize("odd", ODD_STATES)
+async def test_an_upgrade_of_odd_states(empty_dsn: str, conn: Any, odd: str) -> None:
+    """It goes through, and beside it and after it tasks of every kind run."""
+    await install(conn, 1)
+    await conn.execute(ODD_STATES[odd])
+    await conn.execute("INSERT INTO notifyq.task (type) VALUES ('Note')")
+    assert await schema.migrate(conn) == (1, SCHEMA_VERSION)
+    assert await conn.fetch(store.SQL["findings"], False) == [], "an upgrade makes the triggers anew"
+    seen = Seen()
+    app = notifyq.App()
+
+    class Note(notifyq.Task):
+        text: str = "before"
+
+    @app.handler
+    async def note(task: Note) -> None:
+        seen.add(task.text)
+
+    async with app.connect(empty_dsn), working(app, empty_dsn):
+        await app.enqueue(Note("plain"))
+        first = await app.enqueue(Note("limited"), limit_key="k", limit=1)
+        await app.enqueue(Note("last"), order_key="o", after=[first])
+        await seen.reach(4)
+    assert sorted(seen.items) == ["before", "last", "limited", "plain"]
+    assert await conn.fetchval("SELECT count(*) FROM notifyq.all_tasks") >= 4
+
+
+async def test_an_owner_that_does_not_see_its_version_is_told(server: Server, empty_dsn: str, conn: Any) -> None:
+    """Row level security that is forced on the owner hides the version: nothing is changed, and nothing to drop."""
+    await install(conn, 1)
+    await admin(server, "CREATE ROLE landlady LOGIN")
+    try:
+        await conn.execute(
+            "ALTER SCHEMA notifyq OWNER TO landlady; ALTER TABLE notifyq.schema_version OWNER TO landlady;"
+            "ALTER TABLE notifyq.schema_version ENABLE ROW LEVEL SECURITY, FORCE ROW LEVEL SECURITY"
+        )
+        owner: Any = await store.connect(empty_dsn.replace("://notifyq@", "://landlady@"), role="test")
+        with pytest.raises(DatabaseError, match="row level security hides the rows of"):
+            await schema.migrate(owner)
+        owner.terminate()
+        assert await schema.installed_version(conn) == 1
+    finally:
+        await conn.execute("REASSIGN OWNED BY landlady TO notifyq; DROP OWNED BY landlady")
+        await admin(server, "DROP ROLE landlady")
+
+
 # --- Who is served, and who may upgrade
 
 

@@ -92,6 +92,16 @@ async def vacuum_full(stage: Stage, hit: Hit) -> None:
         await stage.sql(f"VACUUM FULL notifyq.{table}")
 
 
+@fault("publication")
+async def publication(stage: Stage, hit: Hit) -> None:
+    """Of all tables, as change data capture makes it: a table without a key can't be updated or deleted from."""
+    await stage.sql("CREATE PUBLICATION chaos FOR ALL TABLES")
+    try:
+        await asyncio.sleep(3.0)
+    finally:
+        await stage.sql("DROP PUBLICATION chaos")
+
+
 @fault("REINDEX, ANALYZE, VACUUM")
 async def reindex(stage: Stage, hit: Hit) -> None:
     """All the indexes anew, and plans made in the middle of it."""
