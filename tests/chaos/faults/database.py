@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import signal
 from pathlib import Path
@@ -16,6 +17,8 @@ from . import Hit, Missed, fault
 
 if TYPE_CHECKING:
     from ..stage import Stage
+
+_numbers = itertools.count()
 
 
 @fault("server crashes and restarts", everybody=True)
@@ -95,11 +98,12 @@ async def vacuum_full(stage: Stage, hit: Hit) -> None:
 @fault("publication")
 async def publication(stage: Stage, hit: Hit) -> None:
     """Of all tables, as change data capture makes it: a table without a key can't be updated or deleted from."""
-    await stage.sql("CREATE PUBLICATION chaos FOR ALL TABLES")
+    name = f"chaos_{next(_numbers)}"  # two may overlap
+    await stage.sql(f"CREATE PUBLICATION {name} FOR ALL TABLES")
     try:
         await asyncio.sleep(3.0)
     finally:
-        await stage.sql("DROP PUBLICATION chaos")
+        await stage.sql(f"DROP PUBLICATION IF EXISTS {name}")
 
 
 @fault("REINDEX, ANALYZE, VACUUM")
