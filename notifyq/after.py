@@ -14,7 +14,7 @@ import msgspec
 
 from . import loops
 from .errors import failure
-from .store import SQL, TRANSIENT, connect_worker
+from .store import SQL, STATEMENT_BYTES, TRANSIENT, connect_worker, seconds_for
 
 
 class Reader:
@@ -36,12 +36,19 @@ class Reader:
             except TRANSIENT:  # a connection that has sat there may be gone
                 self.close()
                 rows = await self._fetch(task)
-        return [_result(*row) for row in rows]
+        return [_result(id, type, state, result, error) for id, type, state, result, error, _ in rows]
 
     async def _fetch(self, task: int) -> list[asyncpg.Record]:
         if self._conn is None:
             self._conn = await connect_worker(self._dsn, "results")
-        return await self._conn.fetch(SQL["results"], task)
+        rows: list[asyncpg.Record] = []
+        while True:
+            # Each with the time that its bytes take: they may be compressed where they are stored.
+            seconds = seconds_for(4 * STATEMENT_BYTES)
+            page = await self._conn.fetch(SQL["results"], task, len(rows) + 1, timeout=seconds)
+            rows += page
+            if not page or page[0]["left"] == len(page):
+                return rows
 
     def close(self) -> None:
         if self._conn is not None:

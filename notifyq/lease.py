@@ -43,7 +43,7 @@ from .cron import Schedule
 from .errors import DatabaseError
 from .registry import Registry
 from .run import Runners
-from .store import SQL, TRANSIENT, Connection, Job, connect_worker, is_pooled, notified_id, prove_alive
+from .store import SQL, TRANSIENT, Connection, Job, connect_worker, is_pooled, is_refusal, notified_id, prove_alive
 
 logger = log.logger("notifyq.lease")
 
@@ -61,6 +61,8 @@ AFTERMATH_SECONDS = 2.0  # after the loop was blocked: what it missed shows
 RESCUE_AT_ONCE = 2000
 PRUNE_SECONDS = 60.0
 PRUNE_AT_ONCE = 5000
+PRUNED_SECONDS = 0.5  # of one such statement: fewer at once where rows are large
+MOST = object()  # where the statement takes how many rows at most
 DEAD_KEPT_SECONDS = 30 * 86400.0
 ORPHANS_SECONDS = 60.0
 LOOK_SECONDS = 60.0
@@ -183,6 +185,8 @@ class Keeper:
         self._failing: dict[str, str] = {}  # chores that the database refuses, and its reason
         self._beaten = -math.inf
         self._compare_ids_at = 0.0  # written by the worker's loop too
+        self._rescued_at_once = RESCUE_AT_ONCE  # fewer, where a row is refused or takes long
+        self._pruned_at_once: dict[str, int] = {}  # by statement
         self._behind = ""  # the cure, if ids are given a second time
 
     # On the worker's loop.
@@ -426,7 +430,7 @@ class Keeper:
             self._tell(self._on_wanted)
         if silent and asyncio.get_running_loop().time() >= self._rescue_from:
             for worker in silent:
-                await self._rescue(conn, *worker)
+                await self._chore(conn, "rescue what a dead worker held", self._rescue(conn, *worker))
         return bool(lost)
 
     def _all_status(self) -> str:
@@ -451,7 +455,17 @@ class Keeper:
 
     async def _rescue(self, conn: Connection, worker: int, seen: float, unseen: float) -> None:
         while True:
-            row = await conn.fetchrow(SQL["rescue"], worker, RESCUE_AT_ONCE, seen, unseen)
+            most = self._rescued_at_once
+            try:
+                row = await conn.fetchrow(SQL["rescue"], worker, most, seen, unseen)
+            except TRANSIENT as error:
+                # A row of these takes too long, or is refused: those before it are rescued all the same.
+                if isinstance(error, TimeoutError) or is_refusal(error):
+                    self._rescued_at_once = max(1, most // 2)
+                if most > 1 and is_refusal(error) and not schema.gone(error):
+                    continue
+                raise
+            self._rescued_at_once = min(RESCUE_AT_ONCE, most * 2)
             assert row is not None
             name, ready, dead = row
             if name is None:  # silent, but alive by its lock: frozen, or far away
@@ -534,9 +548,9 @@ class Keeper:
         """Each table by itself."""
         now = self._time_at_most(await conn.fetchval("SELECT clock_timestamp()"))
         for table, statement, args in (
-            ("finished", "prune", (self._config.history_seconds, DEAD_KEPT_SECONDS, PRUNE_AT_ONCE, now)),
-            ("started", "prune_started", (PRUNE_AT_ONCE,)),
-            ("unique_key", "prune_keys", (PRUNE_AT_ONCE,)),
+            ("finished", "prune", (self._config.history_seconds, DEAD_KEPT_SECONDS, MOST, now)),
+            ("started", "prune_started", (MOST,)),
+            ("unique_key", "prune_keys", (MOST,)),
         ):
             await self._chore(conn, f"prune notifyq.{table}", self._prune_all(conn, statement, args))
         for queue in self._config.queues:
@@ -567,10 +581,21 @@ class Keeper:
         self._stepped = step > STEP_SECONDS
         return trusted + timedelta(seconds=STEP_SECONDS)
 
-    async def _prune_all(self, conn: Connection, statement: str, args: tuple[float | datetime, ...]) -> None:
+    async def _prune_all(self, conn: Connection, statement: str, args: tuple[object, ...]) -> None:
         assert self._stop is not None
-        while await conn.fetchval(SQL[statement], *args) >= PRUNE_AT_ONCE:
-            if self._stop.is_set() or await self._sleep(0.05):
+        while True:
+            # As many rows as take half a second or so: what is large takes long to delete.
+            most = self._pruned_at_once.get(statement, PRUNE_AT_ONCE)
+            begin = time.monotonic()
+            try:
+                pruned = await conn.fetchval(SQL[statement], *(most if arg is MOST else arg for arg in args))
+            finally:
+                took = time.monotonic() - begin
+                if took > 2 * PRUNED_SECONDS:
+                    self._pruned_at_once[statement] = max(1, most // 2)
+                elif took < PRUNED_SECONDS:
+                    self._pruned_at_once[statement] = min(PRUNE_AT_ONCE, most * 2)
+            if pruned < most or self._stop.is_set() or await self._sleep(0.05):
                 return
             self._ask_pulse()
 

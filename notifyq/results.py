@@ -29,7 +29,16 @@ from . import log
 from .codec import describe
 from .errors import ConfigError, DatabaseError, NotifyqError, SchemaError, failure
 from .registry import innermost
-from .store import SQL, TRANSIENT, UNREADABLE, Connection, connect_worker, is_pooled, notified_id
+from .store import (
+    SQL,
+    TRANSIENT,
+    UNREADABLE,
+    WORKER_TIMEOUT_SECONDS,
+    Connection,
+    connect_worker,
+    is_pooled,
+    notified_id,
+)
 from .task import ENDED, Progress
 
 if TYPE_CHECKING:
@@ -38,7 +47,8 @@ if TYPE_CHECKING:
 logger = log.logger("notifyq.results")
 
 DONE, PROGRESS = "notifyq_done", "notifyq_progress"
-BATCH = 500  # tasks asked about in one statement
+BATCH = 500  # tasks asked about in one statement; fewer, after one that took too long
+PATIENCE = 8  # times as long a statement about one task may take in the end
 LOOK_SECONDS = 5.0  # between looks that shouldn't find anything
 POOLED_SECONDS = 0.5  # between looks where nothing else tells
 AGAIN_LEAST, AGAIN_MOST = 0.003, 0.5  # until it asks again about what somebody has locked; doubles
@@ -80,6 +90,8 @@ class Results:
         self._waiting: dict[int, set[Waiter]] = {}
         self._watched = 0  # of these, who wants progress too
         self._ask: dict[int, None] = {}  # in order
+        self._most = BATCH
+        self._patience = 1
         self._again: set[int] = set()  # to be asked about once more: their rows were locked
         self._wake = asyncio.Event()
         self._cut = False
@@ -209,7 +221,7 @@ class Results:
                 self._again.clear()
                 again_at, again_wait = now + again_wait, min(AGAIN_MOST, again_wait * 2)
             if self._ask:
-                ids = [id for id, _ in zip(self._ask, range(BATCH), strict=False)]
+                ids = [id for id, _ in zip(self._ask, range(self._most), strict=False)]
                 for id in ids:
                     del self._ask[id]
                 await self._tell(conn, ids)
@@ -232,10 +244,18 @@ class Results:
         """Ask about these, and tell whoever waits."""
         try:
             rows: dict[int, asyncpg.Record] = {}
-            for found in await conn.fetch(SQL["awaited"], ids):
+            seconds = WORKER_TIMEOUT_SECONDS * self._patience
+            for found in await conn.fetch(SQL["awaited"], ids, timeout=seconds):
                 # Of an id that was given twice, the older task has ended, and isn't the one that is meant.
                 if found["id"] not in rows or found["state"] not in ENDED:
                     rows[found["id"]] = found
+            self._most = min(BATCH, self._most * 2)
+        except TimeoutError:
+            if len(ids) > 1:
+                self._most = len(ids) // 2
+            else:
+                self._patience = min(PATIENCE, self._patience * 2)
+            raise
         except UNREADABLE as error:
             # A result that was stored, and can't be sent.
             if len(ids) > 1:
@@ -247,6 +267,9 @@ class Results:
         for id in ids:
             if (row := rows.get(id)) is None:
                 self._fail(NotifyqError, f"there is no task {id}; {_NO_TASK}", [id])
+                continue
+            if row["later"] and id in self._waiting:
+                self._ask[id] = None
                 continue
             for waiter in self._waiting.get(id, ()):
                 if row["state"] in ENDED:

@@ -18,6 +18,7 @@ import notifyq
 from notifyq import bulk, enqueue, large_payloads, schema, settle, store
 from notifyq.embedded import Server
 
+from . import verbs
 from .conftest import Seen, admin, database, eventually, working
 from .machine import limit
 from .proxy import Proxy, free_port, proxy_to
@@ -418,3 +419,111 @@ async def test_too_much_for_one_statement(rig: Rig, dsn: str, monkeypatch: pytes
             await rig.app.enqueue_many(tasks, then=Note(name="last"))
         assert len(await rig.app.enqueue_many(tasks[:10], conn=conn)) == 10
         assert len((await rig.app.enqueue_many(tasks[:10], then=Note(name="last")))[0]) == 10
+
+
+# --- What reads results, rescues and prunes
+
+
+async def kept(db: Any, count: int, size: int) -> list[int]:
+    """Tasks that are done, with results that PostgreSQL can't compress much."""
+    rows = await db.fetch(f"""
+        INSERT INTO notifyq.finished (id, created_at, run_at, processed_at, priority, attempts, state, queue, type,
+                                      payload, result)
+        SELECT 1000 + i, now(), now(), now(), 0, 1, 'done', 'default', 'Note', '{{}}',
+               to_jsonb(i || {NOISE.format(size=size)})
+        FROM generate_series(1, {count}) i RETURNING id""")
+    return [row[0] for row in rows]
+
+
+async def test_results_that_no_single_answer_can_carry(rig: Rig, dsn: str) -> None:
+    """Whoever waits for many gets them in several answers, each whole."""
+    db = await store.connect(dsn, role="test")
+    ids = await kept(db, 12, 1_500_000)
+    got: list[str] = []
+    answers = 0
+    async with rig.app.connect(dsn) as app:
+        tell = app.results._tell
+
+        async def counted(conn: Any, asked: Any) -> None:
+            nonlocal answers
+            answers += 1
+            await tell(conn, asked)
+
+        app.results._tell = counted  # type: ignore[method-assign, assignment]
+
+        async def wait(id: int) -> None:
+            got.append(await app.ref(id).result(str, timeout=60))
+
+        async with anyio.create_task_group() as group:
+            for id in ids:
+                group.start_soon(wait, id)
+    assert sorted(int(text.partition("\\")[0]) for text in got) == list(range(1, 13))
+    assert min(map(len, got)) >= 1_500_000
+    assert 3 <= answers <= 20
+    await db.close()
+
+
+async def test_results_of_predecessors_come_in_several_answers(rig: Rig, dsn: str) -> None:
+    db = await store.connect(dsn, role="test")
+    ids = await kept(db, 12, 1_500_000)
+    got: list[Any] = []
+    app = notifyq.App()
+
+    class Last(notifyq.Task):
+        pass
+
+    @app.handler
+    async def last(task: Last, ctx: notifyq.Context) -> None:
+        got.extend(await ctx.results())
+
+    await db.execute("SELECT setval('notifyq.task_id_seq', 5000)")
+    async with app.connect(dsn):
+        await app.enqueue(Last(), after=ids)
+        await app.run_worker(dsn=dsn, drain=True)
+    assert [int(text.partition("\\")[0]) for text in got] == list(range(1, 13))
+    await db.close()
+
+
+async def test_a_rescue_moves_some_bytes_at_a_time(dsn: str) -> None:
+    """Of those that are over, payloads go to the history: 64 MB in a statement, and then the next."""
+    worker: Any = await store.connect_worker(dsn, "test")
+    await worker.execute("ALTER TABLE notifyq.task ALTER payload SET STORAGE EXTERNAL")
+    await worker.execute("""INSERT INTO notifyq.task (type, payload, max_attempts)
+                            SELECT 'Known', to_jsonb(repeat('x', 15000000)), 1 FROM generate_series(1, 7)""")
+    me = await verbs.register(worker)
+    assert len(await verbs.claim(worker, me)) == 7
+    await verbs.silent(worker, me)
+    assert [(await verbs.rescue(worker, me))[2] for _ in range(3)] == [5, 2, 0]
+    worker.terminate()
+
+
+async def test_a_row_that_no_rescue_can_move(rig: Rig, dsn: str, logged: Logged) -> None:
+    """It is said once. Those before it are rescued, and the heartbeat goes on."""
+    db: Any = await store.connect(dsn, role="test")
+    app = notifyq.App()
+    await db.execute("""
+        INSERT INTO notifyq.task (type, payload)
+        SELECT 'Note', jsonb_build_object('name', 'n' || n) FROM generate_series(1, 40) n;
+        ALTER TABLE notifyq.task ADD CONSTRAINT no CHECK (payload ->> 'name' <> 'n30' OR errors IS NULL)""")
+    worker: Any = await store.connect_worker(dsn, "test")
+    dead = await verbs.register(worker)
+    assert len(await verbs.claim(worker, dead, 40)) == 40
+    await db.execute("UPDATE notifyq.worker SET seen_at = now() - interval '1 hour', lease = '1 second'")
+
+    class Other(notifyq.Task):
+        pass
+
+    @app.handler
+    async def other(task: Other) -> None: ...
+
+    async with working(app, dsn):
+        await eventually(lambda: db.fetchval("SELECT count(*) FROM notifyq.task WHERE worker = $1", dead), 11)
+        with anyio.fail_after(60):
+            while not logged("refuses a chore"):
+                await anyio.sleep(0.02)
+        async with app.connect(dsn):
+            await (await app.enqueue(Other())).result(timeout=60)
+    assert len(logged("refuses a chore")) == 1
+    assert not logged("out of reach")
+    worker.terminate()
+    await db.close()

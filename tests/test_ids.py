@@ -12,7 +12,6 @@ import pytest
 
 import notifyq
 from notifyq import store
-from notifyq.store import SQL
 
 from . import verbs
 from .conftest import Seen, eventually, working
@@ -137,9 +136,8 @@ async def test_a_rescue_a_cancel_and_a_retry(db: Any, dsn: str) -> None:
                         SELECT 'Say', '{"text": "new"}', 1 FROM generate_series(1, 4)""")
     worker: Any = await store.connect_worker(dsn, "test")
     jobs = await verbs.claim(worker, await verbs.register(worker), 1)
-    await db.execute("UPDATE notifyq.worker SET seen_at = now() - interval '1 hour'")
-    row = await worker.fetchrow(SQL["rescue"], jobs[0].worker, 9)
-    assert (row["ready"], row["dead"]) == (0, 1)
+    await verbs.silent(db, jobs[0].worker)
+    assert (await verbs.rescue(worker, jobs[0].worker))[1:] == (0, 1)
     assert await db.fetchval("SELECT notifyq.cancel(2)")
     assert not await db.fetchval("SELECT notifyq.retry(3)"), "the one that lives is ready already"
     rows = await db.fetch("SELECT id, state, payload ->> 'text' AS text FROM notifyq.all_tasks ORDER BY id, state")

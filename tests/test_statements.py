@@ -42,7 +42,7 @@ STATEMENTS = {
     "advance": Statement("float8", "count:int8", None),
     "awaited": Statement(
         "int8[]",
-        "id:int8 state:text type:text result:jsonb error:text progress:float4 note:text marked:bool",
+        "id:int8 state:text type:text result:jsonb error:text progress:float4 note:text marked:bool later:bool",
         "finished_pkey task_pkey",
     ),
     "beat": Statement("int4", "", ""),
@@ -120,7 +120,9 @@ STATEMENTS = {
     "release": Statement("int4", "count:int4", "task_pkey task_running"),
     "rescue": Statement("int4 int4 float8 float8", "name:text ready:int4 dead:int4", "task_pkey task_running"),
     "retry_later": Statement("int4 int8[] int2[] float8[] jsonb[]", "id:int8 freed:bool", "task_pkey"),
-    "results": Statement("int8", "id:int8 type:text state:text result:jsonb error:text", "finished_pkey task_pkey"),
+    "results": Statement(
+        "int8 int8", "id:int8 type:text state:text result:jsonb error:text left:int8", "finished_pkey task_pkey"
+    ),
     "runnable": Statement("text[]", "queues:text[] next_seconds:float8 at:timestamptz", None),
     "served": Statement("", "queues:text[] types:text[]", None),
     "set_aside": Statement("int4 int8[] int2[]", "id:int8 freed:bool", "task_pkey"),

@@ -3,6 +3,7 @@
 -- length of its lease, lock or no lock. The server's clock isn't asked, as it may be stepped: a step forward would make
 -- all workers look silent, and after a step back a dead one's last heartbeat would lie in the future.
 --
+-- It stops when 64 MB would be moved, or rewritten, of payloads and errors, so that it isn't held up for long.
 -- What has attempts left is ready again, and the bell rings;
 -- what has none is dead, so that a task that kills its worker doesn't kill them all. The worker itself goes when it
 -- holds nothing more. Returns one row: its name (NULL: it lives, or another rescues it), how many are ready again,
@@ -18,8 +19,8 @@ WITH corpse AS MATERIALIZED (
                WHEN $4::float8 >= 2 THEN pg_try_advisory_xact_lock(1852990827, w.id::integer)
                ELSE false END
     FOR UPDATE SKIP LOCKED
-), held AS MATERIALIZED (
-    SELECT t.id, t.attempts,
+), found AS MATERIALIZED (
+    SELECT t.id, t.attempts, pg_column_size(t.payload) + coalesce(pg_column_size(t.errors), 0) AS size,
            t.attempts >= coalesce(t.max_attempts,
                                   (SELECT k.allowed FROM unnest(corpse.types, corpse.max_attempts) AS k (type, allowed)
                                    WHERE k.type = t.type LIMIT 1), 10) AS spent,
@@ -29,6 +30,10 @@ WITH corpse AS MATERIALIZED (
     ORDER BY t.id
     LIMIT $2::integer
     FOR UPDATE OF t SKIP LOCKED
+), held AS MATERIALIZED (
+    SELECT f.*
+    FROM (SELECT f.*, sum(f.size) OVER (ORDER BY f.id) - f.size AS before FROM found f) AS f
+    WHERE f.before < 67108864
 ), again AS (
     UPDATE notifyq.task t
     SET worker = NULL, run_at = t.run_at, processed_at = clock_timestamp(), progress = NULL, note = NULL,

@@ -1,9 +1,16 @@
--- What became of the tasks that task $1 has waited for, in their order. Of one that nobody knows any more, or that lives
--- once more, only the id.
-SELECT a.id, left(f.type, 200) AS type, f.state, f.result, f.errors -> -1 ->> 'error' AS error
-FROM notifyq.task t
-CROSS JOIN jsonb_array_elements(t.options -> 'after') WITH ORDINALITY AS o (id, n)
-CROSS JOIN LATERAL (SELECT o.id::bigint) AS a (id)
-LEFT JOIN notifyq.finished f ON f.id = ANY (ARRAY[a.id])
-WHERE t.id = $1::bigint
-ORDER BY o.n
+-- What became of the tasks that task $1 has waited for, in their order, from place $2 on (the first is 1): up to 4 MB of
+-- results, as they are stored, or one that is larger; "left" is how many there are from that place on. Of a task that
+-- nobody knows any more, or that lives once more, only the id.
+SELECT r.id, r.type, r.state, r.result, r.error, r.left
+FROM (
+    SELECT a.id, left(f.type, 200) AS type, f.state, f.result, f.errors -> -1 ->> 'error' AS error, o.n,
+           count(*) OVER () AS left,
+           sum(coalesce(pg_column_size(f.result), 0)) OVER (ORDER BY o.n) - coalesce(pg_column_size(f.result), 0) AS before
+    FROM notifyq.task t
+    CROSS JOIN jsonb_array_elements(t.options -> 'after') WITH ORDINALITY AS o (id, n)
+    CROSS JOIN LATERAL (SELECT o.id::bigint) AS a (id)
+    LEFT JOIN notifyq.finished f ON f.id = ANY (ARRAY[a.id])
+    WHERE t.id = $1::bigint AND o.n >= $2::bigint
+) AS r
+WHERE r.before < 4194304
+ORDER BY r.n
