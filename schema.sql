@@ -56,6 +56,20 @@
 --
 -- A task that uses none of this has NULL in those columns, is judged by nobody, and touches none of the tables.
 --
+-- Tasks whose worker vanished
+-- ---------------------------
+-- A worker that vanishes (killed, out of memory) takes down all tasks that it runs, and at most one of them is the cause.
+-- So a crash is no failure of a task, unless the task was the only one that its worker held:
+--
+--     crash beside others, the first   ready again at once. The attempt doesn't count (crashes)
+--     crash beside others, a later one parked ('crashed'), out of the claims' way, until a worker runs it isolated
+--     crash alone                      the attempt counts (crashes_alone). The third is the last, or that which makes
+--                                      max_attempts: the task is dead
+--
+-- To run some isolated, a worker claims nothing until it holds nothing, then runs 16 of them, or 4 that have crashed three
+-- times, or one that has crashed more often, and then goes on. One worker at a time does that. It doesn't wait for ever:
+-- after a time that doubles with each crash they run beside others, where a crash costs these a restart.
+--
 -- Options
 -- -------
 -- What few tasks need is said in one column, options, a JSON object: unique_key, order_key, limit_key, after and what goes
@@ -125,7 +139,9 @@ CREATE TABLE notifyq.task (
     tracked       boolean     NOT NULL DEFAULT false,  -- others may wait for its end: a row of freed tells of it
     awaited       boolean     NOT NULL DEFAULT false,  -- a client waits for its end: a NOTIFY tells of it
     progress      real,
-    note          text
+    note          text,
+    crashes       smallint,                            -- how often its worker vanished while it ran beside others,
+    crashes_alone smallint                             -- and while it ran alone: see "Tasks whose worker vanished"
 ) WITH (
     fillfactor = 90,
     -- A queue turns its rows over in seconds: vacuum early, at full speed, indexes included, and never
@@ -1311,13 +1327,18 @@ COMMENT ON COLUMN notifyq.task.order_key IS
 COMMENT ON COLUMN notifyq.task.limit_key IS 'From options: limits count all tasks with the same key.';
 COMMENT ON COLUMN notifyq.task.after IS 'From options: the ids of tasks whose ends it still waits for.';
 COMMENT ON COLUMN notifyq.task.parked IS
-    'What it waits for: limit, rate, queue, order or after; if aside is false, what it was granted.';
+    'What it waits for: limit, rate, queue, order or after, or crashed: until a worker runs it alone; if aside is'
+    ' false, what it was granted.';
 COMMENT ON COLUMN notifyq.task.waits_at IS 'The key at which it waits, or of which a slot is kept for it.';
 COMMENT ON COLUMN notifyq.task.admitted IS 'Equal to processing_at: this attempt holds slots of its keys.';
 COMMENT ON COLUMN notifyq.task.tracked IS 'Other tasks may wait for its end, so its end adds a row to notifyq.freed.';
 COMMENT ON COLUMN notifyq.task.awaited IS 'A client waits for its end, so its end sends a NOTIFY.';
 COMMENT ON COLUMN notifyq.task.progress IS 'How far its handler says it is, from 0 to 1.';
 COMMENT ON COLUMN notifyq.task.note IS 'What its handler says it is doing.';
+COMMENT ON COLUMN notifyq.task.crashes IS
+    'How often its worker vanished while it ran beside other tasks. These attempts don''t count against max_attempts.';
+COMMENT ON COLUMN notifyq.task.crashes_alone IS
+    'How often its worker vanished while it ran nothing else. These attempts count, and the third is the last.';
 COMMENT ON TABLE notifyq.finished IS
     'Finished tasks. Workers delete them when they are older than their retention. To read, use notifyq.all_tasks.';
 COMMENT ON COLUMN notifyq.finished.id IS 'The id of the task.';

@@ -30,7 +30,7 @@ from .doorbell import CHANNEL, Door, Moderation, Place, fleet_key
 from .marks import OWED_TIMES, SLOW_SECONDS, Marks, Usual
 from .room import Room
 from .run import Runners
-from .store import PROOF_SECONDS, SQL, Connection, Job, claim, connect_worker, is_pooled
+from .store import PROOF_SECONDS, SQL, Connection, Job, claim, claim_suspects, connect_worker, is_pooled
 
 logger = log.logger("notifyq.claim")
 
@@ -44,6 +44,10 @@ ARMING_SHARE, ARMING_LEAST, ARMING_MOST = 0.02, 0.002, 0.05  # of the time spent
 UNLISTEN_SECONDS = 1.0  # for which a worker without the turn listens on: it mostly has the turn again soon
 AGAIN_LEAST, AGAIN_MOST = 0.002, 0.5  # until it looks again for what somebody has locked; doubles
 BLIND_SECONDS = 60.0  # after a claim that timed out, claims take no payloads with them
+ISOLATED_AT_ONCE = {2: 16, 3: 4}  # by how often they have crashed; of those that have more often, one
+PATIENCE_SECONDS = 30.0  # to wait until nothing else runs, and to let it run alone; doubles with each crash up to
+PATIENCE_MOST = 3600.0
+REFUSED_SECONDS = 600.0  # of another's isolating
 UNSURE_SECONDS = 0.02  # until it looks for what ended in the moment when somebody was parked to wait for it
 LAG_SECONDS = 0.005  # a loop that wakes up so late has work enough
 
@@ -75,6 +79,8 @@ class Claimer:
         self._left: set[str] = set()  # queues with a limit that it left tasks in, maybe
         self._freed = False  # there may be tasks that wait for what has ended
         self._beats = False  # a heartbeat is asked for
+        self._suspects = False  # there may be tasks to run isolated
+        self._refused_since: float | None = None  # another does that
         self._changed = False  # what is said of the queues
         self._passing = False
         self._pass_after = 0.0
@@ -131,6 +137,11 @@ class Claimer:
     def look_aside(self) -> None:
         """Somebody has set tasks aside that are ours."""
         self._aside = self._look = True
+        self._wake.set()
+
+    def isolate(self) -> None:
+        """There are tasks to run isolated, since their workers have vanished."""
+        self._suspects = True
         self._wake.set()
 
     def let_in(self) -> None:
@@ -221,6 +232,9 @@ class Claimer:
                 await self._beat(conn, worker)
             if self._freed:
                 await self._free(conn)
+            if self._suspects:
+                await self._isolate(conn, worker)
+                continue
             rooms, room = self._rooms(now)
             if not room:
                 door.want(Place.AWAY)
@@ -313,7 +327,7 @@ class Claimer:
             if room and not self._runners.held and not self.unsettled():
                 # Only now, as a handler's last words may have been to enqueue something.
                 due = await self._due(conn, worker)
-                if await self._free(conn):
+                if await self._free(conn) or await self._isolate(conn, worker):
                     continue
                 # What was held above kept its queue, if that has a limit, out of the rooms.
                 rooms, room = self._rooms(clock())
@@ -383,6 +397,75 @@ class Claimer:
         for job in (*locked, *surplus):
             self.hand_back(job)
         return len(jobs)
+
+    async def _isolate(self, conn: Connection, worker: int) -> int:
+        """Run some tasks without others beside them, as their workers have vanished. Returns how many it has begun.
+
+        schema.sql tells the rules, under "Tasks whose worker vanished".
+        """
+        clock = asyncio.get_running_loop().time
+        self._suspects = False
+        keys = [f"crashed:{queue}" for queue in self._queues if queue not in self._admission.paused]
+        crashes = await conn.fetchval(SQL["suspects"], keys, self._types)
+        if crashes is None:
+            return 0
+        locked = False
+        if not is_pooled(conn):
+            locked = await conn.fetchval("SELECT pg_try_advisory_lock(1852990835, 0)")
+            if not locked:
+                # Whoever has it isolates others, or is frozen, or a stranger. So not for ever.
+                self._refused_since = self._refused_since or clock()
+                if clock() - self._refused_since < REFUSED_SECONDS:
+                    return 0
+        self._refused_since = None
+        patience = min(PATIENCE_SECONDS * 2 ** min(crashes - 2, 10), PATIENCE_MOST)
+        jobs: list[Job] = []
+        fed: list[Job] = []
+        held = self._runners.held
+        try:
+            self._door.want(Place.AWAY)
+            self._runners.hurry()
+            alone = await self._until(conn, worker, lambda: not held and not self.unsettled(), patience)
+            if self._stopping or self._failure is not None:
+                return 0
+            _, room = self._rooms(clock())
+            with anyio.CancelScope(shield=True):
+                most = max(1, min(room, ISOLATED_AT_ONCE.get(crashes, 1)))
+                jobs += await claim_suspects(conn, worker, keys, self._types, crashes, most)
+                more, locked_rows = await self._admission.admit(conn, worker, jobs)
+                fed += more
+            self._runners.feed(fed)
+            for job in locked_rows:
+                self.hand_back(job)
+            if fed:
+                fields = {"tasks": len(fed), "ids": [job.id for job in fed][:20], "alone": alone}
+                logger.info("running tasks isolated, as their workers have vanished", extra={"fields": fields})
+            self._runners.hurry()
+            if alone and fed:
+                ids = {job.id for job in fed}
+                await self._until(conn, worker, lambda: not (ids & held.keys()) and not self.unsettled(), patience)
+        finally:
+            if locked and not conn.is_closed():
+                await conn.execute("SELECT pg_advisory_unlock(1852990835, 0)")
+        self._look = True
+        return len(fed)
+
+    async def _until(self, conn: Connection, worker: int, done: Callable[[], bool], seconds: float) -> bool:
+        """Wait for that, for so long at most, and claim nothing meanwhile. Returns whether it has come."""
+        clock = asyncio.get_running_loop().time
+        until = clock() + seconds
+        while not self._stopping and self._failure is None:
+            self._wake.clear()
+            if self._beats:
+                await self._beat(conn, worker)
+            if self._freed:
+                await self._free(conn)
+            if done():
+                return True
+            if clock() >= until:
+                break
+            await self._wait(until)
+        return False
 
     async def _beat(self, conn: Connection, worker: int) -> None:
         self._beats = False

@@ -118,6 +118,7 @@ class Keeper:
         *,
         on_lost: Callable[[list[tuple[int, int]], set[int]], None],
         on_aside: Callable[[], None],
+        on_suspects: Callable[[], None],
         on_freed: Callable[[], None],
         on_new_id: Callable[[int], None],
         on_failure: Callable[[BaseException], None],
@@ -134,6 +135,7 @@ class Keeper:
         self._schedule = Schedule(registry.crons)
         self._on_lost = on_lost
         self._on_aside = on_aside
+        self._on_suspects = on_suspects
         self._on_freed = on_freed
         self._on_new_id = on_new_id
         self._on_failure = on_failure
@@ -399,7 +401,7 @@ class Keeper:
             list(self._config.queues), self._registry.types, self._sleeps,
         )  # fmt: skip
         assert row is not None
-        registered, lost, others, seen, aside, freed, wanted = row
+        registered, lost, others, seen, aside, suspects, freed, wanted = row
         self._beaten = time.monotonic()
         silent = self._unseen.look(others, seen, self._beaten)
         if self._down:
@@ -424,6 +426,8 @@ class Keeper:
             self._tell(self._on_lost, [(id, attempt) for id, attempt in held if id in gone], cancelled)
         if aside:
             self._tell(self._on_aside)
+        if suspects:
+            self._tell(self._on_suspects)
         if freed:
             self._tell(self._on_freed)
         if wanted:

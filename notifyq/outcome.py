@@ -128,7 +128,8 @@ def undecodable(job: Job, why: str) -> Outcome:
 
 
 def attempts_allowed(job: Job, handler: Handler) -> int:
-    return handler.max_attempts if job.max_attempts is None else max(job.max_attempts, 1)
+    """The number of the last one."""
+    return job.excused + (handler.max_attempts if job.max_attempts is None else max(job.max_attempts, 1))
 
 
 def _again(job: Job, handler: Handler, error: bytes, delay: float | None = None) -> Outcome:

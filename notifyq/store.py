@@ -382,6 +382,7 @@ class Job:
     __slots__ = (
         "attempt",
         "created_at",
+        "excused",
         "id",
         "judged",
         "max_attempts",
@@ -395,7 +396,7 @@ class Job:
 
     def __init__(self, worker: int, row: asyncpg.Record) -> None:
         self.worker = worker
-        id, attempt, type, queue, priority, max_attempts, created_at, payload, judged = row
+        id, attempt, type, queue, priority, max_attempts, created_at, payload, judged, excused = row
         self.id: int = id
         self.attempt: int = attempt
         self.type: str = type
@@ -404,6 +405,7 @@ class Job:
         self.max_attempts: int | None = max_attempts
         self.created_at: datetime = created_at
         self.judged: bool = judged  # to be admitted before it runs
+        self.excused: int = excused or 0  # attempts that don't count, as another task may have killed their worker
         self.payload: bytes | None = payload  # None: large, its runner fetches it (large_payloads.py)
         self.size = 0  # bytes of the payload, if it was large
 
@@ -431,6 +433,18 @@ async def claim(
         jobs = await _claim(conn, worker, rooms, limit, onward, aside, 0)
     jobs.sort(key=_order)  # RETURNING has none
     return jobs
+
+
+async def claim_suspects(
+    conn: Connection, worker: int, keys: list[str], types: Sequence[str], crashes: int, limit: int
+) -> list[Job]:
+    """Up to `limit` of the tasks whose workers have vanished so often: see suspects.sql."""
+    args = (worker, keys, types, crashes, limit)
+    try:
+        rows = await conn.fetch(SQL["claim_suspects"], *args, CLAIM_BYTES // limit)
+    except UNREADABLE:
+        rows = await conn.fetch(SQL["claim_suspects"], *args, 0)
+    return sorted((Job(worker, row) for row in rows), key=_order)
 
 
 async def _claim(

@@ -120,6 +120,7 @@ class Worker:
             self._dsn, name, self._config, self._registry, self._runners,
             on_lost=self._lost,
             on_aside=self._claimer.look_aside,
+            on_suspects=self._claimer.isolate,
             on_freed=self._claimer.let_in,
             on_new_id=self._reborn,
             on_failure=self._die,

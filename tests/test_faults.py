@@ -148,6 +148,46 @@ async def test_killed(spawn: Spawn, db: Any, probe: Probe) -> None:
     await eventually(lambda: db.fetchval(buried), [str(heir.process.pid)])
 
 
+async def test_a_poison_task_takes_no_innocent_with_it(spawn: Spawn, db: Any) -> None:
+    """It kills each worker that runs it. Those beside it may run only once, and are done in the end; it is dead."""
+    workers = [spawn("concurrency=20") for _ in range(2)]
+    async with db.transaction():
+        [fatal] = await insert(db, "Die")
+        ids = await insert(db, "Sleep", 8, seconds=1)
+        await db.execute("UPDATE notifyq.task SET max_attempts = 1 WHERE type = 'Sleep'")
+    killed = 0
+    with anyio.fail_after(limit(100)):
+        while await db.fetchval("SELECT count(*) FROM notifyq.task"):
+            for n, process in enumerate(workers):
+                if process.popen.poll() is not None:
+                    killed += 1
+                    workers[n] = spawn("concurrency=20")
+            await anyio.sleep(0.2)
+    attempts, state, errors = await db.fetchrow(
+        "SELECT attempts, state, errors FROM notifyq.all_tasks WHERE id = $1", fatal
+    )
+    assert (state, attempts) == ("dead", killed)
+    assert "vanished while it ran alone, 2 times by now" in json.loads(errors)[-1]["error"]
+    done = await db.fetch("SELECT id FROM notifyq.all_tasks WHERE state = 'done' AND type = 'Sleep'")
+    assert sorted(row[0] for row in done) == ids
+
+
+async def test_a_suspect_beside_a_handler_that_runs_on(spawn: Spawn, db: Any, monkeypatch: Any) -> None:
+    """A worker that isn't empty in time runs a suspect beside what it holds."""
+    monkeypatch.setenv("NOTIFYQ_TEST_PATIENCE", "0.5")
+    worker = await started(spawn)
+    [long] = await insert(db, "Sleep")
+    await worker.reach(1, "ran")
+    await db.execute(
+        """INSERT INTO notifyq.task (type, attempts, crashes, aside, parked, waits_at)
+           VALUES ('Quick', 2, 2, true, 'crashed', 'crashed:default')"""
+    )
+    await eventually(lambda: db.fetchval("SELECT state FROM notifyq.finished WHERE type = 'Quick'"), "done")
+    assert await states(db, [long]) == {("running", 1): 1}
+    [told] = worker.logged("running tasks isolated")
+    assert (told["tasks"], told["alone"]) == (1, False)
+
+
 async def test_not_all_of_its_connections_are_lost(dsn: str, spawn: Spawn, db: Any) -> None:
     """A worker that has lost its keeper's connection, and others, but not all, and can't open another, isn't dead."""
     role = f"worker_{urlsplit(dsn).path[1:]}"

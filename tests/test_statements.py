@@ -26,7 +26,7 @@ from .verbs import rescue, unseen
 
 ROW = (
     "id:int8 attempts:int2 type:text queue:text priority:int2 max_attempts:int2 created_at:timestamptz payload:jsonb"
-    " judged:bool"
+    " judged:bool crashes:int2"
 )
 
 
@@ -49,6 +49,7 @@ STATEMENTS = {
     "became": Statement("text", "status:text", ""),
     "claim": Statement("int4 text[] int4[] int4 int4", ROW, "task_pkey task_ready"),
     "claim_onward": Statement("int4 text[] int4[] int4 text[] int2[] int8[] int4", ROW, "task_pkey task_ready"),
+    "claim_suspects": Statement("int4 text[] text[] int4 int4 int4", ROW, "task_parked task_pkey"),
     "count_running": Statement("int4 text[]", "count_running:void", ""),
     "cron_conflicts": Statement(
         "text[] text[] text[] text[] text[] text[] int2[] text[] text[] int4",
@@ -132,11 +133,12 @@ STATEMENTS = {
     "stats": Statement("", "json_build_object:text", None),
     "stir": Statement("text", "last:text", ""),
     "strays": Statement("int4 int8[] int2[]", "count:int4", "task_running"),
+    "suspects": Statement("text[] text[]", "crashes:int4", "task_parked"),
     "tally": Statement("", "type:text state:text n:int8", None),
     "tasks": Statement("text text text int8 bool", "task:text seconds:float8", None),
     "tick": Statement(
         "int4 int4 text int8[] int2[] text[] text[] bool",
-        "registered:bool lost:int8[] others:int4[] seen:float8[] aside:bool freed:bool wanted:bool",
+        "registered:bool lost:int8[] others:int4[] seen:float8[] aside:bool suspects:bool freed:bool wanted:bool",
         "task_pkey task_set_aside",
     ),
     "turn_stolen": Statement("int4", "exists:bool", ""),
@@ -953,7 +955,7 @@ async def test_rescue_counts_as_an_attempt_and_says_why(worker: Any) -> None:
     row = await task(worker, id)
     (error,) = json.loads(row["errors"])
     assert (row["attempts"], error["attempt"]) == (1, 1)
-    assert row["error"] == "its worker host:1 vanished while it ran"
+    assert row["error"] == "its worker host:1 vanished while it ran alone"
     other = await register(worker, "other:1")
     (job,) = await store.claim(worker, other, {"default": 1}, 1)
     assert job.attempt == 2
@@ -987,6 +989,61 @@ async def test_rescue_ends_what_has_spent_its_attempts(
     assert (row["attempts"], row["payload"]) == (columns["attempts"] + 1, b'{"a": 1}')
     assert "vanished" in row["error"]
     assert row["worker"] == ("host:1" if dead else None)
+
+
+CRASHES = "SELECT crashes, crashes_alone, parked, attempts FROM notifyq.task WHERE id = $1"
+
+
+async def test_a_crash_beside_others_is_no_failure(worker: Any) -> None:
+    """Ready again after the first, though it allows one attempt; parked after the second, and claimed as a suspect."""
+    ids: list[int] = []
+    for crash in (1, 2, 3):
+        if crash == 1:
+            me, ids = await held(worker, 3, max_attempts=1)
+        else:
+            me = await register(worker)
+            crashed = await worker.fetchval(SQL["suspects"], ["crashed:other", "crashed:default"], ["Known", "X"])
+            assert crashed == (2 if crash == 3 else None)
+            if crash == 2:
+                jobs = await store.claim(worker, me, {"default": 9}, 9)
+            else:
+                assert await store.claim(worker, me, {"default": 9}, 9) == []
+                assert await store.claim_suspects(worker, me, ["crashed:default"], ["Known"], 3, 9) == []
+                jobs = await store.claim_suspects(worker, me, ["crashed:default"], ["Known"], 2, 2)
+                assert len(jobs) == 2
+            assert {(job.attempt, job.excused) for job in jobs} == {(crash, crash - 1)}
+        await silent(worker, me, 5)
+        assert await rescue(worker, me, 9) == ("host:1", 2 if crash == 3 else 3, 0)
+        parked = None if crash == 1 else "crashed"
+        assert tuple(await worker.fetchrow(CRASHES, ids[0])) == (crash, None, parked, crash)
+    row = await task(worker, ids[0])
+    assert (row["state"], row["waits_for"]) == ("scheduled", "crashed")
+    assert row["error"] == "its worker host:1 vanished while it ran beside others"
+
+
+async def test_three_crashes_alone_are_the_end(worker: Any) -> None:
+    """Though ten attempts are allowed, and others of the past don't count."""
+    me, (id,) = await held(worker, 1, attempts=7, crashes=7)
+    for crash in (1, 2, 3):
+        await silent(worker, me, 5)
+        assert await rescue(worker, me, 9) == ("host:1", int(crash < 3), int(crash == 3))
+        if crash < 3:
+            assert tuple(await worker.fetchrow(CRASHES, id)) == (7, crash, "crashed", 7 + crash)
+            me = await register(worker)
+            [job] = await store.claim_suspects(worker, me, ["crashed:default"], ["Known"], 7 + crash, 9)
+            assert (job.id, job.attempt, job.excused) == (id, 8 + crash, 7)
+    row = await task(worker, id)
+    assert (row["state"], row["error"]) == ("dead", "its worker host:1 vanished while it ran alone, 3 times by now")
+
+
+async def test_the_last_of_many_was_not_alone(worker: Any) -> None:
+    """A rescue in pieces, or one that leaves what is locked, sees one task in the end."""
+    me, _ = await held(worker, 3)
+    await silent(worker, me, 5)
+    for _ in range(3):
+        await rescue(worker, me, 1)
+    rows = await worker.fetch("SELECT crashes, crashes_alone FROM notifyq.task")
+    assert [tuple(row) for row in rows] == [(1, None)] * 3
 
 
 async def test_a_rescue_in_pieces_buries_the_worker_at_the_end(worker: Any) -> None:

@@ -268,7 +268,9 @@ def tasks(
 def _row(task: dict[str, object], seconds: float | None) -> list[object]:
     words = {"scheduled": "in {}", "running": "for {}", "ready": "waits {}"}
     when = words.get(str(task["state"]), "{} ago").format("infinity" if seconds is None else span(abs(seconds)))
-    if task["waits_for"]:
+    if task["waits_for"] == "crashed":
+        when = "waits to run alone, as its worker vanished"
+    elif task["waits_for"]:
         when = f"waits for {task['waits_for']}"
     attempts = "/".join(str(n) for n in (task["attempts"], task["max_attempts"]) if n is not None)
     says = " ".join((percent(task) or str(task["error"] or "")).split())

@@ -19,6 +19,8 @@ ALTER TABLE notifyq.task
     ADD COLUMN IF NOT EXISTS awaited boolean NOT NULL DEFAULT false,
     ADD COLUMN IF NOT EXISTS progress real,
     ADD COLUMN IF NOT EXISTS note text,
+    ADD COLUMN IF NOT EXISTS crashes smallint,
+    ADD COLUMN IF NOT EXISTS crashes_alone smallint,
     DROP CONSTRAINT IF EXISTS task_max_attempts_check,
     DROP CONSTRAINT IF EXISTS task_queue_check,
     DROP CONSTRAINT IF EXISTS task_type_check;

@@ -22,4 +22,4 @@ RETURNING t.id, t.attempts, t.type, t.queue, t.priority, t.max_attempts,
           CASE WHEN pg_column_size(t.payload) <= $6::integer
             AND (pg_column_compression(t.payload) IS NULL OR pg_column_size(ARRAY[t.payload]) <= $6)
        THEN t.payload END AS payload,
-       t.limit_key IS NOT NULL OR t.order_key IS NOT NULL OR t.after IS NOT NULL AS judged
+       t.limit_key IS NOT NULL OR t.order_key IS NOT NULL OR t.after IS NOT NULL AS judged, t.crashes

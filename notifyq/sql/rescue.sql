@@ -4,15 +4,19 @@
 -- all workers look silent, and after a step back a dead one's last heartbeat would lie in the future.
 --
 -- It stops when 64 MB would be moved, or rewritten, of payloads and errors, so that it isn't held up for long.
--- What has attempts left is ready again, and the bell rings;
--- what has none is dead, so that a task that kills its worker doesn't kill them all. The worker itself goes when it
--- holds nothing more. Returns one row: its name (NULL: it lives, or another rescues it), how many are ready again,
--- how many dead.
 --
--- A rescue counts as an attempt. FOR UPDATE makes rescuers take turns; SKIP LOCKED steps over what the worker, not
--- quite dead, is settling at this moment. Both leave the rest to the next round. Of ANY (ARRAY[...]): finish.sql.
+-- What the worker held is ready again, and the bell rings; for the second time, it is parked until a worker runs it
+-- isolated. These attempts don't count. If the worker held only one task, that attempt counts, and after the third such,
+-- or the last one that is allowed, the task is dead. See "Tasks whose worker vanished" in schema.sql. The worker itself
+-- goes when it holds nothing more; its status tells a later round that there was more than that round sees.
+--
+-- Returns one row: the worker's name (NULL: it lives, or another rescues it), how many tasks are ready again or parked,
+-- how many are dead. FOR UPDATE makes rescuers take turns; SKIP LOCKED steps over what the worker, not quite dead, is
+-- settling at this moment. Both leave the rest to the next round. Of ANY (ARRAY[...]): finish.sql.
 WITH corpse AS MATERIALIZED (
-    SELECT w.id, w.name, w.types, w.max_attempts
+    SELECT w.id, w.name, w.types, w.max_attempts,
+           w.status <> 'vanished'
+           AND (SELECT count(*) FROM (SELECT FROM notifyq.task t WHERE t.worker = $1 LIMIT 2) AS two) = 1 AS alone
     FROM notifyq.worker w
     WHERE w.id = $1 AND extract(epoch FROM w.seen_at)::float8 = $3
       AND CASE WHEN $4::float8 >= extract(epoch FROM w.lease) THEN true
@@ -20,12 +24,20 @@ WITH corpse AS MATERIALIZED (
                ELSE false END
     FOR UPDATE SKIP LOCKED
 ), found AS MATERIALIZED (
-    SELECT t.id, t.attempts, pg_column_size(t.payload) + coalesce(pg_column_size(t.errors), 0) AS size,
-           t.attempts >= coalesce(t.max_attempts,
-                                  (SELECT k.allowed FROM unnest(corpse.types, corpse.max_attempts) AS k (type, allowed)
-                                   WHERE k.type = t.type LIMIT 1), 10) AS spent,
-           jsonb_build_object('attempt', t.attempts, 'at', clock_timestamp(),
-                              'error', 'its worker ' || corpse.name || ' vanished while it ran') AS error
+    SELECT t.id, pg_column_size(t.payload) + coalesce(pg_column_size(t.errors), 0) AS size, corpse.alone,
+           corpse.alone AND (
+               coalesce(t.crashes_alone, 0) >= 2
+               OR t.attempts - coalesce(t.crashes, 0) >= coalesce(
+                   t.max_attempts,
+                   (SELECT k.allowed FROM unnest(corpse.types, corpse.max_attempts) AS k (type, allowed)
+                    WHERE k.type = t.type LIMIT 1), 10)) AS spent,
+           coalesce(t.crashes, 0) + coalesce(t.crashes_alone, 0) > 0 AS suspect,
+           jsonb_build_object(
+               'attempt', t.attempts, 'at', clock_timestamp(),
+               'error', 'its worker ' || corpse.name || ' vanished while it ran'
+                        || CASE WHEN NOT corpse.alone THEN ' beside others'
+                                WHEN t.crashes_alone > 0 THEN ' alone, ' || t.crashes_alone + 1 || ' times by now'
+                                ELSE ' alone' END) AS error
     FROM corpse JOIN notifyq.task t ON t.worker = $1
     ORDER BY t.id
     LIMIT $2::integer
@@ -37,7 +49,12 @@ WITH corpse AS MATERIALIZED (
 ), again AS (
     UPDATE notifyq.task t
     SET worker = NULL, run_at = t.run_at, processed_at = clock_timestamp(), progress = NULL, note = NULL,
-        errors = notifyq.with_error(t.errors, h.error)
+        errors = notifyq.with_error(t.errors, h.error),
+        crashes = CASE WHEN h.alone THEN t.crashes ELSE least(coalesce(t.crashes, 0), 32766) + 1 END,
+        crashes_alone = CASE WHEN h.alone THEN coalesce(t.crashes_alone, 0) + 1 ELSE t.crashes_alone END,
+        aside = t.aside OR h.suspect,
+        parked = CASE WHEN h.suspect THEN 'crashed' ELSE t.parked END,
+        waits_at = CASE WHEN h.suspect THEN 'crashed:' || t.queue ELSE t.waits_at END
     FROM held h
     WHERE t.id = ANY (ARRAY[h.id]) AND NOT h.spent
     RETURNING t.tracked AND notifyq.gave_up(t)
@@ -55,6 +72,10 @@ WITH corpse AS MATERIALIZED (
         (EXCLUDED.created_at, EXCLUDED.run_at, EXCLUDED.processing_at, EXCLUDED.processed_at, EXCLUDED.priority,
          EXCLUDED.attempts, EXCLUDED.max_attempts, EXCLUDED.state, EXCLUDED.queue, EXCLUDED.type, EXCLUDED.worker,
          EXCLUDED.payload, EXCLUDED.result, EXCLUDED.errors, EXCLUDED.options)
+), noted AS (
+    UPDATE notifyq.worker w SET status = 'vanished'
+    FROM corpse
+    WHERE w.id = corpse.id AND EXISTS (SELECT FROM notifyq.task t WHERE t.worker = $1)
 ), buried AS (
     DELETE FROM notifyq.worker w
     USING corpse

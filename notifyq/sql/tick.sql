@@ -1,8 +1,15 @@
--- The heartbeat of worker $1, which runs $2 tasks and is in status $3; and what there is to know meanwhile:
--- is it still registered; which of its tasks (ids $4, attempts $5) it has lost; which other workers there are, and
--- their last heartbeats (as numbers, of which a keeper only asks whether they change); has somebody set tasks aside that it could run (queues $6, types $7); is there anything that was freed, and
--- that nobody has taken care of; and, if its door is asleep ($8), does a statement of somebody's wait for the bell's lock. Of
--- the lookup by id: finish.sql.
+-- The heartbeat of worker $1, which runs $2 tasks and is in status $3. Returns what there is to know meanwhile:
+--
+--     registered   whether the worker still is
+--     lost         which of its tasks (ids $4, attempts $5) it has lost
+--     others       which other workers there are
+--     seen         their last heartbeats, as numbers, of which a keeper only asks whether they change
+--     aside        whether somebody has set tasks aside that this worker could run (queues $6, types $7)
+--     suspects     whether such tasks wait to run isolated, as their workers have vanished
+--     freed        whether anything was freed that no worker has taken care of
+--     wanted       if its door is asleep ($8): whether somebody's statement waits for the bell's lock
+--
+-- Of the lookup by id: finish.sql.
 WITH beat AS (
     UPDATE notifyq.worker SET seen_at = clock_timestamp(), running = $2, status = $3 WHERE id = $1 RETURNING 1
 )
@@ -30,5 +37,13 @@ SELECT EXISTS (SELECT FROM beat) AS registered,
                    WHERE r.type = k.type AND r.queue = q.queue AND r.worker IS NULL AND r.aside AND r.parked IS NULL
                    LIMIT 1
                ) AS s) AS aside,
+       EXISTS (SELECT
+               FROM unnest($6::text[]) AS q (queue)
+               CROSS JOIN LATERAL (
+                   SELECT
+                   FROM notifyq.task r
+                   WHERE r.waits_at = 'crashed:' || q.queue AND r.aside AND r.type = ANY ($7::text[])
+                   LIMIT 1
+               ) AS s) AS suspects,
        EXISTS (SELECT FROM notifyq.freed) OR EXISTS (SELECT FROM notifyq.dependency d WHERE NOT d.sure) AS freed,
        CASE WHEN $8::boolean THEN notifyq.bell_wanted() ELSE false END AS wanted

@@ -103,7 +103,18 @@ async def run_inline(
     for number, (_, payload) in enumerate(rows, id):
         app.registry.check(type, payload.encode())
         at = created_at or datetime.now(UTC)
-        row = (number, attempt, type, options.values[0], options.values[3], max_attempts, at, payload.encode(), False)
+        row = (
+            number,
+            attempt,
+            type,
+            options.values[0],
+            options.values[3],
+            max_attempts,
+            at,
+            payload.encode(),
+            False,
+            0,
+        )
         jobs.append(Job(0, cast("asyncpg.Record", row)))
     handler = app.registry.get(type)
     assert handler is not None

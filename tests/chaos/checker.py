@@ -68,7 +68,12 @@ def ended(history: History) -> Iterator[Breach]:
         state = finish.note.split(" ", 1)[0]
         want = ENDS.get(finish.type)
         poison = finish.n is None or not finish.n.isdecimal()
-        spent = state == "dead" and finish.attempts >= (2 if finish.type == "Kamikaze" else 10)
+        # An attempt that a keeper has ended is a crash, and no failure of a task that others ran beside.
+        crashes = sum(
+            lease.end is not None and lease.end.app.startswith("notifyq keeper") for lease in history.leases_of[id]
+        )
+        failures = finish.attempts - (0 if finish.type == "Kamikaze" else crashes)
+        spent = state == "dead" and failures >= (2 if finish.type == "Kamikaze" else 10)
         if want and not poison and state not in (want, "cancelled") and not spent:
             yield Breach("P1", f"a {finish.type} ends {want}, and this one is {state}", id, finish.at)
 

@@ -39,8 +39,10 @@ MUTANTS: dict[str, list[Change]] = {
     # The others are dead, whatever their lock and their heartbeat say.
     "liveness": [
         ("sql/rescue.sql", "AND CASE WHEN", "AND CASE WHEN true OR"),
-        ("sql/tick.sql", "AND w.seen_at < statement_timestamp() - interval '2 seconds'", ""),
+        ("lease.py", "SILENT_SECONDS = 2.0", "SILENT_SECONDS = 0.0"),
     ],
+    # A crash is a failure of each task that the worker held.
+    "crash": [("sql/rescue.sql", "           w.status <> 'vanished'\n           AND", "           true OR")],
     # The insert trigger looks whether somebody sleeps, and holds nothing until its commit.
     "peek": [
         (

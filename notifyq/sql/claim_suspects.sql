@@ -1,0 +1,25 @@
+-- As claim.sql, of what suspects.sql has found: up to $5 that have crashed $4 times. $6 is claim.sql's $5.
+UPDATE notifyq.task t
+SET worker = $1, attempts = least(t.attempts, 32766) + 1, processing_at = clock_timestamp(),
+    aside = false, parked = NULL, waits_at = NULL
+WHERE t.id = ANY (ARRAY(
+    SELECT s.id
+    FROM unnest($2::text[]) AS q (key)
+    CROSS JOIN LATERAL (
+        SELECT r.id
+        FROM notifyq.task r
+        WHERE r.waits_at = q.key AND r.aside AND r.worker IS NULL AND r.type = ANY ($3::text[])
+          AND coalesce(r.crashes, 0) + coalesce(r.crashes_alone, 0) = $4::integer
+        ORDER BY r.priority DESC, r.id
+        LIMIT $5::integer
+        FOR UPDATE SKIP LOCKED
+    ) AS s
+    LIMIT $5
+))
+AND EXISTS (SELECT FROM notifyq.worker w WHERE w.id = $1)
+RETURNING t.id, t.attempts, t.type, t.queue, t.priority, t.max_attempts,
+          greatest(least(t.created_at, '9999-12-30Z'), '0001-01-03Z') AS created_at,
+          CASE WHEN pg_column_size(t.payload) <= $6::integer
+            AND (pg_column_compression(t.payload) IS NULL OR pg_column_size(ARRAY[t.payload]) <= $6)
+       THEN t.payload END AS payload,
+       t.limit_key IS NOT NULL OR t.order_key IS NOT NULL OR t.after IS NOT NULL AS judged, t.crashes

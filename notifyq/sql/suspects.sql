@@ -1,0 +1,9 @@
+-- How often the first to run isolated has crashed, of the tasks of types $2 that wait at the keys $1 ('crashed:' and a
+-- queue); NULL: there are none. See "Tasks whose worker vanished" in schema.sql.
+SELECT min(coalesce(s.crashes, 0) + coalesce(s.crashes_alone, 0)) AS crashes
+FROM unnest($1::text[]) AS q (key)
+CROSS JOIN LATERAL (
+    SELECT r.crashes, r.crashes_alone
+    FROM notifyq.task r
+    WHERE r.waits_at = q.key AND r.aside AND r.worker IS NULL AND r.type = ANY ($2::text[])
+) AS s
