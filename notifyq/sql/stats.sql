@@ -5,9 +5,10 @@
 -- within those that can be subtracted; before version 17 infinity can't.
 WITH counted AS MATERIALIZED (
     SELECT queue, type, state, count(*) AS n,
-           min(least(greatest(created_at, run_at, '0001-01-03Z'), '9999-12-30Z')) FILTER (
+           min(least(greatest(created_at, run_at, '0001-01-03Z'), statement_timestamp())) FILTER (
                WHERE state = 'ready' AND queue NOT IN (SELECT name FROM notifyq.queue WHERE paused)) AS since,
-           min(least(greatest(processing_at, '0001-01-03Z'), '9999-12-30Z')) FILTER (WHERE state = 'running') AS begun
+           min(least(greatest(processing_at, '0001-01-03Z'), statement_timestamp()))
+               FILTER (WHERE state = 'running') AS begun
     FROM notifyq.all_tasks
     GROUP BY queue, type, state
 ), by_queue AS (
@@ -18,13 +19,13 @@ WITH counted AS MATERIALIZED (
            coalesce(sum(n) FILTER (WHERE state = 'done'), 0) AS done,
            coalesce(sum(n) FILTER (WHERE state = 'dead'), 0) AS dead,
            coalesce(sum(n) FILTER (WHERE state = 'cancelled'), 0) AS cancelled,
-           round(greatest(extract(epoch FROM statement_timestamp() - min(since))::numeric, 0), 3) AS oldest_ready_seconds,
-           round(greatest(extract(epoch FROM statement_timestamp() - min(begun))::numeric, 0), 3) AS longest_running_seconds
+           round(extract(epoch FROM statement_timestamp() - min(since))::numeric, 3) AS oldest_ready_seconds,
+           round(extract(epoch FROM statement_timestamp() - min(begun))::numeric, 3) AS longest_running_seconds
     FROM counted
     GROUP BY queue
 ), unserved AS (
     SELECT c.queue, c.type, c.n AS ready,
-           round(greatest(extract(epoch FROM statement_timestamp() - c.since)::numeric, 0), 3) AS oldest_ready_seconds
+           round(extract(epoch FROM statement_timestamp() - c.since)::numeric, 3) AS oldest_ready_seconds
     FROM counted c
     WHERE c.state = 'ready' AND c.since IS NOT NULL
       AND NOT EXISTS (SELECT FROM notifyq.worker w
