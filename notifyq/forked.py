@@ -12,6 +12,9 @@ calls only. It never closes through an event loop: the child shares the epoll in
 sockets from it. Each socket is replaced by one without a peer. Its number stays taken, so that what closes it later
 closes nothing else.
 
+SIGTERM is blocked from before the fork until the child has its signals as it should: one that came in between, as from
+a `terminate()` right after the start, would run the parent's handler in the child, and not end it.
+
 Where a library forks without Python's knowledge, none of this happens; signals.py has a second check for that.
 """
 
@@ -21,6 +24,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
@@ -38,6 +42,7 @@ pid = os.getpid()  # of this process, for checks that are to cost nothing
 # Each change is one step of the interpreter, so a fork in another thread finds them whole.
 _files: dict[int, tuple[int, int]] = {}  # descriptor -> device and inode; one that was closed and reused has others
 _workers: set[object] = set()  # while there is one, signals are the parent's alone
+_masked = threading.local()  # the thread's signal mask, while it forks
 _resets: set[WeakMethod[Callable[[], None]]] = set()
 
 
@@ -85,12 +90,24 @@ def leave(error: BaseException | None) -> NoReturn:
         os._exit(code)
 
 
+def _before() -> None:
+    if _workers:
+        _masked.before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+
+def _unblock() -> None:
+    if (before := getattr(_masked, "before", None)) is not None:
+        _masked.before = None
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _in_child() -> None:
     global pid  # noqa: PLW0603 - a module attribute is the cheapest to read
     pid = os.getpid()
     if _workers:
         _workers.clear()
         _free_signals()
+    _unblock()
     files = list(_files.items())
     _files.clear()
     if files:
@@ -126,4 +143,4 @@ def _replace(files: list[tuple[int, tuple[int, int]]]) -> None:
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_in_child)
+    os.register_at_fork(before=_before, after_in_parent=_unblock, after_in_child=_in_child)

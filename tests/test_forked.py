@@ -67,6 +67,15 @@ def run(how):
         child.terminate()
         child.join()
         return child.exitcode
+    if how == "terminate at once":
+        codes = set()
+        for _ in range(50):
+            child = fork.Process(target=rest, daemon=True)
+            child.start()
+            child.terminate()
+            child.join()
+            codes.add(child.exitcode)
+        return sorted(codes)
     if how == "interrupt":
         child = one_child()
         os.kill(child.pid, signal.SIGINT)
@@ -188,6 +197,7 @@ LOOPS = {"uvloop": "", "asyncio": "sys.modules['uvloop'] = None"}
 INSERT = "INSERT INTO notifyq.task (type, payload) VALUES ($1, $2) RETURNING id"
 FROM_THREADS = {
     "terminate": -signal.SIGTERM,
+    "terminate at once": [-signal.SIGTERM],
     "interrupt": 1,  # KeyboardInterrupt
     "pool left early": [1, 2],
     "pool that fails": "failed",

@@ -9,6 +9,7 @@ import asyncio
 import itertools
 import json
 import logging
+import multiprocessing
 import os
 import signal
 import time
@@ -25,6 +26,7 @@ WHO = os.environ.get("CHAOS_WHO", "")
 _flags = os.O_CREAT | os.O_APPEND | os.O_WRONLY
 _file = os.open(os.path.join(os.environ["CHAOS_EVENTS"], f"{WHO}.jsonl"), _flags) if WHO else -1
 _numbers = itertools.count(1)
+_fork = multiprocessing.get_context("fork")
 _left: list[Any] = []
 
 app = notifyq.App()
@@ -97,6 +99,9 @@ class TimedOut(Numbered):
 
 
 class Thread(Numbered): ...
+
+
+class Forks(Numbered): ...
 
 
 class Verdict(Numbered):
@@ -174,6 +179,22 @@ async def timed_out(task: TimedOut, ctx: notifyq.Context) -> None:
 def thread(task: Thread, ctx: notifyq.Context) -> str:
     with told(task, ctx) as run:
         time.sleep(task.seconds)
+        return run
+
+
+@app.handler
+def forks(task: Forks, ctx: notifyq.Context) -> str:
+    """Ends a child by a signal, leaves a pool early, and waits for a child, which outlives a killed worker."""
+    with told(task, ctx) as run:
+        child = _fork.Process(target=time.sleep, args=(60,), daemon=True)
+        child.start()
+        child.terminate()
+        child.join()
+        with _fork.Pool(2) as pool:
+            pool.apply(abs, (-1,))
+        child = _fork.Process(target=time.sleep, args=(task.seconds,), daemon=True)
+        child.start()
+        child.join()
         return run
 
 

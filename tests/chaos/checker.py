@@ -14,10 +14,11 @@ from collections.abc import Iterator
 
 import msgspec
 
-from .history import RUN, History, Lease, Row, Run
+from .history import PLAIN, RUN, History, Lease, Row, Run
 
 ENDS = {
     "Quick": "done", "Only": "done", "Slow": "done", "Fail": "done", "Thread": "done", "Leak": "done", "Block": "done",
+    "Forks": "done",
     "Doomed": "dead", "TimedOut": "dead", "Kamikaze": "dead", "Rude": "dead",
 }  # fmt: skip
 CONDUCTOR = "notifyq"  # the role of enqueuers, and of whoever cancels and retries by SQL
@@ -146,10 +147,11 @@ def again(history: History) -> Iterator[Breach]:
             end = lease.end
             if end is None or end.who == CONDUCTOR or own_outcome(end, lease):
                 continue
-            # To be judged while another judges one of its key: it is handed back, and has not begun.
+            # To be judged while another judges one of its key, or more than there are threads for: it is handed back,
+            # and has not begun.
             if (
                 end.who == lease.who
-                and (end.limit_key or end.order_key or end.after)
+                and (end.limit_key or end.order_key or end.after or end.type in PLAIN)
                 and not _began(history, lease, end)
             ):
                 continue
@@ -173,7 +175,7 @@ def overlapping(history: History) -> Iterator[Breach]:
                 # A thread can't be cancelled; whoever cancels and retries by SQL wants it so.
                 excused = (
                     lease.end.who == CONDUCTOR
-                    or first.type == "Thread"
+                    or first.type in PLAIN
                     or history.touched(first.who, first.started, second.started)
                 )
                 excused = excused and lease.end.at <= second.started

@@ -23,6 +23,7 @@ from .history import Process
 PROJECT = Path(__file__).parent.parent.parent
 SHUTDOWN_SECONDS = 3.0
 LEASE_SECONDS = 6.0
+THREADS = 8
 QUEUES: dict[str, int | None] = {"default": None, "mail": None, "narrow": 8}
 
 
@@ -128,7 +129,11 @@ class Fleet:
         who = f"w{self._number}"
         await self._role(who)
         dsn = self._dsn.replace("//notifyq@", f"//{who}@", 1)
-        options: dict[str, Any] = {"shutdown_timeout": SHUTDOWN_SECONDS, "concurrency": place.concurrency}
+        options: dict[str, Any] = {
+            "shutdown_timeout": SHUTDOWN_SECONDS,
+            "concurrency": place.concurrency,
+            "threads": THREADS,
+        }
         if place.cli:
             argv = ["-m", "notifyq", "worker", "tests.chaos.app:app"]
             for queue, limit in place.queues.items():
@@ -144,7 +149,9 @@ class Fleet:
             process = await asyncio.create_subprocess_exec(
                 sys.executable, *argv, cwd=self._project, env=environment, stdout=log, stderr=log
             )
-        seen = Process(who=who, started=time.time(), queues=place.queues, concurrency=place.concurrency)
+        seen = Process(
+            who=who, started=time.time(), queues=place.queues, concurrency=place.concurrency, threads=THREADS
+        )
         member = Member(place, process, seen)
         self.all.append(member)
         return member

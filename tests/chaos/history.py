@@ -17,6 +17,9 @@ WORK_SECONDS = 0.05  # of a processor: what a step may take, with the tasks that
 CANARY_SECONDS = 0.5  # so long before and after counts as well
 
 
+PLAIN = ("Thread", "Forks")  # types of plain handlers, which need threads
+
+
 class Row(msgspec.Struct, kw_only=True):
     """A transition of a row, as a trigger saw it. Times are seconds since 1970, by the database's clock."""
 
@@ -88,6 +91,7 @@ class Process(msgspec.Struct, kw_only=True):
     started: float
     queues: dict[str, int | None]
     concurrency: int
+    threads: int = 10_000
     told: float | None = None  # to stop
     killed: float | None = None
     ended: float | None = None

@@ -18,8 +18,9 @@ import msgspec
 
 from .checker import Breach, lease_of
 from .fleet import SHUTDOWN_SECONDS
-from .history import History, Lease, Process, Run
+from .history import PLAIN, History, Lease, Process, Run
 
+THREADS = "(threads)"  # beside the names of queues
 LATE_SECONDS = 0.25
 LIMITED_SECONDS = 1.0  # more, in a queue with limits: who has the turn and is full there passes it on once a second
 LAG_TIMES = 5  # a wake-up is some steps long, and each may find the machine busy
@@ -120,6 +121,9 @@ def crowded(history: History) -> dict[str, list[tuple[float, float]]]:
         if lease.who in process_of:
             whose = process_of[lease.who], lease.claim.queue
             moments += [(lease.claim.at, 1, *whose), (_ends(lease), -1, *whose)]
+            if lease.claim.type in PLAIN:
+                whose = process_of[lease.who], THREADS
+                moments += [(lease.claim.at, 1, *whose), (_ends(lease), -1, *whose)]
     queues = {queue for process in history.processes for queue in process.queues}
     found: dict[str, list[tuple[float, float]]] = {queue: [] for queue in queues}
     since = dict.fromkeys(queues, 0.0)  # crowded since then; nobody is there at first
@@ -128,7 +132,8 @@ def crowded(history: History) -> dict[str, list[tuple[float, float]]]:
     for at, change, process, what in sorted(moments, key=lambda moment: moment[0]):
         if change:
             held[process.who, what] += change
-            held[process.who, ""] += change
+            if what != THREADS:
+                held[process.who, ""] += change
         elif what == "begins":
             alive.add(process.who)
         else:
@@ -146,7 +151,10 @@ def crowded(history: History) -> dict[str, list[tuple[float, float]]]:
 
 def _room(process: Process, held: Counter[tuple[str, str]], queue: str) -> bool:
     limit = process.queues.get(queue, 0)
-    return held[process.who, ""] < process.concurrency and (limit is None or held[process.who, queue] < limit)
+    # Without a thread, the tasks of a queue wait behind one that needs it.
+    if held[process.who, ""] >= process.concurrency or held[process.who, THREADS] >= process.threads:
+        return False
+    return limit is None or held[process.who, queue] < limit
 
 
 def _ends(lease: Lease) -> float:

@@ -71,6 +71,19 @@ async def killed_settling(stage: Stage, hit: Hit) -> None:
         kill(await found(stage, SETTLING), hit)
 
 
+FORKED = """SELECT l.who FROM notifyq.task t JOIN chaos.ledger l ON l.op = 'W' AND l.id = t.worker
+            WHERE t.type = 'Forks' LIMIT 1"""
+
+
+@fault("worker killed with living children")
+async def killed_with_children(stage: Stage, hit: Hit) -> None:
+    """They outlive it by seconds, and have copies of its sockets."""
+    await stage.insert("Forks", 4, seconds=8.0)
+    member = await found(stage, FORKED)
+    await asyncio.sleep(1.0)  # for the children to be there
+    kill(member, hit)
+
+
 @fault("two workers killed")
 async def two_killed(stage: Stage, hit: Hit) -> None:
     kill(some(stage), hit)

@@ -64,3 +64,10 @@ async def burst(stage: Stage, hit: Hit) -> None:
     """Of tasks that are all settled at once, in all queues."""
     for queue in ("default", "mail", "narrow"):
         await stage.insert("Quick", 1000, queue=queue)
+
+
+@fault("handlers fork, and signal their children")
+async def fork(stage: Stage, hit: Hit) -> None:
+    """No worker is touched by it."""
+    await stage.insert("Forks", 6, seconds=0.3)
+    await stage.until("SELECT count(*) = 0 FROM notifyq.task WHERE type = 'Forks'", 15)
