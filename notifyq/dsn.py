@@ -63,19 +63,58 @@ VARIABLES: Mapping[str, str] = {
     "krbsrvname": "PGKRBSRVNAME",
     "gsslib": "PGGSSLIB",
 }
-WITHOUT_VARIABLE = {"sslpassword", "replication", "scram_client_key", "scram_server_key"}
-WITHOUT_VARIABLE |= {"oauth_issuer", "oauth_client_id", "oauth_client_secret", "oauth_scope"}
+WITHOUT_VARIABLE = frozenset(
+    [
+        "sslpassword",
+        "replication",
+        "scram_client_key",
+        "scram_server_key",
+        "oauth_issuer",
+        "oauth_client_id",
+        "oauth_client_secret",
+        "oauth_scope",
+    ]
+)
 
 # Parameters that choose neither the server nor the database, nor how either is proven. notifyq names its connections
 # itself, has keepalives of its own, and speaks UTF-8.
-OURS = {"application_name", "fallback_application_name", "client_encoding", "keepalives", "keepalives_idle"}
-OURS |= {"keepalives_interval", "keepalives_count", "tcp_user_timeout", "sslsni", "sslcompression", "gssdelegation"}
-OURS |= {"min_protocol_version", "max_protocol_version", "sslkeylogfile", "requiressl", "authtype", "tty"}
+OURS = frozenset(
+    [
+        "application_name",
+        "fallback_application_name",
+        "client_encoding",
+        "keepalives",
+        "keepalives_idle",
+        "keepalives_interval",
+        "keepalives_count",
+        "tcp_user_timeout",
+        "sslsni",
+        "sslcompression",
+        "gssdelegation",
+        "min_protocol_version",
+        "max_protocol_version",
+        "sslkeylogfile",
+        "requiressl",
+        "authtype",
+        "tty",
+    ]
+)
 
 # Arguments for a driver, in SQLAlchemy's URLs.
-OF_DRIVERS = {"prepared_statement_cache_size", "prepared_statement_name_func", "async_fallback", "statement_cache_size"}
-OF_DRIVERS |= {"max_cached_statement_lifetime", "max_cacheable_statement_size", "command_timeout", "timeout"}
-OF_DRIVERS |= {"prepare_threshold", "autocommit"}
+OF_DRIVERS = frozenset(
+    [
+        "prepared_statement_cache_size",
+        "prepared_statement_name_func",
+        "async_fallback",
+        "statement_cache_size",
+        "max_cached_statement_lifetime",
+        "max_cacheable_statement_size",
+        "command_timeout",
+        "timeout",
+        "prepare_threshold",
+        "autocommit",
+    ]
+)
 
 KNOWN = {*VARIABLES, *WITHOUT_VARIABLE, *OURS, *OF_DRIVERS, "ssl", "database"}
 

@@ -172,9 +172,9 @@ async def dial_for_pool(url: str | None, *, loop: object, **options: Any) -> asy
 
 async def _connect(attempt: Attempt, timeout: float, options: Mapping[str, Any]) -> asyncpg.Connection[asyncpg.Record]:
     settings = {**({"options": attempt.options} if attempt.options else {}), **options.get("server_settings", {})}
-    given = {**options, **attempt.arguments, "server_settings": settings, "timeout": attempt.timeout or timeout}
-    conn: asyncpg.Connection[asyncpg.Record] = await asyncpg.connect(**given)
-    return conn
+    given: dict[str, Any] = {**options, **attempt.arguments, "server_settings": settings}
+    given["timeout"] = attempt.timeout or timeout
+    return await asyncpg.connect(**given)
 
 
 async def open(
