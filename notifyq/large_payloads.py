@@ -93,14 +93,20 @@ class LargePayloads:
                 self._wake.clear()
                 room = HELD_BYTES - sum(self.held.values())
                 if not self._asked:
-                    async with asyncio.timeout(IDLE_SECONDS):
-                        await self._wake.wait()
+                    try:
+                        async with asyncio.timeout(IDLE_SECONDS):
+                            await self._wake.wait()
+                    except TimeoutError:
+                        if not self._asked:  # else somebody has asked at this moment
+                            return
                 elif room <= 0:
                     await self._wake.wait()
                 else:
                     await self._answer(min(room, STATEMENT_BYTES))
-        except TimeoutError:
-            pass
+        except Exception as error:  # a bug: the runners fail of it, and with them the worker, visibly
+            for future in self._asked.values():
+                if not future.done():
+                    future.set_exception(error)
         finally:
             self._disconnect()
 

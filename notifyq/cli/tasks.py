@@ -240,28 +240,34 @@ def tasks(
     The last column has what a task says: how far it is, or its last error.
     """
 
-    async def run() -> tuple[list[tuple[str, float]], str]:
-        async with session(dsn) as conn:
+    async def run() -> tuple[list[tuple[str, float]], int, str]:
+        async with session(dsn) as conn, conn.transaction(readonly=True):
+            rows: list[tuple[str, float]] = []
+            count = 0
+            # A few at a time: payloads of 16 MB are printed as they come.
             args = (state, queue, type, limit, as_json)
-            rows = [(row[0], row[1]) for row in await conn.fetch(SQL["tasks"], *args, timeout=LONG_SECONDS)]
+            prefetch = 4 if as_json else 500
+            async for text, seconds in conn.cursor(SQL["tasks"], *args, prefetch=prefetch, timeout=LONG_SECONDS):
+                count += 1
+                if as_json:
+                    click.echo(text)
+                else:
+                    rows.append((text, seconds))
             guess = ""
-            if not rows and (queue or type):
+            if not count and (queue or type):
                 known = await conn.fetchrow(SQL["names"], timeout=LONG_SECONDS)
                 assert known is not None
                 if queue and queue not in known["queues"]:
                     guess += f"; no task is of queue {queue!r}{did_you_mean(queue, known['queues'])}"
                 if type and type not in known["types"]:
                     guess += f"; no task is of type {type!r}{did_you_mean(type, known['types'])}"
-            return rows, guess
+            return rows, count, guess
 
-    rows, guess = asyncio.run(run())
-    if as_json:
-        for text, _ in rows:
-            click.echo(text)
-    elif rows:
+    rows, count, guess = asyncio.run(run())
+    if rows:
         columns = ("id", "state", "when", "queue", "type", "attempts", "says")
         table(columns, [_row(json.loads(text), seconds) for text, seconds in rows])
-    if not rows:
+    if not count:
         say(f"no such tasks{guess}")
 
 
