@@ -9,6 +9,10 @@ from typing import Any
 import asyncpg
 import pytest
 
+import notifyq
+
+from .conftest import eventually, working
+
 PAGE = (Path(__file__).parent.parent / "docs" / "operate.md").read_text(encoding="utf-8")
 _SQL = "\n".join(re.findall(r"```sql\n(.*?)```", PAGE, re.DOTALL))
 RECIPES = re.findall(r"^[A-Z].*?;", _SQL, re.DOTALL | re.MULTILINE)
@@ -102,3 +106,31 @@ async def test_the_recipes(as_role: Any, filled: Any, statement: str) -> None:
     """Of docs/operate.md, each by itself, by this role."""
     conn = await as_role("operator")
     await conn.execute(statement)
+
+
+async def test_the_connections_of_a_worker(dsn: str, db: Any) -> None:
+    """As the page's table has them; and the transaction of the door holds no snapshot."""
+    app = notifyq.App()
+
+    class Some(notifyq.Task):
+        pass
+
+    @app.handler
+    async def some(task: Some) -> None: ...
+
+    async def kinds() -> list[str]:
+        rows = await db.fetch(
+            "SELECT split_part(application_name, ' ', 2) FROM pg_stat_activity"
+            " WHERE application_name LIKE 'notifyq %' AND datname = current_database() AND pid <> pg_backend_pid()"
+        )
+        return sorted(row[0] for row in rows)
+
+    async with working(app, dsn):
+        await eventually(kinds, ["claims", "door", "keeper", "settle"])
+        door = (
+            "SELECT count(*) FROM pg_stat_activity WHERE application_name LIKE 'notifyq door %'"
+            " AND datname = current_database() AND state = 'idle in transaction' AND backend_xmin IS NULL"
+        )
+        await eventually(lambda: db.fetchval(door), 1)
+    for kind in ("app", "claims", "client", "door", "handler", "keeper", "payloads", "results", "settle"):
+        assert f"`notifyq {kind}" in PAGE
