@@ -46,7 +46,7 @@ AGAIN_LEAST, AGAIN_MOST = 0.002, 0.5  # until it looks again for what somebody h
 BLIND_SECONDS = 60.0  # after a claim that timed out, claims take no payloads with them
 ISOLATED_AT_ONCE = {2: 16, 3: 4}  # by how often they have crashed; of those that have more often, one
 PATIENCE_SECONDS = 30.0  # to wait until nothing else runs, and to let it run alone; doubles with each crash up to
-PATIENCE_MOST = 3600.0
+PATIENCE_MOST = 600.0
 REFUSED_SECONDS = 600.0  # of another's isolating
 UNSURE_SECONDS = 0.02  # until it looks for what ended in the moment when somebody was parked to wait for it
 LAG_SECONDS = 0.005  # a loop that wakes up so late has work enough
@@ -429,8 +429,10 @@ class Claimer:
             if self._stopping or self._failure is not None:
                 return 0
             _, room = self._rooms(clock())
+            if room <= 0:
+                return 0  # it waits for a slot, as others do
             with anyio.CancelScope(shield=True):
-                most = max(1, min(room, ISOLATED_AT_ONCE.get(crashes, 1)))
+                most = min(room, ISOLATED_AT_ONCE.get(crashes, 1))
                 jobs += await claim_suspects(conn, worker, keys, self._types, crashes, most)
                 more, locked_rows = await self._admission.admit(conn, worker, jobs)
                 fed += more

@@ -13,6 +13,8 @@ from .gate import WRONG as WRONG_GATE
 from .gate import Gate
 from .lease import WRONG as WRONG_LEASE
 from .lease import Lease
+from .poison import WRONG as WRONG_POISON
+from .poison import Poison
 
 
 class Run(NamedTuple):
@@ -38,6 +40,8 @@ RUNS = [
     Run("lease: 2 workers, 1 fault", lambda: Lease(2, 2, faults=1, cancels=0)),
     Run("lease: 3 workers, each killed by the task", lambda: Lease(3, 2, faults=0, cancels=0, kills=True)),
     Run("lease: 2 workers, 1 fault, a cancel and retries", lambda: Lease(2, 2, faults=1, cancels=1), long=True),
+    Run("poison: 2 workers, a culprit and 2 innocents, 2 kills", lambda: Poison(2, 2, kills=2)),
+    Run("poison: 2 workers, a culprit and 3 innocents", lambda: Poison(3, 2)),
     Run("gate: 2 workers, 3 tasks of a key, limit 1, a kill", lambda: Gate(2, ONE_KEY, (1,), kills=1)),
     Run("gate: 2 workers, 3 tasks of a key, limit 2, a kill", lambda: Gate(2, ONE_KEY, (2,), kills=1)),
     Run("gate: 2 workers, 3 tasks of a key, a retry or a cancel", lambda: Gate(2, ONE_KEY, (1,), others=1)),
@@ -72,5 +76,6 @@ def wrong_gate(name: str) -> Gate:
 WRONG: dict[str, Callable[[], Model[Any]]] = {
     **{f"doorbell: {text}": partial(wrong_doorbell, name) for name, text in WRONG_DOORBELL.items()},
     **{f"lease: {text}": partial(wrong_lease, name) for name, text in WRONG_LEASE.items()},
+    **{f"poison: {text}": partial(Poison, 2, 2, wrong=name) for name, text in WRONG_POISON.items()},
     **{f"gate: {text}": partial(wrong_gate, name) for name, text in WRONG_GATE.items()},
 }

@@ -36,6 +36,25 @@ async def backend_killed(stage: Stage, hit: Hit) -> None:
     await stage.until("SELECT true", 15)
 
 
+@fault("clock step")
+async def clock_step(stage: Stage, hit: Hit) -> None:
+    """By hours, forward or back, and then back to where it was: what workers write in between is that wrong."""
+    hours = stage.random.choice((-5, -1, 1, 5))
+    async with stage.session() as conn:
+        await conn.execute(
+            f"""CREATE OR REPLACE FUNCTION chaos.step() RETURNS trigger LANGUAGE plpgsql AS $$
+                BEGIN NEW.seen_at := NEW.seen_at + interval '{hours} hours'; RETURN NEW; END $$"""
+        )
+        await conn.execute(
+            "CREATE TRIGGER step BEFORE UPDATE ON notifyq.worker FOR EACH ROW EXECUTE FUNCTION chaos.step()"
+        )
+    try:
+        await asyncio.sleep(stage.random.uniform(2.0, 6.0))
+    finally:
+        async with stage.session() as conn:
+            await conn.execute("DROP TRIGGER IF EXISTS step ON notifyq.worker")
+
+
 @fault("server frozen", everybody=True)
 async def server_frozen(stage: Stage, hit: Hit) -> None:
     pids = [stage.server.pid, *_children(stage.server.pid)]
