@@ -13,15 +13,17 @@ import anyio
 import asyncpg
 from anyio.abc import TaskStatus
 
-from . import enqueue, foreign, lifespan, log, loops, store
+from . import enqueue, foreign, lifespan, log, loops
 from .config import WorkerConfig, check_name, parse_queues, resolve_dsn
 from .cron import Cron, Missed, check_schedule
+from .enqueue import Via
 from .errors import ConfigError, DatabaseError
 from .options import EnqueueOptions, Options, is_id, where
+from .pool import AppPool
 from .registry import Handler, HandlerOptions, Registry
 from .results import Results
 from .signals import watched
-from .store import Connection, explained
+from .store import explained
 from .task import Ids, Middleware, Ref, Task, ref
 from .worker import WorkerInfo, work
 
@@ -92,7 +94,7 @@ class App:
 
     def __init__(self) -> None:
         self.registry = Registry()
-        self._pool: Pool | None = None
+        self._pool: AppPool | None = None
         self._loop: asyncio.AbstractEventLoop | None = None  # the one that connect() ran on
         self._dsn: str | None = None
         self._results: Results | None = None
@@ -216,8 +218,10 @@ class App:
         return function
 
     @asynccontextmanager
-    async def connect(self, dsn: str | None = None) -> AsyncGenerator[Self, None]:
+    async def connect(self, dsn: str | None = None, *, timeout: float = 30.0) -> AsyncGenerator[Self, None]:
         """A pool of up to 10 connections to enqueue with, to `dsn` or where the environment says.
+
+        timeout  seconds that a call waits for a connection, or for the server's answer; then DatabaseError
 
         It belongs to the event loop that this runs on: code on another one, or on none, has a SyncClient. Raises
         ConfigError for a DSN that can't be one, DatabaseError for a server that can't be reached.
@@ -226,26 +230,11 @@ class App:
         loop = loops.running("app.connect()", "write `async with app.connect():` in a function that asyncio.run() runs")
         if self._pool is not None:
             raise ConfigError("this app is connected already; one `async with app.connect():` serves all tasks")
+        if not (isinstance(timeout, int | float) and 0 < timeout <= 3600):  # a NaN fails this too
+            raise ConfigError(f"timeout is {timeout!r}; expected seconds above 0, up to an hour")
         url, source = resolve_dsn(dsn)
         with explained(url, source):
-            conn = await store.open(url, "app", {}, timeout=10, command_timeout=store.COMMAND_TIMEOUT_SECONDS)
-            options: dict[str, Any] = {
-                "connect": store.dial_for_pool
-            }  # with types that asyncpg's pool has, and its stubs don't
-            if store.is_pooled(conn):
-                options["statement_cache_size"] = 0
-            await conn.close(timeout=10)
-            pool = await asyncpg.create_pool(
-                url,
-                min_size=0,  # a pool that must keep one logs a traceback each time it can't
-                max_size=10,
-                command_timeout=store.COMMAND_TIMEOUT_SECONDS,
-                timeout=10,
-                server_settings={"application_name": "notifyq app"},
-                init=_keep_alive,
-                reset=_nothing,  # one statement each, which leaves nothing behind: saves a round trip
-                **options,
-            )
+            pool = await AppPool.open(url, timeout)
         log.enable()
         results = Results(dsn, self.registry)
         try:
@@ -328,7 +317,8 @@ class App:
         once if it has run for a second or so, and else within 1.5 s."""
         known = self.ref(id)
         try:
-            return bool(await self._connected("cancel").fetchval("SELECT notifyq.cancel($1)", known.id))
+            row = await self._connected("cancel").fetchrow("SELECT notifyq.cancel($1)", known.id)
+            return row is not None and bool(row[0])
         except asyncpg.InsufficientPrivilegeError as error:
             raise DatabaseError(f"this user may not cancel: {error}; schema.sql ends with the GRANTs") from error
 
@@ -406,20 +396,12 @@ class App:
         """Raise ConfigError if `cancel` can't be awaited here."""
         self.check_loop("app.cancel()", _CANCEL_ELSEWHERE)
 
-    def _via(self, conn: foreign.AsyncConnection | None) -> Connection | Pool | foreign.Foreign:
+    def _via(self, conn: foreign.AsyncConnection | None) -> Via:
         if conn is not None:
             return foreign.awaited(conn)
         return self._connected("enqueue", ", or pass conn=")
 
-    def _connected(self, what: str, or_else: str = "") -> Pool:
+    def _connected(self, what: str, or_else: str = "") -> AppPool:
         if self._pool is None:
             raise ConfigError(f"not connected: {what} inside `async with app.connect():`{or_else}")
         return self._pool
-
-
-async def _keep_alive(conn: asyncpg.Connection[asyncpg.Record]) -> None:
-    store.keep_alive(conn)
-
-
-async def _nothing(_: object) -> None:
-    pass

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AsyncExitStack
 from functools import partial
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import anyio
 import anyio.lowlevel
@@ -19,6 +19,7 @@ from .codec import encode_payload, type_name
 from .errors import ConfigError, DatabaseError, SchemaError, only
 from .foreign import Foreign
 from .options import Options, check_group, where
+from .pool import AppPool
 from .registry import Registry
 from .store import COMMAND_TIMEOUT_SECONDS, SLOWEST, SQL
 from .task import Ids, Task
@@ -27,14 +28,14 @@ from .unique import Unique
 if TYPE_CHECKING:
     from .store import Connection
 
-    Pool = asyncpg.Pool[asyncpg.Record]
 
+Via: TypeAlias = "Connection | asyncpg.Pool[asyncpg.Record] | Foreign | AppPool"
 
 ADVANCE = "SELECT setval('notifyq.task_id_seq', (SELECT max(id) FROM notifyq.all_tasks))"
 SLICE = 100  # tasks encoded without a break: 0.2 ms
 
 
-async def one(via: Connection | Pool | Foreign, registry: Registry, task: Task, options: Options) -> Iterable[Any]:
+async def one(via: Via, registry: Registry, task: Task, options: Options) -> Iterable[Any]:
     """Insert a task, unless it is unique and another is in its way: the id of either, and, if it is unique, whether it
     is the other's."""
     type, payload = checked(registry, task)
@@ -54,7 +55,7 @@ def statement(type: str, payload: str, options: Options, unique: Unique | None) 
     return query, (type, payload, *options.values, options.text(unique))
 
 
-async def many(via: Connection | Pool | Foreign, registry: Registry, tasks: Iterable[Task], options: Options) -> Ids:
+async def many(via: Via, registry: Registry, tasks: Iterable[Task], options: Options) -> Ids:
     """Insert tasks, all or none: up to CHUNK of them, and CHUNK_SIZE, in one statement, more in a transaction of
     several, each encoded while PostgreSQL works on the one before.
 
@@ -74,8 +75,11 @@ async def many(via: Connection | Pool | Foreign, registry: Registry, tasks: Iter
         return bulk.ids()
     assert not isinstance(via, Foreign)
     async with AsyncExitStack() as stack:
-        conn = await stack.enter_async_context(via.acquire()) if isinstance(via, asyncpg.Pool) else via
-        await stack.enter_async_context(conn.transaction())
+        if isinstance(via, AppPool):
+            conn: Connection = await stack.enter_async_context(via.transaction())
+        else:
+            conn = await stack.enter_async_context(via.acquire()) if isinstance(via, asyncpg.Pool) else via
+            await stack.enter_async_context(conn.transaction())
         try:
             await _stream(conn, bulk, first, rest, options)
         except BaseExceptionGroup as group:
@@ -86,7 +90,7 @@ async def many(via: Connection | Pool | Foreign, registry: Registry, tasks: Iter
 
 
 async def group(
-    via: Connection | Pool | Foreign, registry: Registry, tasks: Iterable[Task], then: Task, options: Options
+    via: Via, registry: Registry, tasks: Iterable[Task], then: Task, options: Options
 ) -> tuple[list[int], int]:
     """Insert tasks, and one that waits for all of them: all or none, in one statement."""
     query, args = grouped(registry, tasks, then, options)
@@ -153,7 +157,7 @@ async def _stream(
             await _send(conn, bulk, insert(chunk, options))
 
 
-async def _send(via: Connection | Pool | Foreign, bulk: Bulk, statement: Statement) -> None:
+async def _send(via: Via, bulk: Bulk, statement: Statement) -> None:
     query, args = statement
     with explained_many(args[0]):
         if isinstance(via, Foreign):

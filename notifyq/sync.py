@@ -18,10 +18,8 @@ from .options import EnqueueOptions, Options
 from .task import Ids, Ref, Task, ref
 
 if TYPE_CHECKING:
-    from psycopg import Connection
-
     from .app import App
-    from .sync_pool import Pool
+    from .sync_pool import Bounded, Pool
 
 
 class SyncClient:
@@ -163,16 +161,16 @@ class SyncClient:
                 self._send(own, bulk, each)
         return bulk.ids()
 
-    def _send(self, own: Connection[Any], bulk: Bulk, statement: Statement) -> None:
+    def _send(self, own: Bounded, bulk: Bulk, statement: Statement) -> None:
         query, args = statement
         with explained_many(args[0]):
-            bulk.took(foreign.fetch(own, query, args))
+            bulk.took(own.run(query, args))
 
     def _fetch(self, conn: foreign.SyncConnection | None, query: str, args: Sequence[Any]) -> Sequence[Any]:
         if conn is not None:
             return foreign.fetch(conn, query, args)
         with self._opened().connection() as own:
-            return foreign.fetch(own, query, args)
+            return own.run(query, args)
 
     def _opened(self) -> Pool:
         """This process's pool: threads and sockets don't outlive a fork, and servers fork what they have loaded."""

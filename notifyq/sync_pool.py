@@ -9,7 +9,7 @@ opened before: they lead to the same host.
 from __future__ import annotations
 
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -17,9 +17,9 @@ import psycopg
 import psycopg.conninfo
 from psycopg_pool import ConnectionPool, PoolTimeout
 
-from . import forked
+from . import foreign, forked
 from .errors import DatabaseError
-from .store import COMMAND_TIMEOUT_SECONDS, HOST_SECONDS, PROOF_SECONDS
+from .store import COMMAND_TIMEOUT_SECONDS, HOST_SECONDS, PROOF_SECONDS, SLOWEST
 
 _Result = TypeVar("_Result")
 
@@ -45,6 +45,13 @@ class Bounded(psycopg.Connection[Any]):
 
     seconds = COMMAND_TIMEOUT_SECONDS
     opened_at = 0.0  # by time.monotonic
+
+    def run(self, query: str, args: Sequence[Any]) -> Sequence[Any]:
+        """A statement, whose second parameter is a payload, or several: large ones take longer."""
+        payloads: str | list[str] = args[1]
+        size = len(payloads) if isinstance(payloads, str) else sum(map(len, payloads))
+        self.seconds = COMMAND_TIMEOUT_SECONDS + size / SLOWEST
+        return foreign.fetch(self, query, args)
 
     def wait(self, gen: Generator[Any, Any, _Result], *args: Any, **kwargs: Any) -> _Result:
         return super().wait(_until(time.monotonic() + self.seconds, self.seconds, gen), *args, **kwargs)

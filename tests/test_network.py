@@ -4,6 +4,7 @@ woken soon. Half-open connections, over which no more bytes come, are found with
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 import time
 from collections import Counter
@@ -12,10 +13,11 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import anyio
+import anyio.to_thread
 import pytest
 
 import notifyq
-from notifyq import schema, store
+from notifyq import schema, store, sync_pool
 from notifyq.embedded import Server
 from notifyq.errors import DatabaseError
 
@@ -313,3 +315,100 @@ STALE = """SELECT count(*) FROM pg_stat_activity
 ASLEEP = """SELECT count(*) FROM pg_locks
             WHERE relation = 'notifyq.bell'::regclass AND mode = 'ShareLock' AND granted
               AND database = (SELECT oid FROM pg_database WHERE datname = current_database())"""
+
+
+# Who enqueues. A host that vanished, or a server that is frozen, says nothing on any of the connections that were open.
+
+
+async def test_an_app_after_a_host_vanished(net: Rig) -> None:
+    """The first call that isn't answered takes the other connections along: they lead to the same host."""
+    async with net.app.connect(net.dsn, timeout=1.0):
+        async with anyio.create_task_group() as group:
+            for _ in range(5):
+                group.start_soon(net.app.enqueue, Note())
+        opened = net.proxy.half_open("app")
+        assert opened >= 2
+        with pytest.raises(notifyq.DatabaseError, match=r"in time \(1 s\); what was asked may have been done, or not"):
+            await net.app.enqueue(Note())
+        for _ in range(opened):
+            await net.app.enqueue(Note())
+        assert await net.app.cancel((await net.app.enqueue(Note())).id)
+
+
+@pytest.mark.parametrize("many", [1, 100, 5000])
+async def test_an_app_s_call_that_its_caller_gives_up(net: Rig, many: int) -> None:
+    """It doesn't wait for an answer to a request to cancel, which won't come either: that took 30 s, or 60."""
+    async with net.app.connect(net.dsn):
+        await net.app.enqueue(Note())
+        async with net.db.transaction():
+            await net.db.execute("LOCK TABLE notifyq.task IN SHARE MODE")  # so that it isn't answered
+            began = time.monotonic()
+            async with anyio.create_task_group() as group:
+                group.start_soon(net.app.enqueue_many, [Note()] * many)
+                waiting = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
+                await eventually(lambda: net.db.fetchval(waiting), 1)
+                assert net.proxy.half_open("app") == 1
+                group.cancel_scope.cancel()
+            assert time.monotonic() - began < 25
+        await net.app.enqueue(Note())
+
+
+async def test_a_client_without_async_after_a_host_vanished(net: Rig) -> None:
+    """It asks each connection before it uses it; the first that doesn't answer takes the others along."""
+    client = notifyq.SyncClient(net.app)
+
+    async def enqueue(count: int) -> None:
+        async with anyio.create_task_group() as group:
+            for _ in range(count):
+                group.start_soon(anyio.to_thread.run_sync, lambda: client.enqueue(Note()))
+
+    with await anyio.to_thread.run_sync(client.connect, net.dsn):
+        while len(net.proxy.open("client")) < 3:
+            await enqueue(10)
+        vanished = net.proxy.half_open("client")
+        before = await net.db.fetchval("SELECT count(*) FROM notifyq.task")
+        began = time.monotonic()
+        await enqueue(1)
+        assert time.monotonic() - began < store.PROOF_SECONDS * vanished
+        await enqueue(5)
+        assert await net.db.fetchval("SELECT count(*) FROM notifyq.task") == before + 6
+
+
+async def test_a_client_s_statement_that_is_not_answered(net: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sync_pool, "COMMAND_TIMEOUT_SECONDS", 1.0)
+    client, failed = notifyq.SyncClient(net.app), list[BaseException]()
+
+    def enqueue() -> None:
+        try:
+            client.enqueue(Note())
+        except notifyq.DatabaseError as error:
+            failed.append(error)
+
+    with await anyio.to_thread.run_sync(client.connect, net.dsn):
+        await anyio.to_thread.run_sync(client.enqueue, Note())
+        async with net.db.transaction():
+            await net.db.execute("LOCK TABLE notifyq.task IN SHARE MODE")
+            async with anyio.create_task_group() as group:
+                group.start_soon(anyio.to_thread.run_sync, enqueue)
+                waiting = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
+                await eventually(lambda: net.db.fetchval(waiting), 1)
+                net.proxy.half_open("client")
+        assert [str(error) for error in failed if "no answer within 1 s; the task may have been enqueued" in str(error)]
+        await anyio.to_thread.run_sync(client.enqueue, Note())
+
+
+async def test_a_client_s_sockets_notice_a_host_that_vanished(net: Rig) -> None:
+    """As the app's: where no kernel acknowledges what is sent, the connection is dead after 12 s."""
+    client = notifyq.SyncClient(net.app)
+
+    def options() -> list[int]:
+        names = ("TCP_KEEPIDLE", "TCP_KEEPINTVL", "TCP_KEEPCNT", "TCP_USER_TIMEOUT")
+        with (
+            client.connect(net.dsn),
+            client._opened().connection() as conn,  # pyright: ignore[reportPrivateUsage]
+            socket.socket(fileno=os.dup(conn.fileno())) as sock,
+        ):
+            assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+            return [sock.getsockopt(socket.IPPROTO_TCP, getattr(socket, name)) for name in names]
+
+    assert await anyio.to_thread.run_sync(options) == [5, 2, 3, 12_000]

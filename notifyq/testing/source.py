@@ -23,9 +23,9 @@ async def connection(source: Source) -> AsyncGenerator[Connection, None]:
     """A connection to there. Raises ConfigError for an app that isn't connected, and for anything else."""
     if isinstance(source, App):
         source.check_loop("a helper of notifyq.testing", "connect the app on the test's own event loop, or pass a DSN")
-        via = source._via(None)  # pyright: ignore[reportPrivateUsage]
-        async with via.acquire() as conn:  # type: ignore[union-attr]  # without conn= it is the pool
-            yield conn
+        via = source._connected("this")  # pyright: ignore[reportPrivateUsage]
+        async with via.acquire() as pooled:
+            yield pooled
     elif isinstance(source, str):
         conn = await connect(source, role="test")
         try:
