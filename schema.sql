@@ -1523,7 +1523,8 @@ COMMENT ON FUNCTION notifyq.count_running(text[], integer) IS
 -- Roles. Nothing is granted to anybody; give each of your roles what it needs:
 --
 --   may enqueue   GRANT USAGE ON SCHEMA notifyq TO r;
---                 GRANT INSERT (type, payload, queue, priority, run_at, max_attempts, options), SELECT (id) ON notifyq.task TO r;
+--                 GRANT INSERT (type, payload, queue, priority, run_at, max_attempts, options) ON notifyq.task TO r;
+--                 GRANT SELECT (id, created_at) ON notifyq.task TO r;
 --                 GRANT INSERT ON notifyq.bell TO r;  -- lets it lock, and the table takes no row. Without it: always rings
 --   with keys     GRANT SELECT, INSERT, UPDATE ON notifyq.unique_key TO r;  -- beside these, to enqueue unique tasks
 --                 GRANT SELECT (id, state) ON notifyq.all_tasks TO r;

@@ -7,10 +7,12 @@ import inspect
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterable, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, nullcontext
 from contextvars import ContextVar
+from datetime import datetime
 from typing import TYPE_CHECKING, Any, Self, TypeVar, Unpack, overload
 
 import anyio
 import asyncpg
+import msgspec
 from anyio.abc import TaskStatus
 
 from . import enqueue, foreign, lifespan, log, loops
@@ -23,8 +25,8 @@ from .pool import AppPool
 from .registry import Handler, HandlerOptions, Registry
 from .results import Results
 from .signals import watched
-from .store import explained
-from .task import Ids, Middleware, Ref, Task, ref
+from .store import SQL, explained
+from .task import Ids, Middleware, Ref, Task, check_same, ref
 from .worker import WorkerInfo, work
 
 if TYPE_CHECKING:
@@ -303,24 +305,39 @@ class App:
         if then is None:
             return await enqueue.many(self._via(conn), self.registry, tasks, checked)
         ids, last = await enqueue.group(self._via(conn), self.registry, tasks, then, checked)
-        return ids, self.ref(last)
+        return ids, ref(self, *last)
 
-    def ref(self, id: int) -> Ref:
-        """Of any task, by its id, in whatever process it was enqueued: to wait for its result, say."""
+    def ref(self, id: int, created_at: datetime | None = None) -> Ref:
+        """Of any task, by its id, in whatever process it was enqueued: to wait for its result, say.
+
+        created_at  as the Ref that enqueue returned has it; what this one is asked for is refused if the task with this
+                    id is another one by then
+        """
         if not is_id(id):
             raise ConfigError(f"ref({id!r}): expected a task's id, as enqueue_many returns them")
-        return ref(self, id)
+        if created_at is not None and (not isinstance(created_at, datetime) or created_at.tzinfo is None):
+            raise ConfigError(f"ref({id}, {created_at!r}): expected a datetime with a timezone, a Ref's created_at")
+        made = ref(self, id)
+        if created_at is not None:
+            msgspec.structs.force_setattr(made, "created_at", created_at)
+        return made
 
     @loops.checked_at_call(_check_cancel)
     async def cancel(self, id: int) -> bool:
         """Cancel a task that hasn't ended; return whether it did that. The handler of a running one is cancelled: at
         once if it has run for a second or so, and else within 1.5 s."""
-        known = self.ref(id)
+        return await self._cancel(self.ref(id))
+
+    async def _cancel(self, ref: Ref) -> bool:
+        pool = self._connected("cancel")
         try:
-            row = await self._connected("cancel").fetchrow("SELECT notifyq.cancel($1)", known.id)
-            return row is not None and bool(row[0])
+            if ref.created_at is None:
+                row = await pool.fetchrow("SELECT notifyq.cancel($1)", ref.id)
+            elif (row := await pool.fetchrow(SQL["cancel_as"], ref.id, ref.created_at)) is not None:
+                check_same(ref.id, ref.created_at, row["created_at"])
         except asyncpg.InsufficientPrivilegeError as error:
             raise DatabaseError(f"this user may not cancel: {error}; schema.sql ends with the GRANTs") from error
+        return row is not None and bool(row[0])
 
     @property
     def results(self) -> Results:

@@ -36,8 +36,8 @@ SLICE = 100  # tasks encoded without a break: 0.2 ms
 
 
 async def one(via: Via, registry: Registry, task: Task, options: Options) -> Iterable[Any]:
-    """Insert a task, unless it is unique and another is in its way: the id of either, and, if it is unique, whether it
-    is the other's."""
+    """Insert a task, unless it is unique and another is in its way: the id of either, when it was created, and, if it
+    is unique, whether it is the other's."""
     type, payload = checked(registry, task)
     query, args = statement(type, payload, options.of(task), options.unique.of(task))
     row: Iterable[Any]
@@ -91,7 +91,7 @@ async def many(via: Via, registry: Registry, tasks: Iterable[Task], options: Opt
 
 async def group(
     via: Via, registry: Registry, tasks: Iterable[Task], then: Task, options: Options
-) -> tuple[list[int], int]:
+) -> tuple[list[int], tuple[int, int]]:
     """Insert tasks, and one that waits for all of them: all or none, in one statement."""
     query, args = grouped(registry, tasks, then, options)
     with Explained("(one of a group)"):
@@ -122,10 +122,10 @@ def _placed(registry: Registry, task: Task, options: Options) -> Placed:
     return *checked(registry, task), options.values[0], options.values[3], options.text()
 
 
-def ids_of_group(answer: Sequence[Any]) -> tuple[list[int], int]:
-    """What `grouped` is answered with: the tasks' ids, and that of `then`."""
-    [(last, ids)] = answer
-    return list(ids or ()), last
+def ids_of_group(answer: Sequence[Any]) -> tuple[list[int], tuple[int, int]]:
+    """What `grouped` is answered with: the tasks' ids; and that of `then`, and when that was created."""
+    [(last, created, ids)] = answer
+    return list(ids or ()), (last, created)
 
 
 async def _stream(

@@ -19,6 +19,7 @@ import asyncio
 import random
 from collections.abc import AsyncGenerator, Generator, Iterable, Sequence
 from contextlib import contextmanager
+from datetime import datetime
 from typing import TYPE_CHECKING, Any, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 import anyio
@@ -39,7 +40,7 @@ from .store import (
     is_pooled,
     notified_id,
 )
-from .task import ENDED, Progress
+from .task import ENDED, Progress, check_same
 
 if TYPE_CHECKING:
     from .registry import Handler, Registry
@@ -67,9 +68,10 @@ class Ended(NamedTuple):
 class Waiter:
     """Somebody who waits. Told by `Results`; `changed` is set with each piece of news."""
 
-    __slots__ = ("changed", "ended", "failure", "step")
+    __slots__ = ("changed", "created_at", "ended", "failure", "step")
 
-    def __init__(self) -> None:
+    def __init__(self, created_at: datetime | None) -> None:
+        self.created_at = created_at  # of the task that is meant; another may have its id
         self.changed = asyncio.Event()
         self.ended: Ended | None = None
         self.failure: NotifyqError | None = None  # no way to find out
@@ -98,9 +100,9 @@ class Results:
         self._down = False
         self._task: asyncio.Task[None] | None = None
 
-    async def result(self, id: int, type: Any, timeout: float | None) -> Any:
+    async def result(self, id: int, type: Any, timeout: float | None, created_at: datetime | None = None) -> Any:
         """What Ref.result says."""
-        with self._wait(id) as waiter:
+        with self._wait(id, created_at) as waiter:
             with anyio.move_on_after(timeout):
                 while not waiter.over():
                     waiter.changed.clear()
@@ -110,12 +112,12 @@ class Results:
         assert waiter.ended is not None
         return self._value(id, waiter.ended, type)
 
-    async def steps(self, id: int) -> AsyncGenerator[Progress, None]:
+    async def steps(self, id: int, created_at: datetime | None = None) -> AsyncGenerator[Progress, None]:
         """What Ref.progress says."""
         told: Progress | None = None
         self._watched += 1
         try:
-            with self._wait(id) as waiter:
+            with self._wait(id, created_at) as waiter:
                 while not waiter.over():
                     waiter.changed.clear()
                     if waiter.step is not None and waiter.step != told:
@@ -146,9 +148,9 @@ class Results:
             raise NotifyqError(f"the result of task {id} ({ended.type}) is not what was asked for: {error}") from None
 
     @contextmanager
-    def _wait(self, id: int) -> Generator[Waiter, None, None]:
+    def _wait(self, id: int, created_at: datetime | None) -> Generator[Waiter, None, None]:
         """As one of those who wait, inside the block; nothing is left of it."""
-        waiter = Waiter()
+        waiter = Waiter(created_at)
         self._waiting.setdefault(id, set()).add(waiter)
         self._ask[id] = None
         self._wake.set()
@@ -272,6 +274,10 @@ class Results:
                 self._ask[id] = None
                 continue
             for waiter in self._waiting.get(id, ()):
+                try:
+                    check_same(id, waiter.created_at, row["created_at"])
+                except NotifyqError as error:
+                    waiter.failure = error
                 if row["state"] in ENDED:
                     waiter.ended = Ended(row["state"], row["type"], row["result"], row["error"])
                 elif row["progress"] is not None:

@@ -139,7 +139,7 @@ class SyncClient:
             query, args = grouped(self._registry, tasks, then, checked_options)
             with Explained("(one of a group)"):
                 ids, last = ids_of_group(self._fetch(conn, query, args))
-            return ids, self._app.ref(last)
+            return ids, ref(self._app, *last)
         bulk = Bulk(partial(checked, self._registry), checked_options)
         rest = iter(tasks)
         first = bulk.rows(rest)

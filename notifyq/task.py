@@ -6,14 +6,14 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterable
 from contextlib import AbstractAsyncContextManager
 from contextvars import ContextVar
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeAlias, TypeVar, get_args, overload
 
 import msgspec
 
 from . import loops
 from .config import in_seconds
-from .errors import ConfigError
+from .errors import ConfigError, NotifyqError
 from .settings import StructMeta
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ else:
 _Result = TypeVar("_Result")
 State: TypeAlias = Literal["scheduled", "ready", "running", "done", "dead", "cancelled"]
 STATES: tuple[str, ...] = get_args(State)
+EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 ENDED = ("done", "dead", "cancelled")
 Isolation: TypeAlias = Literal["read_committed", "repeatable_read", "serializable"]
 
@@ -195,11 +196,27 @@ def _check_cancel(ref: Ref) -> None:
     ref._app.check_cancel()  # pyright: ignore[reportPrivateUsage]
 
 
-class Ref(msgspec.Struct, frozen=True, dict=True):
+class Ref(msgspec.Struct, frozen=True, dict=True, eq=False, omit_defaults=True):
     """An enqueued task, by its id in notifyq.all_tasks. One that enqueue returned, or `app.ref(id)`, can be waited for,
-    inside of `async with app.connect():`."""
+    inside of `async with app.connect():`.
+
+    created_at  of the task that is meant, if it is known, as it is where enqueue returned this. The id may be another
+                task's one day: after a failover to a standby that lagged, or TRUNCATE ... RESTART IDENTITY. Then what
+                this Ref is asked for raises NotifyqError.
+    """
 
     id: int
+    created_at: datetime | None = None
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Ref):
+            return NotImplemented
+        return self.id == other.id and (
+            self.created_at is None or other.created_at is None or self.created_at == other.created_at
+        )
+
+    def __hash__(self) -> int:
+        return hash(self.id)
 
     @overload
     async def result(self, /, *, timeout: float | None = None) -> Any: ...
@@ -218,7 +235,7 @@ class Ref(msgspec.Struct, frozen=True, dict=True):
         Raises TaskDead or TaskCancelled if it ended so, and NotifyqError if nobody knows of such a task: it was pruned,
         or its transaction (conn=) isn't committed. Without a database it waits for that.
         """
-        return await self._app.results.result(self.id, type, timeout)
+        return await self._app.results.result(self.id, type, timeout, self.created_at)
 
     def progress(self) -> AsyncIterator[Progress]:
         """What its handler tells by ctx.progress, each new one, until the task ends.
@@ -226,12 +243,12 @@ class Ref(msgspec.Struct, frozen=True, dict=True):
         async for step in ref.progress():
             print(f"{step.fraction:.0%}", step.note)
         """
-        return self._app.results.steps(self.id)
+        return self._app.results.steps(self.id, self.created_at)
 
     @loops.checked_at_call(_check_cancel)
     async def cancel(self) -> bool:
         """As App.cancel."""
-        return await self._app.cancel(self.id)
+        return await self._app._cancel(self)  # pyright: ignore[reportPrivateUsage]
 
     @property
     def existed(self) -> bool:
@@ -246,13 +263,26 @@ class Ref(msgspec.Struct, frozen=True, dict=True):
         return app
 
 
-def ref(app: App, id: int, existed: bool = False) -> Ref:
-    """One that can be waited for. The app is no field: a Ref is compared, encoded and pickled as its id."""
-    made = Ref(id)
+def ref(app: App, id: int, created: int | None = None, existed: bool = False) -> Ref:
+    """One that can be waited for. The app is no field: a Ref is compared, encoded and pickled without it.
+
+    created  its created_at in microseconds since 1970, as the statements return it
+    """
+    made = Ref(id, None if created is None else EPOCH + timedelta(microseconds=created))
     msgspec.structs.force_setattr(made, "app", app)
     if existed:
         msgspec.structs.force_setattr(made, "found", True)
     return made
+
+
+def check_same(id: int, expected: datetime | None, found: datetime) -> None:
+    """Raise NotifyqError if a task with this id is another one than a Ref's."""
+    if expected is not None and found != expected:
+        raise NotifyqError(
+            f"task {id} isn't the one that this Ref is of: it was created at {found}, and that one at {expected}. That "
+            "one is lost: its server failed before the standby had it, or ids were given twice (TRUNCATE ... RESTART "
+            "IDENTITY)"
+        )
 
 
 class Ids(list[int]):

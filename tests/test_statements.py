@@ -42,11 +42,13 @@ STATEMENTS = {
     "advance": Statement("float8", "count:int8", None),
     "awaited": Statement(
         "int8[]",
-        "id:int8 state:text type:text result:jsonb error:text progress:float4 note:text marked:bool later:bool",
+        "id:int8 state:text type:text result:jsonb error:text progress:float4 note:text"
+        " created_at:timestamptz marked:bool later:bool",
         "finished_pkey task_pkey",
     ),
     "beat": Statement("int4", "", ""),
     "became": Statement("text", "status:text", ""),
+    "cancel_as": Statement("int8 timestamptz", "cancelled:bool created_at:timestamptz", None),
     "claim": Statement("int4 text[] int4[] int4 int4", ROW, "task_pkey task_ready"),
     "claim_onward": Statement("int4 text[] int4[] int4 text[] int2[] int8[] int4", ROW, "task_pkey task_ready"),
     "claim_suspects": Statement("int4 text[] text[] int4 int4 int4", ROW, "task_parked task_pkey"),
@@ -81,16 +83,18 @@ STATEMENTS = {
     ),
     "end_claims": Statement("int4", "coalesce:bool", ""),
     "ends": Statement("int8[]", "id:int8 state:text", "finished_pkey"),
-    "enqueue": Statement("text text text float8 timestamptz int2 int2 text", "id:int8", ""),
+    "enqueue": Statement("text text text float8 timestamptz int2 int2 text", "id:int8 created:int8", ""),
     "enqueue_many": Statement("text[] text[] text float8 timestamptz int2 int2 text", "id:int8", ""),
     "enqueue_many_placed": Statement("text[] text[] text[] float8 timestamptz int2[] int2 text[]", "id:int8", ""),
     "enqueue_then": Statement(
-        "text[] text[] text[] float8 timestamptz int2[] int2 text[] text", "id:int8 after:int8[]", ""
+        "text[] text[] text[] float8 timestamptz int2[] int2 text[] text", "id:int8 created:int8 after:int8[]", ""
     ),
     "enqueue_many_unique": Statement(
         "text[] text[] text[] float8 timestamptz int2[] int2 text[]", "id:int8 key:text existed:bool", ""
     ),
-    "enqueue_unique": Statement("text text text float8 timestamptz int2 int2 text", "id:int8 existed:bool", ""),
+    "enqueue_unique": Statement(
+        "text text text float8 timestamptz int2 int2 text", "id:int8 created:int8 existed:bool", ""
+    ),
     "enqueued": Statement(
         "text",
         "id:int8 queue:text state:text priority:int2 run_at:timestamptz payload:text delay:float8",

@@ -148,7 +148,7 @@ def enqueue(
         async with session(dsn, reads=False) as conn:
             with Explained(type):
                 [row] = await conn.fetch(query, *args)
-            return row[0], len(row) > 1 and row[1], "" if app else await _unserved(conn, type, options.values[0])
+            return row[0], len(row) > 2 and row[2], "" if app else await _unserved(conn, type, options.values[0])
 
     id, existed, note = asyncio.run(run())
     if note:

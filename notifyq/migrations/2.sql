@@ -147,7 +147,7 @@ COMMENT ON COLUMN notifyq.bell.nothing IS 'No row is ever stored.';
 CREATE OR REPLACE VIEW notifyq.all_queues AS
 SELECT name, paused, limit_running, limit_rate, limit_seconds, 0::bigint AS running, 0::bigint AS waiting, 0::bigint AS workers
 FROM notifyq.queue;
--- Whoever works here may do everything with what is new too; who enqueues, give options; who reads, read it.
+-- Whoever works here may do everything with what is new too; who enqueues, give options and see when; who reads, read it.
 DO $$
 DECLARE
     may text;
@@ -162,6 +162,10 @@ BEGIN
               SELECT a.grantee, 'INSERT (options) ON notifyq.task TO '
               FROM pg_attribute t CROSS JOIN aclexplode(t.attacl) AS a
               WHERE t.attrelid = 'notifyq.task'::regclass AND t.attname = 'payload' AND a.privilege_type = 'INSERT'
+              UNION ALL
+              SELECT a.grantee, 'SELECT (created_at) ON notifyq.task TO '
+              FROM pg_attribute t CROSS JOIN aclexplode(t.attacl) AS a
+              WHERE t.attrelid = 'notifyq.task'::regclass AND t.attname = 'id' AND a.privilege_type = 'SELECT'
               UNION ALL
               SELECT a.grantee, 'SELECT ON notifyq.queue, notifyq.cron, notifyq.all_queues TO '
               FROM pg_class c CROSS JOIN aclexplode(c.relacl) AS a

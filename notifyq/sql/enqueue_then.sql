@@ -1,5 +1,5 @@
 -- As enqueue_many_placed.sql, and the last of each array is of a task that runs when all the others have ended; $9 is its
--- on_dead. Returns its id, and the others' as after, NULL if there are none.
+-- on_dead. Returns its id, its created_at as enqueue.sql does, and the others' ids as after, NULL if there are none.
 WITH given AS (
     SELECT t.type, t.payload::jsonb AS payload, t.queue, t.priority, t.options::jsonb AS options,
            t.n = cardinality($1::text[]) AS last
@@ -21,6 +21,6 @@ WITH given AS (
                 ELSE coalesce(g.options, '{}') || jsonb_build_object('after', i.ids, 'on_dead', $9::text) END
     FROM given g, ids i
     WHERE g.last
-    RETURNING id
+    RETURNING id, (extract(epoch FROM created_at) * 1000000)::bigint AS created
 )
-SELECT callback.id, ids.ids AS after FROM callback, ids
+SELECT callback.id, callback.created, ids.ids AS after FROM callback, ids
