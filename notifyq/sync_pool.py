@@ -47,8 +47,8 @@ class Bounded(psycopg.Connection[Any]):
     opened_at = 0.0  # by time.monotonic
 
     def run(self, query: str, args: Sequence[Any]) -> Sequence[Any]:
-        """A statement, whose second parameter is a payload, or several: large ones take longer."""
-        payloads: str | list[str] = args[1]
+        """A statement, whose second parameter, if it has any, is a payload, or several: large ones take longer."""
+        payloads: str | list[str] = args[1] if args else ""
         size = len(payloads) if isinstance(payloads, str) else sum(map(len, payloads))
         self.seconds = COMMAND_TIMEOUT_SECONDS + size / SLOWEST
         return foreign.fetch(self, query, args)

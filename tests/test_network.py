@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import socket
 import time
 from collections import Counter
@@ -393,7 +394,7 @@ async def test_a_client_s_statement_that_is_not_answered(net: Rig, monkeypatch: 
                 waiting = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
                 await eventually(lambda: net.db.fetchval(waiting), 1)
                 net.proxy.half_open("client")
-        assert [str(error) for error in failed if "no answer within 1 s; the task may have been enqueued" in str(error)]
+        assert re.search(r"no answer within 1\S* s; the task may have been enqueued, or not", str(failed))
         await anyio.to_thread.run_sync(client.enqueue, Note())
 
 
