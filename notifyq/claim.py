@@ -408,6 +408,7 @@ class Claimer:
         keys = [f"crashed:{queue}" for queue in self._queues if queue not in self._admission.paused]
         crashes = await conn.fetchval(SQL["suspects"], keys, self._types)
         if crashes is None:
+            self._refused_since = None
             return 0
         locked = False
         if not is_pooled(conn):
@@ -421,6 +422,7 @@ class Claimer:
         patience = min(PATIENCE_SECONDS * 2 ** min(crashes - 2, 10), PATIENCE_MOST)
         jobs: list[Job] = []
         fed: list[Job] = []
+        locked_rows: list[Job] = []
         held = self._runners.held
         try:
             self._door.want(Place.AWAY)

@@ -882,6 +882,16 @@ async def test_a_queue_of_any_name(run: Run, dsn: str, db: Any, name: str) -> No
     assert [json.loads(line)["queue"] for line in said.lines] == [name]
 
 
+async def test_tasks_say_what_one_waits_for(run: Run, dsn: str, db: Any) -> None:
+    await db.execute(
+        """INSERT INTO notifyq.task (type, aside, parked, waits_at, crashes, attempts)
+           VALUES ('A', true, 'limit', 'limit:x', NULL, 0), ('B', true, 'crashed', 'crashed:default', 2, 2)"""
+    )
+    said = await run("tasks", dsn=dsn)
+    assert re.search(r" scheduled  waits for limit +default  A ", said.out)
+    assert re.search(r" scheduled  waits to run alone, as its worker vanished +default  B ", said.out)
+
+
 async def test_tasks_as_json(run: Run, dsn: str, db: Any) -> None:
     """A line each with all that the view has, whole."""
     await fill(db)

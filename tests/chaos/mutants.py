@@ -41,8 +41,11 @@ MUTANTS: dict[str, list[Change]] = {
         ("sql/rescue.sql", "AND CASE WHEN", "AND CASE WHEN true OR"),
         ("lease.py", "SILENT_SECONDS = 2.0", "SILENT_SECONDS = 0.0"),
     ],
-    # A crash is a failure of each task that the worker held.
-    "crash": [("sql/rescue.sql", "           w.status <> 'vanished'\n           AND", "           true OR")],
+    # A crash is the end of each task that the worker held, whoever is the cause.
+    "crash": [
+        ("sql/rescue.sql", "           w.status <> 'vanished'\n           AND", "           true OR"),
+        ("sql/rescue.sql", "coalesce(t.crashes_alone, 0) >= 2", "true"),
+    ],
     # The insert trigger looks whether somebody sleeps, and holds nothing until its commit.
     "peek": [
         (
