@@ -101,7 +101,7 @@ async def test_one_table_that_refuses_keeps_no_other_from_being_pruned(
     monkeypatch.setattr(lease, "PRUNE_SECONDS", 0.2)
     await db.execute(
         """CREATE FUNCTION no() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE 'not today'; END $$;
-           CREATE TRIGGER no BEFORE DELETE ON notifyq.finished FOR EACH STATEMENT EXECUTE FUNCTION no();
+           CREATE TRIGGER no BEFORE DELETE ON notifyq.finished FOR EACH ROW EXECUTE FUNCTION no();
            INSERT INTO notifyq.started VALUES ('limit:k', now() - interval '1 hour', 1, 1.0);
            INSERT INTO notifyq.unique_key VALUES ('u', 1, now() - interval '1 hour', now() - interval '1 hour')"""
     )
