@@ -188,6 +188,22 @@ async def test_a_suspect_beside_a_handler_that_runs_on(spawn: Spawn, db: Any, mo
     assert (told["tasks"], told["alone"]) == (1, False)
 
 
+async def test_a_drain_runs_suspects(db: Any, dsn: str) -> None:
+    """Those of its queues; and of a queue that is paused none."""
+    bench = Bench()
+    park = """INSERT INTO notifyq.task (type, queue, attempts, crashes, aside, parked, waits_at)
+              SELECT 'Note', $1, 2, 2, true, 'crashed', 'crashed:' || $1 FROM generate_series(1, $2::integer)
+              RETURNING id"""
+    ids = [row[0] for row in await db.fetch(park, "default", 20)]
+    await db.fetch(park, "paused", 1)
+    await db.fetchval("SELECT notifyq.pause('paused')")
+    async with working(bench.app, dsn, drain=True, queues=["default", "paused"]) as worker:
+        with anyio.fail_after(limit()):
+            await worker.done.wait()
+    assert sorted(bench.seen.items) == ids
+    assert await states(db, ids) == {("done", 3): 20}
+
+
 async def test_not_all_of_its_connections_are_lost(dsn: str, spawn: Spawn, db: Any) -> None:
     """A worker that has lost its keeper's connection, and others, but not all, and can't open another, isn't dead."""
     role = f"worker_{urlsplit(dsn).path[1:]}"
