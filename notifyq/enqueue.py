@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AsyncExitStack
 from functools import partial
 from itertools import islice
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import anyio
 import anyio.lowlevel
@@ -178,7 +178,9 @@ def explained_many(types: list[str]) -> Explained:
 def checked(registry: Registry, task: Task) -> Row:
     """A Struct isn't validated when it is made, so what was encoded is decoded again."""
     if not isinstance(task, Task):
-        raise ConfigError(f"enqueue got {task!r:.100}; expected an instance of a subclass of notifyq.Task")
+        raise ConfigError(
+            f"enqueue got {task!r:.100}; expected an instance of a subclass of notifyq.Task{_hint(registry, task)}"
+        )
     cls = type(task)
     name = type_name(cls)
     payload = encode_payload(task)
@@ -191,6 +193,15 @@ def checked(registry: Registry, task: Task) -> Row:
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise ConfigError(f"task {name} doesn't validate against its own type: {error}") from error
     return name, payload.decode()
+
+
+def _hint(registry: Registry, given: Any) -> str:
+    handler = registry.of(given) if callable(given) else None
+    if handler is not None:
+        return f": enqueue {handler.task.__name__}(...), not its handler"
+    if isinstance(given, tuple) and any(isinstance(part, Task) for part in cast("tuple[object, ...]", given)):
+        return "; the options are for all tasks of a call: enqueue those with others by another one"
+    return ""
 
 
 _decoders: dict[type[Task], Any] = {}

@@ -127,12 +127,14 @@ async def _async_psycopg(conn: Any, query: str, args: Sequence[Any]) -> Sequence
 
 
 def _alchemy(conn: Any, query: str, args: Sequence[Any]) -> Sequence[Any]:
-    rows: Sequence[Any] = conn.exec_driver_sql(*_for_dialect(conn.dialect, query, args)).fetchall()
+    statement, values = _for_dialect(conn.dialect, query, args)
+    rows: Sequence[Any] = conn.exec_driver_sql(statement, values, _AT_ONCE).fetchall()
     return rows
 
 
 async def _async_alchemy(conn: Any, query: str, args: Sequence[Any]) -> Sequence[Any]:
-    rows: Sequence[Any] = (await conn.exec_driver_sql(*_for_dialect(conn.dialect, query, args))).fetchall()
+    statement, values = _for_dialect(conn.dialect, query, args)
+    rows: Sequence[Any] = (await conn.exec_driver_sql(statement, values, _AT_ONCE)).fetchall()
     return rows
 
 
@@ -142,6 +144,10 @@ def _session(session: Any, query: str, args: Sequence[Any]) -> Sequence[Any]:
 
 async def _async_session(session: Any, query: str, args: Sequence[Any]) -> Sequence[Any]:
     return await _async_alchemy(await session.connection(), query, args)
+
+
+# Whatever its connection or engine is told: a server-side cursor is for SELECTs, and an INSERT in one a syntax error.
+_AT_ONCE = {"stream_results": False, "yield_per": None}
 
 
 def _for_dialect(dialect: Any, query: str, args: Sequence[Any]) -> tuple[str, Any]:

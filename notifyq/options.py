@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple, Self, TypedDict
 
 import msgspec
 
+from . import settings
 from .codec import type_name
 from .config import check_name, in_seconds
 from .errors import ConfigError
@@ -149,8 +150,13 @@ class Options(NamedTuple):
         unique_states: Iterable[State] | None = None,
         on_conflict: Literal["keep", "replace", "move"] | None = None,
         then: bool = False,
+        **unknown: object,
     ) -> Self:
         """Raises ConfigError for what can't be. then: a task follows that waits for these, so on_dead is for that."""
+        for name in unknown:
+            near = settings.meant(name, tuple(EnqueueOptions.__annotations__))
+            hint = f"did you mean {near}?" if near else f"it has {', '.join(EnqueueOptions.__annotations__)}"
+            raise ConfigError(f"enqueue has no option {name!r}; {hint}")
         if queue is not UNTOLD:
             check_name("queue", queue)
         delay = in_seconds(delay)

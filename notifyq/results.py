@@ -341,5 +341,5 @@ def typed(handler: Handler, result: bytes) -> Any:
         if len(some) < len(every):
             annotation = Union[some]  # noqa: UP007 - built at run time
         return msgspec.json.decode(result, type=annotation)
-    except (NameError, TypeError, msgspec.ValidationError):
+    except Exception:  # an annotation is evaluated, and may raise anything; or the result is of another type
         return msgspec.json.decode(result)

@@ -46,7 +46,7 @@ LONG = 7  # letters of a name that is looked for among fields too: short words h
 
 def meant(name: str, known: tuple[str, ...] = (*SETTINGS, *OPTIONS)) -> str | None:
     """The setting, or the option of enqueue, that somebody who writes this name means; None: none."""
-    if name in known or name in MISSING:
+    if name in known or (name in MISSING and known[: len(SETTINGS)] == SETTINGS):
         return name
     if name in ALIASES and ALIASES[name] in known:
         return ALIASES[name]

@@ -86,6 +86,7 @@ async def assert_enqueued(
     **more: Any,
 ) -> list[T]:
     """Fail unless `enqueued` with the same arguments finds some, or exactly `count`; return them."""
+    __tracebackhide__ = True  # pytest shows the test's line, and not this function's
     found = await _find(source, task, fields, more, queue, priority, delay, run_at)
     matches = [one for one in found if not one.differences]
     if len(matches) == count or (count is None and matches):
@@ -110,6 +111,7 @@ async def refute_enqueued(
     **more: Any,
 ) -> None:
     """Fail if `enqueued` with the same arguments finds any."""
+    __tracebackhide__ = True
     found = await _find(source, task, fields, more, queue, priority, delay, run_at)
     if matches := [one for one in found if not one.differences]:
         what = _described(task, {**(fields or {}), **more}, queue, priority, delay, run_at)

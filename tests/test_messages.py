@@ -1,0 +1,83 @@
+"""Mistakes that users of other queues make when they enqueue, and connections in states that people have them in."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+import sqlalchemy
+import sqlalchemy.orm
+from sqlalchemy.ext.asyncio import create_async_engine
+
+import notifyq
+
+pytestmark = pytest.mark.anyio
+
+
+class Mail(notifyq.Task):
+    to: str = ""
+
+
+app = notifyq.App()
+
+
+@app.handler
+async def send(task: Mail) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"countdown": 5}, "enqueue has no option 'countdown'; did you mean delay?"),
+        ({"eta": 5}, "did you mean run_at?"),
+        ({"max_retries": 5}, "did you mean max_attempts?"),
+        ({"priorty": 5}, "did you mean priority?"),
+        ({"expires": 5}, "enqueue has no option 'expires'; it has queue, delay"),
+    ],
+)
+async def test_options_of_other_queues(dsn: str, options: dict[str, Any], words: str) -> None:
+    async with app.connect(dsn):
+        for call in (app.enqueue(Mail(), **options), app.enqueue_many([Mail()], **options)):
+            with pytest.raises(notifyq.ConfigError) as caught:
+                await call
+            assert words in str(caught.value)
+
+
+async def test_what_is_no_task(dsn: str) -> None:
+    async with app.connect(dsn):
+        wrong: Any = send
+        with pytest.raises(notifyq.ConfigError, match=r"enqueue Mail\(\.\.\.\), not its handler"):
+            await app.enqueue(wrong)
+        pair: Any = (Mail(), {"delay": 3})
+        with pytest.raises(notifyq.ConfigError, match="the options are for all tasks of a call"):
+            await app.enqueue_many([pair])
+
+
+@pytest.mark.parametrize("driver", ["psycopg", "asyncpg"])
+@pytest.mark.parametrize("options", [{"stream_results": True}, {"yield_per": 2}, {"isolation_level": "AUTOCOMMIT"}])
+async def test_sqlalchemy_s_connections_with_options(dsn: str, db: Any, driver: str, options: dict[str, Any]) -> None:
+    client, url = notifyq.SyncClient(app), dsn.replace("postgresql://", f"postgresql+{driver}://")
+
+    def blocking() -> None:
+        engine = sqlalchemy.create_engine(url).execution_options(**options)
+        with engine.connect() as conn:
+            client.enqueue(Mail(), conn=conn)
+            client.enqueue_many([Mail(), Mail()], conn=conn)
+            conn.commit()
+        with sqlalchemy.orm.Session(engine) as session:
+            client.enqueue(Mail(), conn=session)
+            session.commit()
+        engine.dispose()
+
+    if driver == "psycopg":
+        await asyncio.to_thread(blocking)
+    else:
+        engine = create_async_engine(url)
+        async with engine.connect() as plain:
+            conn = await plain.execution_options(**options)
+            await app.enqueue(Mail(), conn=conn)
+            await app.enqueue_many([Mail()] * 3, conn=conn)
+            await conn.commit()
+        await engine.dispose()
+    assert await db.fetchval("SELECT count(*) FROM notifyq.task") == 4
