@@ -425,7 +425,7 @@ async def claim(
     With `onward`, only from those marks; with `aside`, of these types those that somebody set aside. `blind`: without
     any payload.
     """
-    inline = 0 if blind else max(INLINE_LEAST, min(INLINE_MOST, CLAIM_BYTES // max(limit, 1)))
+    inline = 0 if blind else _inline(limit)
     try:
         jobs = await _claim(conn, worker, rooms, limit, onward, aside, inline)
     except UNREADABLE:
@@ -435,13 +435,18 @@ async def claim(
     return jobs
 
 
+def _inline(limit: int) -> int:
+    """How many bytes a payload may have that comes with a claim of up to so many tasks."""
+    return max(INLINE_LEAST, min(INLINE_MOST, CLAIM_BYTES // max(limit, 1)))
+
+
 async def claim_suspects(
     conn: Connection, worker: int, keys: list[str], types: Sequence[str], crashes: int, limit: int
 ) -> list[Job]:
     """Up to `limit` of the tasks whose workers have vanished so often: see suspects.sql."""
     args = (worker, keys, types, crashes, limit)
     try:
-        rows = await conn.fetch(SQL["claim_suspects"], *args, CLAIM_BYTES // limit)
+        rows = await conn.fetch(SQL["claim_suspects"], *args, _inline(limit))
     except UNREADABLE:
         rows = await conn.fetch(SQL["claim_suspects"], *args, 0)
     return sorted((Job(worker, row) for row in rows), key=_order)

@@ -21,7 +21,7 @@ FRONT, ONWARD = False, True
 
 
 def job(id: int, queue: str = "q", priority: int = 0) -> Job:
-    return Job(1, (id, 1, "T", queue, priority, None, datetime.now(UTC), b"{}", False))  # type: ignore[arg-type]
+    return Job(1, (id, 1, "T", queue, priority, None, datetime.now(UTC), b"{}", False, None))  # type: ignore[arg-type]
 
 
 def told(*jobs: Job, slow: bool) -> tuple[Marks, float]:

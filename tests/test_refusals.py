@@ -217,7 +217,7 @@ async def test_a_drain_ends_though_an_outcome_is_refused(bench: Bench, db: Any, 
 
 
 def job(size: int = 0) -> Job:
-    made = Job(1, (7, 2, "T", "default", 0, None, None, b"{}", False))  # type: ignore[arg-type]
+    made = Job(1, (7, 2, "T", "default", 0, None, None, b"{}", False, None))  # type: ignore[arg-type]
     made.size = size
     return made
 

@@ -8,9 +8,10 @@
 --   whatever else is in the table.
 -- * least, greatest and left: somebody's odd row must not fail a claim, nor have an answer that Python can't read or hold.
 -- * pg_column_size is the size on disk. A compressed payload can be 87 times as large (pglz), or 255 times (lz4), so
---   its whole size counts: the elements of an array aren't compressed. Only a payload whose compressed size is at most
---   $5 is decompressed for that. The text is up to four times as long as this size where it is made of digits. Numbers
---   such as 1e131071 make it longer still; then the claim fails or times out, and the next one leaves out all payloads.
+--   its whole size counts, unless it is small in any case: up to an eighth of $5. The elements of an array aren't
+--   compressed, so a larger one is made that, once, both to be measured and to be returned. The text is up to four
+--   times as long as this size where it is made of digits. Numbers such as 1e131071 make it longer still; then the
+--   claim fails or times out, and the next one leaves out all payloads.
 -- * The EXISTS is for a worker that was given up for dead: what it claims now nobody would rescue.
 UPDATE notifyq.task t
 SET worker = $1, attempts = least(t.attempts, 32766) + 1, processing_at = clock_timestamp()
@@ -30,7 +31,9 @@ WHERE t.id = ANY (ARRAY(
 AND EXISTS (SELECT FROM notifyq.worker w WHERE w.id = $1)
 RETURNING t.id, t.attempts, left(t.type, 201) AS type, t.queue, t.priority, t.max_attempts,
           greatest(least(t.created_at, '9999-12-30Z'), '0001-01-03Z') AS created_at,
-          CASE WHEN pg_column_size(t.payload) <= $5::integer
-            AND (pg_column_compression(t.payload) IS NULL OR pg_column_size(ARRAY[t.payload]) <= $5)
-       THEN t.payload END AS payload,
+          CASE WHEN pg_column_size(t.payload) <= $5::integer / 8
+                 OR pg_column_size(t.payload) <= $5 AND pg_column_compression(t.payload) IS NULL THEN t.payload
+               WHEN pg_column_size(t.payload) <= $5 THEN
+                    (SELECT p.whole[1] FROM (SELECT ARRAY[t.payload] AS whole OFFSET 0) AS p
+                     WHERE pg_column_size(p.whole) <= $5) END AS payload,
        t.limit_key IS NOT NULL OR t.order_key IS NOT NULL OR t.after IS NOT NULL AS judged, t.crashes
