@@ -532,7 +532,9 @@ class Runners:
             if logger.isEnabledFor(logging.DEBUG):
                 logger.debug("task done", extra=_fields(job, handler, seconds=_since(began)))
             return result
-        entry = msgspec.json.decode(result.error) if isinstance(result, Finish | Later) and result.error else {}
+        entry: dict[str, Any] = {}
+        if isinstance(result, Finish | Later) and result.error:
+            entry = msgspec.json.decode(result.error)
         why = entry.get("error") or ""
         extra = _fields(job, handler, error=why.splitlines()[0][:300] if why else "", seconds=_since(began))
         # The row keeps the traceback, where it is found by id.
