@@ -27,6 +27,7 @@ from notifyq import claim as claiming
 from notifyq import doorbell, schema, store
 from notifyq.cli.logs import JsonLines, TextLines
 from notifyq.cli.output import table
+from notifyq.codec import PAYLOAD_LIMIT
 from notifyq.embedded import Server
 from notifyq.store import SQL
 
@@ -366,7 +367,13 @@ async def test_compressed_payloads_are_measured_as_they_are(
     )
     assert 65_536 < await db.fetchval("SELECT pg_column_size(payload) FROM notifyq.task") < 16_777_216
     [job] = await store.claim(worker, id, {"default": 1}, 1)
-    assert (None if job.payload is None else len(job.payload)) == length
+    assert job.payload is None, "it is fetched apart"
+    lease = id, [job.id], [job.attempt]
+    [(_, size)] = await worker.fetch(SQL["payload_sizes"], *lease, store.STATEMENT_BYTES)
+    assert (size <= PAYLOAD_LIMIT) is (length is not None)
+    if length is not None:
+        [(_, found)] = await worker.fetch(SQL["payloads"], *lease)
+        assert len(found) == length
     await worker.close()
 
 

@@ -341,7 +341,7 @@ async def test_frozen_past_its_lease(spawn: Spawn, db: Any, probe: Probe) -> Non
     assert turn < 8 + probe.late(stopped)
     assert rescue < 10 + probe.late(stopped)
 
-    await anyio.sleep(over - time.monotonic())
+    await anyio.sleep(max(0.0, over - time.monotonic()))
     frozen.process.signal(signal.SIGCONT)
     await frozen.reach(5, "cancelled")
     assert {line["id"] for _, line in frozen.of("cancelled")} == set(long)
