@@ -17,7 +17,8 @@ import psycopg
 import pytest
 
 import notifyq
-from notifyq import Context, TaskCancelled, TaskDead
+from notifyq import Context, TaskCancelled, TaskDead, lease
+from notifyq.admit import Admission
 from notifyq.errors import ConfigError
 from notifyq.store import SQL
 from notifyq.testing import drain, run_inline
@@ -598,6 +599,30 @@ async def test_whom_nobody_tells_a_heartbeat_finds(bench: Bench, db: Any, dsn: s
             await anyio.sleep(0.1)  # of five times UNSURE_SECONDS nothing tells
             await stranger.execute("SELECT notifyq.cancel($1)", first.id)
         await ended(db, last.id, "cancelled")
+
+
+async def test_it_ends_a_moment_after_somebody_began_to_wait(
+    bench: Bench, db: Any, dsn: str, connect: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its row was locked when the other was judged, so its end tells nobody: the worker looks again by itself, and does
+    not wait for the heartbeat."""
+    monkeypatch.setattr(lease, "TICK_SECONDS", 3600.0)
+    someone, judged = await connect(), Admission.admit
+
+    async def admit(self: Admission, *args: Any) -> Any:
+        answer = await judged(self, *args)
+        if self.unsure and someone.is_in_transaction():
+            await someone.execute("COMMIT")
+        return answer
+
+    monkeypatch.setattr(Admission, "admit", admit)
+    needed = await bench.app.enqueue(Step("needed"), delay=3600)
+    await someone.execute("BEGIN")
+    assert await someone.fetchval("SELECT notifyq.cancel($1)", needed.id)
+    async with working(bench.app, dsn):
+        waits = await bench.app.enqueue(Step("waits"), after=[needed], on_dead="run")
+        await ended(db, waits.id, "done")
+    assert bench.seen.items == ["waits"]
 
 
 async def test_settled_in_its_handlers_transaction(bench: Bench, db: Any, dsn: str) -> None:

@@ -17,6 +17,8 @@ import pytest
 
 import notifyq
 from notifyq import lease
+from notifyq.config import WorkerConfig
+from notifyq.worker import Worker
 
 from . import verbs
 from .conftest import Process, Seen, Sessions, eventually, working
@@ -44,6 +46,10 @@ class BlockLimited(Block):
 
 
 class Quick(notifyq.Task):
+    pass
+
+
+class Known(notifyq.Task):
     pass
 
 
@@ -245,6 +251,29 @@ async def test_the_flag_when_the_lease_is_lost(bench: Bench, dsn: str, db: Any, 
         await bench.began.reach(1)
         await db.execute("UPDATE notifyq.task SET worker = NULL, run_at = now() + interval '1 h', promoted = false")
         assert (await bench.ended.reach(1))[0][:2] == (ref.id, True)
+
+
+async def test_news_of_an_attempt_that_is_over_cancels_no_other(dsn: str, db: Any) -> None:
+    """A heartbeat asks about an attempt. Before the answer comes, that one has ended, and the task is claimed again."""
+    app, began = notifyq.App(), Seen()
+
+    @app.handler
+    async def known(task: Known) -> None:
+        began.add("began")
+        await anyio.sleep_forever()
+
+    worker = Worker(app.registry, WorkerConfig(queues={"default": None}), dsn)
+    [job] = await verbs.held(db)
+    async with anyio.create_task_group() as group:
+        group.start_soon(worker._runners.run)
+        await worker._runners.ready.wait()
+        worker._runners.feed([job])
+        await began.reach(1)
+        worker._lost([(job.id, job.attempt - 1)], set())
+        assert worker._runners.leases == [job]
+        worker._lost([(job.id, job.attempt)], set())
+        assert worker._runners.leases == []
+        group.cancel_scope.cancel()
 
 
 async def test_a_run_whose_lease_was_lost_settles_nothing(dsn: str, db: Any) -> None:

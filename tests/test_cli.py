@@ -30,7 +30,7 @@ import click
 import pytest
 
 from notifyq import schema, upgrade
-from notifyq.cli import COMMANDS, database, logs, main, tasks
+from notifyq.cli import COMMANDS, database, family, logs, main, tasks
 from notifyq.cli.load import load_app
 from notifyq.cli.output import span
 from notifyq.embedded import Server
@@ -1371,6 +1371,36 @@ async def test_a_family(start: Start, db: Any) -> None:
         await db.fetchval(INSERT, "SEND_MAIL", b'{"to": "x"}')
         await family.line("mail x")
     assert await family.end(signal.SIGINT) == 0
+
+
+FAKE_CHILD = """
+import os, signal, sys
+os.write(int(os.environ["_NOTIFYQ_PARENT"]), b"+")
+with open(sys.argv[1], "a+") as runs:
+    first = not (runs.seek(0), runs.read())[1]
+    print("run", file=runs, flush=True)
+if first:
+    sys.exit(3)
+signal.pause()
+"""
+
+
+async def test_a_child_that_loses_its_database_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exit code 3 ends the whole family only at the start, where it would be no better next time."""
+    runs = tmp_path / "runs"
+    monkeypatch.setattr(family, "CHILD", (sys.executable, "-I", "-S", "-c", FAKE_CHILD))
+    monkeypatch.setattr(family, "BACKOFF_SECONDS", (0.0, 1.0))
+    parent = family.Family([str(runs)], 1, 5.0, False)
+
+    async def count() -> int:
+        return len(runs.read_text().splitlines()) if runs.exists() else 0
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(parent._keep)
+        await eventually(count, 2)
+        assert not parent._stop.is_set()
+        parent._shut_down()
+    assert parent._code == 0
 
 
 async def test_a_family_whose_parent_is_killed(start: Start, db: Any) -> None:

@@ -14,9 +14,11 @@ import msgspec
 import pytest
 
 import notifyq
+from notifyq import lease
 from notifyq.retry import backoff_seconds, ceiling_seconds
 from notifyq.room import Rate
 
+from . import verbs
 from .conftest import Seen, Sessions, eventually, working
 from .machine import Probe, limit
 from .test_faults import outage
@@ -547,6 +549,44 @@ async def test_a_queue_takes_no_more_than_its_limit(bench: Bench, db: Any, dsn: 
         await eventually(lambda: db.fetchval(done), 40)
     assert bench.peak["two"] == 2
     assert bench.peak["free"] <= 8
+
+
+# What a worker sees to now and then. All of it is due at once here.
+
+
+@pytest.fixture
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("PRUNE_SECONDS", "ORPHANS_SECONDS", "STIR_SECONDS"):
+        monkeypatch.setattr(lease, name, 0.0)
+
+
+@pytest.mark.usefixtures("at_once")
+async def test_a_worker_forgets_what_ended_long_ago(bench: Bench, db: Any, dsn: str) -> None:
+    await verbs.finish(db, await verbs.held(db, 2))
+    old, new = [row[0] for row in await db.fetch("SELECT id FROM notifyq.finished ORDER BY id")]
+    await db.execute("UPDATE notifyq.finished SET processed_at = now() - interval '1 h' WHERE id = $1", old)
+    async with working(bench.app, dsn, history=60):
+        await eventually(lambda: db.fetchval("SELECT array_agg(id) FROM notifyq.finished"), [new])
+
+
+@pytest.mark.usefixtures("at_once")
+async def test_a_worker_finds_tasks_of_workers_that_are_gone(bench: Bench, db: Any, dsn: str) -> None:
+    """Such as one that was rescued while its claim was under way: no heartbeat tells of it."""
+    await db.execute("INSERT INTO notifyq.task (type, payload, worker) VALUES ('Note', '{\"name\": \"a\"}', 4711)")
+    async with working(bench.app, dsn):
+        assert await bench.seen.reach(1) == ["a"]
+
+
+@pytest.mark.usefixtures("at_once")
+async def test_a_worker_looks_again_at_keys_where_tasks_wait(bench: Bench, db: Any, dsn: str) -> None:
+    """A task waits for a slot, and nothing has told that the slot is free."""
+    options = '{"limit_key": "k", "limit_running": 1}'
+    jobs = await verbs.held(db, 2, type="Note", options=options)
+    assert [why for _, why in await verbs.admit(db, jobs)] == [None, "limit"]
+    await verbs.finish(db, jobs[:1])
+    await db.execute("DELETE FROM notifyq.freed")
+    async with working(bench.app, dsn):
+        await eventually(lambda: state(db, jobs[1].id), "done")
 
 
 # A person steps in.
