@@ -558,6 +558,8 @@ async def test_a_queue_takes_no_more_than_its_limit(bench: Bench, db: Any, dsn: 
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("PRUNE_SECONDS", "ORPHANS_SECONDS", "STIR_SECONDS"):
         monkeypatch.setattr(lease, name, 0.0)
+    for name in ("PULSE_SECONDS", "TICK_SECONDS"):
+        monkeypatch.setattr(lease, name, 0.02)
 
 
 @pytest.mark.usefixtures("at_once")
