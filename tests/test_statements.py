@@ -143,7 +143,7 @@ STATEMENTS = {
     "tick": Statement(
         "int4 int4 text int8[] int2[] text[] text[] bool",
         "registered:bool lost:int8[] others:int4[] seen:float8[] aside:bool suspects:bool freed:bool wanted:bool",
-        "task_pkey task_set_aside",
+        "task_parked task_pkey task_set_aside",
     ),
     "turn_stolen": Statement("int4", "exists:bool", ""),
     "unregister": Statement("int4", "", "task_running"),
@@ -278,9 +278,14 @@ def assert_plan(name: str, nodes: list[dict[str, Any]]) -> None:
             assert "Index Cond" in node or name in ("orphaned", "ids"), f"{name} reads all of {index}: {node}"
         elif relation in ("task", "finished") and "Scan" in node["Node Type"]:
             assert node["Node Type"] == "Bitmap Heap Scan", f"{name}: {node}"
-        assert node["Node Type"] != "Sort" or name in ("cron_register", "release", "rescue", "results", "tick"), (
-            f"{name} sorts: {node}"
-        )
+        assert node["Node Type"] != "Sort" or name in (
+            "claim_suspects",
+            "cron_register",
+            "release",
+            "rescue",
+            "results",
+            "tick",
+        ), f"{name} sorts: {node}"
     assert " ".join(sorted(used)) == STATEMENTS[name].indexes
 
 
