@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any, TypeAlias, cast
 
@@ -46,7 +46,8 @@ async def _opened(function: Callable[..., Any], *args: object) -> AbstractAsyncC
     if inspect.isawaitable(made):
         made = await made
     if inspect.isasyncgen(made):
-        return asynccontextmanager(lambda: made)()
+        generator = cast("AsyncGenerator[object, None]", made)
+        return asynccontextmanager(lambda: generator)()
     if not isinstance(made, AbstractAsyncContextManager):
         raise ConfigError(f"{function!r} returned a {type(made).__name__}; expected an `async def` with a `yield`")
     return cast("AbstractAsyncContextManager[object]", made)

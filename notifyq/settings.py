@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
-from typing import Any, Final, dataclass_transform
+from typing import Any, Final, cast, dataclass_transform
 
 import msgspec
 
@@ -89,7 +89,7 @@ def _attributes(cls: Any) -> Iterator[tuple[str, object]]:
     """Those without an annotation, and ClassVars; inherited ones and those of mixins too."""
     for base in cls.__mro__:
         if base.__module__ not in (f"{__package__}.task", "builtins", "typing", "msgspec", "msgspec._core"):
-            for name, value in vars(base).items():
+            for name, value in cast("dict[str, object]", vars(base)).items():
                 if not name.startswith("_") and name not in cls.__struct_fields__:
                     yield name, value
 
