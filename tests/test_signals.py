@@ -23,6 +23,7 @@ pytestmark = pytest.mark.anyio
 
 PROGRAM = """
 import asyncio, signal, sys, time
+from functools import partial
 import notifyq
 
 app = notifyq.App()
@@ -40,6 +41,7 @@ async def sleep(task: Sleep) -> None:
     print("slept", flush=True)
 
 async def main() -> None:
+    asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, partial(print, "usr1", flush=True))
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT), signal.set_wakeup_fd(-1)
     signal.set_wakeup_fd(before[2])
     async with app.connect():
@@ -87,10 +89,12 @@ async def test_signals(
     start: Start, db: Any, loop: str, signals: list[int], timeout: int, seconds: float, after: tuple[str, int]
 ) -> None:
     """The first lets handlers end, the second hands their tasks back. Then the program goes on, with its signals as
-    they were."""
+    they were. Meanwhile its event loop hears of the other signals that it asked for."""
     program = start(str(timeout), loop)
     id = await db.fetchval(INSERT, "SLEEP", json.dumps({"seconds": seconds}).encode())
     await program.line("sleeps")
+    program.popen.send_signal(signal.SIGUSR1)
+    await program.line("usr1")
     for number in signals:
         program.popen.send_signal(number)
     assert await program.end() == 0
