@@ -12,6 +12,7 @@ import logging
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -182,6 +183,18 @@ def thread(task: Thread, ctx: notifyq.Context) -> str:
         return run
 
 
+def _end_with_parent() -> None:
+    """A pool's processes wait for work for ever if their parent is killed."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(0)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 @app.handler
 def forks(task: Forks, ctx: notifyq.Context) -> str:
     """Ends a child by a signal, leaves a pool early, and waits for a child, which outlives a killed worker."""
@@ -190,7 +203,7 @@ def forks(task: Forks, ctx: notifyq.Context) -> str:
         child.start()
         child.terminate()
         child.join()
-        with _fork.Pool(2) as pool:
+        with _fork.Pool(2, initializer=_end_with_parent) as pool:
             pool.apply(abs, (-1,))
         child = _fork.Process(target=time.sleep, args=(task.seconds,), daemon=True)
         child.start()
