@@ -151,6 +151,34 @@ async def test_what_lies_before_a_mark_is_found(
     assert sorted(seen.items[20:]) == ["again", "straggler", "timed", "urgent"]
 
 
+async def test_a_timed_task_that_is_seen_late_is_found(
+    monkeypatch: pytest.MonkeyPatch, dsn: str, db: Any, connect: Sessions
+) -> None:
+    """It was inserted in a transaction that stayed open until long after its time. The timers have a mark of their own
+    by then, and look before that mark again although no bell and no poll tells them to."""
+    force(monkeypatch, 300.0)
+    monkeypatch.setattr(claim, "ECHO_SECONDS", 3600.0)
+    app, seen = notifyq.App(), Seen()
+
+    class Mark(notifyq.Task):
+        name: str
+
+    @app.handler
+    async def run(task: Mark) -> None:
+        seen.add(task.name)
+
+    straggler = await connect()
+    open_one = straggler.transaction()
+    await open_one.start()
+    await app.enqueue(Mark("late"), conn=straggler, delay=0.001)
+    async with working(app, dsn):
+        for n in range(5):
+            await app.enqueue(Mark(str(n)), conn=db, delay=0.03)
+            await seen.reach(n + 1)
+        await open_one.commit()
+        assert (await seen.reach(6))[5] == "late"
+
+
 @pytest.mark.parametrize("what", ["claim", "timer"])
 async def test_a_lock_that_held_one_up_holds_back_none_later(
     what: str, dsn: str, db: Any, connect: Sessions, probe: Probe
