@@ -87,7 +87,7 @@ class AppPool:
             yield conn
         except TimeoutError:
             conn.terminate()
-            await self._pool.expire_connections()
+            self._cut_idle()
             raise DatabaseError(
                 f"no answer from the database in time ({self._timeout:g} s); what was asked may have been done, or not"
             ) from None
@@ -96,7 +96,14 @@ class AppPool:
                 try:
                     await self._pool.release(conn, timeout=FREE_SECONDS)
                 except (*store.TRANSIENT, asyncpg.InterfaceError):
-                    await self._pool.expire_connections()
+                    self._cut_idle()
+
+    def _cut_idle(self) -> None:
+        """Cut the connections that nobody uses: they lead to the same host. asyncpg's expire_connections would say
+        goodbye to each, in a task that nobody looks after, and which fails where there is no answer."""
+        for holder in list(getattr(self._pool, "_holders", ())):
+            if holder._con is not None and holder._in_use is None:
+                holder._con.terminate()
 
     @asynccontextmanager
     async def transaction(self) -> AsyncGenerator[Pooled, None]:
