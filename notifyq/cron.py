@@ -133,7 +133,7 @@ class Schedule:
         ):  # fmt: skip
             try:
                 if next_at is not None and next_at > now + timedelta(seconds=AHEAD_SECONDS):
-                    await self._judge(conn, name, expression, tz, next_at, now)
+                    await self._judge(conn, name, expression, tz, next_at, now, since)
                     continue
                 await self._see_to(conn, name, expression, tz, missed, next_at, now, since)
             except asyncpg.PostgresError as error:  # of this cron's task, say; another's may be put
@@ -158,13 +158,13 @@ class Schedule:
             raise refused
 
     async def _judge(
-        self, conn: Connection, name: str, expression: str, tz: str, next_at: datetime, now: datetime
+        self, conn: Connection, name: str, expression: str, tz: str, next_at: datetime, now: datetime, since: datetime
     ) -> None:
         """Compute a slot anew that the schedule can't have given at this time: the server's clock was ahead when it was
         computed. Until that time comes, the cron would enqueue nothing."""
         expected = next_slot(expression, tz, now + timedelta(seconds=AHEAD_SECONDS))
         if next_at > expected + timedelta(seconds=IMPLAUSIBLE_SECONDS):
-            expected = next_slot(expression, tz, now)
+            expected = next_slot(expression, tz, since)
             if not await conn.fetchval(SQL["cron_enqueue"], name, next_at, expected, False):
                 return
             logger.warning(

@@ -48,6 +48,21 @@ async def test_a_slot_from_a_wrong_clock_is_computed_anew(
     assert row["next_at"] <= next_slot(expression, "UTC", datetime.now(UTC) + timedelta(seconds=4))
 
 
+async def test_slots_that_were_put_ahead_are_not_put_again(db: Any) -> None:
+    """The next seconds' slots were enqueued before the clock was wrong: the one computed anew comes after them."""
+    app = made(Seen(), "* * * * * *")
+    schedule = Schedule(app.registry.crons)
+    await schedule.begin(db, await register(db))
+    await schedule.look(db)
+    for _ in range(2):
+        await db.execute("UPDATE notifyq.cron SET next_at = next_at + interval '5 hours'")
+        await schedule.look(db)
+        await schedule.look(db)
+    slots = [row[0] for row in await db.fetch("SELECT run_at FROM notifyq.task ORDER BY run_at")]
+    assert len(slots) >= 3
+    assert slots == [slots[0] + timedelta(seconds=n) for n in range(len(slots))]
+
+
 async def test_a_plausible_slot_is_looked_at_once(dsn: str, db: Any, logged: Logged) -> None:
     """While nothing changes, a look at the crons returns no row; a clock that went back makes all doubtful again."""
     app = made(Seen(), "0 3 * * *")
