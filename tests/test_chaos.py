@@ -164,6 +164,82 @@ def gave_up() -> History:
     return history([row("I", 0), claim(0.01), *done(0.1)], [ran("w1-1", 0.02, 0.1)], processes=[gone])
 
 
+def handed_back(threads: int, type: str = "Thread", begun: bool = False) -> History:
+    """Claimed by a worker that has so many threads, one of which runs another; and claimed again later."""
+    fields = {"who": "w1", "app": "notifyq settle", "was_worker": 1, "was_attempts": 1, "type": type}
+    busy = of(2, [row("I", 0, n="8", type="Thread"), claim(0.01), *done(0.2, run="w1-1")])
+    rows = [row("I", 0, type=type), claim(0.02), row("U", 0.04, **fields), claim(0.3), *done(0.4, run="w1-2")]
+    for one in (*busy, *rows):
+        one.type = type if one.id == 1 else "Thread"
+    runs = [ran("w1-1", 0.02, 0.2), ran("w1-2", 0.31, 0.4)]
+    runs[0].id = 2
+    if begun:
+        runs.append(ran("w1-3", 0.03, 0.04))
+    workers = [Process(who="w1", started=T - 9, queues=QUEUES, concurrency=10, threads=threads)]
+    batches = [Batch(by="test", numbers=[7, 8], outcome="committed", at=T)]
+    return history(in_order([*busy, *rows]), runs, processes=workers, batches=batches)
+
+
+def crashed(type: str = "Bystander", times: int = 2, beside: bool = True) -> History:
+    """Its worker crashes so often, each time a new one, with another task beside it or not. Then it is dead."""
+    rows, runs, dead = [row("I", 0, type=type)], [], []
+    if beside:
+        rows.append(row("I", 0, id=99, n="8", type=type))
+    for attempt in range(1, times + 1):
+        at = 10.0 * attempt
+        ends = [taken(at + 3, 9, attempt, attempt)]
+        rows += [row("W", at - 1, id=attempt, who=f"w{attempt}"), claim(at, attempt, attempt)]
+        if attempt == times:
+            ends = done(at + 3, attempt, attempt, by=9)
+            ends[1].note = "dead its worker vanished"
+            for end in ends:
+                end.app = "notifyq keeper 9"
+        rows += ends
+        if beside:
+            rows += of(99, [claim(at, attempt, attempt), taken(at + 3, 9, attempt, attempt)])
+        runs.append(ran(f"w{attempt}-1", at + 0.1, None, attempt))
+        killed = Process(who=f"w{attempt}", started=T, queues=QUEUES, concurrency=9, ended=T + at + 1, code=-9)
+        killed.killed = killed.ended
+        dead.append(killed)
+    if beside:
+        last = of(99, [claim(90, 8, times + 1), *done(91, 8, times + 1, run="w8-1")])
+        rows += [row("W", 80, id=8, who="w8"), *last]
+        runs.append(ran("w8-1", 90.01, 91, times + 1))
+        runs[-1].id = 99
+    for one in rows:
+        one.type = type
+    faults = [Window(name="worker killed", since=T, until=T + 99, who=None, round=1)]
+    numbers = [7, 8] if beside else [7]
+    batches = [Batch(by="test", numbers=numbers, outcome="committed", at=T)]
+    return history(in_order(rows), runs, processes=dead, windows=faults, batches=batches)
+
+
+def mixed_up() -> History:
+    wrong = well()
+    wrong.runs[0].n = 8
+    return wrong
+
+
+def cut_off() -> History:
+    wrong = well()
+    wrong.rows[-1].note, wrong.rows[-1].bytes = 'done "run w1-1, 1000 bytes', 999
+    return wrong
+
+
+def at_a_rate(count: int, gap: float) -> History:
+    """So many start one after the other, of which 3 may start in 2 s."""
+    rows: list[Row] = []
+    runs: list[Run] = []
+    for id in range(1, count + 1):
+        at = gap * id
+        rate: dict[str, Any] = {"limit_key": "k", "rate": 3, "seconds": 2.0}
+        rows += of(id, [row("I", at - 0.01, n=str(id), **rate), claim(at), *done(at + 0.05, run=f"w1-{id}")])
+        runs.append(ran(f"w1-{id}", at + 0.01, at + 0.05))
+        runs[-1].id = id
+    batches = [Batch(by="test", numbers=list(range(1, count + 1)), outcome="committed", at=T)]
+    return history(in_order(rows), runs, batches=batches)
+
+
 def together(key: str, **fields: Any) -> History:
     """Two tasks of one key, the second from halfway through the first."""
     rows = [row("I", 0, id=id, n=str(6 + id), **{key: "k"}, **fields) for id in (1, 2)]
@@ -313,6 +389,15 @@ WRONG: dict[Callable[[], History], str] = {
     robbed: "P2 taken from w1, which no fault had touched",
     at_once: "P2 runs w1-1 and w2-1 at once",
     without_a_lease: "P2 run w2-1 began without a lease",
+    lambda: handed_back(2): "P2 taken from w1, which no fault had touched, by w1",
+    lambda: handed_back(1, "Quick"): "P2 taken from w1, which no fault had touched, by w1",
+    lambda: handed_back(1, begun=True): "P2 taken from w1, which no fault had touched, by w1",
+    crashed: "P1 a Bystander ends done, and this one is dead",
+    lambda: crashed("Quick", 3): "P1 a Quick ends done, and this one is dead",
+    lambda: crashed("Quick", 2, beside=False): "P1 a Quick ends done, and this one is dead",
+    mixed_up: "P2 run w1-1 was given the payload of number 8, and its task is number 7",
+    cut_off: "P2 its result has 999 bytes of 1,000",
+    lambda: at_a_rate(4, 0.1): "P6 run w1-4 is one more of k than its rate allows",
     after_the_end: "P2 run w1-2 began after its lease had ended",
     over_the_limit: "P6 run w1-2 is number 2 of k, which has a limit of 1",
     not_alone: "P6 runs w1-1 and w1-2 of k at once",
@@ -358,7 +443,20 @@ def test_a_crash_that_may_have_lost_a_claim() -> None:
 
 
 def test_below_the_limit() -> None:
+    """Or the rate."""
     assert check(together("limit_key", most=2)) == []
+    assert check(at_a_rate(3, 0.1)) == []
+    assert check(at_a_rate(5, 0.7)) == []
+
+
+def test_handed_back_for_want_of_a_thread() -> None:
+    assert check(handed_back(1)) == []
+
+
+@pytest.mark.parametrize(("type", "times"), [("Bystander", 2), ("Quick", 3)])
+def test_a_task_whose_worker_crashed_with_nothing_beside_it(type: str, times: int) -> None:
+    """It may be the cause, so it may be dead after as many attempts as it has, or three."""
+    assert check(crashed(type, times, beside=False)) == []
 
 
 def test_one_after_the_other() -> None:

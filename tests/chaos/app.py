@@ -55,7 +55,7 @@ class Log(logging.Handler):
 @contextmanager
 def told(task: Numbered, ctx: notifyq.Context) -> Iterator[str]:
     run = f"{WHO}-{next(_numbers)}"
-    say("started", run=run, id=ctx.id, attempt=ctx.attempt, type=type(task).__name__)
+    say("started", run=run, id=ctx.id, attempt=ctx.attempt, type=type(task).__name__, n=task.n)
     how = "returned"
     try:
         yield f"run {run}"
@@ -113,6 +113,10 @@ class Kamikaze(Numbered):
     max_attempts = 2
 
 
+class Bystander(Numbered):
+    max_attempts = 2
+
+
 class Block(Numbered): ...
 
 
@@ -122,6 +126,16 @@ class Stubborn(Numbered):
 
 
 class Leak(Numbered): ...
+
+
+class Big(Numbered):
+    """Its payload ends with its number. `result`: the size that its result is to have."""
+
+    blob: str = ""
+    result: int = 0
+
+
+class Huge(Big): ...
 
 
 class Rude(Numbered):
@@ -226,6 +240,13 @@ async def kamikaze(task: Kamikaze, ctx: notifyq.Context) -> None:
 
 
 @app.handler
+async def bystander(task: Bystander, ctx: notifyq.Context) -> str:
+    with told(task, ctx) as run:
+        await anyio.sleep(task.seconds)
+        return run
+
+
+@app.handler
 async def block(task: Block, ctx: notifyq.Context) -> str:
     with told(task, ctx) as run:
         time.sleep(task.seconds)
@@ -250,6 +271,21 @@ async def leak(task: Leak, ctx: notifyq.Context) -> str:
     """Leaves memory, a file and an asyncio task behind."""
     with told(task, ctx) as run:
         _left.append((asyncio.get_running_loop().create_task(asyncio.sleep(5)), bytes(10_000), os.open(os.devnull, 0)))
+        return run
+
+
+@app.handler
+async def big(task: Big, ctx: notifyq.Context) -> str:
+    with told(task, ctx) as run:
+        if not task.blob.endswith(f" {task.n}"):
+            raise RuntimeError(f"{run}: its payload isn't whole")
+        return f"{run}, {task.result} bytes".ljust(task.result) if task.result else run
+
+
+@app.handler
+async def huge(task: Huge, ctx: notifyq.Context) -> str:
+    """Its payload is above the limit, so this never runs."""
+    with told(task, ctx) as run:
         return run
 
 

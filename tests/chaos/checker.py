@@ -3,12 +3,13 @@
 P1  what committed has ended or is there; what was rolled back never was; who promised to end it, ended it
 P2  each transition follows from the one before; only the holder of the lease settles; a handler runs under a lease, and
     again only after a fault that touched its process, or because it failed; two at once only if the first one's
-    lease was lost
+    lease was lost; it is given its own task's payload, and its result is stored whole
 """
 
 from __future__ import annotations
 
 import itertools
+import re
 from collections import Counter
 from collections.abc import Iterator
 
@@ -18,9 +19,12 @@ from .history import PLAIN, RUN, History, Lease, Row, Run
 
 ENDS = {
     "Quick": "done", "Only": "done", "Slow": "done", "Fail": "done", "Thread": "done", "Leak": "done", "Block": "done",
-    "Forks": "done",
-    "Doomed": "dead", "TimedOut": "dead", "Kamikaze": "dead", "Rude": "dead",
+    "Forks": "done", "Bystander": "done", "Big": "done",
+    "Doomed": "dead", "TimedOut": "dead", "Kamikaze": "dead", "Rude": "dead", "Huge": "dead",
 }  # fmt: skip
+ALLOWED = {"Bystander": 2, "Kamikaze": 2}  # attempts; of others as many as by default
+ALONE = 3  # crashes of a task that ran alone: then it is dead
+BYTES = re.compile(r"run \S+-\d+, (\d+) bytes")
 CONDUCTOR = "notifyq"  # the role of enqueuers, and of whoever cancels and retries by SQL
 
 
@@ -35,7 +39,7 @@ def check(history: History) -> list[Breach]:
     from . import flow, once, timing  # which need Breach
 
     more = (*flow.CHECKS, *once.CHECKS, *timing.CHECKS)
-    checks = (enqueued, ended, transitions, settled, leased, again, overlapping, *more)
+    checks = (enqueued, ended, transitions, settled, leased, given, again, overlapping, *more)
     return [breach for check in checks for breach in check(history)]
 
 
@@ -68,15 +72,25 @@ def ended(history: History) -> Iterator[Breach]:
             continue
         state = finish.note.split(" ", 1)[0]
         want = ENDS.get(finish.type)
-        poison = finish.n is None or not finish.n.isdecimal()
+        poison = rows[0].n is None or not rows[0].n.isdecimal()
         # An attempt that a keeper has ended is a crash, and no failure of a task that others ran beside.
-        crashes = sum(
-            lease.end is not None and lease.end.app.startswith("notifyq keeper") for lease in history.leases_of[id]
-        )
-        failures = finish.attempts - (0 if finish.type == "Kamikaze" else crashes)
-        spent = state == "dead" and failures >= (2 if finish.type == "Kamikaze" else 10)
+        crashes = [lease for lease in history.leases_of[id] if lease.end and lease.end.app.startswith("notifyq keeper")]
+        alone = sum(_alone(history, lease) for lease in crashes)
+        failures = finish.attempts - len(crashes) + alone
+        spent = state == "dead" and (failures >= ALLOWED.get(finish.type, 10) or alone >= ALONE)
         if want and not poison and state not in (want, "cancelled") and not spent:
             yield Breach("P1", f"a {finish.type} ends {want}, and this one is {state}", id, finish.at)
+
+
+def _alone(history: History, crash: Lease) -> bool:
+    """Whether its worker held nothing else when it was taken back."""
+    assert crash.end is not None
+    return not any(
+        lease.id != crash.id
+        and lease.claim.at < crash.end.at
+        and (lease.end is None or lease.end.committed >= crash.end.committed)
+        for lease in history.leases_by[crash.worker]
+    )
 
 
 def transitions(history: History) -> Iterator[Breach]:
@@ -140,6 +154,23 @@ def leased(history: History) -> Iterator[Breach]:
                 yield Breach("P2", f"run {run.run} began after its lease had ended", id, run.started)
 
 
+def given(history: History) -> Iterator[Breach]:
+    """Each run had its own task's payload; each result is as long as its run said."""
+    for id, runs in history.runs_of.items():
+        for run in runs:
+            if run.n is None or (lease := lease_of(history, run)) is None:
+                continue
+            # What was in the way of an enqueue may have been given another payload before it began.
+            known = [row.n for row in history.rows_of[id] if row.n is not None and row.seq <= lease.claim.seq]
+            if known and known[-1].isdecimal() and str(run.n) != known[-1]:
+                what = f"run {run.run} was given the payload of number {run.n}, and its task is number {known[-1]}"
+                yield Breach("P2", what, id, run.started)
+    for id, rows in history.rows_of.items():
+        for row in rows:
+            if row.op == "F" and (said := BYTES.search(row.note)) and row.bytes != int(said[1]):
+                yield Breach("P2", f"its result has {row.bytes:,} bytes of {int(said[1]):,}", id, row.at)
+
+
 def again(history: History) -> Iterator[Breach]:
     """A lease that ended otherwise than by its own outcome."""
     for id, leases in history.leases_of.items():
@@ -151,7 +182,7 @@ def again(history: History) -> Iterator[Breach]:
             # and has not begun.
             if (
                 end.who == lease.who
-                and (end.limit_key or end.order_key or end.after or end.type in PLAIN)
+                and (end.limit_key or end.order_key or end.after or (end.type in PLAIN and _no_thread(history, lease)))
                 and not _began(history, lease, end)
             ):
                 continue
@@ -159,8 +190,27 @@ def again(history: History) -> Iterator[Breach]:
                 yield Breach("P2", f"taken from {lease.who}, which no fault had touched, by {end.who}", id, end.at)
 
 
-def _began(history: History, lease: Lease, end: Row) -> bool:
-    return any(run.who == lease.who and lease.claim.at <= run.started <= end.at for run in history.runs_of[lease.id])
+def _no_thread(history: History, lease: Lease) -> bool:
+    """Whether its worker had a plain handler for each of its threads, at some time of that lease."""
+    assert lease.end is not None
+    # Those that began: others may have been handed back just as it was.
+    held = sum(
+        other.claim.type in PLAIN
+        and other is not lease
+        and other.claim.at <= lease.end.at
+        and (other.end is None or other.end.committed >= lease.claim.at)
+        and _began(history, other, other.end)
+        for other in history.leases_by[lease.worker]
+    )
+    threads = next((process.threads for process in history.processes if process.who == lease.who), 0)
+    return held >= threads
+
+
+def _began(history: History, lease: Lease, end: Row | None) -> bool:
+    until = end.at if end else float("inf")
+    return any(
+        run.who == lease.who and lease.claim.at <= run.started <= until for run in history.runs_of.get(lease.id, [])
+    )
 
 
 def overlapping(history: History) -> Iterator[Breach]:

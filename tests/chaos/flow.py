@@ -1,6 +1,7 @@
 """The promises on tasks that wait for others, proven from a history.
 
-P6  of a limit_key never more run at once than their limit; of an order_key one, in the order of ids
+P6  of a limit_key never more run at once than their limit, nor start in a time than their rate; of an order_key one,
+    in the order of ids
 P8  who comes after others begins when all have ended, and soon is told; and is cancelled if one is dead, unless it is
     to run all the same
 
@@ -28,9 +29,11 @@ class Turn(msgspec.Struct):
 
     id: int
     run: str
+    who: str
+    claimed: float
     since: float
     until: float
-    most: int
+    row: Row  # as it was inserted
 
 
 def limited(history: History) -> Iterator[Breach]:
@@ -39,10 +42,21 @@ def limited(history: History) -> Iterator[Breach]:
         count = 0
         for at, change, turn in sorted(moments, key=lambda moment: moment[:2]):
             count += change
-            if change > 0 and count > turn.most:
-                yield Breach(
-                    "P6", f"run {turn.run} is number {count} of {key}, which has a limit of {turn.most}", turn.id, at
-                )
+            if change > 0 and turn.row.most and count > turn.row.most:
+                what = f"run {turn.run} is number {count} of {key}, which has a limit of {turn.row.most}"
+                yield Breach("P6", what, turn.id, at)
+
+
+def rated(history: History) -> Iterator[Breach]:
+    """No more than the rate in half of its time: from when a run was let in until it starts, some time passes."""
+    for key, turns in _turns(history, "limit_key").items():
+        for first, turn in zip(turns, turns[turns[0].row.rate or len(turns) :], strict=False):
+            row, since = turn.row, first.since
+            if not row.rate or not row.seconds or turn.since - since > row.seconds / 2:
+                continue
+            late = history.lag(since, turn.since) + turn.since - turn.claimed
+            if turn.since - since + late < row.seconds / 2 and not history.touched(turn.who, since, turn.since):
+                yield Breach("P6", f"run {turn.run} is one more of {key} than its rate allows", turn.id, turn.since)
 
 
 def ordered(history: History) -> Iterator[Breach]:
@@ -139,10 +153,11 @@ def _turns(history: History, what: str) -> dict[str, list[Turn]]:
             ends = [run.ended, lease.end.at if lease.end else None]
             until = min((end for end in ends if end is not None), default=float("inf"))
             if run.started < until:
-                found[key].append(Turn(id, run.run, run.started, until, history.rows_of[id][0].most or 1))
+                row = history.rows_of[id][0]
+                found[key].append(Turn(id, run.run, run.who, lease.claim.at, run.started, until, row))
     for turns in found.values():
         turns.sort(key=lambda turn: turn.since)
     return found
 
 
-CHECKS = (limited, ordered, after)
+CHECKS = (limited, rated, ordered, after)

@@ -39,9 +39,12 @@ class Row(msgspec.Struct, kw_only=True):
     queue: str = "default"
     type: str = "Quick"
     n: str | None = None  # the number that its enqueuer gave it
-    note: str = ""  # the last error; of F the state, and the result or error
+    note: str = ""  # the last error; of F the state, and the beginning of the result or error
+    bytes: int = 0  # of F: of the result
     limit_key: str | None = None
     most: int | None = None  # of that key at once
+    rate: int | None = None  # of that key in so many
+    seconds: float | None = None
     order_key: str | None = None
     unique_key: str | None = None
     after: list[int] = []
@@ -59,6 +62,7 @@ class Run(msgspec.Struct, kw_only=True):
     type: str = "Quick"
     ended: float | None = None
     how: str = "no end"
+    n: int | None = None  # the number in the payload that it was given
 
 
 class Batch(msgspec.Struct, kw_only=True):
@@ -179,6 +183,14 @@ class History(msgspec.Struct, kw_only=True, dict=True, eq=False):
     @cached_property
     def leases(self) -> list[Lease]:
         return [lease for leases in self.leases_of.values() for lease in leases]
+
+    @cached_property
+    def leases_by(self) -> dict[int, list[Lease]]:
+        """Of each worker, by its id."""
+        found: dict[int, list[Lease]] = defaultdict(list)
+        for lease in self.leases:
+            found[lease.worker].append(lease)
+        return found
 
     @cached_property
     def trouble(self) -> list[tuple[float, float, set[str] | None]]:

@@ -20,11 +20,12 @@ CREATE TABLE chaos.ledger (
     who text DEFAULT session_user,
     app text DEFAULT current_setting('application_name'),
     op text, id bigint, was_worker integer, was_attempts integer, worker integer, attempts integer,
-    run_at timestamptz, aside boolean, queue text, type text, n text, note text,
+    run_at timestamptz, aside boolean, queue text, type text, n text, note text, bytes integer,
     limit_key text, order_key text, options jsonb
 ) WITH (autovacuum_enabled = false);
 
--- The writer's session_user stays what it is: who did it.
+-- The writer's session_user stays what it is: who did it. Of a large payload the number is
+-- read once, as that decompresses all of it.
 CREATE FUNCTION chaos.task() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER AS $$
 DECLARE r notifyq.task; o notifyq.task;
 BEGIN
@@ -33,7 +34,8 @@ BEGIN
     INSERT INTO chaos.ledger (op, id, was_worker, was_attempts, worker, attempts, run_at, aside, queue, type, n, note,
                               limit_key, order_key, options)
     VALUES (left(TG_OP, 1), r.id, o.worker, o.attempts, CASE WHEN TG_OP <> 'DELETE' THEN r.worker END, r.attempts,
-            r.run_at, r.aside, r.queue, r.type, r.payload ->> 'n',
+            r.run_at, r.aside, r.queue, r.type,
+            CASE WHEN TG_OP = 'INSERT' OR pg_column_size(r.payload) < 1000 THEN r.payload ->> 'n' END,
             CASE WHEN TG_OP = 'UPDATE' AND r.errors IS DISTINCT FROM o.errors THEN r.errors -> -1 ->> 'error' END,
             r.limit_key, r.order_key, r.options);
     RETURN NULL;
@@ -42,9 +44,10 @@ CREATE FUNCTION chaos.finished() RETURNS trigger LANGUAGE plpgsql SECURITY DEFIN
 DECLARE r notifyq.finished;
 BEGIN
     IF TG_OP = 'DELETE' THEN r := OLD; ELSE r := NEW; END IF;
-    INSERT INTO chaos.ledger (op, id, attempts, queue, type, n, note)
-    VALUES (CASE TG_OP WHEN 'INSERT' THEN 'F' ELSE 'X' END, r.id, r.attempts, r.queue, r.type, r.payload ->> 'n',
-            r.state || ' ' || coalesce(r.result::text, r.errors -> -1 ->> 'error', ''));
+    INSERT INTO chaos.ledger (op, id, attempts, queue, type, note, bytes)
+    VALUES (CASE TG_OP WHEN 'INSERT' THEN 'F' ELSE 'X' END, r.id, r.attempts, r.queue, r.type,
+            r.state || ' ' || left(coalesce(r.result::text, r.errors -> -1 ->> 'error', ''), 1000),
+            octet_length(r.result ->> 0));
     RETURN NULL;
 END $$;
 CREATE FUNCTION chaos.worker() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER AS $$
@@ -72,7 +75,9 @@ SELECT op, id, seq, extract(epoch FROM at)::float8 AS at,
        was_worker, coalesce(was_attempts, 0) AS was_attempts, worker, coalesce(attempts, 0) AS attempts,
        coalesce(extract(epoch FROM greatest(run_at, 'epoch')), 0)::float8 AS run_at, coalesce(aside, false) AS aside,
        coalesce(queue, '') AS queue, coalesce(type, '') AS type, n, coalesce(note, '') AS note,
-       limit_key, (options ->> 'limit_running')::integer AS most, order_key, options ->> 'unique_key' AS unique_key,
+       coalesce(bytes, 0) AS bytes, limit_key, (options ->> 'limit_running')::integer AS most,
+       (options ->> 'limit_rate')::integer AS rate, (options ->> 'limit_seconds')::float8 AS seconds,
+       order_key, options ->> 'unique_key' AS unique_key,
        ARRAY(SELECT jsonb_array_elements_text(options -> 'after')::bigint) AS after, options ->> 'on_dead' AS on_dead
 FROM chaos.ledger ORDER BY seq
 """

@@ -78,6 +78,43 @@ MUTANTS: dict[str, list[Change]] = {
     "told": [
         ("schema.sql", "held := notifyq.track(needed);\n        EXIT WHEN", "held := needed;\n        EXIT WHEN"),
     ],
+    # One thread is never used, and what was claimed for it is handed back.
+    "threads": [("room.py", "if spare <= 0:", "if spare <= 1:")],
+    # Payloads that are fetched apart are given to the tasks that were asked for, one by one: some may have none.
+    "payloads": [
+        (
+            "large_payloads.py",
+            "payloads: dict[int, bytes] = {row[0]: row[1] for row in rows}",
+            "payloads = {job.id: row[1] for job, row in zip(jobs, rows)}",
+        )
+    ],
+    # A heartbeat is as old as the two clocks say.
+    "heartbeat": [
+        ("lease.py", "if now - since >= SILENT_SECONDS:", "if time.time() - at >= SILENT_SECONDS:"),
+        ("lease.py", "silent.append((worker, at, now - since))", "silent.append((worker, at, time.time() - at))"),
+    ],
+    # A slot that a wrong clock has given is waited for.
+    "slot": [("cron.py", "IMPLAUSIBLE_SECONDS = 60.0", "IMPLAUSIBLE_SECONDS = 1e9")],
+    # What started in the future counts until then.
+    "rate": [
+        (
+            "schema.sql",
+            "IF EXISTS (SELECT FROM notifyq.started s WHERE s.key = ANY (keys) AND s.at > moment)",
+            "IF false",
+        )
+    ],
+    # A rate is known, and nobody keeps to it.
+    "no rate": [("schema.sql", "p.limit_rate < p.place + r.begun", "p.limit_rate < 0")],
+    # A forked child keeps its parent's signal handlers, and the socket that wakes the parent's loop.
+    "forked": [("forked.py", "        _free_signals()\n", "        pass\n")],
+    # A table that is deleted from has no key, which a publication asks for.
+    "publication": [
+        (
+            "schema.sql",
+            "n             bigint      GENERATED ALWAYS AS IDENTITY PRIMARY KEY,\n    task          bigint",
+            "n             bigint      GENERATED ALWAYS AS IDENTITY,\n    task          bigint",
+        )
+    ],
     # Of all who have seen that a slot is due, each enqueues it.
     "cron": [("sql/cron_enqueue.sql", "AND c.next_at IS NOT DISTINCT FROM $2::timestamptz ", "")],
 }

@@ -21,6 +21,7 @@ from .history import Batch
 
 TIDE_SECONDS = 5.0
 KEYS = 4
+RATE = "20/2s"
 LOST = (*store.TRANSIENT, notifyq.NotifyqError, OSError)
 
 
@@ -155,14 +156,16 @@ class Producer:
         self._ends(batch, "committed")
 
     async def _keyed(self) -> None:
-        """Tasks with limits, and such that go in order; some keys have both."""
+        """Tasks with limits, and such that go in order; some keys have both, one has a rate."""
         async with self._app.connect(self._dsn):
             for _ in range(10):
                 options = self._options()
-                key = self.random.randrange(3)
-                if key != 1:
+                key = self.random.randrange(4)
+                if key == 3:
+                    options |= {"limit_key": "rate", "rate": RATE}
+                elif key != 1:
                     options |= {"limit_key": f"limit {key}", "limit": 1 + key}
-                if key != 0:
+                if key in (1, 2):
                     options["order_key"] = f"order {key}"
                 batch = self._batch(self.random.choice([1, 3, 10]))
                 await self._app.enqueue_many([self._task(n) for n in batch.numbers], **options)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import os
 import signal
 from pathlib import Path
@@ -17,8 +16,6 @@ from . import Hit, Missed, fault
 
 if TYPE_CHECKING:
     from ..stage import Stage
-
-_numbers = itertools.count()
 
 
 @fault("server crashes and restarts", everybody=True)
@@ -38,9 +35,13 @@ async def backend_killed(stage: Stage, hit: Hit) -> None:
 
 @fault("clock step")
 async def clock_step(stage: Stage, hit: Hit) -> None:
-    """By hours, forward or back, and then back to where it was: what workers write in between is that wrong."""
+    """By hours, forward or back, and then back to where it was: what workers write in between is that wrong. What was
+    written under a clock that was ahead are slots of crons, and starts of tasks that have a rate."""
     hours = stage.random.choice((-5, -1, 1, 5))
     async with stage.session() as conn:
+        ahead = f"interval '{abs(hours)} hours'"
+        await conn.execute(f"UPDATE notifyq.cron SET next_at = next_at + {ahead}")
+        await conn.execute(f"UPDATE notifyq.started SET at = at + {ahead}")
         await conn.execute(
             f"""CREATE OR REPLACE FUNCTION chaos.step() RETURNS trigger LANGUAGE plpgsql AS $$
                 BEGIN NEW.seen_at := NEW.seen_at + interval '{hours} hours'; RETURN NEW; END $$"""
@@ -114,15 +115,14 @@ async def vacuum_full(stage: Stage, hit: Hit) -> None:
         await stage.sql(f"VACUUM FULL notifyq.{table}")
 
 
-@fault("publication")
+@fault("publication", heal=0.5)
 async def publication(stage: Stage, hit: Hit) -> None:
-    """Of all tables, as change data capture makes it: a table without a key can't be updated or deleted from."""
-    name = f"chaos_{next(_numbers)}"  # two may overlap
-    await stage.sql(f"CREATE PUBLICATION {name} FOR ALL TABLES")
-    try:
-        await asyncio.sleep(3.0)
-    finally:
-        await stage.sql(f"DROP PUBLICATION IF EXISTS {name}")
+    """Of all tables, as change data capture makes it: a table without a key can't be updated or deleted from. It stays
+    until the next time."""
+    if await stage.sql("SELECT FROM pg_publication"):
+        await stage.sql("DROP PUBLICATION IF EXISTS chaos")
+    else:
+        await stage.sql("CREATE PUBLICATION chaos FOR ALL TABLES")
 
 
 @fault("REINDEX, ANALYZE, VACUUM")

@@ -20,7 +20,10 @@ async def block(stage: Stage, hit: Hit) -> None:
 
 @fault("handler kills its worker")
 async def kamikaze(stage: Stage, hit: Hit) -> None:
-    """Among the producers' tasks, until it has run alone twice; then it is dead, and those beside it run once more."""
+    """Among the producers' tasks, and others that are long and have two attempts. Each time it crashes those beside it
+    with it; when it has run alone twice, it is dead, and no other is."""
+    await stage.insert("Bystander", 20, seconds=3.0)
+    await stage.until("SELECT count(*) = 0 FROM notifyq.task WHERE type = 'Bystander' AND worker IS NULL", 3)
     await stage.insert("Kamikaze", 1)
     await stage.until("SELECT count(*) = 0 FROM notifyq.task WHERE type = 'Kamikaze' OR parked = 'crashed'", 90)
 
@@ -64,6 +67,34 @@ async def burst(stage: Stage, hit: Hit) -> None:
     """Of tasks that are all settled at once, in all queues."""
     for queue in ("default", "mail", "narrow"):
         await stage.insert("Quick", 1000, queue=queue)
+
+
+BIG = """
+WITH noise AS MATERIALIZED (SELECT string_agg(md5(random()::text), '') AS blob FROM generate_series(1, 32768))
+INSERT INTO notifyq.task (type, priority, queue, payload)
+SELECT CASE WHEN size > 16 THEN 'Huge' ELSE 'Big' END, n % 3, CASE n % 2 WHEN 0 THEN 'default' ELSE 'mail' END,
+       jsonb_build_object('n', n, 'result', (n % 2) * size << 20,
+                          'blob', CASE size WHEN 1 THEN noise.blob ELSE repeat('x', size << 20) END || ' ' || n)
+FROM unnest($1::bigint[], $2::integer[]) AS o (n, size), noise
+"""
+
+
+@fault("large payloads and results")
+async def large(stage: Stage, hit: Hit) -> None:
+    """Of 1 MB, and of 15 MB that compress; a few are above the limit. Half of them return as much."""
+    sizes = [1] * 30 + [15] * 8 + [17] * 2
+    stage.random.shuffle(sizes)
+    batch = stage.batch("fault", len(sizes))
+    await stage.sql(BIG, batch.numbers, sizes)
+    batch.outcome = "committed"
+    await stage.until("SELECT count(*) = 0 FROM notifyq.task WHERE type IN ('Big', 'Huge')", 30)
+
+
+@fault("more plain handlers than threads", heal=0.5)
+async def threads(stage: Stage, hit: Hit) -> None:
+    """What a worker has claimed beyond its threads it hands back, before it begins, and nothing else."""
+    await stage.insert("Thread", 100, seconds=0.3)
+    await stage.until("SELECT count(*) = 0 FROM notifyq.task WHERE type = 'Thread'", 15)
 
 
 @fault("handlers fork, and signal their children")
