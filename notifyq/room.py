@@ -48,7 +48,7 @@ class Room:
         self._runners = runners
         self._rate = Rate()
         self._plain_rate = Rate()
-        self._spare = 0  # threads, and what may wait for one
+        self._plain_ahead = 0  # tasks of plain handlers that may wait for a thread
         self._trust = dict.fromkeys(config.queues, 1)  # how many may be claimed even without a spare thread
         self._no_thread: set[str] = set()  # queues whose next task needs one, and there is none
         self.queues = list(config.queues)  # each in turn is the first to be served
@@ -64,11 +64,10 @@ class Room:
             return {}, 0
         plain_room = 0
         if runners.plain:
-            plain_ahead = self._plain_rate.ahead(now, runners.plain_finished)
-            share = max(runners.plain.values())
-            self._spare = self._config.most_threads + plain_ahead // share - runners.threads_needed
-            plain_room = self._spare * share + runners.seats
-            if self._spare > 0:
+            self._plain_ahead = self._plain_rate.ahead(now, runners.plain_finished)
+            spare = self._spare()
+            plain_room = spare * max(runners.plain.values()) + runners.seats
+            if spare > 0:
                 self._no_thread.clear()
         rooms: dict[str, int] = {}
         for queue in self.queues:
@@ -86,6 +85,12 @@ class Room:
             return {}, room
         return rooms, min(room, sum(rooms.values()))
 
+    def _spare(self) -> int:
+        """How many threads are free now, or will be when what may wait for one gets to it."""
+        runners = self._runners
+        share = max(runners.plain.values())
+        return self._config.most_threads + self._plain_ahead // share - runners.threads_needed
+
     def is_bounded(self, queue: str) -> bool:
         """Whether a claim may leave tasks in it although there are slots."""
         return bool(self._runners.plain) or self._config.queues[queue] is not None
@@ -97,7 +102,8 @@ class Room:
             return list(jobs), []
         stay: list[Job] = []
         surplus: list[Job] = []
-        spare, held = self._spare, self._runners.plain_held.copy()
+        # Asked anew: threads may have become free while the claim was under way.
+        spare, held = self._spare(), self._runners.plain_held.copy()
         taken = Counter(job.queue for job in jobs)
         mixed: set[str] = set()  # queues that had such tasks
         for job in jobs:
@@ -111,7 +117,6 @@ class Room:
                     spare -= 1
                 held[job.type] += 1
             stay.append(job)
-        self._spare = spare
         full = spare <= 0 and not any(count % plain[type] for type, count in held.items())
         for queue, count in taken.items():
             if queue not in mixed:

@@ -250,3 +250,14 @@ def test_little_goes_back(bench: Bench) -> None:
     runners.plain_held["Plain"] = 1
     rooms, _ = room.now(1.0, set(), 0)
     assert rooms == {"q": 1, "r": 1}
+
+
+def test_a_thread_that_becomes_free_while_a_claim_is_under_way(bench: Bench) -> None:
+    config = WorkerConfig(queues={"q": None}, threads=2)
+    runners = Runners(bench.app.registry, 100, 2, lambda _: None, lambda: None)
+    room = Room(config, runners)
+    runners.plain_held["Plain"] = 1
+    rooms, _ = room.now(1.0, set(), 0)
+    runners.plain_held["Plain"] = 0
+    stay, surplus = room.divide(jobs("ppp"), rooms)
+    assert ([job.id for job in stay], [job.id for job in surplus]) == ([0, 1], [2])
