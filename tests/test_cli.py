@@ -768,14 +768,54 @@ async def test_a_type_that_no_worker_takes(run: Run, dsn: str, db: Any) -> None:
     assert (await run("enqueue SEND_MIAL", dsn=dsn)).err == ""
     await db.execute(worker, "here:1", ["default", "mail"], ["SEND_MAIL", "SLEEP"], timedelta(0))
     for words, note in (
-        ("SEND_MIAL", "no worker that is up takes type 'SEND_MIAL'; did you mean 'SEND_MAIL'?"),
-        ("XYZZY", "no worker that is up takes type 'XYZZY'"),
+        ("SEND_MIAL", "no worker that is up takes type 'SEND_MIAL' from queue 'default'; did you mean 'SEND_MAIL'?"),
+        ("XYZZY", "no worker that is up takes type 'XYZZY' from queue 'default'"),
         ("SEND_MAIL -q mial", "no worker that is up serves queue 'mial'; did you mean 'mail'?"),
     ):
         said = await run(f"enqueue {words}", dsn=dsn)
         assert (said.code, said.err) == (0, f"notifyq: {note}\n")
         assert int(said.out)
     assert (await run("enqueue SEND_MAIL -q mail", dsn=dsn)).err == ""
+
+
+async def test_show_says_why_a_task_is_not_started(run: Run, dsn: str, db: Any) -> None:
+    """No worker is up, none serves the queue, none of those that serve it takes the type, or the queue is paused."""
+    id = (await run("enqueue BUY -q shop", dsn=dsn)).out.strip()
+
+    async def note() -> str:
+        said = await run(f"show {id}", dsn=dsn)
+        assert said.code == 0
+        return said.err
+
+    assert await note() == f"notifyq: {id} isn't started: no worker is up\n"
+    worker = (
+        "INSERT INTO notifyq.worker (name, queues, types, max_attempts, concurrency, lease)"
+        " VALUES ('here:1', $1, $2, '{}', 1, '1 min')"
+    )
+    await db.execute(worker, ["default"], ["BUY"])
+    assert await note() == f"notifyq: {id} isn't started: no worker that is up serves queue 'shop'\n"
+    await db.execute(worker, ["shop"], ["SELL"])
+    why = "no worker that is up takes type 'BUY' from queue 'shop'"
+    assert await note() == f"notifyq: {id} isn't started: {why}\n", "the one that takes it serves another queue"
+    await db.execute(worker, ["shop"], ["BUY"])
+    assert await note() == ""
+
+    await run("queue pause shop", dsn=dsn)
+    why = "queue 'shop' is paused; resume it with: notifyq queue resume shop"
+    assert await note() == f"notifyq: {id} isn't started: {why}\n"
+    assert (await run("enqueue BUY -q shop", dsn=dsn)).err == f"notifyq: {why}\n"
+    assert (await run("stats", dsn=dsn)).lines[1].split() == ["shop", "0", "2", "0", "0", "0", "0", "paused"]
+
+    await run(f"cancel {id}", dsn=dsn)
+    assert await note() == "", "it has ended"
+
+
+async def test_show_of_a_task_that_never_began(run: Run, dsn: str, db: Any) -> None:
+    await db.execute("SELECT notifyq.cancel(notifyq.enqueue('A'))")
+    why = b'[{"attempt": 0, "at": "now", "error": "task 9 was cancelled"}]'
+    id = await db.fetchval("UPDATE notifyq.finished SET errors = $1 RETURNING id", why)
+    said = await run(f"show {id}", dsn=dsn)
+    assert said.out.endswith("\nbefore the first attempt, at now:\n    task 9 was cancelled\n")
 
 
 @pytest.mark.parametrize(
@@ -1034,6 +1074,7 @@ async def test_stats(run: Run, dsn: str, db: Any) -> None:
     assert len(said.lines) == 1
     zeros, none_runs = dict.fromkeys(STATES, 0), {"longest_running_seconds": None}
     q0, q1 = found["queues"]
+    assert (q0.pop("paused"), q1.pop("paused")) == (False, False)
     assert q0 == {"queue": "q0", **zeros, "ready": 1, "oldest_ready_seconds": pytest.approx(60, abs=5), **none_runs}
     assert q1 == {
         "queue": "q1",

@@ -438,7 +438,7 @@ async def test_the_command(dsn: str, db: Any) -> None:
         code, _, err = await run("pause", "Nighty")
         assert (code, err) == (2, "notifyq: there is no cron 'Nighty'; did you mean 'Nightly'?\n")
         code, _, err = await run("remove", "Nightly")
-        assert (code, "is looked after by worker" in err) == (2, True)
+        assert (code, "is declared by the app of running worker" in err) == (2, True)
     assert "no worker" in (await run())[1]
     assert '"name":"Nightly"' in (await run("--json"))[1]
     assert (await run("remove", "Nightly"))[1] == "Nightly: removed\n"

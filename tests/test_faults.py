@@ -167,7 +167,7 @@ async def test_a_poison_task_takes_no_innocent_with_it(spawn: Spawn, db: Any) ->
         "SELECT attempts, state, errors FROM notifyq.all_tasks WHERE id = $1", fatal
     )
     assert (state, attempts) == ("dead", killed)
-    assert "vanished while it ran alone, 2 times by now" in json.loads(errors)[-1]["error"]
+    assert "vanished while it ran this task alone, 2 times by now" in json.loads(errors)[-1]["error"]
     done = await db.fetch("SELECT id FROM notifyq.all_tasks WHERE state = 'done' AND type = 'Sleep'")
     assert sorted(row[0] for row in done) == ids
 

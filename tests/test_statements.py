@@ -129,7 +129,7 @@ STATEMENTS = {
         "int8 int8", "id:int8 type:text state:text result:jsonb error:text left:int8", "finished_pkey task_pkey"
     ),
     "runnable": Statement("text[]", "queues:text[] next_seconds:float8 at:timestamptz", None),
-    "served": Statement("", "queues:text[] types:text[]", None),
+    "served": Statement("text", "paused:bool queues:text[] types:text[]", None),
     "set_aside": Statement("int4 int8[] int2[]", "id:int8 freed:bool", "task_pkey"),
     "set_back": Statement("int8[] int8[]", "changed:int4", "task_pkey"),
     "settle_within": Statement("int4 int8 int2 bool", "xid:text freed:bool", "task_pkey"),
@@ -964,7 +964,7 @@ async def test_rescue_counts_as_an_attempt_and_says_why(worker: Any) -> None:
     row = await task(worker, id)
     (error,) = json.loads(row["errors"])
     assert (row["attempts"], error["attempt"]) == (1, 1)
-    assert row["error"] == "its worker host:1 vanished while it ran alone"
+    assert row["error"] == "its worker host:1 vanished while it ran this task alone"
     other = await register(worker, "other:1")
     (job,) = await store.claim(worker, other, {"default": 1}, 1)
     assert job.attempt == 2
@@ -1027,7 +1027,7 @@ async def test_a_crash_beside_others_is_no_failure(worker: Any) -> None:
         assert tuple(await worker.fetchrow(CRASHES, ids[0])) == (crash, None, parked, crash)
     row = await task(worker, ids[0])
     assert (row["state"], row["waits_for"]) == ("scheduled", "crashed")
-    assert row["error"] == "its worker host:1 vanished while it ran beside others"
+    assert row["error"] == "its worker host:1 vanished while it ran this task and others"
 
 
 async def test_three_crashes_alone_are_the_end(worker: Any) -> None:
@@ -1042,7 +1042,10 @@ async def test_three_crashes_alone_are_the_end(worker: Any) -> None:
             [job] = await store.claim_suspects(worker, me, ["crashed:default"], ["Known"], 7 + crash, 9)
             assert (job.id, job.attempt, job.excused) == (id, 8 + crash, 7)
     row = await task(worker, id)
-    assert (row["state"], row["error"]) == ("dead", "its worker host:1 vanished while it ran alone, 3 times by now")
+    assert (row["state"], row["error"]) == (
+        "dead",
+        "its worker host:1 vanished while it ran this task alone, 3 times by now",
+    )
 
 
 async def test_the_last_of_many_was_not_alone(worker: Any) -> None:

@@ -17,11 +17,11 @@ from .session import session
 
 
 @click.group(invoke_without_command=True)
-@option("--json", "as_json", is_flag=True, help="a JSON object a line")
+@option("--json", "as_json", is_flag=True, help="a JSON object per line")
 @dsn_option
 @click.pass_context
 def cron(ctx: click.Context, *, as_json: bool, dsn: str | None) -> None:
-    """List what is enqueued by the clock, and when it is next."""
+    """List crons and their next runs; pause, resume, run them."""
     if ctx.invoked_subcommand is not None:
         return
 
@@ -53,7 +53,7 @@ _names = click.argument("names", metavar="NAME...", nargs=-1, required=True)
 @_names
 @dsn_option
 def pause(*, names: tuple[str, ...], dsn: str | None) -> None:
-    """Enqueue nothing more for these; what was put ahead and hasn't begun is cancelled."""
+    """Pause crons, and cancel their tasks that haven't started."""
     _each(names, dsn, lambda conn, name: _said(conn, "SELECT notifyq.cron_pause($1)", name, "paused"))
 
 
@@ -61,7 +61,7 @@ def pause(*, names: tuple[str, ...], dsn: str | None) -> None:
 @_names
 @dsn_option
 def resume(*, names: tuple[str, ...], dsn: str | None) -> None:
-    """Go on, with the next time from now on."""
+    """Resume crons. Times that passed meanwhile are left out."""
     _each(names, dsn, lambda conn, name: _said(conn, "SELECT notifyq.cron_resume($1)", name, "resumed"))
 
 
@@ -69,7 +69,10 @@ def resume(*, names: tuple[str, ...], dsn: str | None) -> None:
 @_names
 @dsn_option
 def run_now(*, names: tuple[str, ...], dsn: str | None) -> None:
-    """Enqueue these now, beside what is due anyway, and print the tasks' ids."""
+    """Enqueue a task of each cron now, and print their ids.
+
+    The schedule stays as it is.
+    """
 
     async def run(conn: Connection, name: str) -> str | None:
         id: int | None = await conn.fetchval("SELECT notifyq.cron_run($1)", name)
@@ -82,12 +85,14 @@ def run_now(*, names: tuple[str, ...], dsn: str | None) -> None:
 @_names
 @dsn_option
 def remove(*, names: tuple[str, ...], dsn: str | None) -> None:
-    """Forget what no app has any more."""
+    """Remove crons that no running app declares."""
 
     async def run(conn: Connection, name: str) -> str | None:
         row = await conn.fetchrow(SQL["cron_remove"], name)
         if row is not None and row["worker"] is not None:
-            raise ConfigError(f"cron {name!r} is looked after by worker {row['worker']}; take it out of the app first")
+            raise ConfigError(
+                f"cron {name!r} is declared by the app of running worker {row['worker']}; remove it there first"
+            )
         return None if row is None else f"{name}: removed"
 
     _each(names, dsn, run)

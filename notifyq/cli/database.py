@@ -27,20 +27,20 @@ PROJECT_MARKS = ("pyproject.toml", ".git")
 
 
 @click.command()
-@option("--sql", is_flag=True, help="print the schema's SQL, to look at or to run elsewhere, and do nothing")
+@option("--sql", is_flag=True, help="print the schema's SQL and change nothing")
 @option(
     "--from",
     "since",
     metavar="VERSION",
     type=number(1, schema.SCHEMA_VERSION - 1),
-    help="with --sql: print the way from this version of the schema, for psql",
+    help="with --sql: print the upgrade from this version of the schema, for psql",
 )
 @dsn_option
 def migrate(*, sql: bool, since: int | None, dsn: str | None) -> None:
     """Install or upgrade the schema.
 
-    Once is enough, twice does no harm. Workers and producers go on meanwhile: migrate first, then bring the workers of
-    the new version.
+    Running it again does no harm. Workers and producers go on meanwhile: migrate first, then start workers of the new
+    version.
     """
     if sql:
         text = schema.schema_sql()
@@ -69,8 +69,8 @@ async def _migrate(dsn: str | None) -> tuple[str, int | None, int]:
 def stats(*, as_json: bool, dsn: str | None) -> None:
     """Count tasks by queue and state, and list workers.
 
-    Beside each queue stand the age of its oldest ready task and the time of its longest running one. All are counted,
-    none estimated: that takes about half a second a million tasks, of history too.
+    Each queue's line ends with the age of its oldest ready task, or "paused", and with how long its longest running
+    task has run. The counts are exact: counting takes about half a second per million tasks, finished ones included.
     """
 
     async def run() -> dict[str, Any]:
@@ -88,7 +88,12 @@ def stats(*, as_json: bool, dsn: str | None) -> None:
     table(
         ("queue", *STATES, "oldest ready", "longest running"),
         [
-            [q["queue"], *(q[state] for state in STATES), _age(q), _age(q, "longest_running_seconds")]
+            [
+                q["queue"],
+                *(q[state] for state in STATES),
+                "paused" if q["paused"] else _age(q),
+                _age(q, "longest_running_seconds"),
+            ]
             for q in found["queues"]
         ],
     )
@@ -116,14 +121,14 @@ def _age(row: dict[str, Any], name: str = "oldest_ready_seconds") -> str:
 
 
 @click.command()
-@option("--seconds", type=float, default=20.0, help="how long there is traffic")
+@option("--seconds", type=float, default=20.0, help="how long traffic runs")
 @option("--tasks", type=int, default=5000, help="about how many tasks in all")
 # Without the variables of other commands' --dsn: a demo leaves the database of NOTIFYQ_DSN alone.
 @option("--dsn", metavar="URL", help="run it on your server, not on an embedded one")
 def demo(*, seconds: float, tasks: int, dsn: str | None) -> int:
     """See it work: signups, mail, a worker that dies.
 
-    What it claims is checked in the end.
+    At the end it checks what notifyq promises.
     """
     from notifyq.demo import main
 
@@ -137,12 +142,12 @@ def demo(*, seconds: float, tasks: int, dsn: str | None) -> int:
 def dev(*, name: str | None, data_dir: Path | None, port: int | None) -> int:
     """Run the embedded PostgreSQL until Ctrl-C.
 
-    Each project has one of its own. NAME is the project's; without it, the project is the folder with
-    pyproject.toml or .git, or else this folder. The data are kept, the DSN stays the same, and the schema is
-    migrated. The first line on stdout is the DSN, and nothing else is.
+    Each project has a server of its own. NAME is the project's name; without it, the project is the folder with
+    pyproject.toml or .git, or else this folder. The data and the DSN stay from start to start, and the schema is
+    installed. Stdout has one line, the DSN.
     """
     if name is not None and data_dir is not None:
-        raise ConfigError(f"NAME {name!r} and --data-dir {data_dir} both say where the data are; say one")
+        raise ConfigError(f"NAME {name!r} and --data-dir {data_dir} both say where the data are; give only one")
     folder = data_dir or state_folder() / (project_name() if name is None else checked_name(name))
     # The same for both signals; Server leaves nothing behind, at whatever point it is interrupted.
     signal.signal(signal.SIGTERM, signal.default_int_handler)

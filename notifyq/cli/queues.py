@@ -22,12 +22,12 @@ async def _queues(conn: Connection) -> list[dict[str, Any]]:
 
 
 @click.command()
-@option("--json", "as_json", is_flag=True, help="a JSON object a line")
+@option("--json", "as_json", is_flag=True, help="a JSON object per line")
 @dsn_option
 def queues(*, as_json: bool, dsn: str | None) -> None:
     """List queues, with their limits and workers.
 
-    Each line says whether the queue is paused, its limits, how many tasks run, how many its limits keep back, and how
+    Each line says whether the queue is paused, its limits, how many tasks run, how many wait for its limits, and how
     many workers serve it.
     """
 
@@ -61,7 +61,7 @@ def _rate(queue: dict[str, Any]) -> str:
 def queue() -> None:
     """Pause, resume or limit queues, for every worker.
 
-    It is in force within a second.
+    Workers follow within a second.
     """
 
 
@@ -72,7 +72,7 @@ _names = click.argument("names", metavar="NAME...", nargs=-1, required=True)
 @_names
 @dsn_option
 def pause(*, names: tuple[str, ...], dsn: str | None) -> None:
-    """Start nothing more from these queues; what runs there goes on."""
+    """Start no more tasks from these queues. Running ones go on."""
     _each(names, "SELECT notifyq.pause($1)", "paused", "is paused already", dsn)
 
 
@@ -80,18 +80,18 @@ def pause(*, names: tuple[str, ...], dsn: str | None) -> None:
 @_names
 @dsn_option
 def resume(*, names: tuple[str, ...], dsn: str | None) -> None:
-    """Go on with paused queues."""
+    """Start tasks from these queues again."""
     _each(names, "SELECT notifyq.resume($1)", "resumed", "isn't paused", dsn)
 
 
 @queue.command()
 @_names
-@option("--running", metavar="N", type=number(1, 2**31 - 1), help="at most so many of a queue's tasks at once")
-@option("--rate", type=rate, metavar="RATE", help="at most so many start in any such time: 100/minute, 5/s, 20/10s")
-@option("--none", "unlimited", is_flag=True, help="no limits any more")
+@option("--running", metavar="N", type=number(1, 2**31 - 1), help="at most N of a queue's tasks run at the same time")
+@option("--rate", type=rate, metavar="RATE", help="at most this many start in any such time: 100/minute, 5/s, 20/10s")
+@option("--none", "unlimited", is_flag=True, help="remove the limits")
 @dsn_option
 def limit(*, names: tuple[str, ...], running: int | None, rate: str | None, unlimited: bool, dsn: str | None) -> None:
-    """Limit these queues, each by itself, over all workers. What isn't said isn't limited any more."""
+    """Limit each of these queues, over all workers. A limit that isn't given is removed."""
     if unlimited is (running is not None or rate is not None):
         raise click.UsageError("say --running N, --rate RATE or both; or --none, to take the limits away")
     count, seconds = parse_rate(rate) if rate is not None else (None, None)

@@ -25,14 +25,14 @@ from .session import LONG_SECONDS, session
     "--check",
     metavar="FILE",
     type=click.Path(path_type=Path),
-    help="compare with an earlier one; exit 1 if tasks queued under it would not decode",
+    help="compare with this earlier output; exit 1 if tasks queued under it would not decode",
 )
 @option("--queued", is_flag=True, help="decode every task that hasn't ended; exit 1 if one can't be")
 @dsn_option
 def schema(*, app: str, check: Path | None, queued: bool, dsn: str | None) -> int:
     """Print the JSON Schema of an app's payloads.
 
-    MODULE:APP is such as myproject.tasks:app. It may come from NOTIFYQ_APP too. --dsn is for --queued.
+    MODULE:APP is for example myproject.tasks:app. It may come from NOTIFYQ_APP too. --dsn is for --queued.
     """
     registry = load_app(app).registry
     present = payloads.document(registry)

@@ -14,9 +14,9 @@ from notifyq.store import SQL
 from notifyq.task import ENDED
 
 from .options import dsn_option, option
-from .output import percent, plain
+from .output import percent, plain, say
 from .session import session
-from .tasks import NO_TASK, task_id
+from .tasks import NO_TASK, task_id, why_not_started
 
 LOOK_SECONDS = 0.5
 
@@ -24,14 +24,14 @@ LOOK_SECONDS = 0.5
 @click.command()
 @click.argument("id", metavar="ID", type=task_id)
 @option("--json", "as_json", is_flag=True, help="as a JSON object")
-@option("--follow", is_flag=True, help="go on until it ends, telling of each change; exit code 1 if it isn't done then")
+@option("--follow", is_flag=True, help="print each change until it ends; exit code 1 if it isn't done then")
 @dsn_option
 def show(*, id: int, as_json: bool, follow: bool, dsn: str | None) -> int:
-    """Show all that is known of one task, each attempt's error too."""
+    """Show everything about one task, with the error of each attempt."""
 
     async def run() -> int:
         task: dict[str, Any] = {}
-        async for text in _changes(dsn, id, follow):
+        async for text, note in _changes(dsn, id, follow):
             before, task = task, json.loads(text)
             if as_json:
                 click.echo(text)
@@ -39,22 +39,28 @@ def show(*, id: int, as_json: bool, follow: bool, dsn: str | None) -> int:
                 _print(task)
             else:
                 click.echo(f"{task['state']} {plain(percent(task))}".rstrip())
+            if note:
+                say(f"{id} isn't started: {note}")
         return 1 if follow and task["state"] != "done" else 0
 
     return asyncio.run(run())
 
 
-async def _changes(dsn: str | None, id: int, follow: bool) -> AsyncIterator[str]:
+async def _changes(dsn: str | None, id: int, follow: bool) -> AsyncIterator[tuple[str, str]]:
+    """The task as JSON, and why it isn't started, each time that one of them has changed."""
     async with session(dsn) as conn:
         told = None
         while True:
             text: str | None = await conn.fetchval(SQL["show"], id)
             if text is None:
                 raise NotifyqError(f"{id}: {NO_TASK}")
-            if text != told:
-                told = text
-                yield text
-            if not follow or json.loads(text)["state"] in ENDED:
+            task = json.loads(text)
+            ready = task["state"] == "ready" and not task["waits_for"]
+            note = await why_not_started(conn, task["type"], task["queue"]) if ready else ""
+            if (text, note) != told:
+                told = text, note
+                yield told
+            if not follow or task["state"] in ENDED:
                 return
             await asyncio.sleep(LOOK_SECONDS)
 
@@ -71,6 +77,8 @@ def _print(task: dict[str, Any]) -> None:
         if "left_out" in error:
             click.echo(plain(error.get("error")))
             continue
-        click.echo(f"attempt {plain(error.get('attempt', '?'))} at {plain(error.get('at', '?'))}:")
+        attempt = error.get("attempt", "?")
+        when = "before the first attempt," if attempt == 0 else f"attempt {plain(attempt)}"
+        click.echo(f"{when} at {plain(error.get('at', '?'))}:")
         for line in str(error.get("traceback") or error.get("error")).splitlines():
             click.echo(f"    {plain(line)}")

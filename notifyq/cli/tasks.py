@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import builtins
 import json
+import shlex
 import sys
 from collections.abc import Iterator
 from datetime import datetime
@@ -49,42 +50,63 @@ task_id = number(1, 2**63 - 1)
 @click.command()
 @click.argument("type")
 @click.argument("payload", metavar="[JSON]", default="{}")
-@option("-q", "--queue", metavar="NAME", help="which queue  [default: what its type says, with --app; else default]")
-@option("--delay", type=duration, metavar="TIME", help="not before so much time has passed: 90s, 15m, 12h, 1d")
-@option("--run-at", type=moment, metavar="TIME", help="not before this time: 2030-01-31T08:00:00Z")
-@option("--priority", metavar="N", type=number(-32768, 32767), help="-32768 to 32767, the higher the sooner")
+@option("-q", "--queue", metavar="NAME", help="into this queue  [default: its class's queue, with --app; else default]")
+@option("--delay", type=duration, metavar="TIME", help="don't start it before this time has passed: 90s, 15m, 12h, 1d")
+@option("--run-at", type=moment, metavar="TIME", help="don't start it before this moment: 2030-01-31T08:00:00Z")
+@option(
+    "--priority", metavar="N", type=number(-32768, 32767), help="-32768 to 32767; tasks with a higher one start first"
+)
 @option(
     "--max-attempts",
     metavar="N",
     type=number(1, 32767),
-    help="runs in all until it is dead  [default: what its type says]",
+    help="after this many failed attempts it is dead  [default: what its class says]",
 )
-@option("--order-key", metavar="KEY", help="of tasks with the same, one runs at a time, in the order of their ids")
-@option("--limit-key", metavar="KEY", help="of tasks with the same, over all workers,")
+@option("--order-key", metavar="KEY", help="of the tasks with this key one runs at a time, in the order of their ids")
+@option("--limit-key", metavar="KEY", help="--limit and --rate are for the tasks with this key, over all workers")
 @option(
-    "--limit-running", "--limit", "limit", metavar="N", type=number(1, 2**31 - 1), help="at most so many run at once,"
+    "--limit-running",
+    "--limit",
+    "limit",
+    metavar="N",
+    type=number(1, 2**31 - 1),
+    help="at most N tasks with the --limit-key run at the same time",
 )
-@option("--rate", metavar="RATE", type=rate, help="and at most so many start in any such time: 100/minute, 5/s, 20/10s")
-@option("--after", type=task_id, metavar="ID", multiple=True, help="not before this task is done (repeatable)")
-@option("--on-dead", type=click.Choice(["cancel", "run"]), help="what to do if one of these isn't  [default: cancel]")
-@option("--unique", metavar="KEY", help="not while another with this key is there: print that one's id")
-@option("--unique-for", type=duration, metavar="TIME", help="and was enqueued less than so long ago, be it done")
+@option(
+    "--rate",
+    metavar="RATE",
+    type=rate,
+    help="at most this many tasks with the --limit-key start in any such time: 100/minute, 5/s, 20/10s",
+)
+@option("--after", type=task_id, metavar="ID", multiple=True, help="start it when this task is done; repeatable")
+@option(
+    "--on-dead",
+    type=click.Choice(["cancel", "run"]),
+    help="what to do if a task of --after ends dead or cancelled  [default: cancel]",
+)
+@option("--unique", metavar="KEY", help="if a task with this key exists, enqueue nothing, and print that task's id")
+@option(
+    "--unique-for",
+    type=duration,
+    metavar="TIME",
+    help="count only a task that was enqueued within TIME; a done one counts too",
+)
 @option(
     "--unique-states",
     metavar="STATE",
     multiple=True,
     type=word(*STATES),
-    help="and is in this state (repeatable)  [default: it hasn't ended]",
+    help="count only tasks in this state; repeatable  [default: those that haven't ended]",
 )
 @option(
     "--on-conflict",
     type=click.Choice(["keep", "replace", "move"]),
-    help="keep that one as it is, replace its payload, or move its time to this one's, while it waits  [default: keep]",
+    help="while that task waits: leave it alone, give it this payload, or give it this time  [default: keep]",
 )
 @setting(
     "--app",
     metavar="MODULE:APP",
-    help="validate type and payload against this app's tasks first, and go by their classes' queue, limits, ...",
+    help="check type and payload against this app's tasks, and use the settings of the task's class",
 )
 @dsn_option
 def enqueue(
@@ -111,7 +133,7 @@ def enqueue(
 ) -> None:
     """Enqueue a task and print its id.
 
-    JSON is the payload, an object, {} if it is left out; - reads it from stdin.
+    JSON is the payload, an object; without it, {}. With - it is read from stdin.
     """
     check_name("type", type)
     if queue is not None:
@@ -148,10 +170,10 @@ def enqueue(
         async with session(dsn, reads=False) as conn:
             with Explained(type):
                 [row] = await conn.fetch(query, *args)
-            return row[0], len(row) > 2 and row[2], "" if app else await _unserved(conn, type, options.values[0])
+            return row[0], len(row) > 2 and row[2], "" if app else await why_not_started(conn, type, options.values[0])
 
     id, existed, note = asyncio.run(run())
-    if note:
+    if note and note != NO_WORKER:  # one may be started later, with any queue and type
         say(note)
     if existed:
         assert only is not None
@@ -173,18 +195,27 @@ def _subclasses(cls: builtins.type[Task]) -> Iterator[builtins.type[Task]]:
         yield from _subclasses(below)
 
 
-async def _unserved(conn: Connection, type: str, queue: str) -> str:
-    """A note, if workers are up and none of them will take this task; a role that only enqueues isn't told."""
+NO_WORKER = "no worker is up"
+
+
+async def why_not_started(conn: Connection, type: str, queue: str) -> str:
+    """Why a ready task of this type and queue isn't started, or "" if nothing speaks against it.
+
+    A role that may not read the workers and queues isn't told.
+    """
     try:
-        row = await conn.fetchrow(SQL["served"])
+        row = await conn.fetchrow(SQL["served"], queue)
     except asyncpg.InsufficientPrivilegeError:
         return ""
-    if row is None or not row["queues"]:
-        return ""  # no worker is up: it may be started later, with anything
+    assert row is not None
+    if row["paused"]:
+        return f"queue {queue!r} is paused; resume it with: notifyq queue resume {shlex.quote(queue)}"
+    if not row["queues"]:
+        return NO_WORKER
     if queue not in row["queues"]:
         return f"no worker that is up serves queue {queue!r}{did_you_mean(queue, row['queues'])}"
     if type not in row["types"]:
-        return f"no worker that is up takes type {type!r}{did_you_mean(type, row['types'])}"
+        return f"no worker that is up takes type {type!r} from queue {queue!r}{did_you_mean(type, row['types'])}"
     return ""
 
 
@@ -226,18 +257,18 @@ def _refuse(constant: str) -> None:
 
 
 @click.command()
-@option("--state", type=word(*STATES), metavar="STATE", help=f"one of {', '.join(STATES)}")
-@option("-q", "--queue", metavar="NAME", help="of this queue")
-@option("--type", metavar="TYPE", help="of this type")
-@option("--limit", metavar="N", type=number(1, 1_000_000), default=50, help="at most so many")
-@option("--json", "as_json", is_flag=True, help="a JSON object a line, whole: with payload, result and errors")
+@option("--state", type=word(*STATES), metavar="STATE", help=f"only in this state: {', '.join(STATES)}")
+@option("-q", "--queue", metavar="NAME", help="only of this queue")
+@option("--type", metavar="TYPE", help="only of this type")
+@option("--limit", metavar="N", type=number(1, 1_000_000), default=50, help="at most N tasks")
+@option("--json", "as_json", is_flag=True, help="a JSON object per line, with payload, result and errors")
 @dsn_option
 def tasks(
     *, state: str | None, queue: str | None, type: str | None, limit: int, as_json: bool, dsn: str | None
 ) -> None:
     """List tasks, finished ones too, the newest first.
 
-    The last column has what a task says: how far it is, or its last error.
+    The last column is the task's progress or its last error.
     """
 
     async def run() -> tuple[list[tuple[str, float]], int, str]:
@@ -291,7 +322,7 @@ def _row(task: dict[str, object], seconds: float | None) -> list[object]:
 def retry(*, ids: tuple[int, ...], dsn: str | None) -> int:
     """Run tasks again, now.
 
-    Dead and cancelled ones start over with all their attempts, scheduled ones become due.
+    A dead or cancelled task starts over with all its attempts. A scheduled one becomes due.
     """
     reasons = {
         "ready": "it is ready already",
@@ -308,8 +339,8 @@ def retry(*, ids: tuple[int, ...], dsn: str | None) -> int:
 def cancel(*, ids: tuple[int, ...], dsn: str | None) -> int:
     """Cancel tasks that haven't ended.
 
-    The handler of a running one is cancelled too, at once if it has run for a second or so, else within 1.5 s, and
-    whatever it says counts no more.
+    If the task is running, its handler is cancelled too, within 1.5 s. What that handler returns or raises doesn't
+    count.
     """
     reasons = {state: f"it has ended already: {state}" for state in ENDED}
     return _each(ids, "SELECT notifyq.cancel($1)", "cancelled", "not cancelled", reasons, dsn)
@@ -345,15 +376,25 @@ NO_TASK = "there is no such task; it may have been pruned"
 
 
 @click.command()
-@option("--history", type=duration, metavar="TIME", default="1d", help="keep done and cancelled for so long")
 @option(
-    "--dead", type=duration, metavar="TIME", default=f"{DEAD_KEPT_SECONDS / 86400:.0f}d", help="keep dead for so long"
+    "--history",
+    type=duration,
+    metavar="TIME",
+    default="1d",
+    help="keep done and cancelled tasks that ended less than TIME ago",
+)
+@option(
+    "--dead",
+    type=duration,
+    metavar="TIME",
+    default=f"{DEAD_KEPT_SECONDS / 86400:.0f}d",
+    help="keep dead tasks that ended less than TIME ago",
 )
 @dsn_option
 def prune(*, history: float, dead: float, dsn: str | None) -> None:
-    """Delete what ended long ago. Workers do it too, by the minute.
+    """Delete finished tasks older than their retention.
 
-    Ages are seconds, or 90s, 15m, 12h, 1d; 0 is all.
+    Workers do that too, every minute. Times are seconds, or 90s, 15m, 12h, 1d; 0 keeps nothing.
     """
 
     async def run() -> int:

@@ -32,31 +32,72 @@ logger = log.logger("notifyq.cli")
     metavar="NAME[:LIMIT]",
     multiple=True,
     default=["default"],
-    help="a queue to work on, and how many of its tasks may run at once; repeatable",
+    help="a queue to work on, and how many of its tasks may run at the same time; repeatable",
 )
-@setting("-c", "--concurrency", metavar="N", type=number(1, 10_000), default=100, help="handlers at once")
+@setting(
+    "-c",
+    "--concurrency",
+    metavar="N",
+    type=number(1, 10_000),
+    default=100,
+    help="how many handlers run at the same time",
+)
 @setting(
     "--threads",
     metavar="N",
     type=number(1, 10_000),
-    help="of these, plain `def` handlers, which run in threads  [default: CPUs + 4, at most 32]",
+    help="how many of these may be plain `def` handlers, which run in threads  [default: CPUs + 4, at most 32]",
 )
-@setting("--processes", metavar="N", type=number(1, 1000), default=1, help="workers, each with all of the above")
-@setting("--drain", is_flag=True, help="exit when nothing is runnable any more")
-@setting("--shutdown-timeout", type=duration, metavar="TIME", default="25s", help="that handlers have to end")
+@setting(
+    "--processes",
+    metavar="N",
+    type=number(1, 1000),
+    default=1,
+    help="how many worker processes, each with all of the above",
+)
+@setting("--drain", is_flag=True, help="exit when no task is left that could run now")
+@setting(
+    "--shutdown-timeout",
+    type=duration,
+    metavar="TIME",
+    default="25s",
+    help="how long running handlers may take to finish",
+)
 @setting(
     "--poll-interval",
     type=duration,
     metavar="TIME",
     default="5s",
-    help="between looks that don't need the bell; 0: none",
+    help="how often to look for tasks without a notification; 0: never",
 )
 @setting(
-    "--lease", type=duration, metavar="TIME", default="30s", help="a worker unseen for this long is dead; 6s or more"
+    "--lease",
+    type=duration,
+    metavar="TIME",
+    default="30s",
+    help="after how long without a heartbeat this worker counts as dead; 6s or more",
 )
-@setting("--history", type=duration, metavar="TIME", default="1d", help="to keep done and cancelled tasks; 0: none")
-@setting("--log-level", type=word(*logs.LEVELS), metavar="LEVEL", default="info", help=", ".join(logs.LEVELS))
-@setting("--log-format", type=word("text", "json"), metavar="FORMAT", default="text", help="text, json")
+@setting(
+    "--history",
+    type=duration,
+    metavar="TIME",
+    default="1d",
+    help="how long done and cancelled tasks are kept; 0: not at all",
+)
+@setting(
+    "--log-level",
+    type=word(*logs.LEVELS),
+    metavar="LEVEL",
+    default="info",
+    help=f"the lowest level that is logged: {', '.join(logs.LEVELS)}",
+)
+@setting(
+    "--log-format",
+    type=word("text", "json"),
+    metavar="FORMAT",
+    default="text",
+    help="text, or json: an object per line",
+)
 @dsn_option
 @click.pass_context
 def worker(
@@ -80,8 +121,9 @@ def worker(
 
     MODULE:APP may come from NOTIFYQ_APP too.
 
-    The first SIGTERM or SIGINT (Ctrl-C) lets handlers end for --shutdown-timeout, then hands their tasks
-    back, and exits with 0. The second hands them back at once, and exits with 1.
+    At the first SIGTERM or SIGINT (Ctrl-C) the worker claims nothing more, waits up to --shutdown-timeout for
+    running handlers, hands the rest of its tasks back, and exits with 0. At the second it hands them back at
+    once, and exits with 1.
 
     Times are seconds, or 90s, 15m, 12h, 1d.
     """

@@ -34,8 +34,8 @@ WITH corpse AS MATERIALIZED (
            coalesce(t.crashes, 0) + coalesce(t.crashes_alone, 0) > 0 AS suspect,
            jsonb_build_object(
                'attempt', t.attempts, 'at', clock_timestamp(),
-               'error', 'its worker ' || corpse.name || ' vanished while it ran'
-                        || CASE WHEN NOT corpse.alone THEN ' beside others'
+               'error', 'its worker ' || corpse.name || ' vanished while it ran this task'
+                        || CASE WHEN NOT corpse.alone THEN ' and others'
                                 WHEN t.crashes_alone > 0 THEN ' alone, ' || t.crashes_alone + 1 || ' times by now'
                                 ELSE ' alone' END) AS error
     FROM corpse JOIN notifyq.task t ON t.worker = $1

@@ -1,5 +1,7 @@
--- For a note to who enqueues by hand: the queues and the types of the workers that live. A few rows are read, none counted.
-SELECT ARRAY(SELECT DISTINCT unnest(queues) FROM notifyq.worker
+-- For a note about a task of queue $1: whether the queue is paused, the queues of all live workers, and the types of those
+-- live workers that serve the queue. It reads a few rows and counts nothing.
+SELECT EXISTS (SELECT FROM notifyq.queue WHERE name = $1::text AND paused) AS paused,
+       ARRAY(SELECT DISTINCT unnest(queues) FROM notifyq.worker
              WHERE seen_at > statement_timestamp() - lease) AS queues,
        ARRAY(SELECT DISTINCT unnest(types) FROM notifyq.worker
-             WHERE seen_at > statement_timestamp() - lease) AS types
+             WHERE seen_at > statement_timestamp() - lease AND $1::text = ANY (queues)) AS types

@@ -12,7 +12,7 @@ WITH counted AS MATERIALIZED (
     FROM notifyq.all_tasks
     GROUP BY queue, type, state
 ), by_queue AS (
-    SELECT queue,
+    SELECT queue, queue IN (SELECT name FROM notifyq.queue WHERE paused) AS paused,
            coalesce(sum(n) FILTER (WHERE state = 'scheduled'), 0) AS scheduled,
            coalesce(sum(n) FILTER (WHERE state = 'ready'), 0) AS ready,
            coalesce(sum(n) FILTER (WHERE state = 'running'), 0) AS running,
