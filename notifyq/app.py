@@ -7,7 +7,7 @@ import inspect
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterable, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, nullcontext
 from contextvars import ContextVar
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, Self, TypeVar, Unpack, overload
 
 import anyio
@@ -105,7 +105,7 @@ class App:
     def handler(self, function: _Handler, /) -> _Handler: ...
     @overload
     def handler(
-        self, /, *, batch: int | None = None, linger: float | None = None, middleware: bool = True
+        self, /, *, batch: int | None = None, linger: float | timedelta | None = None, middleware: bool = True
     ) -> Callable[[_Handler], _Handler]: ...
     def handler(
         self,
@@ -113,7 +113,7 @@ class App:
         /,
         *,
         batch: int | None = None,
-        linger: float | None = None,
+        linger: float | timedelta | None = None,
         middleware: bool = True,
     ) -> Any:
         """Register a handler, an `async def` or, to run in a thread, a plain `def`; use it as a decorator.
@@ -124,7 +124,7 @@ class App:
 
         batch       run it with up to so many tasks at once: `(tasks: list[SendMail], ctxs: list[Context])`. It returns
                     None, or a list that says of each task what a handler of one would have returned, or raised
-        linger      seconds to wait after the first of a batch for more; None: 0.05
+        linger      seconds, or a timedelta, to wait after the first of a batch for more; None: 0.05
         middleware  False: not around this one; a batch handler can't have any
         """
         caller = inspect.currentframe()

@@ -71,12 +71,17 @@ def encode_error(attempt: int, error: str, where: BaseException | None = None, *
 
 def describe(error: BaseException) -> str:
     """`ValueError: the message`. Never raises, whatever the exception's __str__ does."""
-    try:
-        text = str(error)
-    except BaseException as worse:
-        text = f"<its __str__ raised {type(worse).__name__}>"
+    text = text_of(error)
     name = type(error).__name__
-    return f"{name}: {text}" if text else name
+    return f"{name}: {text}" if text.strip() else name
+
+
+def text_of(value: object) -> str:
+    """Its str(). Never raises."""
+    try:
+        return str(value)
+    except BaseException as worse:
+        return f"<its __str__ raised {type(worse).__name__}>"
 
 
 def _tail(error: BaseException) -> str:

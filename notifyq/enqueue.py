@@ -13,7 +13,7 @@ import anyio.lowlevel
 import asyncpg
 import msgspec
 
-from . import settings
+from . import jsonable, settings
 from .bulk import CHUNK, CHUNK_SIZE, Bulk, Placed, Row, Statement, check_one_statement, insert
 from .codec import encode_payload, type_name
 from .errors import ConfigError, DatabaseError, SchemaError, only
@@ -210,7 +210,7 @@ _decoders: dict[type[Task], Any] = {}
 def _decoder(cls: type[Task]) -> Any:
     if cls not in _decoders:
         settings.check(cls)
-        _decoders[cls] = msgspec.json.Decoder(cls).decode
+        _decoders[cls] = jsonable.decoder(cls)
     return _decoders[cls]
 
 

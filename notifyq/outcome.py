@@ -18,11 +18,12 @@ from typing import Literal, TypeAlias
 
 import msgspec
 
-from .codec import RESULT_LIMIT, describe, encode_error, encode_result
+from .codec import RESULT_LIMIT, describe, encode_error, encode_result, text_of
+from .config import in_seconds
 from .registry import Handler, is_awaitable
 from .retry import backoff_seconds
 from .store import Job
-from .task import Cancel, Dead, Retry, Verdict
+from .task import Cancel, Dead, Retry, Verdict, is_delay
 
 State: TypeAlias = Literal["done", "dead", "cancelled"]
 
@@ -77,6 +78,11 @@ def returned(job: Job, handler: Handler, value: object) -> Outcome:
         return Finish(job, "done")
     if isinstance(value, Verdict):
         return raised(job, handler, value)
+    if isinstance(value, type) and issubclass(value, Verdict):  # `return Dead`, as one may `raise Dead`
+        try:
+            return raised(job, handler, value())
+        except Exception as error:
+            return raised(job, handler, error)
     try:
         result = encode_result(value)
     except Exception as error:  # what a user's type makes of being encoded is anybody's guess
@@ -103,13 +109,23 @@ def raised(job: Job, handler: Handler, error: BaseException) -> Outcome:
     """Of a handler that raised."""
     match error:
         case Cancel():
-            return Finish(job, "cancelled", error=encode_error(job.attempt, error.reason))
+            return Finish(job, "cancelled", error=encode_error(job.attempt, _reason(error, Cancel.reason)))
         case Dead():
-            return Finish(job, "dead", error=encode_error(job.attempt, error.reason))
+            return Finish(job, "dead", error=encode_error(job.attempt, _reason(error, Dead.reason)))
         case Retry():
-            return _again(job, handler, encode_error(job.attempt, error.reason), error.delay)
+            delay = in_seconds(error.delay)
+            why = encode_error(job.attempt, _reason(error, Retry.reason))
+            return _again(job, handler, why, delay if is_delay(delay) else None)
         case _:
             return _again(job, handler, encode_error(job.attempt, describe(error), error))
+
+
+def _reason(verdict: Verdict, default: str) -> str:
+    """What a handler gives as its reason, which may be the exception that it caught, or nothing."""
+    given: object = verdict.reason
+    if isinstance(given, BaseException):
+        return describe(given)
+    return ("" if given is None else text_of(given)).strip() or default
 
 
 def timed_out(job: Job, handler: Handler) -> Outcome:

@@ -16,7 +16,7 @@ from typing import Annotated, Any, NamedTuple, Union, cast, get_args, get_origin
 
 import msgspec
 
-from . import settings
+from . import jsonable, settings
 from .codec import type_name
 from .config import check_name, in_seconds
 from .cron import Cron
@@ -50,8 +50,9 @@ class HandlerOptions(NamedTuple):
         """Raises ConfigError for what can't be."""
         if batch is not None and (not isinstance(batch, int) or isinstance(batch, bool) or not 1 <= batch <= 10_000):
             raise ConfigError(f"@app.handler(batch={batch!r}): expected 1 to 10000 tasks")
+        linger = in_seconds(linger)
         if linger is not None and not (_seconds(linger) and 0 <= cast("float", linger) <= 3600):
-            raise ConfigError(f"@app.handler(linger={linger!r}): expected seconds, 0 to 3600")
+            raise ConfigError(f"@app.handler(linger={linger!r}): expected seconds, 0 to 3600, or a timedelta")
         if linger is not None and batch is None:
             raise ConfigError("@app.handler(linger=...) says how long to gather a batch; expected batch= beside it")
         return cls(batch, LINGER_SECONDS if linger is None else cast("float", linger), middleware)
@@ -148,6 +149,8 @@ class Registry:
         function = _unwrapped(function)
         task, needs = _signature(function, scope, options.batch is not None)
         check_task(task)
+        if not (self._middleware and options.middleware) and inspect.unwrap(function) is function:
+            _check_result(function, scope)  # others may make JSON of it
         handler = Handler(function, task, needs, options)
         other = self._handlers.get(handler.type)
         if other is not None and other.task is task:
@@ -290,6 +293,16 @@ def _needed(
     if p.annotation is Parameter.empty:
         raise ConfigError(f"{whose} has no type, which would say what it is given; {expected}")
     raise ConfigError(f"{whose} is a {p.annotation!r}; {expected}")
+
+
+def _check_result(function: Callable[..., Any], scope: Mapping[str, Any]) -> None:
+    """Raise ConfigError if it says that it returns what can't be a result."""
+    try:
+        annotation = _looked_up(inspect.signature(function).return_annotation, _globals(function), scope)
+    except Exception:  # it may exist for type checkers alone
+        return
+    if annotation is not Parameter.empty:
+        jsonable.check_result(f"handler {_name(function)}", annotation)
 
 
 def _item(annotation: Any) -> Any:
@@ -447,15 +460,7 @@ def check_task(task: type[Task]) -> None:
     settings.check(task)
     check_rule(task)
     rules_of(task)
-    try:
-        msgspec.json.Decoder(task)
-    except NameError as error:
-        raise ConfigError(
-            f"task {name}: {error}; the types of fields are looked up in its module at run time, so define or import "
-            "them there"
-        ) from error
-    except TypeError as error:
-        raise ConfigError(f"task {name}: msgspec can't decode its fields: {error}") from error
+    jsonable.decoder(task)
 
 
 def _seconds(value: object) -> bool:

@@ -36,7 +36,7 @@ class Rules(NamedTuple):
     rate: str | None
 
 
-PLAIN: Final = Rules(Task.queue, Task.priority, None, None, None, None)
+PLAIN: Final = Rules("default", 0, None, None, None, None)
 
 
 def rules_of(cls: type[Task]) -> Rules | None:

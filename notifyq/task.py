@@ -71,12 +71,13 @@ class Task(msgspec.Struct, metaclass=StructMeta, tag=True, tag_field="$type"):
     unique_for: ClassVar[float | timedelta | None] = None
     unique_states: ClassVar[tuple[State, ...] | None] = None
     on_conflict: ClassVar[Literal["keep", "replace", "move"]] = "keep"
-    queue: ClassVar[str] = "default"
-    priority: ClassVar[int] = 0
-    order_key: ClassVar[str | tuple[str, ...] | None] = None
-    limit_key: ClassVar[str | tuple[str, ...] | None] = None
-    limit: ClassVar[int | None] = None
-    rate: ClassVar[str | None] = None
+    if not TYPE_CHECKING:  # payloads have fields of these names, which type checkers would take for an override
+        queue: ClassVar[str] = "default"
+        priority: ClassVar[int] = 0
+        order_key: ClassVar[str | tuple[str, ...] | None] = None
+        limit_key: ClassVar[str | tuple[str, ...] | None] = None
+        limit: ClassVar[int | None] = None
+        rate: ClassVar[str | None] = None
 
 
 class Progress(msgspec.Struct, frozen=True):
@@ -296,14 +297,24 @@ class Ids(list[int]):
 class Verdict(Exception):
     """Base of Retry, Cancel and Dead, which a handler may return as well as raise."""
 
+    reason: str = "ended by its handler"  # of a subclass that gives none
+
+
+def is_delay(delay: object) -> bool:
+    """Whether it is None, or seconds from 0 to a year, which a NaN isn't."""
+    return delay is None or (isinstance(delay, int | float) and 0 <= delay <= 366 * 86400)
+
 
 class Retry(Verdict):
     """Try again after `delay`, seconds or a timedelta (None: the task's backoff). Counts as an attempt; after the last,
     dead."""
 
-    def __init__(self, delay: float | timedelta | None = None, reason: str = "retry asked for") -> None:
+    delay: float | None = None
+    reason = "retry asked for"
+
+    def __init__(self, delay: float | timedelta | None = None, reason: str = reason) -> None:
         delay = in_seconds(delay)
-        if delay is not None and not 0 <= delay <= 366 * 86400:  # a NaN fails this too
+        if not is_delay(delay):
             raise ValueError(f"Retry(delay={delay!r}): expected seconds, from 0 to a year, or a timedelta")
         super().__init__(reason)
         self.delay = delay
@@ -313,7 +324,9 @@ class Retry(Verdict):
 class Cancel(Verdict):
     """Don't run it again: it ends as cancelled."""
 
-    def __init__(self, reason: str = "cancelled by its handler") -> None:
+    reason = "cancelled by its handler"
+
+    def __init__(self, reason: str = reason) -> None:
         super().__init__(reason)
         self.reason = reason
 
@@ -321,6 +334,8 @@ class Cancel(Verdict):
 class Dead(Verdict):
     """Don't run it again: it ends as dead, however many attempts are left."""
 
-    def __init__(self, reason: str = "given up by its handler") -> None:
+    reason = "given up by its handler"
+
+    def __init__(self, reason: str = reason) -> None:
         super().__init__(reason)
         self.reason = reason

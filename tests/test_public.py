@@ -72,6 +72,14 @@ class Thumbnail(notifyq.Task):
     width: int = 200
 
 
+class Move(notifyq.Task):  # the names of settings, as fields of the payload, are no mistake
+    queue: str
+    priority: int
+    rate: float
+    limit: int | None = None
+    limit_key: str = ""
+
+
 class Other(notifyq.Task):
     pass
 
@@ -241,11 +249,7 @@ STATEMENTS = [
     'app.ref(5).cancel()',
     'app.ref(5).result()',
     'app.ref(5).result(int)',
-    'class Wrong(notifyq.Task): queue = 5',
-    'class Wrong(notifyq.Task): priority = "high"',
-    'class Wrong(notifyq.Task): limit_key = 5',
-    'class Wrong(notifyq.Task): limit = "3"',
-    'class Wrong(notifyq.Task): rate = 5',
+    'class Wrong(notifyq.Task): max_attempts = "5"',
     'class Wrong(notifyq.Task): timeout = "5"',
 ]  # fmt: skip
 WRONG = [*(f"print({mistake})" for mistake in MISTAKES), *STATEMENTS]

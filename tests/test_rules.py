@@ -279,8 +279,8 @@ def test_a_key_of_long_values_fits_and_differs() -> None:
 class Required(Task):
     """Fields of these names without a value can't be taken for settings."""
 
-    queue: str  # type: ignore[misc]  # pyright: ignore[reportIncompatibleVariableOverride,reportGeneralTypeIssues]
-    limit: int  # type: ignore[misc]  # pyright: ignore[reportIncompatibleVariableOverride,reportGeneralTypeIssues]
+    queue: str
+    limit: int
 
 
 async def test_required_fields_of_these_names_are_fields(dsn: str, db: Any) -> None:

@@ -46,7 +46,7 @@ class Mail(notifyq.Task, tag="MAIL"):
     user: User | None = None
     copies: list[User] = msgspec.field(default_factory=list)
     headers: dict[str, str] = msgspec.field(default_factory=dict)
-    queue: str = ""  # type: ignore[misc]  # a field of the payload, whatever a class may say of its queue
+    queue: str = ""  # a field of the payload, whatever a class may say of its queue
 
 
 class Act(notifyq.Task):
