@@ -1,5 +1,5 @@
--- As claim.sql, from the tasks that others set aside because they didn't know the type: of the types $5. $6 is claim.sql's
--- $5.
+-- As claim.sql, but from the tasks that other workers set aside because they had no handler for the type: those of the
+-- types $5. $6 is claim.sql's $5.
 UPDATE notifyq.task t
 SET worker = $1, attempts = least(t.attempts, 32766) + 1, processing_at = clock_timestamp(), aside = false
 WHERE t.id = ANY (ARRAY(

@@ -5,8 +5,8 @@
 -- Results that are more than 4 MB together, as they are stored, come in several answers: "later" is true of those whose
 -- result isn't in this one.
 --
--- It waits for nobody: SKIP LOCKED. A claim steps over what it locks, for as long as a commit takes that flushes nothing;
--- the worker looks again after 2 ms. What ends between the snapshot and the lock is found unmarked.
+-- It waits for nobody: SKIP LOCKED. A claim steps over what it locks, for as long as a commit takes that flushes
+-- nothing; the worker looks again after 2 ms. What ends between the snapshot and the lock is found unmarked.
 WITH free AS MATERIALIZED (
     SELECT t.id
     FROM notifyq.task t

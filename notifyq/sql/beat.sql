@@ -1,2 +1,2 @@
--- The heartbeat of worker $1 on another connection than its keeper's, which has none at the moment or gets no answer.
+-- The heartbeat of worker $1, sent on another connection while its keeper's connection is lost or gives no answer.
 UPDATE notifyq.worker SET seen_at = clock_timestamp() WHERE id = $1

@@ -1,6 +1,6 @@
--- Take up to $4 ready tasks under the lease of worker $1: from each queue of $2 at most its room in $3.
--- Returns what a handler needs. A payload of more than $5 bytes is left out (NULL): the runner that gets to the task
--- fetches it, see large_payloads.py. So an answer is a few MB at most, whatever was enqueued.
+-- Take up to $4 ready tasks under the lease of worker $1: from each queue of $2 at most its room in $3. Returns what a
+-- handler needs. A payload of more than $5 bytes is left out (NULL): the runner that gets to the task fetches it, see
+-- large_payloads.py. So an answer is a few MB at most, whatever was enqueued.
 --
 -- * = ANY(ARRAY(...)) is run once, before the UPDATE. As a join or an IN the planner may run the LIMIT again
 --   for each outer row and so claim more than asked for; and a CTE costs twice as much for a single row.

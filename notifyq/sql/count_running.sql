@@ -1,2 +1,3 @@
--- What worker $1 runs in the queues $2, of whose limits it has just heard, counts there from now on.
+-- The tasks that worker $1 runs in the queues $2 count against these queues' limits from now on: the worker has just
+-- learned of the limits.
 SELECT notifyq.count_running($2::text[], $1::integer)

@@ -1,8 +1,9 @@
--- Which of the crons $1 have a slot within the next $2 seconds, or don't know their next one; and those whose next
--- slot was not yet found plausible: the crons $3 had the slots $4 when that was looked at, the last time at $5, and a
--- clock that was set back since makes all of them doubtful. And what time it is. Where the next slot isn't known, or
--- isn't plausible, it is the first one after `since`: after now, or after the last slot that was put ahead and still
--- waits, so that no slot is enqueued twice.
+-- Of the crons $1: those that have a slot within the next $2 seconds, those whose next slot isn't known, and those
+-- whose next slot must be checked again. The last are crons $3 with slots $4 that were checked at $5: if the clock was
+-- set back since then, all of them are doubtful.
+--
+-- Returns also the time, and `since`: the next slot of a cron that needs a new one is the first after `since`. It is
+-- now, or the last slot that was enqueued ahead and still waits, so that no slot is enqueued twice.
 SELECT name, expression, tz, missed, next_at, clock_timestamp() AS now,
        greatest(clock_timestamp(), (
            SELECT max(t.run_at) FROM notifyq.task t

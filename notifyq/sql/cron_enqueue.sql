@@ -1,6 +1,8 @@
--- Of cron $1: enqueue its slot $2, if $4, and go on to the next one, $3. Only if $2 is still what it waits for: of all who
--- have seen that it is due, one does it, and the others, who waited for the lock of its row, look at the row as it is then.
--- The id comes first, since the row is to have it, and one statement writes a row once. Returns whether it applied.
+-- Of cron $1: enqueue slot $2, if $4, and set the next slot to $3; but only if the cron still waits for $2. Of all
+-- workers that saw the slot become due, one does so. The others wait for the row's lock, and then see the new slot.
+-- Returns whether it applied.
+--
+-- The task's id is drawn first, since the cron's row must name it and one statement can write a row only once.
 WITH moved AS (
     UPDATE notifyq.cron c
     SET next_at = $3::timestamptz,

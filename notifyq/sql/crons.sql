@@ -1,5 +1,6 @@
--- For people: all crons, as JSON, a row each; when its next slot comes, and how long ago the last one was, in seconds. Of the
--- last one's task the state, if it is still known. A cron that no worker which lives looks after enqueues nothing.
+-- For people: a row for each cron: the cron as JSON, with the state of its last task if that is still known; its name;
+-- the seconds until its next slot; and the seconds since the last one. A cron that no live worker serves enqueues
+-- nothing.
 SELECT to_json(t)::text AS cron, t.name,
        extract(epoch FROM t.next_at - statement_timestamp())::float8 AS next_seconds,
        CASE WHEN isfinite(t.last_at) THEN extract(epoch FROM statement_timestamp() - t.last_at)::float8 END AS last_seconds

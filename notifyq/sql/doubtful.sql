@@ -1,8 +1,11 @@
--- After the server's clock was set back: which tasks of queue $1 wait for a time that was reckoned while it was ahead? Of
--- those that are scheduled, it looks at the 1000 that are to run last. For set_back.sql, whose UPDATE rings even for no row.
+-- After the server's clock was set back: which tasks of queue $1 wait for a time that was computed while the clock was
+-- ahead? It looks at those 1000 scheduled tasks that are to run last. set_back.sql gets the answer; its UPDATE rings
+-- even if it changes no row.
 --
--- failed: it failed in the future. granted: the slot of a rate was granted to it further ahead than that rate's window.
--- A first run_at is left alone: nothing tells a delay from a time that somebody meant.
+--   failed     they failed at a time that is now in the future
+--   granted    they were granted a slot of a rate further ahead than that rate's window
+--
+-- The first run_at of a task is left alone: nothing tells a delay from a time that an enqueuer chose.
 WITH latest AS MATERIALIZED (
     SELECT r.id, r.run_at, r.processed_at, r.waits_at, r.aside, r.options
     FROM notifyq.task r

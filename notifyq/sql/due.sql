@@ -1,12 +1,19 @@
--- What a worker asks before it sleeps. Of the queues $1: make up to $3 due tasks of each ready; when is the next
--- one due; is a ready task left in one of the queues $2, or a due one in those of $1, which somebody has locked; and how
--- many tasks were ever inserted, rolled back or not; has anything been freed that others wait for; and which of the queues
--- are paused, or limited, as JSON, NULL for none: in force from here on. With $4, an echo that proves the bell. With $5 it looks for due tasks from that time
--- on only, and steps over none that were promoted before it and that vacuum may not remove (marks.py); it returns as
--- mark what to give as $5 later, of a moment ago as rows become visible a little after their time.
+-- What a worker asks before it sleeps. It makes up to $3 due tasks of each queue of $1 ready, and returns:
 --
--- statement_timestamp(), as clock_timestamp() can't be an index condition. The second scan's snapshot is the
--- first one's, so "next" leaves out what is due by the clock rather than by state. Two epochs are subtracted, as before
+--   promoted      how many tasks it made ready
+--   next_seconds  when the next scheduled task is due
+--   blocked       whether another transaction locks a ready task of the queues $2, or a due one of the queues $1
+--   inserted      how many tasks were ever inserted, rolled back or not
+--   freed         whether a slot, or the end of a task, was recorded in notifyq.freed
+--   settings      which queues are paused or limited, as JSON, or NULL for none: the worker goes by them from now on
+--   mark          what to give as $5 next time: a moment ago, as rows become visible a little after their time
+--
+-- With $4 it sends an echo, which proves that the bell works. With $5 it looks only for tasks that are due from that
+-- time on, and so skips index entries of tasks that were promoted earlier and that VACUUM may not remove yet
+-- (marks.py).
+--
+-- statement_timestamp(), as clock_timestamp() can't be an index condition. The second scan's snapshot is the first
+-- one's, so "next" leaves out what is due by the clock rather than by state. Two epochs are subtracted, as before
 -- version 17 a time that is infinity can't be.
 WITH due AS MATERIALIZED (
     SELECT s.id

@@ -1,6 +1,6 @@
--- End the backends on which worker $1 claimed, and kept the turn, until it lost a connection, and wait for that: what one
--- may still be claiming must be seen by the next statement, and one whose end the server hasn't noticed would keep the
--- turn. Returns whether none is left. Of pg_has_role: evict.sql.
+-- After worker $1 lost a connection on which it claimed and held the turn: end the backend of that connection, and wait
+-- until it has ended. Otherwise the next statement couldn't see what the backend is still claiming, and the backend
+-- would keep the turn. Returns whether none is left. evict.sql explains pg_has_role.
 SELECT coalesce(bool_and(pg_terminate_backend(a.pid, 2000::bigint)), true)
 FROM pg_stat_activity a
 WHERE a.datname = current_database()

@@ -1,6 +1,6 @@
--- As enqueue_many_placed.sql, for tasks of which some are unique. Who sends them sorted by key waits for nobody who waits for
--- him. Returns for each key the id and whether it was there before, and the ids of those
--- without one, in their order. Of unique_task: enqueue_unique.sql.
+-- As enqueue_many_placed.sql, for tasks of which some are unique. Send the rows sorted by key, so that concurrent calls
+-- can't deadlock. Returns the id of each task with a key, and whether it existed before; then the ids of the tasks
+-- without a key, in their order. enqueue_unique.sql explains unique_task.
 WITH given AS (
     SELECT t.type, t.payload, t.queue, t.priority, t.options::jsonb AS options
     FROM unnest($1::text[], $2::text[], $3::text[], $6::smallint[], $8::text[])

@@ -1,5 +1,5 @@
 -- For tests: the tasks of type $1 that haven't ended, the oldest first. The payload is text, whatever codec the
--- connection has for jsonb. Its delay is what it was enqueued with, or the wait for its next attempt.
+-- connection has for jsonb. The delay is the one given at the enqueue, or the wait for the next attempt.
 SELECT id, queue, state, priority, least(greatest(run_at, '0001-01-03Z'), '9999-12-30Z') AS run_at,
        payload::text AS payload,
        CASE WHEN isfinite(run_at) AND isfinite(created_at)

@@ -1,6 +1,6 @@
--- What is wrong with the database, or with what this session may see of it; a row for each: what it is about, the
--- problem in words, and its cure. With $1 also what hinders only the sessions of others. It reads catalogs alone, so that
--- every role may run it.
+-- What is wrong with the database, or hidden from this session: a row for each problem, with the object, the problem in
+-- words, and its cure. With $1, also problems that concern only other sessions. It reads nothing but catalogs, so every
+-- role may run it.
 WITH secured AS MATERIALIZED (
     SELECT c.oid, format('notifyq.%I', c.relname) AS name, row_security_active(c.oid) AS active,
            -- A policy that shows everything, to this user or to all others.

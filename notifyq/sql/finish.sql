@@ -1,11 +1,13 @@
--- Settle: write the outcomes of worker $1. Beside each other: ids $2, their attempts $3, states $4, results $5,
--- errors $6; the last two may be empty arrays. done and cancelled are kept if $7, or awaited. Returns the ids it applied to:
--- the others' leases were lost, and nothing of them is written. freed: others may wait for its end.
+-- Settle: write the outcomes of worker $1. Parallel arrays: ids $2, attempts $3, states $4, results $5, errors $6; the
+-- last two may be empty. Done and cancelled tasks are kept if $7, or if they are awaited.
 --
--- Each row is looked up by its id, whatever the planner believes. It plans once, with the statistics of some moment:
--- if nobody was running then, index task_running looks like the way to "worker = $1", and a batch of 1000 takes 150
--- ms instead of 8; if the table was empty then, so does reading all of task_pkey. IS NOT DISTINCT FROM keeps it from
--- the first, = ANY (ARRAY[...]) from the second. So do the other statements that settle.
+-- Returns the ids of the tasks that it settled, and for each whether other tasks may wait for its end (freed). The
+-- worker had lost the lease of the others: nothing of them is written.
+--
+-- Each row is looked up by its id, whatever the planner believes. It plans once, with the statistics of some moment: if
+-- nobody was running then, index task_running looks like the way to "worker = $1", and a batch of 1000 takes 150 ms
+-- instead of 8; if the table was empty then, so does reading all of task_pkey. IS NOT DISTINCT FROM keeps it from the
+-- first, = ANY (ARRAY[...]) from the second. So do the other statements that settle.
 WITH outcome AS MATERIALIZED (
     SELECT * FROM unnest($2::bigint[], $3::smallint[], $4::text[], $5::jsonb[], $6::jsonb[])
         AS o (id, attempt, state, result, error)

@@ -1,2 +1,2 @@
--- Let those in that waited for what notifyq.freed tells of. Returns how many.
+-- Let in tasks that waited for the slots and ends recorded in notifyq.freed. Returns how many.
 SELECT notifyq.free() AS ready

@@ -1,4 +1,5 @@
--- For people: whose transaction has had a lock on one of the tables $1 of notifyq for longest, in words. NULL: nobody's.
+-- For people: whose transaction has had a lock on one of the tables $1 of notifyq for longest, in words. NULL:
+-- nobody's.
 SELECT coalesce(nullif(a.application_name, ''), a.backend_type) || ' (process ' || a.pid || coalesce(', user ' || a.usename, '')
        || coalesce(', ' || a.state, '') || ', open for '
        || round(extract(epoch FROM clock_timestamp() - a.xact_start)::numeric, 1) || ' s)' AS holder

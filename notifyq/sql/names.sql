@@ -1,3 +1,3 @@
--- For "did you mean": every queue and every type that the database knows. Two scans of all, 0.3 s a million.
+-- For "did you mean": the queues and the types of all tasks. It scans both tables: 0.3 s per million tasks.
 SELECT ARRAY(SELECT DISTINCT queue FROM notifyq.all_tasks) AS queues,
        ARRAY(SELECT DISTINCT type FROM notifyq.all_tasks) AS types

@@ -1,8 +1,9 @@
 -- The safety net under rescue: tasks under the lease of a worker that isn't registered any more, which a worker that
--- was frozen in the middle of a claim can leave behind. They are ready again. Returns how many. Under row level security a
--- worker that isn't seen may live.
+-- was frozen in the middle of a claim can leave behind. They are ready again. Returns how many. Under row level
+-- security a worker that isn't seen may live.
 --
--- No ORDER BY: by id, the planner might read all of task_pkey to save a sort. SKIP LOCKED never waits, so order matters not.
+-- No ORDER BY: by id, the planner might read all of task_pkey to save a sort. SKIP LOCKED never waits, so order matters
+-- not.
 WITH held AS MATERIALIZED (
     SELECT t.id
     FROM notifyq.task t

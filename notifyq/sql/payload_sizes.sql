@@ -1,7 +1,7 @@
--- Of tasks $2, attempts $3, which worker $1 has claimed without their payloads: how many bytes each payload has as text.
--- It goes through them in their order, until they are $4 bytes or more together: at least one, and no payload is read
--- that won't be fetched. bytes is NULL if the worker doesn't hold the lease any more. A payload above 16 MiB on disk is
--- too large in any case, so that size is returned, and the payload isn't read.
+-- Of tasks $2, attempts $3, which worker $1 has claimed without their payloads: how many bytes each payload has as
+-- text. It goes through them in their order, until they are $4 bytes or more together: at least one, and no payload is
+-- read that won't be fetched. bytes is NULL if the worker doesn't hold the lease any more. A payload above 16 MiB on
+-- disk is too large in any case, so that size is returned, and the payload isn't read.
 WITH RECURSIVE measured AS (
     SELECT 0 AS n, NULL::bigint AS id, NULL::bigint AS bytes, 0::bigint AS total
     UNION ALL

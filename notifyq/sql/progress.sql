@@ -1,6 +1,6 @@
--- What handlers of worker $1 tell of their tasks: ids $2, attempts $3, how far they are $4, and notes $5. Who waits for one
--- is told that there is something to read, unless the queue of notifications is full (schema.sql). Returns the ids it
--- applied to: of the others the lease was lost, or somebody has locked the row, and a heartbeat waits for nobody.
+-- What handlers of worker $1 tell of their tasks: ids $2, attempts $3, how far they are $4, and notes $5. Who waits for
+-- one is told that there is something to read, unless the queue of notifications is full (schema.sql). Returns the ids
+-- it applied to: of the others the lease was lost, or somebody has locked the row, and a heartbeat waits for nobody.
 WITH free AS MATERIALIZED (
     SELECT t.id, p.progress, p.note
     FROM unnest($2::bigint[], $3::smallint[], $4::real[], $5::text[]) AS p (id, attempt, progress, note)

@@ -1,7 +1,7 @@
 -- Forget what ended long ago: done and cancelled tasks after $1 seconds, dead ones after $2; at most $3 of each.
 -- Returns how many. What time it is, the server's clock says, but not more than $4 (NULL: that alone): a step of that
--- clock into a wrong future must not forget what is young. Two indexes, so that the dead, kept longer, are not stepped over
--- each time.
+-- clock into a wrong future must not forget what is young. Two indexes, so that the dead, kept longer, are not stepped
+-- over each time.
 WITH old AS MATERIALIZED (
     (SELECT id FROM notifyq.finished
      WHERE state <> 'dead'

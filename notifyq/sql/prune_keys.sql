@@ -1,9 +1,9 @@
--- Forget up to $1 keys of unique tasks that are over, and whose unique_for has passed. Of those whose task lives on, look
--- again in an hour. Returns how many it looked at. Of the 1000 that would be kept longest, those that were enqueued by a clock
--- which was set back since count as enqueued now.
+-- Forget up to $1 keys of unique tasks that are over, and whose unique_for has passed. Of those whose task lives on,
+-- look again in an hour. Returns how many it looked at. Of the 1000 that would be kept longest, those that were
+-- enqueued by a clock which was set back since count as enqueued now.
 --
--- It waits for no enqueuer (SKIP LOCKED), and what one has locked in the meantime is not of the task that was looked up:
--- then the row that is locked in the end names another, and "k.task = o.task" leaves it alone.
+-- It waits for no enqueuer (SKIP LOCKED), and what one has locked in the meantime is not of the task that was looked
+-- up: then the row that is locked in the end names another, and "k.task = o.task" leaves it alone.
 WITH old AS MATERIALIZED (
     SELECT k.key, k.task, EXISTS (SELECT FROM notifyq.task t WHERE t.id = ANY (ARRAY[k.task])) AS lives
     FROM notifyq.unique_key k

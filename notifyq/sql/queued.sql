@@ -1,2 +1,2 @@
--- For people: every task that hasn't ended, to see whether it can be decoded.
+-- For people: all tasks that haven't ended, so that the caller can check whether they decode.
 SELECT id, type, payload FROM notifyq.task ORDER BY id

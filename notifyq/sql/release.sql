@@ -1,5 +1,5 @@
--- The last thing a worker says: whatever $1 still holds, as far as the database knows, is ready again, and the
--- attempt doesn't count. That includes what a claim took whose answer never came. Returns how many.
+-- The last statement of a worker: all tasks that $1 still holds, as far as the database knows, are ready again, and the
+-- attempts don't count. That includes tasks of a claim whose answer never came. Returns how many.
 WITH held AS MATERIALIZED (
     SELECT t.id FROM notifyq.task t WHERE t.worker = $1 ORDER BY t.id FOR UPDATE
 ), back AS (

@@ -6,9 +6,9 @@
 -- It stops when 64 MB would be moved, or rewritten, of payloads and errors, so that it isn't held up for long.
 --
 -- What the worker held is ready again, and the bell rings; for the second time, it is parked until a worker runs it
--- isolated. These attempts don't count. If the worker held only one task, that attempt counts, and after the third such,
--- or the last one that is allowed, the task is dead. See "Tasks whose worker vanished" in schema.sql. The worker itself
--- goes when it holds nothing more; its status tells a later round that there was more than that round sees.
+-- isolated. These attempts don't count. If the worker held only one task, that attempt counts, and after the third
+-- such, or the last one that is allowed, the task is dead. See "Tasks whose worker vanished" in schema.sql. The worker
+-- itself goes when it holds nothing more; its status tells a later round that there was more than that round sees.
 --
 -- Returns one row: the worker's name (NULL: it lives, or another rescues it), how many tasks are ready again or parked,
 -- how many are dead. FOR UPDATE makes rescuers take turns; SKIP LOCKED steps over what the worker, not quite dead, is

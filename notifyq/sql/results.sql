@@ -1,6 +1,6 @@
--- What became of the tasks that task $1 has waited for, in their order, from place $2 on (the first is 1): up to 4 MB of
--- results, as they are stored, or one that is larger; "left" is how many there are from that place on. Of a task that
--- nobody knows any more, or that lives once more, only the id.
+-- The outcomes of the tasks that task $1 waited for, in their order, from position $2 on (the first is 1). It returns
+-- up to 4 MB of results, as they are stored, or a single larger one; "left" is how many tasks there are from that
+-- position on. Of a task that was deleted, or that runs again after a retry, it returns only the id.
 SELECT r.id, r.type, r.state, r.result, r.error, r.left
 FROM (
     SELECT a.id, left(f.type, 200) AS type, f.state, f.result, f.errors -> -1 ->> 'error' AS error, o.n,

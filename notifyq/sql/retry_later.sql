@@ -1,5 +1,5 @@
--- Settle: failed attempts of worker $1 that will be tried again: ids $2, attempts $3, delays in seconds $4,
--- errors $5. Names run_at, so it rings: somebody must set a timer. Returns the ids it applied to.
+-- Settle: failed attempts of worker $1 that will be tried again: ids $2, attempts $3, delays in seconds $4, errors $5.
+-- Returns the ids that it applied to. It names run_at, so the trigger rings: a worker must set a timer.
 UPDATE notifyq.task t
 SET worker = NULL, run_at = clock_timestamp() + make_interval(secs => o.delay), promoted = o.delay <= 0,
     processed_at = clock_timestamp(), progress = NULL, note = NULL,

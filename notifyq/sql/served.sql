@@ -1,5 +1,5 @@
--- For a note about a task of queue $1: whether the queue is paused, the queues of all live workers, and the types of those
--- live workers that serve the queue. It reads a few rows and counts nothing.
+-- For a note about a task of queue $1: whether the queue is paused, the queues of all live workers, and the types of
+-- those live workers that serve the queue. It reads a few rows and counts nothing.
 SELECT EXISTS (SELECT FROM notifyq.queue WHERE name = $1::text AND paused) AS paused,
        ARRAY(SELECT DISTINCT unnest(queues) FROM notifyq.worker
              WHERE seen_at > statement_timestamp() - lease) AS queues,

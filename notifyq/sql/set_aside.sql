@@ -1,6 +1,6 @@
--- Leave tasks whose type worker $1 doesn't know to one that does: ids $2, attempts $3. They move to an index of
--- their own, where no claim steps over them, and whoever sleeps is told to look there, unless
--- the queue of notifications is full (schema.sql). One that was granted a slot leaves it to another.
+-- Worker $1 has no handler for tasks $2, attempts $3: leave them to a worker that has one. They move to an index of
+-- their own, so that claims needn't step over them. Sleeping workers are told to look there, unless the queue of
+-- notifications is full (schema.sql). A task that was granted a slot gives it back.
 WITH moved AS (
     UPDATE notifyq.task t
     SET worker = NULL, attempts = t.attempts - 1, aside = true, parked = NULL, waits_at = NULL

@@ -1,5 +1,5 @@
--- What doubtful.sql has found: the failed $1 are tried again as long from now as it was to be then; the granted $2 wait again,
--- and are granted anew. Returns how many of these were still there, and locked by nobody.
+-- Correct the tasks that doubtful.sql found: the failed ones $1 are tried again as long from now as was planned; the
+-- granted ones $2 wait again, for another grant. Returns how many of them still existed and weren't locked.
 WITH failed AS (
     UPDATE notifyq.task t
     SET run_at = t.run_at - (t.processed_at - statement_timestamp()), processed_at = statement_timestamp()

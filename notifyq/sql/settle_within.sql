@@ -1,5 +1,6 @@
 -- Settle: task $2 of worker $1, its attempt $3, is done; in the transaction of its handler, which then commits. It is
--- kept if $4. Returns the transaction's id, for became.sql, and whether others may wait for its end; no row: the lease was lost, and nothing is written.
+-- kept if $4. Returns the transaction's id, for became.sql, and whether others may wait for its end; no row: the lease
+-- was lost, and nothing is written.
 --
 -- It runs on a connection with the user's settings, not a worker's. Of the fence: finish.sql.
 WITH gone AS (

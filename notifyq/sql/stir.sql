@@ -1,2 +1,2 @@
--- The safety net under free.sql: some keys at which tasks wait, from $1 on, are looked at again. Returns where to go on.
+-- The safety net under free.sql: check again some keys at which tasks wait, from $1 on. Returns the key to go on with.
 SELECT notifyq.stir($1::text) AS last

@@ -1,7 +1,7 @@
--- After worker $1 lost the connection that it claims on, and before it claims on another (end_claims.sql comes first:
--- a claim may still be under way): what a claim took whose answer never came is ready again, and the attempt doesn't
--- count. It knows of its leases of tasks $2, attempts $3: of the leases, since a task may have been taken from it and
--- claimed again while the old handler still winds up. Returns how many.
+-- After worker $1 lost the connection on which it claims, and before it claims on another one: tasks of a claim whose
+-- answer never came are ready again, and the attempt doesn't count. end_claims.sql runs first, since a claim may still
+-- be under way. $2 and $3 are the ids and attempts of the leases that the worker knows. Both are compared, since a task
+-- may have been taken from the worker and claimed by it again while the old handler still ends. Returns how many.
 WITH back AS (
     UPDATE notifyq.task t
     SET worker = NULL, attempts = t.attempts - 1, run_at = t.run_at

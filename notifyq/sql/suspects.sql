@@ -1,5 +1,5 @@
--- How often the first to run isolated has crashed, of the tasks of types $2 that wait at the keys $1 ('crashed:' and a
--- queue); NULL: there are none. See "Tasks whose worker vanished" in schema.sql.
+-- Of the tasks of types $2 that wait to run isolated at the keys $1 ('crashed:' and a queue): how often the first to
+-- run has crashed, or NULL if there is none. See "Tasks whose worker vanished" in schema.sql.
 SELECT min(coalesce(s.crashes, 0) + coalesce(s.crashes_alone, 0)) AS crashes
 FROM unnest($1::text[]) AS q (key)
 CROSS JOIN LATERAL (

@@ -1,2 +1,2 @@
--- For tests: what there is, counted by type and state.
+-- For tests: the number of tasks by type and state.
 SELECT type, state, count(*) AS n FROM notifyq.all_tasks GROUP BY type, state ORDER BY type, state

@@ -1,7 +1,9 @@
--- For people: the newest $4 tasks in state $1, of queue $2, of type $3 (NULL: any). A row each: all of it as JSON,
--- without what can be large unless $5; and the seconds from now to what matters in its state, NULL for infinity, from which
--- nothing can be subtracted before version 17. json, unlike jsonb, keeps the order of its keys. The ids of both of the view's tables come from their primary keys, backwards and merged, so that
--- it reads $4 rows without a filter, and with one until it has $4: all, where there are fewer, in 0.3 s a million.
+-- For people: the newest $4 tasks in state $1, of queue $2, of type $3 (NULL: any). Each row has the task as JSON,
+-- without its large columns unless $5; and the seconds from now to the time that matters in its state, or NULL if that
+-- is infinity, which can't be subtracted before version 17. json, unlike jsonb, keeps the order of its keys.
+--
+-- The ids come from the primary keys of both of the view's tables, backwards and merged. So it reads $4 rows if nothing
+-- is filtered. With a filter it reads until it has $4 rows: at most all of them, at 0.3 s per million.
 SELECT to_json(t)::text AS task,
        CASE WHEN isfinite(m.moment) THEN extract(epoch FROM m.moment - statement_timestamp())::float8 END AS seconds
 FROM (

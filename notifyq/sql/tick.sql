@@ -1,15 +1,15 @@
--- The heartbeat of worker $1, which runs $2 tasks and is in status $3. Returns what there is to know meanwhile:
+-- The heartbeat of worker $1, which runs $2 tasks and is in status $3. Returns:
 --
---     registered   whether the worker still is
+--     registered   whether the worker is still registered
 --     lost         which of its tasks (ids $4, attempts $5) it has lost
 --     others       which other workers there are
---     seen         their last heartbeats, as numbers, of which a keeper only asks whether they change
---     aside        whether somebody has set tasks aside that this worker could run (queues $6, types $7)
---     suspects     whether such tasks wait to run isolated, as their workers have vanished
---     freed        whether anything was freed that no worker has taken care of
---     wanted       if its door is asleep ($8): whether somebody's statement waits for the bell's lock
+--     seen         their last heartbeats, as numbers: a keeper checks only whether they change
+--     aside        whether tasks were set aside that this worker could run (queues $6, types $7)
+--     suspects     whether tasks whose workers vanished wait to run isolated
+--     freed        whether notifyq.freed has a row that no worker has handled
+--     wanted       if this worker sleeps ($8): whether another session waits for the bell's lock
 --
--- Of the lookup by id: finish.sql.
+-- finish.sql explains the lookup by id.
 WITH beat AS (
     UPDATE notifyq.worker SET seen_at = clock_timestamp(), running = $2, status = $3 WHERE id = $1 RETURNING 1
 )

@@ -1,5 +1,5 @@
--- Whether the turn of fleet $1 is with somebody who could be no worker, as he may not register one. Any role can take any
--- advisory lock.
+-- Whether the turn of fleet $1 is held by a session that can't be a worker's, as its role may not register one. Any
+-- role can take any advisory lock.
 SELECT EXISTS (
     SELECT
     FROM pg_locks l
