@@ -8,9 +8,10 @@
 --     worker set                                         running: that worker holds the lease
 --     worker null, run_at <= created_at or promoted      ready: in the index claims read
 --     worker null, run_at > created_at, not promoted     scheduled: in the index timers read
---     aside                                              ready, but its claimer did not know its type, or parked says
---                                                        what it waits for: kept out of everybody's way, in indexes
---                                                        of their own
+--     aside, parked null                                 ready, but the worker that claimed it has no handler for its
+--                                                        type: left to a worker that has one
+--     aside, parked set                                  waits: parked says for what. Both kinds have indexes of
+--                                                        their own, so that claims needn't step over them
 --
 -- So a plain INSERT decides by itself whether its row is ready (run_at and created_at have defaults), without
 -- a row trigger, and the claim's index never holds a future, a running or a finished task: what a claim costs
@@ -29,70 +30,75 @@
 -- modes are the protocol. An enqueuer tries ROW EXCLUSIVE, which many can hold at once. A worker holds SHARE
 -- while it sleeps, which many can hold at once too, but never beside an enqueuer:
 --
---   * refused: somebody sleeps or is about to. Ring.
---   * granted: nobody sleeps. Say nothing, and keep the lock until commit: a worker that wants to sleep waits
---     for it, and PostgreSQL releases locks after the rows are visible. So its last claim, made once SHARE is
---     granted, sees the row of everybody who said nothing. No wake-up can be lost, however long a transaction
---     stays open and in whatever order they commit.
+--   * refused: a worker sleeps or is about to. Ring.
+--   * granted: no worker sleeps. Don't ring, and keep the lock until commit: a worker that wants to sleep waits
+--     for it, and PostgreSQL releases locks after the rows are visible. So the worker's last claim, made once SHARE
+--     is granted, sees the rows of all transactions that didn't ring. No wake-up can be lost, however long a
+--     transaction stays open and in whatever order they commit.
 --
 -- notifyq/doorbell.py has the worker's side.
 --
 -- Tasks that wait
 -- ---------------
 -- Some tasks must wait for more than a free slot: for others with the same limit_key, order_key or fleet-wide limited
--- queue, or for the ends of the tasks in `after`. They are inserted as ready as any, so an INSERT costs nothing and locks
--- nothing, and claims find them in their order. A worker that has claimed such a row has it judged before it runs:
+-- queue, or for the ends of the tasks in `after`. They are inserted as ready, like any task, so their INSERT costs
+-- nothing more and locks nothing, and claims find them in their order. After the claim, notifyq.admit decides whether
+-- they run:
 --
 --     claimed --admit--> runs                      the slot is the row itself: a row with a worker counts
 --                `-----> parked (and aside)        not looked at again until something frees
 --     its end, or its worker's loss of it --> a row in notifyq.freed --free--> as many parked as fit are ready again
 --
--- Nothing is counted that could be counted wrong: how many run is read from the rows, under a lock that everybody who
--- admits or frees the same key takes (a row of notifyq.gate, by the key's hash) before the snapshot he counts in. What
--- has been claimed and not judged counts too, on the safe side. So limits hold whoever dies when, and nobody holds a slot
--- that a dead process would have to give back. A row in notifyq.freed is written in the transaction that ends the
--- attempt: by a trigger if the task is over, else by who gives up the lease; who settles, rings or ticks next takes it
--- from there.
+-- There are no counters, which could become wrong: the number of running tasks is counted from the rows. A session that
+-- admits or frees tasks of a key first locks a row of notifyq.gate, by the key's hash, then takes a fresh snapshot, and
+-- counts in that. Rows that are claimed and not yet admitted count too, on the safe side. So limits hold whatever
+-- process dies, and a dead process holds no slot that it would have to give back.
 --
--- A task that uses none of this has NULL in those columns, is judged by nobody, and touches none of the tables.
+-- The transaction that ends an attempt writes the row in notifyq.freed: by a trigger if the task has ended, otherwise
+-- in the statement that gives up the lease. The next worker that settles, is about to sleep or sends a heartbeat
+-- handles it.
+--
+-- A task that uses none of this has NULL in those columns, skips admit, and touches none of these tables.
 --
 -- Tasks whose worker vanished
 -- ---------------------------
--- A worker that vanishes (killed, out of memory) takes down all tasks that it runs, and at most one of them is the cause.
--- So a crash is no failure of a task, unless the task was the only one that its worker held:
+-- A worker that vanishes (killed, out of memory) takes down all tasks that it runs, and at most one of them is the
+-- cause. So a crash counts as a failed attempt only if the task was the only one that its worker held:
 --
 --     crash beside others, the first   ready again at once. The attempt doesn't count (crashes)
 --     crash beside others, a later one parked ('crashed'), out of the claims' way, until a worker runs it isolated
---     crash alone                      the attempt counts (crashes_alone). The third is the last, or that which makes
---                                      max_attempts: the task is dead
+--     crash alone                      the attempt counts (crashes_alone). After the third such crash, or at
+--                                      max_attempts, the task is dead
 --
--- To run some isolated, a worker claims nothing until it holds nothing, then runs 16 of them, or 4 that have crashed three
--- times, or one that has crashed more often, and then goes on. One worker at a time does that. It doesn't wait for ever:
--- after a time that doubles with each crash they run beside others, where a crash costs these a restart.
+-- To run such tasks isolated, a worker stops claiming until it holds no task, then runs 16 of them, or 4 that have
+-- crashed three times, or one that has crashed more often, and then claims as usual. One worker at a time does that.
+-- The tasks don't wait for that for ever: after a time that doubles with each crash they run beside others, which a
+-- further crash would make start again.
 --
 -- Options
 -- -------
--- What few tasks need is said in one column, options, a JSON object: unique_key, order_key, limit_key, after and what goes
--- with them; see notifyq.given(). For all the others it is NULL, and one short WHEN is all that their INSERT pays.
--- A CHECK, a trigger's WHEN: PostgreSQL parses each anew for every statement, 4 000 to 5 000 instructions for each column,
--- operator and constant in it, where a whole INSERT takes 170 000.
+-- Features that few tasks use are given in one column, options, a JSON object: unique_key, order_key, limit_key, after
+-- and their settings; see notifyq.given(). For all other tasks it is NULL, and costs their INSERT one short WHEN. It
+-- must be short: PostgreSQL parses a CHECK or a trigger's WHEN anew for every statement, at 4 000 to 5 000 instructions
+-- for each column, operator and constant in it. A whole INSERT takes 170 000.
 --
 -- Unique
 -- ------
--- No index says that a key is unique: a rescue, a retry or a cancel would trip over it, long after the enqueue that it is
--- about. Only an INSERT with a unique_key is asked, by a trigger, and left out if a task stands in its way:
+-- No unique index enforces keys: a rescue, a retry or a cancel would fail because of it, long after the enqueue. Only
+-- an INSERT with a unique_key is checked, by a trigger, which leaves the row out if an existing task is in its way:
 --
---   1. It makes or locks the key's row of notifyq.unique_key, which names the newest task with the key. Who comes with the
---      same key waits here until the first one's transaction is over, and then sees what became of it.
---   2. With a snapshot taken under that lock it asks whether that task still stands in the way: by its state (unique_states)
---      and how long ago it was enqueued (unique_for). Not: the key's row names the new one from now on.
---   3. If it does, and waits to be run, it is locked too, until the enqueuer's transaction ends. A claim steps over it that
---      long. So either it begins after what was written beside the enqueue can be seen, or it had begun before, and then
---      a new one is inserted (if 'running' isn't among the states): no news is lost between the two. The worker that stepped
---      over it is rung, as the statement that inserts nothing rings like any other.
+--   1. The trigger creates or locks the key's row of notifyq.unique_key, which names the newest task with the key.
+--      Other enqueuers of the key wait here until this transaction ends, and then see its outcome.
+--   2. With a snapshot taken under that lock it checks whether the newest task is in the way: by its state
+--      (unique_states) and by how long ago it was enqueued (unique_for). If not, the new task is inserted, and the
+--      key's row names it.
+--   3. If the existing task is in the way and waits to be run, its row is locked too, until the enqueuer's transaction
+--      ends, and claims step over it. So it begins only when the enqueuer's other writes can be seen. If it had begun
+--      before, and 'running' isn't among the states, a new task is inserted. In both cases some run sees those writes.
+--      The statement rings even if it inserts no row, so a worker that stepped over the existing task looks again.
 --
--- A rollback, of a savepoint too, undoes all of that. Under REPEATABLE READ and SERIALIZABLE the snapshot is the caller's; what
--- others have done to the key or to the task since then is a serialization failure (40001), never a second task.
+-- A rollback, also of a savepoint, undoes all of that. Under REPEATABLE READ and SERIALIZABLE the snapshot is the
+-- caller's: a change of the key or of the task since then is a serialization failure (40001), never a second task.
 --
 -- What a user of the database may call: enqueue, cancel, retry; pause, resume and limit_queue of queues; cron_pause,
 -- cron_resume and cron_run. All other functions are internal. Each has a comment: \df+ notifyq.*
@@ -110,9 +116,9 @@ CREATE TABLE notifyq.schema_version (
 );
 INSERT INTO notifyq.schema_version (version, serves) VALUES (2, 1);
 
--- Live tasks. Anything may be inserted: a payload that doesn't fit its type, or a type that nobody could have, is found by
--- the worker, and ends dead with a message, where a constraint could only have refused somebody's whole transaction, and
--- would cost everybody's INSERT: see "Options". What is wrong in those is refused.
+-- Live tasks. A row with a payload that doesn't fit its type, or with an impossible type, can be inserted: the worker
+-- finds it, and the task ends dead with a message. A constraint would abort the enqueuer's whole transaction instead,
+-- and would cost every INSERT (see "Options"). Only wrong options are refused.
 CREATE TABLE notifyq.task (
     id            bigint      GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
     created_at    timestamptz NOT NULL DEFAULT clock_timestamp(),
@@ -131,13 +137,13 @@ CREATE TABLE notifyq.task (
     errors        jsonb,                               -- one object for each attempt that failed: see with_error()
     options       jsonb,                               -- see "Options"; these three are taken from it by notifyq.given():
     order_key     text,                                -- one at a time, in the order of ids
-    limit_key     text,                                -- so many of all with this key
+    limit_key     text,                                -- at most N at the same time, of all tasks with this key
     after         bigint[],                            -- the tasks whose ends it waits for, until they have come
     parked        text,                                -- with aside: what it waits for: limit, rate, queue, order, after,
-    waits_at      text,                                -- and the key; both without aside: it is to be the next of that key
-    admitted      timestamptz,                         -- = processing_at: this attempt was judged, and holds its slots
-    tracked       boolean     NOT NULL DEFAULT false,  -- others may wait for its end: a row of freed tells of it
-    awaited       boolean     NOT NULL DEFAULT false,  -- a client waits for its end: a NOTIFY tells of it
+    waits_at      text,                                -- and the key; both without aside: granted, the next of that key
+    admitted      timestamptz,                         -- = processing_at: this attempt was admitted, and holds its slots
+    tracked       boolean     NOT NULL DEFAULT false,  -- others may wait for its end: it writes a row into freed
+    awaited       boolean     NOT NULL DEFAULT false,  -- a client waits for its end: it sends a NOTIFY
     progress      real,
     note          text,
     crashes       smallint,                            -- how often its worker vanished while it ran beside others,
@@ -152,8 +158,8 @@ CREATE TABLE notifyq.task (
     vacuum_index_cleanup = on, vacuum_truncate = off
 );
 
--- The claim's index: its order is the claim's ORDER BY, its predicate the claim's WHERE, word for word. id + 0, since no
--- planner may take task_pkey for "from this id on, in the order of ids" and read all that isn't ready on the way.
+-- The claim's index: its order is the claim's ORDER BY, its predicate the claim's WHERE, word for word. id + 0, since
+-- no planner may take task_pkey for "from this id on, in the order of ids" and read all that isn't ready on the way.
 CREATE INDEX task_ready ON notifyq.task (queue, priority DESC, (id + 0))
     WHERE worker IS NULL AND NOT aside AND (run_at <= created_at OR promoted);
 CREATE INDEX task_scheduled ON notifyq.task (queue, run_at)
@@ -161,12 +167,11 @@ CREATE INDEX task_scheduled ON notifyq.task (queue, run_at)
 CREATE INDEX task_running ON notifyq.task (worker) WHERE worker IS NOT NULL;
 CREATE INDEX task_set_aside ON notifyq.task (type, queue, priority DESC, id)
     WHERE worker IS NULL AND aside AND parked IS NULL;
--- For "Limits and order": who holds a slot of a key or a queue, who waits at a key, and who comes first in an order. No
--- plain task is in any of them.
+-- For "Tasks that wait": the tasks that hold a slot of a key or a queue, those that wait at a key, and those in an
+-- order. No plain task is in any of them.
 CREATE INDEX task_admitted ON notifyq.task (limit_key, queue) WHERE admitted IS NOT NULL AND worker IS NOT NULL;
 CREATE INDEX task_parked ON notifyq.task (waits_at, aside, priority DESC, id) WHERE waits_at IS NOT NULL;
--- Its second column is 0 for who may be the next, the worker for who runs, null for who has no place in the order yet. id + 0
--- as above.
+-- Second column: 0 = may run next; a worker's id = running; NULL = not in the order yet. id + 0 as above.
 CREATE INDEX task_order ON notifyq.task (
     order_key, (CASE WHEN attempts > 0 OR parked <> 'after' OR parked IS NULL AND (promoted OR run_at <= created_at)
                 THEN coalesce(worker, 0) END), (id + 0))
@@ -195,23 +200,23 @@ CREATE TABLE notifyq.finished (
 CREATE INDEX finished_old ON notifyq.finished (processed_at) WHERE state <> 'dead';
 CREATE INDEX finished_dead ON notifyq.finished (processed_at) WHERE state = 'dead';
 
--- Workers that are, or a moment ago were, alive. One heartbeat a worker, not a task. Beside it each session of a worker
--- shares the session-level advisory lock (1852990827, id), which is free the moment the last of their backends is gone.
--- An id is drawn at random, and not from a sequence: after a failover that lost a worker's row, or a restore, a sequence
--- would give the id of a worker that lives to another one, and no fence could tell the two apart.
+-- Workers that are alive, or were a moment ago. A heartbeat is per worker, not per task. Besides, all sessions of a
+-- worker share the session-level advisory lock (1852990827, id), which is free the moment the last of their backends is
+-- gone. An id is drawn at random, and not from a sequence: after a failover that lost a worker's row, or a restore, a
+-- sequence would give the id of a worker that lives to another one, and no fence could tell the two apart.
 CREATE TABLE notifyq.worker (
     id            integer     NOT NULL DEFAULT 1 + floor(random() * 2147483647) PRIMARY KEY,
     name          text        NOT NULL,                -- host:pid
     queues        text[]      NOT NULL,
     types         text[]      NOT NULL,
-    max_attempts  smallint[]  NOT NULL,                -- beside types: what each allows where the row doesn't say
+    max_attempts  smallint[]  NOT NULL,                -- parallel to types: for tasks without their own
     concurrency   integer     NOT NULL,
-    lease         interval    NOT NULL,                -- without a heartbeat for so long: dead, lock or no lock
+    lease         interval    NOT NULL,                -- after so long without a heartbeat it is dead, lock or not
     started_at    timestamptz NOT NULL DEFAULT clock_timestamp(),
     seen_at       timestamptz NOT NULL DEFAULT clock_timestamp(),
     running       integer     NOT NULL DEFAULT 0,
     status        text        NOT NULL DEFAULT 'ok',   -- or what is degraded, in words
-    crons         text[]      NOT NULL DEFAULT '{}'    -- the names of those that it looks after
+    crons         text[]      NOT NULL DEFAULT '{}'    -- the names of the crons that it serves
 ) WITH (fillfactor = 50, autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 500);
 
 CREATE TABLE notifyq.bell (nothing boolean CHECK (false)) WITH (autovacuum_enabled = false);
@@ -234,15 +239,15 @@ EXCEPTION WHEN OTHERS THEN
     RETURN NULL;
 END $$;
 
--- Notify, except when the queue of notifications is nearly full, or in two-phase commit: see ring, which does it by itself,
--- being on everybody's way.
+-- Notify, except when the queue of notifications is nearly full, or in two-phase commit: see ring, which does it by
+-- itself, being on everybody's way.
 CREATE FUNCTION notifyq.tell(channel text, payload text) RETURNS void LANGUAGE sql BEGIN ATOMIC
     SELECT pg_notify($1, $2)
     WHERE pg_notification_queue_usage() < 0.9 AND coalesce(current_setting('notifyq.two_phase', true), '') <> 'on';
 END;
 
--- Whose end, or return, others wait for: see "Tasks that wait". The rows are those of the attempts that ended and that
--- nobody has looked at yet: mostly none.
+-- Ended attempts of tasks that others may wait for: see "Tasks that wait". A row stays until a worker has handled it,
+-- so the table is mostly empty.
 CREATE TABLE notifyq.freed (
     n             bigint      GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
     task          bigint      NOT NULL,
@@ -252,21 +257,21 @@ CREATE TABLE notifyq.freed (
     limit_key     text
 ) WITH (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 500, vacuum_truncate = off);
 
--- Locks for keys, by hash. Rows and not advisory locks, which any role could take and keep.
+-- Locks for keys, by hash. They are rows, as any role could take and keep an advisory lock.
 CREATE TABLE notifyq.gate (n smallint NOT NULL PRIMARY KEY) WITH (fillfactor = 50);
 INSERT INTO notifyq.gate (n) SELECT generate_series(-1, 255);  -- -1 is of notifyq.released
 
--- Who waits for whose end, of tasks with `after` that are parked.
+-- Parked tasks with `after`, and the tasks that they wait for.
 CREATE TABLE notifyq.dependency (
-    needs         bigint      NOT NULL,                -- of the end of this one
-    task          bigint      NOT NULL,                -- this one needs to be told
-    sure          boolean     NOT NULL,                -- and will be: the former is tracked, or was when it ended
+    needs         bigint      NOT NULL,                -- the task that must end
+    task          bigint      NOT NULL,                -- the task that waits for it
+    sure          boolean     NOT NULL,                -- the end will be recorded: `needs` is tracked, or was at its end
     PRIMARY KEY (needs, task)
 ) WITH (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 500, vacuum_truncate = off);
 CREATE INDEX dependency_task ON notifyq.dependency (task);
 CREATE INDEX dependency_unsure ON notifyq.dependency (needs) WHERE NOT sure;
 
--- Queues that somebody has paused or limited for the whole fleet.
+-- Queues that were paused or limited for all workers.
 CREATE TABLE notifyq.queue (
     name          text        NOT NULL PRIMARY KEY CHECK (length(name) <= 200),
     paused        boolean     NOT NULL DEFAULT false,
@@ -275,7 +280,7 @@ CREATE TABLE notifyq.queue (
     limit_seconds float8      CHECK (limit_seconds > 0 AND limit_seconds <= 1e9)
 );
 
--- What has started at a key with a rate: so many at that time, remembered for the longest window that was asked for.
+-- How many tasks (n) of a key with a rate started at a time. A row is kept for the longest window that was asked for.
 CREATE TABLE notifyq.started (
     key           text        NOT NULL,
     at            timestamptz NOT NULL,
@@ -296,14 +301,16 @@ BEGIN
     RETURN NULL;
 END $$;
 
--- 0.14 us for a row that nobody waits for, and for each statement, INSERTs too, as much as the words after WHEN are long. Not
--- for UPDATE OF run_at too: each row that is claimed would be fetched once more, though claims don't name that column.
+-- 0.14 us for a row that nobody waits for, and for each statement, INSERTs too, as much as the words after WHEN are
+-- long. Not for UPDATE OF run_at too: each row that is claimed would be fetched once more, though claims don't name
+-- that column.
 CREATE TRIGGER ended AFTER DELETE ON notifyq.task FOR EACH ROW
     WHEN (OLD.tracked OR OLD.awaited) EXECUTE FUNCTION notifyq.ended();
 
 -- `errors` with one more entry. It keeps the first hundred and the last hundred entries. One between them says how many
--- were left out, so a task that fails thousands of times costs each time the same. Of errors that take more than 8 MB on
--- disk, only the new entry is kept, as it is when that has a left_out itself: it could not be stored beside the others.
+-- were left out, so a task that fails thousands of times costs each time the same. Of errors that take more than 8 MB
+-- on disk, only the new entry is kept, as it is when that has a left_out itself: it could not be stored beside the
+-- others.
 CREATE FUNCTION notifyq.with_error(errors jsonb, error jsonb) RETURNS jsonb STABLE LANGUAGE plpgsql AS $$
 DECLARE
     first CONSTANT integer := 100;

@@ -1,5 +1,5 @@
--- When a worker starts: the crons of its app, as it has them; the last one that started has its way. An expression or a
--- time zone that is another one than before counts from now on.
+-- A worker that starts writes the crons of its app, over those of workers that started earlier. If the expression or
+-- the time zone has changed, the new one counts from now on.
 INSERT INTO notifyq.cron AS c (name, expression, tz, type, payload, queue, priority, missed, options)
 SELECT n.name, n.expression, n.tz, n.type, n.payload::jsonb, n.queue, n.priority, n.missed,
        n.options::jsonb

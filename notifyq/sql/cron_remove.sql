@@ -1,5 +1,4 @@
--- Forget cron $1, unless a worker that lives looks after it. Returns the worker that does; no row: there is no such
--- cron.
+-- Delete cron $1, unless a live worker serves it. Returns that worker, or no row if there is no such cron.
 WITH found AS (
     SELECT c.name, (SELECT w.name FROM notifyq.worker w
                     WHERE c.name = ANY (w.crons) AND w.seen_at BETWEEN statement_timestamp() - w.lease AND statement_timestamp() + w.lease LIMIT 1) AS worker

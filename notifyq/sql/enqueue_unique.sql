@@ -1,6 +1,6 @@
--- As enqueue.sql, for one with a unique_key among its options. Returns the id, its created_at as there, and whether it
--- is that of another, which stands in the way; of that one the time is NULL. unique_task is asked once the INSERT is
--- over, and looks anew: this statement's own snapshot may be older than the other.
+-- As enqueue.sql, for a task with a unique_key in its options. Returns the id, created_at as enqueue.sql does, and
+-- whether the id is that of an existing task which is in the way (then created_at is NULL). unique_task is called after
+-- the INSERT, and takes a new snapshot: this statement's own may be older than the existing task.
 WITH new AS (
     INSERT INTO notifyq.task (type, payload, queue, run_at, priority, max_attempts, options)
     VALUES ($1, $2::text::jsonb, $3, coalesce($5, clock_timestamp() + make_interval(secs => $4::float8), now()), $6, $7,

@@ -1,5 +1,5 @@
--- For people: whose transaction has had a lock on one of the tables $1 of notifyq for longest, in words. NULL:
--- nobody's.
+-- For people: the session whose transaction has held a lock on one of notifyq's tables $1 for longest, in words; NULL
+-- if there is none.
 SELECT coalesce(nullif(a.application_name, ''), a.backend_type) || ' (process ' || a.pid || coalesce(', user ' || a.usename, '')
        || coalesce(', ' || a.state, '') || ', open for '
        || round(extract(epoch FROM clock_timestamp() - a.xact_start)::numeric, 1) || ' s)' AS holder
