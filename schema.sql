@@ -167,7 +167,7 @@ CREATE INDEX task_scheduled ON notifyq.task (queue, run_at)
 CREATE INDEX task_running ON notifyq.task (worker) WHERE worker IS NOT NULL;
 CREATE INDEX task_set_aside ON notifyq.task (type, queue, priority DESC, id)
     WHERE worker IS NULL AND aside AND parked IS NULL;
--- For "Tasks that wait": the tasks that hold a slot of a key or a queue, those that wait at a key, and those in an
+-- For "Limits and order": the tasks that hold a slot of a key or a queue, those that wait at a key, and those in an
 -- order. No plain task is in any of them.
 CREATE INDEX task_admitted ON notifyq.task (limit_key, queue) WHERE admitted IS NOT NULL AND worker IS NOT NULL;
 CREATE INDEX task_parked ON notifyq.task (waits_at, aside, priority DESC, id) WHERE waits_at IS NOT NULL;
