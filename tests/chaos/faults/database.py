@@ -47,7 +47,7 @@ async def clock_step(stage: Stage, hit: Hit) -> None:
                 BEGIN NEW.seen_at := NEW.seen_at + interval '{hours} hours'; RETURN NEW; END $$"""
         )
         await conn.execute(
-            "CREATE TRIGGER step BEFORE UPDATE ON notifyq.worker FOR EACH ROW EXECUTE FUNCTION chaos.step()"
+            "CREATE OR REPLACE TRIGGER step BEFORE UPDATE ON notifyq.worker FOR EACH ROW EXECUTE FUNCTION chaos.step()"
         )
     try:
         await asyncio.sleep(stage.random.uniform(2.0, 6.0))
