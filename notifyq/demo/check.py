@@ -163,7 +163,7 @@ def attempts(facts: Facts) -> Finding:
         if row.attempts - 1 - (refused := facts.refused[row.key or ""]) not in ((0, 1) if row.id in held else (0,))
     ]
     refusals = facts.refused.total()
-    return _finding(f"{refusals} refusals and {len(held)} tasks killed, and so many attempts more", wrong)
+    return _finding(f"{refusals} refusals and {len(held)} tasks killed, and nothing else cost an attempt", wrong)
 
 
 def woken(facts: Facts) -> Finding:

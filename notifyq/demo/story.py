@@ -140,7 +140,7 @@ class Story:
             return len(await ours.held(killed.pid))
 
         if await _until(still_held, SETTLE_SECONDS):
-            self._screen.event(f"the tasks of {killed.name} are others' now")
+            self._screen.event(f"other workers have taken over the tasks of {killed.name}")
 
     async def _drain(self, ours: Tasks) -> list[Drained]:
         """SIGTERM to the workers that are left, with tasks in their hands."""
