@@ -21,7 +21,7 @@ from .foreign import Foreign
 from .options import Options, check_group, where
 from .pool import AppPool
 from .registry import Registry
-from .store import COMMAND_TIMEOUT_SECONDS, SLOWEST, SQL
+from .store import COMMAND_TIMEOUT_SECONDS, SLOWEST, SQL, bare
 from .task import Ids, Task
 from .unique import Unique
 
@@ -225,8 +225,13 @@ class Explained:
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         state, message = _sqlstate(error)
-        if state == "42P01":
-            raise SchemaError("this database has no schema notifyq; install it: notifyq migrate") from error
+        if isinstance(error, UnicodeEncodeError):  # psycopg's, which encodes for `conn`
+            raise ConfigError(
+                f"task {self._type}: the client_encoding of `conn` is {error.encoding}, which doesn't have "
+                f"{error.object[error.start : error.end]!r}; connect with client_encoding=utf8"
+            ) from None
+        if state == "42P01" and error is not None:
+            raise SchemaError("this database has no schema notifyq; install it: notifyq migrate") from bare(error)
         if state == "42501":
             raise DatabaseError(f"this user may not enqueue: {message}; schema.sql ends with the GRANTs") from error
         if state == "25006":

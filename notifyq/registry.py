@@ -225,7 +225,11 @@ def _signature(function: Callable[..., Any], scope: Mapping[str, Any], batch: bo
         raise ConfigError(f"handler {name}{inspect.signature(function)} is called with a task and a context: {example}")
     annotation, globals = parameters[0].annotation, _globals(function)
     if annotation is Parameter.empty:
-        raise ConfigError(f"handler {name}: its first parameter has no type, which says what it handles: {example}")
+        method = parameters[0].name in ("self", "cls")
+        cure = "; of a method, register what is bound: app.handler(Service().send)" if method else ""
+        raise ConfigError(
+            f"handler {name}: its first parameter has no type, which says what it handles: {example}{cure}"
+        )
     try:
         annotation = _looked_up(annotation, globals, scope)
     except Exception as error:

@@ -24,10 +24,15 @@ OPTIONS: Final = ("delay", "run_at", "on_dead")  # of enqueue alone
 # What they are called elsewhere: in Celery, RQ, arq, dramatiq, taskiq, Oban, Sidekiq.
 ALIASES: Final[Mapping[str, str]] = {
     **dict.fromkeys(
-        ("max_retries", "retries", "retry", "max_tries", "tries", "attempts", "retry_limit"), "max_attempts"
+        (
+            *("max_retries", "retries", "retry", "max_tries", "tries", "attempts", "retry_limit"),
+            *("max_retry", "retry_count", "retry_attempts", "num_retries", "number_of_retries"),
+        ),
+        "max_attempts",
     ),
     **dict.fromkeys(("retry_backoff", "retry_delay", "default_retry_delay", "min_backoff", "max_backoff"), "backoff"),
     **dict.fromkeys(("time_limit", "soft_time_limit", "job_timeout", "task_timeout", "hard_time_limit"), "timeout"),
+    **dict.fromkeys(("timeout_seconds", "timeout_s", "max_runtime", "max_run_time", "execution_timeout"), "timeout"),
     **dict.fromkeys(("concurrency", "max_concurrency", "concurrency_limit", "limit_running"), "limit"),
     **dict.fromkeys(("countdown", "defer_by", "delay_seconds"), "delay"),
     **dict.fromkeys(("eta", "defer_until", "scheduled_at", "schedule_at", "run_after"), "run_at"),
@@ -40,6 +45,15 @@ ALIASES: Final[Mapping[str, str]] = {
 }
 MISSING: Final = ("expires", "expires_in", "expiry", "ttl", "job_ttl", "max_age")
 NO_EXPIRY = "notifyq has no such setting; a handler can compare ctx.created_at with the time, and return notifyq.Cancel"
+# Which errors are tried again, elsewhere a list of exceptions, is said by the handler.
+BY_ERROR: Final = (
+    *("autoretry_for", "dont_autoretry_for", "retry_for", "retry_on", "retry_when", "no_retry_on", "dont_retry_on"),
+    *("dead_on", "discard_on", "throws"),
+)
+NO_LIST = (
+    "notifyq has no such setting; a handler's error is tried again, unless the handler catches it and returns "
+    "notifyq.Dead(error)"
+)
 NEAR = 0.85  # how similar a misspelt name is
 LONG = 7  # letters of a name that is looked for among fields too: short words have too many neighbours
 
@@ -100,6 +114,8 @@ def _is_setting(value: object) -> bool:
 
 
 def _check_field(task: str, name: str, value: object) -> None:
+    if name in BY_ERROR and value:
+        raise ConfigError(f"task {task}: {name!r}: {NO_LIST}")
     known = (*SETTINGS, *OPTIONS)
     if not _is_setting(value) or (setting := meant(name)) is None:
         return
@@ -118,6 +134,8 @@ def _check_field(task: str, name: str, value: object) -> None:
 
 
 def _check_attribute(task: str, name: str, value: object) -> None:
+    if name in BY_ERROR and value and not callable(getattr(value, "__get__", None)):
+        raise ConfigError(f"task {task}: {name!r}: {NO_LIST}; a constant of your own: name it _{name}")
     if not _is_setting(value) or (setting := meant(name)) is None or (name == setting and setting in SETTINGS):
         return
     if setting in SETTINGS:

@@ -1009,6 +1009,27 @@ async def test_show_follows(run: Run, dsn: str, db: Any) -> None:
     assert said[0].code == 1
 
 
+async def test_show_follows_one_task_only(run: Run, dsn: str, db: Any) -> None:
+    """After a failover to a standby that lagged, its id may be another task's."""
+    id = (await fill(db))["running"]
+    said: list[Any] = []
+    async with anyio.create_task_group() as group:
+
+        async def follow() -> None:
+            said.append(await run(f"show --follow {id}", dsn=dsn))
+
+        group.start_soon(follow)
+        looks = (
+            "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND state = 'idle'"
+            " AND application_name = 'notifyq cli' AND query LIKE '%to_json(t)%' AND query_start > $1"
+        )
+        now = await db.fetchval("SELECT clock_timestamp()")
+        await eventually(lambda: db.fetchval(looks, now), 1)
+        await db.execute("UPDATE notifyq.task SET created_at = created_at + interval '1 hour' WHERE id = $1", id)
+    assert said[0].code == 1
+    assert f"task {id} isn't the one" in said[0].err
+
+
 async def test_retry(run: Run, dsn: str, db: Any) -> None:
     """What can be retried is; for the others it says why not; 1 if there was one."""
     ids = await fill(db)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import traceback
 from typing import Any
 
+import psycopg
 import pytest
 import sqlalchemy
 import sqlalchemy.orm
@@ -81,3 +83,29 @@ async def test_sqlalchemy_s_connections_with_options(dsn: str, db: Any, driver: 
             await conn.commit()
         await engine.dispose()
     assert await db.fetchval("SELECT count(*) FROM notifyq.task") == 4
+
+
+@pytest.mark.parametrize("many", [False, True])
+async def test_a_connection_whose_encoding_lacks_a_character(dsn: str, db: Any, many: bool) -> None:
+    def blocking() -> None:
+        client = notifyq.SyncClient(app)
+        with psycopg.connect(dsn, client_encoding="latin1") as conn:
+            client.enqueue(Mail("é"), conn=conn)
+            enqueue: Any = client.enqueue_many if many else client.enqueue
+            with pytest.raises(
+                notifyq.ConfigError, match=r"client_encoding of `conn` is .*'€'; .*client_encoding=utf8"
+            ):
+                enqueue([Mail("é"), Mail("€")] if many else Mail("€"), conn=conn)
+
+    await asyncio.to_thread(blocking)
+    assert [row[0] for row in await db.fetch("SELECT payload ->> 'to' FROM notifyq.task")] == ["é"]
+
+
+async def test_a_missing_schema_in_a_few_lines(server: Any) -> None:
+    """The traceback of a first program ends with the cure, and without the driver's frames before that."""
+    async with app.connect(server.dsn("postgres")):
+        with pytest.raises(notifyq.SchemaError) as caught:
+            await app.enqueue(Mail())
+    text = "".join(traceback.format_exception(caught.value))
+    assert "asyncpg/connection.py" not in text
+    assert "UndefinedTableError" in text

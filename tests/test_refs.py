@@ -45,6 +45,11 @@ async def kept(app: notifyq.App, dsn: str, how: str) -> notifyq.Ref:
         return await app.enqueue(Job())
     if how == "unique":
         return await app.enqueue(Job(), unique="key")
+    if how == "existed":
+        await app.enqueue(Job(), unique="key")
+        again = await app.enqueue(Job(), unique="key")
+        assert again.existed
+        return again
     if how == "group":
         return (await app.enqueue_many([], then=Job()))[1]
     if how == "conn":
@@ -56,7 +61,7 @@ async def kept(app: notifyq.App, dsn: str, how: str) -> notifyq.Ref:
         return client.enqueue(Job())
 
 
-WAYS = ("enqueue", "unique", "group", "conn", "sync", "sync group")
+WAYS = ("enqueue", "unique", "existed", "group", "conn", "sync", "sync group")
 
 
 @pytest.mark.parametrize("how", WAYS)

@@ -314,6 +314,11 @@ WRONG_ATTRIBUTES: dict[str, str] = {
     "eta = 3": r"app\.enqueue\(task, run_at=\.\.\.\)",
     "expires = 60": "notifyq has no such setting",
     "ttl = 60": "notifyq has no such setting",
+    "max_retry = 3": "did you mean 'max_attempts'",
+    "timeout_seconds = 3": "did you mean 'timeout'",
+    "autoretry_for = (ValueError,)": r"the handler catches it and returns notifyq\.Dead",
+    "dont_retry_on = [ValueError]": r"the handler catches it and returns notifyq\.Dead",
+    "discard_on = KeyError": r"the handler catches it and returns notifyq\.Dead",
 }
 WRONG_FIELDS: dict[str, str] = {
     "queue: str = 'mail'": "'queue' is a setting of the class, not a field",

@@ -93,7 +93,7 @@ STATEMENTS = {
         "text[] text[] text[] float8 timestamptz int2[] int2 text[]", "id:int8 key:text existed:bool", ""
     ),
     "enqueue_unique": Statement(
-        "text text text float8 timestamptz int2 int2 text", "id:int8 created:int8 existed:bool", ""
+        "text text text float8 timestamptz int2 int2 text", "id:int8 created:int8 existed:bool", "task_pkey"
     ),
     "enqueued": Statement(
         "text",

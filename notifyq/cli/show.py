@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator
+from datetime import datetime
 from typing import Any
 
 import click
 
 from notifyq.errors import NotifyqError
 from notifyq.store import SQL
-from notifyq.task import ENDED
+from notifyq.task import ENDED, check_same
 
 from .options import dsn_option, option
 from .output import percent, plain, say
@@ -49,11 +50,14 @@ def show(*, id: int, as_json: bool, follow: bool, dsn: str | None) -> int:
 async def _changes(dsn: str | None, id: int, follow: bool) -> AsyncIterator[tuple[str, str]]:
     """The task as JSON, and why it isn't started, each time that one of them has changed."""
     async with session(dsn) as conn:
-        told = None
+        told = created = None
         while True:
             text: str | None = await conn.fetchval(SQL["show"], id)
             if text is None:
                 raise NotifyqError(f"{id}: {NO_TASK}")
+            found = datetime.fromisoformat(json.loads(text)["created_at"])
+            check_same(id, created, found)
+            created = found
             task = json.loads(text)
             ready = task["state"] == "ready" and not task["waits_for"]
             note = await why_not_started(conn, task["type"], task["queue"]) if ready else ""
