@@ -378,7 +378,7 @@ class Claimer:
                     more = await claim(conn, worker, left, room - len(jobs), aside=self._types, blind=blind)
                     self._aside |= len(more) >= min(room - len(jobs), sum(left.values()))
                     jobs += more
-            stay, surplus = self._room.divide(jobs, rooms)
+            stay, surplus = self._room.divide(jobs, rooms, now)
             fed, locked = await self._admission.admit(conn, worker, stay)
             if self._admission.unsure:
                 asyncio.get_running_loop().call_later(UNSURE_SECONDS, self.let_in)
@@ -387,7 +387,10 @@ class Claimer:
         for job in jobs:
             taken[job.queue] = taken.get(job.queue, 0) + 1
         for queue, free in rooms.items():
-            if self._room.is_bounded(queue) and taken.get(queue, 0) >= free:
+            if seconds := self._room.left_alone(queue, now):
+                self._left.add(queue)
+                asyncio.get_running_loop().call_later(seconds, self._wake.set)
+            elif self._room.is_bounded(queue) and taken.get(queue, 0) >= free:
                 self._left.add(queue)
             else:
                 self._left.discard(queue)

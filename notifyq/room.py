@@ -5,7 +5,8 @@ another worker could run now, and empty ones are claimed by the hundreds.
 
 Plain handlers need a thread each, of which there are fewer than slots. But a claim doesn't know types: that would
 cost each claim, and each row that it steps over. So what a claim has taken beyond the threads goes back at once, to
-other workers, and until a thread is free nothing more is claimed from its queue, as its tasks start in their order.
+other workers. Until a thread is free nothing more is claimed from its queue, as its tasks start in their order; but for
+a look now and then, since another worker may have taken what needs a thread, and async tasks may come next.
 How many may be claimed beyond the threads grows with each claim from the queue that had no plain handler's task in
 it, from 1 up, and is 1 again after one that had. So little goes back, and a queue without such tasks has all the room.
 """
@@ -22,6 +23,7 @@ from .store import Job
 AHEAD_SECONDS = 0.010  # of work to claim ahead of the slots
 AHEAD_MOST = 500  # tasks of it
 TRUST_MOST = 1_000_000
+LOOK_LEAST, LOOK_MOST = 0.1, 5.0  # seconds until a queue whose next task seems to need a thread is tried; doubles
 
 
 class Rate:
@@ -50,7 +52,8 @@ class Room:
         self._plain_rate = Rate()
         self._plain_ahead = 0  # tasks of plain handlers that may wait for a thread
         self._trust = dict.fromkeys(config.queues, 1)  # how many may be claimed even without a spare thread
-        self._no_thread: set[str] = set()  # queues whose next task needs one, and there is none
+        # Queues whose next task seems to need a thread, while none is free: how long to leave each alone, until when.
+        self._no_thread: dict[str, tuple[float, float]] = {}
         self.queues = list(config.queues)  # each in turn is the first to be served
 
     def now(self, now: float, paused: Set[str], unsettled: int) -> tuple[dict[str, int], int]:
@@ -71,7 +74,7 @@ class Room:
                 self._no_thread.clear()
         rooms: dict[str, int] = {}
         for queue in self.queues:
-            if queue in paused or queue in self._no_thread:
+            if queue in paused or self.left_alone(queue, now):
                 continue
             limit = self._config.queues[queue]
             free = room if limit is None else min(room, limit - runners.by_queue[queue])
@@ -95,7 +98,17 @@ class Room:
         """Whether a claim may leave tasks in it although there are slots."""
         return bool(self._runners.plain) or self._config.queues[queue] is not None
 
-    def divide(self, jobs: Sequence[Job], rooms: Mapping[str, int]) -> tuple[list[Job], list[Job]]:
+    def left_alone(self, queue: str, now: float) -> float:
+        """For how many seconds nothing more is claimed from it, as its next task seems to need a thread; 0: it is."""
+        return max(0.0, self._no_thread.get(queue, (0.0, 0.0))[1] - now)
+
+    def _leave_alone(self, queue: str, now: float) -> None:
+        wait, until = self._no_thread.get(queue, (0.0, 0.0))
+        if until <= now:
+            wait = min(LOOK_MOST, max(LOOK_LEAST, 2 * wait))
+            self._no_thread[queue] = wait, now + wait
+
+    def divide(self, jobs: Sequence[Job], rooms: Mapping[str, int], now: float) -> tuple[list[Job], list[Job]]:
         """What of a claim stays, and what is more than there are threads for. `rooms` is what was asked for."""
         plain = self._runners.plain
         if not plain:
@@ -112,11 +125,13 @@ class Room:
                 if held[job.type] % share == 0:  # it needs another thread
                     if spare <= 0:
                         surplus.append(job)
-                        self._no_thread.add(job.queue)
+                        self._leave_alone(job.queue, now)
                         continue
                     spare -= 1
                 held[job.type] += 1
             stay.append(job)
+        for queue in rooms.keys() - mixed:
+            self._no_thread.pop(queue, None)
         full = spare <= 0 and not any(count % plain[type] for type, count in held.items())
         for queue, count in taken.items():
             if queue not in mixed:
@@ -124,5 +139,5 @@ class Room:
                 continue
             self._trust[queue] = 1
             if full and count >= rooms.get(queue, 0):
-                self._no_thread.add(queue)  # what comes next in it is probably another
+                self._leave_alone(queue, now)  # what comes next in it is probably another
         return stay, surplus
