@@ -136,6 +136,7 @@ HARMLESS: Mapping[str, tuple[str, ...]] = {
 CURE = {"channel_binding": "; sslmode=verify-full proves the server too"}
 
 # Where servers put their sockets: what libpq has for a default depends on who built it. Debian's, others', upstream's.
+WITH_PORT = re.compile(r"([^:/,\[\]]+):([0-9]+)")  # of a host by SQLAlchemy's rules
 SOCKET_FOLDERS = ("/var/run/postgresql", "/run/postgresql", "/tmp")
 DEFAULT_PORT = "5432"
 SERVICE_FILES = ("/etc/postgresql-common/pg_service.conf", "/etc/sysconfig/pgsql/pg_service.conf")
@@ -198,11 +199,17 @@ def url_parameters(url: str) -> dict[str, str]:
     hosts, ports = _servers(servers)
     found = {"user": user, "password": password, "host": hosts, "port": ports, "dbname": path}
     found = {name: _decoded(value) for name, value in found.items() if value}
+    listed: list[str] = []
     for pair in filter(None, query.split("&")):
         name, equals, value = pair.partition("=")
         if not equals or "=" in value:
             raise ValueError("what follows its ? is not name=value&name=value; write = and & in a value as %3D and %26")
         found[_decoded(name)] = _decoded(value)
+        if _decoded(name) == "host":
+            listed.append(_decoded(value))
+    if any(WITH_PORT.fullmatch(host) for host in listed):  # SQLAlchemy's: host=one:5432&host=two:5433
+        found["host"] = ",".join(WITH_PORT.sub(r"\1", host) for host in listed)
+        found["port"] = ",".join(said[2] if (said := WITH_PORT.fullmatch(host)) else "" for host in listed)
     return found
 
 

@@ -213,6 +213,8 @@ async def test_what_only_sqlalchemy_says(there: There) -> None:
         TCP.replace("://", "+psycopg://") + "?prepare_threshold=0",
         TCP.replace("://", "+psycopg2://") + "?ssl=false",
         " " + TCP + "\n",
+        "postgresql+psycopg2://shop@/shop?host=127.0.0.1:{port}",
+        "postgresql+asyncpg://shop@/shop?host=127.0.0.1:1&host=127.0.0.1:{port}",
     ):
         assert await everywhere(there(form)) == expected
 
