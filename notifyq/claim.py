@@ -22,15 +22,28 @@ from collections.abc import Callable
 from datetime import datetime
 
 import anyio
+import asyncpg
 
-from . import log
+from . import log, schema
 from .admit import Admission
 from .config import WorkerConfig
 from .doorbell import CHANNEL, Door, Moderation, Place, fleet_key
+from .left_out import LeftOut
 from .marks import OWED_TIMES, SLOW_SECONDS, Marks, Usual
 from .room import Room
 from .run import Runners
-from .store import PROOF_SECONDS, SQL, Connection, Job, claim, claim_suspects, connect_worker, is_pooled
+from .store import (
+    PROOF_SECONDS,
+    SQL,
+    Connection,
+    Job,
+    Onward,
+    claim,
+    claim_suspects,
+    connect_worker,
+    is_pooled,
+    is_refusal,
+)
 
 logger = log.logger("notifyq.claim")
 
@@ -73,6 +86,7 @@ class Claimer:
         self._door: Door  # each session's own
         self._moderation = Moderation()
         self._marks = Marks()
+        self._left_out = LeftOut()  # tasks that PostgreSQL doesn't let be taken
         self._look = True  # something happened
         self._aside = True  # tasks set aside may be ours
         self._backlog = False  # the last claim came back full
@@ -123,7 +137,7 @@ class Claimer:
         """What is degraded, in words."""
         if self.bell_seconds is None:
             return "polling only: no NOTIFY arrives here"
-        return "the turn at the bell is with a stranger" if self._robbed else ""
+        return "the turn at the bell is with a stranger" if self._robbed else self._left_out.trouble
 
     def stop(self) -> None:
         """Claim nothing more; `run` returns."""
@@ -360,7 +374,7 @@ class Claimer:
         blind = begin < self._blind_until
         with anyio.CancelScope(shield=True):
             try:
-                jobs += await claim(conn, worker, rooms, room, onward=onward, blind=blind)
+                jobs += await self._take(conn, worker, rooms, room, onward=onward, blind=blind)
             except TimeoutError:
                 # The next session asks for less. What this claim took, if anything, is found by strays.sql.
                 self._blind_until = clock() + BLIND_SECONDS
@@ -375,7 +389,7 @@ class Claimer:
                 left = {queue: free - len(jobs) for queue, free in rooms.items() if free > len(jobs)}
                 if left:
                     self._aside = False  # before the claim: somebody may ring meanwhile
-                    more = await claim(conn, worker, left, room - len(jobs), aside=self._types, blind=blind)
+                    more = await self._take(conn, worker, left, room - len(jobs), aside=self._types, blind=blind)
                     self._aside |= len(more) >= min(room - len(jobs), sum(left.values()))
                     jobs += more
             stay, surplus = self._room.divide(jobs, rooms, now)
@@ -401,6 +415,37 @@ class Claimer:
             self.hand_back(job)
         return len(jobs)
 
+    async def _take(
+        self,
+        conn: Connection,
+        worker: int,
+        rooms: dict[str, int],
+        room: int,
+        *,
+        onward: Onward | None = None,
+        aside: list[str] | None = None,
+        blind: bool,
+    ) -> list[Job]:
+        """Claim, without what PostgreSQL doesn't let be claimed."""
+        if not self._left_out:
+            try:
+                return await claim(conn, worker, rooms, room, onward=onward, aside=aside, blind=blind)
+            except asyncpg.PostgresError as error:
+                if not _is_refused(error):
+                    raise
+        return await self._left_out.claim(conn, worker, rooms, room, aside=aside, blind=blind)
+
+    async def _take_suspects(
+        self, conn: Connection, worker: int, keys: list[str], crashes: int, most: int
+    ) -> list[Job]:
+        if not self._left_out:
+            try:
+                return await claim_suspects(conn, worker, keys, self._types, crashes, most)
+            except asyncpg.PostgresError as error:
+                if not _is_refused(error):
+                    raise
+        return await self._left_out.claim_suspects(conn, worker, keys, self._types, crashes, most)
+
     async def _isolate(self, conn: Connection, worker: int) -> int:
         """Run some tasks without others beside them, as their workers have vanished. Returns how many it has begun.
 
@@ -409,7 +454,7 @@ class Claimer:
         clock = asyncio.get_running_loop().time
         self._suspects = False
         keys = [f"crashed:{queue}" for queue in self._queues if queue not in self._admission.paused]
-        crashes = await conn.fetchval(SQL["suspects"], keys, self._types)
+        crashes = await conn.fetchval(SQL["suspects"], keys, self._types, self._left_out.ids)
         if crashes is None:
             self._refused_since = None
             return 0
@@ -438,7 +483,7 @@ class Claimer:
                 return 0  # it waits for a slot, as others do
             with anyio.CancelScope(shield=True):
                 most = min(room, ISOLATED_AT_ONCE.get(crashes, 1))
-                jobs += await claim_suspects(conn, worker, keys, self._types, crashes, most)
+                jobs += await self._take_suspects(conn, worker, keys, crashes, most)
                 more, locked_rows = await self._admission.admit(conn, worker, jobs)
                 fed += more
             self._runners.feed(fed)
@@ -501,13 +546,23 @@ class Claimer:
             echo = self._new_echo(now)
             self._door.turn_over()
         onward = look is None and now < self._due_front_at
-        row = await conn.fetchrow(
-            SQL["due"], self._queues, [] if onward else full if full and look is None else open, PROMOTED_AT_ONCE, echo,
-            self._due_mark if onward else None,
-            timeout=PROOF_SECONDS if echo else None,
-        )  # fmt: skip
+        args = self._queues, [] if onward else full if full and look is None else open
+        rest = echo, self._due_mark if onward else None
+        timeout = PROOF_SECONDS if echo else None
+        promoted = 0
+        row = None
+        if not self._left_out:
+            try:
+                row = await conn.fetchrow(SQL["due"], *args, PROMOTED_AT_ONCE, *rest, timeout=timeout)
+            except asyncpg.PostgresError as error:
+                if not _is_refused(error):
+                    raise
+        if row is None:
+            promoted = await self._left_out.promote(conn, self._queues, PROMOTED_AT_ONCE)
+            row = await conn.fetchrow(SQL["due"], *args, 0, *rest, timeout=timeout)
         assert row is not None
-        promoted, seconds, ready, inserted, freed, settings, mark, _ = row
+        more, seconds, ready, inserted, freed, settings, mark, _ = row
+        promoted += more
         self._freed |= freed
         await self._admission.heard(conn, worker, settings)
         now = clock()
@@ -653,3 +708,7 @@ class Claimer:
     def _later(self, seconds: float) -> float:
         """A loop time in about so many seconds, jittered, so that workers don't poll in step; never for 0."""
         return asyncio.get_running_loop().time() + random.uniform(0.8, 1.2) * seconds if seconds else math.inf
+
+
+def _is_refused(error: asyncpg.PostgresError) -> bool:
+    return is_refusal(error) and schema.gone(error) is None

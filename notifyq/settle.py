@@ -243,9 +243,9 @@ class Settler:
             elif len(batch) > 1:
                 self._most = len(batch) // 2
             else:
-                self._refused(
-                    batch[0], describe(error), shrink=not isinstance(error, DISORDER) or _sent(batch[0]) > KEPT_BYTES
-                )
+                # Its first line: in the second there is the row, and with it the payload.
+                why = describe(error).splitlines()[0]
+                self._refused(batch[0], why, shrink=not isinstance(error, DISORDER) or _sent(batch[0]) > KEPT_BYTES)
         else:
             del self._writing[: len(batch)]
             self._most = min(BATCH, self._most * 2)

@@ -452,6 +452,15 @@ async def claim_suspects(
     return sorted((Job(worker, row) for row in rows), key=_order)
 
 
+async def claim_these(conn: Connection, worker: int, ids: list[int], limit: int, *, blind: bool = False) -> list[Job]:
+    """Those of these tasks that can still be claimed, in no order; `limit` bounds their payloads, as in `claim`."""
+    try:
+        rows = await conn.fetch(SQL["claim_these"], worker, ids, 0 if blind else _inline(limit))
+    except UNREADABLE:
+        rows = await conn.fetch(SQL["claim_these"], worker, ids, 0)
+    return [Job(worker, row) for row in rows]
+
+
 async def _claim(
     conn: Connection,
     worker: int,

@@ -51,6 +51,8 @@ STATEMENTS = {
     "cancel_as": Statement("int8 timestamptz", "cancelled:bool created_at:timestamptz", None),
     "claim": Statement("int4 text[] int4[] int4 int4", ROW, "task_pkey task_ready"),
     "claim_onward": Statement("int4 text[] int4[] int4 text[] int2[] int8[] int4", ROW, "task_pkey task_ready"),
+    "claim_these": Statement("int4 int8[] int4", ROW, "task_pkey"),
+    "claimable": Statement("text[] int4[] int4 int8[] text[]", "id:int8", "task_ready task_set_aside"),
     "claim_suspects": Statement("int4 text[] text[] int4 int4 int4", ROW, "task_parked task_pkey"),
     "count_running": Statement("int4 text[]", "count_running:void", ""),
     "cron_conflicts": Statement(
@@ -115,6 +117,8 @@ STATEMENTS = {
     "payload_sizes": Statement("int4 int8[] int2[] int8", "id:int8 bytes:int8", "task_pkey"),
     "payloads": Statement("int4 int8[] int2[]", "id:int8 payload:jsonb", "task_pkey"),
     "progress": Statement("int4 int8[] int2[] float4[] text[]", "id:int8 told:text", "task_pkey"),
+    "promotable": Statement("text[] int4 int8[]", "id:int8", "task_scheduled"),
+    "promote_these": Statement("int8[]", "id:int8", "task_pkey"),
     "prune": Statement("float8 float8 int4 timestamptz", "count:int4", "finished_dead finished_old finished_pkey"),
     "prune_keys": Statement("int4", "count:int4", "task_pkey"),
     "prune_started": Statement("int4", "count:int4", ""),
@@ -137,7 +141,8 @@ STATEMENTS = {
     "stats": Statement("", "json_build_object:text", None),
     "stir": Statement("text", "last:text", ""),
     "strays": Statement("int4 int8[] int2[]", "count:int4", "task_running"),
-    "suspects": Statement("text[] text[]", "crashes:int4", "task_parked"),
+    "suspected": Statement("text[] text[] int4 int4 int8[]", "id:int8", "task_parked"),
+    "suspects": Statement("text[] text[] int8[]", "crashes:int4", "task_parked"),
     "tally": Statement("", "type:text state:text n:int8", None),
     "tasks": Statement("text text text int8 bool", "task:text seconds:float8", None),
     "tick": Statement(
@@ -284,6 +289,7 @@ def assert_plan(name: str, nodes: list[dict[str, Any]]) -> None:
             "release",
             "rescue",
             "results",
+            "suspected",
             "tick",
         ), f"{name} sorts: {node}"
     assert " ".join(sorted(used)) == STATEMENTS[name].indexes
@@ -1011,7 +1017,7 @@ async def test_a_crash_beside_others_is_no_failure(worker: Any) -> None:
             me, ids = await held(worker, 3, max_attempts=1)
         else:
             me = await register(worker)
-            crashed = await worker.fetchval(SQL["suspects"], ["crashed:other", "crashed:default"], ["Known", "X"])
+            crashed = await worker.fetchval(SQL["suspects"], ["crashed:other", "crashed:default"], ["Known", "X"], [])
             assert crashed == (2 if crash == 3 else None)
             if crash == 2:
                 jobs = await store.claim(worker, me, {"default": 9}, 9)

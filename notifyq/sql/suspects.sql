@@ -6,4 +6,5 @@ CROSS JOIN LATERAL (
     SELECT r.crashes, r.crashes_alone
     FROM notifyq.task r
     WHERE r.waits_at = q.key AND r.aside AND r.worker IS NULL AND r.type = ANY ($2::text[])
+      AND r.id <> ALL ($3::bigint[])
 ) AS s

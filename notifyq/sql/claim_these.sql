@@ -1,0 +1,24 @@
+-- As claim.sql, of the tasks $2, which claimable.sql or suspected.sql has found, those that are still there and that nobody
+-- has locked. $3 is claim.sql's $5. Of the lookup by id: finish.sql.
+UPDATE notifyq.task t
+SET worker = $1, attempts = least(t.attempts, 32766) + 1, processing_at = clock_timestamp(),
+    aside = false, parked = NULL, waits_at = NULL
+WHERE t.id = ANY (ARRAY(
+    SELECT r.id
+    FROM unnest($2::bigint[]) AS o (id)
+    JOIN notifyq.task r ON r.id = ANY (ARRAY[o.id])
+    -- CASE, as the planner might take the conditions of index task_ready for the way.
+    WHERE CASE WHEN r.worker IS NULL
+               THEN coalesce(r.parked, 'crashed') = 'crashed'
+                    AND (r.aside OR r.run_at <= r.created_at OR r.promoted) END
+    FOR UPDATE OF r SKIP LOCKED
+))
+AND EXISTS (SELECT FROM notifyq.worker w WHERE w.id = $1)
+RETURNING t.id, t.attempts, left(t.type, 201) AS type, t.queue, t.priority, t.max_attempts,
+          greatest(least(t.created_at, '9999-12-30Z'), '0001-01-03Z') AS created_at,
+          CASE WHEN pg_column_size(t.payload) <= $3::integer / 8
+                 OR pg_column_size(t.payload) <= $3 AND pg_column_compression(t.payload) IS NULL THEN t.payload
+               WHEN pg_column_size(t.payload) <= $3 THEN
+                    (SELECT p.whole[1] FROM (SELECT ARRAY[t.payload] AS whole OFFSET 0) AS p
+                     WHERE pg_column_size(p.whole) <= $3) END AS payload,
+       t.limit_key IS NOT NULL OR t.order_key IS NOT NULL OR t.after IS NOT NULL AS judged, t.crashes

@@ -1,0 +1,135 @@
+"""Tasks that PostgreSQL doesn't let be taken: the others run, and these as soon as nothing is in their way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+import notifyq
+from notifyq import left_out
+from notifyq.left_out import LeftOut
+
+from .conftest import Seen, eventually, working
+from .verbs import insert, register
+
+Logged = Callable[[str], list[dict[str, Any]]]
+
+
+class Good(notifyq.Task):
+    pass
+
+
+class Bad(notifyq.Task):
+    pass
+
+
+class Bench:
+    def __init__(self) -> None:
+        self.app = notifyq.App()
+        self.ran = Seen()
+
+        @self.app.handler
+        async def good(task: Good) -> None:
+            self.ran.add("good")
+
+        @self.app.handler
+        async def bad(task: Bad) -> None:
+            self.ran.add("bad")
+
+
+HOW = {
+    "a check": (
+        "ALTER TABLE notifyq.task ADD CONSTRAINT no CHECK (type <> 'Bad') NOT VALID",
+        "ALTER TABLE notifyq.task DROP CONSTRAINT no",
+    ),
+    "a trigger": (
+        """CREATE FUNCTION public.no() RETURNS trigger LANGUAGE plpgsql AS
+           $$ BEGIN RAISE EXCEPTION 'the auditors say no'; END $$;
+           CREATE TRIGGER no BEFORE UPDATE ON notifyq.task FOR EACH ROW WHEN (NEW.type = 'Bad')
+           EXECUTE FUNCTION public.no()""",
+        "DROP TRIGGER no ON notifyq.task",
+    ),
+}
+ASIDE: dict[str, dict[str, Any]] = {
+    "ready": {},
+    "due": {"created_at": "2000-01-01", "run_at": "2001-01-01"},
+    "set aside": {"aside": True},
+    "suspect": {"aside": True, "parked": "crashed", "waits_at": "crashed:default", "crashes": 2},
+}
+UNTAKEN = {"ready": "ready", "due": "scheduled", "set aside": "ready", "suspect": "scheduled"}
+
+
+async def states(db: Any) -> dict[tuple[str, str], int]:
+    rows = await db.fetch("SELECT type, state, count(*) FROM notifyq.all_tasks GROUP BY 1, 2")
+    return {(row[0], row[1]): row[2] for row in rows}
+
+
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("state", ASIDE)
+@pytest.mark.parametrize("drain", [False, True])
+async def test_the_others_run(
+    db: Any, dsn: str, how: str, state: str, drain: bool, logged: Logged, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(left_out, "PAUSE_MOST", 0.5)
+    monkeypatch.setattr(left_out, "PAUSE_LEAST", 0.5)
+    refuse, relent = HOW[how]
+    bad = [*await insert(db, 3, type="Bad", **ASIDE[state])]
+    good = [*await insert(db, 40, type="Good", **ASIDE[state])]
+    bad += await insert(db, 2, type="Bad", **ASIDE[state])
+    await db.execute(refuse)
+    bench = Bench()
+    if drain:
+        await bench.app.run_worker(dsn=dsn, drain=True)
+        assert bench.ran.items == ["good"] * len(good)
+    else:
+        async with working(bench.app, dsn):
+            await eventually(lambda: states(db), {("Good", "done"): len(good), ("Bad", UNTAKEN[state]): len(bad)})
+            assert bench.ran.items == ["good"] * len(good)
+            await eventually(
+                lambda: db.fetchval("SELECT status FROM notifyq.worker"), "PostgreSQL doesn't let 5 tasks be taken"
+            )
+            await db.execute(relent)
+            await eventually(lambda: states(db), {("Good", "done"): len(good), ("Bad", "done"): len(bad)})
+            await eventually(lambda: db.fetchval("SELECT status FROM notifyq.worker"), "ok")
+        assert len(logged("no task is refused any more")) == 1
+    found = logged("doesn't let these tasks be taken")
+    assert sorted(id for line in found for id in line["ids"]) == bad, "each once"
+    assert all("no" in line["error"] for line in found)
+    assert not logged("lost the database")
+
+
+async def test_a_crowd_that_is_refused_hides_nobody(db: Any, dsn: str) -> None:
+    """A worker with one slot looks at one task at a time."""
+    await insert(db, 30, type="Bad")
+    await insert(db, 3, type="Good")
+    await db.execute(HOW["a check"][0])
+    bench = Bench()
+    async with working(bench.app, dsn, concurrency=1):
+        await eventually(lambda: states(db), {("Good", "done"): 3, ("Bad", "ready"): 30})
+
+
+async def test_what_is_gone_is_forgotten(db: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(left_out, "PAUSE_LEAST", 0.0)
+    me = await register(db)
+    await insert(db, 2, type="Bad")
+    await db.execute(HOW["a check"][0])
+    out = LeftOut()
+    assert await out.claim(db, me, {"default": 5}, 5) == []
+    assert out
+    await db.execute("DELETE FROM notifyq.task")
+    monkeypatch.setattr(left_out, "GONE_SECONDS", 0.0)
+    assert await out.claim(db, me, {"default": 5}, 5) == []
+    assert not out
+
+
+async def test_there_is_an_end_to_what_is_left_out(db: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(left_out, "MOST", 3)
+    me = await register(db)
+    await insert(db, 10, type="Bad")
+    await db.execute(HOW["a check"][0])
+    out = LeftOut()
+    for _ in range(2):
+        assert await out.claim(db, me, {"default": 10}, 10) == []
+        assert len(out.ids) == 3
