@@ -229,7 +229,7 @@ def is_ours(error: BaseException) -> bool:
 
 def judged(handler: Handler, jobs: Sequence[Job], value: object) -> Sequence[Outcome]:
     """What a batch handler that returned has made of each task."""
-    if value is None or isinstance(value, Verdict) or (isinstance(value, type) and issubclass(value, Verdict)):
+    if value is None or isinstance(value, Verdict) or outcome.is_verdict_class(value):
         return [outcome.returned(job, handler, value) for job in jobs]
     if not isinstance(value, list | tuple):
         why = f"its batch handler returned a {type(value).__name__}"

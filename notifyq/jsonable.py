@@ -102,16 +102,17 @@ def _can_be_encoded(cls: type) -> bool:
     """Whether an instance of it, or of a subclass, may be."""
     import msgspec.inspect as mi
 
-    if inspect.isabstract(cls) or getattr(cls, "_is_protocol", False):
+    below: list[type] = type.__subclasses__(cls)
+    if inspect.isabstract(cls) or getattr(cls, "_is_protocol", False) or hasattr(cls, "__await__"):
         return True
-    if issubclass(cls, (*SUBCLASSES_ENCODED, BaseException, type(None))) or hasattr(cls, "__await__"):
+    if issubclass(cls, (*SUBCLASSES_ENCODED, BaseException, type(None))):
         return True
     try:
         if any(issubclass(known, cls) for known in ENCODED) or not isinstance(mi.type_info(cls), mi.CustomType):
             return True
     except Exception:
         return True
-    return any(_can_be_encoded(below) for below in type.__subclasses__(cls))
+    return any(_can_be_encoded(one) for one in below)
 
 
 def _parts(annotation: Any) -> Iterator[object]:

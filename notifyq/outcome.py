@@ -14,7 +14,7 @@ not begun, or cut short by a shutdown            HandBack: the attempt doesn't c
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, cast
 
 import msgspec
 
@@ -78,9 +78,9 @@ def returned(job: Job, handler: Handler, value: object) -> Outcome:
         return Finish(job, "done")
     if isinstance(value, Verdict):
         return raised(job, handler, value)
-    if isinstance(value, type) and issubclass(value, Verdict):  # `return Dead`, as one may `raise Dead`
+    if is_verdict_class(value):  # `return Dead`, as one may `raise Dead`
         try:
-            return raised(job, handler, value())
+            return raised(job, handler, cast("type[Verdict]", value)())
         except Exception as error:
             return raised(job, handler, error)
     try:
@@ -120,9 +120,13 @@ def raised(job: Job, handler: Handler, error: BaseException) -> Outcome:
             return _again(job, handler, encode_error(job.attempt, describe(error), error))
 
 
+def is_verdict_class(value: object) -> bool:
+    return isinstance(value, type) and issubclass(value, Verdict)
+
+
 def _reason(verdict: Verdict, default: str) -> str:
     """What a handler gives as its reason, which may be the exception that it caught, or nothing."""
-    given: object = verdict.reason
+    given = cast("object", verdict.reason)
     if isinstance(given, BaseException):
         return describe(given)
     return ("" if given is None else text_of(given)).strip() or default
