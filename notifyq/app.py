@@ -16,7 +16,7 @@ import msgspec
 from anyio.abc import TaskStatus
 
 from . import enqueue, foreign, lifespan, log, loops
-from .config import WorkerConfig, check_name, parse_queues, resolve_dsn
+from .config import WorkerConfig, check_name, in_seconds, parse_queues, resolve_dsn
 from .cron import Cron, Missed, check_schedule
 from .enqueue import Via
 from .errors import ConfigError, DatabaseError
@@ -220,10 +220,11 @@ class App:
         return function
 
     @asynccontextmanager
-    async def connect(self, dsn: str | None = None, *, timeout: float = 30.0) -> AsyncGenerator[Self, None]:
+    async def connect(self, dsn: str | None = None, *, timeout: float | timedelta = 30.0) -> AsyncGenerator[Self, None]:
         """A pool of up to 10 connections to enqueue with, to `dsn` or where the environment says.
 
-        timeout  seconds that a call waits for a connection, or for the server's answer; then DatabaseError
+        timeout  seconds, or a timedelta, that a call waits for a connection, or for the server's answer; after them it
+                 raises DatabaseError
 
         It belongs to the event loop that this runs on: code on another one, or on none, has a SyncClient. Raises
         ConfigError for a DSN that can't be one, DatabaseError for a server that can't be reached.
@@ -232,6 +233,7 @@ class App:
         loop = loops.running("app.connect()", "write `async with app.connect():` in a function that asyncio.run() runs")
         if self._pool is not None:
             raise ConfigError("this app is connected already; one `async with app.connect():` serves all tasks")
+        timeout = in_seconds(timeout)
         if not (isinstance(timeout, int | float) and 0 < timeout <= 3600):  # a NaN fails this too
             raise ConfigError(f"timeout is {timeout!r}; expected seconds above 0, up to an hour")
         url, source = resolve_dsn(dsn)
@@ -301,7 +303,7 @@ class App:
         then  a task to run when all of them are done, in the same queue, with the same priority and max_attempts;
               on_dead says what becomes of it if one isn't. Up to 10,000 tasks, and it returns their ids, and its Ref.
         """
-        checked = Options.check(**options, then=then is not None)
+        checked = Options.check(**options, followed=then is not None)
         if then is None:
             return await enqueue.many(self._via(conn), self.registry, tasks, checked)
         ids, last = await enqueue.group(self._via(conn), self.registry, tasks, then, checked)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Coroutine, Iterable, Iterator, Sequence
 from contextlib import AsyncExitStack
 from functools import partial
 from itertools import islice
@@ -199,6 +199,13 @@ def _hint(registry: Registry, given: Any) -> str:
     handler = registry.of(given) if callable(given) else None
     if handler is not None:
         return f": enqueue {handler.task.__name__}(...), not its handler"
+    if isinstance(given, type) and issubclass(given, Task):
+        return f": {given.__name__}(...)"
+    if isinstance(given, Coroutine):
+        cast("Coroutine[Any, Any, object]", given).close()  # else Python warns that nobody awaits it
+        return "; enqueue the task itself, and don't call its handler: a worker does"
+    if isinstance(given, list):
+        return "; enqueue_many takes several tasks"
     if isinstance(given, tuple) and any(isinstance(part, Task) for part in cast("tuple[object, ...]", given)):
         return "; the options are for all tasks of a call: enqueue those with others by another one"
     return ""

@@ -149,13 +149,21 @@ class Options(NamedTuple):
         unique_for: float | timedelta | None = None,
         unique_states: Iterable[State] | None = None,
         on_conflict: Literal["keep", "replace", "move"] | None = None,
-        then: bool = False,
+        followed: bool = False,
         **unknown: object,
     ) -> Self:
-        """Raises ConfigError for what can't be. then: a task follows that waits for these, so on_dead is for that."""
+        """Raises ConfigError for what can't be.
+
+        followed  a task follows that waits for these, so on_dead is for that one
+        """
         for name in unknown:
             near = settings.meant(name, tuple(EnqueueOptions.__annotations__))
-            hint = f"did you mean {near}?" if near else f"it has {', '.join(EnqueueOptions.__annotations__)}"
+            if name == "then":
+                hint = "a task that runs after others: enqueue_many([...], then=task), or enqueue(task, after=[...])"
+            elif name in settings.SETTINGS:
+                hint = f"it is a setting of the task's class: write `{name} = ...` there"
+            else:
+                hint = f"did you mean {near}?" if near else f"it has {', '.join(EnqueueOptions.__annotations__)}"
             raise ConfigError(f"enqueue has no option {name!r}; {hint}")
         if queue is not UNTOLD:
             check_name("queue", queue)
@@ -182,7 +190,7 @@ class Options(NamedTuple):
         if limit_key is not None:
             check_name("limit_key", limit_key)
         ids = None if after is None else checked_ids(after)
-        if on_dead is not None and (on_dead not in ("cancel", "run") or not (ids or then)):
+        if on_dead is not None and (on_dead not in ("cancel", "run") or not (ids or followed)):
             raise ConfigError(f"on_dead is {on_dead!r}; expected 'cancel' or 'run', beside after=[...]")
         wish = Wish.check(unique, unique_for, unique_states, on_conflict)
         told_queue, told_priority = None if queue is UNTOLD else queue, None if priority is UNTOLD else priority

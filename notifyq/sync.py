@@ -134,7 +134,7 @@ class SyncClient:
     ) -> Ids | tuple[list[int], Ref]:
         """As App.enqueue_many: all or none. Returns the ids in order; with `then`, and its Ref. On `conn` it is one
         statement, which may have 200,000,000 characters of payloads."""
-        checked_options = Options.check(**options, then=then is not None)
+        checked_options = Options.check(**options, followed=then is not None)
         if then is not None:
             query, args = grouped(self._registry, tasks, then, checked_options)
             with Explained("(one of a group)"):

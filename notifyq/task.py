@@ -220,22 +220,25 @@ class Ref(msgspec.Struct, frozen=True, dict=True, eq=False, omit_defaults=True):
         return hash(self.id)
 
     @overload
-    async def result(self, /, *, timeout: float | None = None) -> Any: ...
+    async def result(self, /, *, timeout: float | timedelta | None = None) -> Any: ...
     @overload
-    async def result(self, type: type[_Result], /, *, timeout: float | None = None) -> _Result: ...
+    async def result(self, type: type[_Result], /, *, timeout: float | timedelta | None = None) -> _Result: ...
     @overload
-    async def result(self, type: object, /, *, timeout: float | None = None) -> Any: ...
+    async def result(self, type: object, /, *, timeout: float | timedelta | None = None) -> Any: ...
     @loops.checked_at_call(_check_result)
-    async def result(self, type: object = None, /, *, timeout: float | None = None) -> Any:
+    async def result(self, type: object = None, /, *, timeout: float | timedelta | None = None) -> Any:
         """Wait for the task's end, however many attempts that takes, and return its result; at once, if it has ended.
 
         type     what the result is to be, anything that msgspec can decode. Without one, it is what this app's handler
                  is annotated to return, or plain JSON, where the app has no handler for it
-        timeout  seconds; then TimeoutError, and the task goes on
+        timeout  seconds, or a timedelta; then TimeoutError, and the task goes on
 
         Raises TaskDead or TaskCancelled if it ended so, and NotifyqError if nobody knows of such a task: it was pruned,
         or its transaction (conn=) isn't committed. Without a database it waits for that.
         """
+        timeout = in_seconds(timeout)
+        if timeout is not None and not isinstance(timeout, int | float):
+            raise ConfigError(f"timeout is {timeout!r}; expected seconds, or a timedelta")
         return await self._app.results.result(self.id, type, timeout, self.created_at)
 
     def progress(self) -> AsyncIterator[Progress]:

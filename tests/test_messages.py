@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import traceback
+from datetime import timedelta
 from typing import Any
 
 import psycopg
@@ -36,6 +37,7 @@ async def send(task: Mail) -> None: ...
         ({"max_retries": 5}, "did you mean max_attempts?"),
         ({"priorty": 5}, "did you mean priority?"),
         ({"expires": 5}, "enqueue has no option 'expires'; it has queue, delay"),
+        ({"timeout": 5}, "enqueue has no option 'timeout'; it is a setting of the task's class"),
     ],
 )
 async def test_options_of_other_queues(dsn: str, options: dict[str, Any], words: str) -> None:
@@ -46,11 +48,29 @@ async def test_options_of_other_queues(dsn: str, options: dict[str, Any], words:
             assert words in str(caught.value)
 
 
-async def test_what_is_no_task(dsn: str) -> None:
-    async with app.connect(dsn):
+async def test_what_is_no_task(dsn: str, db: Any) -> None:
+    async with app.connect(dsn, timeout=timedelta(seconds=30)):
         wrong: Any = send
         with pytest.raises(notifyq.ConfigError, match=r"enqueue Mail\(\.\.\.\), not its handler"):
             await app.enqueue(wrong)
+        not_instances: list[tuple[Any, str]] = [
+            (Mail, r"subclass of notifyq\.Task: Mail\(\.\.\.\)"),
+            ([Mail()], "enqueue_many takes several tasks"),
+            (send(Mail()), "enqueue the task itself, and don't call its handler"),
+        ]
+        for given, words in not_instances:
+            with pytest.raises(notifyq.ConfigError, match=words):
+                await app.enqueue(given)
+        options: dict[str, Any] = {"then": Mail()}
+        with pytest.raises(notifyq.ConfigError, match=r"enqueue has no option 'then'; .*enqueue_many\("):
+            await app.enqueue(Mail(), **options)
+        assert await db.fetchval("SELECT count(*) FROM notifyq.task") == 0
+        ref = await app.enqueue(Mail())
+        with pytest.raises(TimeoutError, match=r"hasn't ended within 0\.01 s"):
+            await ref.result(timeout=timedelta(milliseconds=10))
+        seconds: Any = "5"
+        with pytest.raises(notifyq.ConfigError, match="timeout is '5'; expected seconds, or a timedelta"):
+            await ref.result(timeout=seconds)
         pair: Any = (Mail(), {"delay": 3})
         with pytest.raises(notifyq.ConfigError, match="the options are for all tasks of a call"):
             await app.enqueue_many([pair])
