@@ -399,10 +399,16 @@ BEGIN
     END IF;
     LOOP
         -- KEY SHARE, as it hinders nothing but claims. Not one that runs: its worker would wait to settle it.
-        PERFORM FROM notifyq.task t WHERE t.id = old AND t.worker IS NULL FOR KEY SHARE;
+        -- Ids may have been given twice, to a task of another key.
+        PERFORM FROM notifyq.task t
+        WHERE t.id = old AND t.worker IS NULL AND t.options ->> 'unique_key' = my_key
+        FOR KEY SHARE;
         held := FOUND;
-        state := (SELECT a.state FROM notifyq.all_tasks a WHERE a.id = old
-                  ORDER BY a.state IN ('done', 'dead', 'cancelled') LIMIT 1);  -- ids may have been given twice
+        state := (SELECT a.state FROM notifyq.all_tasks a
+                  WHERE a.id = old AND NOT EXISTS (
+                      SELECT FROM notifyq.task t
+                      WHERE t.id = old AND t.options ->> 'unique_key' IS DISTINCT FROM my_key)
+                  ORDER BY a.state IN ('done', 'dead', 'cancelled') LIMIT 1);
         EXIT WHEN held OR state IS NULL OR state <> ALL (waiting);  -- else it was handed back in between
     END LOOP;
     -- What isn't known any more was done, and isn't kept.

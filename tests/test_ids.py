@@ -3,6 +3,7 @@ lost, no task runs twice for it, and whoever waits gets the new task's end."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -181,6 +182,22 @@ async def test_unique_keys_of_ids_that_are_given_again(db: Any, dsn: str) -> Non
         assert (other.id, again.id) == (1, 2)
         same = await app.enqueue(Once(key="a"))
         assert (same.id, same.existed) == (2, True), "two rows have its id, and the one that lives counts"
+
+
+@pytest.mark.parametrize("on_conflict", ["keep", "replace", "move"])
+async def test_an_id_that_a_task_of_another_key_has_by_now(db: Any, dsn: str, on_conflict: str) -> None:
+    """Before a worker has noticed: the key's task has gone, and nothing of the other one's is changed."""
+    async with app.connect(dsn):
+        insert = "INSERT INTO notifyq.task (type, payload, options) VALUES ('Say', $1, $2) RETURNING id"
+        ids = []
+        for key in "abccba":
+            if len(ids) == 3:
+                await truncate(db)
+            options = json.dumps({"unique_key": key, "on_conflict": on_conflict}).encode()
+            ids.append(await db.fetchval(insert, json.dumps({"text": key}).encode(), options))
+        assert ids == [1, 2, 3, 1, 2, 3]
+        rows = await db.fetch("SELECT payload ->> 'text', state FROM notifyq.all_tasks ORDER BY id")
+        assert [tuple(row) for row in rows] == [("c", "ready"), ("b", "ready"), ("a", "ready")]
 
 
 async def test_an_id_of_a_task_that_lives(db: Any, dsn: str) -> None:
