@@ -279,8 +279,11 @@ def ref(app: App, id: int, created: int | None = None, existed: bool = False) ->
     return made
 
 
-def check_same(id: int, expected: datetime | None, found: datetime) -> None:
-    """Raise NotifyqError if a task with this id is another one than a Ref's."""
+def check_same(id: int, expected: datetime | str | None, found: datetime | str) -> None:
+    """Raise NotifyqError if a task with this id is another one than a Ref's.
+
+    A str is a time as PostgreSQL prints it, since it has times that Python hasn't.
+    """
     if expected is not None and found != expected:
         raise NotifyqError(
             f"task {id} isn't the one that this Ref is of: it was created at {found}, and that one at {expected}. That "

@@ -173,7 +173,8 @@ async def test_other_encodings(encoded: tuple[str, str], run: Run) -> None:  # n
     assert states == ({"done", "dead", "ready"} if encoding == "SQL_ASCII" else {"done"})
     for command in ("tasks", "tasks --json", "show 1", "show 2", "stats"):
         said = await run(command, dsn=dsn)
-        assert (said.code, said.err) == (0, ""), command
+        note = "notifyq: 1 isn't started: no worker is up\n" if command == "show 1" and encoding == "SQL_ASCII" else ""
+        assert (said.code, said.err) == (0, note), command
     if encoding == "SQL_ASCII":
         assert "caf\ufffd" in (await run("tasks", dsn=dsn)).out
         assert "can't decode byte 0xe9" in (await run("show 2", dsn=dsn)).out

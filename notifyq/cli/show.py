@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator
-from datetime import datetime
 from typing import Any
 
 import click
@@ -55,10 +54,9 @@ async def _changes(dsn: str | None, id: int, follow: bool) -> AsyncIterator[tupl
             text: str | None = await conn.fetchval(SQL["show"], id)
             if text is None:
                 raise NotifyqError(f"{id}: {NO_TASK}")
-            found = datetime.fromisoformat(json.loads(text)["created_at"])
-            check_same(id, created, found)
-            created = found
             task = json.loads(text)
+            check_same(id, created, task["created_at"])
+            created = task["created_at"]
             ready = task["state"] == "ready" and not task["waits_for"]
             note = await why_not_started(conn, task["type"], task["queue"]) if ready else ""
             if (text, note) != told:

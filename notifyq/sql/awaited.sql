@@ -16,7 +16,7 @@ WITH free AS MATERIALIZED (
     UPDATE notifyq.task t SET awaited = true WHERE t.id = ANY (ARRAY(SELECT id FROM free)) RETURNING t.id
 )
 SELECT a.id, a.state, a.type, CASE WHEN a.before < 4194304 THEN a.result END AS result, a.error, a.progress, a.note,
-       a.created_at,
+       greatest(least(a.created_at, '9999-12-30Z'), '0001-01-03Z') AS created_at,
        a.id IN (SELECT m.id FROM marked m)
        OR a.id NOT IN (SELECT t.id FROM notifyq.task t WHERE t.id = ANY ($1::bigint[]) AND NOT t.awaited) AS marked,
        a.before >= 4194304 AS later

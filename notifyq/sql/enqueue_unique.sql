@@ -1,7 +1,7 @@
 -- As enqueue.sql, for a task with a unique_key in its options. Returns
 --   id       that of the new task, or of the existing task which is in the way
 --   created  the created_at of the same task, as enqueue.sql returns it. NULL if the existing task has ended, or was
---            inserted after this statement began
+--            inserted after this statement began, or its created_at was set to what is no time of Python's
 --   existed  whether the id is that of an existing task
 -- unique_task is called after the INSERT, and takes a new snapshot: this statement's own may be older than the existing
 -- task.
@@ -14,7 +14,9 @@ WITH new AS (
 SELECT f.id,
        coalesce(
            (SELECT created FROM new),
-           (SELECT (extract(epoch FROM t.created_at) * 1000000)::bigint FROM notifyq.task t WHERE t.id = f.id)
+           (SELECT CASE WHEN t.created_at BETWEEN '0001-01-03Z' AND '9999-12-30Z'
+                        THEN (extract(epoch FROM t.created_at) * 1000000)::bigint END
+            FROM notifyq.task t WHERE t.id = f.id)
        ) AS created,
        NOT EXISTS (SELECT FROM new) AS existed
 FROM (SELECT coalesce((SELECT id FROM new), notifyq.unique_task($8::text::jsonb ->> 'unique_key')) AS id OFFSET 0) AS f
