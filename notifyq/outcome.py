@@ -187,9 +187,9 @@ def smaller(outcome: Outcome, step: int, why: str) -> Outcome | None:
         said = ""
         if isinstance(outcome, Finish | Later) and outcome.error is not None:
             said = f"{msgspec.json.decode(outcome.error)['error'].splitlines()[0][:300]} ("
-        return encode_error(
-            job.attempt, f"{said}PostgreSQL can't store its outcome: {why}{')' if said else ''}", alone=alone
-        )
+        text = f"{said}PostgreSQL can't store its outcome: {why}{')' if said else ''}"
+        # ASCII, as the database's encoding may lack a character of it.
+        return encode_error(job.attempt, text.encode("ascii", "backslashreplace").decode(), alone=alone)
 
     match outcome:
         case Finish(state=state) if step <= 2:

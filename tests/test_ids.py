@@ -189,7 +189,7 @@ async def test_an_id_that_a_task_of_another_key_has_by_now(db: Any, dsn: str, on
     """Before a worker has noticed: the key's task has gone, and nothing of the other one's is changed."""
     async with app.connect(dsn):
         insert = "INSERT INTO notifyq.task (type, payload, options) VALUES ('Say', $1, $2) RETURNING id"
-        ids = []
+        ids: list[int | None] = []
         for key in "abccba":
             if len(ids) == 3:
                 await truncate(db)

@@ -180,6 +180,21 @@ async def test_other_encodings(encoded: tuple[str, str], run: Run) -> None:  # n
         assert "can't decode byte 0xe9" in (await run("show 2", dsn=dsn)).out
 
 
+async def test_an_error_that_the_encoding_lacks(encoded: tuple[str, str]) -> None:
+    """It is stored in another form, and the task ends."""
+    _, dsn = encoded
+    app = notifyq.App()
+
+    @app.handler
+    async def say(task: Say) -> None:
+        raise notifyq.Dead(f"{task.text} \U0001f40d")
+
+    async with app.connect(dsn), working(app, dsn):
+        ref = await app.enqueue(Say("snake"))
+        with pytest.raises(notifyq.TaskFailed, match="snake"):
+            await ref.result(timeout=60)
+
+
 async def test_a_long_name_is_cut_in_the_middle_of_a_character(server: Server, dsn: str) -> None:
     """Of SQL_ASCII, where a character is a byte."""
     await admin(server, "CREATE DATABASE enc_cut TEMPLATE template0 ENCODING 'SQL_ASCII' LOCALE 'C'")

@@ -226,7 +226,7 @@ def test_every_outcome_gets_smaller_and_ends() -> None:
     """At each step, until there is nothing less to be said."""
     for first, kinds in (
         (returned(job(), None, {"a": 1}), ["dead", "dead"]),  # type: ignore[arg-type]
-        (Later(job(), 5.0, b'{"attempt":2,"error":"e\\nmore"}'), [5.0, "dead"]),
+        (Later(job(), 5.0, '{"attempt":2,"error":"e\U0001f40d\\nmore"}'.encode()), [5.0, "dead"]),
         (HandBack(job()), []),
     ):
         forms = []
@@ -239,6 +239,7 @@ def test_every_outcome_gets_smaller_and_ends() -> None:
             said = json.loads(form.error or b"{}")["error"]  # type: ignore[union-attr]
             assert said.endswith("PostgreSQL can't store its outcome: why" + (")" if isinstance(first, Later) else ""))
             assert "more" not in said
+            assert said.isascii(), "every database's encoding has it"
 
 
 async def test_a_result_that_is_too_large(db: Any, dsn: str, monkeypatch: pytest.MonkeyPatch) -> None:
