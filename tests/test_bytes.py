@@ -294,7 +294,7 @@ async def test_a_result_that_can_not_be_written_in_time(
     monkeypatch.setattr(store, "WORKER_TIMEOUT_SECONDS", 1.0)
     monkeypatch.setattr(store, "SLOWEST", 1e9)
     (id,) = await rig.insert("large", "''", 1, "Make", size=400_000)
-    rig.proxy.rates["settle"] = 50_000.0
+    rig.proxy.rates["settle"] = 20_000.0  # ten times too slow for it
     async with working(rig.app, rig.dsn):
         await rig.ran.reach(1)
         await rig.insert("small", "''", 3)

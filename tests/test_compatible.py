@@ -381,7 +381,7 @@ def test_the_document_is_deterministic() -> None:
 
 
 def test_what_json_schema_cannot_say() -> None:
-    with pytest.raises(ConfigError, match=r"no JSON Schema can be made of these tasks: .*<class 'complex'>"):
+    with pytest.raises(ConfigError, match="the field 'f' is a complex, which can't be read from JSON"):
         payloads.document(registry(task(("f", complex))))
 
 

@@ -68,7 +68,11 @@ MUTANTS: dict[str, list[Change]] = {
     ],
     # Whoever is in the way may begin at any time.
     "in the way": [
-        ("schema.sql", "t.id = old AND t.worker IS NULL FOR KEY SHARE;", "t.id = old AND t.worker IS NULL;")
+        (
+            "schema.sql",
+            "t.options ->> 'unique_key' = my_key\n        FOR KEY SHARE;",
+            "t.options ->> 'unique_key' = my_key;",
+        )
     ],
     # Who waits for several is let in by the first.
     "after": [
