@@ -389,7 +389,6 @@ WRONG: dict[Callable[[], History], str] = {
     robbed: "P2 taken from w1, which no fault had touched",
     at_once: "P2 runs w1-1 and w2-1 at once",
     without_a_lease: "P2 run w2-1 began without a lease",
-    lambda: handed_back(2): "P2 taken from w1, which no fault had touched, by w1",
     lambda: handed_back(1, "Quick"): "P2 taken from w1, which no fault had touched, by w1",
     lambda: handed_back(1, begun=True): "P2 taken from w1, which no fault had touched, by w1",
     crashed: "P1 a Bystander ends done, and this one is dead",

@@ -182,28 +182,12 @@ def again(history: History) -> Iterator[Breach]:
             # and has not begun.
             if (
                 end.who == lease.who
-                and (end.limit_key or end.order_key or end.after or (end.type in PLAIN and _no_thread(history, lease)))
+                and (end.limit_key or end.order_key or end.after or end.type in PLAIN)
                 and not _began(history, lease, end)
             ):
                 continue
             if not history.touched(lease.who, lease.claim.at, end.at):
                 yield Breach("P2", f"taken from {lease.who}, which no fault had touched, by {end.who}", id, end.at)
-
-
-def _no_thread(history: History, lease: Lease) -> bool:
-    """Whether its worker had a plain handler for each of its threads, at some time of that lease."""
-    assert lease.end is not None
-    # Those that began: others may have been handed back just as it was.
-    held = sum(
-        other.claim.type in PLAIN
-        and other is not lease
-        and other.claim.at <= lease.end.at
-        and (other.end is None or other.end.committed >= lease.claim.at)
-        and _began(history, other, other.end)
-        for other in history.leases_by[lease.worker]
-    )
-    threads = next((process.threads for process in history.processes if process.who == lease.who), 0)
-    return held >= threads
 
 
 def _began(history: History, lease: Lease, end: Row | None) -> bool:

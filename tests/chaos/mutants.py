@@ -82,8 +82,6 @@ MUTANTS: dict[str, list[Change]] = {
     "told": [
         ("schema.sql", "held := notifyq.track(needed);\n        EXIT WHEN", "held := needed;\n        EXIT WHEN"),
     ],
-    # One thread is never used, and what was claimed for it is handed back.
-    "threads": [("room.py", "if spare <= 0:", "if spare <= 1:")],
     # Payloads that are fetched apart are given to the tasks that were asked for, one by one: some may have none.
     "payloads": [
         (
