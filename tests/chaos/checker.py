@@ -202,6 +202,11 @@ def overlapping(history: History) -> Iterator[Breach]:
         for first, second in itertools.pairwise(runs):
             if second.started >= _end(history, first):
                 continue
+            # It was claimed, and its worker frozen before it began: the worker begins it, and then finds out.
+            stale = lease_of(history, second)
+            is_over = stale is not None and stale.end is not None and stale.end.at <= second.started
+            if stale is not None and is_over and history.touched(second.who, stale.claim.at, second.started):
+                continue
             lease = lease_of(history, first)
             if lease is None or lease.end is None:
                 excused = history.touched(first.who, first.started - 2, second.started)
