@@ -17,9 +17,7 @@ from .errors import ConfigError
 from .task import Task
 
 PAYLOAD_LIMIT = 16 * 1024 * 1024  # bytes of JSON
-RESULT_LIMIT = (
-    16 * 1024 * 1024
-)  # bytes of JSON; what is larger belongs in a table or a file, and its name in the result
+RESULT_LIMIT = 16 * 1024 * 1024  # bytes of JSON; what is larger belongs in a table or a file, which the result names
 TRACEBACK_LINES = 30
 NOTE_LENGTH = 200  # characters of what ctx.progress tells
 OURS = os.path.dirname(os.path.abspath(__file__)) + os.sep
