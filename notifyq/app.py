@@ -16,7 +16,7 @@ import msgspec
 from anyio.abc import TaskStatus
 
 from . import enqueue, foreign, lifespan, log, loops
-from .config import WorkerConfig, check_name, in_seconds, parse_queues, resolve_dsn
+from .config import WorkerConfig, check_name, in_seconds, is_number, parse_queues, resolve_dsn
 from .cron import Cron, Missed, check_schedule
 from .enqueue import Via
 from .errors import ConfigError, DatabaseError
@@ -234,7 +234,7 @@ class App:
         if self._pool is not None:
             raise ConfigError("this app is connected already; one `async with app.connect():` serves all tasks")
         timeout = in_seconds(timeout)
-        if not (isinstance(timeout, int | float) and 0 < timeout <= 3600):  # a NaN fails this too
+        if not (is_number(timeout) and 0 < timeout <= 3600):  # a NaN fails this too
             raise ConfigError(f"timeout is {timeout!r}; expected seconds above 0, up to an hour")
         url, source = resolve_dsn(dsn)
         with explained(url, source):

@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from datetime import timedelta
-from typing import TypeVar, cast
+from typing import TypeGuard, TypeVar, cast
 
 import msgspec
 
@@ -37,11 +37,11 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
             raise ConfigError("queues is empty; name at least one, such as 'default'")
         for queue, limit in self.queues.items():
             check_name("queue", queue)
-            if limit is not None and (not isinstance(limit, int) or limit < 1):
+            if limit is not None and (not is_int(limit) or limit < 1):
                 raise ConfigError(f"queue {queue!r} has limit {limit!r}; expected 1 or more, or no limit")
-        if not isinstance(self.concurrency, int) or not 1 <= self.concurrency <= 10_000:
+        if not is_int(self.concurrency) or not 1 <= self.concurrency <= 10_000:
             raise ConfigError(f"concurrency is {self.concurrency!r}; expected 1 to 10000")
-        if self.threads is not None and not (isinstance(self.threads, int) and 1 <= self.threads <= 10_000):
+        if self.threads is not None and not (is_int(self.threads) and 1 <= self.threads <= 10_000):
             raise ConfigError(f"threads is {self.threads!r}; expected 1 to 10000")
         for name, least in (
             ("shutdown_timeout_seconds", 0.0),
@@ -50,7 +50,7 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
             ("history_seconds", 0.0),
         ):
             value = getattr(self, name)
-            if not (isinstance(value, int | float) and least <= value <= 366 * 86400):  # a NaN fails this too
+            if not (is_number(value) and least <= value <= 366 * 86400):  # a NaN fails this too
                 raise ConfigError(f"{name} is {value!r}; expected seconds, from {least:g} to a year")
 
     @property
@@ -73,6 +73,29 @@ def check_name(what: str, name: str) -> None:
     if not 1 <= len(name) <= NAME_LENGTH or "\x00" in name or any("\ud800" <= c <= "\udfff" for c in name):
         shown = name if len(name) <= 40 else name[:40] + "..."
         raise ConfigError(f"{what} {shown!r}: expected 1 to {NAME_LENGTH} characters, none of them NUL")
+
+
+def check_queue(what: str, name: str) -> None:
+    """Raise ConfigError for a queue's name that `notifyq worker -q` can't take: several names, or one with a limit.
+
+    An INSERT may name a queue so. run_worker can serve that: queues={name: None}.
+    """
+    check_name(what, name)
+    if re.search(r"[\s,:]", name):
+        raise ConfigError(
+            f"{what} {name!r}: a name has no spaces, commas or colons; for several queues of a worker repeat -q, or "
+            "put spaces between them in NOTIFYQ_QUEUE; a limit is a number, and said to the worker: -q mail:5"
+        )
+
+
+def is_int(value: object) -> TypeGuard[int]:
+    """Whether it is an int, and not True or False, which are ints too and mean something else."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_number(value: object) -> TypeGuard[int | float]:
+    """The same of an int or a float."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def in_seconds(value: _Value | timedelta) -> _Value | float:

@@ -12,7 +12,7 @@ import msgspec
 
 from . import settings
 from .codec import type_name
-from .config import check_name, in_seconds
+from .config import check_name, check_queue, in_seconds, is_int, is_number
 from .errors import ConfigError
 from .rules import key_of, rules_of
 from .task import Ref, State, Task
@@ -39,7 +39,7 @@ UNTOLD: Any = object()
 class EnqueueOptions(TypedDict, total=False):
     """The options of `enqueue` and `enqueue_many`, of App and SyncClient.
 
-    queue         if it isn't said, what its class says: "default"
+    queue         a name without spaces, commas and colons; if it isn't said, what its class says: "default"
     delay         seconds, or a timedelta, from now, by the database's clock; or
     run_at        when, an aware datetime
     priority      -32768 to 32767, the higher the sooner; if it isn't said, what its class says: 0
@@ -166,26 +166,26 @@ class Options(NamedTuple):
                 hint = f"did you mean {near}?" if near else f"it has {', '.join(EnqueueOptions.__annotations__)}"
             raise ConfigError(f"enqueue has no option {name!r}; {hint}")
         if queue is not UNTOLD:
-            check_name("queue", queue)
+            check_queue("queue", queue)
         delay = in_seconds(delay)
         if delay is not None:
             if run_at is not None:
                 raise ConfigError("delay= and run_at= are both given; they are two ways to say the same")
-            if not (isinstance(delay, int | float) and math.isfinite(delay) and 0 <= delay <= 100 * 366 * 86400):
+            if not (is_number(delay) and math.isfinite(delay) and 0 <= delay <= 100 * 366 * 86400):
                 raise ConfigError(f"delay is {delay!r}; expected seconds, 0 or more, or a timedelta")
         if run_at is not None and (not isinstance(run_at, datetime) or run_at.tzinfo is None):
             raise ConfigError(
                 f"run_at is {run_at!r}; expected a datetime with a timezone, as datetime.now(timezone.utc)"
             )
-        if priority is not UNTOLD and (not isinstance(priority, int) or not -32768 <= priority <= 32767):
+        if priority is not UNTOLD and (not is_int(priority) or not -32768 <= priority <= 32767):
             raise ConfigError(f"priority is {priority!r}; expected -32768 to 32767")
-        if max_attempts is not None and (not isinstance(max_attempts, int) or not 1 <= max_attempts <= 32767):
+        if max_attempts is not None and (not is_int(max_attempts) or not 1 <= max_attempts <= 32767):
             raise ConfigError(f"max_attempts is {max_attempts!r}; expected 1 to 32767")
         if order_key is not None:
             check_name("order_key", order_key)
         if rate is not None:
             parse_rate(rate)
-        if limit is not None and (not isinstance(limit, int) or not 1 <= limit < 2**31):
+        if limit is not None and (not is_int(limit) or not 1 <= limit < 2**31):
             raise ConfigError(f"limit is {limit!r}; expected how many may run at once, 1 or more")
         if limit_key is not None:
             check_name("limit_key", limit_key)
@@ -254,7 +254,7 @@ def check_group(size: int) -> None:
 
 def is_id(id: object) -> bool:
     """Whether a task could have it."""
-    return isinstance(id, int) and not isinstance(id, bool) and 1 <= id < 2**63
+    return is_int(id) and 1 <= id < 2**63
 
 
 def checked_ids(after: Iterable[Ref | int]) -> list[int] | None:

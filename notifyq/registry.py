@@ -12,13 +12,13 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from copy import copy
 from inspect import Parameter
 from types import UnionType
-from typing import Annotated, Any, NamedTuple, Union, cast, get_args, get_origin
+from typing import Annotated, Any, NamedTuple, TypeGuard, Union, cast, get_args, get_origin
 
 import msgspec
 
 from . import jsonable, settings
 from .codec import type_name
-from .config import check_name, in_seconds
+from .config import check_name, in_seconds, is_int, is_number
 from .cron import Cron
 from .errors import ConfigError
 from .lifespan import Lifespan
@@ -48,14 +48,14 @@ class HandlerOptions(NamedTuple):
     @classmethod
     def checked(cls, batch: object, linger: object, middleware: bool) -> HandlerOptions:
         """Raises ConfigError for what can't be."""
-        if batch is not None and (not isinstance(batch, int) or isinstance(batch, bool) or not 1 <= batch <= 10_000):
+        if batch is not None and (not is_int(batch) or not 1 <= batch <= 10_000):
             raise ConfigError(f"@app.handler(batch={batch!r}): expected 1 to 10000 tasks")
         linger = in_seconds(linger)
-        if linger is not None and not (_seconds(linger) and 0 <= cast("float", linger) <= 3600):
+        if linger is not None and not (_seconds(linger) and 0 <= linger <= 3600):
             raise ConfigError(f"@app.handler(linger={linger!r}): expected seconds, 0 to 3600, or a timedelta")
         if linger is not None and batch is None:
             raise ConfigError("@app.handler(linger=...) says how long to gather a batch; expected batch= beside it")
-        return cls(batch, LINGER_SECONDS if linger is None else cast("float", linger), middleware)
+        return cls(batch, LINGER_SECONDS if linger is None else linger, middleware)
 
 
 class Handler:
@@ -455,7 +455,7 @@ def check_task(task: type[Task]) -> None:
                 f"`{setting} = ...` without an annotation, or name the field otherwise"
             )
     attempts, backoff, timeout = task.max_attempts, in_seconds(task.backoff), in_seconds(task.timeout)
-    if not isinstance(attempts, int) or not 1 <= attempts <= 32767:
+    if not is_int(attempts) or not 1 <= attempts <= 32767:
         raise ConfigError(f"task {name}: max_attempts is {attempts!r}; expected 1 to 32767")
     if not _seconds(backoff) or backoff < 0:
         raise ConfigError(f"task {name}: backoff is {backoff!r}; expected seconds, 0 or more, or a timedelta")
@@ -467,8 +467,8 @@ def check_task(task: type[Task]) -> None:
     jsonable.decoder(task)
 
 
-def _seconds(value: object) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
+def _seconds(value: object) -> TypeGuard[float]:
+    return is_number(value) and math.isfinite(value)
 
 
 def _name(thing: Any) -> str:

@@ -12,7 +12,7 @@ from typing import Final, NamedTuple, cast
 import msgspec
 
 from .codec import type_name
-from .config import NAME_LENGTH, check_name
+from .config import NAME_LENGTH, check_name, check_queue, is_int
 from .errors import ConfigError
 from .task import Task
 
@@ -71,19 +71,17 @@ def _checked(cls: type[Task]) -> Rules | None:
     # A field of the payload that has the name of a rule is none.
     said = {name: getattr(cls, name) for name in NAMES if name not in cls.__struct_fields__}
     rules = PLAIN._replace(**said)
-    if rules == PLAIN:
-        return None
     whose = f"task {cls.__name__}: "
-    check_name(f"{whose}queue", rules.queue)
-    if not isinstance(rules.priority, int) or not -32768 <= rules.priority <= 32767:
+    check_queue(f"{whose}queue", rules.queue)
+    if not is_int(rules.priority) or not -32768 <= rules.priority <= 32767:
         raise ConfigError(f"{whose}priority is {rules.priority!r}; expected -32768 to 32767")
     for name in ("order_key", "limit_key"):
         _check_key(cls, name, getattr(rules, name))
-    if rules.limit is not None and (not isinstance(rules.limit, int) or not 1 <= rules.limit < 2**31):
+    if rules.limit is not None and (not is_int(rules.limit) or not 1 <= rules.limit < 2**31):
         raise ConfigError(f"{whose}limit is {rules.limit!r}; expected how many may run at once, 1 or more")
     if rules.rate is not None:
         parse_rate(rules.rate, whose)
-    return rules
+    return None if rules == PLAIN else rules
 
 
 def _check_key(cls: type[Task], name: str, rule: object) -> None:

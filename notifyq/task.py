@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeAlias, T
 import msgspec
 
 from . import loops
-from .config import in_seconds
+from .config import in_seconds, is_number
 from .errors import ConfigError, NotifyqError
 from .settings import StructMeta
 
@@ -237,7 +237,7 @@ class Ref(msgspec.Struct, frozen=True, dict=True, eq=False, omit_defaults=True):
         or its transaction (conn=) isn't committed. Without a database it waits for that.
         """
         timeout = in_seconds(timeout)
-        if timeout is not None and not isinstance(timeout, int | float):
+        if timeout is not None and not is_number(timeout):
             raise ConfigError(f"timeout is {timeout!r}; expected seconds, or a timedelta")
         return await self._app.results.result(self.id, type, timeout, self.created_at)
 
@@ -308,7 +308,7 @@ class Verdict(Exception):
 
 def is_delay(delay: object) -> bool:
     """Whether it is None, or seconds from 0 to a year, which a NaN isn't."""
-    return delay is None or (isinstance(delay, int | float) and 0 <= delay <= 366 * 86400)
+    return delay is None or (is_number(delay) and 0 <= delay <= 366 * 86400)
 
 
 class Retry(Verdict):

@@ -14,7 +14,7 @@ from typing import NamedTuple, Self, cast
 import msgspec
 
 from .codec import type_name
-from .config import NAME_LENGTH, check_name, in_seconds
+from .config import NAME_LENGTH, check_name, in_seconds, is_number
 from .errors import ConfigError
 from .task import ENDED, STATES, Task
 
@@ -106,9 +106,7 @@ def _settings(
     whose: str, seconds: object, states: object, on_conflict: object
 ) -> tuple[float | None, tuple[str, ...] | None, str | None]:
     seconds = in_seconds(seconds)
-    if seconds is not None and not (
-        isinstance(seconds, int | float) and math.isfinite(seconds) and 0 < seconds <= LONGEST_SECONDS
-    ):
+    if seconds is not None and not (is_number(seconds) and math.isfinite(seconds) and 0 < seconds <= LONGEST_SECONDS):
         raise ConfigError(f"{whose}unique_for is {seconds!r}; expected seconds above 0, or a timedelta")
     chosen: tuple[str, ...] | None = None
     if states is not None:

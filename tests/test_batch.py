@@ -639,6 +639,7 @@ def both(tasks: list[Item], *, given: "list[str]") -> None: ...  # noqa: UP037
         (listed, {"batch": 2, "linger": -0.1}, r"@app\.handler\(linger=-0\.1\): expected seconds, 0 to 3600"),
         (listed, {"batch": 2, "linger": float("nan")}, "expected seconds"),
         (listed, {"batch": 2, "linger": "1"}, "expected seconds"),
+        (listed, {"batch": 2, "linger": True}, r"linger=True\): expected seconds"),
         (listed, {"linger": 1}, "expected batch= beside it"),
         (
             one,

@@ -613,6 +613,7 @@ def test_a_rate_that_is_none(rate: Any) -> None:
         ({"limit_key": "a"}, "limit_key is 'a', and no limit; add limit=3"),
         ({"limit": 3}, "limit= and rate= are of tasks with the same limit_key; add limit_key="),
         ({"limit_key": "a", "limit": 0}, "limit is 0; expected how many may run at once"),
+        ({"limit_key": "a", "limit": True}, "limit is True; expected how many may run at once"),
         ({"limit_key": "a", "rate": "often"}, "rate is 'often'; expected how many in what time"),
         ({"order_key": ""}, "order_key ''"),
         ({"order_key": "a" * 201}, "expected 1 to 200 characters"),

@@ -302,6 +302,7 @@ def test_a_setting_is_no_field(name: str) -> None:
         ({"unique": ("m",)}, "unique has 'm' in it, which is no field; its fields: n"),
         ({"unique_for": 60}, "unique_for, unique_states and on_conflict go with a key, and Known has no rule for one"),
         ({"unique": "k", "unique_for": -1}, "unique_for is -1; expected seconds above 0"),
+        ({"unique": "k", "unique_for": True}, "unique_for is True; expected seconds above 0"),
         (
             {"unique": "k", "unique_states": ("dead",)},
             "has 'dead' in it, and nothing says for how long; add unique_for",

@@ -12,7 +12,6 @@ from typing import Any, TypeVar
 
 import click
 
-from notifyq.config import check_name
 from notifyq.errors import ConfigError
 from notifyq.options import EnqueueOptions, parse_rate
 
@@ -60,19 +59,6 @@ def as_flags() -> Generator[None, None, None]:
     except ConfigError as error:
         said = OPTION.sub(lambda m: f"--{m[1].replace('_', '-')}{' ' if m[2] else ''}", str(error))
         raise ConfigError(said) from error
-
-
-def check_typed_queue(name: str) -> None:
-    """Raise ConfigError for a queue's name that is rather a slip of whoever typed it.
-
-    Python and SQL may name queues so: there a name is one value, and is not split or cut.
-    """
-    check_name("queue", name)
-    if re.search(r"[\s,:]", name):
-        raise ConfigError(
-            f"queue {name!r}: a name on the command line has no spaces, commas or colons; for several queues of a "
-            "worker repeat -q, or put spaces between them in NOTIFYQ_QUEUE; a limit is a number: -q mail:5"
-        )
 
 
 # Types of values: functions, for click to call. BadParameter gets the flag's name from click.

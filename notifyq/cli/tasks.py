@@ -29,7 +29,6 @@ from notifyq.unique import NOTHING
 from .load import load_app
 from .options import (
     as_flags,
-    check_typed_queue,
     did_you_mean,
     dsn_option,
     duration,
@@ -136,8 +135,6 @@ def enqueue(
     JSON is the payload, an object; without it, {}. With - it is read from stdin.
     """
     check_name("type", type)
-    if queue is not None:
-        check_typed_queue(queue)
     with as_flags():
         options = Options.check(
             queue=UNTOLD if queue is None else queue,

@@ -10,14 +10,14 @@ import anyio
 import click
 
 from notifyq import App, WorkerInfo, log
-from notifyq.config import WorkerConfig, parse_queues
+from notifyq.config import WorkerConfig, check_queue, parse_queues
 from notifyq.errors import NotifyqError
 from notifyq.signals import Watch
 from notifyq.worker import work
 
 from . import family, logs
 from .load import load_app
-from .options import check_typed_queue, dsn_option, duration, number, setting, word
+from .options import dsn_option, duration, number, setting, word
 from .output import our_version, say
 
 logger = log.logger("notifyq.cli")
@@ -129,7 +129,7 @@ def worker(
     """
     parsed = parse_queues(queues)
     for name in parsed:
-        check_typed_queue(name)
+        check_queue("queue", name)
     config = WorkerConfig(
         queues=parsed,
         concurrency=concurrency,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 
+from notifyq.config import is_number
 from notifyq.errors import ConfigError
 from notifyq.store import SQL
 
@@ -21,7 +22,7 @@ async def advance(source: Source, seconds: float) -> int:
 
     They aren't run by it: `drain` does that, or a worker, which wakes. Raises ConfigError for what isn't a time.
     """
-    if not (isinstance(seconds, int | float) and math.isfinite(seconds) and seconds >= 0):
+    if not (is_number(seconds) and math.isfinite(seconds) and seconds >= 0):
         raise ConfigError(f"advance got {seconds!r}; expected seconds, 0 or more: what was can't be made to come")
     async with connection(source) as conn:
         due: int = await conn.fetchval(SQL["advance"], float(seconds))
