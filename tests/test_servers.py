@@ -47,10 +47,10 @@ def debian(data_dir: Path | None = None, **settings: str) -> Server:
 @contextmanager
 def open_folder() -> Iterator[Path]:
     """A folder that the account that runs the server can pass."""
-    folder = Path(tempfile.mkdtemp(prefix="notifyq-test-"))
-    folder.chmod(0o711)
-    yield folder
-    shutil.rmtree(folder)
+    with tempfile.TemporaryDirectory(prefix="notifyq-test-") as name:
+        folder = Path(name)
+        folder.chmod(0o711)
+        yield folder
 
 
 async def migrated(dsn: str) -> Any:
