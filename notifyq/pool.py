@@ -20,6 +20,7 @@ from .errors import DatabaseError
 
 if TYPE_CHECKING:
     from asyncpg.pool import PoolConnectionProxy
+    from asyncpg.transaction import Transaction
 
     Pooled = PoolConnectionProxy[asyncpg.Record]
 
@@ -107,20 +108,30 @@ class AppPool:
 
     @asynccontextmanager
     async def transaction(self) -> AsyncGenerator[Pooled, None]:
-        """A connection in a transaction. It is cut where a ROLLBACK would have to wait for what isn't answered."""
+        """A connection in a transaction."""
         async with self.acquire() as conn:
             transaction = conn.transaction()
             try:
                 await transaction.start()
                 yield conn
                 await transaction.commit()
-            except BaseException as error:
-                if isinstance(error, TimeoutError) or not isinstance(error, Exception):
-                    conn.terminate()
-                else:
-                    with suppress(*store.TRANSIENT):  # it may be the connection that failed
-                        await transaction.rollback()
+            except TimeoutError:
+                raise  # `acquire` cuts the connection: a ROLLBACK wouldn't be answered either
+            except BaseException:
+                await self._roll_back(conn, transaction)
                 raise
+
+    async def _roll_back(self, conn: Pooled, transaction: Transaction) -> None:
+        """If that takes too long, cut the connection, and the idle ones with it, as `acquire` does."""
+        with (
+            anyio.move_on_after(FREE_SECONDS, shield=True) as limit,
+            suppress(*store.TRANSIENT, asyncpg.InterfaceError),
+        ):
+            await transaction.rollback()
+            return
+        conn.terminate()
+        if limit.cancelled_caught:
+            self._cut_idle()
 
 
 async def _keep_alive(conn: asyncpg.Connection[asyncpg.Record]) -> None:

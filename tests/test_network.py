@@ -18,7 +18,7 @@ import anyio.to_thread
 import pytest
 
 import notifyq
-from notifyq import schema, store, sync_pool
+from notifyq import pool, schema, store, sync_pool
 from notifyq.embedded import Server
 from notifyq.errors import DatabaseError
 
@@ -321,15 +321,27 @@ ASLEEP = """SELECT count(*) FROM pg_locks
 # Who enqueues. A host that vanished, or a server that is frozen, says nothing on any of the connections that were open.
 
 
-async def test_an_app_after_a_host_vanished(net: Rig) -> None:
-    """The first call that isn't answered takes the other connections along: they lead to the same host."""
+async def several(net: Rig) -> int:
+    """Have the app open more than one connection, which then stand idle. Returns how many."""
+    async with anyio.create_task_group() as group:
+        for _ in range(5):
+            group.start_soon(net.app.enqueue, Note())
+    opened = len(net.proxy.open("app"))
+    assert opened >= 2
+    return opened
+
+
+async def test_an_app_after_a_host_vanished(net: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first call that isn't answered takes the other connections along: they lead to the same host. Its own is cut
+    at once."""
+    monkeypatch.setattr(pool, "FREE_SECONDS", 3600.0)
     async with net.app.connect(net.dsn, timeout=1.0):
-        async with anyio.create_task_group() as group:
-            for _ in range(5):
-                group.start_soon(net.app.enqueue, Note())
-        opened = net.proxy.half_open("app")
-        assert opened >= 2
-        with pytest.raises(notifyq.DatabaseError, match=r"in time \(1 s\); what was asked may have been done, or not"):
+        opened = await several(net)
+        assert net.proxy.half_open("app") == opened
+        with (
+            anyio.fail_after(25),
+            pytest.raises(notifyq.DatabaseError, match=r"in time \(1 s\); what was asked may have been done, or not"),
+        ):
             await net.app.enqueue(Note())
         for _ in range(opened):
             await net.app.enqueue(Note())
@@ -338,20 +350,36 @@ async def test_an_app_after_a_host_vanished(net: Rig) -> None:
 
 @pytest.mark.parametrize("many", [1, 100, 5000])
 async def test_an_app_s_call_that_its_caller_gives_up(net: Rig, many: int) -> None:
-    """It doesn't wait for an answer to a request to cancel, which won't come either: that took 30 s, or 60."""
+    """It doesn't wait for an answer to a request to cancel, or to a ROLLBACK, which won't come either: that took 30 s,
+    or 60. The other connections go with it, so that the next call has one that is answered."""
     async with net.app.connect(net.dsn):
-        await net.app.enqueue(Note())
+        opened = await several(net)
         async with net.db.transaction():
             await net.db.execute("LOCK TABLE notifyq.task IN SHARE MODE")  # so that it isn't answered
             began = time.monotonic()
-            async with anyio.create_task_group() as group:
-                group.start_soon(net.app.enqueue_many, [Note()] * many)
-                waiting = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
-                await eventually(lambda: net.db.fetchval(waiting), 1)
-                assert net.proxy.half_open("app") == 1
-                group.cancel_scope.cancel()
+            call = asyncio.create_task(net.app.enqueue_many([Note()] * many))
+            waiting = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
+            await eventually(lambda: net.db.fetchval(waiting), 1)
+            assert net.proxy.half_open("app") == opened
+            call.cancel()  # once, as asyncio does it; anyio cancels whatever is awaited after that too
+            await asyncio.wait([call])
+            assert call.cancelled()
             assert time.monotonic() - began < 25
         await net.app.enqueue(Note())
+
+
+async def test_an_app_s_transaction_that_is_not_answered(net: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing more is asked of that host: a ROLLBACK would wait for its own timeout."""
+
+    async def asked(_: object) -> None:
+        raise AssertionError("ROLLBACK")
+
+    async with net.app.connect(net.dsn, timeout=1.0), net.db.transaction():
+        await net.db.execute("LOCK TABLE notifyq.task IN SHARE MODE")
+        with monkeypatch.context() as patched:
+            patched.setattr("asyncpg.transaction.Transaction.rollback", asked)
+            with pytest.raises(notifyq.DatabaseError, match="no answer from the database in time"):
+                await net.app.enqueue_many([Note()] * 5000)
 
 
 async def test_a_client_without_async_after_a_host_vanished(net: Rig) -> None:

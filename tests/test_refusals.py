@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -240,6 +241,20 @@ def test_every_outcome_gets_smaller_and_ends() -> None:
             assert said.endswith("PostgreSQL can't store its outcome: why" + (")" if isinstance(first, Later) else ""))
             assert "more" not in said
             assert said.isascii(), "every database's encoding has it"
+
+
+def test_the_pauses_of_what_is_put_off() -> None:
+    """Each is twice as long as the one before, the first too is none to be skipped, and there is a longest."""
+    before = time.monotonic()
+    one = settle.PutOff(HandBack(job()))
+    pauses = []
+    for _ in range(12):
+        assert before + one.pause <= one.due <= time.monotonic() + one.pause
+        pauses.append(one.pause)
+        before = time.monotonic()
+        one.again()
+    assert pauses[:9] == [2.0**n for n in range(9)]
+    assert pauses[9:] == [settle.PAUSE_MOST] * 3
 
 
 async def test_a_result_that_is_too_large(db: Any, dsn: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -155,6 +155,14 @@ async def test_a_group_goes_by_each_class(app: notifyq.App, dsn: str, db: Any) -
     assert last.id > max(ids)
 
 
+async def test_a_group_s_keys_and_limits_are_not_those_of_what_follows(app: notifyq.App, dsn: str, db: Any) -> None:
+    async with app.connect(dsn):
+        ids, _ = await app.enqueue_many([Plain()], then=Plain(), queue="mail", order_key="o", limit_key="k", limit=1)
+    first, then = stored(await rows(db))
+    assert first == ("Plain", "mail", 0, {"order_key": "o", "limit_key": "k", "limit_running": 1})
+    assert then == ("Plain", "mail", 0, {"after": ids})
+
+
 async def test_what_enqueue_is_told_wins(app: notifyq.App, dsn: str, db: Any) -> None:
     told: dict[str, Any] = {"queue": "default", "priority": 0}
     async with app.connect(dsn):
