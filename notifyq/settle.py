@@ -7,7 +7,9 @@ with its bytes. Only the write is tried again, never the handler.
     PostgreSQL refuses a batch     it is tried again with half as many, down to one. The others are written at once
     it refuses that one            it is written in a smaller form: outcome.smaller
     it refuses all of these        it is put off, and its lease stays held. After a pause, which doubles each time, it
-                                   is tried again, as it was decided: what was in its way may be gone
+                                   is tried again, as it was decided: what was in its way may be gone. If that fails
+                                   and a smaller form would be taken, what was in its way may have gone just between
+                                   the two, so it starts again with the form that was decided
     a batch isn't written in time  half as many, down to one; that one with twice the time, and then as above
     an id is in the history        the older row gives way: somebody has set the sequence of ids back
     the connection fails           all of it is tried again, on a new one
@@ -65,14 +67,16 @@ BackOff = Callable[[str, BaseException], Awaitable[None]]
 class PutOff:
     """An outcome that PostgreSQL refuses in every form, and when to try again."""
 
-    __slots__ = ("due", "outcome", "pause")
+    __slots__ = ("due", "outcome", "pause", "storable")
 
     def __init__(self, outcome: Outcome) -> None:
         self.outcome = outcome
         self.pause = PAUSE_LEAST
         self.due = time.monotonic() + self.pause
+        self.storable = False  # PostgreSQL has just shown that it would take a form of it
 
     def again(self) -> None:
+        self.storable = False
         self.pause = min(PAUSE_MOST, self.pause * 2)
         self.due = time.monotonic() + self.pause
 
@@ -228,6 +232,9 @@ class Settler:
             return
         try:
             seconds = seconds_for(sum(map(size_of, batch))) * 2 ** self._tries.get(batch[0].job, 0)
+            if self._is_trial(batch[0]):
+                await self._try(conn, batch[0], seconds)
+                return
             await self._write(conn, batch, seconds)
         except TimeoutError as error:
             self._disconnect()
@@ -251,6 +258,26 @@ class Settler:
             self._most = min(BATCH, self._most * 2)
             self._written(batch)
             well("settle")
+
+    def _is_trial(self, outcome: Outcome) -> bool:
+        """It was put off, and is a smaller form: whether PostgreSQL takes it only says that something has changed."""
+        put_off = self._put_off.get(outcome.job)
+        return put_off is not None and not put_off.storable and outcome.job in self._first
+
+    async def _try(self, conn: Connection, outcome: Outcome, seconds: float) -> None:
+        """Write a smaller form, and roll that back. If PostgreSQL takes it, go on with the form that was decided."""
+        transaction = conn.transaction()
+        await transaction.start()
+        try:
+            await self._write(conn, [outcome], seconds)
+        except asyncpg.PostgresError:
+            await transaction.rollback()
+            raise
+        await transaction.rollback()
+        first, _ = self._first.pop(outcome.job)
+        self._put_off[outcome.job].storable = True
+        self._bytes += size_of(first) - size_of(outcome)
+        self._writing[0] = first
 
     def _written(self, batch: list[Outcome]) -> None:
         if self._bytes:

@@ -11,14 +11,15 @@ from collections.abc import Callable
 from typing import Any
 
 import anyio
+import asyncpg
 import pytest
 
 import notifyq
 from notifyq import settle
-from notifyq.outcome import HandBack, Later, Outcome, returned, smaller
+from notifyq.outcome import Finish, HandBack, Later, Outcome, returned, smaller
 from notifyq.store import SQL, Job
 
-from .conftest import Seen, eventually, working
+from .conftest import Seen, Sessions, eventually, working
 from .machine import limit
 
 Logged = Callable[[str], list[dict[str, Any]]]
@@ -143,6 +144,34 @@ async def test_the_others_are_written_at_once(
     assert sorted(id for line in found for id in line["ids"]) == bad
     assert all(line["error"] for line in found)
     assert sum(line["tasks"] for line in logged("are written now")) == 2
+
+
+async def test_a_change_between_two_forms(
+    bench: Bench, db: Any, dsn: str, connect: Sessions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is in the way goes when the outcome as it was decided has just been refused once more, which is when an
+    ALTER TABLE that waited for that statement goes on. PostgreSQL would take the smaller form; the first is written."""
+    refuse, relent = HOW["a check"]
+    monkeypatch.setattr(settle, "PAUSE_LEAST", 0.1)
+    write, other, refused = settle.Settler._write, await connect(), 0
+
+    async def relenting(self: Any, conn: Any, batch: list[Outcome], seconds: float) -> None:
+        nonlocal refused
+        try:
+            await write(self, conn, batch, seconds)
+        except asyncpg.CheckViolationError:
+            if isinstance(batch[0], Finish) and batch[0].state == "done":
+                refused += 1
+                if refused == 2:
+                    await other.execute(f"ALTER TABLE notifyq.finished {relent}")
+            raise
+
+    monkeypatch.setattr(settle.Settler, "_write", relenting)
+    await db.execute(refuse)
+    await insert(db, "Bad", 1)
+    async with working(bench.app, dsn):
+        await eventually(lambda: states(db), {("Bad", "done"): 1})
+    assert refused == 2
 
 
 @pytest.mark.parametrize(
