@@ -216,6 +216,9 @@ class Ref(msgspec.Struct, frozen=True, dict=True, eq=False, omit_defaults=True):
             self.created_at is None or other.created_at is None or self.created_at == other.created_at
         )
 
+    def __ne__(self, other: object) -> bool:
+        return not self == other  # a Struct's own goes by identity where it has no __eq__
+
     def __hash__(self) -> int:
         return hash(self.id)
 

@@ -6,7 +6,7 @@ import asyncio
 import functools
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from typing import Any
 
 import anyio
@@ -154,6 +154,13 @@ async def test_it_is_awaited_on_the_worker_s_loop(dsn: str) -> None:
     assert threads == [threading.get_ident()]
 
 
+@pytest.mark.parametrize("form", ["partial", "partial of an object", "staticmethod", "object", "method", "classmethod"])
+def test_what_only_makes_a_coroutine_needs_no_thread(form: str) -> None:
+    app = notifyq.App()
+    app.handler(FORMS[form])
+    assert app.registry.handlers[0].is_async
+
+
 async def test_what_it_raises_and_how_long_it_may_take_count(dsn: str) -> None:
     app = notifyq.App()
 
@@ -175,6 +182,19 @@ async def test_what_it_raises_and_how_long_it_may_take_count(dsn: str) -> None:
         await run_inline(app, T(), raises=True)
     assert (await run_inline(app, T())).reason == "ValueError: kaboom"
     assert (await run_inline(app, Slow())).reason == "timed out after 0.05 s"
+
+
+async def test_what_a_coroutine_raises_that_was_forgotten_is_raised_in_tests() -> None:
+    """The handler itself returned: it is what that returned which raises when it is awaited."""
+
+    async def fails(task: T) -> None:
+        raise ValueError("kaboom")
+
+    for handler in (forgetful(fails), logged(forgetful(fails))):
+        app = notifyq.App()
+        app.handler(handler)
+        with pytest.raises(ValueError, match="kaboom"):
+            await run_inline(app, T(), raises=True)
 
 
 async def test_a_batch_handler(dsn: str) -> None:
@@ -265,7 +285,12 @@ class Lifespans:
         yield Smtp()
 
 
+async def made() -> AbstractAsyncContextManager[Smtp]:
+    return asynccontextmanager(generator)()
+
+
 LIFESPANS: dict[str, Any] = {
+    "plain wrapper of what makes a context manager": logged(made),
     "plain wrapper": logged(generator),
     "plain wrapper, with the app": logged(with_app),
     "plain wrapper of a context manager": logged(asynccontextmanager(generator)),

@@ -7,6 +7,7 @@ import re
 from datetime import UTC, datetime, timedelta, timezone
 from typing import Annotated, Any
 
+import anyio
 import asyncpg
 import msgspec
 import pytest
@@ -15,6 +16,7 @@ import notifyq
 from notifyq.errors import ConfigError, DatabaseError, SchemaError
 
 from .conftest import Sessions
+from .machine import limit
 
 
 class Mail(notifyq.Task, tag="MAIL"):
@@ -33,6 +35,19 @@ def app() -> notifyq.App:
 
 
 ROWS = "SELECT * FROM notifyq.all_tasks ORDER BY id"
+
+
+async def test_no_connection_is_free(app: notifyq.App, dsn: str, db: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call waits for one as long as `connect` says, and not for as long as it takes."""
+    monkeypatch.setattr("notifyq.pool.SIZE", 1)
+    async with app.connect(dsn, timeout=0.2):
+        pool = app._pool  # pyright: ignore[reportPrivateUsage]
+        assert pool is not None
+        with anyio.fail_after(limit(60)):
+            async with pool.acquire():
+                with pytest.raises(DatabaseError, match=r"no connection to the database within 0\.2 s"):
+                    await app.enqueue(Mail(to="a"))
+    assert await db.fetch(ROWS) == []
 
 
 async def test_a_row_with_the_defaults(app: notifyq.App, dsn: str, db: Any) -> None:

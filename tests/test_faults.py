@@ -412,6 +412,17 @@ async def test_a_blocked_event_loop(spawn: Spawn, db: Any) -> None:
     assert not blocked.logged("lease lost") + other.logged("rescued")
 
 
+async def test_an_id_that_another_worker_has_is_drawn_anew(db: Any, dsn: str) -> None:
+    await db.execute("CREATE SEQUENCE public.draws")
+    await db.execute("ALTER TABLE notifyq.worker ALTER id SET DEFAULT nextval('public.draws')")
+    add = """INSERT INTO notifyq.worker (name, queues, types, max_attempts, concurrency, lease)
+             VALUES ('another:1', '{}', '{}', '{}', 1, '1 hour')"""
+    await db.execute(add)
+    await db.execute("SELECT setval('public.draws', 1, false)")
+    async with working(Bench().app, dsn) as worker:
+        assert worker.info.id == 2
+
+
 async def test_functions_that_an_extension_overloads(spawn: Spawn, db: Any) -> None:
     """A worker and its rescuer call PostgreSQL's own all the same, and no heartbeat loses its connection."""
     await overload(db)

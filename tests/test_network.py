@@ -14,11 +14,14 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import anyio
+import anyio.lowlevel
 import anyio.to_thread
+import asyncpg
 import pytest
+from asyncpg.transaction import Transaction
 
 import notifyq
-from notifyq import pool, schema, store, sync_pool
+from notifyq import schema, store, sync_pool
 from notifyq.embedded import Server
 from notifyq.errors import DatabaseError
 
@@ -334,15 +337,23 @@ async def several(net: Rig) -> int:
 async def test_an_app_after_a_host_vanished(net: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first call that isn't answered takes the other connections along: they lead to the same host. Its own is cut
     at once."""
-    monkeypatch.setattr(pool, "FREE_SECONDS", 3600.0)
+    gone: list[bool] = []
+    release = asyncpg.Pool.release
+
+    async def noted(self: Any, conn: Any, *, timeout: float | None = None) -> None:
+        gone.append(conn._con is None)
+        await release(self, conn, timeout=timeout)
+
     async with net.app.connect(net.dsn, timeout=1.0):
         opened = await several(net)
         assert net.proxy.half_open("app") == opened
+        monkeypatch.setattr(asyncpg.Pool, "release", noted)
         with (
             anyio.fail_after(25),
             pytest.raises(notifyq.DatabaseError, match=r"in time \(1 s\); what was asked may have been done, or not"),
         ):
             await net.app.enqueue(Note())
+        assert gone == [True], "before the pool has it back, which would wait for it to be free"
         for _ in range(opened):
             await net.app.enqueue(Note())
         assert await net.app.cancel((await net.app.enqueue(Note())).id)
@@ -368,6 +379,33 @@ async def test_an_app_s_call_that_its_caller_gives_up(net: Rig, many: int) -> No
         await net.app.enqueue(Note())
 
 
+async def test_an_app_s_call_that_is_cancelled_as_its_transaction_begins(
+    net: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Then nobody knows whether it has begun. A connection in a transaction that nobody commits is never used again."""
+    monkeypatch.setattr("notifyq.pool.FREE_SECONDS", 60.0)
+    begins, start = asyncio.Event(), Transaction.start
+
+    async def noted(self: Any) -> None:
+        begins.set()
+        await start(self)
+
+    monkeypatch.setattr(Transaction, "start", noted)
+    async with net.app.connect(net.dsn):
+        await net.app.enqueue(Note())
+        assert net.proxy.stall("app") == 1
+        call = asyncio.create_task(net.app.enqueue_many([Note()] * 3000))
+        await begins.wait()
+        await anyio.lowlevel.checkpoint()
+        call.cancel()
+        await anyio.lowlevel.checkpoint()
+        net.proxy.resume("app")
+        await asyncio.wait([call])
+        assert call.cancelled()
+        await net.app.enqueue(Note())
+        assert await net.db.fetchval("SELECT count(*) FROM notifyq.task") == 2
+
+
 async def test_an_app_s_transaction_that_is_not_answered(net: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing more is asked of that host: a ROLLBACK would wait for its own timeout."""
 
@@ -377,7 +415,7 @@ async def test_an_app_s_transaction_that_is_not_answered(net: Rig, monkeypatch: 
     async with net.app.connect(net.dsn, timeout=1.0), net.db.transaction():
         await net.db.execute("LOCK TABLE notifyq.task IN SHARE MODE")
         with monkeypatch.context() as patched:
-            patched.setattr("asyncpg.transaction.Transaction.rollback", asked)
+            patched.setattr(Transaction, "rollback", asked)
             with pytest.raises(notifyq.DatabaseError, match="no answer from the database in time"):
                 await net.app.enqueue_many([Note()] * 5000)
 
@@ -426,18 +464,27 @@ async def test_a_client_s_statement_that_is_not_answered(net: Rig, monkeypatch: 
         await anyio.to_thread.run_sync(client.enqueue, Note())
 
 
-async def test_a_client_s_sockets_notice_a_host_that_vanished(net: Rig) -> None:
-    """As the app's: where no kernel acknowledges what is sent, the connection is dead after 12 s."""
+def keepalives(fileno: int) -> list[int]:
+    with socket.socket(fileno=os.dup(fileno)) as sock:
+        assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+        names = ("TCP_KEEPIDLE", "TCP_KEEPINTVL", "TCP_KEEPCNT", "TCP_USER_TIMEOUT")
+        return [sock.getsockopt(socket.IPPROTO_TCP, getattr(socket, name)) for name in names]
+
+
+async def test_sockets_of_who_enqueues_notice_a_host_that_vanished(net: Rig) -> None:
+    """Where no kernel acknowledges what is sent, the connection is dead after 12 s."""
     client = notifyq.SyncClient(net.app)
 
-    def options() -> list[int]:
-        names = ("TCP_KEEPIDLE", "TCP_KEEPINTVL", "TCP_KEEPCNT", "TCP_USER_TIMEOUT")
+    def of_client() -> list[int]:
         with (
             client.connect(net.dsn),
             client._opened().connection() as conn,  # pyright: ignore[reportPrivateUsage]
-            socket.socket(fileno=os.dup(conn.fileno())) as sock,
         ):
-            assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
-            return [sock.getsockopt(socket.IPPROTO_TCP, getattr(socket, name)) for name in names]
+            return keepalives(conn.fileno())
 
-    assert await anyio.to_thread.run_sync(options) == [5, 2, 3, 12_000]
+    assert await anyio.to_thread.run_sync(of_client) == [5, 2, 3, 12_000]
+    async with net.app.connect(net.dsn) as app:
+        assert app._pool is not None  # pyright: ignore[reportPrivateUsage]
+        async with app._pool.acquire() as conn:  # pyright: ignore[reportPrivateUsage]
+            transport: asyncio.Transport = conn._con._transport  # type: ignore[attr-defined]  # pyright: ignore
+            assert keepalives(transport.get_extra_info("socket").fileno()) == [5, 2, 3, 12_000]

@@ -135,7 +135,11 @@ async def test_it_is_compared_encoded_and_pickled(app: notifyq.App, dsn: str) ->
             app.ref(ref.id, ref.created_at),
         ):
             assert (copy, copy.created_at) == (ref, ref.created_at)
-        assert app.ref(ref.id) == ref
+        another = app.ref(ref.id, datetime.now(UTC))
+        for same in (True, False):  # each operator has code of its own
+            left = app.ref(ref.id) if same else another
+            assert (left == ref) is same
+            assert (left != ref) is not same
         assert hash(app.ref(ref.id)) == hash(ref)
         assert ref != ref.id
         assert msgspec.json.encode(app.ref(ref.id)) == b'{"id":%d}' % ref.id

@@ -134,8 +134,14 @@ async def test_the_others_are_written_at_once(
         await eventually(
             lambda: db.fetchval("SELECT status FROM notifyq.worker"), "PostgreSQL refuses the outcomes of 2 tasks"
         )
+        # A claimer that comes back takes back what the worker doesn't know of: these it knows.
+        cut = """SELECT pg_terminate_backend(pid) FROM pg_stat_activity
+                 WHERE application_name LIKE 'notifyq claims %' AND datname = current_database()"""
+        assert len(await db.fetch(cut)) == 1
+        await insert(db, "Good", 5)
+        await eventually(lambda: states(db), {("Good", "done"): 90, ("Bad", "running"): 2})
         await db.execute(f"ALTER TABLE notifyq.finished {relent}")
-        await eventually(lambda: states(db), {("Good", "done"): 85, ("Bad", "done"): 2})
+        await eventually(lambda: states(db), {("Good", "done"): 90, ("Bad", "done"): 2})
         assert await db.fetchval("SELECT count(*) FROM notifyq.finished WHERE result = '{\"a\": 1}'") == 2
         await eventually(lambda: db.fetchval("SELECT status FROM notifyq.worker"), "ok")
     assert bench.ran.items.count("bad") == 2
