@@ -452,7 +452,7 @@ async def test_results_that_no_single_answer_can_carry(rig: Rig, dsn: str) -> No
         app.results._tell = counted  # type: ignore[method-assign, assignment]
 
         async def wait(id: int) -> None:
-            got.append(await app.ref(id).result(str, timeout=60))
+            got.append(await app.ref(id).result(str, timeout=limit()))
 
         async with anyio.create_task_group() as group:
             for id in ids:
@@ -518,11 +518,11 @@ async def test_a_row_that_no_rescue_can_move(rig: Rig, dsn: str, logged: Logged)
 
     async with working(app, dsn):
         await eventually(lambda: db.fetchval("SELECT count(*) FROM notifyq.task WHERE worker = $1", dead), 11)
-        with anyio.fail_after(60):
+        with anyio.fail_after(limit()):
             while not logged("refuses a chore"):
                 await anyio.sleep(0.02)
         async with app.connect(dsn):
-            await (await app.enqueue(Other())).result(timeout=60)
+            await (await app.enqueue(Other())).result(timeout=limit())
     assert len(logged("refuses a chore")) == 1
     assert not logged("out of reach")
     worker.terminate()

@@ -296,7 +296,7 @@ async def test_a_run_whose_lease_was_lost_settles_nothing(dsn: str, db: Any) -> 
         ref = await app.enqueue(Sleep())
         await began.reach(1)
         await db.execute("UPDATE notifyq.task SET worker = NULL, attempts = 0, run_at = run_at")
-        assert await ref.result(timeout=20) == 2
+        assert await ref.result(timeout=limit()) == 2
     assert began.items == [1, 1]
 
 

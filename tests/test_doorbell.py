@@ -455,7 +455,7 @@ async def test_a_sleeper_lets_go_for_others(app: notifyq.App, seen: Seen, db: An
     await db.execute("CREATE PUBLICATION mine FOR TABLE notifyq.task")
     async with working(app, dsn), working(other, dsn, queues=["other"]):
         await asleep(db, 2)
-        await db.execute(DBA[name], timeout=25)  # it would wait for two minutes
+        await db.execute(DBA[name], timeout=limit(25))  # it would wait for two minutes
         await asleep(db, 2)
         await db.execute(INSERT, mark("woken"))
         assert await seen.reach(1, SOON) == ["woken"]

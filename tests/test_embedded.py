@@ -29,6 +29,8 @@ import pytest
 from notifyq.embedded import Binaries, Server, account, binaries, find_binaries, folders, server
 from notifyq.errors import EmbeddedError
 
+from .machine import limit
+
 ROOT = os.geteuid() == 0
 needs_root = pytest.mark.skipif(not ROOT, reason="root only")
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="a request to the Linux kernel")
@@ -50,7 +52,7 @@ def sql(dsn: str, statement: str) -> Any:
     """The first value of a statement's result, over a connection of its own."""
 
     async def run() -> Any:
-        connection = await asyncpg.connect(dsn, timeout=10)
+        connection = await asyncpg.connect(dsn, timeout=limit(10))
         try:
             return await connection.fetchval(statement)
         finally:

@@ -406,8 +406,8 @@ async def test_a_blocked_event_loop(spawn: Spawn, db: Any) -> None:
     assert turn < seconds * 5 / 6
     await eventually(lambda: states(db, [block]), {("done", 1): 1})
     assert await states(db, ids) == {("done", 1): 3}
-    [told] = blocked.logged("event loop is blocked")
-    assert told["handler"].endswith(f"block (task {block})")
+    # A busy machine may stop it once more, and then no handler is named.
+    [_] = [it for it in blocked.logged("event loop is blocked") if it["handler"].endswith(f"block (task {block})")]
     await blocked.reach(1, "log", message="the event loop answers again")
     assert not blocked.logged("lease lost") + other.logged("rescued")
 
@@ -427,7 +427,7 @@ async def test_functions_that_an_extension_overloads(spawn: Spawn, db: Any) -> N
     """A worker and its rescuer call PostgreSQL's own all the same, and no heartbeat loses its connection."""
     await overload(db)
     workers = [await started(spawn) for _ in range(2)]
-    [block] = await insert(db, "Block", seconds=3)
+    [block] = await insert(db, "Block", seconds=limit(3))
     await eventually(lambda: states(db, [block]), {("running", 1): 1})
     blocked, other = await whose(db, workers)
     await blocked.reach(1, "log", message="the event loop answers again")

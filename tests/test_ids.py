@@ -16,6 +16,7 @@ from notifyq import store
 
 from . import verbs
 from .conftest import Seen, eventually, working
+from .machine import limit
 
 Logged = Callable[[str], list[dict[str, Any]]]
 
@@ -72,15 +73,15 @@ async def test_the_outcomes_of_new_tasks_take_the_place(db: Any, dsn: str, logge
     """Each runs once, whoever waits gets its own result, and the log and the status name the cure."""
     async with app.connect(dsn), working(app, dsn):
         for n in (1, 2, 3):
-            assert await (await app.enqueue(Say(text=f"old {n}"))).result(timeout=60) == f"old {n}"
+            assert await (await app.enqueue(Say(text=f"old {n}"))).result(timeout=limit()) == f"old {n}"
         await truncate(db)
-        assert await (await app.enqueue(Say(text="new 1"))).result(timeout=60) == "new 1"
+        assert await (await app.enqueue(Say(text="new 1"))).result(timeout=limit()) == "new 1"
         failing = await app.enqueue(Say(text="new 2", how="raise"))
         with pytest.raises(notifyq.TaskDead, match="ValueError: new 2"):
-            await failing.result(timeout=60)
+            await failing.result(timeout=limit())
         # In a transaction of its own it has no result: the old task's must not be taken for it.
-        assert await (await app.enqueue(Say(text="new 3", how="transaction"))).result(timeout=60) is None
-        assert await (await app.enqueue(Say(text="new 4"))).result(timeout=60) == "new 4"
+        assert await (await app.enqueue(Say(text="new 3", how="transaction"))).result(timeout=limit()) is None
+        assert await (await app.enqueue(Say(text="new 4"))).result(timeout=limit()) == "new 4"
     assert ran.items == [*(f"old {n}" for n in (1, 2, 3)), *(f"new {n}" for n in (1, 2, 3, 4))]
     assert await history(db) == [
         (1, "done", "new 1", "new 1", None),
@@ -108,7 +109,7 @@ async def test_it_is_found_at_a_start_and_when_it_is_cured(db: Any, dsn: str, lo
     async with app.connect(dsn):
         async with working(app, dsn):
             for n in range(3):
-                await (await app.enqueue(Say(text=f"old {n}"))).result(timeout=60)
+                await (await app.enqueue(Say(text=f"old {n}"))).result(timeout=limit())
         assert not logged("the sequence is behind")
         await truncate(db)
         cure = "SELECT setval('notifyq.task_id_seq', 3)"
@@ -163,7 +164,7 @@ async def test_what_waits_for_another_goes_by_the_one_that_lives(db: Any, dsn: s
         assert first.id == old.id
         second = await app.enqueue(Say(text="second"), after=[first])
         await app.run_worker(dsn=dsn, drain=True)
-        assert await second.result(timeout=60) == "second"
+        assert await second.result(timeout=limit()) == "second"
     assert ran.items == ["old", "first", "second"]
 
 

@@ -366,12 +366,12 @@ async def test_an_arming_that_is_cancelled(s: Steps, door: Session, p: Session) 
     assert await door(fall_asleep)
 
 
-async def late(s: Steps, why: str, waiter: Session) -> None:
-    """While the waiter's backend is frozen: end its wait, so that it finds it both granted and ended."""
+async def late(s: Steps, why: str, waiter: Session, ms: int) -> None:
+    """While the waiter's backend is frozen: end its wait of `ms`, so that it finds it both granted and ended."""
     if why == "cancelled":
         await s.db.fetch("SELECT pg_cancel_backend($1)", waiter.pid)
     else:
-        await s.db.fetch("SELECT pg_sleep(0.7)")
+        await s.db.fetch("SELECT pg_sleep($1)", ms / 1000 + 0.1)
 
 
 @pytest.mark.parametrize("why", ["cancelled", "timed out"])
@@ -379,10 +379,11 @@ async def test_an_arming_that_is_granted_when_it_ends(s: Steps, door: Session, p
     """Sleep, granted at the moment at which the wait ends: what it says is what it holds."""
     await p("BEGIN")
     await p(insert)
-    waiting = await door.blocked_by(p, fall_asleep, 600)
+    ms = int(limit(0.6) * 1000)  # it is frozen before that is over
+    waiting = await door.blocked_by(p, fall_asleep, ms)
     with frozen(door):
         await p("COMMIT")
-        await late(s, why, door)
+        await late(s, why, door, ms)
     granted = await waiting
     assert await locks(s, door) == (["ShareLock"] if granted else [])
 
@@ -392,10 +393,11 @@ async def test_a_turn_that_is_granted_when_the_wait_ends(s: Steps, why: str) -> 
     """The turn, granted at the moment at which the wait ends: what it says is what it holds, and it is passed on."""
     first, second, third = [await s.worker(f"door {n}") for n in range(3)]
     assert await first(take_turn)
-    waiting = await second.blocked_by(first, take_turn, 600)
+    ms = int(limit(0.6) * 1000)
+    waiting = await second.blocked_by(first, take_turn, ms)
     with frozen(second):
         await first("SELECT pg_advisory_unlock(1852990836, 7)")
-        await late(s, why, second)
+        await late(s, why, second, ms)
     took = await waiting
     assert await locks(s, second) == (["turn"] if took else [])
     assert took or await third(take_turn)

@@ -21,6 +21,7 @@ from notifyq import log
 from notifyq.cli import logs
 
 from .conftest import Seen, eventually, working
+from .machine import limit
 from .test_forked import INSERT, Program, Start
 
 pytestmark = pytest.mark.anyio
@@ -239,7 +240,7 @@ async def test_the_examples_of_the_page(tmp_path: Path, dsn: str, db: Any) -> No
             capture_output=True,
             text=True,
             check=False,
-            timeout=60,
+            timeout=limit(),
         )
     )
     assert done.returncode == 0, done.stderr

@@ -375,7 +375,7 @@ async def test_an_app_s_call_that_its_caller_gives_up(net: Rig, many: int) -> No
             call.cancel()  # once, as asyncio does it; anyio cancels whatever is awaited after that too
             await asyncio.wait([call])
             assert call.cancelled()
-            assert time.monotonic() - began < 25
+            assert time.monotonic() - began < 25 + net.probe.late(began)
         await net.app.enqueue(Note())
 
 
@@ -436,7 +436,7 @@ async def test_a_client_without_async_after_a_host_vanished(net: Rig) -> None:
         before = await net.db.fetchval("SELECT count(*) FROM notifyq.task")
         began = time.monotonic()
         await enqueue(1)
-        assert time.monotonic() - began < store.PROOF_SECONDS * vanished
+        assert time.monotonic() - began < store.PROOF_SECONDS * vanished + net.probe.late(began)
         await enqueue(5)
         assert await net.db.fetchval("SELECT count(*) FROM notifyq.task") == before + 6
 

@@ -17,6 +17,7 @@ from notifyq.store import SQL
 from notifyq.testing import advance, enqueued
 
 from .conftest import Seen, admin, database, working
+from .machine import limit
 from .test_cli import Run, run  # noqa: F401
 
 HERE = Path(schema.__file__).parent
@@ -104,8 +105,8 @@ async def test_workers_go_on_working(dsn: str, db: Any, odd: str) -> None:
         await app.enqueue(Say("limited"), limit_key="k", rate="5/s")
         await app.enqueue(Say("unique"), unique="u", unique_for=10)
         ref = await app.enqueue(Say("result"))
-        assert await ref.result(timeout=20) == "result"
-        with anyio.fail_after(20):
+        assert await ref.result(timeout=limit()) == "result"
+        with anyio.fail_after(limit()):
             while not {"plain", "limited"} <= set(seen.items):
                 await anyio.sleep(0.01)
     for statement, args in (("prune", (60.0, 60.0, 10, None)), ("prune_started", (10,)), ("prune_keys", (10,))):
@@ -166,7 +167,7 @@ async def test_other_encodings(encoded: tuple[str, str], run: Run) -> None:  # n
             await app.enqueue(Say("smile \U0001f600"))
         await app.enqueue(Say("note"))
         last = await app.enqueue(Say("last"))
-        assert await last.result(timeout=20) == "last"
+        assert await last.result(timeout=limit()) == "last"
         await seen.reach(3 if encoding == "SQL_ASCII" else 2)
     states = {row["state"] for row in await conn.fetch("SELECT state FROM notifyq.all_tasks")}
     await conn.close()
@@ -192,7 +193,7 @@ async def test_an_error_that_the_encoding_lacks(encoded: tuple[str, str]) -> Non
     async with app.connect(dsn), working(app, dsn):
         ref = await app.enqueue(Say("snake"))
         with pytest.raises(notifyq.TaskFailed, match="snake"):
-            await ref.result(timeout=60)
+            await ref.result(timeout=limit())
 
 
 async def test_a_long_name_is_cut_in_the_middle_of_a_character(server: Server, dsn: str) -> None:

@@ -14,6 +14,7 @@ import pytest
 import notifyq
 
 from .conftest import eventually, working
+from .machine import limit
 
 pytestmark = pytest.mark.anyio
 
@@ -80,15 +81,15 @@ async def test_a_kept_ref_is_refused_for_another_task(app: notifyq.App, dsn: str
         with refused:
             await ref.cancel()
         with refused:
-            await ref.result(timeout=10)
+            await ref.result(timeout=limit())
         with refused:
             async for _ in ref.progress():
                 raise AssertionError
         assert await db.fetchval("SELECT state FROM notifyq.all_tasks WHERE id = 1") == "ready"
         async with working(app, dsn):
-            assert await other.result(timeout=20) == "other"
+            assert await other.result(timeout=limit()) == "other"
         with refused:
-            await ref.result(timeout=10)  # the other one has ended
+            await ref.result(timeout=limit())  # the other one has ended
         with refused:
             await ref.cancel()
 
@@ -100,7 +101,7 @@ async def test_who_waits_already_hears_of_it(app: notifyq.App, dsn: str, db: Any
 
         async def wait() -> None:
             try:
-                await ref.result(timeout=30)
+                await ref.result(timeout=limit())
             except notifyq.NotifyqError as error:
                 failed.append(error)
 
@@ -118,12 +119,12 @@ async def test_who_waits_already_hears_of_it(app: notifyq.App, dsn: str, db: Any
 async def test_its_own_task_is_answered_for(app: notifyq.App, dsn: str) -> None:
     async with app.connect(dsn), working(app, dsn):
         ref = await app.enqueue(Job(name="mine"))
-        assert await ref.result(timeout=20) == "mine"
+        assert await ref.result(timeout=limit()) == "mine"
         assert not await ref.cancel()
         late = await app.enqueue(Job(), delay=3600)
         assert await app.ref(late.id, late.created_at).cancel()
         assert not await app.ref(99999, datetime.now(UTC)).cancel()
-        assert await app.ref(ref.id).result(timeout=20) == "mine"  # without the time, any task with this id
+        assert await app.ref(ref.id).result(timeout=limit()) == "mine"  # without the time, any task with this id
 
 
 async def test_it_is_compared_encoded_and_pickled(app: notifyq.App, dsn: str) -> None:

@@ -172,8 +172,9 @@ async def test_the_loop_gets_no_time(bench: Bench, db: Any, dsn: str, logged: An
         await eventually(begun(bench, 2))
         time.sleep(3)  # as if it waited for the lock, which these two need
         await eventually(lambda: wait_for(logged, "the event loop answers again"))
-        [fields] = logged("the event loop gets no time")
-        assert fields["handlers"] == ["tests.test_threads.Bench.__init__.<locals>.compute"]
+        told = logged("the event loop gets no time")
+        assert {(*fields["handlers"],) for fields in told} == {("tests.test_threads.Bench.__init__.<locals>.compute",)}
+        assert len(told) <= len(logged("the event loop answers again")) + 1  # a busy machine may stop it again
         assert not logged("the event loop is blocked")
         bench.over.set()
         await enqueue(db, "Async")
@@ -196,8 +197,7 @@ async def test_a_handler_blocks_the_loop_beside_threads_that_wait(bench: Bench, 
         await eventually(begun(bench, 2))
         await enqueue(db, "Block")
         await eventually(lambda: wait_for(logged, "the event loop answers again"))
-        [fields] = logged("the event loop is blocked")
-        assert "block (task" in fields["handler"]
+        [_] = [fields for fields in logged("the event loop is blocked") if "block (task" in fields["handler"]]
         assert not logged("the event loop gets no time")
         assert not logged("lost the database")
         bench.over.set()
