@@ -13,10 +13,13 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar
 
+import anyio
 import asyncpg
 import asyncpg.pool
 
 from .errors import ConfigError
+
+BUSY_SECONDS = 30.0  # to wait for a connection of psycopg that does something else
 
 if TYPE_CHECKING:
     from .store import Connection
@@ -113,6 +116,7 @@ def _psycopg(conn: Any, query: str, args: Sequence[Any]) -> Sequence[Any]:
     from psycopg import RawCursor
     from psycopg.rows import tuple_row
 
+    _wait_until_free(conn)
     with RawCursor(conn, row_factory=tuple_row) as cursor:  # whatever factories the connection has
         return cursor.execute(query.encode(), args).fetchall()
 
@@ -121,9 +125,32 @@ async def _async_psycopg(conn: Any, query: str, args: Sequence[Any]) -> Sequence
     from psycopg import AsyncRawCursor
     from psycopg.rows import tuple_row
 
+    if conn.lock.locked():
+        try:
+            with anyio.fail_after(BUSY_SECONDS):
+                await conn.lock.acquire()
+            conn.lock.release()
+        except TimeoutError:
+            raise _busy() from None
     async with AsyncRawCursor(conn, row_factory=tuple_row) as cursor:
         await cursor.execute(query.encode(), args)
         return await cursor.fetchall()
+
+
+def _wait_until_free(conn: Any) -> None:
+    """psycopg's statements wait for the one that is under way. In the loop over `cursor.stream()` that would be for
+    ever; nothing tells that from a long statement of another thread, but the time."""
+    if conn.lock.locked():
+        if not conn.lock.acquire(timeout=BUSY_SECONDS):
+            raise _busy()
+        conn.lock.release()
+
+
+def _busy() -> ConfigError:
+    return ConfigError(
+        f"conn was busy for {BUSY_SECONDS:g} s; inside of cursor.stream(), cursor.copy() and conn.notifies() psycopg "
+        "runs nothing else on a connection: enqueue after these, or on another connection"
+    )
 
 
 def _alchemy(conn: Any, query: str, args: Sequence[Any]) -> Sequence[Any]:
@@ -163,6 +190,8 @@ def _for_dialect(dialect: Any, query: str, args: Sequence[Any]) -> tuple[str, An
 def _django(conn: Any, query: str, args: Sequence[Any]) -> Sequence[Any]:
     if conn.vendor != "postgresql":
         raise ConfigError(f"conn is Django's for {conn.vendor}; expected a database with ENGINE django...postgresql")
+    if hasattr(conn.connection, "lock"):  # psycopg 3's
+        _wait_until_free(conn.connection)
     with conn.cursor() as cursor:
         cursor.execute(*pyformat(query, args))
         rows: Sequence[Any] = cursor.fetchall()

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import notifyq
 from notifyq import store
-from notifyq.config import WorkerConfig, parse_queues, redact, resolve_dsn
+from notifyq.config import WorkerConfig, default_threads, parse_queues, redact, resolve_dsn
 from notifyq.errors import ConfigError, DatabaseError
 from notifyq.retry import LONGEST_WAIT_SECONDS, backoff_seconds, ceiling_seconds
 
@@ -100,6 +100,13 @@ def test_settings_at_their_ends() -> None:
         history_seconds=0.0,
     )
     assert config.concurrency == 10_000
+
+
+def test_threads_on_a_large_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each may have a connection of its own, as Django's have."""
+    for count, threads in ((1, 5), (2, 6), (28, 32), (64, 32)):
+        monkeypatch.setattr("os.sched_getaffinity", lambda _, count=count: set(range(count)), raising=False)
+        assert default_threads() == threads
 
 
 async def test_run_worker_says_so_before_it_connects() -> None:

@@ -14,8 +14,11 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 
+import anyio
+import anyio.to_thread
 import psycopg
 import psycopg.rows
 import pytest
@@ -29,6 +32,7 @@ from notifyq.embedded import Server
 from notifyq.errors import ConfigError, DatabaseError, SchemaError
 
 from .conftest import Seen, eventually, working
+from .machine import limit
 
 COUNT = "SELECT count(*) FROM notifyq.task"
 
@@ -264,6 +268,59 @@ async def test_autocommit_commits_at_once(app: notifyq.App, dsn: str, db: Any) -
         with pytest.raises(ZeroDivisionError):
             await failing(conn)
     assert await db.fetchval(COUNT) == 1
+
+
+BUSY = r"conn was busy for 0\.1 s; inside of cursor\.stream\(\), cursor\.copy\(\) and conn\.notifies\(\) psycopg runs"
+PILE, FILL = "CREATE TEMP TABLE pile (n integer)", "COPY pile FROM STDIN"
+
+
+async def test_psycopg_in_the_middle_of_a_result(
+    app: notifyq.App, dsn: str, db: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Inside of stream() and copy() it would wait for itself, for ever. After them it takes tasks again."""
+    monkeypatch.setattr(foreign, "BUSY_SECONDS", 0.1)
+    client = notifyq.SyncClient(app)
+
+    def use() -> None:
+        with psycopg.connect(dsn) as conn:
+            for _ in conn.cursor().stream("SELECT generate_series(1, 3)"):
+                with pytest.raises(ConfigError, match=BUSY):
+                    client.enqueue(Other(), conn=conn)
+            conn.execute(PILE)
+            with conn.cursor().copy(FILL), pytest.raises(ConfigError, match=BUSY):
+                client.enqueue_many([Other()], conn=conn)
+            client.enqueue(Other(), conn=conn)
+
+    with anyio.fail_after(limit()):
+        await anyio.to_thread.run_sync(use, abandon_on_cancel=True)
+        async with await psycopg.AsyncConnection.connect(dsn) as conn:
+            async for _ in conn.cursor().stream("SELECT generate_series(1, 3)"):
+                with pytest.raises(ConfigError, match=BUSY):
+                    await app.enqueue(Other(), conn=conn)
+            await conn.execute(PILE)
+            async with conn.cursor().copy(FILL):
+                with pytest.raises(ConfigError, match=BUSY):
+                    await app.enqueue_many([Other()], conn=conn)
+            await app.enqueue(Other(), conn=conn)
+    assert await db.fetchval(COUNT) == 2
+
+
+async def test_psycopg_while_another_uses_it(app: notifyq.App, dsn: str, db: Any) -> None:
+    """Another thread's, or another coroutine's, statement is waited for."""
+    client = notifyq.SyncClient(app)
+    with psycopg.connect(dsn) as blocking:
+        async with anyio.create_task_group() as group:
+            blocking.lock.acquire()
+            group.start_soon(anyio.to_thread.run_sync, lambda: client.enqueue(Other(), conn=blocking))
+            await anyio.wait_all_tasks_blocked()
+            blocking.lock.release()
+    conn = await psycopg.AsyncConnection.connect(dsn)
+    async with conn, anyio.create_task_group() as group:
+        await conn.lock.acquire()
+        group.start_soon(partial(app.enqueue, Other(), conn=conn))
+        await anyio.wait_all_tasks_blocked()
+        conn.lock.release()
+    assert await db.fetchval(COUNT) == 2
 
 
 async def test_a_subclass_is_what_its_bases_are(app: notifyq.App, dsn: str, db: Any) -> None:
