@@ -38,6 +38,7 @@ from .store import (
     Connection,
     Job,
     Onward,
+    Threads,
     claim,
     claim_suspects,
     connect_worker,
@@ -89,6 +90,7 @@ class Claimer:
         self._left_out = LeftOut()  # tasks that PostgreSQL doesn't let be taken
         self._look = True  # something happened
         self._aside = True  # tasks set aside may be ours
+        self._aside_plain = False  # so may be some of plain handlers, when a thread is free
         self._backlog = False  # the last claim came back full
         self._left: set[str] = set()  # queues with a limit that it left tasks in, maybe
         self._freed = False  # there may be tasks that wait for what has ended
@@ -146,6 +148,9 @@ class Claimer:
 
     def freed(self) -> None:
         """A slot is free, or outcomes were written."""
+        if self._aside_plain and self._room.fitting():
+            self._aside_plain = False
+            self._aside = self._look = True
         self._wake.set()
 
     def look_aside(self) -> None:
@@ -367,14 +372,16 @@ class Claimer:
         jobs: list[Job] = []
         fed: list[Job] = []
         locked: list[Job] = []
-        surplus: list[Job] = []
         onward = None if front else self._marks.onward(begin, self._backlog)
         if self._most is not None:
             room = min(room, self._most)
+        if self._left_out and (fitting := self._room.fitting()):
+            room = min(room, fitting)
+        threads = self._room.threads(room)
         blind = begin < self._blind_until
         with anyio.CancelScope(shield=True):
             try:
-                jobs += await self._take(conn, worker, rooms, room, onward=onward, blind=blind)
+                jobs += await self._take(conn, worker, rooms, room, onward=onward, threads=threads, blind=blind)
             except TimeoutError:
                 # The next session asks for less. What this claim took, if anything, is found by strays.sql.
                 self._blind_until = clock() + BLIND_SECONDS
@@ -385,17 +392,14 @@ class Claimer:
             now = clock()
             self._marks.claimed(jobs, onward is not None, now - begin, now)
             if self._aside and len(jobs) < room:
-                # Of each queue what room is left, counted on the safe side.
-                left = {queue: free - len(jobs) for queue, free in rooms.items() if free > len(jobs)}
-                if left:
-                    self._aside = False  # before the claim: somebody may ring meanwhile
-                    more = await self._take(conn, worker, left, room - len(jobs), aside=self._types, blind=blind)
-                    self._aside |= len(more) >= min(room - len(jobs), sum(left.values()))
-                    jobs += more
-            stay, surplus = self._room.divide(jobs, rooms, now)
-            fed, locked = await self._admission.admit(conn, worker, stay)
+                await self._adopt(conn, worker, rooms, room, jobs, blind)
+            fed, locked = await self._admission.admit(conn, worker, jobs)
             if self._admission.unsure:
                 asyncio.get_running_loop().call_later(UNSURE_SECONDS, self.let_in)
+        self._runners.feed(fed)
+        for job in locked:
+            self.hand_back(job)
+        unfit = self._room.claimed(jobs, rooms, room, threads, now)
         self._backlog = len(jobs) >= room
         taken: dict[str, int] = {}
         for job in jobs:
@@ -410,10 +414,36 @@ class Claimer:
                 self._left.discard(queue)
         self._claimed += len(jobs)
         self._moderation.arrived(len(jobs), now)
-        self._runners.feed(fed)
-        for job in (*locked, *surplus):
-            self.hand_back(job)
+        if unfit and onward is None:
+            await self._leave(conn, unfit, taking=bool(jobs))
         return len(jobs)
+
+    async def _adopt(
+        self, conn: Connection, worker: int, rooms: dict[str, int], room: int, jobs: list[Job], blind: bool
+    ) -> None:
+        """Add to `jobs` what others have set aside, if there is room."""
+        for types, count in self._room.adoptable(self._types, jobs, room - len(jobs)):
+            # Of each queue what room is left, counted on the safe side.
+            left = {queue: free - len(jobs) for queue, free in rooms.items() if free > len(jobs)}
+            if (most := min(count, room - len(jobs), sum(left.values()))) <= 0:
+                break
+            self._aside = False  # before the claim: somebody may ring meanwhile
+            more = await self._take(conn, worker, left, most, aside=types, blind=blind)
+            self._aside |= len(more) >= most
+            jobs += more
+        self._aside_plain = not self._room.fitting(jobs)
+
+    async def _leave(self, conn: Connection, queues: list[str], *, taking: bool) -> None:
+        """A claim may have left tasks in these queues for want of a thread. Leave those alone in which one is next.
+        `taking`: that claim took others."""
+        for queue, type in await conn.fetch(SQL["next_types"], queues):
+            now = asyncio.get_running_loop().time()
+            if not self._room.fits(type):
+                self._room.leave_alone(queue, now)
+                asyncio.get_running_loop().call_later(self._room.left_alone(queue, now), self._wake.set)
+            elif not taking and not self._room.fitting():
+                continue  # it has just come, or another has locked it: due.sql tells
+            self._left.add(queue)
 
     async def _take(
         self,
@@ -424,16 +454,18 @@ class Claimer:
         *,
         onward: Onward | None = None,
         aside: list[str] | None = None,
+        threads: Threads | None = None,
         blind: bool,
     ) -> list[Job]:
         """Claim, without what PostgreSQL doesn't let be claimed."""
         if not self._left_out:
             try:
-                return await claim(conn, worker, rooms, room, onward=onward, aside=aside, blind=blind)
+                return await claim(conn, worker, rooms, room, onward=onward, aside=aside, threads=threads, blind=blind)
             except asyncpg.PostgresError as error:
                 if not _is_refused(error):
                     raise
-        return await self._left_out.claim(conn, worker, rooms, room, aside=aside, blind=blind)
+        without = threads.types if threads else []
+        return await self._left_out.claim(conn, worker, rooms, room, aside=aside, without=without, blind=blind)
 
     async def _take_suspects(
         self, conn: Connection, worker: int, keys: list[str], crashes: int, most: int

@@ -75,12 +75,13 @@ class LeftOut:
         limit: int,
         *,
         aside: Sequence[str] | None = None,
+        without: Sequence[str] = (),
         blind: bool = False,
     ) -> list[Job]:
-        """As store.claim, from the front."""
+        """As store.claim, from the front. Tasks of the types `without` are left, with the room that they would take."""
         args = list(rooms), list(rooms.values()), limit
         return await self._claim_these(
-            conn, worker, limit, lambda ids: conn.fetch(SQL["claimable"], *args, ids, aside), blind=blind
+            conn, worker, limit, lambda ids: conn.fetch(SQL["claimable"], *args, ids, aside, without), blind=blind
         )
 
     async def claim_suspects(

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import Generator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
@@ -410,6 +411,21 @@ class Job:
         self.size = 0  # bytes of the payload, if it was large
 
 
+class Threads(NamedTuple):
+    """What a claim counts of plain handlers' tasks, as claim_fitting.sql wants it: their types beside each other."""
+
+    types: list[str]
+    shares: list[int]  # how many tasks of the type share a thread
+    held: list[int]  # how many of them are held
+    spare: int  # how many threads are free
+
+    def opened(self, jobs: Iterable[Job]) -> int:
+        """How many of these threads `jobs` take."""
+        counts = Counter(job.type for job in jobs)
+        each = zip(self.types, self.shares, self.held, strict=True)
+        return sum(-(-(held + counts[type]) // share) + -held // share for type, share, held in each)
+
+
 async def claim(
     conn: Connection,
     worker: int,
@@ -418,19 +434,20 @@ async def claim(
     *,
     onward: Onward | None = None,
     aside: Sequence[str] | None = None,
+    threads: Threads | None = None,
     blind: bool = False,
 ) -> list[Job]:
     """Up to `limit` ready tasks, from each queue at most its room, in the order to run them.
 
-    With `onward`, only from those marks; with `aside`, of these types those that somebody set aside. `blind`: without
-    any payload.
+    With `onward`, only from those marks; with `aside`, of these types those that somebody set aside; with `threads`,
+    without the tasks that don't fit into these. `blind`: without any payload.
     """
     inline = 0 if blind else _inline(limit)
     try:
-        jobs = await _claim(conn, worker, rooms, limit, onward, aside, inline)
+        jobs = await _claim(conn, worker, rooms, limit, onward, aside, threads, inline)
     except UNREADABLE:
         # A payload that was stored, and can't be sent: 1400 times 1e131071 is 16 kB, and 180 MB as text.
-        jobs = await _claim(conn, worker, rooms, limit, onward, aside, 0)
+        jobs = await _claim(conn, worker, rooms, limit, onward, aside, threads, 0)
     jobs.sort(key=_order)  # RETURNING has none
     return jobs
 
@@ -468,11 +485,16 @@ async def _claim(
     limit: int,
     onward: Onward | None,
     aside: Sequence[str] | None,
+    threads: Threads | None,
     inline: int,
 ) -> list[Job]:
     args = (worker, list(rooms), list(rooms.values()), limit)
     if aside is not None:
         rows = await conn.fetch(SQL["adopt"], *args, aside, inline)
+    elif threads is not None and onward is not None:
+        rows = await conn.fetch(SQL["claim_onward_fitting"], *args, *onward, inline, *threads)
+    elif threads is not None:
+        rows = await conn.fetch(SQL["claim_fitting"], *args, inline, *threads)
     elif onward is not None:
         rows = await conn.fetch(SQL["claim_onward"], *args, *onward, inline)
     else:

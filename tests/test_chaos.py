@@ -164,18 +164,21 @@ def gave_up() -> History:
     return history([row("I", 0), claim(0.01), *done(0.1)], [ran("w1-1", 0.02, 0.1)], processes=[gone])
 
 
-def handed_back(threads: int, type: str = "Thread", begun: bool = False) -> History:
-    """Claimed by a worker that has so many threads, one of which runs another; and claimed again later."""
-    fields = {"who": "w1", "app": "notifyq settle", "was_worker": 1, "was_attempts": 1, "type": type}
-    busy = of(2, [row("I", 0, n="8", type="Thread"), claim(0.01), *done(0.2, run="w1-1")])
-    rows = [row("I", 0, type=type), claim(0.02), row("U", 0.04, **fields), claim(0.3), *done(0.4, run="w1-2")]
+def handed_back(type: str = "Thread", begun: bool = False, **keys: Any) -> History:
+    """Claimed by a worker of one thread, in which another task runs; and claimed again later."""
+    fields = {"who": "w1", "app": "notifyq settle", "was_worker": 1, "was_attempts": 1}
+    busy = of(2, [row("I", 0, n="8"), claim(0.01), *done(0.2, run="w1-1")])
+    rows = [row("I", 0), claim(0.02), row("U", 0.04, **fields), claim(0.3), *done(0.4, run="w1-2")]
     for one in (*busy, *rows):
         one.type = type if one.id == 1 else "Thread"
+    for one in rows:
+        for name, value in keys.items():
+            setattr(one, name, value)
     runs = [ran("w1-1", 0.02, 0.2), ran("w1-2", 0.31, 0.4)]
     runs[0].id = 2
     if begun:
         runs.append(ran("w1-3", 0.03, 0.04))
-    workers = [Process(who="w1", started=T - 9, queues=QUEUES, concurrency=10, threads=threads)]
+    workers = [Process(who="w1", started=T - 9, queues=QUEUES, concurrency=10, threads=1)]
     batches = [Batch(by="test", numbers=[7, 8], outcome="committed", at=T)]
     return history(in_order([*busy, *rows]), runs, processes=workers, batches=batches)
 
@@ -389,8 +392,9 @@ WRONG: dict[Callable[[], History], str] = {
     robbed: "P2 taken from w1, which no fault had touched",
     at_once: "P2 runs w1-1 and w2-1 at once",
     without_a_lease: "P2 run w2-1 began without a lease",
-    lambda: handed_back(1, "Quick"): "P2 taken from w1, which no fault had touched, by w1",
-    lambda: handed_back(1, begun=True): "P2 taken from w1, which no fault had touched, by w1",
+    handed_back: "P2 taken from w1, which no fault had touched, by w1",
+    lambda: handed_back("Quick"): "P2 taken from w1, which no fault had touched, by w1",
+    lambda: handed_back("Quick", begun=True, limit_key="k", most=9): "P2 taken from w1, which no fault had touched",
     crashed: "P1 a Bystander ends done, and this one is dead",
     lambda: crashed("Quick", 3): "P1 a Quick ends done, and this one is dead",
     lambda: crashed("Quick", 2, beside=False): "P1 a Quick ends done, and this one is dead",
@@ -448,8 +452,8 @@ def test_below_the_limit() -> None:
     assert check(at_a_rate(5, 0.7)) == []
 
 
-def test_handed_back_for_want_of_a_thread() -> None:
-    assert check(handed_back(1)) == []
+def test_handed_back_while_another_judges_one_of_its_key() -> None:
+    assert check(handed_back("Quick", limit_key="k", most=9)) == []
 
 
 @pytest.mark.parametrize(("type", "times"), [("Bystander", 2), ("Quick", 3)])

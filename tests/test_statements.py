@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from random import Random
 from typing import Any, NamedTuple
 
 import anyio
@@ -51,8 +52,12 @@ STATEMENTS = {
     "cancel_as": Statement("int8 timestamptz", "cancelled:bool created_at:timestamptz", None),
     "claim": Statement("int4 text[] int4[] int4 int4", ROW, "task_pkey task_ready"),
     "claim_onward": Statement("int4 text[] int4[] int4 text[] int2[] int8[] int4", ROW, "task_pkey task_ready"),
+    "claim_fitting": Statement("int4 text[] int4[] int4 int4 text[] int4[] int4[] int4", ROW, "task_pkey task_ready"),
+    "claim_onward_fitting": Statement(
+        "int4 text[] int4[] int4 text[] int2[] int8[] int4 text[] int4[] int4[] int4", ROW, "task_pkey task_ready"
+    ),
     "claim_these": Statement("int4 int8[] int4", ROW, "task_pkey"),
-    "claimable": Statement("text[] int4[] int4 int8[] text[]", "id:int8", "task_ready task_set_aside"),
+    "claimable": Statement("text[] int4[] int4 int8[] text[] text[]", "id:int8", "task_ready task_set_aside"),
     "claim_suspects": Statement("int4 text[] text[] int4 int4 int4", ROW, "task_parked task_pkey"),
     "count_running": Statement("int4 text[]", "count_running:void", ""),
     "cron_conflicts": Statement(
@@ -112,6 +117,7 @@ STATEMENTS = {
     "hand_back": Statement("int4 int8[] int2[]", "id:int8 freed:bool", "task_pkey"),
     "lock_holder": Statement("text[]", "holder:text", None),
     "names": Statement("", "queues:text[] types:text[]", None),
+    "next_types": Statement("text[]", "queue:text type:text", "task_ready"),
     "orphaned": Statement("", "exists:bool", "task_running"),
     "orphans": Statement("", "count:int4", "task_pkey task_running"),
     "payload_sizes": Statement("int4 int8[] int2[] int8", "id:int8 bytes:int8", "task_pkey"),
@@ -284,6 +290,8 @@ def assert_plan(name: str, nodes: list[dict[str, Any]]) -> None:
         elif relation in ("task", "finished") and "Scan" in node["Node Type"]:
             assert node["Node Type"] == "Bitmap Heap Scan", f"{name}: {node}"
         assert node["Node Type"] != "Sort" or name in (
+            "claim_fitting",
+            "claim_onward_fitting",
             "claim_suspects",
             "cron_register",
             "release",
@@ -339,6 +347,15 @@ async def test_nothing_reads_more_than_it_returns(sessions: dict[str, Any], mome
             args = [[job.id for job in jobs], [job.attempt for job in jobs], *rest]
             rows, most[name] = await touched(conn, lambda name=name, args=args: conn.fetch(SQL[name], 1, *args))  # type: ignore[misc]
             assert len(jobs) == len(rows) == 10
+        for beside, onward in {"": None, "_onward": store.Onward(["default"], [0], [1])}.items():
+            threads = store.Threads(["Other", "Known"], [1, 4], [0, 2], 1)
+            jobs, most[f"claim{beside}_fitting"] = await touched(
+                conn,
+                lambda onward=onward, threads=threads: store.claim(conn, 1, rooms, 10, onward=onward, threads=threads),  # type: ignore[misc]
+            )
+            assert len(jobs) == 6
+        rows, most["next_types"] = await touched(conn, lambda: conn.fetch(SQL["next_types"], ["default", "empty"]))
+        assert [tuple(row) for row in rows] == [("default", "Known")]
         jobs, most["adopt"] = await touched(conn, lambda: store.claim(conn, 1, rooms, 10, aside=["Strange", "Other"]))
         assert len(jobs) == 10
         args = [len(jobs), "ok", [job.id for job in jobs], [job.attempt for job in jobs]]
@@ -535,6 +552,40 @@ async def test_claim_keeps_to_each_queues_room_and_to_the_limit(worker: Any) -> 
     assert [job.queue for job in jobs] == ["b", "b", "b"]
 
 
+async def test_a_claim_leaves_what_finds_no_thread(worker: Any, connect: Sessions) -> None:
+    """Against a count of one task after the other; and another worker can have what it leaves."""
+    me, random = await register(worker), Random(5)
+    other = await connect()
+    for _ in range(60):
+        kinds = random.randint(1, 3)
+        types = [f"Plain{n}" for n in range(kinds)]
+        shares = [random.choice([1, 1, 2, 5]) for _ in types]
+        threads = store.Threads(types, shares, [random.randint(0, 6) for _ in types], random.randint(0, 4))
+        levels = [random.randint(0, 1) for _ in range(24)]
+        chosen = [random.choice([*types, "Async"]) for _ in levels]
+        await worker.execute("INSERT INTO notifyq.task (type, priority) SELECT * FROM unnest($1::text[], $2::int2[])",
+                             chosen, levels)  # fmt: skip
+        rows = await worker.fetch("SELECT id, type, priority FROM notifyq.task ORDER BY priority DESC, id")
+        limit = random.choice([1, 10, 24])
+        want, held = [], dict(zip(types, threads.held, strict=True))
+        spare = threads.spare
+        for id, type, _ in rows[:limit]:
+            if type in held:
+                if held[type] % shares[types.index(type)] == 0:
+                    if not spare:
+                        continue
+                    spare -= 1
+                held[type] += 1
+            want.append(id)
+        onward = random.choice([None, store.Onward(["default"] * 2, [1, 0], [1, 1])])
+        jobs = await store.claim(worker, me, {"default": limit}, limit, onward=onward, threads=threads)
+        assert [job.id for job in jobs] == want, (threads, chosen, levels)
+        assert threads.opened(jobs) == threads.spare - spare
+        left = [id for id, _, _ in rows if id not in want]
+        assert [job.id for job in await store.claim(other, me, {"default": 24}, 24)] == left
+        await worker.execute("DELETE FROM notifyq.task")
+
+
 async def test_claim_says_what_a_handler_needs(worker: Any) -> None:
     me = await register(worker)
     (id,) = await insert(worker, payload='{"to": "ä"}', priority=7, max_attempts=3)
@@ -607,18 +658,19 @@ async def test_a_claim_leaves_out_large_payloads(worker: Any) -> None:
                     FROM (VALUES (repeat('x', 3000)), (repeat('x', 1000000)),
                                  ((SELECT string_agg(md5(n::text), '') FROM generate_series(1, 1000) n)))
                          AS v (text) RETURNING id"""
-    for statement in ("claim", "claim_onward", "adopt"):
+    for statement in ("claim", "claim_onward", "claim_fitting", "claim_onward_fitting", "adopt"):
         all_ids = [row[0] for row in await worker.fetch(insert_one, statement == "adopt")]
         stored = "SELECT pg_column_size(payload) < 16000 FROM notifyq.task WHERE id = $1"
         assert await worker.fetchval(stored, all_ids[1]), "compressed"
-        onward = store.Onward(["default"], [0], [1]) if statement == "claim_onward" else None
+        onward = store.Onward(["default"], [0], [1]) if "onward" in statement else None
         aside = ["Known"] if statement == "adopt" else None
-        jobs = await store.claim(worker, me, {"default": 9}, 9, onward=onward, aside=aside)
+        threads = store.Threads([], [], [], 0) if "fitting" in statement else None
+        jobs = await store.claim(worker, me, {"default": 9}, 9, onward=onward, aside=aside, threads=threads)
         assert [job.id for job in jobs] == all_ids
         assert [job.payload is None for job in jobs] == [False, True, True], statement
         assert jobs[0].payload == b'"' + b"x" * 3000 + b'"'
         await worker.execute("UPDATE notifyq.task SET worker = NULL, aside = $1", statement == "adopt")
-        jobs = await store.claim(worker, me, {"default": 9}, 9, onward=onward, aside=aside, blind=True)
+        jobs = await store.claim(worker, me, {"default": 9}, 9, onward=onward, aside=aside, threads=threads, blind=True)
         assert [job.payload for job in jobs] == [None] * 3
         await worker.execute("DELETE FROM notifyq.task")
 

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import itertools
 import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import anyio
+import msgspec
 import pytest
 
 import notifyq
 from notifyq.config import WorkerConfig, default_threads
-from notifyq.room import LOOK_LEAST, Room
+from notifyq.outcome import HandBack, Outcome
+from notifyq.room import ASKED_LEAST, LOOK_LEAST, Room
 from notifyq.run import Runners
+from notifyq.settle import Settler
 from notifyq.store import Job
 
 from .conftest import Seen, eventually, working
@@ -93,8 +97,7 @@ async def test_two_workers_share_what_each_has_threads_for(bench: Bench, db: Any
         await enqueue(db, "Plain", 20)
         await eventually(begun(bench, 6))
         await eventually(lambda: db.fetchval(HELD), [3, 3, 14])
-        # Now and then a worker looks whether the next one is another's by now, and hands it back.
-        await eventually(lambda: db.fetchval("SELECT sum(attempts)::integer FROM notifyq.task"), 6)
+        assert await db.fetchval("SELECT sum(attempts) FROM notifyq.task") == 6
         bench.over.set()
         await eventually(lambda: db.fetchval(LEFT), 0)
     assert len(bench.begun) == 20, "each has run once"
@@ -227,43 +230,173 @@ def jobs(types: str) -> list[Job]:
     return made
 
 
-def test_little_goes_back(bench: Bench) -> None:
-    """How much is claimed beyond the threads grows while only async tasks come, and then ends with one surplus."""
+def test_how_much_is_asked_for(bench: Bench) -> None:
+    """It grows while claims come full of async tasks. A queue whose next task needs a thread is left alone."""
     config = WorkerConfig(queues={"q": None, "r": None}, threads=2)
     runners = Runners(bench.app.registry, 100, 2, lambda _: None, lambda: None)
     room = Room(config, runners)
     asked = []
-    for _ in range(7):
-        rooms, _ = room.now(1.0, set(), 0)
+    for _ in range(6):
+        rooms, total = room.now(1.0, set(), 0)
         asked.append(rooms["q"])
-        stay, surplus = room.divide(jobs("a" * rooms["q"]), rooms, 1.0)
-        assert len(stay) == rooms["q"]
-        assert not surplus
-    assert asked == [2, 2, 4, 8, 16, 32, 64]
-    rooms, _ = room.now(1.0, set(), 0)
-    stay, surplus = room.divide(jobs("apapap" + "a" * 20), rooms, 1.0)
-    assert (len(stay), [job.id for job in surplus]) == (25, [5])
+        threads = room.threads(total)
+        assert (threads is None) is (total <= 2), "an ordinary claim takes no more than there are threads"
+        assert room.claimed(jobs("a" * rooms["q"]), rooms, total, threads, 1.0) == []
+    assert asked == [2, 4, 8, 16, 32, 64]
+    rooms, total = room.now(1.0, set(), 0)
+    threads = room.threads(total)
+    assert threads == (["Plain", "Compute"], [1, 1], [0, 0], 2)
     runners.plain_held["Plain"] = 2
+    assert room.claimed(jobs("apap" + "a" * 20), rooms, total, threads, 1.0) == ["q", "r"], "some may be left in each"
+    assert room.fits("Async")
+    assert not room.fits("Plain")
+    room.leave_alone("q", 1.0)
     rooms, _ = room.now(1.0, set(), 0)
-    assert list(rooms) == ["r"], "the next of q waits for a thread"
-    assert rooms["r"] == 1
+    assert rooms == {"r": ASKED_LEAST}, "the next of q waits for a thread"
     rooms, _ = room.now(1.0 + LOOK_LEAST, set(), 0)
-    assert rooms["q"] == 1, "another worker may have taken that one"
-    _, surplus = room.divide(jobs("p"), rooms, 1.0 + LOOK_LEAST)
-    assert len(surplus) == 1
+    assert rooms["q"] == ASKED_LEAST, "another worker may have taken that one"
+    room.leave_alone("q", 1.0 + LOOK_LEAST)
     rooms, _ = room.now(1.0 + 2.5 * LOOK_LEAST, set(), 0)
     assert list(rooms) == ["r"], "it is left alone for twice as long"
     runners.plain_held["Plain"] = 1
-    rooms, _ = room.now(1.0 + 2.5 * LOOK_LEAST, set(), 0)
-    assert rooms == {"q": 1, "r": 1}
+    rooms, total = room.now(1.0 + 2.5 * LOOK_LEAST, set(), 0)
+    assert (rooms, total) == ({"q": 1, "r": 1}, 1)
+    assert room.threads(total) is None
 
 
-def test_a_thread_that_becomes_free_while_a_claim_is_under_way(bench: Bench) -> None:
-    config = WorkerConfig(queues={"q": None}, threads=2)
-    runners = Runners(bench.app.registry, 100, 2, lambda _: None, lambda: None)
-    room = Room(config, runners)
-    runners.plain_held["Plain"] = 1
-    rooms, _ = room.now(1.0, set(), 0)
-    runners.plain_held["Plain"] = 0
-    stay, surplus = room.divide(jobs("ppp"), rooms, 1.0)
-    assert ([job.id for job in stay], [job.id for job in surplus]) == ([0, 1], [2])
+@pytest.mark.parametrize("shares", [[1], [1, 1], [4], [4, 1], [3, 5], [2, 3, 1]])
+def test_what_fits_whatever_the_types_are(shares: list[int]) -> None:
+    """Against all that may come: as many as that need no more threads than are free, and one more may."""
+    app = notifyq.App()
+    for number, share in enumerate(shares):
+        type = msgspec.defstruct(f"T{number}", [], bases=(notifyq.Task,))
+
+        def plain(task: Any) -> None: ...
+
+        def batch(tasks: Any) -> None: ...
+
+        plain.__annotations__["task"], batch.__annotations__["tasks"] = type, list[type]  # type: ignore[valid-type]
+        app.handler(plain) if share == 1 else app.handler(batch=share)(batch)
+    runners = Runners(app.registry, 100, 3, lambda _: None, lambda: None)
+    assert list(runners.plain.values()) == shares
+    room = Room(WorkerConfig(queues={"q": None}, threads=3), runners)
+    for held in itertools.product(*(range(share + 2) for share in shares)):
+        runners.plain_held.update(dict(zip(runners.plain, held, strict=True)))
+        fitting = room.fitting()
+        if runners.threads_needed <= 3:
+            assert most_threads(runners, fitting) <= 3
+            assert most_threads(runners, fitting + 1) > 3
+        runners.plain_held.clear()
+
+
+def most_threads(runners: Runners, more: int) -> int:
+    """How many are needed at most, with so many more tasks of whatever types."""
+    share, held = list(runners.plain.values()), runners.plain_held.values()
+    splits = (split for split in itertools.product(range(more + 1), repeat=len(share)) if sum(split) == more)
+    return max(sum(-(-(h + m) // s) for h, m, s in zip(held, split, share, strict=True)) for split in splits)
+
+
+@pytest.fixture
+def handed_back(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The types of all tasks that any worker in this process hands back."""
+    types: list[str] = []
+    put = Settler.put
+
+    def watched(self: Settler, outcome: Outcome) -> None:
+        if isinstance(outcome, HandBack):
+            types.append(outcome.job.type)
+        put(self, outcome)
+
+    monkeypatch.setattr(Settler, "put", watched)
+    return types
+
+
+MIXED = """INSERT INTO notifyq.task (type, priority)
+           SELECT CASE WHEN i % 5 = 0 THEN 'Plain' ELSE 'Async' END, i % 3 FROM generate_series(1, $1::integer) AS i"""
+
+
+async def test_no_task_is_claimed_for_want_of_a_thread(bench: Bench, db: Any, dsn: str, handed_back: list[str]) -> None:
+    """Three workers with six threads, after many async tasks: none claims a plain task beyond its threads."""
+    async with (
+        working(bench.app, dsn, threads=2),
+        working(bench.app, dsn, threads=2),
+        working(bench.app, dsn, threads=2),
+    ):
+        await enqueue(db, "Async", 1000)
+        await bench.seen.reach(1000)
+        await enqueue(db, "Plain", 100)
+        await eventually(begun(bench, 6))
+        await db.execute(MIXED, 500)
+        await enqueue(db, "Async", 1, "other")
+        await eventually(lambda: db.fetchval("SELECT sum(attempts) FROM notifyq.task WHERE type = 'Plain'"), 6)
+        assert handed_back == []
+        bench.over.set()
+        await eventually(lambda: db.fetchval("SELECT count(*) FROM notifyq.task WHERE queue = 'default'"), 0)
+        assert len(bench.begun) == 200, "each has run once"
+    assert handed_back == []
+
+
+async def test_async_tasks_behind_plain_ones_of_one_claim(
+    bench: Bench, db: Any, dsn: str, handed_back: list[str]
+) -> None:
+    """A claim leaves the plain tasks that don't fit, and takes the async tasks among them."""
+    await db.execute("INSERT INTO notifyq.task (type) SELECT 'Async' FROM generate_series(1, 30)")
+    await db.execute(MIXED.replace("i % 3", "0"), 100)
+    async with working(bench.app, dsn, threads=2):
+        await bench.seen.reach(31)
+        await eventually(begun(bench, 2))
+        bench.over.set()
+        await eventually(lambda: db.fetchval(LEFT), 0)
+    assert (len(bench.seen.items), len(bench.begun), handed_back) == (110, 20, [])
+
+
+async def test_no_task_is_adopted_for_want_of_a_thread(bench: Bench, db: Any, dsn: str, handed_back: list[str]) -> None:
+    """Tasks that other workers have set aside: as many plain ones as there are threads, and all others."""
+    await enqueue(db, "Async", 130)  # it asks for more and more
+    await db.execute("INSERT INTO notifyq.task (type, aside) SELECT 'Plain', true FROM generate_series(1, 30)")
+    await db.execute("INSERT INTO notifyq.task (type, aside) SELECT 'Async', true FROM generate_series(1, 30)")
+    async with working(bench.app, dsn, threads=2):
+        await bench.seen.reach(160)
+        await eventually(begun(bench, 2))
+        assert await db.fetchval("SELECT count(*) FROM notifyq.task WHERE worker IS NULL") == 28
+        bench.over.set()
+        await eventually(lambda: db.fetchval(LEFT), 0)
+    assert (len(bench.begun), handed_back) == (30, [])
+
+
+async def test_no_task_is_claimed_beside_a_refused_one(bench: Bench, db: Any, dsn: str, handed_back: list[str]) -> None:
+    """Nor while PostgreSQL refuses some tasks, and a claim goes another way."""
+    await db.execute("ALTER TABLE notifyq.task ADD CONSTRAINT nobody CHECK (worker IS NULL OR priority <> 7)")
+    await db.execute("INSERT INTO notifyq.task (type, priority) VALUES ('Async', 7)")
+    await enqueue(db, "Async", 130)
+    await db.execute(MIXED.replace("i % 3", "0"), 150)
+    async with working(bench.app, dsn, threads=2):
+        await eventually(begun(bench, 2))
+        bench.over.set()
+        await bench.seen.reach(250)
+        await eventually(lambda: db.fetchval(LEFT), 1)
+    assert (len(bench.begun), handed_back) == (30, [])
+
+
+async def test_batches_and_plain_tasks_share_the_threads(db: Any, dsn: str, handed_back: list[str]) -> None:
+    app, seen, loop = notifyq.App(), Seen(), asyncio.get_running_loop()
+
+    @app.handler(batch=10)
+    def plain(tasks: list[Plain]) -> None:
+        loop.call_soon_threadsafe(seen.items.extend, tasks)
+
+    @app.handler
+    def compute(task: Compute) -> None:
+        loop.call_soon_threadsafe(seen.add, task)
+
+    @app.handler
+    async def quick(task: Async) -> None:
+        seen.add(task)
+
+    await db.execute(
+        "INSERT INTO notifyq.task (type) SELECT ('{Plain,Compute,Async}'::text[])[i % 3 + 1]"
+        " FROM generate_series(1, 600) AS i"
+    )
+    async with working(app, dsn, threads=2), working(app, dsn, threads=1):
+        await eventually(lambda: db.fetchval(LEFT), 0)
+    assert (len(seen.items), handed_back) == (600, [])

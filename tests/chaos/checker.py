@@ -178,13 +178,10 @@ def again(history: History) -> Iterator[Breach]:
             end = lease.end
             if end is None or end.who == CONDUCTOR or own_outcome(end, lease):
                 continue
-            # To be judged while another judges one of its key, or more than there are threads for: it is handed back,
-            # and has not begun.
-            if (
-                end.who == lease.who
-                and (end.limit_key or end.order_key or end.after or end.type in PLAIN)
-                and not _began(history, lease, end)
-            ):
+            # To be judged while another judges one of its key: it is handed back, and has not begun. A plain handler's
+            # task for which there is no thread isn't claimed.
+            judged = end.limit_key or end.order_key or end.after
+            if end.who == lease.who and judged and not _began(history, lease, end):
                 continue
             if not history.touched(lease.who, lease.claim.at, end.at):
                 yield Breach("P2", f"taken from {lease.who}, which no fault had touched, by {end.who}", id, end.at)

@@ -82,6 +82,23 @@ MUTANTS: dict[str, list[Change]] = {
     "told": [
         ("schema.sql", "held := notifyq.track(needed);\n        EXIT WHEN", "held := needed;\n        EXIT WHEN"),
     ],
+    # Claims don't count threads, and what was claimed beyond them is handed back.
+    "threads": [
+        ("claim.py", "threads = self._room.threads(room)", "threads = None"),
+        (
+            "claim.py",
+            "        self._runners.feed(fed)\n        for job in locked:\n",
+            """        surplus = []
+        for job in fed:
+            if self._room.fits(job.type):
+                self._runners.feed([job])
+            else:
+                surplus.append(job)
+                self._room.leave_alone(job.queue, now)
+        for job in (*locked, *surplus):
+""",
+        ),
+    ],
     # Payloads that are fetched apart are given to the tasks that were asked for, one by one: some may have none.
     "payloads": [
         (

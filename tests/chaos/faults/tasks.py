@@ -92,7 +92,7 @@ async def large(stage: Stage, hit: Hit) -> None:
 
 @fault("more plain handlers than threads", heal=0.5)
 async def threads(stage: Stage, hit: Hit) -> None:
-    """What a worker has claimed beyond its threads it hands back, before it begins, and nothing else."""
+    """A worker claims none beyond its threads, so it hands none back."""
     await stage.insert("Thread", 100, seconds=0.3)
     await stage.until("SELECT count(*) = 0 FROM notifyq.task WHERE type = 'Thread'", 15)
 

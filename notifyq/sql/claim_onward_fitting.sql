@@ -1,0 +1,48 @@
+-- As claim_onward.sql, with the threads that claim_fitting.sql tells of in $9 to $12.
+UPDATE notifyq.task t
+SET worker = $1, attempts = least(t.attempts, 32766) + 1, processing_at = clock_timestamp()
+WHERE t.id = ANY (ARRAY(
+    SELECT f.id
+    FROM (
+        SELECT o.id, o.seat IS NULL OR o.begun AND o.seat < o.share
+                     OR min(o.opened) OVER (PARTITION BY o.type, o.seat / o.share) <= $12::integer AS fits
+        FROM (
+            SELECT s.*, sum((s.seat % s.share = 0)::integer) OVER (ORDER BY s.place) AS opened
+            FROM (
+                SELECT p.id, p.type, p.place, k.share, k.held % k.share > 0 AS begun,
+                       k.held % k.share + row_number() OVER (PARTITION BY p.type ORDER BY p.place) - 1 AS seat
+                FROM (
+                    SELECT ready.id, ready.type, row_number() OVER () AS place
+                    FROM unnest($2::text[], $3::integer[]) AS q (queue, room)
+                    CROSS JOIN LATERAL (
+                        SELECT level.id, level.type
+                        FROM unnest($5::text[], $6::smallint[], $7::bigint[]) AS m (queue, priority, mark)
+                        CROSS JOIN LATERAL (
+                            SELECT r.id, r.type
+                            FROM notifyq.task r
+                            WHERE r.queue = m.queue AND r.priority = m.priority AND r.id + 0 >= m.mark
+                              AND r.worker IS NULL AND NOT r.aside AND (r.run_at <= r.created_at OR r.promoted)
+                            ORDER BY r.id + 0
+                            LIMIT q.room
+                            FOR UPDATE SKIP LOCKED
+                        ) AS level
+                        WHERE m.queue = q.queue
+                        LIMIT q.room
+                    ) AS ready
+                    LIMIT $4::integer
+                ) AS p
+                LEFT JOIN unnest($9::text[], $10::integer[], $11::integer[]) AS k (type, share, held) ON k.type = p.type
+            ) AS s
+        ) AS o
+    ) AS f
+    WHERE f.fits
+))
+AND EXISTS (SELECT FROM notifyq.worker w WHERE w.id = $1)
+RETURNING t.id, t.attempts, left(t.type, 201) AS type, t.queue, t.priority, t.max_attempts,
+          greatest(least(t.created_at, '9999-12-30Z'), '0001-01-03Z') AS created_at,
+          CASE WHEN pg_column_size(t.payload) <= $8::integer / 8
+                 OR pg_column_size(t.payload) <= $8 AND pg_column_compression(t.payload) IS NULL THEN t.payload
+               WHEN pg_column_size(t.payload) <= $8 THEN
+                    (SELECT p.whole[1] FROM (SELECT ARRAY[t.payload] AS whole OFFSET 0) AS p
+                     WHERE pg_column_size(p.whole) <= $8) END AS payload,
+       t.limit_key IS NOT NULL OR t.order_key IS NOT NULL OR t.after IS NOT NULL AS judged, t.crashes
