@@ -104,10 +104,12 @@ def _unblock() -> None:
 def _in_child() -> None:
     global pid  # noqa: PLW0603 - a module attribute is the cheapest to read
     pid = os.getpid()
-    if _workers:
-        _workers.clear()
-        _free_signals()
-    _unblock()
+    try:
+        if _workers:
+            _workers.clear()
+            _free_signals()
+    finally:  # a Ctrl-C meanwhile is a KeyboardInterrupt here, and Python goes on with the child all the same
+        _unblock()
     files = list(_files.items())
     _files.clear()
     if files:

@@ -11,6 +11,7 @@ import itertools
 import json
 import logging
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -45,6 +46,13 @@ FIRST = (
     *("faults", "models", "network", "cron", "batch", "cancel", "limits", "embedded", "statements", "cli", "schedule"),
     *("chaos", "unique", "after", "results", "progress", "lifecycle", "attacks", "transactions"),
 )
+
+
+def pytest_configure() -> None:
+    """A shell starts `make test &` in a script with SIGINT ignored. Programs that tests start would inherit that, and
+    what they start in turn: no SIGINT would end them. A signal with a handler is the default again in a new program."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -109,18 +109,16 @@ def run(how):
         os.kill(pid, signal.SIGTERM)
         return ended(pid)
     if how == "fork of C":
-        # Python doesn't know of this child: it has the handlers of its parent, and SIGTERM doesn't end it.
-        libc = ctypes.PyDLL(None)
-        reading, writing = os.pipe()
-        if (pid := libc.fork()) == 0:
-            libc.sleep(600)  # until the first signal
-            libc.write(writing, b"+", 1)
-            libc.sleep(600)
-            libc._exit(0)
-        while select_readable(reading) is False:
-            os.kill(pid, signal.SIGTERM)
-        os.kill(pid, signal.SIGKILL)
-        return ended(pid)
+        # Python doesn't know of this child: it has the handlers of its parent, and SIGTERM doesn't end it. It runs C
+        # only: Python would wait in it for a thread of its parent, if one had asked for the GIL before.
+        libc = ctypes.CDLL(None)
+        stack = ctypes.create_string_buffer(1 << 16)
+        top = (ctypes.addressof(stack) + len(stack)) & ~15
+        pid = libc.clone(libc.pause, ctypes.c_void_p(top), signal.SIGCHLD, None)  # -1, once a handler has run
+        while (found := os.waitpid(pid, os.WNOHANG)) == (0, 0):
+            os.kill(pid, signal.SIGTERM)  # once more, as one that comes before the pause doesn't end that
+            time.sleep(0.02)
+        return os.waitstatus_to_exitcode(found[1])
     if how == "exits":
         if (pid := os.fork()) == 0:
             sys.exit(7)
@@ -134,10 +132,6 @@ def run(how):
             return "in the child"
         return ended(pid)
     raise ValueError(how)
-
-def select_readable(fd):
-    import select
-    return bool(select.select([fd], [], [], 0.05)[0])
 
 @app.handler
 def forks(task: Fork) -> object:
@@ -205,7 +199,7 @@ FROM_THREADS = {
     "spawn": [1, 2],
     "forkserver": [1, 2],
     "fork": -signal.SIGTERM,
-    "fork of C": -signal.SIGKILL,
+    "fork of C": 255,
     "exits": 7,
     "raises": 1,
     "returns": 0,
@@ -330,6 +324,36 @@ async def test_in_a_program_of_ones_own(start: Start, db: Any, signals: str) -> 
     program.popen.send_signal(signal.SIGTERM)
     assert await program.end() == 0
     assert program.said.endswith("clean\n")
+
+
+ALONE = """
+import os, signal
+from notifyq import forked
+
+def in_child(told):
+    with forked.signals_are_ours():
+        if (pid := os.fork()) == 0:
+            print(told(), flush=True)
+            os._exit(0)
+        os.waitpid(pid, 0)
+
+signal.signal(signal.SIGTERM, lambda *_: None)
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+in_child(lambda: [signal.getsignal(number).name for number in (signal.SIGTERM, signal.SIGINT)])
+def interrupted():
+    signal.raise_signal(signal.SIGINT)
+signal.signal(signal.SIGINT, signal.default_int_handler)
+forked._free_signals = interrupted
+in_child(lambda: signal.pthread_sigmask(signal.SIG_BLOCK, ()))
+"""
+
+
+def test_what_a_child_starts_with() -> None:
+    """What the program ignores, its children ignore, as everywhere; and none of them is left with SIGTERM blocked, even
+    if a Ctrl-C comes while it gets its signals."""
+    ended = subprocess.run([sys.executable, "-c", ALONE], capture_output=True, text=True, check=True)
+    assert ended.stdout.splitlines() == ["['SIG_DFL', 'SIG_IGN']", "set()"]
+    assert "KeyboardInterrupt" in ended.stderr, "it would prove nothing"
 
 
 async def test_a_signal_to_the_whole_group_counts_once(start: Start, db: Any) -> None:
