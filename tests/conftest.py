@@ -17,7 +17,7 @@ import sys
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import anyio
 import anyio.abc
@@ -43,8 +43,9 @@ _numbers = itertools.count()
 
 # The files that take longest are begun first, so that no process is left with one at the end.
 FIRST = (
-    *("faults", "models", "network", "cron", "batch", "cancel", "limits", "embedded", "statements", "cli", "schedule"),
-    *("chaos", "unique", "after", "results", "progress", "lifecycle", "attacks", "transactions"),
+    *("faults", "clock_steps", "bytes", "left_out", "migrations", "refusals", "forked", "network", "embedded"),
+    *("cli", "statements", "doorbell", "schedule", "unique", "testing", "transactions", "batch", "findings", "schema"),
+    *("cancel", "limits", "cron", "models", "lifecycle", "after"),
 )
 
 
@@ -105,18 +106,28 @@ class Stock:
     """`async with stock.database() as dsn: ...`: a database with the schema and nothing in it.
 
     When it is done with, it is emptied for the next test. That takes some ms; a copy and a drop take 40, and were a
-    fifth of the whole run. One that has grown, or in which anything but rows has changed, goes to nobody.
+    fifth of the whole run. One that has grown, or in which anything but rows has changed, goes to nobody. Each has a
+    session that stays, as one that is new looks up every table anew, which takes longer than all the rest.
     """
 
-    # All that a test might do to a schema, as the number of rows and the newest; and what is written without a new row.
+    # All that a test might do to a schema: what is new anywhere has a higher oid, and what has changed in notifyq's
+    # own objects, or in short lists, another xmin. And what is written without a new row.
     _STATE = """
-    SELECT count(*), max(it.xmin::text::bigint),
-           (SELECT bool_or(reltuples > 0) OR sum(pg_relation_size(oid)) > 1000000 FROM pg_class
-            WHERE relnamespace = 'notifyq'::regnamespace AND relname !~ '^(gate|schema_version)')
-    FROM (SELECT xmin FROM pg_class UNION ALL SELECT xmin FROM pg_attribute UNION ALL SELECT xmin FROM pg_depend
-          UNION ALL SELECT xmin FROM pg_proc UNION ALL SELECT xmin FROM pg_trigger
-          UNION ALL SELECT xmin FROM pg_namespace UNION ALL SELECT xmin FROM pg_statistic
+    WITH ours AS (SELECT oid, xmin, reltuples, relname FROM pg_class WHERE relnamespace = 'notifyq'::regnamespace)
+    SELECT (SELECT max(oid) FROM pg_class), (SELECT max(oid) FROM pg_proc), (SELECT max(oid) FROM pg_type),
+           (SELECT max(oid) FROM pg_constraint),
+           (SELECT bool_or(reltuples > 0) OR sum(pg_relation_size(oid)) > 1000000 FROM ours
+            WHERE relname !~ '^(gate|schema_version)'),
+           count(*), max(xmin::text::bigint)
+    FROM (SELECT xmin FROM ours
+          UNION ALL SELECT xmin FROM pg_attribute WHERE attrelid IN (SELECT oid FROM ours)
+          UNION ALL SELECT xmin FROM pg_attrdef UNION ALL SELECT xmin FROM pg_trigger
+          UNION ALL SELECT xmin FROM pg_proc WHERE pronamespace = 'notifyq'::regnamespace
+          UNION ALL SELECT xmin FROM pg_constraint WHERE connamespace = 'notifyq'::regnamespace
+          UNION ALL SELECT xmin FROM pg_namespace UNION ALL SELECT xmin FROM pg_extension
           UNION ALL SELECT xmin FROM pg_publication UNION ALL SELECT xmin FROM pg_policy
+          UNION ALL SELECT xmin FROM pg_event_trigger UNION ALL SELECT xmin FROM pg_default_acl
+          UNION ALL SELECT xmin FROM pg_database WHERE datname = current_database()
           UNION ALL SELECT s.xmin FROM pg_db_role_setting s
           JOIN pg_database d ON d.oid = s.setdatabase AND d.datname = current_database()
           UNION ALL SELECT xmin FROM notifyq.schema_version UNION ALL SELECT '1' FROM notifyq.gate) it"""
@@ -127,7 +138,6 @@ class Stock:
     SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity
     WHERE datname = current_database() AND pid <> pg_backend_pid()"""
     _EMPTY = """
-    SET session_replication_role = replica;  -- no triggers
     {deletes};
     SELECT setval(format('%I.%I', schemaname, sequencename), start_value, false) FROM pg_sequences
     WHERE schemaname = 'notifyq'"""
@@ -135,13 +145,11 @@ class Stock:
     def __init__(self, server: Server, template: str) -> None:
         self._server = server
         self._template = template
-        self._new: Any = None
         self._empty = ""
-        self._clean: list[tuple[str, AsyncExitStack]] = []  # the DSN, and what drops it
+        self._clean: list[Copy] = []
 
     async def __aenter__(self) -> Stock:
         conn = await store.connect(self._server.dsn(self._template), role="test")
-        self._new = await conn.fetchrow(self._STATE)
         tables = await conn.fetchval(self._TABLES)
         self._empty = self._EMPTY.format(deletes=";".join(f"DELETE FROM {table}" for table in tables))
         await conn.close()
@@ -149,30 +157,39 @@ class Stock:
 
     async def __aexit__(self, *_: object) -> None:
         while self._clean:
-            await self._clean.pop()[1].aclose()
+            await self._clean.pop().stack.aclose()
+
+    async def _copy(self) -> Copy:
+        stack = AsyncExitStack()
+        dsn = await stack.enter_async_context(database(self._server, self._template))
+        conn = await asyncpg.connect(dsn, server_settings={"session_replication_role": "replica"})  # no triggers
+        stack.callback(conn.terminate)
+        return Copy(dsn, stack, conn, await conn.fetchrow(self._STATE))
 
     @asynccontextmanager
     async def database(self) -> AsyncIterator[str]:
-        if self._clean:
-            dsn, copy = self._clean.pop()
-        else:
-            copy = AsyncExitStack()
-            dsn = await copy.enter_async_context(database(self._server, self._template))
-        yield dsn
+        copy = self._clean.pop() if self._clean else await self._copy()
+        yield copy.dsn
         clean = False
-        conn = await store.connect(dsn, role="test")
         try:
-            await conn.execute(self._LEAVE)
-            if clean := await conn.fetchrow(self._STATE) == self._new:
-                await conn.execute(self._empty)
-        except asyncpg.UndefinedTableError:
-            pass  # a test has dropped it
-        finally:
-            await conn.close()
+            await copy.conn.execute(self._LEAVE)
+            if clean := await copy.conn.fetchrow(self._STATE) == copy.new:
+                await copy.conn.execute(self._empty)
+        except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError):
+            clean = False  # a test has dropped the schema, or has ended the session
         if clean:
-            self._clean.append((dsn, copy))
+            self._clean.append(copy)
         else:
-            await copy.aclose()
+            await copy.stack.aclose()
+
+
+class Copy(NamedTuple):
+    """A database of the stock, what drops it, its session that stays, and its state when it was new."""
+
+    dsn: str
+    stack: AsyncExitStack
+    conn: Any
+    new: Any
 
 
 @pytest.fixture(scope="session")

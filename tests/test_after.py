@@ -646,6 +646,7 @@ async def test_settled_in_its_handlers_transaction(bench: Bench, db: Any, dsn: s
 # --- Workers die
 
 
+@pytest.mark.slow
 async def test_killed(spawn: Callable[..., Process], db: Any, bench: Bench) -> None:
     """With what it ran, others' dependencies among them; a chain goes on, and a fan-in has all its results."""
     workers = [await started(spawn, 'queues=["default"]') for _ in range(2)]
@@ -665,6 +666,7 @@ async def test_killed(spawn: Callable[..., Process], db: Any, bench: Bench) -> N
     assert not await db.fetchval(LEFT)
 
 
+@pytest.mark.slow
 async def test_killed_at_random(spawn: Callable[..., Process], db: Any) -> None:
     """Three workers, one of which is killed again and again, over chains and fans: every task ends, none before what it
     waits for."""

@@ -35,6 +35,8 @@ from .conftest import Seen, Sessions, eventually, working
 from .machine import Probe, limit
 from .verbs import rescue
 
+pytestmark = pytest.mark.slow
+
 Logged = Callable[[str], list[dict[str, Any]]]
 ENQUEUE = "SELECT notifyq.enqueue('Good')"
 

@@ -604,6 +604,7 @@ async def test_killed_in_a_batch(spawn: Callable[..., Process], db: Any, probe: 
     assert await states(db, ids) == {("running", 2): 30}
 
 
+@pytest.mark.slow
 async def test_frozen_past_its_lease(spawn: Callable[..., Process], db: Any) -> None:
     """All its leases are lost: thawed, it cancels the batch and settles nothing."""
     workers = [await started(spawn, "lease=6", "shutdown_timeout=0.1") for _ in range(2)]

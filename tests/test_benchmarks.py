@@ -18,6 +18,7 @@ PROJECT = Path(__file__).parent.parent
 FAST = {"codec"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in FAST else [pytest.mark.long]) for n in NAMES])
 def test_benchmark(name: str, tmp_path: Path) -> None:
     """It ends well, and leaves its lines and plots."""

@@ -23,6 +23,8 @@ from .conftest import Seen, admin, database, eventually, working
 from .machine import limit
 from .proxy import Proxy, free_port, proxy_to
 
+pytestmark = pytest.mark.slow
+
 Logged = Callable[[str], list[dict[str, Any]]]
 
 # Text that PostgreSQL can't compress to less than two thirds.

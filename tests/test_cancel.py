@@ -308,6 +308,7 @@ def test_outside_of_a_worker_it_is_false() -> None:
 # --- Listening
 
 
+@pytest.mark.slow
 async def test_it_listens_only_while_something_runs_for_long(bench: Bench, dsn: str, listened: Seen) -> None:
     async with working(bench.app, dsn):
         for _ in range(3):  # idle, and with many short ones, for longer than it takes to begin

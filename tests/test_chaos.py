@@ -529,6 +529,7 @@ def test_mutants_are_of_this_notifyq(mutant: str, tmp_path: Path) -> None:
     breed(mutant, tmp_path)
 
 
+@pytest.mark.slow
 async def test_chaos(tmp_path: Path) -> None:
     """A few quick faults against two workers: `make chaos` has the others, and the time."""
     names = ("connection ended: door", "connection ended: claims", "connection ended: settle", "worker killed with")

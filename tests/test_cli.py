@@ -1508,6 +1508,7 @@ def open_folder() -> Iterator[Path]:
         yield Path(name)
 
 
+@pytest.mark.slow
 async def test_dev(start: Start, open_folder: Path, folder: Path, run: Run) -> None:
     """Its first line is a DSN to a migrated database. A second one attaches, says whose the server is, and leaves it as
     it was. If the server dies, so does dev; a signal ends both. The next one has the same DSN and the same data."""
@@ -1538,6 +1539,7 @@ async def test_dev(start: Start, open_folder: Path, folder: Path, run: Run) -> N
     assert (await run("tasks", dsn=dsn)).code == 3
 
 
+@pytest.mark.slow
 async def test_dev_keeps_projects_apart(start: Start, open_folder: Path, folder: Path, run: Run) -> None:
     """By folder, by name, by --data-dir; from wherever in a project it is started."""
     state = {"XDG_STATE_HOME": str(open_folder)}
@@ -1565,6 +1567,7 @@ async def test_dev_keeps_projects_apart(start: Start, open_folder: Path, folder:
         assert says in said.err
 
 
+@pytest.mark.slow
 async def test_dev_that_cannot_start(start: Start, open_folder: Path, folder: Path) -> None:
     """Exit code 2, and a way out."""
     with socket.create_server(("127.0.0.1", 0)) as taken:

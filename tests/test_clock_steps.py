@@ -22,6 +22,8 @@ from .test_cron import CRON, Logged, known, made
 from .test_limits import Bench, idle
 from .verbs import admit, claim, free, register
 
+pytestmark = pytest.mark.slow
+
 YEAR = timedelta(days=365)
 
 

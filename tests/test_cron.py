@@ -182,6 +182,7 @@ async def beat(task: Beat) -> None:
 """
 
 
+@pytest.mark.slow
 async def test_every_second_while_workers_are_killed(tmp_path: Path, dsn: str, db: Any) -> None:
     """Each second has one task: none is left out, none comes twice."""
     (tmp_path / "beats.py").write_text(APP)
@@ -415,6 +416,7 @@ def test_of_whom_it_cannot_be() -> None:
 # --- By hand
 
 
+@pytest.mark.slow
 async def test_the_command(dsn: str, db: Any) -> None:
     async def run(*args: str) -> tuple[int | None, str, str]:
         process = await asyncio.create_subprocess_exec(

@@ -20,8 +20,6 @@ from notifyq.testing import run_inline
 from .conftest import eventually, working
 from .machine import limit
 
-pytestmark = pytest.mark.anyio
-
 
 class T(Task):
     n: int = 1

@@ -30,6 +30,8 @@ from notifyq.errors import ConfigError
 
 from .machine import limit
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 NOON = datetime(2026, 1, 1, 12, tzinfo=UTC)
 

@@ -31,6 +31,8 @@ from notifyq.errors import EmbeddedError
 
 from .machine import limit
 
+pytestmark = pytest.mark.slow
+
 ROOT = os.geteuid() == 0
 needs_root = pytest.mark.skipif(not ROOT, reason="root only")
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="a request to the Linux kernel")

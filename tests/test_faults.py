@@ -24,6 +24,8 @@ from notifyq.embedded import Server
 from .conftest import Process, Seen, Sessions, eventually, grants, overload, working
 from .machine import Probe, limit
 
+pytestmark = pytest.mark.slow
+
 INSERT = "INSERT INTO notifyq.task (type, payload) VALUES ($1, $2::text::jsonb) RETURNING id"
 Spawn = Callable[..., Process]
 Logged = Callable[[str], list[dict[str, Any]]]

@@ -19,7 +19,7 @@ from notifyq.embedded import Server
 from .conftest import eventually
 from .machine import limit
 
-pytestmark = pytest.mark.anyio
+pytestmark = pytest.mark.slow
 
 APP = """
 import asyncio, ctypes, multiprocessing as mp, os, signal, subprocess, sys, threading, time

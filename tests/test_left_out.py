@@ -14,6 +14,8 @@ from notifyq.left_out import LeftOut
 from .conftest import Seen, eventually, working
 from .verbs import insert, register
 
+pytestmark = pytest.mark.slow
+
 Logged = Callable[[str], list[dict[str, Any]]]
 
 

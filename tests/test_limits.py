@@ -511,6 +511,7 @@ def most_at_once(runs: Iterable[tuple[float, float, int]]) -> int:
     return max(itertools.accumulate(change for _, change in changes))
 
 
+@pytest.mark.slow
 async def test_killed_at_random(spawn: Spawn, db: Any) -> None:
     """Two fleets, 4 processes, killed one by one with what they run: no limit, rate or order is ever broken, and in
     the end all is done."""

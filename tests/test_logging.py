@@ -24,8 +24,6 @@ from .conftest import Seen, eventually, working
 from .machine import limit
 from .test_forked import INSERT, Program, Start
 
-pytestmark = pytest.mark.anyio
-
 Logged = Callable[[str], list[dict[str, Any]]]
 
 APP = """

@@ -25,8 +25,6 @@ from notifyq.testing import enqueued
 from .conftest import working
 from .machine import limit
 
-pytestmark = pytest.mark.anyio
-
 
 class Sent(notifyq.Task):
     n: int = 0

@@ -15,8 +15,6 @@ from sqlalchemy.ext.asyncio import create_async_engine
 
 import notifyq
 
-pytestmark = pytest.mark.anyio
-
 
 class Mail(notifyq.Task):
     to: str = ""

@@ -28,6 +28,8 @@ from .machine import Probe, limit
 from .old import SCHEMAS, OldWorker, statements
 from .test_faults import started
 
+pytestmark = pytest.mark.slow
+
 EARLIER = sorted(int(path.stem) for path in SCHEMAS.glob("*.sql"))
 
 # Of an upgraded schema alone, and why.

@@ -29,6 +29,8 @@ from .conftest import Seen, admin, database, eventually, working
 from .machine import Probe, limit, probing
 from .proxy import Proxy, free_port, proxy_to
 
+pytestmark = pytest.mark.slow
+
 ROLES = ("claims *", "door *", "settle", "keeper*", "app")
 LOST = store.TRANSIENT
 

@@ -11,6 +11,8 @@ import pytest
 
 from benchmarks.peers.measures import tenths
 
+pytestmark = pytest.mark.slow
+
 PROJECT = Path(__file__).parent.parent
 
 

@@ -23,6 +23,8 @@ import notifyq
 from .conftest import Seen, eventually, working
 from .machine import Probe
 
+pytestmark = pytest.mark.slow
+
 INSERT = "INSERT INTO notifyq.task (type, payload) VALUES ($1, $2::text::jsonb) RETURNING id"
 SOON = 1.0  # seconds: far more than a wake-up takes, and less than the heartbeat that would find it too
 

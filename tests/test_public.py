@@ -13,6 +13,8 @@ import pytest
 
 import notifyq
 
+pytestmark = pytest.mark.slow
+
 PUBLIC = {
     "App",
     "Task",

@@ -16,8 +16,6 @@ import notifyq
 from .conftest import eventually, working
 from .machine import limit
 
-pytestmark = pytest.mark.anyio
-
 
 class Job(notifyq.Task):
     name: str = ""

@@ -22,6 +22,8 @@ from notifyq.store import SQL, Job
 from .conftest import Seen, Sessions, eventually, working
 from .machine import limit
 
+pytestmark = pytest.mark.slow
+
 Logged = Callable[[str], list[dict[str, Any]]]
 
 

@@ -21,6 +21,8 @@ from .conftest import Seen, working
 from .machine import Probe, limit
 from .proxy import free_port
 
+pytestmark = pytest.mark.slow
+
 Logged = Callable[[str], list[dict[str, Any]]]
 
 

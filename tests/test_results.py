@@ -352,6 +352,7 @@ async def test_what_ends_between_the_snapshot_and_the_lock(connect: Sessions, db
     assert (row["state"], row["marked"]) == ("done", True)
 
 
+@pytest.mark.slow
 async def test_a_worker_is_killed(connected: notifyq.App, spawn: Callable[..., Process], db: Any) -> None:
     """Its task is rescued, and ends elsewhere; that is an end like any other."""
     first = spawn()
@@ -399,6 +400,7 @@ async def test_the_connection_is_lost(connected: notifyq.App, db: Any, logged: A
     assert len(logged("lost the database, trying again")) == len(logged("the database is back")) == 1
 
 
+@pytest.mark.slow
 async def test_the_server_restarts_while_thousands_wait() -> None:
     with Server() as server:
         dsn = server.dsn("postgres")
@@ -479,6 +481,7 @@ async def test_notifications_that_nobody_meant(connected: notifyq.App, connect: 
     assert got == [None]
 
 
+@pytest.mark.slow
 async def test_a_result_that_can_not_be_sent(connected: notifyq.App, db: Any) -> None:
     """It is told to who waits for it, and keeps nobody else."""
     huge = "(SELECT jsonb_agg(1e131071::numeric) FROM generate_series(1, 10000))"

@@ -19,8 +19,6 @@ from notifyq.testing import drain, run_inline
 
 from .conftest import working
 
-pytestmark = pytest.mark.anyio
-
 
 class Mail(Task):
     queue = "mail"

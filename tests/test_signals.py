@@ -19,7 +19,7 @@ import notifyq
 from .conftest import eventually
 from .test_forked import INSERT, Program, Start
 
-pytestmark = pytest.mark.anyio
+pytestmark = pytest.mark.slow
 
 PROGRAM = """
 import asyncio, signal, sys, time

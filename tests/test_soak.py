@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
+
 from . import soak
+
+pytestmark = pytest.mark.slow
 
 
 async def test_nothing_grows(dsn: str) -> None:

@@ -24,7 +24,7 @@ from notifyq.store import Job
 
 from .conftest import Seen, eventually, working
 
-pytestmark = pytest.mark.anyio
+pytestmark = pytest.mark.slow
 
 
 class Plain(notifyq.Task):

@@ -465,6 +465,7 @@ async def test_the_answer_to_commit_is_lost(
 # Kills.
 
 
+@pytest.mark.slow
 async def test_killed_at_random_each_has_happened_once(db: Any, dsn: str, spawn: Callable[..., Process]) -> None:
     """Three workers, two of them killed, one after the other, with tasks at every point of their way."""
     await db.execute(LEDGER)

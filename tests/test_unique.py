@@ -422,6 +422,7 @@ async def test_many_that_replace_have_the_last_word(app: notifyq.App, db: Any) -
     assert b'"y"' in (await verbs_row(db, first))["payload"]
 
 
+@pytest.mark.slow
 async def test_bulk_in_orders_that_make_for_deadlocks(app: notifyq.App, db: Any) -> None:
     """Ten at once, each with the same keys in another order, over several statements: none fails."""
     tasks = [Daily(user=str(n), day=1) for n in range(2500)]

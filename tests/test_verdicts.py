@@ -15,8 +15,6 @@ from notifyq.testing import run_inline
 from .conftest import working
 from .machine import limit
 
-pytestmark = pytest.mark.anyio
-
 
 class T(Task):
     how: str = ""
