@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 
 import msgspec
 
+from .left_out import LeftOut
 from .store import SQL, Connection, Job
 
 _parse = msgspec.json.Decoder(dict[str, tuple[bool, bool]]).decode
@@ -19,8 +20,9 @@ _parse = msgspec.json.Decoder(dict[str, tuple[bool, bool]]).decode
 class Admission:
     """A claimer's: told of settings, asked with each claim."""
 
-    def __init__(self, types: Iterable[str]) -> None:
+    def __init__(self, types: Iterable[str], left_out: LeftOut) -> None:
         self._types = frozenset(types)
+        self._left_out = left_out
         self._text: str | None = None
         self.unsure = False  # the last time, some were parked for the ends of others, which may have come meanwhile
         self.paused: frozenset[str] = frozenset()
@@ -39,7 +41,8 @@ class Admission:
         self._text = settings
 
     async def admit(self, conn: Connection, worker: int, jobs: list[Job]) -> tuple[list[Job], list[Job]]:
-        """Those that may run, in their order; and those to be handed back, as somebody has just locked them.
+        """Those that may run, in their order; and those to be handed back, as somebody has just locked them, or as
+        PostgreSQL doesn't let them be parked.
 
         What this worker has no handler for isn't asked about: it takes no place, and goes aside.
         """
@@ -47,7 +50,7 @@ class Admission:
         asked = [job for job in jobs if (job.judged or job.queue in self.limited) and job.type in self._types]
         if not asked:
             return jobs, []
-        rows = await conn.fetch(SQL["admit"], worker, [job.id for job in asked], [job.attempt for job in asked])
+        rows = await self._left_out.admit(conn, worker, asked)
         waits: dict[int, str | None] = {row[0]: row[1] for row in rows}
         self.unsure = "after" in waits.values()
         locked = [job for job in asked if job.id not in waits]

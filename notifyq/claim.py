@@ -77,7 +77,8 @@ class Claimer:
         self._dsn = dsn
         self._config = config
         self._types = types
-        self._admission = Admission(types)
+        self._left_out = LeftOut()  # tasks that PostgreSQL doesn't let be taken
+        self._admission = Admission(types, self._left_out)
         self._runners = runners
         self._room = Room(config, runners)
         self._queues = self._room.queues
@@ -87,7 +88,6 @@ class Claimer:
         self._door: Door  # each session's own
         self._moderation = Moderation()
         self._marks = Marks()
-        self._left_out = LeftOut()  # tasks that PostgreSQL doesn't let be taken
         self._look = True  # something happened
         self._aside = True  # tasks set aside may be ours
         self._aside_plain = False  # so may be some of plain handlers, when a thread is free
@@ -560,7 +560,7 @@ class Claimer:
         self._freed = False  # before it: more may end meanwhile
         ready = 0
         with anyio.CancelScope(shield=True):
-            ready = await conn.fetchval(SQL["free"])
+            ready = await self._left_out.free(conn)
         self._look |= ready > 0
         return ready
 

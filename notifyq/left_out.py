@@ -6,6 +6,11 @@ and comes first again the next time. So after a refusal the worker asks what the
 halves of that, down to one row. One that is refused alone is left out for a pause, which doubles each time; then it is
 tried again, as what was in its way may be gone. While any is left out, all is taken in this way. Before, that costs
 nothing.
+
+Two more statements write rows of tasks: admit parks what has been claimed and may not run yet, and free lets in what is
+parked. After a refusal admit is asked for halves too; a task that is refused alone is handed back, and left out. free
+is asked for one row of notifyq.freed at a time, and one that is refused is put last: what waits at its keys, or for its
+task's end, goes on waiting, and all else is let in.
 """
 
 from __future__ import annotations
@@ -24,12 +29,23 @@ logger = log.logger("notifyq.claim")
 
 MOST = 10_000  # left out at once; what is refused beyond them keeps those behind it waiting
 PAUSE_LEAST, PAUSE_MOST = 1.0, 300.0  # seconds
+FREED_AT_ONCE = 1000  # rows of notifyq.freed
 GONE_SECONDS = 60.0  # for which one wasn't there to be tried
 
 REFUSED = (
     "PostgreSQL doesn't let these tasks be taken: they stay as they are, and are tried again; is there a constraint or "
     "a trigger on notifyq.task?"
 )
+
+NOT_PARKED = (
+    "PostgreSQL doesn't let these tasks be parked, or others at their keys be let in: they are ready again, and are "
+    "tried again; is there a constraint or a trigger on notifyq.task?"
+)
+NOT_LET_IN = (
+    "PostgreSQL doesn't let tasks be let in that wait here: they stay parked, and are tried again; is there a "
+    "constraint or a trigger on notifyq.task?"
+)
+REFUSALS = 20  # of free, in one go
 
 _Row = TypeVar("_Row")
 
@@ -51,21 +67,26 @@ class LeftOut:
 
     def __init__(self) -> None:
         self._pauses: dict[int, _Pause] = {}
+        self._not_parked: dict[int, _Pause] = {}  # that can be claimed, and not be parked
+        self._not_let_in: set[str] = set()  # what tasks wait for, in words
         self._refusals = 0
 
     def __bool__(self) -> bool:
-        return bool(self._pauses)
+        return bool(self._pauses or self._not_parked)
 
     @property
     def trouble(self) -> str:
         """What is degraded, in words."""
-        return f"PostgreSQL doesn't let {len(self._pauses)} tasks be taken" if self._pauses else ""
+        if self:
+            return f"PostgreSQL doesn't let {len(self._pauses) + len(self._not_parked)} tasks be taken"
+        return f"PostgreSQL doesn't let tasks in at {len(self._not_let_in)} keys" if self._not_let_in else ""
 
     @property
     def ids(self) -> list[int]:
         """Those whose pauses aren't over."""
         now = time.monotonic()
-        return [id for id, pause in self._pauses.items() if pause.due > now]
+        pauses = (*self._pauses.items(), *self._not_parked.items())
+        return [id for id, pause in pauses if pause.due > now]
 
     async def claim(
         self,
@@ -100,6 +121,67 @@ class LeftOut:
 
         return len(await self._each([row[0] for row in rows], promote_these))
 
+    async def admit(self, conn: Connection, worker: int, jobs: Sequence[Job]) -> list[asyncpg.Record]:
+        """What admit.sql says of claimed tasks. Of one that is refused it says nothing."""
+        rows: list[asyncpg.Record] = []
+        refused: dict[str, list[int]] = {}
+        parts = [jobs]
+        while parts:
+            part = parts.pop()
+            ids, attempts = [job.id for job in part], [job.attempt for job in part]
+            try:
+                rows += await conn.fetch(SQL["admit"], worker, ids, attempts)
+            except asyncpg.PostgresError as error:
+                if not is_refusal(error) or schema.gone(error):
+                    raise
+                if len(part) > 1:
+                    half = len(part) // 2
+                    parts += [part[half:], part[:half]]
+                elif (pause := self._not_parked.get(ids[0])) is not None:
+                    pause.again()
+                else:
+                    self._not_parked[ids[0]] = _Pause()
+                    refused.setdefault(describe(error).splitlines()[0], []).append(ids[0])
+            else:
+                if self._not_parked and [id for id in ids if self._not_parked.pop(id, None)] and not self:
+                    logger.info("no task is refused any more")
+        for why, which in refused.items():
+            logger.error(NOT_PARKED, extra={"fields": {"ids": which[:20], "tasks": len(which), "error": why}})
+        return rows
+
+    async def free(self, conn: Connection) -> int:
+        """Let in what waits for what has ended. Returns how many."""
+        if not self._not_let_in:
+            try:
+                return int(await conn.fetchval(SQL["free"], FREED_AT_ONCE))
+            except asyncpg.PostgresError as error:
+                if not is_refusal(error) or schema.gone(error):
+                    raise
+        ready = 0
+        refused: dict[str, str] = {}
+        rows = await conn.fetchval("SELECT count(*) FROM (SELECT FROM notifyq.freed LIMIT $1) AS f", FREED_AT_ONCE)
+        left = max(1, rows)  # even if there is none, a task may have been parked as the one ended that it waits for
+        while left and len(refused) < REFUSALS:
+            left -= 1
+            try:
+                ready += await conn.fetchval(SQL["free"], 1)
+            except asyncpg.PostgresError as error:
+                if not is_refusal(error) or schema.gone(error):
+                    raise
+                later = await conn.fetch(SQL["free_later"])
+                if len(later) > 1:
+                    left += len(later)
+                elif later or not rows:
+                    where = dict(later[0]).items() if later else ()
+                    said = " ".join(f"{name}={value}" for name, value in where if value is not None)
+                    refused[said] = describe(error).splitlines()[0]
+        for said in refused.keys() - self._not_let_in:
+            logger.error(NOT_LET_IN, extra={"fields": {"where": said, "error": refused[said]}})
+        if self._not_let_in and not refused:
+            logger.info("what waits is let in again")
+        self._not_let_in = set(refused)
+        return ready
+
     async def _claim_these(
         self,
         conn: Connection,
@@ -116,7 +198,7 @@ class LeftOut:
         jobs = await self._each([row[0] for row in await look(self.ids)], these)
         while not jobs and refusals < self._refusals:  # else those behind a crowd of refused ones would wait
             refusals = self._refusals
-            jobs = await self._each([row[0] for row in await look(list(self._pauses))], these)
+            jobs = await self._each([row[0] for row in await look([*self._pauses, *self._not_parked])], these)
         jobs.sort(key=lambda job: (-job.priority, job.id))
         return jobs
 
@@ -149,8 +231,9 @@ class LeftOut:
                     for pause in self._pauses.values():
                         pause.due = min(pause.due, now)  # what is in the way of these may be gone too
         # What was due for so long, and wasn't there to be tried, has gone.
-        for id in [id for id, pause in self._pauses.items() if pause.due < now - GONE_SECONDS]:
-            del self._pauses[id]
+        for pauses in (self._pauses, self._not_parked):
+            for id in [id for id, pause in pauses.items() if pause.due < now - GONE_SECONDS]:
+                del pauses[id]
         for why, which in refused.items():
             logger.error(REFUSED, extra={"fields": {"ids": which[:20], "tasks": len(which), "error": why}})
         if known and not self._pauses:

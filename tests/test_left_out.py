@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any
 
+import anyio
 import pytest
 
 import notifyq
 from notifyq import left_out
 from notifyq.left_out import LeftOut
+from notifyq.store import claim
 
 from .conftest import Seen, eventually, working
 from .verbs import insert, register
@@ -135,3 +138,113 @@ async def test_there_is_an_end_to_what_is_left_out(db: Any, monkeypatch: pytest.
     for _ in range(2):
         assert await out.claim(db, me, {"default": 10}, 10) == []
         assert len(out.ids) == 3
+
+
+def refusal(when: str) -> str:
+    return f"""CREATE FUNCTION public.no() RETURNS trigger LANGUAGE plpgsql AS
+               $$ BEGIN RAISE EXCEPTION 'the auditors say no'; END $$;
+               CREATE TRIGGER no BEFORE UPDATE ON notifyq.task FOR EACH ROW WHEN ({when})
+               EXECUTE FUNCTION public.no()"""
+
+
+RELENT = "DROP TRIGGER no ON notifyq.task"
+PARKED = "SELECT count(*) FROM notifyq.task WHERE parked IS NOT NULL"
+
+
+class Hold(notifyq.Task):
+    pass
+
+
+def holding(bench: Bench) -> anyio.Event:
+    """Have tasks of type Hold run until this is set."""
+    release = anyio.Event()
+
+    @bench.app.handler
+    async def hold(task: Hold) -> None:
+        await release.wait()
+
+    return release
+
+
+async def limited(db: Any, type: str, key: str, count: int = 1) -> list[int]:
+    options = json.dumps({"limit_key": key, "limit_running": 1}).encode()
+    many = "INSERT INTO notifyq.task (type, options) SELECT $1, $2 FROM generate_series(1, $3::integer) RETURNING id"
+    return [row[0] for row in await db.fetch(many, type, options, count)]
+
+
+async def test_tasks_that_cannot_be_parked(db: Any, dsn: str, logged: Logged, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are claimed, and must wait for a slot of their key. They are handed back; all others go on."""
+    monkeypatch.setattr(left_out, "PAUSE_MOST", 0.5)
+    bench = Bench()
+    release = holding(bench)
+    await db.execute(refusal("NEW.parked IS NOT NULL AND NEW.type = 'Bad'"))
+    async with working(bench.app, dsn):
+        await limited(db, "Hold", "k")
+        await eventually(lambda: states(db), {("Hold", "running"): 1})
+        async with db.transaction():  # so that one claim takes all of them
+            bad = await limited(db, "Bad", "k", 2)
+            await limited(db, "Good", "j")
+            await insert(db, 20, type="Good")
+            bad += await limited(db, "Bad", "k", 1)
+        await eventually(lambda: states(db), {("Hold", "running"): 1, ("Good", "done"): 21, ("Bad", "ready"): 3})
+        await eventually(
+            lambda: db.fetchval("SELECT status FROM notifyq.worker"), "PostgreSQL doesn't let 3 tasks be taken"
+        )
+        await db.execute(RELENT)
+        await eventually(lambda: db.fetchval(PARKED), 3)
+        release.set()
+        await eventually(lambda: states(db), {("Hold", "done"): 1, ("Good", "done"): 21, ("Bad", "done"): 3})
+        await eventually(lambda: db.fetchval("SELECT status FROM notifyq.worker"), "ok")
+    found = logged("doesn't let these tasks be parked")
+    assert sorted(id for line in found for id in line["ids"]) == bad, "each once"
+    assert all("the auditors say no" in line["error"] for line in found)
+    assert not logged("lost the database")
+
+
+async def test_what_is_not_admitted_is_not_claimed_again_at_once(db: Any) -> None:
+    me = await register(db)
+    [id] = await limited(db, "Bad", "k")
+    await db.execute(refusal("NEW.admitted IS NOT NULL"))
+    out = LeftOut()
+    jobs = await claim(db, me, {"default": 5}, 5)
+    assert await out.admit(db, me, jobs) == []
+    assert out.ids == [id]
+    await db.execute("UPDATE notifyq.task SET worker = NULL")  # as it is handed back
+    assert await out.claim(db, me, {"default": 5}, 5) == []
+    await db.execute(RELENT)
+    [row] = await out.admit(db, me, await claim(db, me, {"default": 5}, 5))
+    assert (row["id"], row["waits_for"]) == (id, None)
+    assert not out
+
+
+async def test_tasks_that_cannot_be_let_in(db: Any, dsn: str, logged: Logged) -> None:
+    """They stay parked where they are; what waits at other keys, or for the end of a task, is let in."""
+    bench = Bench()
+    release = holding(bench)
+    async with working(bench.app, dsn):
+        first = [*await limited(db, "Hold", "k"), *await limited(db, "Hold", "j")]
+        await eventually(lambda: states(db), {("Hold", "running"): 2})
+        await limited(db, "Bad", "k", 2)
+        await limited(db, "Good", "j", 2)
+        await db.execute(
+            "INSERT INTO notifyq.task (type, options) VALUES ('Good', jsonb_build_object('after', $1::bigint[]))", first
+        )
+        await eventually(lambda: db.fetchval(PARKED), 5)
+        await db.execute(refusal("OLD.aside AND NOT NEW.aside AND NEW.type = 'Bad'"))
+        release.set()
+        ends = {("Hold", "done"): 2, ("Good", "done"): 3, ("Bad", "scheduled"): 2}
+        await eventually(lambda: states(db), ends)
+        await eventually(
+            lambda: db.fetchval("SELECT status FROM notifyq.worker"), "PostgreSQL doesn't let tasks in at 1 keys"
+        )
+        await insert(db, 1, type="Good")
+        await eventually(lambda: states(db), ends | {("Good", "done"): 4})
+        await db.execute(RELENT)
+        await insert(db, 1, type="Good")
+        await eventually(lambda: states(db), {("Hold", "done"): 2, ("Good", "done"): 5, ("Bad", "done"): 2})
+        await eventually(lambda: db.fetchval("SELECT status FROM notifyq.worker"), "ok")
+    [line] = logged("doesn't let tasks be let in")
+    assert line["where"] == "queue=default limit_key=k"
+    assert "the auditors say no" in line["error"]
+    assert len(logged("what waits is let in again")) == 1
+    assert not logged("lost the database")

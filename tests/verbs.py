@@ -64,7 +64,7 @@ async def admit(conn: Any, jobs: Sequence[Job]) -> list[tuple[int, str | None]]:
 
 
 async def free(conn: Any) -> int:
-    return int(await conn.fetchval(SQL["free"]))
+    return int(await conn.fetchval(SQL["free"], 1000))
 
 
 async def _settle(conn: Any, name: str, jobs: Sequence[Job], *rest: Any) -> list[int]:
