@@ -436,14 +436,18 @@ class Claimer:
     async def _leave(self, conn: Connection, queues: list[str], *, taking: bool) -> None:
         """A claim may have left tasks in these queues for want of a thread. Leave those alone in which one is next.
         `taking`: that claim took others."""
-        for queue, type in await conn.fetch(SQL["next_types"], queues):
-            now = asyncio.get_running_loop().time()
-            if not self._room.fits(type):
+        types: dict[str, str] = {row[0]: row[1] for row in await conn.fetch(SQL["next_types"], queues)}
+        now = asyncio.get_running_loop().time()
+        for queue in queues:
+            if queue in types and not self._room.fits(types[queue]):
                 self._room.leave_alone(queue, now)
                 asyncio.get_running_loop().call_later(self._room.left_alone(queue, now), self._wake.set)
-            elif not taking and not self._room.fitting():
-                continue  # it has just come, or another has locked it: due.sql tells
-            self._left.add(queue)
+                self._left.add(queue)
+                continue
+            self._room.go_on(queue)
+            # If that claim took nothing, the task has just come, or another has locked it: due.sql tells.
+            if queue in types and (taking or self._room.fitting()):
+                self._left.add(queue)
 
     async def _take(
         self,

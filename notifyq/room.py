@@ -162,6 +162,10 @@ class Room:
             wait = min(LOOK_MOST, max(LOOK_LEAST, 2 * wait))
             self._no_thread[queue] = wait, now + wait
 
+    def go_on(self, queue: str) -> None:
+        """Its next task needs no thread, or it has none."""
+        self._no_thread.pop(queue, None)
+
     def claimed(
         self, jobs: Sequence[Job], rooms: Mapping[str, int], room: int, threads: Threads | None, now: float
     ) -> list[str]:
@@ -180,6 +184,9 @@ class Room:
                 self._trust[queue] = min(TRUST_MOST, 2 * asked)
             elif len(jobs) < room:
                 self._trust[queue] = 1
-        if threads is None or threads.opened(jobs) < threads.spare:
-            return []
-        return [queue for queue, asked in rooms.items() if taken[queue] < asked]
+        unfit: list[str] = []
+        if threads is not None and threads.opened(jobs) >= threads.spare:
+            unfit = [queue for queue, asked in rooms.items() if taken[queue] < asked]
+        for queue in rooms.keys() - mixed - {*unfit}:
+            self.go_on(queue)
+        return unfit

@@ -258,8 +258,13 @@ def test_how_much_is_asked_for(bench: Bench) -> None:
     room.leave_alone("q", 1.0 + LOOK_LEAST)
     rooms, _ = room.now(1.0 + 2.5 * LOOK_LEAST, set(), 0)
     assert list(rooms) == ["r"], "it is left alone for twice as long"
+    room.go_on("q")
+    room.leave_alone("q", 2.0)
+    rooms, _ = room.now(2.0 + LOOK_LEAST, set(), 0)
+    assert "q" in rooms, "not for longer, if async tasks came in between"
+    room.leave_alone("q", 2.0 + LOOK_LEAST)
     runners.plain_held["Plain"] = 1
-    rooms, total = room.now(1.0 + 2.5 * LOOK_LEAST, set(), 0)
+    rooms, total = room.now(2.0 + 2.5 * LOOK_LEAST, set(), 0)
     assert (rooms, total) == ({"q": 1, "r": 1}, 1)
     assert room.threads(total) is None
 
