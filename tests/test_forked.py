@@ -46,7 +46,9 @@ class Use(notifyq.Task, tag="USE"):
 def rest(started=None):
     if started is not None:
         started.set()
-    time.sleep(600)
+    # A handler of Python that is due right before a sleep runs after it. So SIGINT has to wait for a short one only.
+    for _ in range(12000):
+        time.sleep(0.05)
 
 def fails(n):
     raise ValueError(n)
