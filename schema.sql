@@ -1106,9 +1106,12 @@ DECLARE
     held bigint[];
     gone bigint[];
     mine bigint[];
+    locked bigint[];
     stuck bigint[];
     ready integer;
     total integer := 0;
+    most CONSTANT bigint := 33554432;  -- bytes of payloads that are moved to the history
+    moved bigint := 0;
 BEGIN
     -- One at a time, or of two that each end one of a task's last two, neither would see that none is left. The lock
     -- comes after those of keys, and is had by nobody else.
@@ -1133,7 +1136,18 @@ BEGIN
             SELECT t.id FROM notifyq.task t
             WHERE t.id = ANY (ARRAY(SELECT DISTINCT d.task FROM notifyq.dependency d WHERE d.needs = ANY (gone)))
             ORDER BY t.id FOR UPDATE SKIP LOCKED);
-        stuck := ARRAY(  -- somebody has locked them: next time
+        IF EXISTS (SELECT FROM notifyq.finished f WHERE f.id = ANY (gone) AND f.state <> 'done') THEN
+            locked := mine;
+            SELECT coalesce(array_agg(m.id), '{}'), coalesce(sum(m.size), 0) + moved INTO mine, moved
+            FROM (SELECT t.id, pg_column_size(t.payload) AS size,
+                         sum(pg_column_size(t.payload)) OVER (ORDER BY t.id) - pg_column_size(t.payload) AS before
+                  FROM notifyq.task t WHERE t.id = ANY (mine)) AS m
+            WHERE m.before + moved < most;
+            IF cardinality(mine) < cardinality(locked) THEN
+                INSERT INTO notifyq.freed (task, ended, queue) VALUES (0, false, '');  -- so that there is a next time
+            END IF;
+        END IF;
+        stuck := ARRAY(  -- somebody has locked them, or they are too large together: next time
             SELECT t.id FROM notifyq.task t
             WHERE t.id = ANY (ARRAY(SELECT DISTINCT d.task FROM notifyq.dependency d WHERE d.needs = ANY (gone)))
             EXCEPT SELECT unnest(mine));

@@ -791,3 +791,28 @@ async def test_command_line(bench: Bench, db: Any, dsn: str) -> None:
     shown = [sys.executable, "-m", "notifyq", "show", "--json", "--dsn", dsn, str(id)]
     output = subprocess.run(shown, capture_output=True, text=True, check=True).stdout
     assert json.loads(output)["options"]["after"] == [first, second]
+
+
+async def test_large_tasks_that_are_cancelled_together(db: Any) -> None:
+    """Their payloads are moved to the history: 32 MB of them, and what that cuts, in a statement. The others follow."""
+    await db.execute("ALTER TABLE notifyq.task ALTER payload SET STORAGE EXTERNAL")  # not compressed: as large as it is
+    await db.execute(
+        """INSERT INTO notifyq.finished (id, created_at, run_at, processed_at, priority, attempts, state, queue, type,
+                                         payload)
+           VALUES (1, now(), now(), now(), 0, 1, 'dead', 'default', 'A', '{}')"""
+    )
+    await db.execute("SELECT setval('notifyq.task_id_seq', 1)")
+    await db.execute(
+        """INSERT INTO notifyq.task (type, payload, options, parked, aside)
+           SELECT 'B', jsonb_build_object('x', repeat('x', 10000000)), '{"after": [1]}', 'after', true
+           FROM generate_series(1, 5)"""
+    )
+    await db.execute("INSERT INTO notifyq.dependency (needs, task, sure) SELECT 1, id, true FROM notifyq.task")
+    await db.execute("INSERT INTO notifyq.freed (task, ended, queue) VALUES (1, true, 'default')")
+    cancelled = "SELECT count(*) FROM notifyq.finished WHERE state = 'cancelled' AND payload ? 'x'"
+    seen = []
+    while await db.fetchval("SELECT EXISTS (SELECT FROM notifyq.freed)"):
+        await free(db)
+        seen.append(await db.fetchval(cancelled))
+    assert seen == [4, 5]
+    assert not await db.fetchval(LEFT)
