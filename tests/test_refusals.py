@@ -241,6 +241,37 @@ async def test_a_hand_back_that_is_refused_does_not_hold_up_a_stop(
     assert logged("stopped with outcomes that could not be written")[0]["tasks"] == 1
 
 
+async def test_a_stop_tries_once_more_what_was_put_off(
+    bench: Bench, db: Any, dsn: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(settle, "PAUSE_LEAST", 3600.0)
+    await db.execute("ALTER TABLE notifyq.finished ADD CONSTRAINT no CHECK (type <> 'Bad')")
+    await insert(db, "Bad")
+    async with working(bench.app, dsn):
+        status = "PostgreSQL refuses the outcomes of 1 tasks"
+        await eventually(lambda: db.fetchval("SELECT status FROM notifyq.worker"), status)
+        await db.execute("ALTER TABLE notifyq.finished DROP CONSTRAINT no")
+    assert await states(db) == {("Bad", "done"): 1}
+
+
+async def test_too_many_that_are_put_off_stop_the_claims(
+    bench: Bench, db: Any, dsn: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are held in memory."""
+    monkeypatch.setattr(settle, "MOST_PUT_OFF", 2)
+    await db.execute("ALTER TABLE notifyq.finished ADD CONSTRAINT no CHECK (type <> 'Bad')")
+    await insert(db, "Bad", 3)
+    async with working(bench.app, dsn):
+        status = "PostgreSQL refuses the outcomes of 3 tasks"
+        await eventually(lambda: db.fetchval("SELECT status FROM notifyq.worker"), status)
+        await insert(db, "Good")
+        await eventually(lambda: db.fetchval("SELECT seen_at > (SELECT max(created_at) FROM notifyq.task) "
+                                             "FROM notifyq.worker"), True)  # fmt: skip
+        assert await states(db) == {("Bad", "running"): 3, ("Good", "ready"): 1}
+        await db.execute("ALTER TABLE notifyq.finished DROP CONSTRAINT no")
+        await eventually(lambda: states(db), {("Bad", "done"): 3, ("Good", "done"): 1})
+
+
 async def test_a_drain_ends_though_an_outcome_is_refused(bench: Bench, db: Any, dsn: str) -> None:
     await db.execute("ALTER TABLE notifyq.finished ADD CONSTRAINT no CHECK (type <> 'Bad')")
     await insert(db, "Bad")

@@ -16,7 +16,7 @@ import pytest
 
 import notifyq
 
-from .conftest import eventually
+from .conftest import eventually, working
 from .test_forked import INSERT, Program, Start
 
 pytestmark = pytest.mark.slow
@@ -111,6 +111,32 @@ async def test_a_handler_that_blocks_does_not_keep_the_program(start: Start, db:
     program.popen.send_signal(signal.SIGTERM)
     assert await program.end() == 1
     assert "handlers don't end: ending the process" in program.said
+
+
+def ways() -> tuple[Any, ...]:
+    """What happens at signals."""
+    fd = signal.set_wakeup_fd(-1)
+    signal.set_wakeup_fd(fd)
+    return signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT), fd
+
+
+async def test_signals_are_left_alone(dsn: str) -> None:
+    """Unless they are asked for; and where the worker can't start they are as they were before."""
+    app, before = notifyq.App(), ways()
+
+    class Never(notifyq.Task):
+        pass
+
+    @app.handler
+    async def never(task: Never) -> None: ...
+
+    async with working(app, dsn):
+        assert ways() == before
+    async with working(app, dsn, signals=True):
+        assert ways() != before
+    with pytest.raises(notifyq.DatabaseError):
+        await app.run_worker(dsn="postgresql://127.0.0.1:1/none", signals=True)
+    assert ways() == before
 
 
 async def test_only_in_the_main_thread(dsn: str) -> None:
