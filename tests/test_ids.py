@@ -76,6 +76,8 @@ async def test_the_outcomes_of_new_tasks_take_the_place(db: Any, dsn: str, logge
             assert await (await app.enqueue(Say(text=f"old {n}"))).result(timeout=limit()) == f"old {n}"
         await truncate(db)
         assert await (await app.enqueue(Say(text="new 1"))).result(timeout=limit()) == "new 1"
+        status = "ids are given a second time; run: SELECT setval('notifyq.task_id_seq', 3)"
+        await eventually(lambda: db.fetchval("SELECT status FROM notifyq.worker"), status)
         failing = await app.enqueue(Say(text="new 2", how="raise"))
         with pytest.raises(notifyq.TaskDead, match="ValueError: new 2"):
             await failing.result(timeout=limit())
@@ -123,6 +125,16 @@ async def test_it_is_found_at_a_start_and_when_it_is_cured(db: Any, dsn: str, lo
         async with working(app, dsn):
             await eventually(lambda: db.fetchval(status), "ok")
     assert len(logged("the sequence is behind")) == 1
+
+
+async def test_ids_of_tasks_that_wait_are_seen_at_a_start_too(db: Any, dsn: str) -> None:
+    await db.execute(
+        "INSERT INTO notifyq.task (type, run_at) SELECT 'Say', now() + interval '1 day' FROM generate_series(1, 3)"
+    )
+    await db.execute("SELECT setval('notifyq.task_id_seq', 1)")
+    async with working(app, dsn):
+        status = "ids are given a second time; run: SELECT setval('notifyq.task_id_seq', 3)"
+        await eventually(lambda: db.fetchval("SELECT status FROM notifyq.worker"), status)
 
 
 async def test_a_rescue_a_cancel_and_a_retry(db: Any, dsn: str) -> None:

@@ -17,6 +17,7 @@ import anyio
 import anyio.lowlevel
 import anyio.to_thread
 import asyncpg
+import psycopg
 import pytest
 from asyncpg.transaction import Transaction
 
@@ -473,6 +474,17 @@ def keepalives(fileno: int) -> list[int]:
         return [sock.getsockopt(socket.IPPROTO_TCP, getattr(socket, name)) for name in names]
 
 
+def test_a_client_s_dsn_wins() -> None:
+    """Where it names a time of its own; but it is told apart by its name, and sends UTF-8."""
+    settings = sync_pool._settings(  # pyright: ignore[reportPrivateUsage]
+        "host=h connect_timeout=9 tcp_user_timeout=0 application_name=mine client_encoding=LATIN1"
+    )
+    assert "tcp_user_timeout" not in settings
+    assert "connect_timeout" not in settings
+    assert (settings["application_name"], settings["client_encoding"]) == ("notifyq client", "UTF8")
+    assert sync_pool._settings("host=h")["connect_timeout"] == 3  # pyright: ignore[reportPrivateUsage]
+
+
 async def test_sockets_of_who_enqueues_notice_a_host_that_vanished(net: Rig) -> None:
     """Where no kernel acknowledges what is sent, the connection is dead after 12 s."""
     client = notifyq.SyncClient(net.app)
@@ -490,3 +502,19 @@ async def test_sockets_of_who_enqueues_notice_a_host_that_vanished(net: Rig) -> 
         async with app._pool.acquire() as conn:  # pyright: ignore[reportPrivateUsage]
             transport: asyncio.Transport = conn._con._transport  # type: ignore[attr-defined]  # pyright: ignore
             assert keepalives(transport.get_extra_info("socket").fileno()) == [5, 2, 3, 12_000]
+
+
+def test_a_client_s_connection_is_lost_by_some_errors_and_has_time_for_large_payloads(
+    dsn: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lost = sync_pool._is_lost  # pyright: ignore[reportPrivateUsage]
+    conn = sync_pool.Bounded.connect(dsn)
+    assert lost(conn, psycopg.OperationalError("no answer"))
+    assert lost(conn, psycopg.errors.AdminShutdown())
+    assert not lost(conn, psycopg.errors.QueryCanceled())
+    monkeypatch.setattr("notifyq.foreign.fetch", lambda *_: [])
+    for payloads, size in (("x" * 100, 100), (["x" * 3_000_000] * 2, 6_000_000)):
+        conn.run("", ("T", payloads))
+        assert conn.seconds == pytest.approx(store.COMMAND_TIMEOUT_SECONDS + size / store.SLOWEST)
+    conn.close()
+    assert lost(conn, psycopg.errors.QueryCanceled())
