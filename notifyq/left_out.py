@@ -23,7 +23,7 @@ import asyncpg
 
 from . import log, schema
 from .codec import describe
-from .store import SQL, Connection, Job, claim_these, is_refusal
+from .store import SQL, Connection, Job, claim_these, is_refusal, put_in_order
 
 logger = log.logger("notifyq.claim")
 
@@ -199,7 +199,7 @@ class LeftOut:
         while not jobs and refusals < self._refusals:  # else those behind a crowd of refused ones would wait
             refusals = self._refusals
             jobs = await self._each([row[0] for row in await look([*self._pauses, *self._not_parked])], these)
-        jobs.sort(key=lambda job: (-job.priority, job.id))
+        put_in_order(jobs)
         return jobs
 
     async def _each(self, ids: list[int], take: Callable[[list[int]], Awaitable[list[_Row]]]) -> list[_Row]:

@@ -31,42 +31,50 @@ State: TypeAlias = Literal["done", "dead", "cancelled"]
 class Finish:
     """The task is over."""
 
-    __slots__ = ("error", "job", "result", "state")
+    __slots__ = ("error", "job", "result", "size", "state")
 
     def __init__(self, job: Job, state: State, result: bytes | None = None, error: bytes | None = None) -> None:
         self.job = job
         self.state: State = state
         self.result = result
         self.error = error
+        self.size = job.size  # about how many bytes its write moves: with a large payload, which goes to the history
+        if result is not None:
+            self.size += len(result)
+        if error is not None:
+            self.size += len(error)
 
 
 class Later:
     """The attempt failed; another follows after `delay` seconds."""
 
-    __slots__ = ("delay", "error", "job")
+    __slots__ = ("delay", "error", "job", "size")
 
     def __init__(self, job: Job, delay: float, error: bytes) -> None:
         self.job = job
         self.delay = delay
         self.error = error
+        self.size = job.size + len(error)
 
 
 class HandBack:
     """The attempt didn't happen."""
 
-    __slots__ = ("job",)
+    __slots__ = ("job", "size")
 
     def __init__(self, job: Job) -> None:
         self.job = job
+        self.size = job.size
 
 
 class Aside:
     """For a worker that knows the type."""
 
-    __slots__ = ("job",)
+    __slots__ = ("job", "size")
 
     def __init__(self, job: Job) -> None:
         self.job = job
+        self.size = job.size
 
 
 Outcome: TypeAlias = Finish | Later | HandBack | Aside
@@ -156,19 +164,6 @@ def _again(job: Job, handler: Handler, error: bytes, delay: float | None = None)
     if job.attempt >= attempts_allowed(job, handler):
         return Finish(job, "dead", error=error)
     return Later(job, backoff_seconds(job.attempt, handler.backoff) if delay is None else delay, error)
-
-
-def size_of(outcome: Outcome) -> int:
-    """About how many bytes its write moves: what is sent, and a large payload, which goes to the history."""
-    size = outcome.job.size
-    if isinstance(outcome, Finish):
-        if outcome.result is not None:
-            size += len(outcome.result)
-        if outcome.error is not None:
-            size += len(outcome.error)
-    elif isinstance(outcome, Later):
-        size += len(outcome.error)
-    return size
 
 
 def smaller(outcome: Outcome, step: int, why: str) -> Outcome | None:

@@ -99,8 +99,9 @@ class Runners:
         results: ReadResults | None = None,
         large: LargePayloads | None = None,
     ) -> None:
-        self._pid = forked.pid
-        self._registry = registry
+        self._is_child = False  # this is a forked child, in which a handler has returned
+        forked.call_in_children(self._forked)
+        self._handlers = {handler.type: handler for handler in registry.handlers}
         self._concurrency = concurrency
         self._settle = settle
         self._freed = freed
@@ -218,7 +219,7 @@ class Runners:
                     continue
             self.held[job.id] = job
             self.by_queue[job.queue] += 1
-            if job.type in self.plain:
+            if self.plain and job.type in self.plain:
                 self.plain_held[job.type] += 1
             self._waiting.append(job)
         for _ in range(min(len(self._waiting), self._concurrency)):
@@ -294,7 +295,7 @@ class Runners:
         """`SEND_MAIL (id 5)` of the job that this asyncio task runs. Called from another thread."""
         for runner in list(self._runners):
             if runner.task is task and (job := runner.job) is not None:
-                handler = self._registry.get(job.type)
+                handler = self._handlers.get(job.type)
                 return f"{handler.name if handler else job.type} (task {job.id})"
         return self._batches.whose(task)
 
@@ -372,7 +373,7 @@ class Runners:
 
     async def _attempt(self, runner: Runner, job: Job) -> Outcome:
         """Run one task: find its handler, decode, call, decide. Raises nothing but a cancellation of its scope."""
-        handler = self._registry.get(job.type)
+        handler = self._handlers.get(job.type)
         if handler is None:
             return Aside(job) if len(job.type) <= NAME_LENGTH else self._unnamed(job)
         payload = job.payload
@@ -422,6 +423,8 @@ class Runners:
             if is_ours(error):
                 raise
             return self._log(handler, outcome.raised(job, handler, error), runner.began)
+        if value is None and not self._states and not logger.isEnabledFor(logging.DEBUG):
+            return Finish(job, "done")  # what comes of most, without two calls that find nothing to say
         return self._log(handler, outcome.returned(job, handler, value), runner.began)
 
     def _called(self, handler: Handler, task: Task, context: Context) -> Awaitable[object]:
@@ -434,14 +437,18 @@ class Runners:
         try:
             value = await (handler.call(task, context) if handler.is_async else self._in_thread(handler, task, context))
             # A wrapper of an `async def`: its coroutine is for the loop, whose connections it may use.
-            result = await awaited(value) if is_awaitable(value) else value
+            if value is not None and is_awaitable(value):
+                value = await awaited(value)
         except BaseException as error:
-            if forked.pid != self._pid:
+            if self._is_child:
                 forked.leave(error)
             raise
-        if forked.pid != self._pid:
+        if self._is_child:
             forked.leave(None)
-        return result
+        return value
+
+    def _forked(self) -> None:
+        self._is_child = True
 
     async def _in_thread(self, handler: Handler, task: Any, context: Any) -> object:
         # A thread can't be cancelled, only left alone: its slot goes on, its outcome isn't waited for.
@@ -490,7 +497,8 @@ class Runners:
 
     def _drop(self, job: Job) -> None:
         del self.held[job.id]
-        self._lost.discard(job)
+        if self._lost:
+            self._lost.discard(job)
         if self.reports:
             self.reports.pop(job, None)
         if self._states:
@@ -498,7 +506,7 @@ class Runners:
         if job.size and self._large is not None:
             self._large.drop(job)
         self.by_queue[job.queue] -= 1
-        if job.type in self.plain:
+        if self.plain and job.type in self.plain:
             self.plain_held[job.type] -= 1
             self.plain_finished += 1
         self.finished += 1

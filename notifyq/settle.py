@@ -21,13 +21,14 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
+from operator import attrgetter, itemgetter
 from typing import assert_never
 
 import asyncpg
 
 from . import log, schema
 from .codec import describe
-from .outcome import Aside, Finish, HandBack, Later, Outcome, size_of, smaller
+from .outcome import Aside, Finish, HandBack, Later, Outcome, smaller
 from .store import (
     SQL,
     STATEMENT_BYTES,
@@ -138,7 +139,7 @@ class Settler:
 
     def put(self, outcome: Outcome) -> None:
         self._pending.append(outcome)
-        self._bytes += size_of(outcome)
+        self._bytes += outcome.size
         self._wake.set()
 
     def hurry(self) -> None:
@@ -212,7 +213,7 @@ class Settler:
         if self._bytes > STATEMENT_BYTES:
             size = count = 0
             for outcome in self._pending[:BATCH]:
-                size += size_of(outcome)
+                size += outcome.size
                 if count and size > STATEMENT_BYTES:
                     break
                 count += 1
@@ -231,7 +232,8 @@ class Settler:
             await back_off("settle", error)
             return
         try:
-            seconds = seconds_for(sum(map(size_of, batch))) * 2 ** self._tries.get(batch[0].job, 0)
+            size = _size(batch) if self._bytes else 0
+            seconds = seconds_for(size) * 2 ** self._tries.get(batch[0].job, 0)
             if self._is_trial(batch[0]):
                 await self._try(conn, batch[0], seconds)
                 return
@@ -276,12 +278,12 @@ class Settler:
         await transaction.rollback()
         first, _ = self._first.pop(outcome.job)
         self._put_off[outcome.job].storable = True
-        self._bytes += size_of(first) - size_of(outcome)
+        self._bytes += first.size - outcome.size
         self._writing[0] = first
 
     def _written(self, batch: list[Outcome]) -> None:
         if self._bytes:
-            self._bytes -= sum(map(size_of, batch))
+            self._bytes -= _size(batch)
         if self._first or self._put_off or self._tries:
             for outcome in batch:
                 self._first.pop(outcome.job, None)
@@ -317,19 +319,19 @@ class Settler:
             if not step and job not in self._put_off:
                 self._told[job.id] = LESS, why
             self._first[job] = first, step + 1
-            self._bytes += size_of(less) - size_of(outcome)
+            self._bytes += less.size - outcome.size
             self._writing[0] = less
             return
         del self._writing[0]
-        self._bytes -= size_of(outcome)
+        self._bytes -= outcome.size
         self._first.pop(job, None)
         if job in self._put_off:
             self._put_off[job].again()
         else:
-            kept = first if size_of(first) - job.size <= KEPT_BYTES else outcome
+            kept = first if first.size - job.size <= KEPT_BYTES else outcome
             self._put_off[job] = PutOff(kept)
             self._told[job.id] = REFUSED, why
-        self._bytes += size_of(self._put_off[job].outcome)
+        self._bytes += self._put_off[job].outcome.size
 
     def _log(self) -> None:
         """A line for each reason, and not for each task."""
@@ -368,7 +370,7 @@ class Settler:
         """Each worker's in a transaction. Raises TRANSIENT."""
         for worker in {outcome.job.worker for outcome in batch}:  # one, unless it was given up and came back
             mine = [outcome for outcome in batch if outcome.job.worker == worker]
-            mine.sort(key=lambda outcome: outcome.job.id)  # everybody locks rows in this order
+            mine.sort(key=attrgetter("job.id"))  # everybody locks rows in this order
             try:
                 if len({type(outcome) for outcome in mine}) == 1:
                     await self._write_kinds(conn, worker, mine, seconds)
@@ -405,10 +407,9 @@ class Settler:
                 case _:
                     assert_never(outcome)
         if finish:
-            results = [o.result for o in finish] if any(o.result is not None for o in finish) else []
-            errors = [o.error for o in finish] if any(o.error is not None for o in finish) else []
+            results, errors = [o.result for o in finish], [o.error for o in finish]
             states = [o.state for o in finish]
-            args = states, results, errors, self._keep
+            args = states, results if any(results) else [], errors if any(errors) else [], self._keep
             await self._tell(
                 conn, finish, await conn.fetch(SQL["finish"], worker, *_keys(finish), *args, timeout=seconds)
             )
@@ -432,7 +433,7 @@ class Settler:
         outcomes: list[Finish] | list[Later] | list[HandBack] | list[Aside],
         rows: Sequence[asyncpg.Record],
     ) -> None:
-        if any(row[1] for row in rows):
+        if any(map(itemgetter(1), rows)):
             self._freed()
         if len(rows) == len(outcomes):
             return
@@ -456,6 +457,10 @@ def _keys(outcomes: Iterable[Outcome]) -> tuple[list[int], list[int]]:
     return [o.job.id for o in outcomes], [o.job.attempt for o in outcomes]
 
 
+def _size(outcomes: list[Outcome]) -> int:
+    return sum(outcome.size for outcome in outcomes)
+
+
 def _sent(outcome: Outcome) -> int:
     """Bytes of it that are sent."""
-    return size_of(outcome) - outcome.job.size
+    return outcome.size - outcome.job.size

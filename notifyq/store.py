@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias, TypeVar, cast
 
@@ -448,7 +449,7 @@ async def claim(
     except UNREADABLE:
         # A payload that was stored, and can't be sent: 1400 times 1e131071 is 16 kB, and 180 MB as text.
         jobs = await _claim(conn, worker, rooms, limit, onward, aside, threads, 0)
-    jobs.sort(key=_order)  # RETURNING has none
+    put_in_order(jobs)
     return jobs
 
 
@@ -466,7 +467,9 @@ async def claim_suspects(
         rows = await conn.fetch(SQL["claim_suspects"], *args, _inline(limit))
     except UNREADABLE:
         rows = await conn.fetch(SQL["claim_suspects"], *args, 0)
-    return sorted((Job(worker, row) for row in rows), key=_order)
+    jobs = [Job(worker, row) for row in rows]
+    put_in_order(jobs)
+    return jobs
 
 
 async def claim_these(conn: Connection, worker: int, ids: list[int], limit: int, *, blind: bool = False) -> list[Job]:
@@ -502,5 +505,7 @@ async def _claim(
     return [Job(worker, row) for row in rows]
 
 
-def _order(job: Job) -> tuple[int, int]:
-    return (-job.priority, job.id)
+def put_in_order(jobs: list[Job]) -> None:
+    """The order to run them in, which RETURNING doesn't keep: by priority, and equals by id."""
+    jobs.sort(key=attrgetter("id"))
+    jobs.sort(key=attrgetter("priority"), reverse=True)  # equals stay as they are

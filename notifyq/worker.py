@@ -32,7 +32,7 @@ from .errors import only
 from .large_payloads import LargePayloads
 from .lease import Keeper
 from .lifespan import within
-from .outcome import HandBack, Outcome
+from .outcome import HandBack
 from .run import CANCEL_SECONDS, Runners
 from .settle import Settler
 from .store import SQL, TRANSIENT, connect, connect_worker, server_version
@@ -82,17 +82,17 @@ class Worker:
         self._transactions = Transactions(dsn, config.history_seconds > 0, self._let_in)
         self._reader = Reader(dsn)
         self._large = LargePayloads(dsn, self._back_off, self._well)
+        self._settler = Settler(dsn, config.history_seconds > 0, self._freed, self._let_in, self._ids_reused)
         self._runners = Runners(
             registry,
             config.concurrency,
             config.most_threads,
-            self._settle,
+            self._settler.put,
             self._freed,
             self._transactions,
             self._reader.results,
             self._large,
         )
-        self._settler = Settler(dsn, config.history_seconds > 0, self._freed, self._let_in, self._ids_reused)
         self._claimer = Claimer(dsn, config, registry.types, self._runners)
         self._claimer.unsettled = lambda: self._settler.pending
         self._claimer.full = lambda: self._settler.full
@@ -267,9 +267,6 @@ class Worker:
                 self._claimer.beat()
 
     # What the stages tell.
-
-    def _settle(self, outcome: Outcome) -> None:
-        self._settler.put(outcome)
 
     def _freed(self) -> None:
         self._claimer.freed()
