@@ -11,6 +11,8 @@ with its bytes. Only the write is tried again, never the handler.
                                    and a smaller form would be taken, what was in its way may have gone just between
                                    the two, so it starts again with the form that was decided
     a batch isn't written in time  half as many, down to one; that one with twice the time, and then as above
+    a lock is in its way           after LOCK_SECONDS. The outcomes of the tasks whose rows somebody has locked are put
+                                   off, and looked at each second. The others are written at once
     an id is in the history        the older row gives way: somebody has set the sequence of ids back
     the connection fails           all of it is tried again, on a new one
 """
@@ -51,6 +53,7 @@ KEPT_BYTES = 64 * 1024  # one that is put off is kept as it was decided if it is
 TRIES = 2  # alone, until one that isn't written in time waits for later
 MOST_TRIES = 6  # each has twice the time of the one before
 PAUSE_LEAST, PAUSE_MOST = 1.0, 300.0  # seconds for which one is put off
+LOCK_SECONDS = 0.5  # to wait for somebody's lock with a whole batch
 
 # What says little about the row: a server that has no memory left, or is broken.
 DISORDER = (asyncpg.OutOfMemoryError, asyncpg.InternalServerError)
@@ -62,24 +65,35 @@ REFUSED = (
     "until then; is there a constraint, a trigger or a lock on notifyq.task or notifyq.finished?"
 )
 
+LOCKED = (
+    "another session has locked the rows of these tasks, so their outcomes can't be written: they are kept here until "
+    "it lets go; is a transaction left open? SELECT pid, usename, xact_start, query FROM pg_stat_activity WHERE state "
+    "LIKE 'idle in transaction%'"
+)
+
 BackOff = Callable[[str, BaseException], Awaitable[None]]
 
 
 class PutOff:
-    """An outcome that PostgreSQL refuses in every form, and when to try again."""
+    """An outcome that PostgreSQL refuses in every form, or whose task's row is locked; and when to try again."""
 
-    __slots__ = ("due", "outcome", "pause", "storable")
+    __slots__ = ("due", "locked", "outcome", "pause", "storable")
 
     def __init__(self, outcome: Outcome) -> None:
         self.outcome = outcome
         self.pause = PAUSE_LEAST
         self.due = time.monotonic() + self.pause
         self.storable = False  # PostgreSQL has just shown that it would take a form of it
+        self.locked = False
 
     def again(self) -> None:
-        self.storable = False
+        self.storable = self.locked = False
         self.pause = min(PAUSE_MOST, self.pause * 2)
         self.due = time.monotonic() + self.pause
+
+    def wait_for_lock(self) -> None:
+        self.locked = True
+        self.due = time.monotonic() + PAUSE_LEAST
 
 
 class Settler:
@@ -110,16 +124,22 @@ class Settler:
         self._first: dict[Job, tuple[Outcome, int]] = {}  # what was decided, and how often it was made smaller since
         self._tries: dict[Job, int] = {}  # of those that were not written in time, alone
         self._put_off: dict[Job, PutOff] = {}
+        self._held_up = False  # a lock is in the way of this batch
+        self._patient = False  # it isn't the lock of a task's row: the connection waits for it as long as for anything
         self._told: dict[int, tuple[str, str]] = {}  # what to log of this batch, by id: a message, and why
 
     @property
     def pending(self) -> int:
-        """Outcomes that aren't in the database yet, without those that were put off to a later time."""
-        return len(self._pending) + len(self._writing) + len(self._due())
+        """Outcomes that aren't in the database yet; what PostgreSQL refuses counts only when it is tried again."""
+        known = len(self._pending) + len(self._writing)
+        if self._put_off:
+            now = time.monotonic()
+            known += sum(one.locked or one.due <= now for one in self._put_off.values())
+        return known
 
     @property
     def put_off(self) -> int:
-        """Outcomes that PostgreSQL refuses."""
+        """Outcomes that PostgreSQL refuses, or that wait for a lock."""
         return len(self._put_off)
 
     @property
@@ -130,7 +150,16 @@ class Settler:
     @property
     def trouble(self) -> str:
         """What is degraded, in words."""
-        return f"PostgreSQL refuses the outcomes of {len(self._put_off)} tasks" if self._put_off else ""
+        locked = sum(one.locked for one in self._put_off.values())
+        refused = len(self._put_off) - locked
+        return "; ".join(
+            text.format(count)
+            for text, count in (
+                ("PostgreSQL refuses the outcomes of {} tasks", refused),
+                ("another session has locked {} tasks that have ended", locked),
+            )
+            if count
+        )
 
     @property
     def leases(self) -> list[Job]:
@@ -234,6 +263,10 @@ class Settler:
         try:
             size = _size(batch) if self._bytes else 0
             seconds = seconds_for(size) * 2 ** self._tries.get(batch[0].job, 0)
+            if self._held_up or batch[0].job in self._put_off:
+                batch = await self._without_locked(conn, batch, seconds)
+                if not batch:
+                    return
             if self._is_trial(batch[0]):
                 await self._try(conn, batch[0], seconds)
                 return
@@ -245,6 +278,10 @@ class Settler:
             else:
                 await self._too_slow(batch[0], seconds)
             await back_off("settle", error)
+        except asyncpg.LockNotAvailableError:
+            if self._held_up:
+                await self._wait_for_locks(conn, patient=True)
+            self._held_up = True
         except TRANSIENT as error:
             if not is_refusal(error) or schema.gone(error):
                 self._disconnect()
@@ -258,8 +295,32 @@ class Settler:
         else:
             del self._writing[: len(batch)]
             self._most = min(BATCH, self._most * 2)
+            self._held_up = False
+            if self._patient:
+                await self._wait_for_locks(conn, patient=False)
             self._written(batch)
             well("settle")
+
+    async def _without_locked(self, conn: Connection, batch: list[Outcome], seconds: float) -> list[Outcome]:
+        """Put off those whose tasks' rows somebody has locked; return the others."""
+        rows = await conn.fetch(SQL["locked"], [outcome.job.id for outcome in batch], timeout=seconds)
+        if not rows:
+            return batch
+        ids = {row[0] for row in rows}
+        locked = {outcome.job: outcome for outcome in batch if outcome.job.id in ids}
+        for job, outcome in locked.items():
+            if job not in self._put_off:
+                self._put_off[job] = PutOff(outcome)
+                self._told[job.id] = LOCKED, ""
+            self._put_off[job].wait_for_lock()
+        self._writing = [outcome for outcome in self._writing if outcome.job not in locked]
+        return [outcome for outcome in batch if outcome.job not in locked]
+
+    async def _wait_for_locks(self, conn: Connection, *, patient: bool) -> None:
+        self._patient = patient
+        if not is_pooled(conn):
+            milliseconds = 0 if patient else round(LOCK_SECONDS * 1000)
+            await conn.execute("SELECT set_config('lock_timeout', $1, false)", str(milliseconds))
 
     def _is_trial(self, outcome: Outcome) -> bool:
         """It was put off, and is a smaller form: whether PostgreSQL takes it only says that something has changed."""
@@ -359,6 +420,7 @@ class Settler:
     async def _connect(self) -> Connection:
         if self._conn is None:
             self._conn = await connect_worker(self._dsn, "settle", worker=self._worker)
+            await self._wait_for_locks(self._conn, patient=False)
             self._conn.add_termination_listener(lambda _: self._wake.set())
         elif self._proven != self._worker and self._worker is not None and not is_pooled(self._conn):
             await self._conn.execute("SELECT pg_advisory_unlock_all()")

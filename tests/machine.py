@@ -21,7 +21,8 @@ from notifyq import store
 LIMIT_SECONDS = 60.0
 MOST_TIMES_BUSY = 10.0  # so that a limit ends a test before pytest's own does, which ends the whole process
 PAUSE_SECONDS = 0.02
-STEPS = 5  # a task's way is that many times as long as a bare wake-up: insert, notify, claim, start, settle
+STEPS = 5  # of a task's way: insert, notify, claim, start, settle
+STEPS_PROBED = 3  # of a bare wake-up: pause, notify, work
 
 
 def times_busy() -> float:
@@ -54,6 +55,10 @@ class Probe:
         """What the machine may have added to a task's way; `since` is a time of time.monotonic()."""
         under_way = time.monotonic() - self._begun - PAUSE_SECONDS
         return STEPS * max([0.0, under_way, *(late for ended, late in self._rounds if ended >= since)])
+
+    def lost(self, since: float) -> float:
+        """The same for many tasks, each of which waits for the one before it: all that was late adds up."""
+        return sum(late for ended, late in self._rounds if ended >= since) * STEPS / STEPS_PROBED + self.late(since)
 
     @contextmanager
     def within(self, seconds: float) -> Iterator[None]:

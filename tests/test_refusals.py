@@ -15,7 +15,7 @@ import asyncpg
 import pytest
 
 import notifyq
-from notifyq import settle
+from notifyq import settle, store
 from notifyq.outcome import Finish, HandBack, Later, Outcome, returned, smaller
 from notifyq.store import SQL, Job
 
@@ -152,6 +152,59 @@ async def test_the_others_are_written_at_once(
     assert sorted(id for line in found for id in line["ids"]) == bad
     assert all(line["error"] for line in found)
     assert sum(line["tasks"] for line in logged("are written now")) == 2
+
+
+async def test_a_locked_row_keeps_no_other(
+    bench: Bench, db: Any, dsn: str, connect: Sessions, logged: Logged, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody's transaction has locked the row of a task that ends, and stays open. That one waits for it."""
+    monkeypatch.setattr(store, "WORKER_TIMEOUT_SECONDS", 3600.0)
+    monkeypatch.setattr(settle, "PAUSE_LEAST", 0.1)
+    other = await connect()
+    [bad] = await insert(db, "Bad", how="wait")
+    async with working(bench.app, dsn):
+        await bench.ran.reach(1)
+        async with other.transaction():
+            await other.execute("SELECT FROM notifyq.task WHERE id = $1 FOR UPDATE", bad)
+            bench.wait.set()
+            await insert(db, "Good", 40)
+            await eventually(lambda: states(db), {("Good", "done"): 40, ("Bad", "running"): 1})
+            await eventually(
+                lambda: db.fetchval("SELECT status FROM notifyq.worker"),
+                "another session has locked 1 tasks that have ended",
+            )
+            await insert(db, "Good", 5)
+            await eventually(lambda: states(db), {("Good", "done"): 45, ("Bad", "running"): 1})
+        await eventually(lambda: states(db), {("Good", "done"): 45, ("Bad", "done"): 1})
+    assert bench.ran.items.count("bad") == 1
+    assert [line["ids"] for line in logged("has locked the rows of these tasks")] == [[bad]]
+    assert [line["ids"] for line in logged("are written now")] == [[bad]]
+
+
+async def test_a_stop_waits_for_a_locked_row(
+    bench: Bench, db: Any, dsn: str, connect: Sessions, logged: Logged
+) -> None:
+    """As long as for any outcome that isn't written yet."""
+    other = await connect()
+    [bad] = await insert(db, "Bad", how="wait")
+    async with working(bench.app, dsn) as worker:
+        await bench.ran.reach(1)
+        async with other.transaction():
+            await other.execute("SELECT FROM notifyq.task WHERE id = $1 FOR UPDATE", bad)
+            bench.wait.set()
+            with anyio.fail_after(limit()):
+                while not logged("has locked the rows of these tasks"):
+                    await anyio.sleep(0.02)
+            worker.stop.set()
+            await eventually(
+                lambda: db.fetchval(
+                    "SELECT count(*) FROM pg_stat_activity WHERE application_name LIKE 'notifyq claims%'"
+                ),
+                0,
+            )
+        await worker.stopped()
+    assert await states(db) == {("Bad", "done"): 1}
+    assert bench.ran.items == ["bad"]
 
 
 async def test_a_change_between_two_forms(

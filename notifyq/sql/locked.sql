@@ -1,0 +1,7 @@
+-- Of the tasks $1, those whose rows another transaction has locked. It waits for none of them.
+WITH free AS MATERIALIZED (
+    SELECT t.id FROM notifyq.task t WHERE t.id = ANY ($1::bigint[]) FOR UPDATE SKIP LOCKED
+)
+SELECT t.id FROM notifyq.task t WHERE t.id = ANY ($1)
+EXCEPT
+SELECT f.id FROM free f
