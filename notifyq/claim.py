@@ -557,7 +557,11 @@ class Claimer:
 
     async def _beat(self, conn: Connection, worker: int) -> None:
         self._beats = False
-        await conn.execute(SQL["beat"], worker)
+        try:
+            await conn.execute(SQL["beat"], worker)
+        except asyncpg.PostgresError as error:
+            if not is_refusal(error):  # the keeper, which is refused it too, says so
+                raise
 
     async def _free(self, conn: Connection) -> int:
         """Let in who waited for what has ended. Those it lets in ring, but perhaps for another."""

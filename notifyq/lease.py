@@ -62,6 +62,11 @@ RESCUE_AT_ONCE = 2000
 PRUNE_SECONDS = 60.0
 PRUNE_AT_ONCE = 5000
 PRUNED_SECONDS = 0.5  # of one such statement: fewer at once where rows are large
+OUT_OF_REACH = "heartbeat: the database is out of reach"
+REFUSED = (
+    "heartbeat: PostgreSQL refuses it, and other workers take the tasks of one that has none; is a privilege missing, "
+    "or is there a constraint, a trigger or row level security on notifyq.worker?"
+)
 MOST = object()  # where the statement takes how many rows at most
 DEAD_KEPT_SECONDS = 30 * 86400.0
 ORPHANS_SECONDS = 60.0
@@ -295,7 +300,7 @@ class Keeper:
                     self._down = True
                     self._wait = 0.1
                     logger.warning(
-                        "heartbeat: the database is out of reach", extra={"fields": {"error": describe(error)}}
+                        REFUSED if is_refusal(error) else OUT_OF_REACH, extra={"fields": {"error": describe(error)}}
                     )
             finally:
                 self._locked = False
@@ -404,9 +409,6 @@ class Keeper:
         registered, lost, others, seen, aside, suspects, freed, wanted = row
         self._beaten = time.monotonic()
         silent = self._unseen.look(others, seen, self._beaten)
-        if self._down:
-            self._down = False
-            logger.info("heartbeat: the database is back")
         if not registered:
             # Frozen for too long, or cut off: others have rescued everything. Come back as somebody new.
             await conn.execute("SELECT pg_advisory_unlock_all()")
@@ -417,6 +419,10 @@ class Keeper:
             )
             self._tell(self._on_lost, held, set[int]())
             self._tell(self._on_new_id, self._id)
+        if self._down:
+            self._down = False
+            logger.info("heartbeat: the database is back")
+        if not registered:
             return True
         if not self._locked:
             await self._lock(conn, self._id)

@@ -916,6 +916,14 @@ async def test_tasks(run: Run, dsn: str, db: Any) -> None:
     assert json.loads(said.out)["id"] == ids["running"]
 
 
+async def test_a_task_that_is_overdue(run: Run, dsn: str, db: Any) -> None:
+    await db.execute(
+        "INSERT INTO notifyq.task (type, created_at, run_at) VALUES ('A', now() - interval '3h', now() - interval '2h')"
+    )
+    said = await run("tasks", dsn=dsn)
+    assert "scheduled  due 2h ago" in said.out
+
+
 @pytest.mark.parametrize("name", ["o'clock", "' OR true --", "q%"])
 async def test_a_queue_of_any_name(run: Run, dsn: str, db: Any, name: str) -> None:
     """It is compared, and is no part of the statement."""

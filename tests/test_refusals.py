@@ -15,7 +15,7 @@ import asyncpg
 import pytest
 
 import notifyq
-from notifyq import settle, store
+from notifyq import lease, settle, store
 from notifyq.outcome import Finish, HandBack, Later, Outcome, returned, smaller
 from notifyq.store import SQL, Job
 
@@ -205,6 +205,35 @@ async def test_a_stop_waits_for_a_locked_row(
         await worker.stopped()
     assert await states(db) == {("Bad", "done"): 1}
     assert bench.ran.items == ["bad"]
+
+
+async def test_a_heartbeat_that_is_refused(
+    bench: Bench, db: Any, dsn: str, quick_heart: None, logged: Logged, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is said once, however often it is tried, and once when it is over. The worker works on meanwhile."""
+    tries = Seen()
+    connect_worker = store.connect_worker
+
+    async def counted(*args: Any, **options: Any) -> Any:
+        tries.add(1)
+        return await connect_worker(*args, **options)
+
+    async with working(bench.app, dsn):
+        monkeypatch.setattr(lease, "connect_worker", counted)
+        await db.execute("ALTER TABLE notifyq.worker ADD CONSTRAINT no CHECK (id IS NULL) NOT VALID")
+        with anyio.fail_after(limit()):
+            while len(tries.items) < 6:
+                await anyio.sleep(0.02)
+        await insert(db, "Good", 3)
+        await eventually(lambda: states(db), {("Good", "done"): 3})
+        assert len(logged("heartbeat: PostgreSQL refuses it")) == 1
+        assert not logged("heartbeat: the database is back")
+        await db.execute("ALTER TABLE notifyq.worker DROP CONSTRAINT no")
+        with anyio.fail_after(limit()):
+            while not logged("heartbeat: the database is back"):
+                await anyio.sleep(0.02)
+    assert len(logged("heartbeat:")) == 2
+    assert not logged("lost the database")
 
 
 async def test_a_change_between_two_forms(

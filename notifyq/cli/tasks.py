@@ -302,6 +302,8 @@ def tasks(
 def _row(task: dict[str, object], seconds: float | None) -> list[object]:
     words = {"scheduled": "in {}", "running": "for {}", "ready": "waits {}"}
     when = words.get(str(task["state"]), "{} ago").format("infinity" if seconds is None else span(abs(seconds)))
+    if task["state"] == "scheduled" and seconds is not None and seconds < 0:
+        when = f"due {span(-seconds)} ago"
     if task["waits_for"] == "crashed":
         when = "waits to run alone, as its worker vanished"
     elif task["waits_for"]:
