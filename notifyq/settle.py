@@ -10,6 +10,8 @@ with its bytes. Only the write is tried again, never the handler.
                                    is tried again, as it was decided: what was in its way may be gone. If that fails
                                    and a smaller form would be taken, what was in its way may have gone just between
                                    the two, so it starts again with the form that was decided
+    it takes one, and its row      a trigger has returned NULL. It is put off at once, as above
+    stays as it was
     a batch isn't written in time  half as many, down to one; that one with twice the time, and then as above
     a lock is in its way           after LOCK_SECONDS. The outcomes of the tasks whose rows somebody has locked are put
                                    off, and looked at each second. The others are written at once
@@ -63,6 +65,11 @@ LESS = "PostgreSQL can't store these outcomes: less of them is written"
 REFUSED = (
     "these outcomes can't be written in any form: they are kept here and tried again, and their tasks stay running "
     "until then; is there a constraint, a trigger or a lock on notifyq.task or notifyq.finished?"
+)
+
+KEPT = (
+    "a trigger on notifyq.task keeps the row, though it raises nothing: a BEFORE trigger must return NEW, or OLD on "
+    "DELETE (or a policy of row level security hides it)"
 )
 
 LOCKED = (
@@ -124,6 +131,7 @@ class Settler:
         self._first: dict[Job, tuple[Outcome, int]] = {}  # what was decided, and how often it was made smaller since
         self._tries: dict[Job, int] = {}  # of those that were not written in time, alone
         self._put_off: dict[Job, PutOff] = {}
+        self._kept: dict[Job, Outcome] = {}  # of the last write: PostgreSQL took them, and left their rows as they were
         self._held_up = False  # a lock is in the way of this batch
         self._patient = False  # it isn't the lock of a task's row: the connection waits for it as long as for anything
         self._told: dict[int, tuple[str, str]] = {}  # what to log of this batch, by id: a message, and why
@@ -298,7 +306,9 @@ class Settler:
             self._held_up = False
             if self._patient:
                 await self._wait_for_locks(conn, patient=False)
-            self._written(batch)
+            self._written([outcome for outcome in batch if outcome.job not in self._kept] if self._kept else batch)
+            for outcome in self._kept.values():
+                self._delay(outcome, KEPT)
             well("settle")
 
     async def _without_locked(self, conn: Connection, batch: list[Outcome], seconds: float) -> list[Outcome]:
@@ -337,6 +347,10 @@ class Settler:
             await transaction.rollback()
             raise
         await transaction.rollback()
+        if self._kept:
+            del self._writing[0]
+            self._delay(outcome, KEPT)
+            return
         first, _ = self._first.pop(outcome.job)
         self._put_off[outcome.job].storable = True
         self._bytes += first.size - outcome.size
@@ -384,8 +398,13 @@ class Settler:
             self._writing[0] = less
             return
         del self._writing[0]
+        self._delay(outcome, why)
+
+    def _delay(self, outcome: Outcome, why: str) -> None:
+        """Put it off, or again. It is not among those that are being written any more."""
+        job = outcome.job
         self._bytes -= outcome.size
-        self._first.pop(job, None)
+        first, _ = self._first.pop(job, (outcome, 0))
         if job in self._put_off:
             self._put_off[job].again()
         else:
@@ -430,6 +449,7 @@ class Settler:
 
     async def _write(self, conn: Connection, batch: list[Outcome], seconds: float) -> None:
         """Each worker's in a transaction. Raises TRANSIENT."""
+        self._kept.clear()
         for worker in {outcome.job.worker for outcome in batch}:  # one, unless it was given up and came back
             mine = [outcome for outcome in batch if outcome.job.worker == worker]
             mine.sort(key=attrgetter("job.id"))  # everybody locks rows in this order
@@ -501,7 +521,12 @@ class Settler:
             return
         applied = {row[0] for row in rows}
         # After a hiccup some of these were written, and only the answer was lost: indistinguishable, and harmless.
-        lost = [o.job.id for o in outcomes if o.job.id not in applied]
+        missed: list[Outcome] = [outcome for outcome in outcomes if outcome.job.id not in applied]
+        kept = {row[0] for row in await conn.fetch(SQL["kept"], missed[0].job.worker, *_keys(missed))}
+        self._kept |= {outcome.job: outcome for outcome in missed if outcome.job.id in kept}
+        lost = [outcome.job.id for outcome in missed if outcome.job.id not in kept]
+        if not lost:
+            return
         cancelled = {id for id, state in await conn.fetch(SQL["ends"], lost) if state == "cancelled"}
         if cancelled:
             logger.info(

@@ -24,7 +24,8 @@ import asyncpg
 
 from . import loops
 from .config import resolve_dsn
-from .errors import ConfigError, LeaseLost
+from .errors import ConfigError, DatabaseError, LeaseLost
+from .settle import KEPT
 from .store import COMMAND_TIMEOUT_SECONDS, GONE_SETTINGS, SQL, TRANSIENT, connect, dial_for_pool, explained, keep_alive
 from .task import Isolation
 
@@ -127,6 +128,8 @@ class Transactions:
             fence = (job.worker, job.id, job.attempt, self._keep)
             row = await conn.fetchrow(SQL["settle_within"], *fence, timeout=COMMAND_TIMEOUT_SECONDS)
             if row is None:
+                if await conn.fetch(SQL["kept"], job.worker, [job.id], [job.attempt], timeout=COMMAND_TIMEOUT_SECONDS):
+                    raise DatabaseError(f"task {job.id} can't be settled, its transaction is rolled back: {KEPT}")
                 lost(job)
                 raise LeaseLost(f"task {job.id} isn't this run's any more; its transaction is rolled back")
             xid, freed = row

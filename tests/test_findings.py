@@ -186,6 +186,50 @@ async def test_triggers(db: Any, trigger: str, what: str) -> None:
     assert await findings(db) == {}
 
 
+SWALLOWS = {
+    "BEGIN RETURN NULL; END": ("INSERT", "UPDATE", "DELETE"),
+    "BEGIN IF NEW.type = 'x' THEN return  null ; END IF; RETURN NEW; END": ("INSERT", "UPDATE"),
+    "BEGIN RETURN NEW; END": ("DELETE", "INSERT OR UPDATE OR DELETE"),
+    "BEGIN RETURN OLD; END": ("INSERT", "UPDATE", "INSERT OR UPDATE OR DELETE"),
+}
+LETS_THROUGH = {
+    "BEGIN RETURN NEW; END": ("INSERT", "UPDATE", "INSERT OR UPDATE"),
+    "BEGIN RETURN OLD; END": ("DELETE",),
+    "BEGIN RETURN coalesce(NEW, OLD); END": ("DELETE", "INSERT OR UPDATE OR DELETE"),
+    "BEGIN IF TG_OP = 'DELETE' THEN RETURN OLD; END IF; RETURN NEW; END": ("DELETE", "INSERT OR UPDATE OR DELETE"),
+    "BEGIN /* RETURN NULL; */ RETURN NEW; -- and not RETURN NULL;\nEND": ("INSERT OR UPDATE",),
+}
+
+
+def audit(table: str, when: str, events: str, body: str) -> str:
+    return f"""CREATE OR REPLACE FUNCTION public.audit() RETURNS trigger LANGUAGE plpgsql AS $$ {body} $$;
+               CREATE TRIGGER "My audit" {when} {events} ON notifyq.{table} FOR EACH ROW
+               EXECUTE FUNCTION public.audit()"""
+
+
+@pytest.mark.parametrize("table", ["task", "finished", "worker"])
+async def test_a_trigger_that_keeps_rows_from_being_written(db: Any, table: str) -> None:
+    """It is named, and so is what is wrong with it. One that lets rows through, or comes after them, is no problem."""
+    for body, among in SWALLOWS.items():
+        for events in among:
+            await db.execute(audit(table, "BEFORE", events, body))
+            [(about, (problem, cure))] = (await findings(db)).items()
+            assert about == f'trigger "My audit" on notifyq.{table}', (body, events)
+            assert f'trigger "My audit" on notifyq.{table} runs before each row is written, and' in problem
+            assert cure == "let public.audit() return NEW, or OLD on DELETE; or make it an AFTER trigger"
+            await db.execute(f'ALTER TABLE notifyq.{table} DISABLE TRIGGER "My audit"')
+            assert await findings(db) == {}
+            await db.execute(f'DROP TRIGGER "My audit" ON notifyq.{table}')
+            await db.execute(audit(table, "AFTER", events, body))
+            assert await findings(db) == {}, (body, events)
+            await db.execute(f'DROP TRIGGER "My audit" ON notifyq.{table}')
+    for body, among in LETS_THROUGH.items():
+        for events in among:
+            await db.execute(audit(table, "BEFORE", events, body))
+            assert await findings(db) == {}, (body, events)
+            await db.execute(f'DROP TRIGGER "My audit" ON notifyq.{table}')
+
+
 async def test_a_worker_says_which_triggers_do_not_fire(dsn: str, db: Any, logged: Logged) -> None:
     await db.execute("ALTER TABLE notifyq.task DISABLE TRIGGER ALL")
     async with working(saying(Seen()), dsn):

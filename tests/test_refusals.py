@@ -154,6 +154,44 @@ async def test_the_others_are_written_at_once(
     assert sum(line["tasks"] for line in logged("are written now")) == 2
 
 
+RETURNS = """
+    CREATE FUNCTION public.audit() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RETURN {}; END $$;
+    CREATE TRIGGER audit BEFORE INSERT OR UPDATE OR DELETE ON notifyq.task FOR EACH ROW EXECUTE FUNCTION public.audit()
+"""
+MENDED = """
+    CREATE OR REPLACE FUNCTION public.audit() RETURNS trigger LANGUAGE plpgsql AS
+    $$ BEGIN RETURN CASE WHEN TG_OP = 'DELETE' THEN OLD ELSE NEW END; END $$
+"""
+
+
+async def test_a_trigger_that_keeps_a_row_and_says_nothing(
+    bench: Bench, db: Any, dsn: str, logged: Logged, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It returns NEW, which is NULL on DELETE. Each task runs once, and its outcome waits until the trigger is mended.
+    Another outcome, which the trigger lets through, is written at once."""
+    monkeypatch.setattr(settle, "PAUSE_MOST", 0.5)
+    monkeypatch.setattr(settle, "PAUSE_LEAST", 0.5)
+    monkeypatch.setattr(lease, "LOOK_SECONDS", 0.2)
+    await db.execute(RETURNS.format("NEW"))
+    bad = await insert(db, "Bad", 2)
+    [failing] = await insert(db, "Bad", how="raise")
+    status = "SELECT status FROM notifyq.worker"
+    async with working(bench.app, dsn):
+        said = "PostgreSQL refuses the outcomes of 3 tasks; trigger audit on notifyq.task"
+        await eventually(lambda: db.fetchval(status), said)
+        errors = "SELECT jsonb_array_length(errors) FROM notifyq.task WHERE id = $1"
+        assert await db.fetchval(errors, failing) == 2, "the retries were written"
+        await db.execute(MENDED)
+        await eventually(lambda: states(db), {("Bad", "done"): 2, ("Bad", "dead"): 1})
+        assert await db.fetchval("SELECT count(*) FROM notifyq.finished WHERE result = '{\"a\": 1}'") == 2
+        await eventually(lambda: db.fetchval(status), "ok")
+    assert bench.ran.items.count("bad") == 2 + 3
+    found = logged("can't be written in any form")
+    assert sorted(id for line in found for id in line["ids"]) == [*bad, failing], "each is said once"
+    assert all("must return NEW, or OLD on DELETE" in line["error"] for line in found)
+    assert logged("whose lease was lost") == []
+
+
 async def test_a_locked_row_keeps_no_other(
     bench: Bench, db: Any, dsn: str, connect: Sessions, logged: Logged, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -90,6 +90,7 @@ STATEMENTS = {
     ),
     "end_claims": Statement("int4", "coalesce:bool", ""),
     "ends": Statement("int8[]", "id:int8 state:text", "finished_pkey"),
+    "kept": Statement("int4 int8[] int2[]", "id:int8", "task_pkey"),
     "locked": Statement("int8[]", "id:int8", "task_pkey"),
     "enqueue": Statement("text text text float8 timestamptz int2 int2 text", "id:int8 created:int8", ""),
     "enqueue_many": Statement("text[] text[] text float8 timestamptz int2 int2 text", "id:int8", ""),

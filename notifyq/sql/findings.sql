@@ -59,6 +59,33 @@ FROM wanted w
 LEFT JOIN pg_trigger t ON t.tgrelid = to_regclass('notifyq.task') AND t.tgname = w.name
 WHERE t.tgenabled IS NULL OR t.tgenabled NOT IN ('O', 'A')
 UNION ALL
+-- Somebody's BEFORE trigger that may keep a row from being written. Only the source of the function tells, and only in
+-- PL/pgSQL can it be read here: what a RETURN says, without the comments.
+SELECT format('trigger %I on notifyq.%I', t.tgname, c.relname),
+       format('trigger %I on notifyq.%I runs before each row is written, and %s: where it does, notifyq''s write doesn''t '
+              'happen, and nothing says so', t.tgname, c.relname, k.fault),
+       format('let %s.%I() return NEW, or OLD on DELETE; or make it an AFTER trigger',
+              p.pronamespace::regnamespace, p.proname)
+FROM pg_trigger t
+JOIN pg_class c ON c.oid = t.tgrelid
+JOIN pg_proc p ON p.oid = t.tgfoid
+CROSS JOIN LATERAL (
+    SELECT regexp_replace(regexp_replace(p.prosrc, '/\*.*?\*/', ' ', 'g'), '--[^\n]*', ' ', 'g') AS text OFFSET 0
+) AS source
+CROSS JOIN LATERAL (
+    -- The bits of tgtype: 4 INSERT, 8 DELETE, 16 UPDATE. OLD is NULL on INSERT, NEW on DELETE.
+    SELECT CASE WHEN source.text ~* '\mreturn\s+null\s*;' THEN 'may return NULL'
+                WHEN t.tgtype & 8 <> 0 AND source.text ~* '\mreturn\s+new\s*;'
+                     AND source.text !~* '\mreturn\M[^;]*\mold\M' THEN 'returns NEW, which is NULL, on DELETE'
+                WHEN t.tgtype & (4 | 16) <> 0 AND source.text ~* '\mreturn\s+old\s*;'
+                     AND (t.tgtype & 8 = 0 OR source.text !~* '\mreturn\M[^;]*\mnew\M')
+                THEN 'returns OLD on INSERT or UPDATE' END AS fault
+) AS k
+WHERE c.relnamespace = 'notifyq'::regnamespace AND c.relname IN ('task', 'finished', 'worker')
+  AND NOT t.tgisinternal AND t.tgenabled IN ('O', 'A') AND t.tgtype & 3 = 3  -- BEFORE, and FOR EACH ROW
+  AND p.pronamespace <> c.relnamespace AND p.prolang = (SELECT l.oid FROM pg_language l WHERE l.lanname = 'plpgsql')
+  AND k.fault IS NOT NULL
+UNION ALL
 SELECT 'session_replication_role of this session',
        format('session_replication_role is replica in this session of user %s: no trigger fires, so tasks that wait '
               'for others are told late, or never', current_user),
