@@ -21,6 +21,7 @@ RESULT_LIMIT = 16 * 1024 * 1024  # bytes of JSON; what is larger belongs in a ta
 TRACEBACK_LINES = 30
 NOTE_LENGTH = 200  # characters of what ctx.progress tells
 OURS = os.path.dirname(os.path.abspath(__file__)) + os.sep
+TRACEBACK_MOST = 100_000  # characters of a traceback that are looked at
 TEXT_LIMIT = 8_000  # characters of an error's text, and of its traceback
 
 _encoder = msgspec.json.Encoder()
@@ -88,7 +89,8 @@ def _tail(error: BaseException) -> str:
         while frames is not None and frames.tb_frame.f_code.co_filename.startswith(OURS):
             frames = frames.tb_next  # what called the handler: the same in each of them
         frames = frames or error.__traceback__
-        lines = "".join(traceback.format_exception(type(error), error, frames)).splitlines()
+        text = "".join(traceback.format_exception(type(error), error, frames))
+        lines = _cut(text, TRACEBACK_MOST).splitlines()
     except BaseException:
         return ""
     return "\n".join(lines[-TRACEBACK_LINES:])
@@ -101,5 +103,9 @@ def storable(text: str) -> str:
 
 def _clean(text: str) -> str:
     """Storable, and no longer than people read."""
-    text = storable(text)
-    return text if len(text) <= TEXT_LIMIT else text[: TEXT_LIMIT // 2] + "\n[...]\n" + text[-TEXT_LIMIT // 2 :]
+    return _cut(storable(_cut(text)))  # before it, as to look through 100 MB takes seconds; after it, as it may grow
+
+
+def _cut(text: str, most: int = TEXT_LIMIT) -> str:
+    """Its beginning and its end."""
+    return text if len(text) <= most else text[: most // 2] + "\n[...]\n" + text[-most // 2 :]

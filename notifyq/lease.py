@@ -43,7 +43,18 @@ from .cron import Schedule
 from .errors import DatabaseError
 from .registry import Registry
 from .run import Runners
-from .store import SQL, TRANSIENT, Connection, Job, connect_worker, is_pooled, is_refusal, notified_id, prove_alive
+from .store import (
+    SQL,
+    TRANSIENT,
+    Connection,
+    Job,
+    connect_worker,
+    is_answer,
+    is_pooled,
+    is_refusal,
+    notified_id,
+    prove_alive,
+)
 
 logger = log.logger("notifyq.lease")
 
@@ -300,7 +311,7 @@ class Keeper:
                     self._down = True
                     self._wait = 0.1
                     logger.warning(
-                        REFUSED if is_refusal(error) else OUT_OF_REACH, extra={"fields": {"error": describe(error)}}
+                        REFUSED if is_answer(error) else OUT_OF_REACH, extra={"fields": {"error": describe(error)}}
                     )
             finally:
                 self._locked = False

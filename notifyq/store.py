@@ -111,6 +111,11 @@ def is_refusal(error: BaseException) -> bool:
     )
 
 
+def is_answer(error: BaseException) -> bool:
+    """Whether the database is there, and refuses: for a row, or for what has been made of a whole table."""
+    return is_refusal(error) or type(error) is asyncpg.ObjectNotInPrerequisiteStateError
+
+
 def seconds_for(size: int) -> float:
     """The timeout of a worker's statement that carries `size` bytes, one way or the other."""
     return WORKER_TIMEOUT_SECONDS + size / SLOWEST

@@ -12,9 +12,11 @@ and once when it ends. Any other failure of a stage is a bug, and takes the work
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import random
 import socket
+import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -35,7 +37,7 @@ from .lifespan import within
 from .outcome import HandBack
 from .run import CANCEL_SECONDS, Runners
 from .settle import Settler
-from .store import SQL, TRANSIENT, connect, connect_worker, server_version
+from .store import SQL, TRANSIENT, connect, connect_worker, is_answer, server_version
 from .transact import Transactions
 
 if TYPE_CHECKING:
@@ -44,6 +46,7 @@ if TYPE_CHECKING:
 logger = log.logger("notifyq.worker")
 
 STAND_IN_SECONDS = 0.4  # between looks at whether the keeper is late
+REFUSED_SECONDS = 60.0  # between two lines about the same refusal
 CLAIM_SECONDS = 2.0  # at the end, for the last claim's answer
 WRITE_SECONDS = 3.0  # at the end, for outcomes and good-byes
 
@@ -72,6 +75,7 @@ class Worker:
         self._id = 0
         self._down: set[str] = set()  # stages without a database
         self._waits: dict[str, float] = {}
+        self._refused: dict[str, tuple[float, str]] = {}  # stages whose statements PostgreSQL refuses: when, and why
         self._fatal: BaseException | None = None
         self._keeper: Keeper | None = None
         self._write_seconds = WRITE_SECONDS
@@ -280,7 +284,8 @@ class Worker:
             self._keeper.compare_ids()
 
     def _trouble(self) -> str:
-        return "; ".join(filter(None, (self._claimer.trouble, self._runners.trouble, self._settler.trouble)))
+        refused = "PostgreSQL refuses what this worker needs: see its log" if self._refused else ""
+        return "; ".join(filter(None, (refused, self._claimer.trouble, self._runners.trouble, self._settler.trouble)))
 
     def _lost(self, leases: list[tuple[int, int]], cancelled: set[int]) -> None:
         # By attempt too: what was held when the heartbeat left may have ended, and be held again, when it answers.
@@ -317,6 +322,8 @@ class Worker:
         if self._keeper is not None and self._keeper.loop_was_blocked:
             # That has been said. If the database is lost too, the next try is late enough to tell.
             logger.debug("a statement failed as the event loop was blocked", extra={"fields": {"stage": stage}})
+        elif is_answer(error):
+            self._tell_refused(stage, describe(error))
         elif stage not in self._down:
             self._down.add(stage)
             if not self._claimer.stopping:
@@ -331,7 +338,24 @@ class Worker:
         with anyio.move_on_after(random.uniform(0.5, 1.0) * wait):
             await self._stopping.wait()
 
+    def _tell_refused(self, stage: str, why: str) -> None:
+        """The database is there. A new session begins well each time, so its success says nothing for a while."""
+        now = time.monotonic()
+        said, before = self._refused.get(stage, (-math.inf, ""))
+        if why != before or now - said > REFUSED_SECONDS:
+            said = now
+            logger.error(
+                "PostgreSQL refuses what this worker needs, trying again; is there a constraint, a trigger, a "
+                "publication or row level security on a table of notifyq?",
+                extra={"fields": {"stage": stage, "error": why}},
+            )
+        self._refused[stage] = said, why
+
     def _well(self, stage: str) -> None:
+        if stage in self._refused:
+            if time.monotonic() - self._refused[stage][0] < REFUSED_SECONDS:
+                return
+            del self._refused[stage]
         self._waits.pop(stage, None)
         if stage in self._down:
             self._down.discard(stage)

@@ -266,3 +266,20 @@ def test_a_traceback_keeps_its_tail() -> None:
     assert any("raise ValueError" in line for line in found)
     rude = json.loads(encode_error(1, "oh", Rude()))
     assert rude["error"] == "oh"
+
+
+def test_an_error_of_a_hundred_megabytes_is_not_looked_through(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That took seconds, in which the loop stood still."""
+    lengths: list[int] = []
+    storable = codec.storable
+
+    def counted(text: str) -> str:
+        lengths.append(len(text))
+        return storable(text)
+
+    monkeypatch.setattr(codec, "storable", counted)
+    error = ValueError("x" * 100_000_000)
+    found = json.loads(encode_error(1, describe(error), error))
+    assert found["error"].startswith("ValueError: xxx")
+    assert found["traceback"].endswith("xxx")
+    assert max(lengths) < 10_000

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import notifyq
-from notifyq import lease
+from notifyq import lease, worker
 from notifyq.store import SQL
 
 from .conftest import Seen, eventually, working
@@ -158,3 +158,32 @@ async def test_one_cron_that_is_refused_keeps_no_other_back(dsn: str, db: Any, l
 def test_prune_is_a_statement_for_each_table() -> None:
     for name in ("prune", "prune_started", "prune_keys"):
         assert len({word for word in SQL[name].split() if word.startswith("notifyq.")} - {"notifyq.task"}) == 1, name
+
+
+async def test_rows_that_nothing_identifies(dsn: str, db: Any, logged: Logged, monkeypatch: pytest.MonkeyPatch) -> None:
+    """REPLICA IDENTITY NOTHING: PostgreSQL refuses to claim at all. It says so, once, and how to mend it; when that is
+    done, all goes on."""
+    tries = Seen()
+    back_off = worker.Worker._back_off
+
+    async def counted(self: Any, stage: str, error: BaseException) -> None:
+        tries.add(stage)
+        await back_off(self, stage, error)
+
+    monkeypatch.setattr(worker.Worker, "_back_off", counted)
+    seen = Seen()
+    app = noting(seen)
+    async with app.connect(dsn), working(app, dsn):
+        await db.execute(f"ALTER TABLE notifyq.task REPLICA IDENTITY NOTHING; {PUBLISH}")
+        await app.enqueue(Note("late"))
+        await tries.reach(4)
+        status = "PostgreSQL refuses what this worker needs: see its log"
+        await eventually(lambda: db.fetchval("SELECT status LIKE $1 FROM notifyq.worker", f"%{status}%"))
+        await db.execute("DROP PUBLICATION everything")
+        await eventually(lambda: db.fetchval("SELECT count(*) FROM notifyq.finished WHERE result = '\"late\"'"), 1)
+    refused = logged("PostgreSQL refuses what this worker needs")
+    assert refused
+    assert len(refused) == len({line["stage"] for line in refused})
+    assert "REPLICA IDENTITY" in refused[0]["error"]
+    assert not logged("lost the database")
+    assert not logged("the database is back")
