@@ -2,6 +2,4 @@
 WITH free AS MATERIALIZED (
     SELECT t.id FROM notifyq.task t WHERE t.id = ANY ($1::bigint[]) FOR UPDATE SKIP LOCKED
 )
-SELECT t.id FROM notifyq.task t WHERE t.id = ANY ($1)
-EXCEPT
-SELECT f.id FROM free f
+SELECT t.id FROM notifyq.task t WHERE t.id = ANY ($1) AND t.id <> ALL (ARRAY(SELECT f.id FROM free f))
