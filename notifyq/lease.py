@@ -41,6 +41,7 @@ from .codec import NOTE_LENGTH, describe, storable
 from .config import WorkerConfig
 from .cron import Schedule
 from .errors import DatabaseError
+from .left_out import NOT_HANDED_BACK, NOT_TAKEN_BACK, LeftOut
 from .registry import Registry
 from .run import Runners
 from .store import (
@@ -203,7 +204,8 @@ class Keeper:
         self._failing: dict[str, str] = {}  # chores that the database refuses, and its reason
         self._beaten = -math.inf
         self._compare_ids_at = 0.0  # written by the worker's loop too
-        self._rescued_at_once = RESCUE_AT_ONCE  # fewer, where a row is refused or takes long
+        self._rescued_at_once = RESCUE_AT_ONCE  # fewer, where a row takes long
+        self._left_out = LeftOut()  # of those that are to be taken back from workers that are gone
         self._pruned_at_once: dict[str, int] = {}  # by statement
         self._behind = ""  # the cure, if ids are given a second time
 
@@ -303,7 +305,12 @@ class Keeper:
                     raise gone from error
                 if self._stop.is_set():
                     if last_try:
-                        logger.warning("stopping without a database: others will rescue what was held here")
+                        logger.warning(
+                            "stopping; PostgreSQL refuses the last statements: others will rescue what was held here"
+                            if is_refusal(error)
+                            else "stopping without a database: others will rescue what was held here",
+                            extra={"fields": {"error": _first_line(error)}},
+                        )
                         return
                     last_try = True
                     continue  # it may have been only this connection
@@ -311,7 +318,7 @@ class Keeper:
                     self._down = True
                     self._wait = 0.1
                     logger.warning(
-                        REFUSED if is_answer(error) else OUT_OF_REACH, extra={"fields": {"error": describe(error)}}
+                        REFUSED if is_answer(error) else OUT_OF_REACH, extra={"fields": {"error": _first_line(error)}}
                     )
             finally:
                 self._locked = False
@@ -388,8 +395,12 @@ class Keeper:
                 break
             await self._watch(conn)
         async with asyncio.timeout(self._release_seconds):
-            back = await conn.fetchval(SQL["release"], self._id)
-            if back:
+            id = self._id
+
+            async def release(ids: list[int] | None) -> int:
+                return int(await conn.fetchval(SQL["release"], id, ids))
+
+            if back := await LeftOut().take_back(conn, id, release, NOT_HANDED_BACK):
                 logger.info("handed back tasks", extra={"fields": {"tasks": back}})
             await conn.execute(SQL["unregister"], self._id)
 
@@ -475,16 +486,22 @@ class Keeper:
                 self._runners.unwritten(job, progress)
 
     async def _rescue(self, conn: Connection, worker: int, seen: float, unseen: float) -> None:
+        async def rescue(ids: list[int] | None) -> int:
+            return await self._rescue_these(conn, worker, seen, unseen, ids)
+
+        await self._left_out.take_back(conn, worker, rescue, NOT_TAKEN_BACK)
+
+    async def _rescue_these(
+        self, conn: Connection, worker: int, seen: float, unseen: float, ids: list[int] | None
+    ) -> int:
+        """Rescue these of the worker's tasks, or all of them. Returns how many."""
+        rescued = 0
         while True:
             most = self._rescued_at_once
             try:
-                row = await conn.fetchrow(SQL["rescue"], worker, most, seen, unseen)
-            except TRANSIENT as error:
-                # A row of these takes too long, or is refused: those before it are rescued all the same.
-                if isinstance(error, TimeoutError) or is_refusal(error):
-                    self._rescued_at_once = max(1, most // 2)
-                if most > 1 and is_refusal(error) and not schema.gone(error):
-                    continue
+                row = await conn.fetchrow(SQL["rescue"], worker, most, seen, unseen, ids)
+            except TimeoutError:  # a row of these takes too long: those before it are rescued all the same
+                self._rescued_at_once = max(1, most // 2)
                 raise
             self._rescued_at_once = min(RESCUE_AT_ONCE, most * 2)
             assert row is not None
@@ -493,15 +510,16 @@ class Keeper:
                 try:
                     evicted = await conn.fetchval(SQL["evict"], worker)
                 except asyncpg.InsufficientPrivilegeError:
-                    return
+                    return rescued
                 if evicted:
                     logger.warning(
                         "took the turn from a worker that doesn't answer",
                         extra={"fields": {"worker": worker}},
                     )
-                return
+                return rescued
             if not ready and not dead:
-                return
+                return rescued
+            rescued += ready + dead
             logger.warning(
                 "rescued the tasks of a dead worker",
                 extra={"fields": {"worker": name, "ready_again": ready, "dead": dead}},
@@ -516,10 +534,10 @@ class Keeper:
             if isinstance(error, ENDED) or conn.is_closed() or schema.gone(error):
                 raise
             if what not in self._failing:
-                self._failing[what] = str(error)
+                self._failing[what] = _first_line(error)
                 logger.warning(
                     "the database refuses a chore; it is tried again, and everything else goes on",
-                    extra={"fields": {"chore": what, "error": describe(error)}},
+                    extra={"fields": {"chore": what, "error": _first_line(error)}},
                 )
         else:
             if self._failing.pop(what, None) is not None:
@@ -559,7 +577,7 @@ class Keeper:
             logger.info("new tasks are given ids of their own again")
 
     async def _take_orphans(self, conn: Connection) -> None:
-        if await conn.fetchval(SQL["orphaned"]) and (orphans := await conn.fetchval(SQL["orphans"])):
+        if orphans := await self._left_out.take_orphans(conn):
             logger.warning("took back tasks of workers that are gone", extra={"fields": {"tasks": orphans}})
 
     async def _stir(self, conn: Connection) -> None:
@@ -663,6 +681,11 @@ class Keeper:
             self._blocked_until = time.monotonic()
             self._blocked = False
         logger.info("the event loop answers again", extra={"fields": {"seconds": round(self._pulse - since, 1)}})
+
+
+def _first_line(error: BaseException) -> str:
+    """Of what it says: PostgreSQL's DETAIL, further down, may hold a whole row with its payload."""
+    return describe(error).splitlines()[0]
 
 
 def _explained(error: BaseException) -> BaseException:

@@ -11,6 +11,9 @@ Two more statements write rows of tasks: admit parks what has been claimed and m
 parked. After a refusal admit is asked for halves too; a task that is refused alone is handed back, and left out. free
 is asked for one row of notifyq.freed at a time, and one that is refused is put last: what waits at its keys, or for its
 task's end, goes on waiting, and all else is let in.
+
+Tasks that a worker holds are taken back from it in the same way when it is dead, when it stops, or when the answer to
+its claim was lost.
 """
 
 from __future__ import annotations
@@ -45,7 +48,21 @@ NOT_LET_IN = (
     "PostgreSQL doesn't let tasks be let in that wait here: they stay parked, and are tried again; is there a "
     "constraint or a trigger on notifyq.task?"
 )
+NOT_TAKEN_BACK = (
+    "PostgreSQL doesn't let these tasks be taken back from a worker that is gone: they stay `running`, and are tried "
+    "again; is there a constraint or a trigger on notifyq.task?"
+)
+NOT_HANDED_BACK = (
+    "PostgreSQL doesn't let this worker hand these tasks back: they stay `running` when it has stopped, and other "
+    "workers try to take them back; is there a constraint or a trigger on notifyq.task?"
+)
+STRAY = (
+    "PostgreSQL doesn't let this worker hand back tasks whose claim went unanswered: they stay `running`, and are "
+    "tried again when its connection is lost, or when it stops; is there a constraint or a trigger on notifyq.task?"
+)
 REFUSALS = 20  # of free, in one go
+REFUSALS_BACK = 100  # where tasks are taken back from a worker: the keeper has a heartbeat to write
+HELD = "SELECT t.id FROM notifyq.task t WHERE t.worker = $1 ORDER BY t.id"
 
 _Row = TypeVar("_Row")
 
@@ -63,7 +80,7 @@ class _Pause:
 
 
 class LeftOut:
-    """A claimer's."""
+    """A claimer's, or a keeper's."""
 
     def __init__(self) -> None:
         self._pauses: dict[int, _Pause] = {}
@@ -182,6 +199,37 @@ class LeftOut:
         self._not_let_in = set(refused)
         return ready
 
+    async def take_back(
+        self, conn: Connection, worker: int, take: Callable[[list[int] | None], Awaitable[int]], message: str
+    ) -> int:
+        """Take all from `worker` that it holds and that can be taken. Returns how many.
+
+        `take` is told the ids, or None for all, and returns how many it took."""
+        if not self:
+            try:
+                return await take(None)
+            except asyncpg.PostgresError as error:
+                if not is_refusal(error) or schema.gone(error):
+                    raise
+        left = set(self.ids)
+        ids = [row[0] for row in await conn.fetch(HELD, worker) if row[0] not in left]
+        if not ids:
+            return await take([])  # it does more than that
+
+        async def these(ids: list[int]) -> list[None]:
+            return [None] * await take(ids)
+
+        return len(await self._each(ids, these, message, REFUSALS_BACK))
+
+    async def take_orphans(self, conn: Connection) -> int:
+        """Those of workers that aren't registered any more. Returns how many."""
+
+        async def these(ids: list[int]) -> list[None]:
+            return [None] * await conn.fetchval(SQL["orphans"], ids)
+
+        ids = [row[0] for row in await conn.fetch(SQL["orphaned"], self.ids)]
+        return len(await self._each(ids, these, NOT_TAKEN_BACK, REFUSALS_BACK))
+
     async def _claim_these(
         self,
         conn: Connection,
@@ -202,14 +250,21 @@ class LeftOut:
         put_in_order(jobs)
         return jobs
 
-    async def _each(self, ids: list[int], take: Callable[[list[int]], Awaitable[list[_Row]]]) -> list[_Row]:
+    async def _each(
+        self,
+        ids: list[int],
+        take: Callable[[list[int]], Awaitable[list[_Row]]],
+        message: str = REFUSED,
+        refusals: int = MOST,
+    ) -> list[_Row]:
         """Take all of these that can be taken."""
         taken: list[_Row] = []
         refused: dict[str, list[int]] = {}  # for the first time, by reason
         known = bool(self._pauses)
         now = time.monotonic()
         parts = [ids] if ids else []
-        while parts and len(self._pauses) < MOST:
+        until = self._refusals + refusals
+        while parts and len(self._pauses) < MOST and self._refusals < until:
             part = parts.pop()
             try:
                 taken += await take(part)
@@ -235,7 +290,7 @@ class LeftOut:
             for id in [id for id, pause in pauses.items() if pause.due < now - GONE_SECONDS]:
                 del pauses[id]
         for why, which in refused.items():
-            logger.error(REFUSED, extra={"fields": {"ids": which[:20], "tasks": len(which), "error": why}})
+            logger.error(message, extra={"fields": {"ids": which[:20], "tasks": len(which), "error": why}})
         if known and not self._pauses:
             logger.info("no task is refused any more")
         return taken

@@ -33,6 +33,7 @@ from .config import WorkerConfig
 from .errors import only
 from .large_payloads import LargePayloads
 from .lease import Keeper
+from .left_out import STRAY, LeftOut
 from .lifespan import within
 from .outcome import HandBack
 from .run import CANCEL_SECONDS, Runners
@@ -253,7 +254,12 @@ class Worker:
                 raise TimeoutError("the backend of the lost connection is still there")
             known = [job for job in (*self._runners.leases, *self._settler.leases) if job.worker == self._id]
             args = [job.id for job in known], [job.attempt for job in known]
-            if strays := await conn.fetchval(SQL["strays"], self._id, *args):
+            worker = self._id
+
+            async def take_back(ids: list[int] | None) -> int:
+                return int(await conn.fetchval(SQL["strays"], worker, *args, ids))
+
+            if strays := await LeftOut().take_back(conn, worker, take_back, STRAY):
                 logger.warning("took back tasks whose claim went unanswered", extra={"fields": {"tasks": strays}})
         finally:
             conn.terminate()

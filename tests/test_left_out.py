@@ -10,12 +10,12 @@ import anyio
 import pytest
 
 import notifyq
-from notifyq import left_out
+from notifyq import lease, left_out
 from notifyq.left_out import LeftOut
-from notifyq.store import claim
+from notifyq.store import SQL, claim
 
 from .conftest import Seen, eventually, working
-from .verbs import insert, register
+from .verbs import insert, register, silent
 
 pytestmark = pytest.mark.slow
 
@@ -248,3 +248,115 @@ async def test_tasks_that_cannot_be_let_in(db: Any, dsn: str, logged: Logged) ->
     assert "the auditors say no" in line["error"]
     assert len(logged("what waits is let in again")) == 1
     assert not logged("lost the database")
+
+
+async def abandoned(db: Any, me: int) -> tuple[list[int], list[int]]:
+    """Tasks that worker `me` has claimed: those of type Bad, the first and two in the middle, and the others."""
+    async with db.transaction():  # so that no other worker claims them
+        bad, good = await insert(db, 1, type="Bad"), await insert(db, 20, type="Good")
+        bad += await insert(db, 2, type="Bad")
+        good += await insert(db, 20, type="Good")
+        assert len(await claim(db, me, {"default": 50}, 50)) == 43
+    return bad, good
+
+
+async def secret(db: Any) -> None:
+    await db.execute("UPDATE notifyq.task SET payload = '{\"secret\": 1}'")
+
+
+@pytest.mark.parametrize("how", HOW)
+async def test_the_others_are_rescued(
+    db: Any, dsn: str, how: str, logged: Logged, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(left_out, "PAUSE_MOST", 0.5)
+    monkeypatch.setattr(left_out, "PAUSE_LEAST", 0.5)
+    refuse, relent = HOW[how]
+    dead = await register(db, "dead:1")
+    bad, good = await abandoned(db, dead)
+    await secret(db)
+    await silent(db, dead)
+    await db.execute(refuse)
+    bench = Bench()
+    async with working(bench.app, dsn):
+        await eventually(lambda: states(db), {("Good", "done"): len(good), ("Bad", "running"): 3})
+        assert await db.fetchval("SELECT status FROM notifyq.worker WHERE id = $1", dead) == "vanished"
+        found = logged("doesn't let these tasks be taken back")
+        assert sorted(id for line in found for id in line["ids"]) == bad, "each once"
+        await db.execute(relent)
+        await eventually(lambda: states(db), {("Good", "done"): len(good), ("Bad", "done"): 3})
+        await eventually(lambda: db.fetchval("SELECT count(*) FROM notifyq.worker WHERE id = $1", dead), 0)
+    errors = (
+        "SELECT count(*) FROM notifyq.finished WHERE errors ->> 0 LIKE '%vanished while it ran this task and others%'"
+    )
+    assert await db.fetchval(errors) == 43, "none was alone"
+    assert len(logged("doesn't let these tasks be taken back")) == len(found)
+    assert not logged("refuses a chore")
+    assert all("no" in line["error"] and "secret" not in line["error"] for line in found)
+
+
+async def test_a_task_that_was_alone_and_is_refused_was_alone(db: Any, dsn: str, logged: Logged) -> None:
+    dead = await register(db, "dead:1")
+    await insert(db, 1, type="Bad")
+    assert await claim(db, dead, {"default": 5}, 5)
+    await silent(db, dead)
+    await db.execute(HOW["a check"][0])
+    bench = Bench()
+    async with working(bench.app, dsn):
+        await eventually(lambda: looked(logged, "doesn't let these tasks be taken back"))
+        await eventually(lambda: db.fetchval("SELECT count(*) FROM notifyq.worker WHERE status = 'vanished'"), 0)
+        await db.execute(HOW["a check"][1])
+        await eventually(lambda: states(db), {("Bad", "done"): 1})
+    assert "alone" in await db.fetchval("SELECT errors ->> 0 FROM notifyq.finished")
+
+
+async def looked(logged: Logged, text: str) -> bool:
+    return bool(logged(text))
+
+
+async def test_the_other_orphans_are_taken_back(
+    db: Any, dsn: str, logged: Logged, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lease, "ORPHANS_SECONDS", 0.2)
+    monkeypatch.setattr(left_out, "PAUSE_MOST", 0.5)
+    gone = await register(db, "gone:1")
+    bad, good = await abandoned(db, gone)
+    await db.execute("DELETE FROM notifyq.worker")
+    await db.execute(HOW["a check"][0])
+    bench = Bench()
+    async with working(bench.app, dsn):
+        await eventually(lambda: states(db), {("Good", "done"): len(good), ("Bad", "running"): 3})
+        await db.execute(HOW["a check"][1])
+        await eventually(lambda: states(db), {("Good", "done"): len(good), ("Bad", "done"): 3})
+    found = logged("doesn't let these tasks be taken back")
+    assert sorted(id for line in found for id in line["ids"]) == bad, "each once"
+    assert not logged("refuses a chore")
+
+
+async def test_a_worker_that_stops_hands_the_others_back(db: Any, dsn: str, logged: Logged) -> None:
+    """What it holds at its end without knowing of it, as the answer to a claim was lost."""
+    bench = Bench()
+    async with working(bench.app, dsn, queues=["other"]):
+        me = await db.fetchval("SELECT id FROM notifyq.worker")
+        bad, good = await abandoned(db, me)
+        await db.execute(HOW["a check"][0])
+    assert await states(db) == {("Good", "ready"): len(good), ("Bad", "running"): 3}
+    assert await db.fetchval("SELECT id FROM notifyq.worker") == me, "so that others rescue them"
+    found = logged("doesn't let this worker hand these tasks back")
+    assert sorted(id for line in found for id in line["ids"]) == bad
+    assert [line["tasks"] for line in logged("handed back tasks")] == [len(good)]
+    assert not logged("stopping")
+
+
+async def test_the_other_strays_are_taken_back(db: Any, dsn: str, logged: Logged) -> None:
+    """A stray that is refused keeps the worker from claiming no longer than it takes to say so."""
+    bench = Bench()
+    async with working(bench.app, dsn):
+        me = await db.fetchval("SELECT id FROM notifyq.worker")
+        bad, good = await abandoned(db, me)
+        await db.execute(HOW["a check"][0])
+        await db.fetchval(SQL["end_claims"], me)  # its connection is lost
+        await eventually(lambda: states(db), {("Good", "done"): len(good), ("Bad", "running"): 3})
+        found = logged("whose claim went unanswered: they stay")
+        assert sorted(id for line in found for id in line["ids"]) == bad
+        await db.execute(HOW["a check"][1])
+    assert await states(db) == {("Good", "done"): len(good), ("Bad", "ready"): 3}

@@ -23,7 +23,7 @@ from notifyq.store import SQL, Onward
 
 from .conftest import Sessions, admin, overload
 from .machine import limit
-from .verbs import rescue, unseen
+from .verbs import orphans, rescue, unseen
 
 ROW = (
     "id:int8 attempts:int2 type:text queue:text priority:int2 max_attempts:int2 created_at:timestamptz payload:jsonb"
@@ -121,8 +121,8 @@ STATEMENTS = {
     "lock_holder": Statement("text[]", "holder:text", None),
     "names": Statement("", "queues:text[] types:text[]", None),
     "next_types": Statement("text[]", "queue:text type:text", "task_ready"),
-    "orphaned": Statement("", "exists:bool", "task_running"),
-    "orphans": Statement("", "count:int4", "task_pkey task_running"),
+    "orphaned": Statement("int8[]", "id:int8", "task_running"),
+    "orphans": Statement("int8[]", "count:int4", "task_pkey"),
     "payload_sizes": Statement("int4 int8[] int2[] int8", "id:int8 bytes:int8", "task_pkey"),
     "payloads": Statement("int4 int8[] int2[]", "id:int8 payload:jsonb", "task_pkey"),
     "progress": Statement("int4 int8[] int2[] float4[] text[]", "id:int8 told:text", "task_pkey"),
@@ -135,8 +135,8 @@ STATEMENTS = {
     "queues": Statement("", "queue:text", None),
     "ran": Statement("timestamptz", "id:int8 state:text", None),
     "register": Statement("text text[] text[] int2[] int4 float8", "id:int4", ""),
-    "release": Statement("int4", "count:int4", "task_pkey task_running"),
-    "rescue": Statement("int4 int4 float8 float8", "name:text ready:int4 dead:int4", "task_pkey task_running"),
+    "release": Statement("int4 int8[]", "count:int4", "task_pkey task_running"),
+    "rescue": Statement("int4 int4 float8 float8 int8[]", "name:text ready:int4 dead:int4", "task_pkey task_running"),
     "retry_later": Statement("int4 int8[] int2[] float8[] jsonb[]", "id:int8 freed:bool", "task_pkey"),
     "results": Statement(
         "int8 int8", "id:int8 type:text state:text result:jsonb error:text left:int8", "finished_pkey task_pkey"
@@ -149,7 +149,7 @@ STATEMENTS = {
     "show": Statement("int8", "to_json:text", None),
     "stats": Statement("", "json_build_object:text", None),
     "stir": Statement("text", "last:text", ""),
-    "strays": Statement("int4 int8[] int2[]", "count:int4", "task_running"),
+    "strays": Statement("int4 int8[] int2[] int8[]", "count:int4", "task_running"),
     "suspected": Statement("text[] text[] int4 int4 int8[]", "id:int8", "task_parked"),
     "suspects": Statement("text[] text[] int8[]", "crashes:int4", "task_parked"),
     "tally": Statement("", "type:text state:text n:int8", None),
@@ -297,6 +297,7 @@ def assert_plan(name: str, nodes: list[dict[str, Any]]) -> None:
             "claim_onward_fitting",
             "claim_suspects",
             "cron_register",
+            "locked",
             "release",
             "rescue",
             "results",
@@ -1166,9 +1167,9 @@ async def test_orphans_are_ready_again(worker: Any) -> None:
     _, (mine,) = await held(worker)
     gone, (orphan,) = await held(worker, worker=await register(worker, "gone:1"))
     await worker.execute("DELETE FROM notifyq.worker WHERE id = $1", gone)
-    assert await worker.fetchval(SQL["orphans"]) == 1
+    assert await orphans(worker) == 1
     assert await states(worker) == {mine: "running", orphan: "ready"}
-    assert await worker.fetchval(SQL["orphans"]) == 0
+    assert await orphans(worker) == 0
 
 
 async def test_prune_by_age_each_state_by_its_own(worker: Any) -> None:
@@ -1191,7 +1192,7 @@ async def test_prune_by_age_each_state_by_its_own(worker: Any) -> None:
 async def test_release_hands_back_all_of_one_worker(worker: Any) -> None:
     me, mine = await held(worker, 3)
     _, (other,) = await held(worker, worker=await register(worker, "other:1"))
-    assert await worker.fetchval(SQL["release"], me) == 3
+    assert await worker.fetchval(SQL["release"], me, None) == 3
     assert await states(worker) == {**dict.fromkeys(mine, "ready"), other: "running"}
     assert await worker.fetchval("SELECT max(attempts) FROM notifyq.task WHERE worker IS NULL") == 0
 
@@ -1200,7 +1201,7 @@ async def test_a_worker_that_holds_a_task_stays_registered(worker: Any) -> None:
     me, _ = await held(worker)
     await worker.execute(SQL["unregister"], me)
     assert await worker.fetchval("SELECT count(*) FROM notifyq.worker") == 1
-    await worker.fetchval(SQL["release"], me)
+    await worker.fetchval(SQL["release"], me, None)
     await worker.execute(SQL["unregister"], me)
     assert await worker.fetchval("SELECT count(*) FROM notifyq.worker") == 0
 
@@ -1230,11 +1231,11 @@ async def test_end_claims_ends_that_workers_claims_and_door_and_no_others(worker
 async def test_strays_are_what_the_worker_does_not_know_of(worker: Any) -> None:
     me, mine = await held(worker, 3)
     _, (other,) = await held(worker, worker=await register(worker, "other:1"))
-    assert await worker.fetchval(SQL["strays"], me, mine[:1], [1]) == 2
+    assert await worker.fetchval(SQL["strays"], me, mine[:1], [1], None) == 2
     assert await states(worker) == {mine[0]: "running", mine[1]: "ready", mine[2]: "ready", other: "running"}
     assert await worker.fetchval("SELECT max(attempts) FROM notifyq.task WHERE worker IS NULL") == 0
     # Of the one that is left it knows an attempt before: that was lost, so this is a stray all the same.
-    assert await worker.fetchval(SQL["strays"], me, mine[:1], [0]) == 1
+    assert await worker.fetchval(SQL["strays"], me, mine[:1], [0], None) == 1
 
 
 # Who says "look again". A claim or a promotion that rang would wake the whole fleet for nothing.
@@ -1246,9 +1247,9 @@ RINGS: dict[str, tuple[Any, Callable[[Any, int, int], Any]]] = {
     "set_aside": ("aside", lambda c, w, id: c.fetch(SQL["set_aside"], w, [id], [1])),
     "retry_later": (True, lambda c, w, id: c.fetch(SQL["retry_later"], w, [id], [1], [9.0], [b"{}"])),
     "hand_back": (True, lambda c, w, id: c.fetch(SQL["hand_back"], w, [id], [1])),
-    "strays": (True, lambda c, w, id: c.fetchval(SQL["strays"], w, [], [])),
+    "strays": (True, lambda c, w, id: c.fetchval(SQL["strays"], w, [], [], None)),
     "cancel": (False, lambda c, w, id: c.fetchval("SELECT notifyq.cancel($1)", id)),
-    "release": (True, lambda c, w, id: c.fetchval(SQL["release"], w)),
+    "release": (True, lambda c, w, id: c.fetchval(SQL["release"], w, None)),
     "rescue": (True, lambda c, w, id: rescue(c, w, 9)),
     "insert": (True, lambda c, w, id: insert(c)),
     "enqueue": (True, lambda c, w, id: c.fetch(SQL["enqueue"], "T", "{}", *Options.check(queue="q").values, None)),

@@ -118,7 +118,7 @@ async def unseen(conn: Any, worker: int) -> tuple[float, float]:
 
 async def rescue(conn: Any, worker: int, most: int = 100) -> tuple[str | None, int, int]:
     """Whose tasks it took back, how many are ready again, how many dead."""
-    name, ready, dead = await conn.fetchrow(SQL["rescue"], worker, most, *await unseen(conn, worker))
+    name, ready, dead = await conn.fetchrow(SQL["rescue"], worker, most, *await unseen(conn, worker), None)
     return name, ready, dead
 
 
@@ -128,15 +128,17 @@ async def silent(conn: Any, worker: int) -> None:
 
 
 async def orphans(conn: Any) -> int:
-    return int(await conn.fetchval(SQL["orphans"]))
+    ids = [row[0] for row in await conn.fetch(SQL["orphaned"], [])]
+    return int(await conn.fetchval(SQL["orphans"], ids))
 
 
 async def release(conn: Any, worker: int) -> int:
-    return int(await conn.fetchval(SQL["release"], worker))
+    return int(await conn.fetchval(SQL["release"], worker, None))
 
 
 async def strays(conn: Any, worker: int, known: Sequence[Job]) -> int:
-    return int(await conn.fetchval(SQL["strays"], worker, [job.id for job in known], [job.attempt for job in known]))
+    keys = [job.id for job in known], [job.attempt for job in known]
+    return int(await conn.fetchval(SQL["strays"], worker, *keys, None))
 
 
 async def end_claims(conn: Any, worker: int) -> bool:

@@ -1,15 +1,14 @@
 -- The safety net under rescue: tasks under the lease of a worker that isn't registered any more, which a worker that
--- was frozen in the middle of a claim can leave behind. They are ready again. Returns how many. Under row level
--- security a worker that isn't seen may live.
+-- was frozen in the middle of a claim can leave behind. Those of $1, which orphaned.sql found, are ready again. Returns
+-- how many. Under row level security a worker that isn't seen may live.
 --
--- No ORDER BY: by id, the planner might read all of task_pkey to save a sort. SKIP LOCKED never waits, so order matters
--- not.
+-- No ORDER BY: SKIP LOCKED never waits, so the order doesn't matter.
 WITH held AS MATERIALIZED (
     SELECT t.id
     FROM notifyq.task t
-    WHERE t.worker IS NOT NULL AND NOT EXISTS (SELECT FROM notifyq.worker w WHERE w.id = t.worker)
+    WHERE t.id = ANY ($1::bigint[]) AND t.worker IS NOT NULL
+      AND NOT EXISTS (SELECT FROM notifyq.worker w WHERE w.id = t.worker)
       AND NOT row_security_active('notifyq.worker')
-    LIMIT 10000
     FOR UPDATE OF t SKIP LOCKED
 ), again AS (
     UPDATE notifyq.task t SET worker = NULL, run_at = t.run_at WHERE t.id = ANY (ARRAY(SELECT id FROM held))

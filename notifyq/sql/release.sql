@@ -1,7 +1,10 @@
 -- The last statement of a worker: all tasks that $1 still holds, as far as the database knows, are ready again, and the
--- attempts don't count. That includes tasks of a claim whose answer never came. Returns how many.
+-- attempts don't count. That includes tasks of a claim whose answer never came. With $2, of those tasks only
+-- (left_out.py). Returns how many.
 WITH held AS MATERIALIZED (
-    SELECT t.id FROM notifyq.task t WHERE t.worker = $1 ORDER BY t.id FOR UPDATE
+    SELECT t.id FROM notifyq.task t
+    WHERE t.worker = $1 AND ($2::bigint[] IS NULL OR t.id = ANY ($2))
+    ORDER BY t.id FOR UPDATE
 ), back AS (
     UPDATE notifyq.task t
     SET worker = NULL, attempts = t.attempts - 1, run_at = t.run_at, progress = NULL, note = NULL

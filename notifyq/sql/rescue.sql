@@ -3,6 +3,9 @@
 -- length of its lease, lock or no lock. The server's clock isn't asked, as it may be stepped: a step forward would make
 -- all workers look silent, and after a step back a dead one's last heartbeat would lie in the future.
 --
+-- With $5, of those tasks only: left_out.py passes it after a refusal. What counts a crash as alone is all that the
+-- worker held.
+--
 -- It stops when 64 MB would be moved, or rewritten, of payloads and errors, so that it isn't held up for long.
 --
 -- What the worker held is ready again, and the bell rings; for the second time, it is parked until a worker runs it
@@ -39,6 +42,7 @@ WITH corpse AS MATERIALIZED (
                                 WHEN t.crashes_alone > 0 THEN ' alone, ' || t.crashes_alone + 1 || ' times by now'
                                 ELSE ' alone' END) AS error
     FROM corpse JOIN notifyq.task t ON t.worker = $1
+    WHERE $5::bigint[] IS NULL OR t.id = ANY ($5)
     ORDER BY t.id
     LIMIT $2::integer
     FOR UPDATE OF t SKIP LOCKED
@@ -75,7 +79,8 @@ WITH corpse AS MATERIALIZED (
 ), noted AS (
     UPDATE notifyq.worker w SET status = 'vanished'
     FROM corpse
-    WHERE w.id = corpse.id AND EXISTS (SELECT FROM notifyq.task t WHERE t.worker = $1)
+    WHERE w.id = corpse.id AND w.status <> 'vanished' AND EXISTS (SELECT FROM notifyq.task t WHERE t.worker = $1)
+      AND (NOT corpse.alone OR EXISTS (SELECT FROM held))  -- the only one, left for a later round, was still alone
 ), buried AS (
     DELETE FROM notifyq.worker w
     USING corpse
