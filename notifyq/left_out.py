@@ -219,7 +219,7 @@ class LeftOut:
         async def these(ids: list[int]) -> list[None]:
             return [None] * await take(ids)
 
-        return len(await self._each(ids, these, message, REFUSALS_BACK))
+        return len(await self._each(ids, these, message))
 
     async def take_orphans(self, conn: Connection) -> int:
         """Those of workers that aren't registered any more. Returns how many."""
@@ -228,7 +228,7 @@ class LeftOut:
             return [None] * await conn.fetchval(SQL["orphans"], ids)
 
         ids = [row[0] for row in await conn.fetch(SQL["orphaned"], self.ids)]
-        return len(await self._each(ids, these, NOT_TAKEN_BACK, REFUSALS_BACK))
+        return len(await self._each(ids, these, NOT_TAKEN_BACK))
 
     async def _claim_these(
         self,
@@ -254,20 +254,19 @@ class LeftOut:
         self,
         ids: list[int],
         take: Callable[[list[int]], Awaitable[list[_Row]]],
-        message: str = REFUSED,
-        refusals: int = MOST,
+        back: str = "",
     ) -> list[_Row]:
-        """Take all of these that can be taken."""
+        """Take all of these that can be taken; with `back`, what to say of the others, from a worker that holds them."""
         taken: list[_Row] = []
         refused: dict[str, list[int]] = {}  # for the first time, by reason
         known = bool(self._pauses)
         now = time.monotonic()
         parts = [ids] if ids else []
-        until = self._refusals + refusals
+        until = self._refusals + (REFUSALS_BACK if back else MOST)
         while parts and len(self._pauses) < MOST and self._refusals < until:
             part = parts.pop()
             try:
-                taken += await take(part)
+                rows = await take(part)
             except asyncpg.PostgresError as error:
                 if not is_refusal(error) or schema.gone(error):
                     raise
@@ -282,7 +281,10 @@ class LeftOut:
                     self._pauses[part[0]] = _Pause()
                     refused.setdefault(describe(error).splitlines()[0], []).append(part[0])
             else:
-                if known and [id for id in part if self._pauses.pop(id, None)]:
+                taken += rows
+                # Of a worker that another is rescuing just now, nothing is taken: that says nothing of these.
+                tried = not back or len(rows) >= len(part)
+                if known and tried and [id for id in part if self._pauses.pop(id, None)]:
                     for pause in self._pauses.values():
                         pause.due = min(pause.due, now)  # what is in the way of these may be gone too
         # What was due for so long, and wasn't there to be tried, has gone.
@@ -290,7 +292,7 @@ class LeftOut:
             for id in [id for id, pause in pauses.items() if pause.due < now - GONE_SECONDS]:
                 del pauses[id]
         for why, which in refused.items():
-            logger.error(message, extra={"fields": {"ids": which[:20], "tasks": len(which), "error": why}})
+            logger.error(back or REFUSED, extra={"fields": {"ids": which[:20], "tasks": len(which), "error": why}})
         if known and not self._pauses:
             logger.info("no task is refused any more")
         return taken
