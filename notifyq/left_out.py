@@ -256,7 +256,7 @@ class LeftOut:
         take: Callable[[list[int]], Awaitable[list[_Row]]],
         back: str = "",
     ) -> list[_Row]:
-        """Take all of these that can be taken; with `back`, what to say of the others, from a worker that holds them."""
+        """Take all of these that can be taken. `back`: they are taken from a worker, and that is said of the others."""
         taken: list[_Row] = []
         refused: dict[str, list[int]] = {}  # for the first time, by reason
         known = bool(self._pauses)
