@@ -464,10 +464,15 @@ class Claimer:
         """Claim, without what PostgreSQL doesn't let be claimed."""
         if not self._left_out:
             try:
-                return await claim(conn, worker, rooms, room, onward=onward, aside=aside, threads=threads, blind=blind)
+                jobs = await claim(conn, worker, rooms, room, onward=onward, aside=aside, threads=threads, blind=blind)
             except asyncpg.PostgresError as error:
                 if not _is_refused(error):
                     raise
+            else:
+                jobs = self._left_out.taken(jobs)
+                if jobs or not self._left_out:
+                    self._look |= bool(self._left_out)  # there may be more behind those that were left out just now
+                    return jobs
         without = threads.types if threads else []
         return await self._left_out.claim(conn, worker, rooms, room, aside=aside, without=without, blind=blind)
 
@@ -476,7 +481,7 @@ class Claimer:
     ) -> list[Job]:
         if not self._left_out:
             try:
-                return await claim_suspects(conn, worker, keys, self._types, crashes, most)
+                return self._left_out.taken(await claim_suspects(conn, worker, keys, self._types, crashes, most))
             except asyncpg.PostgresError as error:
                 if not _is_refused(error):
                     raise
@@ -597,7 +602,10 @@ class Claimer:
             except asyncpg.PostgresError as error:
                 if not _is_refused(error):
                     raise
-        if row is None:
+        if row is None or row[0] is None:
+            if row is not None:
+                self._look = True  # some others may have been made ready
+                rest = None, rest[1]  # the echo is sent
             promoted = await self._left_out.promote(conn, self._queues, PROMOTED_AT_ONCE)
             row = await conn.fetchrow(SQL["due"], *args, 0, *rest, timeout=timeout)
         assert row is not None

@@ -4,8 +4,8 @@ to notifyq.task.
 A claim takes many rows with one statement, and so does the promotion of due tasks. One row that is refused fails it,
 and comes first again the next time. So after a refusal the worker asks what the statement would have taken, and takes
 halves of that, down to one row. One that is refused alone is left out for a pause, which doubles each time; then it is
-tried again, as what was in its way may be gone. While any is left out, all is taken in this way. Before, that costs
-nothing.
+tried again, as what was in its way may be gone. So is one that the statement returns without the worker's lease. While
+any is left out, all is taken in this way. Before, that costs nothing.
 
 Two more statements write rows of tasks: admit parks what has been claimed and may not run yet, and free lets in what is
 parked. After a refusal admit is asked for halves too; a task that is refused alone is handed back, and left out. free
@@ -38,6 +38,11 @@ GONE_SECONDS = 60.0  # for which one wasn't there to be tried
 REFUSED = (
     "PostgreSQL doesn't let these tasks be taken: they stay as they are, and are tried again; is there a constraint or "
     "a trigger on notifyq.task?"
+)
+
+UNDONE = (
+    "a trigger undid it, though it raises nothing: a BEFORE trigger on notifyq.task must return NEW on UPDATE, and "
+    "leave notifyq's columns as they are"
 )
 
 NOT_PARKED = (
@@ -85,6 +90,7 @@ class LeftOut:
     def __init__(self) -> None:
         self._pauses: dict[int, _Pause] = {}
         self._not_parked: dict[int, _Pause] = {}  # that can be claimed, and not be parked
+        self._undone: set[int] = set()  # of the last claim
         self._not_let_in: set[str] = set()  # what tasks wait for, in words
         self._refusals = 0
 
@@ -104,6 +110,24 @@ class LeftOut:
         now = time.monotonic()
         pauses = (*self._pauses.items(), *self._not_parked.items())
         return [id for id, pause in pauses if pause.due > now]
+
+    def taken(self, jobs: list[Job]) -> list[Job]:
+        """Those that a claim has taken. The others are left out: a trigger has undone the claim."""
+        if None not in [job.judged for job in jobs]:
+            return jobs
+        self._leave_out({job.id for job in jobs if job.judged is None})
+        return [job for job in jobs if job.judged is not None]
+
+    def _leave_out(self, undone: set[int]) -> None:
+        """These were written, and stayed as they were."""
+        self._undone = undone
+        self._refusals += len(self._undone)
+        first = sorted(self._undone - self._pauses.keys())
+        for id in self._undone & self._pauses.keys():
+            self._pauses[id].again()
+        self._pauses |= {id: _Pause() for id in first}
+        if first:
+            logger.error(REFUSED, extra={"fields": {"ids": first[:20], "tasks": len(first), "error": UNDONE}})
 
     async def claim(
         self,
@@ -134,7 +158,10 @@ class LeftOut:
         rows = await conn.fetch(SQL["promotable"], queues, most, self.ids)
 
         async def promote_these(ids: list[int]) -> list[Any]:
-            return await conn.fetch(SQL["promote_these"], ids)
+            rows = await conn.fetch(SQL["promote_these"], ids)
+            if undone := {row[0] for row in rows if not row[1]}:
+                self._leave_out(undone)
+            return [row for row in rows if row[0] not in undone]
 
         return len(await self._each([row[0] for row in rows], promote_these))
 
@@ -240,7 +267,7 @@ class LeftOut:
         blind: bool = False,
     ) -> list[Job]:
         async def these(ids: list[int]) -> list[Job]:
-            return await claim_these(conn, worker, ids, limit, blind=blind)
+            return self.taken(await claim_these(conn, worker, ids, limit, blind=blind))
 
         refusals = self._refusals
         jobs = await self._each([row[0] for row in await look(self.ids)], these)
@@ -265,6 +292,7 @@ class LeftOut:
         until = self._refusals + (REFUSALS_BACK if back else MOST)
         while parts and len(self._pauses) < MOST and self._refusals < until:
             part = parts.pop()
+            self._undone = set()
             try:
                 rows = await take(part)
             except asyncpg.PostgresError as error:
@@ -283,8 +311,8 @@ class LeftOut:
             else:
                 taken += rows
                 # Of a worker that another is rescuing just now, nothing is taken: that says nothing of these.
-                tried = not back or len(rows) >= len(part)
-                if known and tried and [id for id in part if self._pauses.pop(id, None)]:
+                tried = [id for id in part if id not in self._undone] if not back or len(rows) >= len(part) else []
+                if known and [id for id in tried if self._pauses.pop(id, None)]:
                     for pause in self._pauses.values():
                         pause.due = min(pause.due, now)  # what is in the way of these may be gone too
         # What was due for so long, and wasn't there to be tried, has gone.

@@ -56,6 +56,13 @@ HOW = {
            EXECUTE FUNCTION public.no()""",
         "DROP TRIGGER no ON notifyq.task",
     ),
+    # It raises nothing: the UPDATE returns a row, and the row stays as it was.
+    "a trigger that undoes the claim": (
+        """CREATE FUNCTION public.no() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN NEW := OLD; RETURN NEW; END $$;
+           CREATE TRIGGER no BEFORE UPDATE ON notifyq.task FOR EACH ROW WHEN (NEW.type = 'Bad')
+           EXECUTE FUNCTION public.no()""",
+        "DROP TRIGGER no ON notifyq.task",
+    ),
 }
 ASIDE: dict[str, dict[str, Any]] = {
     "ready": {},

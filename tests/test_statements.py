@@ -127,7 +127,7 @@ STATEMENTS = {
     "payloads": Statement("int4 int8[] int2[]", "id:int8 payload:jsonb", "task_pkey"),
     "progress": Statement("int4 int8[] int2[] float4[] text[]", "id:int8 told:text", "task_pkey"),
     "promotable": Statement("text[] int4 int8[]", "id:int8", "task_scheduled"),
-    "promote_these": Statement("int8[]", "id:int8", "task_pkey"),
+    "promote_these": Statement("int8[]", "id:int8 promoted:bool", "task_pkey"),
     "prune": Statement("float8 float8 int4 timestamptz", "count:int4", "finished_dead finished_old finished_pkey"),
     "prune_keys": Statement("int4", "count:int4", "task_pkey"),
     "prune_started": Statement("int4", "count:int4", ""),

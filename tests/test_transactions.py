@@ -167,6 +167,26 @@ async def test_raising_inside_rolls_back_and_the_attempt_fails_as_usual(books: B
     assert await db.fetchval("SELECT count(*) FROM notifyq.task WHERE type = 'Next'") == 1
 
 
+async def test_a_trigger_that_keeps_the_row_and_says_nothing(books: Books, db: Any, dsn: str) -> None:
+    """It returns NULL on DELETE. The lease isn't lost: the attempt fails, with the cause, and is tried again."""
+    await db.execute(
+        "CREATE FUNCTION public.audit() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RETURN NEW; END $$;"
+        "CREATE TRIGGER audit BEFORE DELETE ON notifyq.task FOR EACH ROW EXECUTE FUNCTION public.audit()"
+    )
+
+    async def inside(ctx: notifyq.Context, conn: Any) -> None:
+        if ctx.attempt == 2:
+            await db.execute("DROP TRIGGER audit ON notifyq.task")
+
+    books.inside = inside
+    async with working(books.app, dsn):
+        ref = await books.app.enqueue(Book())
+        await ended(db, ref.id, "done")
+    assert await ledger(db, ref.id) == [2]
+    [error] = await errors(db, ref.id)
+    assert "must return NEW, or OLD on DELETE" in error["error"]
+
+
 async def test_an_error_that_is_swallowed_inside_fails_the_block(books: Books, db: Any, dsn: str) -> None:
     """PostgreSQL would turn the COMMIT into a ROLLBACK, and say so in a way that nobody hears."""
 

@@ -1,6 +1,6 @@
 -- What a worker asks before it sleeps. It makes up to $3 due tasks of each queue of $1 ready, and returns:
 --
---   promoted      how many tasks it made ready
+--   promoted      how many tasks it made ready; NULL: a BEFORE trigger of somebody's has undone that for some of them
 --   next_seconds  when the next scheduled task is due
 --   blocked       whether another transaction locks a ready task of the queues $2, or a due one of the queues $1
 --   inserted      how many tasks were ever inserted, rolled back or not
@@ -28,9 +28,9 @@ WITH due AS MATERIALIZED (
         FOR UPDATE SKIP LOCKED
     ) AS s
 ), promoted AS (
-    UPDATE notifyq.task SET promoted = true WHERE id = ANY (ARRAY(SELECT id FROM due)) RETURNING 1
+    UPDATE notifyq.task SET promoted = true WHERE id = ANY (ARRAY(SELECT id FROM due)) RETURNING promoted
 )
-SELECT (SELECT count(*) FROM promoted) AS promoted,
+SELECT (SELECT CASE WHEN bool_and(p.promoted) IS NOT FALSE THEN count(*) END FROM promoted p) AS promoted,
        (SELECT (extract(epoch FROM min(s.run_at)) - extract(epoch FROM clock_timestamp()))::float8
         FROM unnest($1::text[]) AS q (queue)
         CROSS JOIN LATERAL (

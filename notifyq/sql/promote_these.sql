@@ -9,4 +9,4 @@ WHERE t.id = ANY (ARRAY(
                THEN r.run_at > r.created_at AND r.run_at <= statement_timestamp() END
     FOR UPDATE OF r SKIP LOCKED
 ))
-RETURNING t.id
+RETURNING t.id, t.promoted
