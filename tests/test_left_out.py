@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import anyio
@@ -11,11 +11,11 @@ import pytest
 
 import notifyq
 from notifyq import lease, left_out
-from notifyq.left_out import LeftOut
+from notifyq.left_out import NOT_TAKEN_BACK, LeftOut
 from notifyq.store import SQL, claim
 
-from .conftest import Seen, eventually, working
-from .verbs import insert, register, silent
+from .conftest import Seen, Sessions, eventually, working
+from .verbs import insert, register, silent, unseen
 
 pytestmark = pytest.mark.slow
 
@@ -303,23 +303,27 @@ async def test_the_others_are_rescued(
     assert all("no" in line["error"] and "secret" not in line["error"] for line in found)
 
 
-async def test_a_task_that_was_alone_and_is_refused_was_alone(db: Any, dsn: str, logged: Logged) -> None:
+def rescuing(conn: Any, dead: int) -> Callable[[list[int] | None], Awaitable[int]]:
+    async def take(ids: list[int] | None) -> int:
+        row = await conn.fetchrow(SQL["rescue"], dead, 100, *await unseen(conn, dead), ids)
+        return int(row["ready"] + row["dead"])
+
+    return take
+
+
+async def test_a_task_that_was_alone_and_is_refused_was_alone(db: Any) -> None:
+    """However often others look after it in the meantime."""
     dead = await register(db, "dead:1")
     await insert(db, 1, type="Bad")
     assert await claim(db, dead, {"default": 5}, 5)
     await silent(db, dead)
     await db.execute(HOW["a check"][0])
-    bench = Bench()
-    async with working(bench.app, dsn):
-        await eventually(lambda: looked(logged, "doesn't let these tasks be taken back"))
-        await eventually(lambda: db.fetchval("SELECT count(*) FROM notifyq.worker WHERE status = 'vanished'"), 0)
-        await db.execute(HOW["a check"][1])
-        await eventually(lambda: states(db), {("Bad", "done"): 1})
-    assert "alone" in await db.fetchval("SELECT errors ->> 0 FROM notifyq.finished")
-
-
-async def looked(logged: Logged, text: str) -> bool:
-    return bool(logged(text))
+    out = LeftOut()
+    for _ in range(3):
+        assert await out.take_back(db, dead, rescuing(db, dead), NOT_TAKEN_BACK) == 0
+    await db.execute(HOW["a check"][1])
+    assert await LeftOut().take_back(db, dead, rescuing(db, dead), NOT_TAKEN_BACK) == 1
+    assert await db.fetchval("SELECT crashes_alone FROM notifyq.task") == 1
 
 
 async def test_the_other_orphans_are_taken_back(
@@ -369,3 +373,29 @@ async def test_the_other_strays_are_taken_back(db: Any, dsn: str, logged: Logged
         assert sorted(id for line in found for id in line["ids"]) == bad
         await db.execute(HOW["a check"][1])
     assert await states(db) == {("Good", "done"): len(good), ("Bad", "ready"): 3}
+
+
+async def test_what_another_rescues_is_not_taken_for_accepted(
+    db: Any, connect: Sessions, logged: Logged, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While another rescuer has the worker's row, nothing is tried, so nothing is learned."""
+    monkeypatch.setattr(left_out, "PAUSE_LEAST", 0.0)
+    monkeypatch.setattr(left_out, "PAUSE_MOST", 0.0)
+    dead = await register(db, "dead:1")
+    await abandoned(db, dead)
+    await silent(db, dead)
+    await db.execute(HOW["a check"][0])
+    out = LeftOut()
+    mine, other = await connect(), await connect()
+    take = rescuing(mine, dead)
+    assert await out.take_back(mine, dead, take, NOT_TAKEN_BACK) == 40
+    async with other.transaction():
+        await other.execute("SELECT FROM notifyq.worker WHERE id = $1 FOR UPDATE", dead)
+        assert await out.take_back(mine, dead, take, NOT_TAKEN_BACK) == 0
+    assert await out.take_back(mine, dead, take, NOT_TAKEN_BACK) == 0
+    [line] = logged("doesn't let these tasks be taken back")
+    assert line["tasks"] == 3
+    await db.execute(HOW["a check"][1])
+    assert await out.take_back(mine, dead, take, NOT_TAKEN_BACK) == 3
+    assert not out
+    assert len(logged("no task is refused any more")) == 1
