@@ -297,7 +297,6 @@ def assert_plan(name: str, nodes: list[dict[str, Any]]) -> None:
             "claim_onward_fitting",
             "claim_suspects",
             "cron_register",
-            "locked",
             "release",
             "rescue",
             "results",
