@@ -201,6 +201,7 @@ async def test_a_lock_that_held_one_up_holds_back_none_later(
         while anyio.current_time() < until:
             await app.enqueue(Mark("first"), conn=db)
             await seen.reach(len(seen.items) + 1)
+        count = len(seen.items)
         if what == "timer":
             await app.enqueue(Mark("timed"), conn=db, delay=1)
         await asleep(db)
@@ -210,7 +211,6 @@ async def test_a_lock_that_held_one_up_holds_back_none_later(
                 await db.execute("NOTIFY notifyq")
             await eventually(lambda: db.fetchval(waits), 1)
             await anyio.sleep(0.5)  # it is to take long
-        count = len(seen.items)
         if what == "claim":
             await app.enqueue(Mark("urgent"), conn=db, priority=9)
         else:
