@@ -466,7 +466,7 @@ class Claimer:
             try:
                 jobs = await claim(conn, worker, rooms, room, onward=onward, aside=aside, threads=threads, blind=blind)
             except asyncpg.PostgresError as error:
-                if not _is_refused(error):
+                if not schema.refuses(error):
                     raise
             else:
                 jobs = self._left_out.taken(jobs)
@@ -483,7 +483,7 @@ class Claimer:
             try:
                 return self._left_out.taken(await claim_suspects(conn, worker, keys, self._types, crashes, most))
             except asyncpg.PostgresError as error:
-                if not _is_refused(error):
+                if not schema.refuses(error):
                     raise
         return await self._left_out.claim_suspects(conn, worker, keys, self._types, crashes, most)
 
@@ -600,7 +600,7 @@ class Claimer:
             try:
                 row = await conn.fetchrow(SQL["due"], *args, PROMOTED_AT_ONCE, *rest, timeout=timeout)
             except asyncpg.PostgresError as error:
-                if not _is_refused(error):
+                if not schema.refuses(error):
                     raise
         if row is None or row[0] is None:
             if row is not None:
@@ -756,7 +756,3 @@ class Claimer:
     def _later(self, seconds: float) -> float:
         """A loop time in about so many seconds, jittered, so that workers don't poll in step; never for 0."""
         return asyncio.get_running_loop().time() + random.uniform(0.8, 1.2) * seconds if seconds else math.inf
-
-
-def _is_refused(error: asyncpg.PostgresError) -> bool:
-    return is_refusal(error) and schema.gone(error) is None

@@ -75,6 +75,11 @@ def describe(error: BaseException) -> str:
     return f"{name}: {text}" if text.strip() else name
 
 
+def first_line(error: BaseException) -> str:
+    """Of what describes it: PostgreSQL's DETAIL, in the second one, may hold a whole row with its payload."""
+    return describe(error).splitlines()[0]
+
+
 def text_of(value: object) -> str:
     """Its str(). Never raises."""
     try:

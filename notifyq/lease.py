@@ -37,7 +37,7 @@ from typing import Any
 import asyncpg
 
 from . import log, schema
-from .codec import NOTE_LENGTH, describe, storable
+from .codec import NOTE_LENGTH, first_line, storable
 from .config import WorkerConfig
 from .cron import Schedule
 from .errors import DatabaseError
@@ -309,7 +309,7 @@ class Keeper:
                             "stopping; PostgreSQL refuses the last statements: others will rescue what was held here"
                             if is_refusal(error)
                             else "stopping without a database: others will rescue what was held here",
-                            extra={"fields": {"error": _first_line(error)}},
+                            extra={"fields": {"error": first_line(error)}},
                         )
                         return
                     last_try = True
@@ -318,7 +318,7 @@ class Keeper:
                     self._down = True
                     self._wait = 0.1
                     logger.warning(
-                        REFUSED if is_answer(error) else OUT_OF_REACH, extra={"fields": {"error": _first_line(error)}}
+                        REFUSED if is_answer(error) else OUT_OF_REACH, extra={"fields": {"error": first_line(error)}}
                     )
             finally:
                 self._locked = False
@@ -534,10 +534,10 @@ class Keeper:
             if isinstance(error, ENDED) or conn.is_closed() or schema.gone(error):
                 raise
             if what not in self._failing:
-                self._failing[what] = _first_line(error)
+                self._failing[what] = first_line(error)
                 logger.warning(
                     "the database refuses a chore; it is tried again, and everything else goes on",
-                    extra={"fields": {"chore": what, "error": _first_line(error)}},
+                    extra={"fields": {"chore": what, "error": first_line(error)}},
                 )
         else:
             if self._failing.pop(what, None) is not None:
@@ -681,11 +681,6 @@ class Keeper:
             self._blocked_until = time.monotonic()
             self._blocked = False
         logger.info("the event loop answers again", extra={"fields": {"seconds": round(self._pulse - since, 1)}})
-
-
-def _first_line(error: BaseException) -> str:
-    """Of what it says: PostgreSQL's DETAIL, further down, may hold a whole row with its payload."""
-    return describe(error).splitlines()[0]
 
 
 def _explained(error: BaseException) -> BaseException:

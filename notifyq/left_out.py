@@ -25,8 +25,8 @@ from typing import Any, TypeVar
 import asyncpg
 
 from . import log, schema
-from .codec import describe
-from .store import SQL, Connection, Job, claim_these, is_refusal, put_in_order
+from .codec import first_line
+from .store import SQL, Connection, Job, claim_these, put_in_order
 
 logger = log.logger("notifyq.claim")
 
@@ -121,13 +121,9 @@ class LeftOut:
     def _leave_out(self, undone: set[int]) -> None:
         """These were written, and stayed as they were."""
         self._undone = undone
-        self._refusals += len(self._undone)
-        first = sorted(self._undone - self._pauses.keys())
-        for id in self._undone & self._pauses.keys():
-            self._pauses[id].again()
-        self._pauses |= {id: _Pause() for id in first}
-        if first:
-            logger.error(REFUSED, extra={"fields": {"ids": first[:20], "tasks": len(first), "error": UNDONE}})
+        self._refusals += len(undone)
+        if first := [id for id in sorted(undone) if _pause(self._pauses, id)]:
+            _tell(REFUSED, {UNDONE: first})
 
     async def claim(
         self,
@@ -176,21 +172,17 @@ class LeftOut:
             try:
                 rows += await conn.fetch(SQL["admit"], worker, ids, attempts)
             except asyncpg.PostgresError as error:
-                if not is_refusal(error) or schema.gone(error):
+                if not schema.refuses(error):
                     raise
                 if len(part) > 1:
                     half = len(part) // 2
                     parts += [part[half:], part[:half]]
-                elif (pause := self._not_parked.get(ids[0])) is not None:
-                    pause.again()
-                else:
-                    self._not_parked[ids[0]] = _Pause()
-                    refused.setdefault(describe(error).splitlines()[0], []).append(ids[0])
+                elif _pause(self._not_parked, ids[0]):
+                    refused.setdefault(first_line(error), []).append(ids[0])
             else:
                 if self._not_parked and [id for id in ids if self._not_parked.pop(id, None)] and not self:
                     logger.info("no task is refused any more")
-        for why, which in refused.items():
-            logger.error(NOT_PARKED, extra={"fields": {"ids": which[:20], "tasks": len(which), "error": why}})
+        _tell(NOT_PARKED, refused)
         return rows
 
     async def free(self, conn: Connection) -> int:
@@ -199,7 +191,7 @@ class LeftOut:
             try:
                 return int(await conn.fetchval(SQL["free"], FREED_AT_ONCE))
             except asyncpg.PostgresError as error:
-                if not is_refusal(error) or schema.gone(error):
+                if not schema.refuses(error):
                     raise
         ready = 0
         refused: dict[str, str] = {}
@@ -210,7 +202,7 @@ class LeftOut:
             try:
                 ready += await conn.fetchval(SQL["free"], 1)
             except asyncpg.PostgresError as error:
-                if not is_refusal(error) or schema.gone(error):
+                if not schema.refuses(error):
                     raise
                 later = await conn.fetch(SQL["free_later"])
                 if len(later) > 1:
@@ -218,7 +210,7 @@ class LeftOut:
                 elif later or not rows:
                     where = dict(later[0]).items() if later else ()
                     said = " ".join(f"{name}={value}" for name, value in where if value is not None)
-                    refused[said] = describe(error).splitlines()[0]
+                    refused[said] = first_line(error)
         for said in refused.keys() - self._not_let_in:
             logger.error(NOT_LET_IN, extra={"fields": {"where": said, "error": refused[said]}})
         if self._not_let_in and not refused:
@@ -236,7 +228,7 @@ class LeftOut:
             try:
                 return await take(None)
             except asyncpg.PostgresError as error:
-                if not is_refusal(error) or schema.gone(error):
+                if not schema.refuses(error):
                     raise
         left = set(self.ids)
         ids = [row[0] for row in await conn.fetch(HELD, worker) if row[0] not in left]
@@ -296,18 +288,15 @@ class LeftOut:
             try:
                 rows = await take(part)
             except asyncpg.PostgresError as error:
-                if not is_refusal(error) or schema.gone(error):
+                if not schema.refuses(error):
                     raise
                 if len(part) > 1:
                     half = len(part) // 2
                     parts += [part[half:], part[:half]]
                     continue
                 self._refusals += 1
-                if (pause := self._pauses.get(part[0])) is not None:
-                    pause.again()
-                else:
-                    self._pauses[part[0]] = _Pause()
-                    refused.setdefault(describe(error).splitlines()[0], []).append(part[0])
+                if _pause(self._pauses, part[0]):
+                    refused.setdefault(first_line(error), []).append(part[0])
             else:
                 taken += rows
                 # Of a worker that another is rescuing just now, nothing is taken: that says nothing of these.
@@ -319,8 +308,22 @@ class LeftOut:
         for pauses in (self._pauses, self._not_parked):
             for id in [id for id, pause in pauses.items() if pause.due < now - GONE_SECONDS]:
                 del pauses[id]
-        for why, which in refused.items():
-            logger.error(back or REFUSED, extra={"fields": {"ids": which[:20], "tasks": len(which), "error": why}})
+        _tell(back or REFUSED, refused)
         if known and not self._pauses:
             logger.info("no task is refused any more")
         return taken
+
+
+def _pause(pauses: dict[int, _Pause], id: int) -> bool:
+    """Leave it out, or for longer than the last time. Whether this is the first time."""
+    if (pause := pauses.get(id)) is not None:
+        pause.again()
+        return False
+    pauses[id] = _Pause()
+    return True
+
+
+def _tell(message: str, refused: Mapping[str, Sequence[int]]) -> None:
+    """A line for each reason, and not for each task."""
+    for why, ids in refused.items():
+        logger.error(message, extra={"fields": {"ids": ids[:20], "tasks": len(ids), "error": why}})

@@ -111,9 +111,8 @@ class Room:
 
     def _spare(self, held: Mapping[str, int]) -> int:
         """How many threads are free, or will be when the tasks that may wait for one get to it."""
-        plain = self._runners.plain
-        needed = sum(-(-count // plain[type]) for type, count in held.items())
-        return max(0, self._config.most_threads + self._plain_ahead // max(plain.values()) - needed)
+        ahead = self._plain_ahead // max(self._runners.plain.values())
+        return max(0, self._config.most_threads + ahead - self._runners.threads_for(held))
 
     def fitting(self, jobs: Sequence[Job] = ()) -> int:
         """How many more tasks fit beside `jobs`, whatever their types are."""

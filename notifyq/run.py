@@ -18,7 +18,7 @@ import functools
 import logging
 import time
 from collections import Counter, deque
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from typing import Any, TypeVar
 
 import anyio
@@ -142,7 +142,11 @@ class Runners:
     @property
     def threads_needed(self) -> int:
         """How many threads the held tasks of plain handlers take, or wait for."""
-        return sum(-(-held // self.plain[type]) for type, held in self.plain_held.items())
+        return self.threads_for(self.plain_held)
+
+    def threads_for(self, held: Mapping[str, int]) -> int:
+        """How many threads so many tasks of these plain handlers take, or wait for."""
+        return sum(-(-count // self.plain[type]) for type, count in held.items())
 
     @property
     def seats(self) -> int:

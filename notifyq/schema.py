@@ -16,7 +16,7 @@ import asyncpg
 
 from . import upgrade
 from .errors import DatabaseError, SchemaError
-from .store import is_pooled
+from .store import is_pooled, is_refusal
 
 if TYPE_CHECKING:
     from .store import Connection
@@ -151,6 +151,11 @@ def gone(error: BaseException) -> SchemaError | None:
     if isinstance(error, asyncpg.UndefinedTableError | asyncpg.InvalidSchemaNameError) and "notifyq" in str(error):
         return SchemaError("the schema notifyq has gone from under this worker; run: notifyq migrate")
     return None
+
+
+def refuses(error: BaseException) -> bool:
+    """Whether PostgreSQL may have refused rows of a worker's statement. The schema is there: others may go through."""
+    return is_refusal(error) and gone(error) is None
 
 
 async def _refuse_newer(conn: Connection, version: int) -> None:

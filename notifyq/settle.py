@@ -31,7 +31,7 @@ from typing import assert_never
 import asyncpg
 
 from . import log, schema
-from .codec import describe
+from .codec import first_line
 from .outcome import Aside, Finish, HandBack, Later, Outcome, smaller
 from .store import (
     SQL,
@@ -41,7 +41,6 @@ from .store import (
     Job,
     connect_worker,
     is_pooled,
-    is_refusal,
     prove_alive,
     seconds_for,
 )
@@ -291,15 +290,14 @@ class Settler:
                 await self._wait_for_locks(conn, patient=True)
             self._held_up = True
         except TRANSIENT as error:
-            if not is_refusal(error) or schema.gone(error):
+            if not schema.refuses(error):
                 self._disconnect()
                 await back_off("settle", error)
             elif len(batch) > 1:
                 self._most = len(batch) // 2
             else:
-                # Its first line: in the second there is the row, and with it the payload.
-                why = describe(error).splitlines()[0]
-                self._refused(batch[0], why, shrink=not isinstance(error, DISORDER) or _sent(batch[0]) > KEPT_BYTES)
+                shrink = not isinstance(error, DISORDER) or _sent(batch[0]) > KEPT_BYTES
+                self._refused(batch[0], first_line(error), shrink=shrink)
         else:
             del self._writing[: len(batch)]
             self._most = min(BATCH, self._most * 2)
@@ -438,8 +436,8 @@ class Settler:
 
     async def _connect(self) -> Connection:
         if self._conn is None:
-            self._conn = await connect_worker(self._dsn, "settle", worker=self._worker)
-            await self._wait_for_locks(self._conn, patient=False)
+            self._conn = await connect_worker(self._dsn, "settle", worker=self._worker, lock_seconds=LOCK_SECONDS)
+            self._patient = False
             self._conn.add_termination_listener(lambda _: self._wake.set())
         elif self._proven != self._worker and self._worker is not None and not is_pooled(self._conn):
             await self._conn.execute("SELECT pg_advisory_unlock_all()")

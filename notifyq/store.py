@@ -241,14 +241,16 @@ def bare(error: _Error) -> _Error:
 
 
 async def connect_worker(
-    dsn: str | None, role: str, *, worker: int | None = None, relaxed: bool = False
+    dsn: str | None, role: str, *, worker: int | None = None, relaxed: bool = False, lock_seconds: float = 0.0
 ) -> asyncpg.Connection[asyncpg.Record]:
     """`connect`, with the settings of a worker. While the connection lasts, it proves that `worker` lives.
 
     relaxed: its commits don't wait for the disk. That is for claims alone: if the server crashes, one that is lost is
-    a task still ready.
+    a task still ready. lock_seconds: how long its statements wait for a lock; 0: as long as for anything.
     """
-    settings = {**WORKER_SETTINGS, **({"synchronous_commit": "off"} if relaxed else {})}
+    settings = {**WORKER_SETTINGS, "lock_timeout": f"{lock_seconds * 1000:.0f}"}
+    if relaxed:
+        settings["synchronous_commit"] = "off"
     conn = await connect(dsn, role=role, command_timeout=WORKER_TIMEOUT_SECONDS, settings=settings)
     if is_pooled(conn):
         return conn

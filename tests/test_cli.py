@@ -992,6 +992,16 @@ async def test_show(run: Run, dsn: str, db: Any) -> None:
     assert (said.code, said.err) == (1, "notifyq: 12345: there is no such task; it may have been pruned\n")
 
 
+async def looked(db: Any) -> None:
+    """Wait until `show --follow` has looked once more."""
+    looks = (
+        "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND state = 'idle'"
+        " AND application_name = 'notifyq cli' AND query LIKE '%to_json(t)%' AND query_start > $1"
+    )
+    now = await db.fetchval("SELECT clock_timestamp()")
+    await eventually(lambda: db.fetchval(looks, now), 1)
+
+
 async def test_show_follows(run: Run, dsn: str, db: Any) -> None:
     """Each change until the end, and then the whole; 1 if that isn't done."""
     ids = await fill(db)
@@ -1004,15 +1014,9 @@ async def test_show_follows(run: Run, dsn: str, db: Any) -> None:
             said.append(await run(f"show --follow {ids['running']}", dsn=dsn))
 
         group.start_soon(follow)
-        looks = (
-            "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND state = 'idle'"
-            " AND application_name = 'notifyq cli' AND query LIKE '%to_json(t)%' AND query_start > $1"
-        )
-        now = await db.fetchval("SELECT clock_timestamp()")
-        await eventually(lambda: db.fetchval(looks, now), 1)
+        await looked(db)
         await db.execute("UPDATE notifyq.task SET progress = 0.5 WHERE id = $1", ids["running"])
-        now = await db.fetchval("SELECT clock_timestamp()")
-        await eventually(lambda: db.fetchval(looks, now), 1)
+        await looked(db)
         assert await db.fetchval("SELECT notifyq.cancel($1)", ids["running"])
     assert "\nrunning 50%\nid: " in said[0].out
     assert "\nstate:         cancelled\n" in said[0].out
@@ -1029,12 +1033,7 @@ async def test_show_follows_one_task_only(run: Run, dsn: str, db: Any) -> None:
             said.append(await run(f"show --follow {id}", dsn=dsn))
 
         group.start_soon(follow)
-        looks = (
-            "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND state = 'idle'"
-            " AND application_name = 'notifyq cli' AND query LIKE '%to_json(t)%' AND query_start > $1"
-        )
-        now = await db.fetchval("SELECT clock_timestamp()")
-        await eventually(lambda: db.fetchval(looks, now), 1)
+        await looked(db)
         await db.execute("UPDATE notifyq.task SET created_at = created_at + interval '1 hour' WHERE id = $1", id)
     assert said[0].code == 1
     assert f"task {id} isn't the one" in said[0].err
