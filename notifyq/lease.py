@@ -133,7 +133,7 @@ class Keeper:
         registry: Registry,
         runners: Runners,
         *,
-        on_lost: Callable[[list[tuple[int, int]], set[int]], None],
+        on_lost: Callable[[list[Job], set[int]], None],
         on_aside: Callable[[], None],
         on_suspects: Callable[[], None],
         on_freed: Callable[[], None],
@@ -169,7 +169,7 @@ class Keeper:
         self._release_seconds = 0.0
         self._ended = asyncio.Event()
         # Written by the worker's loop, read by the thread; each assignment is whole.
-        self._held: list[tuple[int, int]] = []
+        self._held: list[Job] = []
         self._ids: frozenset[int | None] = frozenset()  # of these
         self._since: dict[Job, float] = {}  # of these, when each was first seen here
         self._long = False
@@ -250,8 +250,7 @@ class Keeper:
         return self._pulse < self._asked < now - BLOCKED_SECONDS
 
     def _take_pulse(self) -> None:
-        held = [*self._runners.held.values()]
-        self._held = [(job.id, job.attempt) for job in held]
+        self._held = held = [*self._runners.held.values()]
         self._ids = frozenset(job.id for job in held)
         now = time.monotonic()
         self._since = {job: self._since.get(job, now) for job in held}
@@ -424,7 +423,7 @@ class Keeper:
         assert self._id is not None
         held, status = self._held, self._all_status()
         row = await conn.fetchrow(
-            SQL["tick"], self._id, len(held), status, [id for id, _ in held], [attempt for _, attempt in held],
+            SQL["tick"], self._id, len(held), status, [job.id for job in held], [job.attempt for job in held],
             list(self._config.queues), self._registry.types, self._sleeps,
         )  # fmt: skip
         assert row is not None
@@ -451,7 +450,7 @@ class Keeper:
         if lost:
             gone = set(lost)
             cancelled = {id for id, state in await conn.fetch(SQL["ends"], lost) if state == "cancelled"}
-            self._tell(self._on_lost, [(id, attempt) for id, attempt in held if id in gone], cancelled)
+            self._tell(self._on_lost, [job for job in held if job.id in gone], cancelled)
         if aside:
             self._tell(self._on_aside)
         if suspects:

@@ -38,7 +38,7 @@ from .lifespan import within
 from .outcome import HandBack
 from .run import CANCEL_SECONDS, Runners
 from .settle import Settler
-from .store import SQL, TRANSIENT, connect, connect_worker, is_answer, server_version
+from .store import SQL, TRANSIENT, Job, connect, connect_worker, is_answer, server_version
 from .transact import Transactions
 
 if TYPE_CHECKING:
@@ -293,13 +293,10 @@ class Worker:
         refused = "PostgreSQL refuses what this worker needs: see its log" if self._refused else ""
         return "; ".join(filter(None, (refused, self._claimer.trouble, self._runners.trouble, self._settler.trouble)))
 
-    def _lost(self, leases: list[tuple[int, int]], cancelled: set[int]) -> None:
-        # By attempt too: what was held when the heartbeat left may have ended, and be held again, when it answers.
-        lost = [
-            id
-            for id, attempt in leases
-            if (job := self._runners.held.get(id)) and job.attempt == attempt and self._runners.lost(job)
-        ]
+    def _lost(self, jobs: list[Job], cancelled: set[int]) -> None:
+        # These very jobs: what was held when the heartbeat left may have ended, and be held again when it answers,
+        # as the same attempt too if it was cancelled and retried.
+        lost = [job.id for job in jobs if self._runners.lost(job)]
         if by_people := [id for id in lost if id in cancelled]:
             fields = {"ids": by_people[:20], "tasks": len(by_people)}
             logger.info("cancelled while it ran: its handler is cancelled", extra={"fields": fields})

@@ -198,10 +198,10 @@ async def test_a_lock_that_held_one_up_holds_back_none_later(
                WHERE relation = 'notifyq.task'::regclass AND NOT granted AND application_name LIKE 'notifyq claims %'"""
     async with working(app, dsn):
         until = anyio.current_time() + 5 * LAG_SECONDS
+        count = 0
         while anyio.current_time() < until:
             await app.enqueue(Mark("first"), conn=db)
-            await seen.reach(len(seen.items) + 1)
-        count = len(seen.items)
+            count = len(await seen.reach(count + 1))
         if what == "timer":
             await app.enqueue(Mark("timed"), conn=db, delay=1)
         await asleep(db)
