@@ -24,11 +24,11 @@ from datetime import datetime
 import anyio
 import asyncpg
 
-from . import log, schema
+from . import log
 from .admit import Admission
 from .config import WorkerConfig
 from .doorbell import CHANNEL, Door, Moderation, Place, fleet_key
-from .left_out import LeftOut
+from .left_out import LeftOut, unless_refused
 from .marks import OWED_TIMES, SLOW_SECONDS, Marks, Usual
 from .room import Room
 from .run import Runners
@@ -463,16 +463,12 @@ class Claimer:
     ) -> list[Job]:
         """Claim, without what PostgreSQL doesn't let be claimed."""
         if not self._left_out:
-            try:
-                jobs = await claim(conn, worker, rooms, room, onward=onward, aside=aside, threads=threads, blind=blind)
-            except asyncpg.PostgresError as error:
-                if not schema.refuses(error):
-                    raise
-            else:
-                jobs = self._left_out.taken(jobs)
-                if jobs or not self._left_out:
-                    self._look |= bool(self._left_out)  # there may be more behind those that were left out just now
-                    return jobs
+            answer = await unless_refused(
+                claim(conn, worker, rooms, room, onward=onward, aside=aside, threads=threads, blind=blind)
+            )
+            if answer is not None and ((jobs := self._left_out.taken(answer)) or not self._left_out):
+                self._look |= bool(self._left_out)  # there may be more behind those that were left out just now
+                return jobs
         without = threads.types if threads else []
         return await self._left_out.claim(conn, worker, rooms, room, aside=aside, without=without, blind=blind)
 
@@ -480,11 +476,9 @@ class Claimer:
         self, conn: Connection, worker: int, keys: list[str], crashes: int, most: int
     ) -> list[Job]:
         if not self._left_out:
-            try:
-                return self._left_out.taken(await claim_suspects(conn, worker, keys, self._types, crashes, most))
-            except asyncpg.PostgresError as error:
-                if not schema.refuses(error):
-                    raise
+            jobs = await unless_refused(claim_suspects(conn, worker, keys, self._types, crashes, most))
+            if jobs is not None:
+                return self._left_out.taken(jobs)
         return await self._left_out.claim_suspects(conn, worker, keys, self._types, crashes, most)
 
     async def _isolate(self, conn: Connection, worker: int) -> int:
@@ -597,11 +591,7 @@ class Claimer:
         promoted = 0
         row = None
         if not self._left_out:
-            try:
-                row = await conn.fetchrow(SQL["due"], *args, PROMOTED_AT_ONCE, *rest, timeout=timeout)
-            except asyncpg.PostgresError as error:
-                if not schema.refuses(error):
-                    raise
+            row = await unless_refused(conn.fetchrow(SQL["due"], *args, PROMOTED_AT_ONCE, *rest, timeout=timeout))
         if row is None or row[0] is None:
             if row is not None:
                 self._look = True  # some others may have been made ready

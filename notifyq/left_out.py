@@ -69,7 +69,7 @@ REFUSALS = 20  # of free, in one go
 REFUSALS_BACK = 100  # where tasks are taken back from a worker: the keeper has a heartbeat to write
 HELD = "SELECT t.id FROM notifyq.task t WHERE t.worker = $1 ORDER BY t.id"
 
-_Row = TypeVar("_Row")
+_Item = TypeVar("_Item")
 
 
 class _Pause:
@@ -165,34 +165,27 @@ class LeftOut:
         """What admit.sql says of claimed tasks. Of one that is refused it says nothing."""
         rows: list[asyncpg.Record] = []
         refused: dict[str, list[int]] = {}
-        parts = [jobs]
-        while parts:
-            part = parts.pop()
+
+        async def these(part: Sequence[Job]) -> None:
             ids, attempts = [job.id for job in part], [job.attempt for job in part]
-            try:
-                rows += await conn.fetch(SQL["admit"], worker, ids, attempts)
-            except asyncpg.PostgresError as error:
-                if not schema.refuses(error):
-                    raise
-                if len(part) > 1:
-                    half = len(part) // 2
-                    parts += [part[half:], part[:half]]
-                elif _pause(self._not_parked, ids[0]):
-                    refused.setdefault(first_line(error), []).append(ids[0])
-            else:
-                if self._not_parked and [id for id in ids if self._not_parked.pop(id, None)] and not self:
-                    logger.info("no task is refused any more")
+            rows.extend(await conn.fetch(SQL["admit"], worker, ids, attempts))
+            if self._not_parked and [id for id in ids if self._not_parked.pop(id, None)] and not self:
+                logger.info("no task is refused any more")
+
+        def alone(job: Job, why: str) -> None:
+            if _pause(self._not_parked, job.id):
+                refused.setdefault(why, []).append(job.id)
+
+        await _in_halves(jobs, these, alone)
         _tell(NOT_PARKED, refused)
         return rows
 
     async def free(self, conn: Connection) -> int:
         """Let in what waits for what has ended. Returns how many."""
         if not self._not_let_in:
-            try:
-                return int(await conn.fetchval(SQL["free"], FREED_AT_ONCE))
-            except asyncpg.PostgresError as error:
-                if not schema.refuses(error):
-                    raise
+            all_ready: int | None = await unless_refused(conn.fetchval(SQL["free"], FREED_AT_ONCE))
+            if all_ready is not None:
+                return all_ready
         ready = 0
         refused: dict[str, str] = {}
         rows = await conn.fetchval("SELECT count(*) FROM (SELECT FROM notifyq.freed LIMIT $1) AS f", FREED_AT_ONCE)
@@ -224,12 +217,8 @@ class LeftOut:
         """Take all from `worker` that it holds and that can be taken. Returns how many.
 
         `take` is told the ids, or None for all, and returns how many it took."""
-        if not self:
-            try:
-                return await take(None)
-            except asyncpg.PostgresError as error:
-                if not schema.refuses(error):
-                    raise
+        if not self and (taken := await unless_refused(take(None))) is not None:
+            return taken
         left = set(self.ids)
         ids = [row[0] for row in await conn.fetch(HELD, worker) if row[0] not in left]
         if not ids:
@@ -272,38 +261,32 @@ class LeftOut:
     async def _each(
         self,
         ids: list[int],
-        take: Callable[[list[int]], Awaitable[list[_Row]]],
+        take: Callable[[list[int]], Awaitable[list[_Item]]],
         back: str = "",
-    ) -> list[_Row]:
+    ) -> list[_Item]:
         """Take all of these that can be taken. `back`: they are taken from a worker, and that is said of the others."""
-        taken: list[_Row] = []
+        taken: list[_Item] = []
         refused: dict[str, list[int]] = {}  # for the first time, by reason
         known = bool(self._pauses)
         now = time.monotonic()
-        parts = [ids] if ids else []
         until = self._refusals + (REFUSALS_BACK if back else MOST)
-        while parts and len(self._pauses) < MOST and self._refusals < until:
-            part = parts.pop()
+
+        async def these(part: Sequence[int]) -> None:
             self._undone = set()
-            try:
-                rows = await take(part)
-            except asyncpg.PostgresError as error:
-                if not schema.refuses(error):
-                    raise
-                if len(part) > 1:
-                    half = len(part) // 2
-                    parts += [part[half:], part[:half]]
-                    continue
-                self._refusals += 1
-                if _pause(self._pauses, part[0]):
-                    refused.setdefault(first_line(error), []).append(part[0])
-            else:
-                taken += rows
-                # Of a worker that another is rescuing just now, nothing is taken: that says nothing of these.
-                tried = [id for id in part if id not in self._undone] if not back or len(rows) >= len(part) else []
-                if known and [id for id in tried if self._pauses.pop(id, None)]:
-                    for pause in self._pauses.values():
-                        pause.due = min(pause.due, now)  # what is in the way of these may be gone too
+            rows = await take([*part])
+            taken.extend(rows)
+            # Of a worker that another is rescuing just now, nothing is taken: that says nothing of these.
+            tried = [id for id in part if id not in self._undone] if not back or len(rows) >= len(part) else []
+            if known and [id for id in tried if self._pauses.pop(id, None)]:
+                for pause in self._pauses.values():
+                    pause.due = min(pause.due, now)  # what is in the way of these may be gone too
+
+        def alone(id: int, why: str) -> None:
+            self._refusals += 1
+            if _pause(self._pauses, id):
+                refused.setdefault(why, []).append(id)
+
+        await _in_halves(ids, these, alone, lambda: len(self._pauses) < MOST and self._refusals < until)
         # What was due for so long, and wasn't there to be tried, has gone.
         for pauses in (self._pauses, self._not_parked):
             for id in [id for id, pause in pauses.items() if pause.due < now - GONE_SECONDS]:
@@ -312,6 +295,39 @@ class LeftOut:
         if known and not self._pauses:
             logger.info("no task is refused any more")
         return taken
+
+
+async def unless_refused(statement: Awaitable[_Item]) -> _Item | None:
+    """What it answers; None if PostgreSQL refuses rows of it."""
+    try:
+        return await statement
+    except asyncpg.PostgresError as error:
+        if not schema.refuses(error):
+            raise
+        return None
+
+
+async def _in_halves(
+    items: Sequence[_Item],
+    take: Callable[[Sequence[_Item]], Awaitable[None]],
+    alone: Callable[[_Item, str], None],
+    more: Callable[[], bool] = lambda: True,
+) -> None:
+    """`take` all of them, and halves of what PostgreSQL refuses, as long as there may be `more`. `alone` is told which
+    ones are refused by themselves, and why."""
+    parts = [items] if items else []
+    while parts and more():
+        part = parts.pop()
+        try:
+            await take(part)
+        except asyncpg.PostgresError as error:
+            if not schema.refuses(error):
+                raise
+            if len(part) > 1:
+                half = len(part) // 2
+                parts += [part[half:], part[:half]]
+            else:
+                alone(part[0], first_line(error))
 
 
 def _pause(pauses: dict[int, _Pause], id: int) -> bool:
