@@ -123,10 +123,7 @@ class AppPool:
 
     async def _roll_back(self, conn: Pooled, transaction: Transaction) -> None:
         """If that takes too long, cut the connection, and the idle ones with it, as `acquire` does."""
-        with (
-            anyio.move_on_after(FREE_SECONDS, shield=True) as limit,
-            suppress(*store.TRANSIENT, asyncpg.InterfaceError),
-        ):
+        with anyio.move_on_after(FREE_SECONDS, shield=True) as limit, suppress(*store.TRANSIENT):
             await transaction.rollback()
             return
         conn.terminate()

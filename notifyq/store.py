@@ -413,9 +413,8 @@ class Job:
         self.priority: int = priority
         self.max_attempts: int | None = max_attempts
         self.created_at: datetime = created_at
-        self.judged: bool | None = (
-            judged  # to be admitted before it runs. None: a trigger undid the claim, see claim.sql
-        )
+        # Whether it is to be admitted before it runs. None: a trigger undid the claim, see claim.sql.
+        self.judged: bool | None = judged
         self.excused: int = excused or 0  # attempts that don't count, as another task may have killed their worker
         self.payload: bytes | None = payload  # None: large, its runner fetches it (large_payloads.py)
         self.size = 0  # bytes of the payload, if it was large
