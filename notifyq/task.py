@@ -138,7 +138,7 @@ class Context(msgspec.Struct, frozen=True):
 
         Raises ConfigError for what isn't a fraction, or a str.
         """
-        if not isinstance(fraction, int | float) or not 0 <= fraction <= 1:  # a NaN fails this too
+        if not is_number(fraction) or not 0 <= fraction <= 1:  # a NaN fails this too
             raise ConfigError(f"ctx.progress({fraction!r}): expected a fraction, from 0 to 1")
         if note is not None and not isinstance(note, str):
             raise ConfigError(f"ctx.progress(..., {note!r:.100}): expected a str as the note")

@@ -28,7 +28,7 @@ from . import forked, log, schema
 from .after import Reader
 from .batch import tell_clipped
 from .claim import Claimer
-from .codec import describe
+from .codec import describe, first_line
 from .config import WorkerConfig
 from .errors import only
 from .large_payloads import LargePayloads
@@ -326,7 +326,7 @@ class Worker:
             # That has been said. If the database is lost too, the next try is late enough to tell.
             logger.debug("a statement failed as the event loop was blocked", extra={"fields": {"stage": stage}})
         elif is_answer(error):
-            self._tell_refused(stage, describe(error))
+            self._tell_refused(stage, error)
         elif stage not in self._down:
             self._down.add(stage)
             if not self._claimer.stopping:
@@ -341,8 +341,10 @@ class Worker:
         with anyio.move_on_after(random.uniform(0.5, 1.0) * wait):
             await self._stopping.wait()
 
-    def _tell_refused(self, stage: str, why: str) -> None:
+    def _tell_refused(self, stage: str, error: BaseException) -> None:
         """The database is there. A new session begins well each time, so its success says nothing for a while."""
+        hint = getattr(error, "hint", None)  # the cure, as PostgreSQL knows it
+        why = f"{first_line(error)} ({hint})" if hint else first_line(error)
         now = time.monotonic()
         said, before = self._refused.get(stage, (-math.inf, ""))
         if why != before or now - said > REFUSED_SECONDS:

@@ -267,7 +267,7 @@ async def test_odd_notes(bench: Bench, dsn: str, db: Any, name: str) -> None:
 CONTEXT = notifyq.Context(id=1, queue="q", attempt=1, max_attempts=1, priority=0, created_at=datetime.now(UTC))
 
 
-@pytest.mark.parametrize("fraction", [-0.1, 1.1, 40, float("nan"), float("inf"), "0.5", None])
+@pytest.mark.parametrize("fraction", [-0.1, 1.1, 40, float("nan"), float("inf"), "0.5", None, True])
 def test_what_is_no_fraction(fraction: Any) -> None:
     with pytest.raises(notifyq.ConfigError, match=r"^ctx.progress\(.*\): expected a fraction, from 0 to 1$"):
         CONTEXT.progress(fraction)

@@ -16,8 +16,10 @@ import pytest
 
 import notifyq
 from notifyq import lease, settle, store
+from notifyq.config import WorkerConfig
 from notifyq.outcome import Finish, HandBack, Later, Outcome, returned, smaller
 from notifyq.store import SQL, Job
+from notifyq.worker import Worker
 
 from .conftest import Seen, Sessions, eventually, working
 from .machine import limit
@@ -534,3 +536,15 @@ async def test_a_task_that_fails_hundreds_of_times(db: Any, dsn: str) -> None:
     errors = json.loads(await db.fetchval("SELECT errors FROM notifyq.all_tasks WHERE id = $1", id))
     assert (len(errors), errors[100]["left_out"]) == (201, 30)
     assert errors[-1]["attempt"] == 230
+
+
+async def test_what_is_said_of_a_refusal_has_no_row(db: Any, logged: Logged) -> None:
+    """PostgreSQL's DETAIL shows the whole row, and with it the payload."""
+    with pytest.raises(asyncpg.CheckViolationError) as refused:
+        await db.execute("CREATE TEMP TABLE t (payload text CHECK (payload = '')); INSERT INTO t VALUES ('secret')")
+    assert "secret" in str(refused.value), "it would prove nothing"
+    worker = Worker(notifyq.App().registry, WorkerConfig(queues={"default": None}), None)
+    await worker._back_off("claim", refused.value)
+    [line] = logged("PostgreSQL refuses what this worker needs")
+    assert "t_payload_check" in line["error"]
+    assert "secret" not in line["error"]
