@@ -394,6 +394,11 @@ class Seen:
         return self.items
 
 
+def ids_of(lines: list[dict[str, Any]]) -> list[int]:
+    """The ids of all tasks that these log lines name, in order: one that is named twice is there twice."""
+    return sorted(id for line in lines for id in line["ids"])
+
+
 async def eventually(query: Callable[[], Any], want: Any = True, seconds: float = LIMIT_SECONDS) -> None:
     """Wait until what the database says is `want`: for what only it knows, and nobody signals."""
     value, seconds = None, limit(seconds)

@@ -21,7 +21,7 @@ from notifyq.batch import Batches
 from notifyq.errors import ConfigError
 from notifyq.testing import Ran, drain, run_inline
 
-from .conftest import Process, Seen, eventually, working
+from .conftest import Process, Seen, eventually, ids_of, working
 from .machine import Probe, limit
 from .test_faults import insert, started, states, whose
 from .test_lifecycle import ended, errors, handed_back, nobody_left, state
@@ -599,7 +599,7 @@ async def test_killed_in_a_batch(spawn: Callable[..., Process], db: Any, probe: 
     last = await heir.reach(2, "batch")
     assert last - killed < 5 + probe.late(killed)
     batches = [line for _, line in heir.of("batch")]
-    assert sorted(id for line in batches for id in line["ids"]) == ids
+    assert ids_of(batches) == ids
     assert {attempt for line in batches for attempt in line["attempts"]} == {2}
     assert await states(db, ids) == {("running", 2): 30}
 

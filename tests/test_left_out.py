@@ -14,7 +14,7 @@ from notifyq import lease, left_out
 from notifyq.left_out import NOT_TAKEN_BACK, LeftOut
 from notifyq.store import SQL, claim
 
-from .conftest import Seen, Sessions, eventually, working
+from .conftest import Seen, Sessions, eventually, ids_of, working
 from .verbs import insert, register, silent, unseen
 
 pytestmark = pytest.mark.slow
@@ -109,7 +109,7 @@ async def test_the_others_run(
             await eventually(lambda: db.fetchval("SELECT status FROM notifyq.worker"), "ok")
         assert len(logged("no task is refused any more")) == 1
     found = logged("doesn't let these tasks be taken")
-    assert sorted(id for line in found for id in line["ids"]) == bad, "each once"
+    assert ids_of(found) == bad, "each once"
     assert all("no" in line["error"] for line in found)
     assert not logged("lost the database")
 
@@ -205,7 +205,7 @@ async def test_tasks_that_cannot_be_parked(db: Any, dsn: str, logged: Logged, mo
         await eventually(lambda: states(db), {("Hold", "done"): 1, ("Good", "done"): 21, ("Bad", "done"): 3})
         await eventually(lambda: db.fetchval("SELECT status FROM notifyq.worker"), "ok")
     found = logged("doesn't let these tasks be parked")
-    assert sorted(id for line in found for id in line["ids"]) == bad, "each once"
+    assert ids_of(found) == bad, "each once"
     assert all("the auditors say no" in line["error"] for line in found)
     assert not logged("lost the database")
 
@@ -290,7 +290,7 @@ async def test_the_others_are_rescued(
         await eventually(lambda: states(db), {("Good", "done"): len(good), ("Bad", "running"): 3})
         assert await db.fetchval("SELECT status FROM notifyq.worker WHERE id = $1", dead) == "vanished"
         found = logged("doesn't let these tasks be taken back")
-        assert sorted(id for line in found for id in line["ids"]) == bad, "each once"
+        assert ids_of(found) == bad, "each once"
         await db.execute(relent)
         await eventually(lambda: states(db), {("Good", "done"): len(good), ("Bad", "done"): 3})
         await eventually(lambda: db.fetchval("SELECT count(*) FROM notifyq.worker WHERE id = $1", dead), 0)
@@ -341,7 +341,7 @@ async def test_the_other_orphans_are_taken_back(
         await db.execute(HOW["a check"][1])
         await eventually(lambda: states(db), {("Good", "done"): len(good), ("Bad", "done"): 3})
     found = logged("doesn't let these tasks be taken back")
-    assert sorted(id for line in found for id in line["ids"]) == bad, "each once"
+    assert ids_of(found) == bad, "each once"
     assert not logged("refuses a chore")
 
 
@@ -355,7 +355,7 @@ async def test_a_worker_that_stops_hands_the_others_back(db: Any, dsn: str, logg
     assert await states(db) == {("Good", "ready"): len(good), ("Bad", "running"): 3}
     assert await db.fetchval("SELECT id FROM notifyq.worker") == me, "so that others rescue them"
     found = logged("doesn't let this worker hand these tasks back")
-    assert sorted(id for line in found for id in line["ids"]) == bad
+    assert ids_of(found) == bad
     assert [line["tasks"] for line in logged("handed back tasks")] == [len(good)]
     assert not logged("stopping")
 
@@ -370,7 +370,7 @@ async def test_the_other_strays_are_taken_back(db: Any, dsn: str, logged: Logged
         await db.fetchval(SQL["end_claims"], me)  # its connection is lost
         await eventually(lambda: states(db), {("Good", "done"): len(good), ("Bad", "running"): 3})
         found = logged("whose claim went unanswered: they stay")
-        assert sorted(id for line in found for id in line["ids"]) == bad
+        assert ids_of(found) == bad
         await db.execute(HOW["a check"][1])
     assert await states(db) == {("Good", "done"): len(good), ("Bad", "ready"): 3}
 

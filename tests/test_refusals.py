@@ -21,7 +21,7 @@ from notifyq.outcome import Finish, HandBack, Later, Outcome, returned, smaller
 from notifyq.store import SQL, Job
 from notifyq.worker import Worker
 
-from .conftest import Seen, Sessions, eventually, working
+from .conftest import Seen, Sessions, eventually, ids_of, working
 from .machine import limit
 
 pytestmark = pytest.mark.slow
@@ -151,7 +151,7 @@ async def test_the_others_are_written_at_once(
     assert bench.ran.items.count("bad") == 2
     found = logged("can't be written in any form")
     assert [line["tasks"] for line in found] in ([2], [1, 1]), "once for each, or for both"
-    assert sorted(id for line in found for id in line["ids"]) == bad
+    assert ids_of(found) == bad
     assert all(line["error"] for line in found)
     assert sum(line["tasks"] for line in logged("are written now")) == 2
 
@@ -189,7 +189,7 @@ async def test_a_trigger_that_keeps_a_row_and_says_nothing(
         await eventually(lambda: db.fetchval(status), "ok")
     assert bench.ran.items.count("bad") == 2 + 3
     found = logged("can't be written in any form")
-    assert sorted(id for line in found for id in line["ids"]) == [*bad, failing], "each is said once"
+    assert ids_of(found) == [*bad, failing], "each is said once"
     assert all("must return NEW, or OLD on DELETE" in line["error"] for line in found)
     assert logged("whose lease was lost") == []
 

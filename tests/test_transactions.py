@@ -94,6 +94,14 @@ async def books(dsn: str, db: Any) -> AsyncIterator[Books]:
         yield books
 
 
+async def booked(books: Books, db: Any, dsn: str) -> int:
+    """Run one Book in a worker until it is done. Returns its id."""
+    async with working(books.app, dsn):
+        ref = await books.app.enqueue(Book())
+        await ended(db, ref.id, "done")
+    return ref.id
+
+
 async def ledger(db: Any, id: int) -> list[int]:
     """The attempts that are written."""
     return [row[0] for row in await db.fetch("SELECT attempt FROM ledger WHERE task = $1 ORDER BY attempt", id)]
@@ -156,11 +164,9 @@ async def test_raising_inside_rolls_back_and_the_attempt_fails_as_usual(books: B
             await conn.execute("SELECT 1 / 0")
 
     books.inside = inside
-    async with working(books.app, dsn):
-        ref = await books.app.enqueue(Book())
-        await ended(db, ref.id, "done")
-    assert await ledger(db, ref.id) == [3]
-    assert [e["error"] for e in await errors(db, ref.id)] == [
+    id = await booked(books, db, dsn)
+    assert await ledger(db, id) == [3]
+    assert [e["error"] for e in await errors(db, id)] == [
         "ValueError: not this time",
         "DivisionByZeroError: division by zero",
     ]
@@ -179,11 +185,9 @@ async def test_a_trigger_that_keeps_the_row_and_says_nothing(books: Books, db: A
             await db.execute("DROP TRIGGER audit ON notifyq.task")
 
     books.inside = inside
-    async with working(books.app, dsn):
-        ref = await books.app.enqueue(Book())
-        await ended(db, ref.id, "done")
-    assert await ledger(db, ref.id) == [2]
-    [error] = await errors(db, ref.id)
+    id = await booked(books, db, dsn)
+    assert await ledger(db, id) == [2]
+    [error] = await errors(db, id)
     assert "must return NEW, or OLD on DELETE" in error["error"]
 
 
@@ -198,11 +202,9 @@ async def test_an_error_that_is_swallowed_inside_fails_the_block(books: Books, d
             await conn.execute("ROLLBACK")
 
     books.inside = inside
-    async with working(books.app, dsn):
-        ref = await books.app.enqueue(Book())
-        await ended(db, ref.id, "done")
-    assert await ledger(db, ref.id) == [3]
-    failed, ended_inside = await errors(db, ref.id)
+    id = await booked(books, db, dsn)
+    assert await ledger(db, id) == [3]
+    failed, ended_inside = await errors(db, id)
     assert "InFailedSQLTransactionError" in failed["error"]
     assert "ended inside of its block" in ended_inside["error"]
 
