@@ -36,7 +36,7 @@
 --     is granted, sees the rows of all transactions that didn't ring. No wake-up can be lost, however long a
 --     transaction stays open and in whatever order they commit.
 --
--- notifyq/doorbell.py has the worker's side.
+-- notifyq/worker/doorbell.py has the worker's side.
 --
 -- Tasks that wait
 -- ---------------

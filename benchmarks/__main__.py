@@ -18,7 +18,7 @@ from typing import Any
 import msgspec
 import uvloop
 
-from notifyq import schema, store
+from notifyq.database import connection, schema
 from notifyq.embedded import Server
 
 from . import plots
@@ -43,7 +43,7 @@ def database(dsn: str | None, quick: bool) -> Generator[Bench]:
 
 async def measure(name: str, bench: Bench) -> tuple[Result, dict[str, Any]]:
     """One benchmark, and where it ran."""
-    conn = await store.connect(bench.dsn, role="benchmark")
+    conn = await connection.connect(bench.dsn, role="benchmark")
     await schema.migrate(conn)
     await conn.execute("TRUNCATE notifyq.task, notifyq.finished")
     if bench.server and not bench.quick:
@@ -54,7 +54,7 @@ async def measure(name: str, bench: Bench) -> tuple[Result, dict[str, Any]]:
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "seconds": round(time.perf_counter() - began, 1),
         "quick": bench.quick,
-        "postgresql": await store.server_version(conn),
+        "postgresql": await connection.server_version(conn),
         "embedded": bench.server is not None,
         "settings": {setting: await conn.fetchval("SELECT current_setting($1)", setting) for setting in TOLD},
         "cpus": os.cpu_count(),

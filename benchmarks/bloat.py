@@ -17,8 +17,8 @@ from contextlib import contextmanager, nullcontext
 from itertools import pairwise
 from typing import Any
 
-from notifyq import store
 from notifyq.codec import encode_payload
+from notifyq.database import connection
 
 from .common import TASK, Bench, Line, Plot, Result, median, ratio, worker_process
 
@@ -35,7 +35,7 @@ ENQUEUE = "INSERT INTO notifyq.task (type, payload) SELECT 'Mail', $2 FROM gener
 
 async def run(bench: Bench) -> Result:
     tasks = bench.work(TASKS)
-    conn = await store.connect(bench.dsn)
+    conn = await connection.connect(bench.dsn)
     exact = bool(await conn.fetchval("SELECT 1 FROM pg_available_extensions WHERE name = 'pgstattuple'"))
     if exact:
         await conn.execute("CREATE EXTENSION IF NOT EXISTS pgstattuple")
@@ -68,9 +68,9 @@ async def run(bench: Bench) -> Result:
     return Result(lines, data, plots)
 
 
-async def one(conn: store.Connection, dsn: str, way: str, held: bool, tasks: int, exact: bool) -> dict[str, Any]:
+async def one(conn: connection.Connection, dsn: str, way: str, held: bool, tasks: int, exact: bool) -> dict[str, Any]:
     await conn.execute("TRUNCATE notifyq.task, notifyq.finished RESTART IDENTITY")
-    holder = await store.connect(dsn)
+    holder = await connection.connect(dsn)
     if held:
         await holder.execute("BEGIN ISOLATION LEVEL REPEATABLE READ")
         await holder.fetchval("SELECT count(*) FROM notifyq.task")
@@ -113,7 +113,7 @@ def enqueuing(dsn: str, tasks: int) -> Generator[None]:
 
 async def enqueue(dsn: str, tasks: int) -> None:
     """The enqueuing process. What is ready is told by ids: of the last one inserted, and the last one finished."""
-    conn = await store.connect(dsn)
+    conn = await connection.connect(dsn)
     done = 0
     while done < tasks:
         if done - await conn.fetchval("SELECT coalesce(max(id), 0) FROM notifyq.finished") < READY:

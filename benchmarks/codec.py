@@ -91,7 +91,7 @@ def ours(tasks: list[type[notifyq.Task]]) -> Decode:
 
     def decode_all(rows: list[Row]) -> None:
         for type, payload, _ in rows:
-            handler = registry.get(type)  # as notifyq/run.py has it
+            handler = registry.get(type)  # as notifyq/worker/runners.py has it
             if handler is not None:
                 task, function = handler.decode(payload), handler.function  # noqa: F841 - all but the call
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 import notifyq
-from notifyq import store
+from notifyq.database import connection
 from notifyq.embedded import Server
 
 # Of every embedded server here: room for many workers, and no checkpoint that falls into one variant and not another.
@@ -122,7 +122,7 @@ class Bench:
         return 1 if self.quick else count
 
 
-async def warm_up(conn: store.Connection) -> None:
+async def warm_up(conn: connection.Connection) -> None:
     """Make a new server like one that has run for a while: with WAL files to use again.
 
     A new file is 16 MB of zeroes and an fsync, during which nobody commits: 50 ms each here, and one a second under

@@ -9,9 +9,9 @@ from collections.abc import AsyncGenerator
 from contextlib import ExitStack, asynccontextmanager
 from pathlib import Path
 
-from notifyq import schema, store
+from notifyq.database import connection, schema
+from notifyq.database.connection import Connection
 from notifyq.embedded import Server
-from notifyq.store import Connection
 
 from .common import Bench
 
@@ -24,7 +24,7 @@ async def counting(bench: Bench) -> AsyncGenerator[tuple[str, Connection], None]
     """A migrated database whose server counts statements: its DSN, and the connection to read the counts on."""
     with ExitStack() as stack:
         dsn = stack.enter_context(Server(durable=True, settings=SETTINGS)).dsn() if bench.server else bench.dsn
-        conn = await store.connect(dsn)
+        conn = await connection.connect(dsn)
         try:
             await schema.migrate(conn)
             await conn.execute("CREATE EXTENSION IF NOT EXISTS pg_stat_statements")

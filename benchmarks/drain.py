@@ -14,7 +14,7 @@ import time
 
 import msgspec
 
-from notifyq import store
+from notifyq.database import connection
 
 from .children import child, children, say, told
 from .common import TASK, Bench, Line, Mail, Result, app, mail, median, ratio
@@ -26,7 +26,7 @@ SAME, PLAIN = "the same statements, no framework", "one table, no history, DELET
 
 async def run(bench: Bench) -> Result:
     tasks = bench.work(TASKS)
-    conn = await store.connect(bench.dsn)
+    conn = await connection.connect(bench.dsn)
     await conn.execute(
         """CREATE SCHEMA IF NOT EXISTS bench; DROP TABLE IF EXISTS bench.floor;
            CREATE TABLE bench.floor (id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY, type text, payload jsonb,
@@ -74,7 +74,7 @@ async def run(bench: Bench) -> Result:
     return Result(lines, {"tasks": tasks, "rates": rates})
 
 
-async def fill(bench: Bench, conn: store.Connection, table: str, tasks: int) -> None:
+async def fill(bench: Bench, conn: connection.Connection, table: str, tasks: int) -> None:
     """`tasks` ready ones, and nothing else."""
     await conn.execute("TRUNCATE notifyq.task, notifyq.finished")
     await conn.execute(f"TRUNCATE {table}")
@@ -103,25 +103,25 @@ async def work() -> bool:
 
 
 async def same_statements(dsn: str, *, keep: bool) -> None:
-    conn = await store.connect_worker(dsn, "floor")
+    conn = await connection.connect_worker(dsn, "floor")
     worker = await conn.fetchval(
         """INSERT INTO notifyq.worker (name, queues, types, max_attempts, concurrency, lease)
            VALUES ('floor', '{default}', '{Mail}', '{10}', 1, '1 hour') RETURNING id"""
     )
     decode = msgspec.json.Decoder(Mail).decode
-    while jobs := await store.claim(conn, worker, {"default": BATCH}, BATCH):
+    while jobs := await connection.claim(conn, worker, {"default": BATCH}, BATCH):
         for job in jobs:
             assert job.payload is not None
             await mail(decode(job.payload))
         ids, attempts = [job.id for job in jobs], [job.attempt for job in jobs]
-        done = await conn.fetch(store.SQL["finish"], worker, ids, attempts, ["done"] * len(jobs), [], [], keep)
+        done = await conn.fetch(connection.SQL["finish"], worker, ids, attempts, ["done"] * len(jobs), [], [], keep)
         assert len(done) == len(jobs)
     await conn.execute("DELETE FROM notifyq.worker WHERE id = $1", worker)
     await conn.close()
 
 
 async def plain_table(dsn: str) -> None:
-    conn = await store.connect_worker(dsn, "floor")
+    conn = await connection.connect_worker(dsn, "floor")
     decode = msgspec.json.Decoder(Mail).decode
     while rows := await conn.fetch(
         """UPDATE bench.floor SET processing_at = clock_timestamp() WHERE id = ANY(ARRAY(

@@ -26,7 +26,7 @@ from itertools import product
 import anyio
 import msgspec
 
-from notifyq import schema, store
+from notifyq.database import connection, schema
 
 from .common import TASK, Bench, Line, Plot, Result, app, median, ratio, warm_up, worker_process
 from .slow_disk import missing, slow_server
@@ -59,7 +59,7 @@ async def run(bench: Bench) -> Result:
         print(f"  skipped: {SLOW}: {why}")
     else:
         with slow_server() as server:
-            conn = await store.connect(server.dsn())
+            conn = await connection.connect(server.dsn())
             await schema.migrate(conn)
             if not bench.quick:
                 await warm_up(conn)
@@ -109,7 +109,7 @@ def described(disk: str, rates: Rates) -> list[Line]:
 async def curve(bench: Bench, dsn: str) -> Rates:
     """Every variant with every number of clients, in turns."""
     rates: Rates = {}
-    conn = await store.connect(dsn)
+    conn = await connection.connect(dsn)
     await conn.execute(ALWAYS)
     try:
         with tempfile.NamedTemporaryFile("w", suffix=".sql") as script:
@@ -132,7 +132,7 @@ async def curve(bench: Bench, dsn: str) -> Rates:
     return rates
 
 
-async def use_trigger(conn: store.Connection, which: str) -> None:
+async def use_trigger(conn: connection.Connection, which: str) -> None:
     """That one alone."""
     for trigger in ("always_row", "always_statement", "ring"):
         does = "ENABLE" if trigger == which else "DISABLE"
@@ -140,7 +140,7 @@ async def use_trigger(conn: store.Connection, which: str) -> None:
 
 
 @asynccontextmanager
-async def prepared(conn: store.Connection, name: str) -> AsyncGenerator[None]:
+async def prepared(conn: connection.Connection, name: str) -> AsyncGenerator[None]:
     """The worker as this variant wants it, meanwhile."""
     if name == IDLE:
         with anyio.fail_after(10):
@@ -157,7 +157,7 @@ async def prepared(conn: store.Connection, name: str) -> AsyncGenerator[None]:
         yield
 
 
-async def feed(conn: store.Connection) -> None:
+async def feed(conn: connection.Connection) -> None:
     """500 tasks a second."""
     due = time.perf_counter()
     insert = "INSERT INTO notifyq.task (type, payload) SELECT 'Mail', $1::jsonb FROM generate_series(1, 6)"
@@ -182,7 +182,7 @@ async def pgbench(bench: Bench, dsn: str, script: str, clients: int) -> float:
     return float(found[1])
 
 
-async def drained(conn: store.Connection) -> None:
+async def drained(conn: connection.Connection) -> None:
     with anyio.fail_after(60):
         while await conn.fetchval("SELECT EXISTS (SELECT FROM notifyq.task)"):
             await asyncio.sleep(0.02)
@@ -193,7 +193,7 @@ async def from_python(bench: Bench) -> list[Line]:
     bulk: list[float] = []
     consumed: dict[bool, list[float]] = {True: [], False: []}
     tasks = bench.work(BULK)
-    conn = await store.connect(bench.dsn)
+    conn = await connection.connect(bench.dsn)
     async with app.connect(bench.dsn):
         for _ in range(bench.rounds(ROUNDS)):
             begin = time.perf_counter()

@@ -11,10 +11,10 @@ import random
 from contextlib import ExitStack
 from typing import NamedTuple
 
-from notifyq import store
 from notifyq.codec import encode_payload
-from notifyq.doorbell import CHANNEL
-from notifyq.store import SQL, Connection
+from notifyq.database import connection
+from notifyq.database.connection import SQL, Connection
+from notifyq.worker.doorbell import CHANNEL
 
 from .common import TASK, Bench, Line, Plot, Result, median, worker_process
 from .counting import backends_cpu, calls, counting, cpu
@@ -38,7 +38,7 @@ async def run(bench: Bench) -> Result:
     idle: dict[int, list[Used]] = {size: [] for size in sorted(SIZES)}
     tasks = bench.work(TASKS)
     async with counting(bench) as (dsn, conn):
-        enqueuer, rings = await store.connect(dsn), list[object]()
+        enqueuer, rings = await connection.connect(dsn), list[object]()
         await conn.add_listener(CHANNEL, lambda *said: rings.append(said) if said[-1] == "" else None)
         with ExitStack() as stack:
             workers: list[tuple[ExitStack, int]] = []

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 
 from notifyq.codec import encode_payload
-from notifyq.store import Connection
+from notifyq.database.connection import Connection
 
 from .common import TASK, Bench, Line, Result, worker_process
 from .counting import backends_cpu, calls, counting, cpu, resident

@@ -25,7 +25,7 @@ import asyncpg
 import msgspec
 
 import notifyq
-from notifyq import store
+from notifyq.database import connection
 
 from .children import Child, child, children, say, told
 from .common import FLOOR, Bench, Line, Plot, Result, median, percentile
@@ -69,7 +69,7 @@ def record(sent: float) -> None:
 
 
 async def run(bench: Bench) -> Result:
-    conn = await store.connect(bench.dsn)
+    conn = await connection.connect(bench.dsn)
     await conn.execute(FLOOR)
     times: dict[str, list[float]] = {}
     for name, count in ((ONE, 1), (MANY, 16)):
@@ -124,7 +124,7 @@ def tail(times: Sequence[float]) -> list[tuple[float, float]]:
     return [(share, percentile(times, 1 - share / 100)) for share in shares if len(times) * share >= 100]
 
 
-async def idle(bench: Bench, conn: store.Connection, workers: int) -> tuple[list[float], list[float]]:
+async def idle(bench: Bench, conn: connection.Connection, workers: int) -> tuple[list[float], list[float]]:
     """Ours and the floor's, in turns, one task at a time."""
     with ExitStack() as stack:
         ours = stack.enter_context(children(workers, "latency", bench.dsn, "worker"))
@@ -146,7 +146,7 @@ async def enqueue_ours(sent: float) -> None:
     await app.enqueue(Ping(sent))
 
 
-async def enqueue_floor(conn: store.Connection, sent: float) -> None:
+async def enqueue_floor(conn: connection.Connection, sent: float) -> None:
     await conn.execute(
         "WITH i AS (INSERT INTO bench.floor (type, payload) VALUES ($1, $2::jsonb)) SELECT pg_notify('bench', '')",
         "Ping",
@@ -154,7 +154,7 @@ async def enqueue_floor(conn: store.Connection, sent: float) -> None:
     )
 
 
-async def drain_rate(bench: Bench, conn: store.Connection) -> float:
+async def drain_rate(bench: Bench, conn: connection.Connection) -> float:
     tasks = bench.work(DRAINED)
     await fill(bench, conn, "notifyq.task", tasks)
     with children(1, "drain", bench.dsn, "notifyq", "kept") as (one,):
@@ -164,7 +164,7 @@ async def drain_rate(bench: Bench, conn: store.Connection) -> float:
         return tasks / (clock() - begin)
 
 
-async def under_load(bench: Bench, conn: store.Connection, rate: float) -> list[float]:
+async def under_load(bench: Bench, conn: connection.Connection, rate: float) -> list[float]:
     await conn.execute("TRUNCATE notifyq.task, notifyq.finished")
     size, batches = round(rate * BATCH_SECONDS), int(bench.work(int(LOAD_SECONDS)) / BATCH_SECONDS)
     with children(1, "latency", bench.dsn, "worker") as workers:
@@ -223,7 +223,7 @@ async def work() -> list[float]:
 
 async def floor(dsn: str) -> None:
     """The least that NOTIFY and a claim take with asyncpg."""
-    conn = await store.connect_worker(dsn, "floor", relaxed=True)
+    conn = await connection.connect_worker(dsn, "floor", relaxed=True)
     rung = asyncio.Event()
     ring: Callable[..., None] = lambda *_: rung.set()  # noqa: E731
     await conn.add_listener("bench", ring)

@@ -18,7 +18,7 @@ from typing import Any
 import anyio
 
 import notifyq
-from notifyq import store
+from notifyq.database import connection
 
 from .children import child, children, say, told
 from .common import FLOOR, Bench, Line, Result, median, percentile, ratio
@@ -42,7 +42,7 @@ async def answer(task: Ask) -> int:
 
 
 async def run(bench: Bench) -> Result:
-    conn = await store.connect(bench.dsn)
+    conn = await connection.connect(bench.dsn)
     await conn.execute(FLOOR)
     over = asyncio.Event()
     await conn.add_listener("bench_done", lambda *_: over.set())
@@ -96,7 +96,7 @@ async def run(bench: Bench) -> Result:
     return Result(lines, {"times": times, "seconds": seconds})
 
 
-async def many(bench: Bench, conn: store.Connection, *, awaited: bool) -> float:
+async def many(bench: Bench, conn: connection.Connection, *, awaited: bool) -> float:
     await conn.execute("TRUNCATE notifyq.task, notifyq.finished")
     tasks = [Ask(n) for n in range(bench.work(MANY))]
     begin = clock()
@@ -131,7 +131,10 @@ async def work() -> None:
 
 async def floor(dsn: str, *, task_status: Any) -> None:
     """The least that two NOTIFYs, a claim and its end take with asyncpg."""
-    claims, ends = await store.connect_worker(dsn, "floor", relaxed=True), await store.connect_worker(dsn, "floor")
+    claims, ends = (
+        await connection.connect_worker(dsn, "floor", relaxed=True),
+        await connection.connect_worker(dsn, "floor"),
+    )
     rung = asyncio.Event()
     await claims.add_listener("bench", lambda *_: rung.set())
     task_status.started()

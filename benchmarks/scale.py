@@ -16,10 +16,10 @@ from datetime import datetime
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
-from notifyq import schema, store
 from notifyq.codec import encode_payload
+from notifyq.database import connection, schema
+from notifyq.database.connection import SQL, Connection
 from notifyq.embedded import Server
-from notifyq.store import SQL, Connection
 
 from .common import TASK, Bench, Line, Plot, Result, median, ratio, worker_process
 
@@ -70,7 +70,7 @@ class Place:
 
     async def fill(self) -> None:
         case = self.case
-        self.conn = conn = await store.connect_worker(self.dsn, "claims", relaxed=True)
+        self.conn = conn = await connection.connect_worker(self.dsn, "claims", relaxed=True)
         await schema.migrate(conn)
         await conn.execute("SET search_path = pg_catalog")
         async with conn.transaction():
@@ -107,7 +107,7 @@ class Place:
         took = list[float]()
         for _ in range(times):
             begin = time.perf_counter()
-            jobs = await store.claim(self.conn, self.worker, self.rooms, BATCH)
+            jobs = await connection.claim(self.conn, self.worker, self.rooms, BATCH)
             took.append((time.perf_counter() - begin) * 1000)
             assert len(jobs) == BATCH
             await self.conn.execute("DELETE FROM notifyq.task WHERE id = ANY ($1)", [job.id for job in jobs])
@@ -140,7 +140,7 @@ async def run(bench: Bench) -> Result:
     cases = [case for case in CASES if not bench.quick or max(case) < 10_000_000]
     with ExitStack() as stack:
         server = stack.enter_context(Server(durable=True, settings=SETTINGS)) if bench.server else None
-        admin = await store.connect(server.dsn() if server else bench.dsn)
+        admin = await connection.connect(server.dsn() if server else bench.dsn)
         places = list[Place]()
         for number, case in enumerate(cases):
             name = f"notifyq_scale_{number}"

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from datetime import timedelta
 
-from notifyq import store
 from notifyq.codec import encode_payload
+from notifyq.database import connection
 
 from .common import TASK, Bench, Line, Plot, Result, percentile, worker_process
 
@@ -20,7 +20,7 @@ FROM generate_series(1, $1)"""
 
 async def run(bench: Bench) -> Result:
     future, tasks, payload = bench.work(FUTURE), bench.work(TASKS), encode_payload(TASK)
-    conn = await store.connect(bench.dsn)
+    conn = await connection.connect(bench.dsn)
     await conn.execute(ENQUEUE, future, timedelta(days=1), 30 * 86400.0, payload)
     await conn.execute("VACUUM ANALYZE notifyq.task")
     with worker_process(bench.dsn):

@@ -1,11 +1,11 @@
 """Background tasks on PostgreSQL: a task is a row, a trigger rings, a worker wakes."""
 
 from .app import App
+from .client.options import EnqueueOptions
+from .client.sync import SyncClient
 from .errors import ConfigError, DatabaseError, NotifyqError, SchemaError, TaskCancelled, TaskDead, TaskFailed
-from .options import EnqueueOptions
-from .sync import SyncClient
 from .task import Cancel, Context, Dead, Ids, Progress, Ref, Retry, Task
-from .worker import WorkerInfo
+from .worker.worker import WorkerInfo
 
 __all__ = [
     "App",

@@ -15,19 +15,20 @@ import asyncpg
 import msgspec
 from anyio.abc import TaskStatus
 
-from . import enqueue, foreign, lifespan, log, loops
+from . import lifespan, log, loops
+from .client import drivers, enqueue
+from .client.enqueue import Via
+from .client.options import EnqueueOptions, Options, is_id, where
+from .client.pool import AppPool
+from .client.results import Results
 from .config import WorkerConfig, check_name, in_seconds, is_number, parse_queues, resolve_dsn
 from .cron import Cron, Missed, check_schedule
-from .enqueue import Via
+from .database.connection import SQL, explained
 from .errors import ConfigError, DatabaseError
-from .options import EnqueueOptions, Options, is_id, where
-from .pool import AppPool
 from .registry import Handler, HandlerOptions, Registry
-from .results import Results
-from .signals import watched
-from .store import SQL, explained
 from .task import Ids, Middleware, Ref, Task, check_same, ref
-from .worker import WorkerInfo, work
+from .worker.signals import watched
+from .worker.worker import WorkerInfo, work
 
 if TYPE_CHECKING:
     Pool = asyncpg.Pool[asyncpg.Record]
@@ -76,12 +77,12 @@ _RESULT_ELSEWHERE = (
 def _check_enqueue(name: str) -> Callable[..., None]:
     """What `App.enqueue` and `App.enqueue_many` check when they are called."""
 
-    def check(app: App, *_: object, conn: foreign.AsyncConnection | None = None, **__: object) -> None:
+    def check(app: App, *_: object, conn: drivers.AsyncConnection | None = None, **__: object) -> None:
         what, cure = f"app.{name}()", _ENQUEUE_ELSEWHERE.format(name)
         if conn is None:
             app.check_loop(what, cure)
         else:
-            foreign.awaited(conn)  # it says so of one that blocks
+            drivers.awaited(conn)  # it says so of one that blocks
             loops.same(getattr(conn, "_loop", None) or loops.running(what, cure), what, "`conn`", cure)  # asyncpg's
 
     return check
@@ -256,7 +257,7 @@ class App:
         self,
         task: Task,
         *,
-        conn: foreign.AsyncConnection | None = None,
+        conn: drivers.AsyncConnection | None = None,
         **options: Unpack[EnqueueOptions],
     ) -> Ref:
         """Enqueue a task and return its Ref; on return it is committed, unless `conn` has an open transaction.
@@ -276,7 +277,7 @@ class App:
         tasks: Iterable[Task],
         *,
         then: None = None,
-        conn: foreign.AsyncConnection | None = None,
+        conn: drivers.AsyncConnection | None = None,
         **options: Unpack[EnqueueOptions],
     ) -> Ids: ...
     @overload
@@ -285,7 +286,7 @@ class App:
         tasks: Iterable[Task],
         *,
         then: Task,
-        conn: foreign.AsyncConnection | None = None,
+        conn: drivers.AsyncConnection | None = None,
         **options: Unpack[EnqueueOptions],
     ) -> tuple[list[int], Ref]: ...
     @loops.checked_at_call(_check_enqueue("enqueue_many"))
@@ -294,7 +295,7 @@ class App:
         tasks: Iterable[Task],
         *,
         then: Task | None = None,
-        conn: foreign.AsyncConnection | None = None,
+        conn: drivers.AsyncConnection | None = None,
         **options: Unpack[EnqueueOptions],
     ) -> Ids | tuple[list[int], Ref]:
         """Enqueue all or none, of any types, with the same options, 2000 in a statement. Returns the ids in order:
@@ -415,9 +416,9 @@ class App:
         """Raise ConfigError if `cancel` can't be awaited here."""
         self.check_loop("app.cancel()", _CANCEL_ELSEWHERE)
 
-    def _via(self, conn: foreign.AsyncConnection | None) -> Via:
+    def _via(self, conn: drivers.AsyncConnection | None) -> Via:
         if conn is not None:
-            return foreign.awaited(conn)
+            return drivers.awaited(conn)
         return self._connected("enqueue", ", or pass conn=")
 
     def _connected(self, what: str, or_else: str = "") -> AppPool:

@@ -10,7 +10,7 @@ from typing import TypeGuard, TypeVar, cast
 
 import msgspec
 
-from .dsn import pair_parameters, url_of
+from .database.dsn import pair_parameters, url_of
 from .errors import ConfigError
 
 _Value = TypeVar("_Value")

@@ -19,11 +19,11 @@ import asyncpg
 from cronsim import CronSim, CronSimError
 
 from . import log
+from .database.connection import SQL
 from .errors import ConfigError
-from .store import SQL
 
 if TYPE_CHECKING:
-    from .store import Connection
+    from .database.connection import Connection
 
 logger = log.logger("notifyq.cron")
 

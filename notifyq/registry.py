@@ -16,12 +16,13 @@ from typing import Annotated, Any, NamedTuple, TypeGuard, Union, cast, get_args,
 
 import msgspec
 
-from . import jsonable, settings
+from . import settings
 from .codec import type_name
 from .config import check_name, in_seconds, is_int, is_number
 from .cron import Cron
 from .errors import ConfigError
 from .lifespan import Lifespan
+from .payloads import jsonable
 from .rules import rules_of
 from .task import Call, Context, Middleware, Task
 from .unique import check_rule

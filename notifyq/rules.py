@@ -66,7 +66,7 @@ def key_of(task: Task, rule: Key) -> str:
 
 
 def _checked(cls: type[Task]) -> Rules | None:
-    from .options import parse_rate  # which needs this module
+    from .client.options import parse_rate  # which needs this module
 
     # A field of the payload that has the name of a rule is none.
     said = {name: getattr(cls, name) for name in NAMES if name not in cls.__struct_fields__}

@@ -27,9 +27,10 @@ from anyio.from_thread import BlockingPortal
 from hypothesis import HealthCheck, settings
 
 import notifyq
-from notifyq import lease, schema, store
+from notifyq.database import connection, schema
 from notifyq.embedded import Server
 from notifyq.testing import Databases
+from notifyq.worker import heartbeat
 
 from .machine import LIMIT_SECONDS, Probe, limit, probing
 
@@ -85,7 +86,7 @@ def notifyq_server_dsn(server: Server) -> str:
 
 async def admin(server: Server, *statements: str) -> None:
     """Run statements in the server's own database."""
-    conn = await store.connect(server.dsn("postgres"), role="test")
+    conn = await connection.connect(server.dsn("postgres"), role="test")
     try:
         for statement in statements:
             await conn.execute(statement)
@@ -149,7 +150,7 @@ class Stock:
         self._clean: list[Copy] = []
 
     async def __aenter__(self) -> Stock:
-        conn = await store.connect(self._server.dsn(self._template), role="test")
+        conn = await connection.connect(self._server.dsn(self._template), role="test")
         tables = await conn.fetchval(self._TABLES)
         self._empty = self._EMPTY.format(deletes=";".join(f"DELETE FROM {table}" for table in tables))
         await conn.close()
@@ -226,7 +227,7 @@ class Sessions:
         self._stack = stack
 
     async def __call__(self, dsn: str | None = None) -> Any:
-        conn = await store.connect(dsn or self.dsn, role="test")
+        conn = await connection.connect(dsn or self.dsn, role="test")
         self._stack.callback(conn.terminate)
         return conn
 
@@ -283,7 +284,7 @@ async def roles(server: Server, template: str) -> AsyncIterator[Any]:
     await admin(server, f"CREATE DATABASE roles TEMPLATE {template}")
     for role in ("enqueuer", "reader", "awaiter", "operator", "worker"):
         await admin(server, f"CREATE ROLE {role} LOGIN")
-        conn = await store.connect(server.dsn("roles"), role="test")
+        conn = await connection.connect(server.dsn("roles"), role="test")
         assert len(grants(role)) >= 2
         for grant in grants(role):
             await conn.execute(grant)
@@ -301,7 +302,7 @@ async def as_role(roles: Any) -> AsyncIterator[Any]:
     conns: list[Any] = []
 
     async def connect(role: str) -> Any:
-        conns.append(await store.connect(roles(role), role="test"))
+        conns.append(await connection.connect(roles(role), role="test"))
         assert await conns[-1].fetchval("SELECT current_user") == role
         return conns[-1]
 
@@ -371,7 +372,7 @@ async def working(app: notifyq.App, dsn: str, **options: Any) -> AsyncIterator[R
 @pytest.fixture
 def quick_heart(monkeypatch: pytest.MonkeyPatch) -> None:
     """Workers in this process have a heartbeat every 0.4 s: for tests that wait for one, whenever it comes."""
-    monkeypatch.setattr(lease, "TICK_SECONDS", 0.2)
+    monkeypatch.setattr(heartbeat, "TICK_SECONDS", 0.2)
 
 
 class Seen:

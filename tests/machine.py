@@ -16,7 +16,7 @@ from typing import Any
 
 import anyio
 
-from notifyq import store
+from notifyq.database import connection
 
 LIMIT_SECONDS = 60.0
 MOST_TIMES_BUSY = 10.0  # so that a limit ends a test before pytest's own does, which ends the whole process
@@ -86,7 +86,7 @@ class Probe:
 @asynccontextmanager
 async def probing(dsn: str) -> AsyncIterator[Probe]:
     """A probe that runs inside the block, in this process and on this server."""
-    teller, listener = [await store.connect(dsn, role="probe") for _ in range(2)]
+    teller, listener = [await connection.connect(dsn, role="probe") for _ in range(2)]
     probe = Probe()
     try:
         async with anyio.create_task_group() as group:

@@ -11,7 +11,7 @@ from typing import Any
 
 import anyio
 
-from notifyq import store
+from notifyq.database import connection
 
 SCHEMAS = Path(__file__).parent / "schemas"
 
@@ -39,8 +39,8 @@ class OldWorker:
         return ask
 
     async def run(self, stop: anyio.Event) -> None:
-        conn: Any = await store.connect_worker(self._dsn, "old")
-        door: Any = await store.connect_worker(self._dsn, "old door")
+        conn: Any = await connection.connect_worker(self._dsn, "old")
+        door: Any = await connection.connect_worker(self._dsn, "old door")
         try:
             me: int = await conn.fetchval(self._sql["register"], "old:1", ["default"], ["Quick"], [10], 100, 30.0)
             while not stop.is_set():

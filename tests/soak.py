@@ -24,9 +24,9 @@ import anyio
 import asyncpg
 
 import notifyq
-from notifyq import schema, store
+from notifyq.database import connection, schema
+from notifyq.database.connection import SQL
 from notifyq.embedded import Server
-from notifyq.store import SQL
 
 BATCH, AHEAD = 1000, 5000  # tasks inserted at once, and waiting at most
 POINTS = (0.1, 0.5, 1.0)  # of the tasks: when to measure
@@ -145,7 +145,7 @@ async def work(dsn: str) -> None:
 
 async def soak(dsn: str, tasks: int, *, vacuum: bool = False) -> tuple[list[dict[str, float]], dict[str, int]]:
     """What there was at each of POINTS, and how often each handler ran. vacuum: autovacuum is too slow for so few."""
-    db = await store.connect(dsn, role="test")
+    db = await connection.connect(dsn, role="test")
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
     worker = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "tests.soak", "--worker", dsn, stdout=asyncio.subprocess.PIPE, env=env
@@ -183,7 +183,7 @@ async def soak(dsn: str, tasks: int, *, vacuum: bool = False) -> tuple[list[dict
         await db.close()
 
 
-async def _tidy(db: store.Connection) -> None:
+async def _tidy(db: connection.Connection) -> None:
     """Cancel what waits for its hour and what never ends; prune the dead."""
     await db.execute("SELECT notifyq.cancel(id) FROM notifyq.task WHERE run_at > now() + interval '30 minutes'")
     await db.execute("SELECT notifyq.cancel(id) FROM notifyq.task WHERE type = 'Endless' AND worker IS NOT NULL")
@@ -209,7 +209,7 @@ def show(samples: list[dict[str, float]]) -> str:
 
 async def main(tasks: int) -> int:
     with Server(settings={"autovacuum_naptime": "1s", "synchronous_commit": "off"}) as server:
-        conn = await store.connect(server.dsn(), role="test")
+        conn = await connection.connect(server.dsn(), role="test")
         await schema.migrate(conn)
         await conn.close()
         began = time.monotonic()

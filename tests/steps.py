@@ -24,7 +24,7 @@ from typing import Any, TypeAlias
 
 import anyio
 
-from notifyq import store
+from notifyq.database import connection
 
 from .machine import limit
 
@@ -112,11 +112,11 @@ class Steps:
 
     async def session(self, name: str) -> Session:
         """As anybody's."""
-        return self._add(name, await store.connect(self._dsn, role=name))
+        return self._add(name, await connection.connect(self._dsn, role=name))
 
     async def worker(self, name: str) -> Session:
         """With the settings of a worker's; what claims also gives up durability."""
-        return self._add(name, await store.connect_worker(self._dsn, name, relaxed=name.startswith("claims")))
+        return self._add(name, await connection.connect_worker(self._dsn, name, relaxed=name.startswith("claims")))
 
     def _add(self, name: str, conn: Any) -> Session:
         self.sessions.append(Session(name, conn, self.db))
@@ -126,7 +126,7 @@ class Steps:
 @asynccontextmanager
 async def steps(dsn: str) -> AsyncIterator[Steps]:
     """A stage for sessions, all of which have ended with it, whatever they waited for."""
-    db = await store.connect(dsn, role="test")
+    db = await connection.connect(dsn, role="test")
     s = Steps(dsn, db)
     try:
         yield s

@@ -17,11 +17,12 @@ import psycopg
 import pytest
 
 import notifyq
-from notifyq import Context, TaskCancelled, TaskDead, lease
-from notifyq.admit import Admission
+from notifyq import Context, TaskCancelled, TaskDead
+from notifyq.database.connection import SQL
 from notifyq.errors import ConfigError
-from notifyq.store import SQL
 from notifyq.testing import drain, run_inline
+from notifyq.worker import heartbeat
+from notifyq.worker.admission import Admission
 
 from .conftest import Process, Seen, eventually, working
 from .machine import limit
@@ -606,7 +607,7 @@ async def test_it_ends_a_moment_after_somebody_began_to_wait(
 ) -> None:
     """Its row was locked when the other was judged, so its end tells nobody: the worker looks again by itself, and does
     not wait for the heartbeat."""
-    monkeypatch.setattr(lease, "TICK_SECONDS", 3600.0)
+    monkeypatch.setattr(heartbeat, "TICK_SECONDS", 3600.0)
     someone, judged = await connect(), Admission.admit
 
     async def admit(self: Admission, *args: Any) -> Any:

@@ -23,13 +23,14 @@ import msgspec
 import pytest
 
 import notifyq
-from notifyq import claim as claiming
-from notifyq import doorbell, schema, store
 from notifyq.cli.logs import JsonLines, TextLines
 from notifyq.cli.output import table
 from notifyq.codec import PAYLOAD_LIMIT
+from notifyq.database import connection, schema
+from notifyq.database.connection import SQL
 from notifyq.embedded import Server
-from notifyq.store import SQL
+from notifyq.worker import claim as claiming
+from notifyq.worker import doorbell
 
 from .conftest import Seen, Sessions, eventually, working
 from .machine import Probe, limit
@@ -103,7 +104,7 @@ async def test_a_stranger_who_keeps_everybody_awake(
     async def counted(*args: Any, **options: Any) -> Any:
         nonlocal claims
         claims += 1
-        return await store.claim(*args, **options)
+        return await connection.claim(*args, **options)
 
     monkeypatch.setattr(claiming, "claim", counted)
     stranger, enqueuer = await as_role("enqueuer"), await as_role("enqueuer")
@@ -164,7 +165,7 @@ async def test_a_stranger_who_holds_the_turn(
 async def test_a_stranger_who_holds_a_dead_workers_lock(db: Any, dsn: str, connect: Sessions) -> None:
     """Its tasks are taken back at the end of its lease, and not after 2 s."""
     stranger: Any = await connect()
-    worker: Any = await store.connect_worker(dsn, "test")
+    worker: Any = await connection.connect_worker(dsn, "test")
     id = await worker.fetchval(SQL["register"], "host:1", ["default"], ["Good"], [10], 1, 30.0)
     await db.execute("INSERT INTO notifyq.task (type, worker, attempts) VALUES ('Good', $1, 1)", id)
     await stranger.execute("SELECT pg_advisory_lock(1852990827, $1)", id)
@@ -283,7 +284,7 @@ async def small(db: Any) -> AsyncIterator[str]:
     server = Server(settings={"max_notify_queue_pages": "64"})
     await anyio.to_thread.run_sync(server.start)
     try:
-        conn = await store.connect(server.dsn(), role="test")
+        conn = await connection.connect(server.dsn(), role="test")
         await schema.migrate(conn)
         await conn.close()
         yield server.dsn()
@@ -301,7 +302,7 @@ async def fill(conn: Any) -> None:
 async def test_a_full_queue_of_notifications(bench: Bench, small: str, logged: Logged) -> None:
     """A stranger listens in a transaction that never ends, and notifies. Enqueuing goes on, workers poll, tasks set
     aside too are found; and when the stranger has gone, all is as before."""
-    stranger, conn = await store.connect(small, role="test"), await store.connect(small, role="test")
+    stranger, conn = await connection.connect(small, role="test"), await connection.connect(small, role="test")
     await stranger.execute("LISTEN it")
     await stranger.execute("BEGIN; SELECT 1")
     await fill(conn)
@@ -333,7 +334,7 @@ async def test_payloads_that_grow(
     """144 kB of numbers that are more than a GB as text, which PostgreSQL won't send: dead, with what it says, and
     those that were claimed with it are none the worse."""
     # To write that much takes seconds of a processor, and its connection's timeout is another matter.
-    monkeypatch.setattr(store, "WORKER_TIMEOUT_SECONDS", limit())
+    monkeypatch.setattr(connection, "WORKER_TIMEOUT_SECONDS", limit())
     await db.execute(
         """INSERT INTO notifyq.task (type, payload)
            SELECT 'Good', jsonb_build_object('anything', jsonb_agg('1e131071'::jsonb)) FROM generate_series(1, 8200)
@@ -361,17 +362,17 @@ async def test_compressed_payloads_are_measured_as_they_are(
     db: Any, dsn: str, payload: str, rows: int, length: int | None
 ) -> None:
     """Large ones by all that they hold; and those of digits, which take four times the space, are not wronged."""
-    worker = await store.connect_worker(dsn, "test")
+    worker = await connection.connect_worker(dsn, "test")
     id = await worker.fetchval(SQL["register"], "host:1", ["default"], ["Good"], [10], 1, 30.0)
     await db.execute(
         f"INSERT INTO notifyq.task (type, payload) SELECT 'Good', {payload} FROM generate_series(1, $1::integer) n",
         rows,
     )
     assert 65_536 < await db.fetchval("SELECT pg_column_size(payload) FROM notifyq.task") < 16_777_216
-    [job] = await store.claim(worker, id, {"default": 1}, 1)
+    [job] = await connection.claim(worker, id, {"default": 1}, 1)
     assert job.payload is None, "it is fetched apart"
     lease = id, [job.id], [job.attempt]
-    [(_, size)] = await worker.fetch(SQL["payload_sizes"], *lease, store.STATEMENT_BYTES)
+    [(_, size)] = await worker.fetch(SQL["payload_sizes"], *lease, connection.STATEMENT_BYTES)
     assert (size <= PAYLOAD_LIMIT) is (length is not None)
     if length is not None:
         [(_, found)] = await worker.fetch(SQL["payloads"], *lease)

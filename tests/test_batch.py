@@ -17,9 +17,9 @@ import pytest
 
 import notifyq
 from notifyq import Cancel, Context, Dead, Retry
-from notifyq.batch import Batches
 from notifyq.errors import ConfigError
 from notifyq.testing import Ran, drain, run_inline
+from notifyq.worker.batch import Batches
 
 from .conftest import Process, Seen, eventually, ids_of, working
 from .machine import Probe, limit

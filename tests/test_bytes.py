@@ -15,8 +15,10 @@ import psycopg
 import pytest
 
 import notifyq
-from notifyq import bulk, enqueue, large_payloads, schema, settle, store
+from notifyq.client import bulk, enqueue
+from notifyq.database import connection, schema
 from notifyq.embedded import Server
+from notifyq.worker import large_payloads, settle
 
 from . import verbs
 from .conftest import Seen, admin, database, eventually, working
@@ -58,7 +60,7 @@ def tcp() -> Iterator[Server]:
 @pytest.fixture(scope="module")
 async def tcp_template(tcp: Server) -> str:
     await admin(tcp, "CREATE DATABASE template_notifyq")
-    conn = await store.connect(tcp.dsn("template_notifyq"), role="test")
+    conn = await connection.connect(tcp.dsn("template_notifyq"), role="test")
     await schema.migrate(conn)
     await conn.close()
     return "template_notifyq"
@@ -107,7 +109,7 @@ class Rig:
 @pytest.fixture
 async def rig(tcp: Server, tcp_template: str) -> AsyncIterator[Rig]:
     async with database(tcp, tcp_template) as dsn, proxy_to(urlsplit(dsn).port or 0) as proxy:
-        db = await store.connect(dsn, role="test")
+        db = await connection.connect(dsn, role="test")
         yield Rig(proxy, dsn, db)
         await db.close()
 
@@ -118,8 +120,8 @@ async def rig(tcp: Server, tcp_template: str) -> AsyncIterator[Rig]:
 async def test_payloads_that_no_single_answer_can_carry(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     """All of them at once would take 6 s, and a statement has 2 s. None is lost, none runs twice, each with its own
     size, in the order of their ids; a small one too."""
-    monkeypatch.setattr(store, "WORKER_TIMEOUT_SECONDS", 2.0)
-    for module in (store, large_payloads):
+    monkeypatch.setattr(connection, "WORKER_TIMEOUT_SECONDS", 2.0)
+    for module in (connection, large_payloads):
         monkeypatch.setattr(module, "STATEMENT_BYTES", 500_000)
     for n in range(20):
         await rig.insert(f"{n}", NOISE.format(size=400_000 + n))
@@ -176,8 +178,8 @@ async def test_what_others_set_aside(rig: Rig) -> None:
 async def test_one_that_can_not_be_fetched_is_dead(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     """In three tries, each with twice the time: with the reason. One that can be had in the second runs; and small
     ones, which need no such answer, run meanwhile."""
-    monkeypatch.setattr(store, "WORKER_TIMEOUT_SECONDS", 0.5)
-    monkeypatch.setattr(store, "SLOWEST", 1e9)
+    monkeypatch.setattr(connection, "WORKER_TIMEOUT_SECONDS", 0.5)
+    monkeypatch.setattr(connection, "SLOWEST", 1e9)
     (hopeless,) = await rig.insert("hopeless", NOISE.format(size=300_000))
     await rig.insert("slow", NOISE.format(size=20_000))
     rig.proxy.rates["payloads"] = 20_000.0
@@ -196,7 +198,7 @@ async def test_a_server_that_is_away_is_no_tasks_fault(
     rig: Rig, monkeypatch: pytest.MonkeyPatch, logged: Logged
 ) -> None:
     """The connection that fetches is cut in each answer, five times: then it is whole, and the task runs, once."""
-    monkeypatch.setattr(store, "SLOWEST", 1e9)
+    monkeypatch.setattr(connection, "SLOWEST", 1e9)
     await rig.insert("large", NOISE.format(size=300_000))
     rig.proxy.rates["payloads"] = 100_000.0
     async with working(rig.app, rig.dsn):
@@ -216,7 +218,7 @@ async def test_a_server_that_is_away_is_no_tasks_fault(
 
 async def test_a_claim_that_times_out_is_repeated_without_payloads(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     """Small ones, but too many for a very slow line. Whatever makes an answer take too long, the next is smaller."""
-    monkeypatch.setattr(store, "WORKER_TIMEOUT_SECONDS", 2.0)
+    monkeypatch.setattr(connection, "WORKER_TIMEOUT_SECONDS", 2.0)
     await rig.insert("note", NOISE.format(size=15_000), 60)
     rig.proxy.rates["claims *"] = 100_000.0
     async with working(rig.app, rig.dsn):
@@ -257,7 +259,7 @@ async def test_one_is_cancelled_while_it_waits_for_its_payload(rig: Rig, monkeyp
 
 async def test_results_that_no_single_write_can_carry(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     """All of them at once would take 6 s, and a statement has 2 s. Each is kept whole, and small ones too."""
-    monkeypatch.setattr(store, "WORKER_TIMEOUT_SECONDS", 2.0)
+    monkeypatch.setattr(connection, "WORKER_TIMEOUT_SECONDS", 2.0)
     monkeypatch.setattr(settle, "STATEMENT_BYTES", 500_000)
     await rig.insert("large", "''", 20, "Make", size=400_000)
     await rig.insert("small", "''")
@@ -293,8 +295,8 @@ async def test_a_result_that_can_not_be_written_in_time(
     rig: Rig, monkeypatch: pytest.MonkeyPatch, logged: Logged
 ) -> None:
     """It is dead, with the reason. Small ones don't wait for it for long."""
-    monkeypatch.setattr(store, "WORKER_TIMEOUT_SECONDS", 1.0)
-    monkeypatch.setattr(store, "SLOWEST", 1e9)
+    monkeypatch.setattr(connection, "WORKER_TIMEOUT_SECONDS", 1.0)
+    monkeypatch.setattr(connection, "SLOWEST", 1e9)
     (id,) = await rig.insert("large", "''", 1, "Make", size=400_000)
     rig.proxy.rates["settle"] = 20_000.0  # ten times too slow for it
     async with working(rig.app, rig.dsn):
@@ -309,7 +311,7 @@ async def test_a_result_that_can_not_be_written_in_time(
 
 async def test_a_lock_is_no_results_fault(rig: Rig, monkeypatch: pytest.MonkeyPatch, logged: Logged) -> None:
     """A large result whose write waits for a lock is put off, and written as it is when the lock is gone."""
-    monkeypatch.setattr(store, "WORKER_TIMEOUT_SECONDS", 1.0)
+    monkeypatch.setattr(connection, "WORKER_TIMEOUT_SECONDS", 1.0)
     await rig.insert("large", "''", 1, "Make", size=400_000)
     async with working(rig.app, rig.dsn):
         async with rig.db.transaction():
@@ -367,7 +369,7 @@ async def test_many_large_tasks_go_in_several_statements(rig: Rig, dsn: str, how
     """In one transaction, in their order. A task that is larger than a statement should be is one by itself."""
     tasks: Any = notes(*SIZES)
     ids = await enqueue_many(how, rig, dsn, tasks)
-    db = await store.connect(dsn, role="test")
+    db = await connection.connect(dsn, role="test")
     rows = await db.fetch(
         "SELECT id, payload ->> 'name' AS n, length(payload ->> 'ballast') AS size, xmin FROM notifyq.task ORDER BY id"
     )
@@ -385,7 +387,7 @@ async def test_many_large_ones_are_all_or_none(rig: Rig, dsn: str, how: str, sma
     with pytest.raises(notifyq.ConfigError, match="PostgreSQL can't store"):
         await enqueue_many(how, rig, dsn, tasks)
     assert len(small_chunks) > 10
-    db = await store.connect(dsn, role="test")
+    db = await connection.connect(dsn, role="test")
     assert await db.fetchval("SELECT count(*) FROM notifyq.task") == 0
     await db.close()
 
@@ -439,7 +441,7 @@ async def kept(db: Any, count: int, size: int) -> list[int]:
 
 async def test_results_that_no_single_answer_can_carry(rig: Rig, dsn: str) -> None:
     """Whoever waits for many gets them in several answers, each whole."""
-    db = await store.connect(dsn, role="test")
+    db = await connection.connect(dsn, role="test")
     ids = await kept(db, 12, 1_500_000)
     got: list[str] = []
     answers = 0
@@ -466,7 +468,7 @@ async def test_results_that_no_single_answer_can_carry(rig: Rig, dsn: str) -> No
 
 
 async def test_results_of_predecessors_come_in_several_answers(rig: Rig, dsn: str) -> None:
-    db = await store.connect(dsn, role="test")
+    db = await connection.connect(dsn, role="test")
     ids = await kept(db, 12, 1_500_000)
     got: list[Any] = []
     app = notifyq.App()
@@ -488,7 +490,7 @@ async def test_results_of_predecessors_come_in_several_answers(rig: Rig, dsn: st
 
 async def test_a_rescue_moves_some_bytes_at_a_time(dsn: str) -> None:
     """64 MB in a statement, and then the next."""
-    worker: Any = await store.connect_worker(dsn, "test")
+    worker: Any = await connection.connect_worker(dsn, "test")
     await worker.execute("ALTER TABLE notifyq.task ALTER payload SET STORAGE EXTERNAL")
     await worker.execute("""INSERT INTO notifyq.task (type, payload, max_attempts)
                             SELECT 'Known', to_jsonb(repeat('x', 15000000)), 1 FROM generate_series(1, 7)""")
@@ -501,13 +503,13 @@ async def test_a_rescue_moves_some_bytes_at_a_time(dsn: str) -> None:
 
 async def test_a_row_that_no_rescue_can_move(rig: Rig, dsn: str, logged: Logged) -> None:
     """It is said once. All others are rescued, and the heartbeat goes on."""
-    db: Any = await store.connect(dsn, role="test")
+    db: Any = await connection.connect(dsn, role="test")
     app = notifyq.App()
     await db.execute("""
         INSERT INTO notifyq.task (type, payload)
         SELECT 'Note', jsonb_build_object('name', 'n' || n) FROM generate_series(1, 40) n;
         ALTER TABLE notifyq.task ADD CONSTRAINT no CHECK (payload ->> 'name' <> 'n30' OR errors IS NULL)""")
-    worker: Any = await store.connect_worker(dsn, "test")
+    worker: Any = await connection.connect_worker(dsn, "test")
     dead = await verbs.register(worker)
     assert len(await verbs.claim(worker, dead, 40)) == 40
     await db.execute("UPDATE notifyq.worker SET seen_at = now() - interval '1 hour', lease = '1 second'")

@@ -17,9 +17,9 @@ import asyncpg
 import pytest
 
 import notifyq
-from notifyq import lease
 from notifyq.config import WorkerConfig
-from notifyq.worker import Worker
+from notifyq.worker import heartbeat
+from notifyq.worker.worker import Worker
 
 from . import verbs
 from .conftest import Process, Seen, Sessions, eventually, working
@@ -132,14 +132,14 @@ def listened(monkeypatch: pytest.MonkeyPatch) -> Seen:
 async def listening(seen: Seen, count: int = 1) -> None:
     """A keeper has begun to listen, so often."""
     with anyio.fail_after(limit()):
-        while seen.items.count(("LISTEN", lease.CANCELS)) < count:  # in another thread
+        while seen.items.count(("LISTEN", heartbeat.CANCELS)) < count:  # in another thread
             await anyio.sleep(0.005)
 
 
 @pytest.fixture
 def slow_heart(monkeypatch: pytest.MonkeyPatch) -> None:
     """No heartbeat comes in time to find what a notification tells of. Below the 2 s after which others look."""
-    monkeypatch.setattr(lease, "TICK_SECONDS", 60.0)
+    monkeypatch.setattr(heartbeat, "TICK_SECONDS", 60.0)
 
 
 # --- What runs
@@ -213,7 +213,7 @@ async def test_it_may_be_retried_at_once(bench: Bench, dsn: str, db: Any, listen
 async def test_what_waits(bench: Bench, db: Any, delay: float | None) -> None:
     """Ready or scheduled, without any worker; and nobody is told of it, as nobody runs it."""
     heard: list[Any] = []
-    await db.add_listener(lease.CANCELS, lambda *args: heard.append(args[3]))
+    await db.add_listener(heartbeat.CANCELS, lambda *args: heard.append(args[3]))
     ref = await bench.app.enqueue(Sleep(), delay=delay)
     assert await bench.app.cancel(ref.id) is True
     assert await bench.app.cancel(ref.id) is False
@@ -316,18 +316,18 @@ async def test_it_listens_only_while_something_runs_for_long(bench: Bench, dsn: 
         for _ in range(3):  # idle, and with many short ones, for longer than it takes to begin
             for _ in range(100):
                 await bench.app.enqueue(Quick())
-            await anyio.sleep(lease.LONG_SECONDS)
-        assert ("LISTEN", lease.CANCELS) not in listened.items
+            await anyio.sleep(heartbeat.LONG_SECONDS)
+        assert ("LISTEN", heartbeat.CANCELS) not in listened.items
         for n in range(2):
             ref = await bench.app.enqueue(Sleep())
             await listening(listened, n + 1)
-            assert listened.items.count(("UNLISTEN", lease.CANCELS)) == n
+            assert listened.items.count(("UNLISTEN", heartbeat.CANCELS)) == n
             await ref.cancel()
             await bench.ended.reach(n + 1)
             with anyio.fail_after(limit()):
-                while listened.items.count(("UNLISTEN", lease.CANCELS)) <= n:
+                while listened.items.count(("UNLISTEN", heartbeat.CANCELS)) <= n:
                     await anyio.sleep(0.01)
-    assert len([item for item in listened.items if item[1] == lease.CANCELS]) == 4
+    assert len([item for item in listened.items if item[1] == heartbeat.CANCELS]) == 4
 
 
 async def test_cancels_that_nobody_meant(
@@ -335,13 +335,13 @@ async def test_cancels_that_nobody_meant(
 ) -> None:
     """Any role can NOTIFY. A handler goes on, the worker does not run after each, and a cancel is still a cancel."""
     ticks: list[float] = []
-    real = lease.Keeper._tick
+    real = heartbeat.Keeper._tick
 
     async def tick(self: Any, conn: Any) -> bool:
         ticks.append(time.perf_counter())
         return await real(self, conn)
 
-    monkeypatch.setattr(lease.Keeper, "_tick", tick)
+    monkeypatch.setattr(heartbeat.Keeper, "_tick", tick)
     stranger = await connect()
     async with working(bench.app, dsn):
         ref = await bench.app.enqueue(Sleep())
@@ -351,9 +351,9 @@ async def test_cancels_that_nobody_meant(
         begin = time.perf_counter()
         for n in range(200):
             for payload in (*GARBAGE, str(ref.id), str(ref.id + n)):
-                await stranger.execute("SELECT pg_notify($1, $2)", lease.CANCELS, payload)
+                await stranger.execute("SELECT pg_notify($1, $2)", heartbeat.CANCELS, payload)
         took = time.perf_counter() - begin
-        assert len(ticks) <= 2 + 2 * took / lease.DEAF_SECONDS, f"{len(ticks)} in {took:.1f} s"
+        assert len(ticks) <= 2 + 2 * took / heartbeat.DEAF_SECONDS, f"{len(ticks)} in {took:.1f} s"
         assert not bench.ended.items
         assert await ref.cancel()
         await bench.ended.reach(1)

@@ -29,10 +29,10 @@ import asyncpg
 import click
 import pytest
 
-from notifyq import schema, upgrade
 from notifyq.cli import COMMANDS, database, family, logs, main, tasks
 from notifyq.cli.load import load_app
 from notifyq.cli.output import span
+from notifyq.database import schema, upgrade
 from notifyq.embedded import Server
 from notifyq.errors import ConfigError
 from notifyq.task import STATES
@@ -1335,7 +1335,7 @@ async def test_a_worker_that_cannot_start(start: Start, empty_dsn: str) -> None:
         assert "secret" not in program.said
 
 
-WATCH = "import notifyq.signals as w; w.LATE_SECONDS = w.FORCED_SECONDS = {}; "
+WATCH = "import notifyq.worker.signals as w; w.LATE_SECONDS = w.FORCED_SECONDS = {}; "
 
 
 HANDED_BACK, ENDED = "handing their tasks back", "handlers don't end: ending the process"

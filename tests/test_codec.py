@@ -15,12 +15,13 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import notifyq
-from notifyq import codec, store
+from notifyq import codec
+from notifyq.client.options import Options
 from notifyq.codec import describe, encode_error, encode_payload, encode_result, type_name
+from notifyq.database import connection
+from notifyq.database.connection import SQL
 from notifyq.embedded import Server
 from notifyq.errors import ConfigError
-from notifyq.options import Options
-from notifyq.store import SQL
 
 from .conftest import database
 
@@ -91,7 +92,7 @@ def test_a_payload_comes_back_as_it_went(task: Everything) -> None:
 async def shared(server: Server, template: str) -> Any:
     """A connection to one database for all of hypothesis's examples."""
     async with database(server, template) as dsn:
-        conn = await store.connect(dsn, role="test")
+        conn = await connection.connect(dsn, role="test")
         yield conn
         await conn.close()
 

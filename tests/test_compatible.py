@@ -19,10 +19,10 @@ from hypothesis import strategies as st
 from msgspec import Meta
 
 import notifyq
-from notifyq import payloads
 from notifyq.codec import encode_payload
-from notifyq.compatible import breaks
 from notifyq.errors import ConfigError
+from notifyq.payloads import document
+from notifyq.payloads.compatible import breaks
 from notifyq.registry import Registry
 
 
@@ -42,12 +42,12 @@ def task(*fields: Any, name: str = "T", **config: Any) -> type[notifyq.Task]:
     return cls  # type: ignore[no-any-return]
 
 
-def document(*tasks: type[notifyq.Task]) -> payloads.Schema:
-    return payloads.parse(payloads.render(payloads.document(registry(*tasks))).encode())
+def of(*tasks: type[notifyq.Task]) -> document.Schema:
+    return document.parse(document.render(document.document(registry(*tasks))).encode())
 
 
 def said(old: type[notifyq.Task], new: type[notifyq.Task]) -> list[str]:
-    return [f"{found.path}: {found.what}" for found in breaks(document(old), document(new))]
+    return [f"{found.path}: {found.what}" for found in breaks(of(old), of(new))]
 
 
 class Color(enum.Enum):
@@ -328,7 +328,7 @@ def test_breaks_of_the_task_itself() -> None:
     """Fields gone and come, defaults lost, names changed; each with its cure, in one line."""
     old = task(("to", str), ("size", int, 0), ("note", str, ""), tag="MAIL")
     new = task(("to", str), ("size", int), ("subject", str), tag="MAIL")
-    lost, came = map(str, breaks(document(old), document(new)))
+    lost, came = map(str, breaks(of(old), of(new)))
     assert lost == "MAIL $.size: has lost its default; give it a default"
     assert came == (
         "MAIL $.subject: is required, and queued payloads don't have it; give it a default; "
@@ -345,8 +345,8 @@ def test_breaks_of_the_task_itself() -> None:
 
 def test_types_come_and_go() -> None:
     one, two = task(name="One"), task(name="Two")
-    assert breaks(document(one), document(one, two)) == []
-    (found,) = breaks(document(one, two), document(one))
+    assert breaks(of(one), of(one, two)) == []
+    (found,) = breaks(of(one, two), of(one))
     assert str(found) == (
         "Two $: no handler takes this type any more; keep its handler until no such task is left, or cancel those"
     )
@@ -356,7 +356,7 @@ def test_a_task_in_a_task() -> None:
     """There it has its tag, which the payload itself has not."""
     child = task(("n", int), tag="CHILD", name="Child")
     parent = task(("child", child | None, None), name="Parent")
-    found = document(parent, child)
+    found = of(parent, child)
     assert found["properties"]["CHILD"] == {
         "title": "Child", "type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"],
     }  # fmt: skip
@@ -373,7 +373,7 @@ def test_a_task_in_a_task() -> None:
 def test_the_document_is_deterministic() -> None:
     """Whatever the order in which handlers were registered."""
     tasks = [task(("a", Inner), ("b", Cat | Dog | None, None), name=name) for name in ("B", "A", "C")]
-    texts = {payloads.render(payloads.document(registry(*order))) for order in (tasks, tasks[::-1])}
+    texts = {document.render(document.document(registry(*order))) for order in (tasks, tasks[::-1])}
     assert len(texts) == 1
     found = json.loads(texts.pop())
     assert list(found["properties"]) == ["A", "B", "C"]
@@ -382,13 +382,13 @@ def test_the_document_is_deterministic() -> None:
 
 def test_what_json_schema_cannot_say() -> None:
     with pytest.raises(ConfigError, match="the field 'f' is a complex, which can't be read from JSON"):
-        payloads.document(registry(task(("f", complex))))
+        document.document(registry(task(("f", complex))))
 
 
 @pytest.mark.parametrize("text", [b"", b"[]", b"{}", b'{"$schema": "x", "properties": {}}'])
 def test_what_is_no_document(text: bytes) -> None:
     with pytest.raises(ValueError, match=r"."):
-        payloads.parse(text)
+        document.parse(text)
 
 
 # --------------------------------------------------------------------------------------- against real decoding
@@ -540,7 +540,7 @@ def test_what_passes_decodes(both: tuple[Typing, Typing], data: st.DataObject) -
     """Whatever two types: if nothing is said to break, payloads of the one decode as the other."""
     (old, values), (new, _) = both
     before, after = as_task(old), as_task(new)
-    found = breaks(document(before), document(after))
+    found = breaks(of(before), of(after))
     event("breaks" if found else "compatible")
     for _ in range(3):
         payload = json.dumps({"f": data.draw(values)}).encode()
@@ -551,8 +551,8 @@ def test_what_passes_decodes(both: tuple[Typing, Typing], data: st.DataObject) -
 
 @settings(max_examples=EXAMPLES // 4, deadline=None, suppress_health_check=list(HealthCheck))
 @given(types())
-def test_no_change_breaks_nothing(of: Typing) -> None:
-    assert breaks(document(as_task(of[0])), document(as_task(of[0]))) == []
+def test_no_change_breaks_nothing(old: Typing) -> None:
+    assert breaks(of(as_task(old[0])), of(as_task(old[0]))) == []
 
 
 @settings(max_examples=EXAMPLES // 4, deadline=None, suppress_health_check=list(HealthCheck))

@@ -14,10 +14,10 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 import notifyq
-from notifyq import store
 from notifyq.config import WorkerConfig, default_threads, parse_queues, redact, resolve_dsn
+from notifyq.database import connection
 from notifyq.errors import ConfigError, DatabaseError
-from notifyq.retry import LONGEST_WAIT_SECONDS, backoff_seconds, ceiling_seconds
+from notifyq.worker.backoff import LONGEST_WAIT_SECONDS, backoff_seconds, ceiling_seconds
 
 # --- A worker's settings
 
@@ -237,7 +237,7 @@ async def test_no_password_when_connecting_fails(password: str, after: str) -> N
     app = notifyq.App()
     dsn = f"postgresql://u:{password}@127.0.0.1{after}"
     with pytest.raises((ConfigError, DatabaseError)) as caught:
-        await store.connect(dsn, timeout=2)
+        await connection.connect(dsn, timeout=2)
     with pytest.raises((ConfigError, DatabaseError)) as again:
         async with app.connect(dsn):
             pass
@@ -258,7 +258,7 @@ async def test_no_password_when_connecting_fails(password: str, after: str) -> N
 async def test_a_server_that_refuses(dsn: str, change: Any, message: str) -> None:
     """Three ways: nobody there, no such database, no such user; each with its cure."""
     with pytest.raises(DatabaseError, match=f"can't connect to the database .*{message}") as caught:
-        await store.connect(change(dsn))
+        await connection.connect(change(dsn))
     assert "qZ" not in str(caught.value)
     assert isinstance(caught.value.__cause__, OSError | asyncpg.PostgresError)
 

@@ -18,11 +18,12 @@ import asyncpg
 import pytest
 
 import notifyq
-from notifyq import lease, store
 from notifyq.cron import Cron, Schedule, next_slot
+from notifyq.database import connection
+from notifyq.database.connection import SQL
 from notifyq.errors import ConfigError
-from notifyq.store import SQL
 from notifyq.testing import advance
+from notifyq.worker import heartbeat
 
 from .conftest import Seen, Sessions, eventually, working
 from .machine import Probe
@@ -124,7 +125,7 @@ async def test_two_services_with_one_name_are_told(
     dsn: str, db: Any, logged: Logged, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Both of them, once; not workers of one app, and not one whose other version has ended."""
-    monkeypatch.setattr(lease, "LOOK_SECONDS", 0.2)
+    monkeypatch.setattr(heartbeat, "LOOK_SECONDS", 0.2)
     shop, blog = made(Seen(), queue="shop"), made(Seen(), "0 4 * * *", queue="blog")
     async with working(shop, dsn, queues=["shop"]), working(shop, dsn, queues=["shop"]):
         await known(db)
@@ -451,7 +452,7 @@ async def test_a_worker_without_crons_never_looks(dsn: str, db: Any) -> None:
     app = notifyq.App()
     handled(app)
     async with working(app, dsn):
-        conn = await store.connect(dsn, role="test")
+        conn = await connection.connect(dsn, role="test")
         await conn.execute("BEGIN; LOCK TABLE notifyq.cron")
         id = await db.fetchval("INSERT INTO notifyq.task (type) VALUES ('Nightly') RETURNING id")
         before = await db.fetchval("SELECT seen_at FROM notifyq.worker")

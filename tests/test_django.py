@@ -20,8 +20,8 @@ import msgspec
 import pytest
 
 import notifyq
-from notifyq import store
 from notifyq.config import default_threads
+from notifyq.database import connection
 from notifyq.embedded import Server
 from notifyq.errors import ConfigError
 
@@ -46,7 +46,7 @@ async def shared(server: Server, template: str) -> AsyncIterator[str]:
 
 @pytest.fixture
 async def dsn(shared: str) -> str:
-    conn = await store.connect(shared, role="test")
+    conn = await connection.connect(shared, role="test")
     await conn.execute("TRUNCATE notifyq.task, notifyq.finished, notifyq.worker RESTART IDENTITY")
     await conn.close()
     return shared

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from notifyq import store
+from notifyq.database import connection
 
 from .machine import limit
 
@@ -98,7 +98,7 @@ def test_cron(tmp_path: Path, dsn: str) -> None:
 
 async def test_schema(tmp_path: Path, dsn: str) -> None:
     """In the order of the page: a file, what commands say of it, its next version, what they say of that."""
-    db = await store.connect(dsn)
+    db = await connection.connect(dsn)
     await db.execute(TASKS)
     await db.close()
     page = (DOCS / "schema.md").read_text()
@@ -144,7 +144,7 @@ async def test_results(tmp_path: Path, dsn: str) -> None:
 async def test_unique(tmp_path: Path, dsn: str) -> None:
     page = (DOCS / "unique.md").read_text()
     prints_what_it_shows(page, tmp_path, dsn)
-    db = await store.connect(dsn)
+    db = await connection.connect(dsn)
     for statement in re.findall(
         r"^(?:INSERT|SELECT) .*?;", re.findall(r"```sql\n(.*?)```", page, re.DOTALL)[0], re.MULTILINE
     ):

@@ -16,10 +16,11 @@ import anyio
 import pytest
 
 import notifyq
-from notifyq import claim, doorbell, store
 from notifyq.config import WorkerConfig
-from notifyq.doorbell import BURST, WINDOW_SECONDS, Door, Moderation, Place, fleet_key
-from notifyq.run import Runners
+from notifyq.database import connection
+from notifyq.worker import claim, doorbell
+from notifyq.worker.doorbell import BURST, WINDOW_SECONDS, Door, Moderation, Place, fleet_key
+from notifyq.worker.runners import Runners
 
 from .conftest import Seen, Sessions, eventually, working
 from .machine import limit
@@ -378,7 +379,7 @@ async def test_the_turn_is_waited_for_in_few_statements(app: notifyq.App, db: An
 
 async def test_who_sleeps_for_long_falls_asleep_anew(dsn: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A transaction that is open for hours looks like a mistake."""
-    conn, places = await store.connect_worker(dsn, "door 1"), Seen()
+    conn, places = await connection.connect_worker(dsn, "door 1"), Seen()
     door = Door(7, lambda: places.add(door.place))
     async with anyio.create_task_group() as group:
         group.start_soon(door.run, conn)
@@ -398,7 +399,7 @@ async def test_an_echo_that_was_sent_before_is_not_waited_for(app: notifyq.App, 
     """A worker stops listening before an echo is heard. It must not miss that echo when it listens again."""
     runners = Runners(app.registry, 1, 1, lambda _: None, lambda: None)
     claimer = claim.Claimer(dsn, WorkerConfig(queues={"default": None}), ["Mark"], runners)
-    conn = await store.connect_worker(dsn, "claims 1")
+    conn = await connection.connect_worker(dsn, "claims 1")
     await claimer._listen(conn)
     assert claimer._new_echo(0.0) == claimer._echo
     await claimer._unlisten(conn)

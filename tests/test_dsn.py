@@ -19,9 +19,9 @@ import psycopg
 import pytest
 
 import notifyq
-from notifyq import dsn as dsns
-from notifyq import store
 from notifyq.config import resolve_dsn
+from notifyq.database import connection
+from notifyq.database import dsn as dsns
 from notifyq.embedded import Server, find_binaries
 from notifyq.errors import ConfigError, DatabaseError
 from notifyq.testing import Databases
@@ -98,7 +98,7 @@ def answer(row: Any) -> tuple[str, ...]:
 
 
 async def by_asyncpg(dsn: str | None) -> tuple[str, ...]:
-    conn = await store.connect(dsn, role="test")
+    conn = await connection.connect(dsn, role="test")
     try:
         return answer(await conn.fetchrow(WHO))
     finally:

@@ -39,7 +39,7 @@ ROWS = "SELECT * FROM notifyq.all_tasks ORDER BY id"
 
 async def test_no_connection_is_free(app: notifyq.App, dsn: str, db: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A call waits for one as long as `connect` says, and not for as long as it takes."""
-    monkeypatch.setattr("notifyq.pool.SIZE", 1)
+    monkeypatch.setattr("notifyq.client.pool.SIZE", 1)
     async with app.connect(dsn, timeout=0.2):
         pool = app._pool  # pyright: ignore[reportPrivateUsage]
         assert pool is not None

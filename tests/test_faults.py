@@ -18,7 +18,7 @@ import asyncpg
 import pytest
 
 import notifyq
-from notifyq import schema, store
+from notifyq.database import connection, schema
 from notifyq.embedded import Server
 
 from .conftest import Process, Seen, Sessions, eventually, grants, overload, working
@@ -86,7 +86,7 @@ async def outage(dsn: str) -> AsyncIterator[None]:
     """Inside, this one database ends every session and takes no new one."""
     parts = urlsplit(dsn)
     name = parts.path.strip("/")
-    admin = await store.connect(parts._replace(path="/postgres").geturl(), role="test")
+    admin = await connection.connect(parts._replace(path="/postgres").geturl(), role="test")
     try:
         await admin.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS false")
         await admin.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = $1", name)
@@ -638,7 +638,7 @@ async def own() -> AsyncIterator[Server]:
     server = Server()
     await anyio.to_thread.run_sync(server.start)
     try:
-        conn = await store.connect(server.dsn(), role="test")
+        conn = await connection.connect(server.dsn(), role="test")
         await schema.migrate(conn)
         await conn.close()
         yield server
@@ -656,7 +656,7 @@ async def test_a_server_that_crashes_under_load(own: Server, logged: Logged, pro
         conn = None
         while not over.is_set():
             try:
-                conn = conn or await store.connect(own.dsn(), role="test")
+                conn = conn or await connection.connect(own.dsn(), role="test")
                 for id in await insert(conn, "Note", 5, seconds=0.05):
                     acknowledged.append(id)
                     begun[id] = time.monotonic()
@@ -683,7 +683,7 @@ async def test_a_server_that_crashes_under_load(own: Server, logged: Logged, pro
                 print(f"down for {back - crash:.2f} s, healed {time.monotonic() - back:.2f} s after")
                 await bench.seen.reach(seen + 100)
             over.set()
-        db = await store.connect(own.dsn(), role="test")
+        db = await connection.connect(own.dsn(), role="test")
         await eventually(lambda: db.fetchval("SELECT count(*) FROM notifyq.task"), 0)
         done = {row[0] for row in await db.fetch("SELECT id FROM notifyq.finished WHERE state = 'done'")}
         await db.close()

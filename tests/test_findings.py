@@ -9,10 +9,11 @@ import anyio
 import pytest
 
 import notifyq
-from notifyq import lease, schema
+from notifyq.database import schema
+from notifyq.database.connection import SQL
 from notifyq.embedded import Server
 from notifyq.errors import DatabaseError, SchemaError
-from notifyq.store import SQL
+from notifyq.worker import heartbeat
 
 from .conftest import Seen, Sessions, admin, eventually, grants, working
 from .steps import steps
@@ -84,7 +85,7 @@ async def test_a_worker_that_does_not_see_its_tasks_says_so(
     dsn: str, db: Any, hand: str, logged: Logged, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In the log and in its status; and once they are shown, it runs them, and says that too."""
-    monkeypatch.setattr(lease, "LOOK_SECONDS", 0.2)
+    monkeypatch.setattr(heartbeat, "LOOK_SECONDS", 0.2)
     await secure(db, "task", "finished")
     seen = Seen()
     app = saying(seen)

@@ -27,7 +27,7 @@ from sqlalchemy import orm
 from sqlalchemy.ext import asyncio as alchemy
 
 import notifyq
-from notifyq import foreign
+from notifyq.client import drivers
 from notifyq.embedded import Server
 from notifyq.errors import ConfigError, DatabaseError, SchemaError
 
@@ -278,7 +278,7 @@ async def test_psycopg_in_the_middle_of_a_result(
     app: notifyq.App, dsn: str, db: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Inside of stream() and copy() it would wait for itself, for ever. After them it takes tasks again."""
-    monkeypatch.setattr(foreign, "BUSY_SECONDS", 0.1)
+    monkeypatch.setattr(drivers, "BUSY_SECONDS", 0.1)
     client = notifyq.SyncClient(app)
 
     def use() -> None:
@@ -395,7 +395,7 @@ def test_sqlalchemy_on_another_database(app: notifyq.App) -> None:
 
 
 def test_parameters_of_another_style() -> None:
-    text, values = foreign.pyformat("SELECT $2, $1 % $10", list("abcdefghij"))
+    text, values = drivers.pyformat("SELECT $2, $1 % $10", list("abcdefghij"))
     assert text == "SELECT %(p2)s, %(p1)s %% %(p10)s"
     assert (values["p1"], values["p2"], values["p10"]) == ("a", "b", "j")
 

@@ -12,7 +12,7 @@ import asyncpg
 import pytest
 
 import notifyq
-from notifyq import store
+from notifyq.database import connection
 
 from . import verbs
 from .conftest import Seen, eventually, working
@@ -148,7 +148,7 @@ async def test_a_rescue_a_cancel_and_a_retry(db: Any, dsn: str) -> None:
         )
     await db.execute("""INSERT INTO notifyq.task (type, payload, max_attempts)
                         SELECT 'Say', '{"text": "new"}', 1 FROM generate_series(1, 4)""")
-    worker: Any = await store.connect_worker(dsn, "test")
+    worker: Any = await connection.connect_worker(dsn, "test")
     jobs = await verbs.claim(worker, await verbs.register(worker), 1)
     await verbs.silent(db, jobs[0].worker)
     assert (await verbs.rescue(worker, jobs[0].worker))[1:] == (0, 1)

@@ -16,9 +16,9 @@ import asyncpg
 import pytest
 
 import notifyq
-from notifyq import store
-from notifyq.outcome import Aside, Finish, HandBack, Later
-from notifyq.settle import Settler
+from notifyq.database import connection
+from notifyq.worker.outcome import Aside, Finish, HandBack, Later
+from notifyq.worker.settle import Settler
 
 from . import verbs
 from .conftest import Seen, eventually, working
@@ -144,9 +144,9 @@ async def test_claims_of_the_same_queues_in_opposite_order(s: Steps, w: Session)
     other, me = await s.worker("claims 2"), await w(register)
     await w("BEGIN")
     await other("BEGIN")
-    assert [job.id for job in await w(store.claim, me, {"a": 1, "b": 1}, 1)] == [a]
-    assert [job.id for job in await other(store.claim, me, {"b": 1, "a": 1}, 2)] == [b]
-    assert await w(store.claim, me, {"b": 1, "a": 1}, 2) == []
+    assert [job.id for job in await w(connection.claim, me, {"a": 1, "b": 1}, 1)] == [a]
+    assert [job.id for job in await other(connection.claim, me, {"b": 1, "a": 1}, 2)] == [b]
+    assert await w(connection.claim, me, {"b": 1, "a": 1}, 2) == []
 
 
 @take
@@ -159,7 +159,7 @@ async def test_a_claim_that_is_ended_half_way(s: Steps, w: Session, p: Session, 
         waiting = await w.blocked_by(p, take, me, 3)
         assert await other(take, me, 3) == [], "its rows are locked"
         await s.db.fetch(f"SELECT {end}($1)", w.pid)
-        with pytest.raises((asyncpg.QueryCanceledError, *store.TRANSIENT)):
+        with pytest.raises((asyncpg.QueryCanceledError, *connection.TRANSIENT)):
             await waiting
     assert [job.attempt for job in await other(take, me, 3)] == [1, 1, 1]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from notifyq.lease import GRACE_SECONDS, SILENT_SECONDS, Unseen
+from notifyq.worker.heartbeat import GRACE_SECONDS, SILENT_SECONDS, Unseen
 
 
 def looks(unseen: Unseen, *rounds: tuple[float, dict[int, float]]) -> list[dict[int, float]]:

@@ -10,9 +10,9 @@ import anyio
 import pytest
 
 import notifyq
-from notifyq import lease, left_out
-from notifyq.left_out import NOT_TAKEN_BACK, LeftOut
-from notifyq.store import SQL, claim
+from notifyq.database.connection import SQL, claim
+from notifyq.worker import heartbeat, left_out
+from notifyq.worker.left_out import NOT_TAKEN_BACK, LeftOut
 
 from .conftest import Seen, Sessions, eventually, ids_of, working
 from .verbs import insert, register, silent, unseen
@@ -329,7 +329,7 @@ async def test_a_task_that_was_alone_and_is_refused_was_alone(db: Any) -> None:
 async def test_the_other_orphans_are_taken_back(
     db: Any, dsn: str, logged: Logged, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lease, "ORPHANS_SECONDS", 0.2)
+    monkeypatch.setattr(heartbeat, "ORPHANS_SECONDS", 0.2)
     monkeypatch.setattr(left_out, "PAUSE_MOST", 0.5)
     gone = await register(db, "gone:1")
     bad, good = await abandoned(db, gone)

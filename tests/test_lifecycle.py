@@ -14,9 +14,9 @@ import msgspec
 import pytest
 
 import notifyq
-from notifyq import lease
-from notifyq.retry import backoff_seconds, ceiling_seconds
-from notifyq.room import Rate
+from notifyq.worker import heartbeat
+from notifyq.worker.backoff import backoff_seconds, ceiling_seconds
+from notifyq.worker.capacity import Rate
 
 from . import verbs
 from .conftest import Seen, Sessions, eventually, working
@@ -557,9 +557,9 @@ async def test_a_queue_takes_no_more_than_its_limit(bench: Bench, db: Any, dsn: 
 @pytest.fixture
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("PRUNE_SECONDS", "ORPHANS_SECONDS", "STIR_SECONDS"):
-        monkeypatch.setattr(lease, name, 0.0)
+        monkeypatch.setattr(heartbeat, name, 0.0)
     for name in ("PULSE_SECONDS", "TICK_SECONDS"):
-        monkeypatch.setattr(lease, name, 0.02)
+        monkeypatch.setattr(heartbeat, name, 0.02)
 
 
 @pytest.mark.usefixtures("at_once")

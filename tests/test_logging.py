@@ -173,9 +173,9 @@ async def found(logged: Logged, text: str) -> bool:
 
 async def waits(dsn: str) -> bool:
     """Whether an outcome waits for the row's lock."""
-    from notifyq import store
+    from notifyq.database import connection
 
-    conn = await store.connect(dsn, role="test")
+    conn = await connection.connect(dsn, role="test")
     try:
         return bool(
             await conn.fetchval(

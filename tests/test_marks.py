@@ -9,9 +9,9 @@ import anyio
 import pytest
 
 import notifyq
-from notifyq import claim, marks
-from notifyq.marks import BUSY_SECONDS, BUSY_TIMES, LAG_SECONDS, LEVELS, OWED_TIMES, PATIENCE_SECONDS, Marks
-from notifyq.store import Job, Onward
+from notifyq.database.connection import Job, Onward
+from notifyq.worker import claim, cursors
+from notifyq.worker.cursors import BUSY_SECONDS, BUSY_TIMES, LAG_SECONDS, LEVELS, OWED_TIMES, PATIENCE_SECONDS, Marks
 
 from .conftest import Seen, Sessions, eventually, working
 from .machine import Probe, limit
@@ -107,11 +107,11 @@ def test_more_levels_than_can_be_kept_apart_are_not() -> None:
 
 def force(monkeypatch: pytest.MonkeyPatch, times: float) -> None:
     """Marks as soon and as often as can be: each claim from the front counts as slow, and rests for `times` as long."""
-    for module in (marks, claim):
+    for module in (cursors, claim):
         monkeypatch.setattr(module, "SLOW_SECONDS", -1.0)
         monkeypatch.setattr(module, "OWED_TIMES", times)
-    monkeypatch.setattr(marks, "PATIENCE_SECONDS", 0.0)
-    monkeypatch.setattr(marks, "LAG_SECONDS", 0.0)
+    monkeypatch.setattr(cursors, "PATIENCE_SECONDS", 0.0)
+    monkeypatch.setattr(cursors, "LAG_SECONDS", 0.0)
 
 
 async def test_what_lies_before_a_mark_is_found(

@@ -18,10 +18,10 @@ import asyncpg
 import pytest
 
 import notifyq
-from notifyq import schema, store, upgrade
+from notifyq.database import connection, schema, upgrade
+from notifyq.database.schema import SCHEMA_VERSION
 from notifyq.embedded import Server
 from notifyq.errors import DatabaseError, SchemaError
-from notifyq.schema import SCHEMA_VERSION
 
 from .conftest import Process, Seen, Sessions, admin, eventually, grants, working
 from .machine import Probe, limit
@@ -40,7 +40,7 @@ LEFT = {
 
 @pytest.fixture
 async def conn(empty_dsn: str) -> AsyncIterator[Any]:
-    conn = await store.connect(empty_dsn, role="test")
+    conn = await connection.connect(empty_dsn, role="test")
     yield conn
     conn.terminate()
 
@@ -130,7 +130,7 @@ async def fresh(conn: Any) -> dict[str, str]:
 
 @pytest.mark.parametrize("version", EARLIER)
 async def test_an_upgrade_makes_what_an_installation_makes(conn: Any, fresh: dict[str, str], version: int) -> None:
-    """Whoever changes schema.sql and forgets notifyq/migrations, or the other way round, reads here what differs."""
+    """Whoever changes schema.sql and forgets migrations/, or the other way round, reads here what differs."""
     await install(conn, version)
     assert await schema.installed_version(conn) == version
     assert await schema.migrate(conn) == (version, SCHEMA_VERSION)
@@ -186,11 +186,11 @@ async def invalid(conn: Any) -> list[str]:
 async def test_one_cut_off_while_it_makes_an_index(empty_dsn: str, conn: Any, fresh: dict[str, str]) -> None:
     """It leaves an index that is none. The next upgrade makes it anew."""
     await install(conn, 1)
-    writes: Any = await store.connect(empty_dsn, role="test")
-    reads: Any = await store.connect(empty_dsn, role="test")
+    writes: Any = await connection.connect(empty_dsn, role="test")
+    reads: Any = await connection.connect(empty_dsn, role="test")
     # CREATE INDEX CONCURRENTLY waits for snapshots, and the steps before it for nothing that this one holds.
     await reads.execute("BEGIN ISOLATION LEVEL REPEATABLE READ; SELECT 1")
-    doomed: Any = await store.connect(empty_dsn, role="test")
+    doomed: Any = await connection.connect(empty_dsn, role="test")
     migrating = asyncio.create_task(schema.migrate(doomed))
     await eventually(lambda: invalid(conn), ["notifyq.task_set_aside"])
     await writes.fetchval("SELECT pg_terminate_backend($1, 5000)", doomed.get_server_pid())
@@ -224,11 +224,11 @@ async def test_upgrades_at_once_take_turns(empty_dsn: str, conn: Any) -> None:
     found = []
 
     async def migrate() -> None:
-        one: Any = await store.connect(empty_dsn, role="test")
+        one: Any = await connection.connect(empty_dsn, role="test")
         found.append(await schema.migrate(one, said.append))
         one.terminate()
 
-    reads: Any = await store.connect(empty_dsn, role="test")
+    reads: Any = await connection.connect(empty_dsn, role="test")
     await reads.execute("BEGIN ISOLATION LEVEL REPEATABLE READ; SELECT 1")
 
     async def waiting() -> int:
@@ -273,7 +273,7 @@ async def test_tasks_survive(conn: Any, version: int) -> None:
     after = [dict(row) for row in await conn.fetch(look)]
     assert [row | old for row, old in zip(after, before, strict=True)] == after
     assert {row[name] for row in after for name in row.keys() - before[0].keys()} == {None}
-    [job] = await store.claim(conn, 1, {"q": 9}, 9)
+    [job] = await connection.claim(conn, 1, {"q": 9}, 9)
     assert (job.type, job.attempt) == ("ready", 1)
     assert await conn.fetchval("SELECT notifyq.retry(102)") is True
     assert await conn.fetchval("SELECT notifyq.enqueue('next')") == 7
@@ -319,7 +319,7 @@ async def test_an_upgrade_of_odd_states(empty_dsn: str, conn: Any, odd: str) -> 
     await conn.execute(ODD_STATES[odd])
     await conn.execute("INSERT INTO notifyq.task (type) VALUES ('Note')")
     assert await schema.migrate(conn) == (1, SCHEMA_VERSION)
-    assert await conn.fetch(store.SQL["findings"], False) == [], "an upgrade makes the triggers anew"
+    assert await conn.fetch(connection.SQL["findings"], False) == [], "an upgrade makes the triggers anew"
     seen = Seen()
     app = notifyq.App()
 
@@ -348,7 +348,7 @@ async def test_an_owner_that_does_not_see_its_version_is_told(server: Server, em
             "ALTER SCHEMA notifyq OWNER TO landlady; ALTER TABLE notifyq.schema_version OWNER TO landlady;"
             "ALTER TABLE notifyq.schema_version ENABLE ROW LEVEL SECURITY, FORCE ROW LEVEL SECURITY"
         )
-        owner: Any = await store.connect(empty_dsn.replace("://notifyq@", "://landlady@"), role="test")
+        owner: Any = await connection.connect(empty_dsn.replace("://notifyq@", "://landlady@"), role="test")
         with pytest.raises(DatabaseError, match="row level security hides the rows of"):
             await schema.migrate(owner)
         owner.terminate()
@@ -384,7 +384,7 @@ async def test_code_of_this_version_asks_for_an_upgrade(conn: Any) -> None:
 
 async def test_a_pooler_is_no_way_to_upgrade(empty_dsn: str, conn: Any) -> None:
     """What outlives a transaction is in vain there. An installation is one transaction."""
-    pooled: Any = await asyncpg.connect(empty_dsn, connection_class=store.Pooled)
+    pooled: Any = await asyncpg.connect(empty_dsn, connection_class=connection.Pooled)
     assert await schema.migrate(pooled) == (None, SCHEMA_VERSION)
     await drop(conn)
     await install(conn, 1)
@@ -396,7 +396,7 @@ async def test_a_pooler_is_no_way_to_upgrade(empty_dsn: str, conn: Any) -> None:
 
 async def test_a_standby_is_told_so(empty_dsn: str, conn: Any) -> None:
     await install(conn, 1)
-    standby: Any = await store.connect(empty_dsn, role="test", settings={"default_transaction_read_only": "on"})
+    standby: Any = await connection.connect(empty_dsn, role="test", settings={"default_transaction_read_only": "on"})
     with pytest.raises(DatabaseError, match="read-only"):
         await schema.migrate(standby)
     standby.terminate()
@@ -420,7 +420,7 @@ async def test_what_is_made_belongs_to_the_owner_and_serves_those_it_served(
             for grant in grants(role, text):
                 await conn.execute(grant.replace(f"TO {role};", f"TO m_{role};"))
         await conn.execute("RESET ROLE")
-        stranger: Any = await store.connect(empty_dsn.replace("://notifyq@", "://m_worker@"), role="test")
+        stranger: Any = await connection.connect(empty_dsn.replace("://notifyq@", "://m_worker@"), role="test")
         with pytest.raises(DatabaseError, match="run it as the"):
             await schema.migrate(stranger)
         stranger.terminate()
@@ -524,7 +524,7 @@ async def test_an_old_workers_statements_mean_the_same_after_an_upgrade(empty_ds
     """Each takes and returns what it did, by the same indexes: none reads a whole table from then on."""
     await install(conn, SCHEMA_VERSION - 1)
     sql = statements(SCHEMA_VERSION - 1)
-    worker = await store.connect_worker(empty_dsn, "test")
+    worker = await connection.connect_worker(empty_dsn, "test")
     try:
         names = planned(SCHEMA_VERSION - 1)
         before = await shapes(worker, sql), await indexes(worker, sql, names)
@@ -552,7 +552,7 @@ async def test_old_and_new_workers_side_by_side(empty_dsn: str, conn: Any) -> No
     ids: list[int] = []
 
     async def enqueue(over: anyio.Event) -> None:
-        enqueuer: Any = await store.connect(empty_dsn, role="test")
+        enqueuer: Any = await connection.connect(empty_dsn, role="test")
         while not over.is_set():
             ids.extend(row[0] for row in await enqueuer.fetch(insert))
             await anyio.sleep(0.01)
@@ -664,7 +664,7 @@ async def test_nobody_waits_for_an_upgrade_that_waits(empty_dsn: str, conn: Any,
     upgraded = anyio.Event()
 
     async def enqueue() -> None:
-        enqueuer: Any = await store.connect(empty_dsn, role="test")
+        enqueuer: Any = await connection.connect(empty_dsn, role="test")
         while not upgraded.is_set():
             began = time.perf_counter()
             ids.append(await enqueuer.fetchval("INSERT INTO notifyq.task (type) VALUES ('Quick') RETURNING id"))
@@ -673,8 +673,8 @@ async def test_nobody_waits_for_an_upgrade_that_waits(empty_dsn: str, conn: Any,
         enqueuer.terminate()
 
     old, stop = OldWorker(empty_dsn), anyio.Event()
-    writes: Any = await store.connect(empty_dsn, role="writer")
-    reads: Any = await store.connect(empty_dsn, role="reader")
+    writes: Any = await connection.connect(empty_dsn, role="writer")
+    reads: Any = await connection.connect(empty_dsn, role="reader")
     async with anyio.create_task_group() as group:
         group.start_soon(old.run, stop)
         for _ in range(4):

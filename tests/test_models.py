@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from notifyq.doorbell import Place
+from notifyq.worker.doorbell import Place
 
 from .models import drawing
 from .models.doorbell import PLACE

@@ -22,7 +22,8 @@ import pytest
 from asyncpg.transaction import Transaction
 
 import notifyq
-from notifyq import schema, store, sync_pool
+from notifyq.client import sync_pool
+from notifyq.database import connection, schema
 from notifyq.embedded import Server
 from notifyq.errors import DatabaseError
 
@@ -33,7 +34,7 @@ from .proxy import Proxy, free_port, proxy_to
 pytestmark = pytest.mark.slow
 
 ROLES = ("claims *", "door *", "settle", "keeper*", "app")
-LOST = store.TRANSIENT
+LOST = connection.TRANSIENT
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +47,7 @@ def tcp() -> Iterator[Server]:
 @pytest.fixture(scope="module")
 async def tcp_template(tcp: Server) -> str:
     await admin(tcp, "CREATE DATABASE template_notifyq")
-    conn = await store.connect(tcp.dsn("template_notifyq"), role="test")
+    conn = await connection.connect(tcp.dsn("template_notifyq"), role="test")
     await schema.migrate(conn)
     await conn.close()
     return "template_notifyq"
@@ -113,7 +114,7 @@ class Rig:
 @asynccontextmanager
 async def rig(server: Server, template: str) -> AsyncIterator[Rig]:
     async with database(server, template) as dsn, proxy_to(server._port or 0) as proxy:
-        db = await store.connect(dsn, role="test")
+        db = await connection.connect(dsn, role="test")
         try:
             async with probing(dsn) as probe:
                 yield Rig(proxy, dsn, db, probe)
@@ -226,7 +227,7 @@ async def test_a_claim_cut_in_mid_result(net: Rig) -> None:
 
 async def test_a_host_that_vanished(net: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first of two hosts takes connections and says nothing: the second is had all the same."""
-    monkeypatch.setattr(store, "HOST_SECONDS", 0.2)
+    monkeypatch.setattr(connection, "HOST_SECONDS", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as mute:
         dsn = net.dsn.replace("@", f"@127.0.0.1:{mute.getsockname()[1]},") + "&target_session_attrs=read-write"
         async with net.app.connect(dsn), working(net.app, dsn):
@@ -248,14 +249,14 @@ async def test_each_of_several_hosts_is_asked(net: Rig) -> None:
     second = f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
     async with server:
         with pytest.raises(DatabaseError):
-            await store.connect(f"{user}@{primary.replace('/', f',{second}/')}&target_session_attrs=standby")
+            await connection.connect(f"{user}@{primary.replace('/', f',{second}/')}&target_session_attrs=standby")
     assert asked.items
 
 
 async def test_both_ends_of_a_connection_notice_that_the_other_has_vanished(tcp: Server) -> None:
     """Within 15 s: the kernel here and the kernel there, where it is idle and where it has sent something; and a
     backend in the middle of a statement."""
-    conn = await store.connect_worker(tcp.dsn("postgres"), "test")
+    conn = await connection.connect_worker(tcp.dsn("postgres"), "test")
     sock = conn._transport.get_extra_info("socket")  # type: ignore[attr-defined]
     assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
     idle, interval, count = (
@@ -386,7 +387,7 @@ async def test_an_app_s_call_that_is_cancelled_as_its_transaction_begins(
     net: Rig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Then nobody knows whether it has begun. A connection in a transaction that nobody commits is never used again."""
-    monkeypatch.setattr("notifyq.pool.FREE_SECONDS", 60.0)
+    monkeypatch.setattr("notifyq.client.pool.FREE_SECONDS", 60.0)
     begins, start = asyncio.Event(), Transaction.start
 
     async def noted(self: Any) -> None:
@@ -439,7 +440,7 @@ async def test_a_client_without_async_after_a_host_vanished(net: Rig) -> None:
         before = await net.db.fetchval("SELECT count(*) FROM notifyq.task")
         began = time.monotonic()
         await enqueue(1)
-        assert time.monotonic() - began < store.PROOF_SECONDS * vanished + net.probe.late(began)
+        assert time.monotonic() - began < connection.PROOF_SECONDS * vanished + net.probe.late(began)
         await enqueue(5)
         assert await net.db.fetchval("SELECT count(*) FROM notifyq.task") == before + 6
 
@@ -512,9 +513,9 @@ def test_a_client_s_connection_is_lost_by_some_errors_and_has_time_for_large_pay
     assert lost(conn, psycopg.OperationalError("no answer"))
     assert lost(conn, psycopg.errors.AdminShutdown())
     assert not lost(conn, psycopg.errors.QueryCanceled())
-    monkeypatch.setattr("notifyq.foreign.fetch", lambda *_: [])
+    monkeypatch.setattr("notifyq.client.drivers.fetch", lambda *_: [])
     for payloads, size in (("x" * 100, 100), (["x" * 3_000_000] * 2, 6_000_000)):
         conn.run("", ("T", payloads))
-        assert conn.seconds == pytest.approx(store.COMMAND_TIMEOUT_SECONDS + size / store.SLOWEST)
+        assert conn.seconds == pytest.approx(connection.COMMAND_TIMEOUT_SECONDS + size / connection.SLOWEST)
     conn.close()
     assert lost(conn, psycopg.errors.QueryCanceled())

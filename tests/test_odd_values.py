@@ -11,9 +11,9 @@ import anyio
 import pytest
 
 import notifyq
-from notifyq import schema, store
+from notifyq.database import connection, schema
+from notifyq.database.connection import SQL
 from notifyq.embedded import Server
-from notifyq.store import SQL
 from notifyq.testing import advance, enqueued
 
 from .conftest import Seen, admin, database, working
@@ -142,7 +142,7 @@ async def encoded(server: Server, request: pytest.FixtureRequest) -> AsyncIterat
     """The encoding, and the DSN of a database in it, with the schema."""
     name = f"enc_{request.param.lower()}"
     await admin(server, f"CREATE DATABASE {name} TEMPLATE template0 ENCODING '{request.param}' LOCALE 'C'")
-    conn = await store.connect(server.dsn(name), role="test")
+    conn = await connection.connect(server.dsn(name), role="test")
     await schema.migrate(conn)
     await conn.close()
     yield request.param, server.dsn(name)
@@ -160,7 +160,7 @@ async def test_other_encodings(encoded: tuple[str, str], run: Run) -> None:  # n
     encoding, dsn = encoded
     seen = Seen()
     app = saying(seen)
-    conn = await store.connect(dsn, role="test")
+    conn = await connection.connect(dsn, role="test")
     async with app.connect(dsn), working(app, dsn):
         if encoding == "SQL_ASCII":
             await conn.execute(ODD_ROWS)
@@ -200,11 +200,11 @@ async def test_a_long_name_is_cut_in_the_middle_of_a_character(server: Server, d
     """Of SQL_ASCII, where a character is a byte."""
     await admin(server, "CREATE DATABASE enc_cut TEMPLATE template0 ENCODING 'SQL_ASCII' LOCALE 'C'")
     async with database(server, "enc_cut") as copy:
-        conn: Any = await store.connect(copy, role="test")
+        conn: Any = await connection.connect(copy, role="test")
         await schema.migrate(conn)
         await conn.execute("INSERT INTO notifyq.task (type) VALUES ($1)", "\u00e9" * 200)
         me = await conn.fetchval(SQL["register"], "host:1", ["default"], ["Say"], [10], 1, 30.0)
-        [job] = await store.claim(conn, me, {"default": 1}, 1)
+        [job] = await connection.claim(conn, me, {"default": 1}, 1)
         assert len(job.type) > 100
         await conn.close()
     await admin(server, "DROP DATABASE enc_cut")

@@ -12,7 +12,7 @@ import asyncpg
 import pytest
 
 import notifyq
-from notifyq import schema
+from notifyq.database import schema
 
 from . import verbs
 from .conftest import Seen, working

@@ -9,7 +9,7 @@ import anyio
 import pytest
 
 import notifyq
-from notifyq import store
+from notifyq.database import connection
 
 from . import verbs
 from .conftest import Seen, eventually, working
@@ -152,7 +152,7 @@ async def test_in_a_crowd_of_its_key(dsn: str, db: Any) -> None:
     )
     await db.execute("VACUUM (ANALYZE) notifyq.task")
     [last] = await verbs.insert(db, options='{"order_key": "a", "limit_key": "b", "limit_running": 1}')
-    worker = await store.connect_worker(dsn, "test")
+    worker = await connection.connect_worker(dsn, "test")
     for moment in MOMENTS:
         async with rolled_back(worker, moment):
             jobs = await verbs.claim(worker, id)

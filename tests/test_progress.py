@@ -11,11 +11,12 @@ import anyio
 import pytest
 
 import notifyq
-from notifyq import lease, results
+from notifyq.client import results
 from notifyq.codec import NOTE_LENGTH
-from notifyq.run import Runners
-from notifyq.store import SQL
+from notifyq.database.connection import SQL
 from notifyq.testing import run_inline
+from notifyq.worker import heartbeat
+from notifyq.worker.runners import Runners
 
 from . import verbs
 from .conftest import Seen, Sessions, eventually, working
@@ -154,13 +155,13 @@ async def test_only_the_latest_is_written_and_not_often(
 ) -> None:
     """However often a handler tells; and of those that tell nothing, nothing is written."""
     written: list[dict[Any, Any]] = []
-    real = lease.Keeper._report
+    real = heartbeat.Keeper._report
 
     async def report(self: Any, conn: Any) -> None:
         written.append(dict(self._runners.reports))
         await real(self, conn)
 
-    monkeypatch.setattr(lease.Keeper, "_report", report)
+    monkeypatch.setattr(heartbeat.Keeper, "_report", report)
     async with working(bench.app, dsn):
         await bench.app.enqueue_many([Silent()] * 500)
         await eventually(lambda: db.fetchval("SELECT count(*) FROM notifyq.finished"), 500)
@@ -170,7 +171,7 @@ async def test_only_the_latest_is_written_and_not_often(
         for ref in refs:
             await ref.result(timeout=limit())
         took = anyio.current_time() - begin
-        assert len(written) <= 1 + took / lease.REPORT_SECONDS
+        assert len(written) <= 1 + took / heartbeat.REPORT_SECONDS
         assert all(len(reports) <= 5 for reports in written)
     print(f"100,000 calls in {took:.2f} s, {len(written)} writes")
 

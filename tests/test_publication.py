@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 import notifyq
-from notifyq import lease, worker
-from notifyq.store import SQL
+from notifyq.database.connection import SQL
+from notifyq.worker import heartbeat, worker
 
 from .conftest import Seen, eventually, working
 from .machine import limit
@@ -59,7 +59,7 @@ async def test_every_table_but_the_bell_has_a_key(db: Any) -> None:
 
 async def test_tasks_of_every_kind_run(dsn: str, db: Any, logged: Logged, monkeypatch: pytest.MonkeyPatch) -> None:
     """Plain, retried, limited, rated, ordered, waiting, unique, of a limited queue, a cron's; and history is pruned."""
-    monkeypatch.setattr(lease, "PRUNE_SECONDS", 0.5)
+    monkeypatch.setattr(heartbeat, "PRUNE_SECONDS", 0.5)
     await db.execute(PUBLISH)
     await db.execute("SELECT notifyq.limit_queue('default', 5, 1000, 1.0)")
     seen = Seen()
@@ -98,7 +98,7 @@ async def test_one_table_that_refuses_keeps_no_other_from_being_pruned(
     dsn: str, db: Any, logged: Logged, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is said once, and once more when it is over; the heartbeat keeps its connection."""
-    monkeypatch.setattr(lease, "PRUNE_SECONDS", 0.2)
+    monkeypatch.setattr(heartbeat, "PRUNE_SECONDS", 0.2)
     await db.execute(
         """CREATE FUNCTION no() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE 'not today'; END $$;
            CREATE TRIGGER no BEFORE DELETE ON notifyq.finished FOR EACH ROW EXECUTE FUNCTION no();

@@ -9,7 +9,7 @@ from typing import Any
 import anyio
 import pytest
 
-from notifyq.store import SQL
+from notifyq.database.connection import SQL
 from notifyq.testing import drain
 
 from . import verbs

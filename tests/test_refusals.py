@@ -15,11 +15,12 @@ import asyncpg
 import pytest
 
 import notifyq
-from notifyq import lease, settle, store
 from notifyq.config import WorkerConfig
-from notifyq.outcome import Finish, HandBack, Later, Outcome, returned, smaller
-from notifyq.store import SQL, Job
-from notifyq.worker import Worker
+from notifyq.database import connection
+from notifyq.database.connection import SQL, Job
+from notifyq.worker import heartbeat, settle
+from notifyq.worker.outcome import Finish, HandBack, Later, Outcome, returned, smaller
+from notifyq.worker.worker import Worker
 
 from .conftest import Seen, Sessions, eventually, ids_of, working
 from .machine import limit
@@ -173,7 +174,7 @@ async def test_a_trigger_that_keeps_a_row_and_says_nothing(
     Another outcome, which the trigger lets through, is written at once."""
     monkeypatch.setattr(settle, "PAUSE_MOST", 0.5)
     monkeypatch.setattr(settle, "PAUSE_LEAST", 0.5)
-    monkeypatch.setattr(lease, "LOOK_SECONDS", 0.2)
+    monkeypatch.setattr(heartbeat, "LOOK_SECONDS", 0.2)
     await db.execute(RETURNS.format("NEW"))
     bad = await insert(db, "Bad", 2)
     [failing] = await insert(db, "Bad", how="raise")
@@ -198,7 +199,7 @@ async def test_a_locked_row_keeps_no_other(
     bench: Bench, db: Any, dsn: str, connect: Sessions, logged: Logged, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Somebody's transaction has locked the row of a task that ends, and stays open. That one waits for it."""
-    monkeypatch.setattr(store, "WORKER_TIMEOUT_SECONDS", 3600.0)
+    monkeypatch.setattr(connection, "WORKER_TIMEOUT_SECONDS", 3600.0)
     monkeypatch.setattr(settle, "PAUSE_LEAST", 0.1)
     other = await connect()
     [bad] = await insert(db, "Bad", how="wait")
@@ -252,14 +253,14 @@ async def test_a_heartbeat_that_is_refused(
 ) -> None:
     """It is said once, however often it is tried, and once when it is over. The worker works on meanwhile."""
     tries = Seen()
-    connect_worker = store.connect_worker
+    connect_worker = connection.connect_worker
 
     async def counted(*args: Any, **options: Any) -> Any:
         tries.add(1)
         return await connect_worker(*args, **options)
 
     async with working(bench.app, dsn):
-        monkeypatch.setattr(lease, "connect_worker", counted)
+        monkeypatch.setattr(heartbeat, "connect_worker", counted)
         await db.execute("ALTER TABLE notifyq.worker ADD CONSTRAINT no CHECK (id IS NULL) NOT VALID")
         with anyio.fail_after(limit()):
             while len(tries.items) < 6:
@@ -449,7 +450,7 @@ def test_the_pauses_of_what_is_put_off() -> None:
 
 async def test_a_result_that_is_too_large(db: Any, dsn: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Dead with a clear message; one that fits is kept."""
-    monkeypatch.setattr("notifyq.outcome.RESULT_LIMIT", 1000)
+    monkeypatch.setattr("notifyq.worker.outcome.RESULT_LIMIT", 1000)
     app = notifyq.App()
 
     class Make(notifyq.Task):

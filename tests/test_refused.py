@@ -14,7 +14,7 @@ import asyncpg
 import pytest
 
 import notifyq
-from notifyq import schema, store
+from notifyq.database import connection, schema
 from notifyq.embedded import Server
 
 from .conftest import Seen, working
@@ -41,7 +41,7 @@ def small() -> Iterator[Server]:
 @pytest.fixture
 async def db(small: Server) -> AsyncIterator[Any]:
     """A connection that keeps its place, to a schema without tasks and a `worker` who may work there."""
-    conn = await store.connect(small.dsn(), role="test")
+    conn = await connection.connect(small.dsn(), role="test")
     await conn.execute("DROP SCHEMA IF EXISTS notifyq CASCADE")
     await schema.migrate(conn)
     await conn.execute("DROP ROLE IF EXISTS worker")

@@ -15,10 +15,11 @@ import msgspec
 import pytest
 
 import notifyq
-from notifyq import results, schema, store
+from notifyq.client import results
+from notifyq.client.results import Results
+from notifyq.database import connection, schema
+from notifyq.database.connection import SQL
 from notifyq.embedded import Server
-from notifyq.results import Results
-from notifyq.store import SQL
 
 from . import verbs, workers
 from .conftest import Process, Seen, Sessions, admin, database, eventually, grants, working
@@ -165,7 +166,7 @@ async def test_a_timeout_ends_the_wait_and_not_the_task(connected: notifyq.App, 
 async def test_a_task_that_is_not_there(connected: notifyq.App, db: Any, dsn: str) -> None:
     with pytest.raises(notifyq.NotifyqError, match=r"there is no task 12345; it was pruned, or .* rolled back"):
         await app.ref(12345).result()
-    conn: Any = await store.connect(dsn)
+    conn: Any = await connection.connect(dsn)
     async with conn.transaction():
         ref = await app.enqueue(Pay(), conn=conn)
         with pytest.raises(notifyq.NotifyqError, match="conn= can be waited for once that is"):
@@ -404,7 +405,7 @@ async def test_the_connection_is_lost(connected: notifyq.App, db: Any, logged: A
 async def test_the_server_restarts_while_thousands_wait() -> None:
     with Server() as server:
         dsn = server.dsn("postgres")
-        db: Any = await store.connect(dsn)
+        db: Any = await connection.connect(dsn)
         await schema.migrate(db)
         async with app.connect(dsn), anyio.create_task_group() as group:
             ids = await app.enqueue_many([Pay(cents=n) for n in range(2000)])
@@ -503,7 +504,7 @@ async def test_pooled(connected: notifyq.App, dsn: str, db: Any, monkeypatch: py
     monkeypatch.setattr(results, "POOLED_SECONDS", 0.05)
     async with working(app, dsn):
         assert await (await app.enqueue(Pay())).result(timeout=limit()) == Receipt(1)
-    conn = await store.connect(dsn)
+    conn = await connection.connect(dsn)
     listened = await conn.fetchval("SELECT count(*) FROM pg_stat_activity WHERE query ILIKE 'LISTEN%done%'")
     await conn.close()
     assert not listened

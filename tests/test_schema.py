@@ -12,11 +12,11 @@ import asyncpg
 import pytest
 
 import notifyq
-from notifyq import schema, store
+from notifyq.database import connection, schema
+from notifyq.database.connection import SQL
+from notifyq.database.schema import SCHEMA_VERSION
 from notifyq.embedded import Server
 from notifyq.errors import DatabaseError, SchemaError
-from notifyq.schema import SCHEMA_VERSION
-from notifyq.store import SQL
 
 from .conftest import Seen, admin, grants, working
 from .machine import limit
@@ -26,7 +26,7 @@ from .machine import limit
 
 @pytest.fixture
 async def empty(empty_dsn: str) -> AsyncIterator[Any]:
-    conn = await store.connect(empty_dsn, role="test")
+    conn = await connection.connect(empty_dsn, role="test")
     yield conn
     conn.terminate()
 
@@ -47,7 +47,7 @@ async def test_two_migrations_at_once_take_turns(empty_dsn: str, isolation: str)
 
     async def migrate() -> None:
         settings = {"default_transaction_isolation": isolation}
-        conn = await store.connect(empty_dsn, role="test", settings=settings)
+        conn = await connection.connect(empty_dsn, role="test", settings=settings)
         found.append(await schema.migrate(conn))
         await conn.close()
 
@@ -59,7 +59,7 @@ async def test_two_migrations_at_once_take_turns(empty_dsn: str, isolation: str)
 
 async def test_migrate_takes_no_names_from_the_search_path(empty_dsn: str) -> None:
     settings = {"search_path": "evil, pg_catalog"}
-    conn: Any = await store.connect(empty_dsn, role="test", settings=settings)
+    conn: Any = await connection.connect(empty_dsn, role="test", settings=settings)
     await conn.execute(EVIL)
     await schema.migrate(conn)
     assert await conn.fetchval("SELECT notifyq.enqueue('T', '{}')") == 1
@@ -122,7 +122,7 @@ async def test_who_may_not_create_is_told_so(empty: Any) -> None:
 
 
 async def test_a_standby_is_told_so(empty_dsn: str) -> None:
-    conn = await store.connect(empty_dsn, role="test", settings={"default_transaction_read_only": "on"})
+    conn = await connection.connect(empty_dsn, role="test", settings={"default_transaction_read_only": "on"})
     with pytest.raises(DatabaseError, match="read-only"):
         await schema.migrate(conn)
     await conn.close()
@@ -134,7 +134,7 @@ async def test_a_standby_is_told_so(empty_dsn: str) -> None:
 @pytest.fixture
 async def conn(dsn: str) -> AsyncIterator[Any]:
     """A person's connection, in a transaction that is rolled back at the end."""
-    conn = await store.connect(dsn, role="test")
+    conn = await connection.connect(dsn, role="test")
     transaction = conn.transaction()
     await transaction.start()
     yield conn
@@ -235,7 +235,7 @@ async def test_retry(conn: Any, what: str) -> None:
         assert (after["state"], after["attempts"], after["result"]) == ("ready", 0, None)
         kept = ("id", "queue", "type", "priority", "max_attempts", "created_at", "payload", "errors")
         assert [after[column] for column in kept] == [before[column] for column in kept]
-        jobs = await store.claim(conn, 1, {after["queue"]: 9}, 9)
+        jobs = await connection.claim(conn, 1, {after["queue"]: 9}, 9)
         assert [(job.id, job.attempt) for job in jobs] == [(id, 1)]
     else:
         assert after == before
@@ -560,13 +560,13 @@ async def test_the_roles_together(roles: Any, as_role: Any) -> None:
 async def test_an_enqueuer_without_the_bell_still_enqueues(server: Server, as_role: Any) -> None:
     """It can't ask whether somebody sleeps, so it always rings."""
     await admin(server, "DROP ROLE IF EXISTS plain", "CREATE ROLE plain LOGIN")
-    owner = await store.connect(server.dsn("roles"), role="test")
+    owner = await connection.connect(server.dsn("roles"), role="test")
     for grant in grants("enqueuer"):
         if "bell" not in grant:
             await owner.execute(grant.replace("TO enqueuer", "TO plain"))
     heard: list[str] = []
     await owner.add_listener("notifyq", lambda *args: heard.append(args[3]))
-    plain = await store.connect(server.dsn("roles").replace("://notifyq@", "://plain@"), role="test")
+    plain = await connection.connect(server.dsn("roles").replace("://notifyq@", "://plain@"), role="test")
     await plain.execute(INSERT)
     await plain.close()
     with anyio.fail_after(limit()):
@@ -579,7 +579,7 @@ async def test_an_enqueuer_without_the_bell_still_enqueues(server: Server, as_ro
 
 async def test_a_stranger_may_not_even_look(roles: Any, as_role: Any, server: Server) -> None:
     await admin(server, "DROP ROLE IF EXISTS stranger", "CREATE ROLE stranger LOGIN")
-    conn: Any = await store.connect(server.dsn("roles").replace("://notifyq@", "://stranger@"), role="test")
+    conn: Any = await connection.connect(server.dsn("roles").replace("://notifyq@", "://stranger@"), role="test")
     for statement in ("SELECT * FROM notifyq.all_tasks", "SELECT notifyq.enqueue('T')", INSERT):
         with pytest.raises(asyncpg.InsufficientPrivilegeError):
             await conn.execute(statement)

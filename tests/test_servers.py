@@ -23,7 +23,7 @@ import asyncpg
 import pytest
 
 import notifyq
-from notifyq import schema, store
+from notifyq.database import connection, schema
 from notifyq.embedded import Binaries, Server
 from notifyq.embedded.account import find_account
 
@@ -33,7 +33,7 @@ from .proxy import free_port
 pytestmark = pytest.mark.servers
 
 DEBIAN = Path("/usr/lib/postgresql/15/bin")
-LOST = store.TRANSIENT
+LOST = connection.TRANSIENT
 Logged = Callable[[str], list[dict[str, Any]]]
 
 
@@ -55,7 +55,7 @@ def open_folder() -> Iterator[Path]:
 
 async def migrated(dsn: str) -> Any:
     """A connection to it, with the schema."""
-    conn = await store.connect(dsn, role="test")
+    conn = await connection.connect(dsn, role="test")
     await schema.migrate(conn)
     return conn
 
@@ -211,7 +211,7 @@ async def test_failover(synchronous: bool, logged: Logged) -> None:
                 await bench.ran.reach(200)
                 await anyio.to_thread.run_sync(primary.stop, "immediate")
                 before = len(bench.ran.items)
-                promoting = await store.connect(standby.dsn(), role="test")
+                promoting = await connection.connect(standby.dsn(), role="test")
                 assert await promoting.fetchval("SELECT pg_promote()")
                 began = time.monotonic()
                 took = await bench.woken(promoting, 10)
@@ -395,7 +395,7 @@ async def fill(disk: Path) -> None:
             while refusals < 5:
                 assert time.monotonic() < began + 60
                 try:
-                    load = await store.connect(server.dsn(), role="test")
+                    load = await connection.connect(server.dsn(), role="test")
                     try:
                         await load.execute(LARGE)
                     finally:
@@ -405,11 +405,11 @@ async def fill(disk: Path) -> None:
                     print(error)
             (disk / "ballast").unlink()
             try:
-                db = await store.connect(server.dsn(), role="test")
+                db = await connection.connect(server.dsn(), role="test")
             except notifyq.DatabaseError as error:
                 print("a PANIC:", error)  # it was WAL that found no space; then the server is somebody's to start
                 await anyio.to_thread.run_sync(server.restart)
-                db = await store.connect(server.dsn(), role="test")
+                db = await connection.connect(server.dsn(), role="test")
             print(f"healed {await bench.woken(db, 10):.2f} s after")
             await bench.ran.reach(len(bench.ran.items) + 50)
             over.set()

@@ -17,7 +17,7 @@ import msgspec
 import pytest
 
 import notifyq
-from notifyq import store
+from notifyq.database import connection
 from notifyq.embedded import Server
 from notifyq.errors import ConfigError, DatabaseError
 from notifyq.testing import (
@@ -161,7 +161,7 @@ async def test_inline_is_what_a_worker_does(how: str, connected: notifyq.App, no
     assert ran.reason.startswith(reason)
     await app.enqueue(Act(how=how))
     assert await drain(app) == Drained(**{state: 1})
-    db = await store.connect(notifyq_dsn)
+    db = await connection.connect(notifyq_dsn)
     assert await db.fetchval("SELECT error FROM notifyq.all_tasks") == ran.reason
     await db.close()
     last = await run_inline(app, Act(how=how), attempt=3)
@@ -325,7 +325,7 @@ async def test_advance_keeps_the_time_between(connected: notifyq.App, notifyq_ds
     await app.enqueue(Act(how="raise"))
     await drain(app)
     await app.enqueue(Act(), run_at=NOW, queue="later")
-    db = await store.connect(notifyq_dsn)
+    db = await connection.connect(notifyq_dsn)
     times = "SELECT id, created_at, run_at, processing_at, processed_at, state FROM notifyq.all_tasks ORDER BY id"
     before = await db.fetch(times)
     await advance(notifyq_dsn, 1000)
@@ -464,7 +464,7 @@ async def test_a_field_that_is_not_there(connected: notifyq.App) -> None:
 
 
 async def test_a_payload_that_does_not_fit(connected: notifyq.App, notifyq_dsn: str) -> None:
-    db = await store.connect(notifyq_dsn)
+    db = await connection.connect(notifyq_dsn)
     await db.execute("INSERT INTO notifyq.task (type, payload) VALUES ('MAIL', '{\"to\": 5}')")
     for look in (enqueued, assert_enqueued, refute_enqueued):
         with pytest.raises(
@@ -500,11 +500,11 @@ async def test_databases(notifyq_server_dsn: str) -> None:
     """Each is its own, has the schema, and goes, with its template, whoever is still connected."""
     async with Databases(notifyq_server_dsn) as databases:
         async with databases.new() as one, databases.new() as other:
-            first = await store.connect(one)
+            first = await connection.connect(one)
             await first.execute("INSERT INTO notifyq.task (type) VALUES ('X')")
-            second = await store.connect(other)
+            second = await connection.connect(other)
             assert await second.fetchval("SELECT count(*) FROM notifyq.all_tasks") == 0
-        admin = await store.connect(notifyq_server_dsn)
+        admin = await connection.connect(notifyq_server_dsn)
         names = "SELECT datname FROM pg_database WHERE datname LIKE $1 || '%'"
         prefix = databases.template.removesuffix("_template")
         assert [row[0] for row in await admin.fetch(names, prefix)] == [databases.template]

@@ -16,11 +16,11 @@ import pytest
 
 import notifyq
 from notifyq.config import WorkerConfig, default_threads
-from notifyq.outcome import HandBack, Outcome
-from notifyq.room import ASKED_LEAST, LOOK_LEAST, Room
-from notifyq.run import Runners
-from notifyq.settle import Settler
-from notifyq.store import Job
+from notifyq.database.connection import Job
+from notifyq.worker.capacity import ASKED_LEAST, LOOK_LEAST, Room
+from notifyq.worker.outcome import HandBack, Outcome
+from notifyq.worker.runners import Runners
+from notifyq.worker.settle import Settler
 
 from .conftest import Seen, eventually, working
 

@@ -18,10 +18,10 @@ import psycopg
 import pytest
 
 import notifyq
-from notifyq import store
+from notifyq.database import connection
+from notifyq.database.connection import SQL
 from notifyq.embedded import Server
 from notifyq.errors import ConfigError, DatabaseError
-from notifyq.store import SQL
 from notifyq.task import State
 from notifyq.unique import DIGEST_LENGTH
 
@@ -470,7 +470,7 @@ async def test_inserts_and_copies_at_once_are_one(dsn: str, db: Any) -> None:
         for _ in keys:
             await conn.execute(KEYED)
 
-    conns = [await store.connect(dsn, role="test") for _ in range(20)]
+    conns = [await connection.connect(dsn, role="test") for _ in range(20)]
     async with anyio.create_task_group() as group:
         for n, conn in enumerate(conns):
             group.start_soon(copy if n % 2 else insert, conn, *["k"] * 20)
@@ -776,7 +776,7 @@ async def test_pruning_looks_at_the_task_that_the_key_names_now(s: Steps) -> Non
 async def test_the_grants(server: Server, template: str, roles: Any) -> None:
     """An enqueuer without those for keys enqueues plain tasks, and is told; with them it sees no payload."""
     await admin(server, "DROP ROLE IF EXISTS keyed", "CREATE ROLE keyed LOGIN")
-    owner = await store.connect(server.dsn("roles"), role="test")
+    owner = await connection.connect(server.dsn("roles"), role="test")
     for grant in (*grants("enqueuer"), *grants("keys")):
         await owner.execute(grant.replace("TO enqueuer;", "TO keyed;").replace("TO keys;", "TO keyed;"))
     app = notifyq.App()
@@ -791,7 +791,7 @@ async def test_the_grants(server: Server, template: str, roles: Any) -> None:
         for conflict in ("keep", "keep", "replace", "move"):
             await app.enqueue(Known(), unique="k", on_conflict=conflict)
             await app.enqueue_many([Known(), Whole(user="a")])
-    conn = await store.connect(keyed, role="test")
+    conn = await connection.connect(keyed, role="test")
     for statement in ("SELECT payload FROM notifyq.task", "DELETE FROM notifyq.unique_key", "DELETE FROM notifyq.task"):
         with pytest.raises(asyncpg.InsufficientPrivilegeError):
             await conn.execute(statement)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import notifyq
-from notifyq import schema, store
+from notifyq.database import connection, schema
 
 PROJECT = Path(__file__).parent.parent
 
@@ -41,16 +41,18 @@ def test_what_is_in_it(wheel: Path) -> None:
     }
     packaged = {name for name in names if not name.startswith("notifyq-")}
     assert packaged == sources | {"notifyq/schema.sql"}
-    assert {"notifyq/py.typed", "notifyq/sql/claim.sql", "notifyq/__init__.py"} <= names
+    assert {"notifyq/py.typed", "notifyq/database/sql/worker/claim.sql", "notifyq/__init__.py"} <= names
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
     assert wheel.name == "notifyq-0.1.0-py3-none-any.whl"
 
 
 LOOK = """
 import sys; sys.path.insert(0, sys.argv[1])
-import notifyq, notifyq.schema, notifyq.store
+import notifyq
+from notifyq.database.connection import SQL
+from notifyq.database.schema import schema_sql
 assert notifyq.__file__.startswith(sys.argv[1]), notifyq.__file__
-sys.stdout.buffer.write("\\0".join([notifyq.schema.schema_sql(), *sorted(notifyq.store.SQL.values())]).encode())
+sys.stdout.buffer.write("\\0".join([schema_sql(), *sorted(SQL.values())]).encode())
 """
 
 
@@ -60,7 +62,7 @@ def test_installed_elsewhere_it_reads_its_own_files(wheel: Path, tmp_path: Path)
     zipfile.ZipFile(wheel).extractall(site)
     look = subprocess.run([sys.executable, "-I", "-c", LOOK, str(site)], cwd=tmp_path, capture_output=True, check=False)
     assert look.returncode == 0, look.stderr.decode()
-    assert look.stdout.decode().split("\0") == [schema.schema_sql(), *sorted(store.SQL.values())]
+    assert look.stdout.decode().split("\0") == [schema.schema_sql(), *sorted(connection.SQL.values())]
     assert (site / "notifyq" / "schema.sql").read_text() == (PROJECT / "schema.sql").read_text()
 
 
@@ -74,7 +76,7 @@ def test_importing_it_is_cheap() -> None:
     """No demo, no embedded server, no tables for people; nothing printed, no warning."""
     code = (
         "import sys, notifyq; print(*(m for m in sys.modules if m.startswith(('notifyq.demo', 'notifyq.embedded',"
-        " 'notifyq.cli', 'rich', 'click', 'starlette', 'pytest'))))"
+        " 'notifyq.cli.', 'rich', 'click', 'starlette', 'pytest'))))"
     )
     run = subprocess.run(
         [sys.executable, "-W", "error", "-c", code],

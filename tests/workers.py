@@ -18,7 +18,7 @@ from typing import Any
 import anyio
 
 import notifyq
-from notifyq import claim
+from notifyq.worker import claim
 
 app = notifyq.App()
 

@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
-from notifyq import store
+from notifyq.database import connection
 from notifyq.embedded import Server
 
 from ..__main__ import keep, table
@@ -37,7 +37,7 @@ STEPS: dict[str, Callable[[Peer], Awaitable[Any]]] = {
 
 async def measure(names: list[str], server: Server, rounds: int) -> tuple[Figures, dict[str, str]]:
     """step -> queue -> what each round gave; and queue -> what it failed at."""
-    conn = await store.connect(server.dsn(), role="benchmark")
+    conn = await connection.connect(server.dsn(), role="benchmark")
     await warm_up(conn)
     await conn.close()
     failed: dict[str, str] = {}

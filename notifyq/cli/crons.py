@@ -8,8 +8,8 @@ from collections.abc import Awaitable, Callable
 
 import click
 
+from notifyq.database.connection import SQL, Connection
 from notifyq.errors import ConfigError
-from notifyq.store import SQL, Connection
 
 from .options import did_you_mean, dsn_option, option
 from .output import say, span, table

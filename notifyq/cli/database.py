@@ -14,9 +14,9 @@ from typing import Any
 
 import click
 
-from notifyq import schema, upgrade
+from notifyq.database import schema, upgrade
+from notifyq.database.connection import SQL, server_version
 from notifyq.errors import ConfigError, NotifyqError
-from notifyq.store import SQL, server_version
 from notifyq.task import STATES
 
 from .options import dsn_option, number, option, setting

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 import anyio
 
 from notifyq import forked, log
-from notifyq.signals import FORCED_SECONDS, LATE_SECONDS
+from notifyq.worker.signals import FORCED_SECONDS, LATE_SECONDS
 
 logger = log.logger("notifyq.cli")
 

@@ -12,8 +12,8 @@ from typing import Any, TypeVar
 
 import click
 
+from notifyq.client.options import EnqueueOptions, parse_rate
 from notifyq.errors import ConfigError
-from notifyq.options import EnqueueOptions, parse_rate
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 

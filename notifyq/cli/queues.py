@@ -8,9 +8,9 @@ from typing import Any
 
 import click
 
+from notifyq.client.options import parse_rate
 from notifyq.config import check_name
-from notifyq.options import parse_rate
-from notifyq.store import SQL, Connection
+from notifyq.database.connection import SQL, Connection
 
 from .options import did_you_mean, dsn_option, number, option, rate
 from .output import say, span, table

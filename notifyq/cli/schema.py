@@ -7,11 +7,11 @@ from pathlib import Path
 
 import click
 
-from notifyq import payloads
-from notifyq.compatible import breaks
+from notifyq.database.connection import SQL
 from notifyq.errors import ConfigError
+from notifyq.payloads import document
+from notifyq.payloads.compatible import breaks
 from notifyq.registry import Registry
-from notifyq.store import SQL
 
 from .load import load_app
 from .options import dsn_option, option
@@ -35,9 +35,9 @@ def schema(*, app: str, check: Path | None, queued: bool, dsn: str | None) -> in
     MODULE:APP is for example myproject.tasks:app. It may come from NOTIFYQ_APP too. --dsn is for --queued.
     """
     registry = load_app(app).registry
-    present = payloads.document(registry)
+    present = document.document(registry)
     if check is None and not queued:
-        click.echo(payloads.render(present), nl=False)
+        click.echo(document.render(present), nl=False)
         return 0
     findings: list[str] = []
     if check is not None:
@@ -51,9 +51,9 @@ def schema(*, app: str, check: Path | None, queued: bool, dsn: str | None) -> in
     return 1 if findings else 0
 
 
-def _read(file: Path) -> payloads.Schema:
+def _read(file: Path) -> document.Schema:
     try:
-        return payloads.parse(file.read_bytes())
+        return document.parse(file.read_bytes())
     except OSError as error:
         raise ConfigError(
             f"--check can't read {file}: {error.strerror}; make it: notifyq schema ... > {file}"

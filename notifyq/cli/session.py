@@ -7,9 +7,9 @@ from contextlib import asynccontextmanager, contextmanager
 
 import asyncpg
 
-from notifyq import schema
+from notifyq.database import schema
+from notifyq.database.connection import Connection, connect
 from notifyq.errors import ConfigError, DatabaseError, NotifyqError, SchemaError
-from notifyq.store import Connection, connect
 
 LONG_SECONDS = 3600.0  # for a statement that reads or deletes a lot; somebody waits, and can end it
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import click
 
+from notifyq.database.connection import SQL
 from notifyq.errors import NotifyqError
-from notifyq.store import SQL
 from notifyq.task import ENDED, check_same
 
 from .options import dsn_option, option

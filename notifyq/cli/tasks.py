@@ -15,16 +15,16 @@ import asyncpg
 import click
 
 from notifyq import App
+from notifyq.client.enqueue import Explained, statement
+from notifyq.client.options import UNTOLD, Options
 from notifyq.codec import PAYLOAD_LIMIT, type_name
 from notifyq.config import check_name
-from notifyq.enqueue import Explained, statement
+from notifyq.database.connection import SQL, Connection
 from notifyq.errors import ConfigError
-from notifyq.lease import DEAD_KEPT_SECONDS, PRUNE_AT_ONCE
-from notifyq.options import UNTOLD, Options
 from notifyq.registry import decode_as
-from notifyq.store import SQL, Connection
 from notifyq.task import ENDED, STATES, State, Task
 from notifyq.unique import NOTHING
+from notifyq.worker.heartbeat import DEAD_KEPT_SECONDS, PRUNE_AT_ONCE
 
 from .load import load_app
 from .options import (

@@ -12,8 +12,8 @@ import click
 from notifyq import App, WorkerInfo, log
 from notifyq.config import WorkerConfig, check_queue, parse_queues
 from notifyq.errors import NotifyqError
-from notifyq.signals import Watch
-from notifyq.worker import work
+from notifyq.worker.signals import Watch
+from notifyq.worker.worker import work
 
 from . import family, logs
 from .load import load_app

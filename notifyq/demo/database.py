@@ -11,9 +11,9 @@ import anyio
 import anyio.to_thread
 
 from notifyq.config import resolve_dsn
+from notifyq.database.connection import Connection, connect, server_version
+from notifyq.database.schema import migrate
 from notifyq.embedded import Server
-from notifyq.schema import migrate
-from notifyq.store import Connection, connect, server_version
 
 TABLES = """
     CREATE TABLE users (

@@ -17,8 +17,8 @@ from typing import Any
 import anyio
 import httpx
 
+from notifyq.database.connection import Connection
 from notifyq.errors import NotifyqError
-from notifyq.store import Connection
 
 from .app import ExpireKey, app
 from .check import COPIED, Facts

@@ -6,10 +6,10 @@ import shutil
 import subprocess
 from collections.abc import AsyncIterator
 
-from notifyq.dsn import for_libpq, pairs_of
+from notifyq.database.connection import connect
+from notifyq.database.dsn import for_libpq, pairs_of
 from notifyq.embedded import find_binaries
 from notifyq.errors import EmbeddedError, NotifyqError
-from notifyq.store import connect
 
 from .processes import Children
 

@@ -9,7 +9,7 @@ from typing import Self
 
 import msgspec
 
-from notifyq.store import Connection, connect
+from notifyq.database.connection import Connection, connect
 
 from .check import Row
 from .database import Database

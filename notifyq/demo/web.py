@@ -16,7 +16,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from notifyq.store import dial_for_pool
+from notifyq.database.connection import dial_for_pool
 
 from .app import QUEUE, Email, SendForgotPasswordEmail, SendVerificationEmail, User, app
 

@@ -13,12 +13,12 @@ from django.core.exceptions import ImproperlyConfigured
 from django.db import DEFAULT_DB_ALIAS, connections
 from django.utils import timezone
 
-from notifyq import foreign
 from notifyq.app import App
+from notifyq.client import drivers
+from notifyq.client.sync import SyncClient
+from notifyq.database.connection import SQL
 from notifyq.errors import ConfigError
 from notifyq.registry import check_task
-from notifyq.store import SQL
-from notifyq.sync import SyncClient
 
 from .declared import BY_TYPE, call_class, declare
 from .framework import (
@@ -114,7 +114,7 @@ class TaskBackend(BaseTaskBackend):
     def get_result(self, result_id: str) -> TaskResult[..., Any]:
         """As notifyq.all_tasks has it, and for as long. Of attempts before the last, only their errors are known."""
         id = int(result_id) if re.fullmatch("[0-9]{1,18}", str(result_id)) else 0
-        rows = foreign.fetch(connections[self._database], SQL["django_result"], (id,))
+        rows = drivers.fetch(connections[self._database], SQL["django_result"], (id,))
         if not rows or (known := BY_TYPE.get(rows[0][0])) is None:
             what = f"is of type {rows[0][0]}, which is no task here" if rows else "isn't in notifyq.all_tasks"
             raise TaskResultDoesNotExist(f"{result_id} {what}")

@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 
 from notifyq.config import is_number
+from notifyq.database.connection import SQL
 from notifyq.errors import ConfigError
-from notifyq.store import SQL
 
 from .source import Source, connection
 

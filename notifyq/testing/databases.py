@@ -13,11 +13,11 @@ from typing import Self
 
 import asyncpg
 
-from notifyq import schema
 from notifyq.config import resolve_dsn
-from notifyq.dsn import with_database
+from notifyq.database import schema
+from notifyq.database.connection import connect
+from notifyq.database.dsn import with_database
 from notifyq.errors import DatabaseError
-from notifyq.store import connect
 
 
 class Databases:

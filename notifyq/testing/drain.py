@@ -11,7 +11,7 @@ import anyio
 import msgspec
 
 from notifyq.app import App
-from notifyq.store import SQL, Connection
+from notifyq.database.connection import SQL, Connection
 
 from .clock import advance
 from .source import connection

@@ -15,8 +15,8 @@ import asyncpg
 import msgspec
 
 from notifyq.codec import type_name
+from notifyq.database.connection import SQL
 from notifyq.errors import ConfigError
-from notifyq.store import SQL
 from notifyq.task import Task
 
 from .source import Source, connection

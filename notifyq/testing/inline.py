@@ -17,16 +17,16 @@ import asyncpg
 import msgspec
 
 from notifyq.app import App
-from notifyq.enqueue import checked
+from notifyq.client.enqueue import checked
+from notifyq.client.options import where
+from notifyq.client.results import typed
+from notifyq.database.connection import Job
 from notifyq.errors import ConfigError
 from notifyq.lifespan import within
-from notifyq.options import where
-from notifyq.outcome import Aside, Finish, HandBack, Later, Outcome
 from notifyq.registry import Handler, Registry, awaited, is_awaitable
-from notifyq.results import typed
-from notifyq.run import Runners
-from notifyq.store import Job
 from notifyq.task import Task, Verdict
+from notifyq.worker.outcome import Aside, Finish, HandBack, Later, Outcome
+from notifyq.worker.runners import Runners
 
 
 class Ran(msgspec.Struct, frozen=True, kw_only=True):

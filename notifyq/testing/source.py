@@ -7,11 +7,11 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from notifyq.app import App
+from notifyq.database.connection import connect
 from notifyq.errors import ConfigError
-from notifyq.store import connect
 
 if TYPE_CHECKING:
-    from notifyq.store import Connection
+    from notifyq.database.connection import Connection
 
     Source: TypeAlias = App | Connection | str
 else:

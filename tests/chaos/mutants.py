@@ -16,7 +16,7 @@ MUTANTS: dict[str, list[Change]] = {
     # Whoever settles, settles: a worker that was frozen past its lease does so for its successor.
     "fence": [
         (
-            f"sql/{name}.sql",
+            f"database/sql/worker/{name}.sql",
             "t.id = ANY (ARRAY[o.id]) AND t.worker IS NOT DISTINCT FROM $1 AND t.attempts = o.attempt",
             "t.id = ANY (ARRAY[o.id]) AND ($1::integer IS NOT NULL OR t.attempts = o.attempt)",
         )
@@ -26,25 +26,25 @@ MUTANTS: dict[str, list[Change]] = {
     # The one that chance seldom finds: one of four runs of half a minute did. The doorbell's model always does.
     "final claim": [
         (
-            "claim.py",
+            "worker/claim.py",
             "self._look = True  # the claim that follows getting the turn, and falling asleep",
             "self._look |= self._door.place is Place.TURN",
         ),
         (
-            "claim.py",
+            "worker/claim.py",
             "await self._wait(until)\n                    self._look = True",
             "await self._wait(until)\n                    self._look |= self._door.place is Place.TURN",
         ),
     ],
     # The others are dead, whatever their lock and their heartbeat say.
     "liveness": [
-        ("sql/rescue.sql", "AND CASE WHEN", "AND CASE WHEN true OR"),
-        ("lease.py", "SILENT_SECONDS = 2.0", "SILENT_SECONDS = 0.0"),
+        ("database/sql/worker/rescue.sql", "AND CASE WHEN", "AND CASE WHEN true OR"),
+        ("worker/heartbeat.py", "SILENT_SECONDS = 2.0", "SILENT_SECONDS = 0.0"),
     ],
     # A crash is the end of each task that the worker held, whoever is the cause.
     "crash": [
-        ("sql/rescue.sql", "           w.status <> 'vanished'\n           AND", "           true OR"),
-        ("sql/rescue.sql", "coalesce(t.crashes_alone, 0) >= 2", "true"),
+        ("database/sql/worker/rescue.sql", "           w.status <> 'vanished'\n           AND", "           true OR"),
+        ("database/sql/worker/rescue.sql", "coalesce(t.crashes_alone, 0) >= 2", "true"),
     ],
     # The insert trigger looks whether somebody sleeps, and holds nothing until its commit.
     "peek": [
@@ -84,9 +84,9 @@ MUTANTS: dict[str, list[Change]] = {
     ],
     # Claims don't count threads, and what was claimed beyond them is handed back.
     "threads": [
-        ("claim.py", "threads = self._room.threads(room)", "threads = None"),
+        ("worker/claim.py", "threads = self._room.threads(room)", "threads = None"),
         (
-            "claim.py",
+            "worker/claim.py",
             "        self._runners.feed(fed)\n        for job in locked:\n",
             """        surplus = []
         for job in fed:
@@ -102,15 +102,19 @@ MUTANTS: dict[str, list[Change]] = {
     # Payloads that are fetched apart are given to the tasks that were asked for, one by one: some may have none.
     "payloads": [
         (
-            "large_payloads.py",
+            "worker/large_payloads.py",
             "payloads: dict[int, bytes] = {row[0]: row[1] for row in rows}",
             "payloads = {job.id: row[1] for job, row in zip(jobs, rows)}",
         )
     ],
     # A heartbeat is as old as the two clocks say.
     "heartbeat": [
-        ("lease.py", "if now - since >= SILENT_SECONDS:", "if time.time() - at >= SILENT_SECONDS:"),
-        ("lease.py", "silent.append((worker, at, now - since))", "silent.append((worker, at, time.time() - at))"),
+        ("worker/heartbeat.py", "if now - since >= SILENT_SECONDS:", "if time.time() - at >= SILENT_SECONDS:"),
+        (
+            "worker/heartbeat.py",
+            "silent.append((worker, at, now - since))",
+            "silent.append((worker, at, time.time() - at))",
+        ),
     ],
     # A slot that a wrong clock has given is waited for.
     "slot": [("cron.py", "IMPLAUSIBLE_SECONDS = 60.0", "IMPLAUSIBLE_SECONDS = 1e9")],
@@ -135,7 +139,7 @@ MUTANTS: dict[str, list[Change]] = {
         )
     ],
     # Of all who have seen that a slot is due, each enqueues it.
-    "cron": [("sql/cron_enqueue.sql", "AND c.next_at IS NOT DISTINCT FROM $2::timestamptz ", "")],
+    "cron": [("database/sql/worker/cron_enqueue.sql", "AND c.next_at IS NOT DISTINCT FROM $2::timestamptz ", "")],
 }
 
 

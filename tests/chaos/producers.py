@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import notifyq
-from notifyq import store
+from notifyq.database import connection
 
 from . import app as tempers
 from .history import Batch
@@ -22,7 +22,7 @@ from .history import Batch
 TIDE_SECONDS = 5.0
 KEYS = 4
 RATE = "20/2s"
-LOST = (*store.TRANSIENT, notifyq.NotifyqError, OSError)
+LOST = (*connection.TRANSIENT, notifyq.NotifyqError, OSError)
 
 
 class Producer:
@@ -46,7 +46,7 @@ class Producer:
         while not stop.is_set():
             try:
                 if self._conn is None and self.way not in ("pool", "keyed", "psql"):
-                    self._conn = await store.connect(self._dsn, role=f"chaos {self.way}")
+                    self._conn = await connection.connect(self._dsn, role=f"chaos {self.way}")
                 await act()
             except LOST:
                 if self._conn is not None:
@@ -115,7 +115,7 @@ class Producer:
     async def _burst(self) -> None:
         """One by one, as fast as they go, so that the workers stay awake; meanwhile a transaction, which is told that
         nobody sleeps, and commits when they are about to."""
-        other = await store.connect(self._dsn, role="chaos burst")
+        other = await connection.connect(self._dsn, role="chaos burst")
         try:
             for _ in range(60):
                 self._ends(await self._one(self._conn), "committed")
@@ -209,7 +209,7 @@ class Producer:
 
     async def each_key(self) -> None:
         """When all has ended, nobody is in the way."""
-        self._conn = await store.connect(self._dsn, role="chaos last")
+        self._conn = await connection.connect(self._dsn, role="chaos last")
         await self._only(list(range(KEYS)), "ROLLBACK")
         self._conn.terminate()
 

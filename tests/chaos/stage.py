@@ -14,7 +14,7 @@ from typing import Any
 
 import asyncpg
 
-from notifyq import store
+from notifyq.database import connection
 from notifyq.demo.psql import find_psql
 from notifyq.embedded import Server
 
@@ -64,7 +64,7 @@ class Stage:
             try:
                 if (await self.sql(query))[0][0]:
                     return True
-            except store.TRANSIENT:
+            except connection.TRANSIENT:
                 pass  # it is away
             await asyncio.sleep(0.1)
         return False
@@ -111,5 +111,5 @@ class Stage:
                 if not await self.sql("SELECT FROM pg_roles WHERE rolname = $1", who):
                     await self.sql(f"CREATE ROLE {who} LOGIN IN ROLE chaos_worker")
                 return
-            except store.TRANSIENT:
+            except connection.TRANSIENT:
                 await asyncio.sleep(0.2)

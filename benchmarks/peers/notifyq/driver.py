@@ -35,9 +35,9 @@ async def mail(task: Mail) -> None:
 
 
 async def setup(dsn, mode):
-    from notifyq import schema, store
+    from notifyq.database import connection, schema
 
-    conn = await store.connect(dsn)
+    conn = await connection.connect(dsn)
     await schema.migrate(conn)
     await conn.close()
 

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 import asyncpg
 
-from notifyq import NotifyqError, store
+from notifyq import NotifyqError
+from notifyq.database import connection
 
 from . import Hit, Missed, fault
 
@@ -92,7 +93,7 @@ async def exhausted(stage: Stage, hit: Hit) -> None:
     async def take() -> None:
         try:
             while True:
-                taken.append(await store.connect(dsn, role="stranger", timeout=3))
+                taken.append(await connection.connect(dsn, role="stranger", timeout=3))
         except NotifyqError:
             pass  # that was the last one
 

@@ -1,0 +1,185 @@
+"""Enqueue from code that isn't async: WSGI applications, scripts, Django. Workers, and all else, are App's."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, Self, Unpack, overload
+
+from .. import forked
+from ..config import redact, resolve_dsn
+from ..database.dsn import conninfo
+from ..errors import ConfigError, DatabaseError
+from ..task import Ids, Ref, Task, ref
+from . import drivers
+from .bulk import Bulk, Statement, check_one_statement, insert
+from .enqueue import Explained, checked, explained_many, grouped, ids_of_group, statement
+from .options import EnqueueOptions, Options
+
+if TYPE_CHECKING:
+    from ..app import App
+    from .sync_pool import Bounded, Pool
+
+
+class SyncClient:
+    """Enqueues an app's tasks, from any thread: with `connect`, on connections of its own; without, on yours.
+
+        client = notifyq.SyncClient(app)
+        client.connect(dsn)                 # once; or `with client.connect(dsn):`, which closes it
+        client.enqueue(task)
+        client.enqueue(task, conn=session)
+
+    `connect` needs psycopg and its pool: pip install 'notifyq[sync]'. A process that is forked from a connected one
+    opens connections anew.
+    """
+
+    def __init__(self, app: App) -> None:
+        self._app = app
+        self._registry = app.registry
+        self._lock = threading.Lock()
+        self._parents: list[object] = []
+        self._pool: tuple[int, Pool] | None = None  # and the process it is of
+        self._where: tuple[str, str] | None = None  # for libpq, and how to name it
+        forked.call_in_children(self._forked)
+
+    def connect(self, dsn: str | None = None) -> Self:
+        """Connect to `dsn`, or where the environment says, with up to 10 connections, opened when needed.
+
+        Raises ConfigError for a DSN that can't be one, DatabaseError for a server that can't be reached.
+        """
+        if self._where is not None:
+            raise ConfigError("this client is connected already; one serves all threads")
+        try:
+            import psycopg
+            import psycopg_pool  # noqa: F401 # pyright: ignore[reportUnusedImport] - to learn it here, not at a task
+
+            from . import sync_pool
+        except ImportError as error:
+            raise ConfigError(
+                f"SyncClient.connect needs psycopg ({error}): pip install 'notifyq[sync]', and 'psycopg[binary]' where "
+                "the system has no libpq"
+            ) from error
+        url, source = resolve_dsn(dsn)
+        where = f"{source}: {redact(url)}" if url else source
+        try:
+            info = conninfo(url)
+            sync_pool.connect(info).close()
+        except psycopg.OperationalError as error:
+            raise DatabaseError(f"can't connect to the database ({where}): {redact(str(error))}") from None
+        except (psycopg.ProgrammingError, ValueError) as error:
+            raise ConfigError(f"{source} can't be used: {redact(str(error))}") from None
+        self._where = info, where
+        return self
+
+    def close(self) -> None:
+        """Close its connections. It may be connected again."""
+        with self._lock:
+            pool, self._pool, self._where = self._pool, None, None
+        if pool is not None and pool[0] == os.getpid():
+            pool[1].close()
+
+    def _forked(self) -> None:
+        """In a forked child: another thread of the parent may have held the lock, and its pool has no threads here."""
+        self._lock = threading.Lock()
+        self._parents.append(self._pool)  # kept, as the end of a pool waits for its threads
+        self._pool = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def enqueue(
+        self,
+        task: Task,
+        *,
+        conn: drivers.SyncConnection | None = None,
+        **options: Unpack[EnqueueOptions],
+    ) -> Ref:
+        """As App.enqueue. conn: a psycopg.Connection, SQLAlchemy's Session or Connection, or django.db.connection."""
+        checked_options = Options.check(**options)
+        type, payload = checked(self._registry, task)
+        query, args = statement(type, payload, checked_options.of(task), checked_options.unique.of(task))
+        with Explained(type):
+            [row] = self._fetch(conn, query, args)
+        return ref(self._app, *row)
+
+    @overload
+    def enqueue_many(
+        self,
+        tasks: Iterable[Task],
+        *,
+        then: None = None,
+        conn: drivers.SyncConnection | None = None,
+        **options: Unpack[EnqueueOptions],
+    ) -> Ids: ...
+    @overload
+    def enqueue_many(
+        self,
+        tasks: Iterable[Task],
+        *,
+        then: Task,
+        conn: drivers.SyncConnection | None = None,
+        **options: Unpack[EnqueueOptions],
+    ) -> tuple[list[int], Ref]: ...
+    def enqueue_many(
+        self,
+        tasks: Iterable[Task],
+        *,
+        then: Task | None = None,
+        conn: drivers.SyncConnection | None = None,
+        **options: Unpack[EnqueueOptions],
+    ) -> Ids | tuple[list[int], Ref]:
+        """As App.enqueue_many: all or none. Returns the ids in order; with `then`, and its Ref. On `conn` it is one
+        statement, which may have 200,000,000 characters of payloads."""
+        checked_options = Options.check(**options, followed=then is not None)
+        if then is not None:
+            query, args = grouped(self._registry, tasks, then, checked_options)
+            with Explained("(one of a group)"):
+                ids, last = ids_of_group(self._fetch(conn, query, args))
+            return ids, ref(self._app, *last)
+        bulk = Bulk(partial(checked, self._registry), checked_options)
+        rest = iter(tasks)
+        first = bulk.rows(rest)
+        if conn is not None:
+            while bulk.has_more():
+                first += bulk.rows(rest)
+                check_one_statement(bulk.size)
+        if not bulk.has_more():
+            for query, args in bulk.statements(first, whole=True):
+                with explained_many(args[0]):
+                    bulk.took(self._fetch(conn, query, args))
+            return bulk.ids()
+        with self._opened().connection() as own, own.transaction():
+            while first or bulk.has_more():
+                if first:
+                    self._send(own, bulk, insert(first, checked_options))
+                first = bulk.rows(rest)
+            for each in bulk.statements([]):
+                self._send(own, bulk, each)
+        return bulk.ids()
+
+    def _send(self, own: Bounded, bulk: Bulk, statement: Statement) -> None:
+        query, args = statement
+        with explained_many(args[0]):
+            bulk.took(own.run(query, args))
+
+    def _fetch(self, conn: drivers.SyncConnection | None, query: str, args: Sequence[Any]) -> Sequence[Any]:
+        if conn is not None:
+            return drivers.fetch(conn, query, args)
+        with self._opened().connection() as own:
+            return own.run(query, args)
+
+    def _opened(self) -> Pool:
+        """This process's pool: threads and sockets don't outlive a fork, and servers fork what they have loaded."""
+        from .sync_pool import Pool
+
+        with self._lock:
+            if self._where is None:
+                raise ConfigError("not connected: call connect() first, or pass conn=")
+            if self._pool is None or self._pool[0] != os.getpid():
+                self._pool = os.getpid(), Pool(*self._where)
+            return self._pool[1]

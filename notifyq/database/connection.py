@@ -1,0 +1,519 @@
+"""Connections and statements: the only module that speaks SQL, beside schema.py. The statements are in sql/*.sql.
+
+A statement is text, run with parameters; asyncpg keeps it prepared. Nothing is ever glued into one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections import Counter
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import datetime
+from operator import attrgetter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias, TypeVar, cast
+
+import asyncpg
+import asyncpg.exceptions
+
+from .. import forked
+from ..config import redact, resolve_dsn
+from ..errors import ConfigError, DatabaseError
+from .dsn import Attempt, attempts, where_of
+
+if TYPE_CHECKING:
+    from asyncpg.pool import PoolConnectionProxy
+
+    Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record] | PoolConnectionProxy[asyncpg.Record]"
+else:
+    Connection = Any
+
+_Error = TypeVar("_Error", bound=BaseException)
+
+SQL: Final[Mapping[str, str]] = {
+    path.stem: path.read_text(encoding="utf-8") for path in (Path(__file__).parent / "sql").glob("*/*.sql")
+}
+
+# What a hiccup of the database, or of the way to it, looks like: the write is tried again, nothing else is.
+# InterfaceError is what asyncpg raises on a connection that is gone, DatabaseError what `connect` makes of it all.
+TRANSIENT: Final = (
+    asyncpg.PostgresError,
+    asyncpg.InterfaceError,
+    OSError,
+    TimeoutError,
+    asyncpg.InternalClientError,
+    DatabaseError,
+)
+
+# SQLSTATE classes of errors that tell nothing about the rows of a statement: connection, authorisation, read-only
+# server, deadlock, resources, locks, shutdown, system, and plans and statements that a session has lost.
+PASSING: Final = frozenset({"08", "0A", "25", "26", "28", "34", "40", "53", "55", "57", "58", "F0"})
+
+# What one odd row can make of a claim, however often it is tried again.
+UNREADABLE: Final = (
+    asyncpg.ProgramLimitExceededError,
+    asyncpg.OutOfMemoryError,
+    asyncpg.InternalServerError,
+    asyncpg.DataError,
+)
+
+# How much one statement carries. A claim's answer has some CLAIM_BYTES of payloads, each of INLINE_MOST bytes at most,
+# or of INLINE_LEAST where it may be thousands. Statements that carry large values carry STATEMENT_BYTES, or one value
+# if it is larger.
+CLAIM_BYTES = 4 * 1024 * 1024
+INLINE_LEAST, INLINE_MOST = 2 * 1024, 16 * 1024
+STATEMENT_BYTES = 4 * 1024 * 1024
+SLOWEST = 512 * 1024  # bytes a second: a statement that carries many bytes is given the time they take at this rate
+
+COMMAND_TIMEOUT_SECONDS = 30.0  # and asyncpg bounds with it how long it waits for a cancelled statement
+# A worker's statements take milliseconds, or 5 s where they wait for the turn. One that isn't answered for longer went
+# where bytes vanish though some kernel on the way acknowledges them: no keepalive tells.
+WORKER_TIMEOUT_SECONDS = 8.0
+HOST_SECONDS = 3.0  # for each of several hosts to answer in, but the last
+PROOF_SECONDS = 3.0  # for a statement that is sent to see whether somebody is there
+
+# A backend whose worker is gone must go soon too, with its locks.
+GONE_SETTINGS: Final[Mapping[str, str]] = {
+    "tcp_keepalives_idle": "5",
+    "tcp_keepalives_interval": "2",
+    "tcp_keepalives_count": "3",
+}
+
+# A queue's statistics are always of another moment, so its statements don't ask the planner: the index that each
+# names in its comment is the way, and the plan is made once.
+WORKER_SETTINGS: Final[Mapping[str, str]] = {
+    "plan_cache_mode": "force_generic_plan",
+    "enable_seqscan": "off",
+    "enable_hashjoin": "off",
+    "enable_mergejoin": "off",
+    "jit": "off",
+    **GONE_SETTINGS,
+    # The sleeper keeps a transaction open, without a snapshot; limits meant for people's sessions would end it.
+    "idle_in_transaction_session_timeout": "0",
+    "statement_timeout": "0",
+    "lock_timeout": "0",
+    # Whatever is the default there: in a stricter transaction a sleeper would hold a snapshot, and with it vacuum.
+    "default_transaction_isolation": "read committed",
+    "search_path": "pg_catalog",
+}
+
+
+def is_refusal(error: BaseException) -> bool:
+    """Whether PostgreSQL may have refused a statement for what is in its rows: a value that it can't store, a
+    constraint, a trigger that somebody added. Then trying again won't help, and writing the other rows will."""
+    return (
+        isinstance(error, asyncpg.PostgresError)
+        and isinstance(error.sqlstate, str)
+        and (error.sqlstate[:2] not in PASSING or isinstance(error, asyncpg.OutOfMemoryError))
+        and not isinstance(error, asyncpg.PostgresConnectionError)
+    )
+
+
+def is_answer(error: BaseException) -> bool:
+    """Whether the database is there, and refuses: for a row, or for what has been made of a whole table."""
+    return is_refusal(error) or type(error) is asyncpg.ObjectNotInPrerequisiteStateError
+
+
+def seconds_for(size: int) -> float:
+    """The timeout of a worker's statement that carries `size` bytes, one way or the other."""
+    return WORKER_TIMEOUT_SECONDS + size / SLOWEST
+
+
+async def connect(
+    dsn: str | None = None,
+    *,
+    role: str = "client",
+    timeout: float = 10.0,
+    command_timeout: float = COMMAND_TIMEOUT_SECONDS,
+    settings: Mapping[str, str] | None = None,
+) -> asyncpg.Connection[asyncpg.Record]:
+    """A connection to `dsn`, or to where the environment says. jsonb is bytes on it, both ways.
+
+    Raises ConfigError for a DSN that can't be one, DatabaseError for a server that can't be reached or refuses.
+    """
+    url, source = resolve_dsn(dsn)
+    with explained(url, source):
+        conn = await open(url, role, settings or {}, timeout=timeout, command_timeout=command_timeout)
+    try:
+        keep_alive(conn)
+        await set_codecs(conn)
+    except BaseException:
+        conn.terminate()
+        raise
+    return conn
+
+
+class Pooled(asyncpg.Connection):
+    """Through a pooler in transaction mode: each transaction may be another backend's. What outlives one is in vain
+    there or in somebody else's way: LISTEN, locks and settings of a session, statements that stay prepared."""
+
+
+def is_pooled(conn: Connection) -> bool:
+    """Not isinstance, which asyncpg answers with yes for every connection."""
+    return type(conn) is Pooled
+
+
+async def dial(url: str | None, *, timeout: float = 10.0, **options: Any) -> asyncpg.Connection[asyncpg.Record]:
+    """asyncpg.connect, host after host, to where the DSN leads (dsn.py). Its own timeout is for all hosts together: one
+    that has vanished without a word would be the only one that is ever tried."""
+    *others, last = attempts(url)
+    for attempt in others:
+        try:
+            return await _connect(attempt, min(timeout, HOST_SECONDS), options)
+        except (
+            OSError,
+            TimeoutError,
+            asyncpg.CannotConnectNowError,
+            asyncpg.exceptions.TargetServerAttributeNotMatched,
+        ):
+            pass
+    return await _connect(last, timeout, options)
+
+
+async def dial_for_pool(url: str | None, *, loop: object, **options: Any) -> asyncpg.Connection[asyncpg.Record]:
+    """`dial`, for asyncpg.create_pool(url, connect=...)."""
+    return await dial(url, **options)
+
+
+async def _connect(attempt: Attempt, timeout: float, options: Mapping[str, Any]) -> asyncpg.Connection[asyncpg.Record]:
+    settings = {**({"options": attempt.options} if attempt.options else {}), **options.get("server_settings", {})}
+    given: dict[str, Any] = {**options, **attempt.arguments, "server_settings": settings}
+    given["timeout"] = attempt.timeout or timeout
+    return await asyncpg.connect(**given)
+
+
+async def open(
+    url: str | None, role: str, settings: Mapping[str, str], *, timeout: float, command_timeout: float
+) -> asyncpg.Connection[asyncpg.Record]:
+    """A bare connection, Pooled where it is one. Its backend's process id tells: a pooler makes up one of its own."""
+    name = {"application_name": f"notifyq {role}"}
+    try:
+        conn = await dial(
+            url,
+            timeout=timeout,
+            command_timeout=command_timeout,
+            max_cached_statement_lifetime=0,
+            server_settings={**name, **settings},
+        )
+    except asyncpg.ProtocolViolationError:
+        pass  # pgbouncer, of settings that it doesn't know
+    else:
+        try:
+            async with conn.transaction():
+                backend = await (await conn.prepare("SELECT pg_backend_pid()", name="")).fetchval()
+            if backend == conn.get_server_pid():
+                return conn
+        except BaseException:
+            conn.terminate()
+            raise
+        await conn.close(timeout=timeout)
+    return await dial(
+        url,
+        timeout=timeout,
+        command_timeout=command_timeout,
+        statement_cache_size=0,
+        server_settings=name,
+        connection_class=Pooled,
+    )
+
+
+@contextmanager
+def explained(url: str | None, source: str) -> Generator[None, None, None]:
+    """What goes wrong while connecting, as ConfigError or DatabaseError, with the cure and without the password."""
+    try:
+        yield
+    except asyncpg.exceptions.TargetServerAttributeNotMatched as error:
+        raise DatabaseError(f"no server of {source} will do: {redact(str(error))}") from None
+    except (asyncpg.PostgresError, OSError, TimeoutError) as error:
+        raise DatabaseError(_unreachable(url, source, error)) from bare(error)
+    except (asyncpg.ClientConfigurationError, asyncpg.UnsupportedClientFeatureError, ValueError) as error:
+        raise ConfigError(f"{source} can't be used: {redact(str(error))}") from None
+    except (asyncpg.InternalClientError, asyncpg.InterfaceError) as error:
+        raise DatabaseError(_unreachable(url, source, error)) from bare(error)
+
+
+def bare(error: _Error) -> _Error:
+    """Without its traceback and what came before: seventy lines of a driver's, under which nobody finds the message."""
+    error.__cause__ = error.__context__ = None
+    return error.with_traceback(None)
+
+
+async def connect_worker(
+    dsn: str | None, role: str, *, worker: int | None = None, relaxed: bool = False, lock_seconds: float = 0.0
+) -> asyncpg.Connection[asyncpg.Record]:
+    """`connect`, with the settings of a worker. While the connection lasts, it proves that `worker` lives.
+
+    relaxed: its commits don't wait for the disk. That is for claims alone: if the server crashes, one that is lost is
+    a task still ready. lock_seconds: how long its statements wait for a lock; 0: as long as for anything.
+    """
+    settings = {**WORKER_SETTINGS, "lock_timeout": f"{lock_seconds * 1000:.0f}"}
+    if relaxed:
+        settings["synchronous_commit"] = "off"
+    conn = await connect(dsn, role=role, command_timeout=WORKER_TIMEOUT_SECONDS, settings=settings)
+    if is_pooled(conn):
+        return conn
+    try:
+        await conn.execute(
+            # Not every version has them, and at the start of a session an unknown name is fatal.
+            "SELECT set_config(name, value, false) FROM (VALUES ('client_connection_check_interval', '1s'),"
+            " ('transaction_timeout', '0'), ('idle_session_timeout', '0')) AS s (name, value)"
+            " WHERE name IN (SELECT name FROM pg_catalog.pg_settings)"
+        )
+    except asyncpg.PostgresError:
+        pass  # some systems refuse client_connection_check_interval; then keepalives do it, later
+    except BaseException:
+        conn.terminate()
+        raise
+    if worker is not None:
+        try:
+            await prove_alive(conn, worker)
+        except BaseException:
+            conn.terminate()
+            raise
+    return conn
+
+
+async def prove_alive(conn: Connection, worker: int) -> bool:
+    """Take, shared, the advisory lock of `worker`, which keeps rescuers away as long as one session of it is left.
+
+    False if the lock is with somebody: with a rescuer, who has found that no session was left, or with a stranger.
+    """
+    return bool(await conn.fetchval("SELECT pg_try_advisory_lock_shared(1852990827, $1::integer)", worker))
+
+
+async def set_codecs(conn: Connection) -> None:
+    """jsonb as bytes of JSON. Its binary form is that text after one version byte; no str in between.
+
+    A database with the encoding SQL_ASCII holds any bytes, and refuses to send what isn't UTF-8 to a client that
+    expects UTF-8: one odd name would fail each claim that meets it. To a client that expects LATIN1, in which every
+    byte is valid, it sends all as it is. What isn't UTF-8 then reads as U+FFFD. (Statements, which are sent in LATIN1
+    too, are plain ASCII.)
+    """
+    if conn.get_settings().server_encoding == "SQL_ASCII":
+        await conn.execute("SET client_encoding = 'LATIN1'")
+        for name in ("text", "varchar"):
+            await conn.set_type_codec(
+                name, schema="pg_catalog", encoder=_text_encode, decoder=_text_decode, format="binary"
+            )
+    await conn.set_type_codec(
+        "jsonb", schema="pg_catalog", encoder=_jsonb_encode, decoder=_jsonb_decode, format="binary"
+    )
+
+
+def _text_encode(text: str) -> bytes:
+    return text.encode()
+
+
+def _text_decode(binary: bytes) -> str:
+    return binary.decode(errors="replace")  # in JSON too, where a backslash would be wrong
+
+
+def _jsonb_encode(text: bytes) -> bytes:
+    return b"\x01" + text
+
+
+def _jsonb_decode(binary: bytes) -> bytes:
+    return binary[1:]
+
+
+def keep_alive(conn: asyncpg.Connection[asyncpg.Record]) -> None:
+    """A peer that vanished is noticed within 15 s. asyncpg sets only TCP_NODELAY (its issue 519).
+
+    And the server notices that this process is gone, even if a child that it has forked lives on.
+    """
+    transport = cast("asyncio.Transport | None", getattr(conn, "_transport", None))
+    sock = transport.get_extra_info("socket") if transport is not None else None
+    if sock is not None:
+        forked.keep_from_children(sock.fileno())
+    if sock is None or sock.family not in (socket.AF_INET, socket.AF_INET6):
+        return
+    for level, name, value in (
+        (socket.SOL_SOCKET, "SO_KEEPALIVE", 1),
+        (socket.IPPROTO_TCP, "TCP_KEEPIDLE", 5),
+        (socket.IPPROTO_TCP, "TCP_KEEPINTVL", 2),
+        (socket.IPPROTO_TCP, "TCP_KEEPCNT", 3),
+        # For unacknowledged data, which keepalive doesn't cover.
+        (socket.IPPROTO_TCP, "TCP_USER_TIMEOUT", 12_000),
+    ):
+        if hasattr(socket, name):
+            sock.setsockopt(level, getattr(socket, name), value)
+
+
+def _unreachable(url: str | None, source: str, error: BaseException) -> str:
+    what = redact(str(error)) or type(error).__name__
+    where = f"{source}: {redact(url)}" if url else f"nothing names one; {source} and libpq's defaults: {where_of(url)}"
+    if isinstance(error, asyncpg.InvalidCatalogNameError):
+        cure = "create it with createdb, or name another"
+    elif isinstance(error, asyncpg.InvalidAuthorizationSpecificationError):
+        cure = "check the user and the password"
+    elif isinstance(error, asyncpg.TooManyConnectionsError):
+        cure = "the server is there, and its connections are used up; close some, or raise the limit that it names"
+    elif isinstance(error, asyncpg.CannotConnectNowError):
+        cure = "the server is there, and takes no connections now; try again soon"
+    elif isinstance(error, asyncpg.PostgresError):
+        cure = "the server is there, and refuses this connection"
+    elif url is None:
+        cure = "name a server with --dsn, NOTIFYQ_DSN or DATABASE_URL (to try one: notifyq dev)"
+    elif "SSL" in what or (isinstance(error, FileNotFoundError) and "sslrootcert" in where):
+        # ssl.SSLError, or asyncpg's ConnectionError where the server has none.
+        cure = "check sslmode and sslrootcert"
+    elif isinstance(error, TimeoutError):
+        what, cure = "no answer", "check the address, and what lies between"
+    else:
+        cure = "is the server running there?"
+    return f"can't connect to the database ({where}): {what}; {cure}"
+
+
+def notified_id(payload: object) -> int | None:
+    """The id that a notification tells of; None for anything else, since any role can send what it likes."""
+    text = str(payload)
+    return int(text) if len(text) <= 19 and text.isascii() and text.isdigit() else None
+
+
+async def server_version(conn: Connection) -> str:
+    """Such as "18.6"."""
+    return str(await conn.fetchval("SHOW server_version")).split()[0]
+
+
+class Onward(NamedTuple):
+    """Where a claim begins to read, as claim_onward.sql wants it, beside each other; the highest priority first."""
+
+    queues: list[str]
+    priorities: list[int]
+    ids: list[int]
+
+
+class Job:
+    """A claimed row: one attempt of one task. (id, worker, attempt) is its lease."""
+
+    __slots__ = (
+        "attempt",
+        "created_at",
+        "excused",
+        "id",
+        "judged",
+        "max_attempts",
+        "payload",
+        "priority",
+        "queue",
+        "size",
+        "type",
+        "worker",
+    )
+
+    def __init__(self, worker: int, row: asyncpg.Record) -> None:
+        self.worker = worker
+        id, attempt, type, queue, priority, max_attempts, created_at, payload, judged, excused = row
+        self.id: int = id
+        self.attempt: int = attempt
+        self.type: str = type
+        self.queue: str = queue
+        self.priority: int = priority
+        self.max_attempts: int | None = max_attempts
+        self.created_at: datetime = created_at
+        # Whether it is to be admitted before it runs. None: a trigger undid the claim, see claim.sql.
+        self.judged: bool | None = judged
+        self.excused: int = excused or 0  # attempts that don't count, as another task may have killed their worker
+        self.payload: bytes | None = payload  # None: large, its runner fetches it (large_payloads.py)
+        self.size = 0  # bytes of the payload, if it was large
+
+
+class Threads(NamedTuple):
+    """What a claim counts of plain handlers' tasks, as claim_fitting.sql wants it: their types beside each other."""
+
+    types: list[str]
+    shares: list[int]  # how many tasks of the type share a thread
+    held: list[int]  # how many of them are held
+    spare: int  # how many threads are free
+
+    def opened(self, jobs: Iterable[Job]) -> int:
+        """How many of these threads `jobs` take."""
+        counts = Counter(job.type for job in jobs)
+        each = zip(self.types, self.shares, self.held, strict=True)
+        return sum(-(-(held + counts[type]) // share) + -held // share for type, share, held in each)
+
+
+async def claim(
+    conn: Connection,
+    worker: int,
+    rooms: Mapping[str, int],
+    limit: int,
+    *,
+    onward: Onward | None = None,
+    aside: Sequence[str] | None = None,
+    threads: Threads | None = None,
+    blind: bool = False,
+) -> list[Job]:
+    """Up to `limit` ready tasks, from each queue at most its room, in the order to run them.
+
+    With `onward`, only from those marks; with `aside`, of these types those that somebody set aside; with `threads`,
+    without the tasks that don't fit into these. `blind`: without any payload.
+    """
+    inline = 0 if blind else _inline(limit)
+    try:
+        jobs = await _claim(conn, worker, rooms, limit, onward, aside, threads, inline)
+    except UNREADABLE:
+        # A payload that was stored, and can't be sent: 1400 times 1e131071 is 16 kB, and 180 MB as text.
+        jobs = await _claim(conn, worker, rooms, limit, onward, aside, threads, 0)
+    put_in_order(jobs)
+    return jobs
+
+
+def _inline(limit: int) -> int:
+    """How many bytes a payload may have that comes with a claim of up to so many tasks."""
+    return max(INLINE_LEAST, min(INLINE_MOST, CLAIM_BYTES // max(limit, 1)))
+
+
+async def claim_suspects(
+    conn: Connection, worker: int, keys: list[str], types: Sequence[str], crashes: int, limit: int
+) -> list[Job]:
+    """Up to `limit` of the tasks whose workers have vanished so often: see suspects.sql."""
+    args = (worker, keys, types, crashes, limit)
+    try:
+        rows = await conn.fetch(SQL["claim_suspects"], *args, _inline(limit))
+    except UNREADABLE:
+        rows = await conn.fetch(SQL["claim_suspects"], *args, 0)
+    jobs = [Job(worker, row) for row in rows]
+    put_in_order(jobs)
+    return jobs
+
+
+async def claim_these(conn: Connection, worker: int, ids: list[int], limit: int, *, blind: bool = False) -> list[Job]:
+    """Those of these tasks that can still be claimed, in no order; `limit` bounds their payloads, as in `claim`."""
+    try:
+        rows = await conn.fetch(SQL["claim_these"], worker, ids, 0 if blind else _inline(limit))
+    except UNREADABLE:
+        rows = await conn.fetch(SQL["claim_these"], worker, ids, 0)
+    return [Job(worker, row) for row in rows]
+
+
+async def _claim(
+    conn: Connection,
+    worker: int,
+    rooms: Mapping[str, int],
+    limit: int,
+    onward: Onward | None,
+    aside: Sequence[str] | None,
+    threads: Threads | None,
+    inline: int,
+) -> list[Job]:
+    args = (worker, list(rooms), list(rooms.values()), limit)
+    if aside is not None:
+        rows = await conn.fetch(SQL["adopt"], *args, aside, inline)
+    elif threads is not None and onward is not None:
+        rows = await conn.fetch(SQL["claim_onward_fitting"], *args, *onward, inline, *threads)
+    elif threads is not None:
+        rows = await conn.fetch(SQL["claim_fitting"], *args, inline, *threads)
+    elif onward is not None:
+        rows = await conn.fetch(SQL["claim_onward"], *args, *onward, inline)
+    else:
+        rows = await conn.fetch(SQL["claim"], *args, inline)
+    return [Job(worker, row) for row in rows]
+
+
+def put_in_order(jobs: list[Job]) -> None:
+    """The order to run them in, which RETURNING doesn't keep: by priority, and equals by id."""
+    jobs.sort(key=attrgetter("id"))
+    jobs.sort(key=attrgetter("priority"), reverse=True)  # equals stay as they are

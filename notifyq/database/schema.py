@@ -1,0 +1,168 @@
+"""The `notifyq` schema: which one this code needs, what a database has, and how it gets there.
+
+A row of schema_version says too which is the oldest code that its schema still serves: mostly that of the version
+before, so that an upgrade can come first, and the workers after it, one by one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import asyncpg
+
+from ..errors import DatabaseError, SchemaError
+from . import upgrade
+from .connection import is_pooled, is_refusal
+
+if TYPE_CHECKING:
+    from .connection import Connection
+
+SCHEMA_VERSION = 2
+STRANGER = "this database has a schema notifyq that notifyq didn't make; rename or drop that one"
+VERSION_ROW = "INSERT INTO notifyq.schema_version (version, serves) VALUES (2, 1)"  # schema.sql's
+
+
+def schema_sql() -> str:
+    """The text of schema.sql: in the package in a wheel, at the top of the project in a checkout."""
+    package = Path(__file__).parents[1]
+    checkout, wheel = package.parent / "schema.sql", package / "schema.sql"
+    # The checkout comes first: an editable install may have left an older copy in site-packages.
+    is_checkout = checkout.exists() and (package.parent / "pyproject.toml").exists()
+    return (checkout if is_checkout else wheel).read_text(encoding="utf-8")
+
+
+async def installed_version(conn: Connection) -> int | None:
+    """The schema's version in this database, None if it isn't there. Raises SchemaError for a stranger's schema."""
+    found = await conn.fetchrow("SELECT to_regnamespace('notifyq') IS NULL AS missing, current_user::text AS role")
+    assert found is not None
+    if found["missing"]:
+        return None
+    try:
+        version: object = await conn.fetchval("SELECT max(version) FROM notifyq.schema_version")
+    except (asyncpg.UndefinedTableError, asyncpg.UndefinedColumnError, asyncpg.UndefinedFunctionError):
+        raise SchemaError(STRANGER) from None
+    except asyncpg.InsufficientPrivilegeError as error:
+        raise DatabaseError(
+            f"user {found['role']} may not use the schema notifyq; schema.sql ends with the GRANTs"
+        ) from error
+    if not isinstance(version, int):
+        await _explain_no_version(conn)
+        raise SchemaError(STRANGER)
+    return version
+
+
+async def _explain_no_version(conn: Connection) -> None:
+    """A row that isn't seen may be there all the same, and what belongs to it in any case. Raises for those two."""
+    found = await conn.fetchrow(
+        """SELECT to_regclass('notifyq.task') IS NOT NULL AND to_regclass('notifyq.bell') IS NOT NULL AS ours,
+                  row_security_active(to_regclass('notifyq.schema_version')) AS hidden, current_user::text AS role"""
+    )
+    assert found is not None
+    if found["hidden"]:
+        raise DatabaseError(
+            f"row level security hides the rows of notifyq.schema_version from user {found['role']}; switch it off for "
+            "the tables of notifyq (ALTER TABLE ... DISABLE ROW LEVEL SECURITY), or make policies that show this user "
+            "all rows"
+        )
+    if found["ours"]:
+        raise SchemaError(
+            "the table notifyq.schema_version is empty: its row was deleted, or the tables were copied without rows. "
+            f"If the schema is this notifyq's, {VERSION_ROW}"
+        )
+
+
+async def check(conn: Connection) -> int:
+    """The version, if this code can work with it. Raises SchemaError with the cure if not."""
+    version = await installed_version(conn)
+    if version is None:
+        database = await conn.fetchval("SELECT current_database()")
+        raise SchemaError(f"database {database!r} has no schema notifyq; install it: notifyq migrate")
+    if version < SCHEMA_VERSION:
+        raise SchemaError(f"the schema is version {version}, this notifyq needs {SCHEMA_VERSION}; run: notifyq migrate")
+    await _refuse_newer(conn, version)
+    return version
+
+
+async def migrate(conn: Connection, say: Callable[[str], None] = lambda line: None) -> tuple[int | None, int]:
+    """Install or upgrade: (version before, version after). Two at once take turns.
+
+    say  gets a line for what has to be waited for
+
+    Raises SchemaError for a schema that is too new, DatabaseError where this user may not create one.
+    """
+    try:
+        before = await _install(conn)
+        if before is not None and before < SCHEMA_VERSION:
+            async with _turn(conn, say):
+                before = await installed_version(conn) or before  # another may have been at it meanwhile
+                if before < SCHEMA_VERSION:
+                    await upgrade.run(conn, before, schema_sql(), say)
+    except asyncpg.InsufficientPrivilegeError as error:
+        raise DatabaseError(
+            f"this user may not create the schema, or change it ({error}); run it as the database's owner"
+        ) from error
+    except asyncpg.ReadOnlySQLTransactionError as error:
+        raise DatabaseError("this server is read-only (a standby?); migrate the primary") from error
+    return before, max(before or 0, SCHEMA_VERSION)
+
+
+async def _install(conn: Connection) -> int | None:
+    """Install it, in one transaction, where there is none. Returns the version that was there."""
+    # Read committed, whatever the default is here: who waits for the lock must see what was installed meanwhile.
+    async with conn.transaction(isolation="read_committed"):
+        await conn.execute("SET LOCAL search_path = pg_catalog")  # schema.sql's names mean the usual things
+        await conn.execute("SELECT pg_advisory_xact_lock(1852990817, 0)")
+        before = await installed_version(conn)
+        if before is None:
+            await conn.execute(schema_sql())
+        else:
+            await _refuse_newer(conn, before)
+    return before
+
+
+@asynccontextmanager
+async def _turn(conn: Connection, say: Callable[[str], None]) -> AsyncGenerator[None, None]:
+    """An upgrade has many transactions, so its lock is the session's. It is asked for again and again: who waits for it
+    in the database would hold a snapshot, for which the other's CREATE INDEX CONCURRENTLY would wait."""
+    if is_pooled(conn):
+        raise DatabaseError(
+            "this is a pooler in transaction mode, and an upgrade needs a session; name the server itself"
+        )
+    told = False
+    while not await conn.fetchval("SELECT pg_catalog.pg_try_advisory_lock(1852990817, 1)"):
+        if not told:
+            told = True
+            say("another `notifyq migrate` is at work; waiting for it")
+        await asyncio.sleep(0.2)
+    try:
+        yield
+    finally:
+        if not conn.is_closed():
+            await conn.execute("SELECT pg_catalog.pg_advisory_unlock(1852990817, 1)")
+
+
+def gone(error: BaseException) -> SchemaError | None:
+    """If that is what `error` of a worker's statement means: the schema was there, and is no more."""
+    # A trigger that somebody added may miss a table of its own: that is another one's name.
+    if isinstance(error, asyncpg.UndefinedTableError | asyncpg.InvalidSchemaNameError) and "notifyq" in str(error):
+        return SchemaError("the schema notifyq has gone from under this worker; run: notifyq migrate")
+    return None
+
+
+def refuses(error: BaseException) -> bool:
+    """Whether PostgreSQL may have refused rows of a worker's statement. The schema is there: others may go through."""
+    return is_refusal(error) and gone(error) is None
+
+
+async def _refuse_newer(conn: Connection, version: int) -> None:
+    if version <= SCHEMA_VERSION:
+        return
+    serves: object = await conn.fetchval("SELECT serves FROM notifyq.schema_version WHERE version = $1", version)
+    if not isinstance(serves, int) or serves > SCHEMA_VERSION:
+        raise SchemaError(
+            f"the schema is version {version}, newer than this notifyq, which knows {SCHEMA_VERSION}; upgrade notifyq"
+        )

@@ -1,0 +1,10 @@
+"""The worker wing: it claims tasks, runs their handlers and settles them. It imports nothing of the client wing.
+
+worker.py is the pipe; it starts and stops the others, in order:
+
+    claim, doorbell, cursors, capacity, admission, left_out    what to take, and when
+    runners, batch, large_payloads, transaction, predecessors  one task, or many, while it runs
+    outcome, backoff, settle                                   how a task ended, written down
+    heartbeat                                                  alive; rescue, prune, crons
+    signals                                                    SIGTERM and its kin
+"""

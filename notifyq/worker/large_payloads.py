@@ -1,0 +1,190 @@
+"""Payloads that a claim left out since they are large: each is fetched when a runner gets to its task.
+
+So a claim's answer is small, whatever was enqueued, and what a worker holds of large payloads is bounded:
+
+    one answer         STATEMENT_BYTES, or one payload if it is larger. The sizes are asked for first, so the time that
+                       an answer is given grows with its bytes
+    all that run       HELD_BYTES, or one payload. The next ones wait, in the order in which they were claimed, until a
+                       handler ends
+
+The leases are held meanwhile, as of any task that runs here. A statement that times out is tried again for half as
+many tasks, down to one. One whose payload can't be had alone, in TRIES tries with twice the time each, ends dead, with
+the reason. A connection that fails is made anew, as often as it takes: that is no task's fault.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from itertools import islice
+from typing import TypeAlias
+
+from ..codec import PAYLOAD_LIMIT
+from ..database.connection import (
+    SQL,
+    STATEMENT_BYTES,
+    TRANSIENT,
+    UNREADABLE,
+    Connection,
+    Job,
+    connect_worker,
+    seconds_for,
+)
+
+HELD_BYTES = 256 * 1024 * 1024
+MOST = 100  # tasks in a statement
+TRIES = 3
+IDLE_SECONDS = 60.0  # a connection that is kept for the next large payload
+
+Answer: TypeAlias = bytes | str | None  # the payload; a str: why there is none; None: the lease is lost
+
+
+class LargePayloads:
+    """A worker's. `read` them, and tell `drop` of each task that has ended."""
+
+    def __init__(
+        self,
+        dsn: str | None,
+        back_off: Callable[[str, BaseException], Awaitable[None]],
+        well: Callable[[str], None],
+    ) -> None:
+        self._dsn = dsn
+        self._back_off = back_off
+        self._well = well
+        self._asked: dict[Job, asyncio.Future[Answer]] = {}  # in the order in which runners came
+        self.held: dict[Job, int] = {}  # bytes of what was handed out
+        self._tries: dict[Job, int] = {}  # of those that failed alone
+        self._most = MOST
+        self._wake = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+        self._conn: Connection | None = None
+
+    async def read(self, job: Job) -> Answer:
+        """The payload of a job that was claimed without it. Raises nothing but a cancellation."""
+        future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+        self._asked[job] = future
+        self._wake.set()
+        if self._task is None or self._task.done():
+            self._task = asyncio.get_running_loop().create_task(self._run(), name="notifyq large payloads")
+        try:
+            return await future
+        finally:
+            self.give_up(job)
+
+    def give_up(self, job: Job) -> bool:
+        """Nobody waits for it any more. False if nobody did."""
+        self._tries.pop(job, None)
+        return self._asked.pop(job, None) is not None
+
+    def waits(self, job: Job) -> bool:
+        """Whether its runner waits for the payload."""
+        return job in self._asked
+
+    def drop(self, job: Job) -> None:
+        """The attempt has ended."""
+        if self.held.pop(job, None) is not None:
+            self._wake.set()
+
+    def close(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+        self._disconnect()
+
+    def _disconnect(self) -> None:
+        if self._conn is not None:
+            self._conn.terminate()
+            self._conn = None
+
+    async def _run(self) -> None:
+        """Until nobody has asked for a while."""
+        try:
+            while True:
+                self._wake.clear()
+                room = HELD_BYTES - sum(self.held.values())
+                if not self._asked:
+                    try:
+                        async with asyncio.timeout(IDLE_SECONDS):
+                            await self._wake.wait()
+                    except TimeoutError:
+                        if not self._asked:  # else somebody has asked at this moment
+                            return
+                elif room <= 0:
+                    await self._wake.wait()
+                else:
+                    await self._answer(min(room, STATEMENT_BYTES))
+        except Exception as error:  # a bug: the runners fail of it, and with them the worker, visibly
+            for future in self._asked.values():
+                if not future.done():
+                    future.set_exception(error)
+        finally:
+            self._disconnect()
+
+    async def _answer(self, most: int) -> None:
+        """Fetch for the first of those who wait, up to `most` bytes."""
+        worker = next(iter(self._asked)).worker
+        jobs = list(islice((job for job in self._asked if job.worker == worker), self._most))
+        tries = self._tries.get(jobs[0], 0) if len(jobs) == 1 else 0
+        sizes: dict[int, int | None] = {}
+        seconds = 0.0
+        try:
+            if self._conn is None:
+                self._conn = await connect_worker(self._dsn, "payloads")
+        except TRANSIENT as error:
+            await self._back_off("payloads", error)
+            return
+        try:
+            seconds = seconds_for(0) * 2**tries
+            rows = await self._conn.fetch(SQL["payload_sizes"], worker, *_keys(jobs), most, timeout=seconds)
+            sizes = {row[0]: row[1] for row in rows}
+            good = [job for job in jobs if (sizes.get(job.id) or PAYLOAD_LIMIT + 1) <= PAYLOAD_LIMIT]
+            seconds = seconds_for(sum(sizes[job.id] or 0 for job in good)) * 2**tries
+            rows = await self._conn.fetch(SQL["payloads"], worker, *_keys(good), timeout=seconds) if good else []
+        except (TimeoutError, *UNREADABLE) as error:
+            self._disconnect()
+            self._failed(jobs, sizes, seconds, error)
+            return
+        except TRANSIENT as error:
+            self._disconnect()
+            await self._back_off("payloads", error)
+            return
+        self._well("payloads")
+        self._most = min(MOST, self._most * 2)
+        payloads: dict[int, bytes] = {row[0]: row[1] for row in rows}
+        for job in jobs:
+            if job.id not in sizes:
+                continue  # in another answer
+            size = sizes[job.id]
+            job.size = size or 0
+            if size is not None and size > PAYLOAD_LIMIT:
+                self._tell(job, f"its payload is larger than {PAYLOAD_LIMIT:,} bytes")
+            else:
+                self._tell(job, payloads.get(job.id))
+
+    def _failed(self, jobs: list[Job], sizes: dict[int, int | None], seconds: float, error: BaseException) -> None:
+        if len(jobs) > 1:
+            self._most = len(jobs) // 2
+            return
+        [job] = jobs
+        if not isinstance(error, TimeoutError):
+            self._tell(job, f"PostgreSQL can't read out its payload: {error}")
+            return
+        tries = self._tries[job] = self._tries.get(job, 0) + 1
+        if tries < TRIES:
+            return
+        size = f"{sizes.get(job.id) or 0:,} bytes" if sizes else "not known, as it could not be measured"
+        self._tell(
+            job,
+            f"its payload could not be fetched in {TRIES} tries, the last of which was given {seconds:.0f} s; its size "
+            f"is {size} (the limit is {PAYLOAD_LIMIT:,}); is the way to the database that slow?",
+        )
+
+    def _tell(self, job: Job, answer: Answer) -> None:
+        future = self._asked.pop(job, None)
+        if future is not None and not future.done():
+            if isinstance(answer, bytes):
+                self.held[job] = len(answer)
+            future.set_result(answer)
+
+
+def _keys(jobs: list[Job]) -> tuple[list[int], list[int]]:
+    return [job.id for job in jobs], [job.attempt for job in jobs]

@@ -1,0 +1,346 @@
+"""Tasks that PostgreSQL doesn't let a worker take, beside others that it does: somebody has added a CHECK or a trigger
+to notifyq.task.
+
+A claim takes many rows with one statement, and so does the promotion of due tasks. One row that is refused fails it,
+and comes first again the next time. So after a refusal the worker asks what the statement would have taken, and takes
+halves of that, down to one row. One that is refused alone is left out for a pause, which doubles each time; then it is
+tried again, as what was in its way may be gone. So is one that the statement returns without the worker's lease. While
+any is left out, all is taken in this way. Before, that costs nothing.
+
+Two more statements write rows of tasks: admit parks what has been claimed and may not run yet, and free lets in what is
+parked. After a refusal admit is asked for halves too; a task that is refused alone is handed back, and left out. free
+is asked for one row of notifyq.freed at a time, and one that is refused is put last: what waits at its keys, or for its
+task's end, goes on waiting, and all else is let in.
+
+Tasks that a worker holds are taken back from it in the same way when it is dead, when it stops, or when the answer to
+its claim was lost.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import asyncpg
+
+from .. import log
+from ..codec import first_line
+from ..database import schema
+from ..database.connection import SQL, Connection, Job, claim_these, put_in_order
+
+logger = log.logger("notifyq.claim")
+
+MOST = 10_000  # left out at once; what is refused beyond them keeps those behind it waiting
+PAUSE_LEAST, PAUSE_MOST = 1.0, 300.0  # seconds
+FREED_AT_ONCE = 1000  # rows of notifyq.freed
+GONE_SECONDS = 60.0  # for which one wasn't there to be tried
+
+REFUSED = (
+    "PostgreSQL doesn't let these tasks be taken: they stay as they are, and are tried again; is there a constraint or "
+    "a trigger on notifyq.task?"
+)
+
+UNDONE = (
+    "a trigger undid it, though it raises nothing: a BEFORE trigger on notifyq.task must return NEW on UPDATE, and "
+    "leave notifyq's columns as they are"
+)
+
+NOT_PARKED = (
+    "PostgreSQL doesn't let these tasks be parked, or others at their keys be let in: they are ready again, and are "
+    "tried again; is there a constraint or a trigger on notifyq.task?"
+)
+NOT_LET_IN = (
+    "PostgreSQL doesn't let tasks be let in that wait here: they stay parked, and are tried again; is there a "
+    "constraint or a trigger on notifyq.task?"
+)
+NOT_TAKEN_BACK = (
+    "PostgreSQL doesn't let these tasks be taken back from a worker that is gone: they stay `running`, and are tried "
+    "again; is there a constraint or a trigger on notifyq.task?"
+)
+NOT_HANDED_BACK = (
+    "PostgreSQL doesn't let this worker hand these tasks back: they stay `running` when it has stopped, and other "
+    "workers try to take them back; is there a constraint or a trigger on notifyq.task?"
+)
+STRAY = (
+    "PostgreSQL doesn't let this worker hand back tasks whose claim went unanswered: they stay `running`, and are "
+    "tried again when its connection is lost, or when it stops; is there a constraint or a trigger on notifyq.task?"
+)
+REFUSALS = 20  # of free, in one go
+REFUSALS_BACK = 100  # where tasks are taken back from a worker: the keeper has a heartbeat to write
+HELD = "SELECT t.id FROM notifyq.task t WHERE t.worker = $1 ORDER BY t.id"
+
+_Item = TypeVar("_Item")
+
+
+class _Pause:
+    __slots__ = ("due", "seconds")
+
+    def __init__(self) -> None:
+        self.seconds = PAUSE_LEAST
+        self.due = time.monotonic() + self.seconds
+
+    def again(self) -> None:
+        self.seconds = min(PAUSE_MOST, self.seconds * 2)
+        self.due = time.monotonic() + self.seconds
+
+
+class LeftOut:
+    """A claimer's, or a keeper's."""
+
+    def __init__(self) -> None:
+        self._pauses: dict[int, _Pause] = {}
+        self._not_parked: dict[int, _Pause] = {}  # that can be claimed, and not be parked
+        self._undone: set[int] = set()  # of the last claim
+        self._not_let_in: set[str] = set()  # what tasks wait for, in words
+        self._refusals = 0
+
+    def __bool__(self) -> bool:
+        return bool(self._pauses or self._not_parked)
+
+    @property
+    def trouble(self) -> str:
+        """What is degraded, in words."""
+        if self:
+            return f"PostgreSQL doesn't let {len(self._pauses) + len(self._not_parked)} tasks be taken"
+        return f"PostgreSQL doesn't let tasks in at {len(self._not_let_in)} keys" if self._not_let_in else ""
+
+    @property
+    def ids(self) -> list[int]:
+        """Those whose pauses aren't over."""
+        now = time.monotonic()
+        pauses = (*self._pauses.items(), *self._not_parked.items())
+        return [id for id, pause in pauses if pause.due > now]
+
+    def taken(self, jobs: list[Job]) -> list[Job]:
+        """Those that a claim has taken. The others are left out: a trigger has undone the claim."""
+        if None not in [job.judged for job in jobs]:
+            return jobs
+        self._leave_out({job.id for job in jobs if job.judged is None})
+        return [job for job in jobs if job.judged is not None]
+
+    def _leave_out(self, undone: set[int]) -> None:
+        """These were written, and stayed as they were."""
+        self._undone = undone
+        self._refusals += len(undone)
+        if first := [id for id in sorted(undone) if _pause(self._pauses, id)]:
+            _tell(REFUSED, {UNDONE: first})
+
+    async def claim(
+        self,
+        conn: Connection,
+        worker: int,
+        rooms: Mapping[str, int],
+        limit: int,
+        *,
+        aside: Sequence[str] | None = None,
+        without: Sequence[str] = (),
+        blind: bool = False,
+    ) -> list[Job]:
+        """As store.claim, from the front. Tasks of the types `without` are left, with the room that they would take."""
+        args = list(rooms), list(rooms.values()), limit
+        return await self._claim_these(
+            conn, worker, limit, lambda ids: conn.fetch(SQL["claimable"], *args, ids, aside, without), blind=blind
+        )
+
+    async def claim_suspects(
+        self, conn: Connection, worker: int, keys: list[str], types: Sequence[str], crashes: int, limit: int
+    ) -> list[Job]:
+        """As store.claim_suspects."""
+        args = keys, types, crashes, limit
+        return await self._claim_these(conn, worker, limit, lambda ids: conn.fetch(SQL["suspected"], *args, ids))
+
+    async def promote(self, conn: Connection, queues: Sequence[str], most: int) -> int:
+        """Make up to `most` due tasks of each queue ready. Returns how many."""
+        rows = await conn.fetch(SQL["promotable"], queues, most, self.ids)
+
+        async def promote_these(ids: list[int]) -> list[Any]:
+            rows = await conn.fetch(SQL["promote_these"], ids)
+            if undone := {row[0] for row in rows if not row[1]}:
+                self._leave_out(undone)
+            return [row for row in rows if row[0] not in undone]
+
+        return len(await self._each([row[0] for row in rows], promote_these))
+
+    async def admit(self, conn: Connection, worker: int, jobs: Sequence[Job]) -> list[asyncpg.Record]:
+        """What admit.sql says of claimed tasks. Of one that is refused it says nothing."""
+        rows: list[asyncpg.Record] = []
+        refused: dict[str, list[int]] = {}
+
+        async def these(part: Sequence[Job]) -> None:
+            ids, attempts = [job.id for job in part], [job.attempt for job in part]
+            rows.extend(await conn.fetch(SQL["admit"], worker, ids, attempts))
+            if self._not_parked and [id for id in ids if self._not_parked.pop(id, None)] and not self:
+                logger.info("no task is refused any more")
+
+        def alone(job: Job, why: str) -> None:
+            if _pause(self._not_parked, job.id):
+                refused.setdefault(why, []).append(job.id)
+
+        await _in_halves(jobs, these, alone)
+        _tell(NOT_PARKED, refused)
+        return rows
+
+    async def free(self, conn: Connection) -> int:
+        """Let in what waits for what has ended. Returns how many."""
+        if not self._not_let_in:
+            all_ready: int | None = await unless_refused(conn.fetchval(SQL["free"], FREED_AT_ONCE))
+            if all_ready is not None:
+                return all_ready
+        ready = 0
+        refused: dict[str, str] = {}
+        rows = await conn.fetchval("SELECT count(*) FROM (SELECT FROM notifyq.freed LIMIT $1) AS f", FREED_AT_ONCE)
+        left = max(1, rows)  # even if there is none, a task may have been parked as the one ended that it waits for
+        while left and len(refused) < REFUSALS:
+            left -= 1
+            try:
+                ready += await conn.fetchval(SQL["free"], 1)
+            except asyncpg.PostgresError as error:
+                if not schema.refuses(error):
+                    raise
+                later = await conn.fetch(SQL["free_later"])
+                if len(later) > 1:
+                    left += len(later)
+                elif later or not rows:
+                    where = dict(later[0]).items() if later else ()
+                    said = " ".join(f"{name}={value}" for name, value in where if value is not None)
+                    refused[said] = first_line(error)
+        for said in refused.keys() - self._not_let_in:
+            logger.error(NOT_LET_IN, extra={"fields": {"where": said, "error": refused[said]}})
+        if self._not_let_in and not refused:
+            logger.info("what waits is let in again")
+        self._not_let_in = set(refused)
+        return ready
+
+    async def take_back(
+        self, conn: Connection, worker: int, take: Callable[[list[int] | None], Awaitable[int]], message: str
+    ) -> int:
+        """Take all from `worker` that it holds and that can be taken. Returns how many.
+
+        `take` is told the ids, or None for all, and returns how many it took."""
+        if not self and (taken := await unless_refused(take(None))) is not None:
+            return taken
+        left = set(self.ids)
+        ids = [row[0] for row in await conn.fetch(HELD, worker) if row[0] not in left]
+        if not ids:
+            return await take([])  # it does more than that
+
+        async def these(ids: list[int]) -> list[None]:
+            return [None] * await take(ids)
+
+        return len(await self._each(ids, these, message))
+
+    async def take_orphans(self, conn: Connection) -> int:
+        """Those of workers that aren't registered any more. Returns how many."""
+
+        async def these(ids: list[int]) -> list[None]:
+            return [None] * await conn.fetchval(SQL["orphans"], ids)
+
+        ids = [row[0] for row in await conn.fetch(SQL["orphaned"], self.ids)]
+        return len(await self._each(ids, these, NOT_TAKEN_BACK))
+
+    async def _claim_these(
+        self,
+        conn: Connection,
+        worker: int,
+        limit: int,
+        look: Callable[[list[int]], Awaitable[Sequence[asyncpg.Record]]],
+        *,
+        blind: bool = False,
+    ) -> list[Job]:
+        async def these(ids: list[int]) -> list[Job]:
+            return self.taken(await claim_these(conn, worker, ids, limit, blind=blind))
+
+        refusals = self._refusals
+        jobs = await self._each([row[0] for row in await look(self.ids)], these)
+        while not jobs and refusals < self._refusals:  # else those behind a crowd of refused ones would wait
+            refusals = self._refusals
+            jobs = await self._each([row[0] for row in await look([*self._pauses, *self._not_parked])], these)
+        put_in_order(jobs)
+        return jobs
+
+    async def _each(
+        self,
+        ids: list[int],
+        take: Callable[[list[int]], Awaitable[list[_Item]]],
+        back: str = "",
+    ) -> list[_Item]:
+        """Take all of these that can be taken. `back`: they are taken from a worker, and that is said of the others."""
+        taken: list[_Item] = []
+        refused: dict[str, list[int]] = {}  # for the first time, by reason
+        known = bool(self._pauses)
+        now = time.monotonic()
+        until = self._refusals + (REFUSALS_BACK if back else MOST)
+
+        async def these(part: Sequence[int]) -> None:
+            self._undone = set()
+            rows = await take([*part])
+            taken.extend(rows)
+            # Of a worker that another is rescuing just now, nothing is taken: that says nothing of these.
+            tried = [id for id in part if id not in self._undone] if not back or len(rows) >= len(part) else []
+            if known and [id for id in tried if self._pauses.pop(id, None)]:
+                for pause in self._pauses.values():
+                    pause.due = min(pause.due, now)  # what is in the way of these may be gone too
+
+        def alone(id: int, why: str) -> None:
+            self._refusals += 1
+            if _pause(self._pauses, id):
+                refused.setdefault(why, []).append(id)
+
+        await _in_halves(ids, these, alone, lambda: len(self._pauses) < MOST and self._refusals < until)
+        # What was due for so long, and wasn't there to be tried, has gone.
+        for pauses in (self._pauses, self._not_parked):
+            for id in [id for id, pause in pauses.items() if pause.due < now - GONE_SECONDS]:
+                del pauses[id]
+        _tell(back or REFUSED, refused)
+        if known and not self._pauses:
+            logger.info("no task is refused any more")
+        return taken
+
+
+async def unless_refused(statement: Awaitable[_Item]) -> _Item | None:
+    """What it answers; None if PostgreSQL refuses rows of it."""
+    try:
+        return await statement
+    except asyncpg.PostgresError as error:
+        if not schema.refuses(error):
+            raise
+        return None
+
+
+async def _in_halves(
+    items: Sequence[_Item],
+    take: Callable[[Sequence[_Item]], Awaitable[None]],
+    alone: Callable[[_Item, str], None],
+    more: Callable[[], bool] = lambda: True,
+) -> None:
+    """`take` all of them, and halves of what PostgreSQL refuses, as long as there may be `more`. `alone` is told which
+    ones are refused by themselves, and why."""
+    parts = [items] if items else []
+    while parts and more():
+        part = parts.pop()
+        try:
+            await take(part)
+        except asyncpg.PostgresError as error:
+            if not schema.refuses(error):
+                raise
+            if len(part) > 1:
+                half = len(part) // 2
+                parts += [part[half:], part[:half]]
+            else:
+                alone(part[0], first_line(error))
+
+
+def _pause(pauses: dict[int, _Pause], id: int) -> bool:
+    """Leave it out, or for longer than the last time. Whether this is the first time."""
+    if (pause := pauses.get(id)) is not None:
+        pause.again()
+        return False
+    pauses[id] = _Pause()
+    return True
+
+
+def _tell(message: str, refused: Mapping[str, Sequence[int]]) -> None:
+    """A line for each reason, and not for each task."""
+    for why, ids in refused.items():
+        logger.error(message, extra={"fields": {"ids": ids[:20], "tasks": len(ids), "error": why}})

@@ -1,0 +1,199 @@
+"""How an attempt ended, as a value: decided here, written by settle.
+
+what happened                                    outcome
+the handler returned                             Finish done
+it raised, timed out, asked for Retry            Later; after the last attempt Finish dead
+its batch handler returned no list that fits     the same
+it raised or returned Dead, Cancel               Finish dead, Finish cancelled
+the payload doesn't fit, the result isn't JSON   Finish dead: another run would end the same
+the result is larger than RESULT_LIMIT           the same
+nobody here knows the type                       Aside
+not begun, or cut short by a shutdown            HandBack: the attempt doesn't count
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator
+from typing import Literal, TypeAlias, cast
+
+import msgspec
+
+from ..codec import RESULT_LIMIT, describe, encode_error, encode_result, text_of
+from ..config import in_seconds
+from ..database.connection import Job
+from ..registry import Handler, is_awaitable
+from ..task import Cancel, Dead, Retry, Verdict, is_delay
+from .backoff import backoff_seconds
+
+State: TypeAlias = Literal["done", "dead", "cancelled"]
+
+
+class Finish:
+    """The task is over."""
+
+    __slots__ = ("error", "job", "result", "size", "state")
+
+    def __init__(self, job: Job, state: State, result: bytes | None = None, error: bytes | None = None) -> None:
+        self.job = job
+        self.state: State = state
+        self.result = result
+        self.error = error
+        self.size = job.size  # about how many bytes its write moves: with a large payload, which goes to the history
+        if result is not None:
+            self.size += len(result)
+        if error is not None:
+            self.size += len(error)
+
+
+class Later:
+    """The attempt failed; another follows after `delay` seconds."""
+
+    __slots__ = ("delay", "error", "job", "size")
+
+    def __init__(self, job: Job, delay: float, error: bytes) -> None:
+        self.job = job
+        self.delay = delay
+        self.error = error
+        self.size = job.size + len(error)
+
+
+class HandBack:
+    """The attempt didn't happen."""
+
+    __slots__ = ("job", "size")
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.size = job.size
+
+
+class Aside:
+    """For a worker that knows the type."""
+
+    __slots__ = ("job", "size")
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.size = job.size
+
+
+Outcome: TypeAlias = Finish | Later | HandBack | Aside
+
+
+def returned(job: Job, handler: Handler, value: object) -> Outcome:
+    """Of a handler that returned."""
+    if value is None:
+        return Finish(job, "done")
+    if isinstance(value, Verdict):
+        return raised(job, handler, value)
+    if is_verdict_class(value):  # `return Dead`, as one may `raise Dead`
+        try:
+            return raised(job, handler, cast("type[Verdict]", value)())
+        except Exception as error:
+            return raised(job, handler, error)
+    try:
+        result = encode_result(value)
+    except Exception as error:  # what a user's type makes of being encoded is anybody's guess
+        why = f"its result, a {type(value).__name__}, can't be written as JSON: {describe(error)}{_hint(value)}"
+        return Finish(job, "dead", error=encode_error(job.attempt, why))
+    if result is not None and len(result) > RESULT_LIMIT:
+        why = (
+            f"its result is {len(result):,} bytes of JSON, the limit is {RESULT_LIMIT:,}; store it elsewhere, and "
+            "return where it is"
+        )
+        return Finish(job, "dead", error=encode_error(job.attempt, why))
+    return Finish(job, "done", result)
+
+
+def _hint(value: object) -> str:
+    if is_awaitable(value):
+        return "; the items of what a batch handler returns are results, so await them first"
+    if isinstance(value, Iterator | AsyncIterator):
+        return "; a handler returns its result as a whole: a list, say"
+    return ""
+
+
+def raised(job: Job, handler: Handler, error: BaseException) -> Outcome:
+    """Of a handler that raised."""
+    match error:
+        case Cancel():
+            return Finish(job, "cancelled", error=encode_error(job.attempt, _reason(error, Cancel.reason)))
+        case Dead():
+            return Finish(job, "dead", error=encode_error(job.attempt, _reason(error, Dead.reason)))
+        case Retry():
+            delay = in_seconds(error.delay)
+            why = encode_error(job.attempt, _reason(error, Retry.reason))
+            return _again(job, handler, why, delay if is_delay(delay) else None)
+        case _:
+            return _again(job, handler, encode_error(job.attempt, describe(error), error))
+
+
+def is_verdict_class(value: object) -> bool:
+    return isinstance(value, type) and issubclass(value, Verdict)
+
+
+def _reason(verdict: Verdict, default: str) -> str:
+    """What a handler gives as its reason, which may be the exception that it caught, or nothing."""
+    given = cast("object", verdict.reason)
+    if isinstance(given, BaseException):
+        return describe(given)
+    return ("" if given is None else text_of(given)).strip() or default
+
+
+def timed_out(job: Job, handler: Handler) -> Outcome:
+    """Of a handler that was cancelled at its timeout."""
+    return failed(job, handler, f"timed out after {handler.timeout:g} s")
+
+
+def failed(job: Job, handler: Handler, why: str) -> Outcome:
+    """Of an attempt that failed for a reason that is no exception."""
+    return _again(job, handler, encode_error(job.attempt, why))
+
+
+def undecodable(job: Job, why: str) -> Outcome:
+    """Of a payload that nothing was run with. Dead, since it won't be another one next time."""
+    return Finish(job, "dead", error=encode_error(job.attempt, why))
+
+
+def attempts_allowed(job: Job, handler: Handler) -> int:
+    """The number of the last one."""
+    return job.excused + (handler.max_attempts if job.max_attempts is None else max(job.max_attempts, 1))
+
+
+def _again(job: Job, handler: Handler, error: bytes, delay: float | None = None) -> Outcome:
+    if job.attempt >= attempts_allowed(job, handler):
+        return Finish(job, "dead", error=error)
+    return Later(job, backoff_seconds(job.attempt, handler.backoff) if delay is None else delay, error)
+
+
+def smaller(outcome: Outcome, step: int, why: str) -> Outcome | None:
+    """What to write instead of an outcome that PostgreSQL didn't take, at the first, second, ... step; None: there is
+    nothing less that can be said.
+
+    done                 dead with the reason; then that without the errors of earlier attempts
+    dead, cancelled      only the first line of its error, and the reason; then without those of earlier attempts
+    tried again later    the same, without those of earlier attempts; then dead
+    left to others       dead: nobody can take it
+    handed back          nothing
+    """
+    job = outcome.job
+
+    def error(*, alone: bool) -> bytes:
+        said = ""
+        if isinstance(outcome, Finish | Later) and outcome.error is not None:
+            said = f"{msgspec.json.decode(outcome.error)['error'].splitlines()[0][:300]} ("
+        text = f"{said}PostgreSQL can't store its outcome: {why}{')' if said else ''}"
+        # ASCII, as the database's encoding may lack a character of it.
+        return encode_error(job.attempt, text.encode("ascii", "backslashreplace").decode(), alone=alone)
+
+    match outcome:
+        case Finish(state=state) if step <= 2:
+            return Finish(job, "dead" if state == "done" else state, error=error(alone=step == 2))
+        case Later(delay=delay) if step == 1:
+            return Later(job, delay, error(alone=True))
+        case Later() if step == 2:
+            return Finish(job, "dead", error=error(alone=True))
+        case Aside() if step == 1:
+            return Finish(job, "dead", error=error(alone=True))
+        case _:
+            return None

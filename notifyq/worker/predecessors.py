@@ -1,0 +1,62 @@
+"""What a task has waited for: the results of the tasks in its `after`, for `await ctx.results()`.
+
+They are read when they are asked for, on a connection of the worker's own that is made then: not on one of those for
+ctx.transaction(), of which ten handlers in theirs would each wait for an eleventh.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import asyncpg
+import msgspec
+
+from .. import loops
+from ..database.connection import SQL, STATEMENT_BYTES, TRANSIENT, connect_worker, seconds_for
+from ..errors import failure
+
+
+class Reader:
+    """A worker's. One question at a time."""
+
+    def __init__(self, dsn: str | None) -> None:
+        self._dsn = dsn
+        self._loop = asyncio.get_running_loop()
+        self._conn: asyncpg.Connection[asyncpg.Record] | None = None
+        self._lock = asyncio.Lock()
+
+    async def results(self, task: int) -> list[Any]:
+        """In the order of its `after`. Raises one of store.TRANSIENT."""
+        cure = "in a plain `def` handler, call anyio.from_thread.run(ctx.results)"
+        loops.same(self._loop, "ctx.results()", "the worker", cure)
+        async with self._lock:
+            try:
+                rows = await self._fetch(task)
+            except TRANSIENT:  # a connection that has sat there may be gone
+                self.close()
+                rows = await self._fetch(task)
+        return [_result(id, type, state, result, error) for id, type, state, result, error, _ in rows]
+
+    async def _fetch(self, task: int) -> list[asyncpg.Record]:
+        if self._conn is None:
+            self._conn = await connect_worker(self._dsn, "results")
+        rows: list[asyncpg.Record] = []
+        while True:
+            # Each with the time that its bytes take: they may be compressed where they are stored.
+            seconds = seconds_for(4 * STATEMENT_BYTES)
+            page = await self._conn.fetch(SQL["results"], task, len(rows) + 1, timeout=seconds)
+            rows += page
+            if not page or page[0]["left"] == len(page):
+                return rows
+
+    def close(self) -> None:
+        if self._conn is not None:
+            self._conn.terminate()
+            self._conn = None
+
+
+def _result(id: int, type: str | None, state: str | None, result: bytes | None, error: str | None) -> Any:
+    if (failed := failure(id, str(type), state, error)) is not None:
+        return failed
+    return None if result is None else msgspec.json.decode(result)

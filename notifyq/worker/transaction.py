@@ -1,0 +1,204 @@
+"""A handler's own transaction, in which its task is settled too: `ctx.transaction()`.
+
+    BEGIN               on a connection of a pool that is made at first use
+    ...                 the handler's writes
+    settle_within.sql   the task is done, if the lease is still ours; if not: LeaseLost, and ROLLBACK
+    COMMIT              all of it, or nothing
+
+Before the end the task's row isn't touched, so nobody's rescue waits for a handler. From then on nothing interrupts
+it: a timeout or a shutdown waits for the answer to COMMIT. If that is lost with the connection, the transaction's id
+says on another one what became of it. And if that can't be asked either, the attempt's outcome is written as if
+there had been no transaction: the fence refuses it if there was. What is believed here decides what the handler
+and the log hear, never whether the task runs again; that is up to the row, which goes with the writes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
+
+import anyio
+import asyncpg
+
+from .. import loops
+from ..config import resolve_dsn
+from ..database.connection import (
+    COMMAND_TIMEOUT_SECONDS,
+    GONE_SETTINGS,
+    SQL,
+    TRANSIENT,
+    connect,
+    dial_for_pool,
+    explained,
+    keep_alive,
+)
+from ..errors import ConfigError, DatabaseError, LeaseLost
+from ..task import Isolation
+from .settle import KEPT
+
+if TYPE_CHECKING:
+    from asyncpg.pool import PoolConnectionProxy
+    from asyncpg.transaction import Transaction
+
+    from ..database.connection import Job
+
+    Pool = asyncpg.Pool[asyncpg.Record]
+    Pooled = PoolConnectionProxy[asyncpg.Record]
+
+CONNECTIONS = 10  # transactions at once; further ones wait for one to end
+ROLLBACK_SECONDS = 1.0  # then the connection is cut, which is a rollback as well
+ANSWER_SECONDS = 1.0  # for what became of a transaction, while its handler is to be cancelled
+
+State: TypeAlias = Literal["open", "ending", "committed"]
+
+
+class Transactions:
+    """A worker's. `states` is of the jobs that have begun one; whoever drops a job drops its entry."""
+
+    def __init__(self, dsn: str | None, keep: bool, freed: Callable[[], None] = lambda: None) -> None:
+        self._dsn = dsn
+        self._loop = asyncio.get_running_loop()
+        self._freed = freed  # something ended that others may wait for
+        self._keep = keep
+        self._pool: Pool | None = None
+        self._making = asyncio.Lock()
+        self.states: dict[Job, State] = {}
+
+    @asynccontextmanager
+    async def begin(
+        self, job: Job, isolation: Isolation | None, lost: Callable[[Job], None]
+    ) -> AsyncGenerator[asyncpg.Connection[asyncpg.Record], None]:
+        """The block. `lost` is told of a lease that was found to be."""
+        cure = "make the handler an `async def`, and use it there"
+        loops.same(self._loop, "ctx.transaction()", "the worker", cure)
+        if job in self.states:
+            raise ConfigError(
+                f"task {job.id} has a transaction already; a handler has one ctx.transaction(), which settles its task"
+            )
+        self.states[job] = "open"
+        try:
+            pool = await self._made()
+            conn = await pool.acquire()
+            try:
+                transaction = conn.transaction(isolation=isolation)
+                try:
+                    await transaction.start()
+                    yield cast("asyncpg.Connection[asyncpg.Record]", conn)
+                    await self._commit(job, conn, transaction, lost)
+                except BaseException:
+                    with anyio.move_on_after(ROLLBACK_SECONDS, shield=True) as late:
+                        await _roll_back(conn, transaction)
+                    if late.cancelled_caught:
+                        _cut(conn)
+                    raise
+            finally:
+                with anyio.CancelScope(shield=True):
+                    await pool.release(conn, timeout=ROLLBACK_SECONDS)
+        finally:
+            if self.states.get(job) != "committed":
+                self.states.pop(job, None)  # another may follow
+
+    async def close(self) -> None:
+        """Handlers that were left alone lose their connections."""
+        if self._pool is None:
+            return
+        if self._pool.get_size() == self._pool.get_idle_size():
+            with anyio.move_on_after(ROLLBACK_SECONDS, shield=True):
+                await self._pool.close()
+        self._pool.terminate()
+
+    async def _made(self) -> Pool:
+        async with self._making:
+            if self._pool is None:
+                url, source = resolve_dsn(self._dsn)
+                # A type that asyncpg's pool has, and its stubs don't.
+                options: dict[str, Any] = {"connect": dial_for_pool}
+                with explained(url, source):
+                    self._pool = await asyncpg.create_pool(
+                        url,
+                        min_size=0,
+                        max_size=CONNECTIONS,
+                        timeout=10,
+                        init=_keep_alive,
+                        server_settings={"application_name": "notifyq handler", **GONE_SETTINGS},
+                        **options,
+                    )
+            return self._pool
+
+    async def _commit(self, job: Job, conn: Pooled, transaction: Transaction, lost: Callable[[Job], None]) -> None:
+        if not conn.is_in_transaction():
+            raise ConfigError("the transaction was ended inside of its block; leave that to ctx.transaction()")
+        self._becomes(job, "ending")
+        failure: Exception | None = None
+        xid, freed = "", False
+        with anyio.CancelScope(shield=True):
+            fence = (job.worker, job.id, job.attempt, self._keep)
+            row = await conn.fetchrow(SQL["settle_within"], *fence, timeout=COMMAND_TIMEOUT_SECONDS)
+            if row is None:
+                if await conn.fetch(SQL["kept"], job.worker, [job.id], [job.attempt], timeout=COMMAND_TIMEOUT_SECONDS):
+                    raise DatabaseError(f"task {job.id} can't be settled, its transaction is rolled back: {KEPT}")
+                lost(job)
+                raise LeaseLost(f"task {job.id} isn't this run's any more; its transaction is rolled back")
+            xid, freed = row
+            try:
+                async with asyncio.timeout(COMMAND_TIMEOUT_SECONDS):
+                    await transaction.commit()
+            except BaseException as error:
+                _cut(conn)
+                committed: bool | None = None
+                with anyio.move_on_after(ANSWER_SECONDS):
+                    committed = await self._became(xid)
+                if committed:
+                    self._becomes(job, "committed")
+                if committed is False or not isinstance(error, Exception):  # by asyncio's own means it was cancelled
+                    raise
+                failure = None if committed else error
+        if failure is not None and not await self._became(xid):
+            raise failure
+        self._becomes(job, "committed")
+        if freed:
+            self._freed()
+
+    def _becomes(self, job: Job, state: State) -> None:
+        if job in self.states:  # its handler may have ended without it
+            self.states[job] = state
+
+    async def _became(self, xid: str) -> bool:
+        """Whether that transaction was committed; asked for as long as it takes."""
+        wait = 0.05
+        while True:
+            try:
+                conn = await connect(self._dsn, role="handler's commit")
+                try:
+                    while (status := await conn.fetchval(SQL["became"], xid)) == "in progress":  # noqa: ASYNC110
+                        await asyncio.sleep(0.05)  # nobody tells
+                    return bool(status == "committed")
+                finally:
+                    conn.terminate()
+            except asyncpg.InvalidParameterValueError:  # in the future: this server took over, and never heard of it
+                return False
+            except TRANSIENT:
+                await asyncio.sleep(wait)
+                wait = min(2.0, wait * 2)
+
+
+async def _roll_back(conn: Pooled, transaction: Transaction) -> None:
+    """If the connection is gone, so is the transaction."""
+    try:
+        if not conn.is_closed() and conn.is_in_transaction():
+            await transaction.rollback()
+    except TRANSIENT:
+        _cut(conn)
+
+
+def _cut(conn: Pooled) -> None:
+    try:
+        conn.terminate()
+    except asyncpg.InterfaceError:
+        pass  # the pool has seen to it
+
+
+async def _keep_alive(conn: asyncpg.Connection[asyncpg.Record]) -> None:
+    keep_alive(conn)
