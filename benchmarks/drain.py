@@ -15,6 +15,7 @@ import time
 import msgspec
 
 from notifyq.database import connection
+from notifyq.worker import job as claims
 
 from .children import child, children, say, told
 from .common import TASK, Bench, Line, Mail, Result, app, mail, median, ratio
@@ -109,7 +110,7 @@ async def same_statements(dsn: str, *, keep: bool) -> None:
            VALUES ('floor', '{default}', '{Mail}', '{10}', 1, '1 hour') RETURNING id"""
     )
     decode = msgspec.json.Decoder(Mail).decode
-    while jobs := await connection.claim(conn, worker, {"default": BATCH}, BATCH):
+    while jobs := await claims.claim(conn, worker, {"default": BATCH}, BATCH):
         for job in jobs:
             assert job.payload is not None
             await mail(decode(job.payload))

@@ -20,6 +20,7 @@ from notifyq.codec import encode_payload
 from notifyq.database import connection, schema
 from notifyq.database.connection import SQL, Connection
 from notifyq.embedded import Server
+from notifyq.worker import job as claims
 
 from .common import TASK, Bench, Line, Plot, Result, median, ratio, worker_process
 
@@ -107,7 +108,7 @@ class Place:
         took = list[float]()
         for _ in range(times):
             begin = time.perf_counter()
-            jobs = await connection.claim(self.conn, self.worker, self.rooms, BATCH)
+            jobs = await claims.claim(self.conn, self.worker, self.rooms, BATCH)
             took.append((time.perf_counter() - begin) * 1000)
             assert len(jobs) == BATCH
             await self.conn.execute("DELETE FROM notifyq.task WHERE id = ANY ($1)", [job.id for job in jobs])

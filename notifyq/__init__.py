@@ -2,9 +2,10 @@
 
 from .app import App
 from .client.options import EnqueueOptions
+from .client.ref import Ids, Ref
 from .client.sync import SyncClient
 from .errors import ConfigError, DatabaseError, NotifyqError, SchemaError, TaskCancelled, TaskDead, TaskFailed
-from .task import Cancel, Context, Dead, Ids, Progress, Ref, Retry, Task
+from .task import Cancel, Context, Dead, Progress, Retry, Task
 from .worker.worker import WorkerInfo
 
 __all__ = [

@@ -17,16 +17,18 @@ from anyio.abc import TaskStatus
 
 from . import lifespan, log, loops
 from .client import drivers, enqueue
+from .client.cancel import cancel
 from .client.enqueue import Via
 from .client.options import EnqueueOptions, Options, is_id, where
 from .client.pool import AppPool
+from .client.ref import Ids, Ref, ref
 from .client.results import Results
 from .config import WorkerConfig, check_name, in_seconds, is_number, parse_queues, resolve_dsn
 from .cron import Cron, Missed, check_schedule
-from .database.connection import SQL, explained
-from .errors import ConfigError, DatabaseError
+from .database.connection import explained
+from .errors import ConfigError
 from .registry import Handler, HandlerOptions, Registry
-from .task import Ids, Middleware, Ref, Task, check_same, ref
+from .task import Middleware, Task
 from .worker.signals import watched
 from .worker.worker import WorkerInfo, work
 
@@ -332,15 +334,7 @@ class App:
         return await self._cancel(self.ref(id))
 
     async def _cancel(self, ref: Ref) -> bool:
-        pool = self._connected("cancel")
-        try:
-            if ref.created_at is None:
-                row = await pool.fetchrow("SELECT notifyq.cancel($1)", ref.id)
-            elif (row := await pool.fetchrow(SQL["cancel_as"], ref.id, ref.created_at)) is not None:
-                check_same(ref.id, ref.created_at, row["created_at"])
-        except asyncpg.InsufficientPrivilegeError as error:
-            raise DatabaseError(f"this user may not cancel: {error}; schema.sql ends with the GRANTs") from error
-        return row is not None and bool(row[0])
+        return await cancel(self._connected("cancel"), ref)
 
     @property
     def results(self) -> Results:

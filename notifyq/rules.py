@@ -7,6 +7,7 @@ type and their values as JSON, `Export:42` of tenant 42. (The rule for unique ta
 from __future__ import annotations
 
 import hashlib
+import re
 from typing import Final, NamedTuple, cast
 
 import msgspec
@@ -18,6 +19,20 @@ from .task import Task
 
 NAMES: Final = ("queue", "priority", "order_key", "limit_key", "limit", "rate")
 DIGEST_LENGTH = 40  # hex digits: 160 bits of SHA-256
+UNITS = {
+    "s": 1,
+    "sec": 1,
+    "second": 1,
+    "m": 60,
+    "min": 60,
+    "minute": 60,
+    "h": 3600,
+    "hour": 3600,
+    "d": 86400,
+    "day": 86400,
+}
+RATE = re.compile(rf"([0-9]{{1,9}})\s*/\s*([0-9]{{0,9}})\s*({'|'.join(UNITS)})")
+RATE_SECONDS_MOST = 1e9  # schema.sql has the same check
 
 _sorted = msgspec.json.Encoder(order="sorted").encode
 _by_class: dict[type[Task], Rules | None] = {}
@@ -48,6 +63,19 @@ def rules_of(cls: type[Task]) -> Rules | None:
         return rules
 
 
+def parse_rate(rate: str, whose: str = "") -> tuple[int, float]:
+    """(100, 60.0) of "100/minute". Raises ConfigError for what isn't one."""
+    match = RATE.fullmatch(rate) if isinstance(rate, str) else None
+    if match is None or not int(match[1]) or match[2] == "0":
+        raise ConfigError(
+            f'{whose}rate is {rate!r}; expected how many in what time, as "100/minute", "5/s" or "20/10s"'
+        )
+    seconds = float(int(match[2] or 1) * UNITS[match[3]])
+    if seconds > RATE_SECONDS_MOST:
+        raise ConfigError(f"{whose}rate is {rate!r}; expected a time of 1e9 s at most")
+    return int(match[1]), seconds
+
+
 def key_of(task: Task, rule: Key) -> str:
     """A task's key, by its class's rule. Raises ConfigError for fields that can't be written as JSON."""
     if isinstance(rule, str):
@@ -66,8 +94,6 @@ def key_of(task: Task, rule: Key) -> str:
 
 
 def _checked(cls: type[Task]) -> Rules | None:
-    from .client.options import parse_rate  # which needs this module
-
     # A field of the payload that has the name of a rule is none.
     said = {name: getattr(cls, name) for name in NAMES if name not in cls.__struct_fields__}
     rules = PLAIN._replace(**said)

@@ -31,6 +31,7 @@ from notifyq.database.connection import SQL
 from notifyq.embedded import Server
 from notifyq.worker import claim as claiming
 from notifyq.worker import doorbell
+from notifyq.worker import job as claims
 
 from .conftest import Seen, Sessions, eventually, working
 from .machine import Probe, limit
@@ -99,12 +100,12 @@ async def test_a_stranger_who_keeps_everybody_awake(
     bench: Bench, roles: Any, as_role: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A transaction that has the bell's lock and never ends: tasks start soon all the same, by a look every 50 ms."""
-    claims = 0
+    calls = 0
 
     async def counted(*args: Any, **options: Any) -> Any:
-        nonlocal claims
-        claims += 1
-        return await connection.claim(*args, **options)
+        nonlocal calls
+        calls += 1
+        return await claims.claim(*args, **options)
 
     monkeypatch.setattr(claiming, "claim", counted)
     stranger, enqueuer = await as_role("enqueuer"), await as_role("enqueuer")
@@ -113,12 +114,12 @@ async def test_a_stranger_who_keeps_everybody_awake(
         await enqueuer.execute(ENQUEUE)  # wakes the worker, which can't sleep again
         await bench.seen.reach(1)
         await anyio.sleep(1)
-        before, began = claims, time.monotonic()
+        before, began = calls, time.monotonic()
         for count in range(2, 6):
             await anyio.sleep(0.2)
             await enqueuer.execute(ENQUEUE)
             await bench.seen.reach(count)
-        rate = (claims - before) / (time.monotonic() - began)
+        rate = (calls - before) / (time.monotonic() - began)
         print(f"{rate:.0f} claims a second")
         assert rate < 400  # 2 ms apart at the most, for the first tenth of a second after each task
 
@@ -369,7 +370,7 @@ async def test_compressed_payloads_are_measured_as_they_are(
         rows,
     )
     assert 65_536 < await db.fetchval("SELECT pg_column_size(payload) FROM notifyq.task") < 16_777_216
-    [job] = await connection.claim(worker, id, {"default": 1}, 1)
+    [job] = await claims.claim(worker, id, {"default": 1}, 1)
     assert job.payload is None, "it is fetched apart"
     lease = id, [job.id], [job.attempt]
     [(_, size)] = await worker.fetch(SQL["payload_sizes"], *lease, connection.STATEMENT_BYTES)

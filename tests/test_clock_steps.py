@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 
 import notifyq
-from notifyq.cron import Schedule, next_slot
+from notifyq.cron import next_slot
 from notifyq.database.connection import SQL
 from notifyq.worker import heartbeat
+from notifyq.worker.crons import Schedule
 
 from .conftest import Seen, eventually, working
 from .test_cron import CRON, Logged, known, made

@@ -18,12 +18,13 @@ import asyncpg
 import pytest
 
 import notifyq
-from notifyq.cron import Cron, Schedule, next_slot
+from notifyq.cron import Cron, next_slot
 from notifyq.database import connection
 from notifyq.database.connection import SQL
 from notifyq.errors import ConfigError
 from notifyq.testing import advance
 from notifyq.worker import heartbeat
+from notifyq.worker.crons import Schedule
 
 from .conftest import Seen, Sessions, eventually, working
 from .machine import Probe
@@ -261,7 +262,7 @@ async def test_a_change_when_slots_were_put_ahead(dsn: str, db: Any) -> None:
 
 async def test_pause_resume_run(dsn: str, db: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Paused, what was put ahead is taken back; resumed, it goes on with the next slot; run now is beside all that."""
-    monkeypatch.setattr("notifyq.cron.AHEAD_SECONDS", 600.0)
+    monkeypatch.setattr("notifyq.worker.crons.AHEAD_SECONDS", 600.0)
     seen, far = Seen(), f"0 {(datetime.now(UTC).hour + 12) % 24} * * *"
     async with working(made(seen, far), dsn):
         await known(db)

@@ -17,6 +17,7 @@ import pytest
 
 import notifyq
 from notifyq.database import connection
+from notifyq.worker import job as claims
 from notifyq.worker.outcome import Aside, Finish, HandBack, Later
 from notifyq.worker.settle import Settler
 
@@ -144,9 +145,9 @@ async def test_claims_of_the_same_queues_in_opposite_order(s: Steps, w: Session)
     other, me = await s.worker("claims 2"), await w(register)
     await w("BEGIN")
     await other("BEGIN")
-    assert [job.id for job in await w(connection.claim, me, {"a": 1, "b": 1}, 1)] == [a]
-    assert [job.id for job in await other(connection.claim, me, {"b": 1, "a": 1}, 2)] == [b]
-    assert await w(connection.claim, me, {"b": 1, "a": 1}, 2) == []
+    assert [job.id for job in await w(claims.claim, me, {"a": 1, "b": 1}, 1)] == [a]
+    assert [job.id for job in await other(claims.claim, me, {"b": 1, "a": 1}, 2)] == [b]
+    assert await w(claims.claim, me, {"b": 1, "a": 1}, 2) == []
 
 
 @take

@@ -10,8 +10,9 @@ import anyio
 import pytest
 
 import notifyq
-from notifyq.database.connection import SQL, claim
+from notifyq.database.connection import SQL
 from notifyq.worker import heartbeat, left_out
+from notifyq.worker.job import claim
 from notifyq.worker.left_out import NOT_TAKEN_BACK, LeftOut
 
 from .conftest import Seen, Sessions, eventually, ids_of, working

@@ -15,9 +15,9 @@ import anyio
 import pytest
 
 import notifyq
-from notifyq.client.options import parse_rate
-from notifyq.database import connection
 from notifyq.database.connection import SQL
+from notifyq.rules import parse_rate
+from notifyq.worker import job as claims
 
 from . import verbs
 from .conftest import Process, Seen, eventually, working
@@ -379,7 +379,7 @@ async def test_a_paused_queue_takes_no_slots(db: Any, worker: int) -> None:
     assert await verbs.finish(db, jobs[:1]) == [first]
     assert await free(db) == 0
     [other] = await verbs.insert(db, queue="other", **ONE)
-    [job] = await connection.claim(db, worker, {"other": 1}, 1)
+    [job] = await claims.claim(db, worker, {"other": 1}, 1)
     assert await admit(db, [job]) == [(other, None)]
     assert await verbs.finish(db, [job]) == [other]
     assert await free(db) == 0

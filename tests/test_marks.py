@@ -9,9 +9,9 @@ import anyio
 import pytest
 
 import notifyq
-from notifyq.database.connection import Job, Onward
 from notifyq.worker import claim, cursors
 from notifyq.worker.cursors import BUSY_SECONDS, BUSY_TIMES, LAG_SECONDS, LEVELS, OWED_TIMES, PATIENCE_SECONDS, Marks
+from notifyq.worker.job import Job, Onward
 
 from .conftest import Seen, Sessions, eventually, working
 from .machine import Probe, limit

@@ -22,6 +22,7 @@ from notifyq.database import connection, schema, upgrade
 from notifyq.database.schema import SCHEMA_VERSION
 from notifyq.embedded import Server
 from notifyq.errors import DatabaseError, SchemaError
+from notifyq.worker import job as claims
 
 from .conftest import Process, Seen, Sessions, admin, eventually, grants, working
 from .machine import Probe, limit
@@ -273,7 +274,7 @@ async def test_tasks_survive(conn: Any, version: int) -> None:
     after = [dict(row) for row in await conn.fetch(look)]
     assert [row | old for row, old in zip(after, before, strict=True)] == after
     assert {row[name] for row in after for name in row.keys() - before[0].keys()} == {None}
-    [job] = await connection.claim(conn, 1, {"q": 9}, 9)
+    [job] = await claims.claim(conn, 1, {"q": 9}, 9)
     assert (job.type, job.attempt) == ("ready", 1)
     assert await conn.fetchval("SELECT notifyq.retry(102)") is True
     assert await conn.fetchval("SELECT notifyq.enqueue('next')") == 7

@@ -15,6 +15,7 @@ from notifyq.database import connection, schema
 from notifyq.database.connection import SQL
 from notifyq.embedded import Server
 from notifyq.testing import advance, enqueued
+from notifyq.worker import job as claims
 
 from .conftest import Seen, admin, database, working
 from .machine import limit
@@ -204,7 +205,7 @@ async def test_a_long_name_is_cut_in_the_middle_of_a_character(server: Server, d
         await schema.migrate(conn)
         await conn.execute("INSERT INTO notifyq.task (type) VALUES ($1)", "\u00e9" * 200)
         me = await conn.fetchval(SQL["register"], "host:1", ["default"], ["Say"], [10], 1, 30.0)
-        [job] = await connection.claim(conn, me, {"default": 1}, 1)
+        [job] = await claims.claim(conn, me, {"default": 1}, 1)
         assert len(job.type) > 100
         await conn.close()
     await admin(server, "DROP DATABASE enc_cut")

@@ -17,8 +17,9 @@ import pytest
 import notifyq
 from notifyq.config import WorkerConfig
 from notifyq.database import connection
-from notifyq.database.connection import SQL, Job
+from notifyq.database.connection import SQL
 from notifyq.worker import heartbeat, settle
+from notifyq.worker.job import Job
 from notifyq.worker.outcome import Finish, HandBack, Later, Outcome, returned, smaller
 from notifyq.worker.worker import Worker
 

@@ -17,6 +17,7 @@ from notifyq.database.connection import SQL
 from notifyq.database.schema import SCHEMA_VERSION
 from notifyq.embedded import Server
 from notifyq.errors import DatabaseError, SchemaError
+from notifyq.worker import job as claims
 
 from .conftest import Seen, admin, grants, working
 from .machine import limit
@@ -235,7 +236,7 @@ async def test_retry(conn: Any, what: str) -> None:
         assert (after["state"], after["attempts"], after["result"]) == ("ready", 0, None)
         kept = ("id", "queue", "type", "priority", "max_attempts", "created_at", "payload", "errors")
         assert [after[column] for column in kept] == [before[column] for column in kept]
-        jobs = await connection.claim(conn, 1, {after["queue"]: 9}, 9)
+        jobs = await claims.claim(conn, 1, {after["queue"]: 9}, 9)
         assert [(job.id, job.attempt) for job in jobs] == [(id, 1)]
     else:
         assert after == before

@@ -18,8 +18,10 @@ import pytest
 
 from notifyq.client.options import Options
 from notifyq.database import connection, schema
-from notifyq.database.connection import SQL, Onward
+from notifyq.database.connection import SQL
 from notifyq.embedded import Server
+from notifyq.worker import job as claims
+from notifyq.worker.job import Onward
 
 from .conftest import Sessions, admin, overload
 from .machine import limit
@@ -346,24 +348,20 @@ async def test_nothing_reads_more_than_it_returns(sessions: dict[str, Any], mome
             ("hand_back",),
             ("set_aside",),
         ):
-            jobs, most["claim"] = await touched(conn, lambda: connection.claim(conn, 1, rooms, 10))
+            jobs, most["claim"] = await touched(conn, lambda: claims.claim(conn, 1, rooms, 10))
             args = [[job.id for job in jobs], [job.attempt for job in jobs], *rest]
             rows, most[name] = await touched(conn, lambda name=name, args=args: conn.fetch(SQL[name], 1, *args))  # type: ignore[misc]
             assert len(jobs) == len(rows) == 10
-        for beside, onward in {"": None, "_onward": connection.Onward(["default"], [0], [1])}.items():
-            threads = connection.Threads(["Other", "Known"], [1, 4], [0, 2], 1)
+        for beside, onward in {"": None, "_onward": claims.Onward(["default"], [0], [1])}.items():
+            threads = claims.Threads(["Other", "Known"], [1, 4], [0, 2], 1)
             jobs, most[f"claim{beside}_fitting"] = await touched(
                 conn,
-                lambda onward=onward, threads=threads: connection.claim(
-                    conn, 1, rooms, 10, onward=onward, threads=threads
-                ),  # type: ignore[misc]
+                lambda onward=onward, threads=threads: claims.claim(conn, 1, rooms, 10, onward=onward, threads=threads),  # type: ignore[misc]
             )
             assert len(jobs) == 6
         rows, most["next_types"] = await touched(conn, lambda: conn.fetch(SQL["next_types"], ["default", "empty"]))
         assert [tuple(row) for row in rows] == [("default", "Known")]
-        jobs, most["adopt"] = await touched(
-            conn, lambda: connection.claim(conn, 1, rooms, 10, aside=["Strange", "Other"])
-        )
+        jobs, most["adopt"] = await touched(conn, lambda: claims.claim(conn, 1, rooms, 10, aside=["Strange", "Other"]))
         assert len(jobs) == 10
         args = [len(jobs), "ok", [job.id for job in jobs], [job.attempt for job in jobs]]
         row, most["tick"] = await touched(
@@ -414,14 +412,14 @@ async def test_marks_step_over_nothing_that_is_dead(worker: Any, connect: Sessio
     await (await connect()).execute("BEGIN ISOLATION LEVEL REPEATABLE READ; SELECT 1")
     row = await worker.fetchrow(SQL["due"], ["default"], [], 1000, None, None)
     assert row["promoted"] == 1000
-    jobs = await connection.claim(worker, me, {"default": 2000}, 2000)
+    jobs = await claims.claim(worker, me, {"default": 2000}, 2000)
     await worker.fetch(
         SQL["finish"], me, [j.id for j in jobs], [j.attempt for j in jobs], ["done"] * 2000, [], [], True
     )
     later = await db.fetchval("SELECT min(run_at) FROM notifyq.task WHERE run_at > created_at AND NOT promoted")
     for name, run, onward in (
-        ("claim", lambda mark: connection.claim(worker, me, {"default": 5}, 5, onward=mark),
-         connection.Onward(["default"], [0], [max(job.id for job in jobs)])),
+        ("claim", lambda mark: claims.claim(worker, me, {"default": 5}, 5, onward=mark),
+         claims.Onward(["default"], [0], [max(job.id for job in jobs)])),
         ("due", lambda mark: worker.fetch(SQL["due"], ["default"], [], 5, None, mark), later),
     ):  # fmt: skip
         async with rolled_back(worker):
@@ -508,7 +506,7 @@ async def held(conn: Any, count: int = 1, worker: int | None = None, **columns: 
     """A worker that has claimed `count` tasks: its id and theirs."""
     await insert(conn, count, **columns)
     worker = worker or await register(conn)
-    jobs = await connection.claim(conn, worker, {"default": count}, count)
+    jobs = await claims.claim(conn, worker, {"default": count}, count)
     assert len(jobs) == count
     return worker, [job.id for job in jobs]
 
@@ -530,9 +528,9 @@ async def test_claim_goes_by_priority_then_by_id(worker: Any) -> None:
     low, first, second, top, last = [
         (await insert(worker, priority=priority))[0] for priority in (-32768, 5, 5, 32767, 0)
     ]
-    jobs = await connection.claim(worker, me, {"default": 3}, 3)
+    jobs = await claims.claim(worker, me, {"default": 3}, 3)
     assert [job.id for job in jobs] == [top, first, second]
-    assert [job.id for job in await connection.claim(worker, me, {"default": 3}, 3)] == [last, low]
+    assert [job.id for job in await claims.claim(worker, me, {"default": 3}, 3)] == [last, low]
 
 
 async def test_a_claim_from_marks_sees_nothing_before_them(worker: Any) -> None:
@@ -541,21 +539,21 @@ async def test_a_claim_from_marks_sees_nothing_before_them(worker: Any) -> None:
     a = [await insert(worker, 4, queue="a", priority=priority) for priority in (0, 5)]
     b = await insert(worker, 4, queue="b")
     await insert(worker, 4, queue="b", priority=1)
-    onward = connection.Onward(["a", "a", "b"], [5, 0, 0], [a[1][2], a[0][1], b[1]])
-    jobs = await connection.claim(worker, me, {"a": 3, "b": 2}, 9, onward=onward)
+    onward = claims.Onward(["a", "a", "b"], [5, 0, 0], [a[1][2], a[0][1], b[1]])
+    jobs = await claims.claim(worker, me, {"a": 3, "b": 2}, 9, onward=onward)
     assert [job.id for job in jobs if job.queue == "a"] == [*a[1][2:], a[0][1]]
     assert [job.id for job in jobs if job.queue == "b"] == b[1:3]
-    assert len(await connection.claim(worker, me, {"a": 9, "b": 9}, 2, onward=onward)) == 2
-    assert [job.id for job in await connection.claim(worker, me, {"a": 9}, 9)] == [*a[1][:2], a[0][0]]
+    assert len(await claims.claim(worker, me, {"a": 9, "b": 9}, 2, onward=onward)) == 2
+    assert [job.id for job in await claims.claim(worker, me, {"a": 9}, 9)] == [*a[1][:2], a[0][0]]
 
 
 async def test_claim_keeps_to_each_queues_room_and_to_the_limit(worker: Any) -> None:
     me = await register(worker)
     for queue in "abc":
         await insert(worker, 5, queue=queue)
-    jobs = await connection.claim(worker, me, {"a": 2, "b": 3, "nobody": 9}, 4)
+    jobs = await claims.claim(worker, me, {"a": 2, "b": 3, "nobody": 9}, 4)
     assert [job.queue for job in jobs] == ["a", "a", "b", "b"]
-    jobs = await connection.claim(worker, me, {"b": 9, "a": 0}, 100)
+    jobs = await claims.claim(worker, me, {"b": 9, "a": 0}, 100)
     assert [job.queue for job in jobs] == ["b", "b", "b"]
 
 
@@ -567,7 +565,7 @@ async def test_a_claim_leaves_what_finds_no_thread(worker: Any, connect: Session
         kinds = random.randint(1, 3)
         types = [f"Plain{n}" for n in range(kinds)]
         shares = [random.choice([1, 1, 2, 5]) for _ in types]
-        threads = connection.Threads(types, shares, [random.randint(0, 6) for _ in types], random.randint(0, 4))
+        threads = claims.Threads(types, shares, [random.randint(0, 6) for _ in types], random.randint(0, 4))
         levels = [random.randint(0, 1) for _ in range(24)]
         chosen = [random.choice([*types, "Async"]) for _ in levels]
         await worker.execute("INSERT INTO notifyq.task (type, priority) SELECT * FROM unnest($1::text[], $2::int2[])",
@@ -584,19 +582,19 @@ async def test_a_claim_leaves_what_finds_no_thread(worker: Any, connect: Session
                     spare -= 1
                 held[type] += 1
             want.append(id)
-        onward = random.choice([None, connection.Onward(["default"] * 2, [1, 0], [1, 1])])
-        jobs = await connection.claim(worker, me, {"default": limit}, limit, onward=onward, threads=threads)
+        onward = random.choice([None, claims.Onward(["default"] * 2, [1, 0], [1, 1])])
+        jobs = await claims.claim(worker, me, {"default": limit}, limit, onward=onward, threads=threads)
         assert [job.id for job in jobs] == want, (threads, chosen, levels)
         assert threads.opened(jobs) == threads.spare - spare
         left = [id for id, _, _ in rows if id not in want]
-        assert [job.id for job in await connection.claim(other, me, {"default": 24}, 24)] == left
+        assert [job.id for job in await claims.claim(other, me, {"default": 24}, 24)] == left
         await worker.execute("DELETE FROM notifyq.task")
 
 
 async def test_claim_says_what_a_handler_needs(worker: Any) -> None:
     me = await register(worker)
     (id,) = await insert(worker, payload='{"to": "ä"}', priority=7, max_attempts=3)
-    (job,) = await connection.claim(worker, me, {"default": 1}, 1)
+    (job,) = await claims.claim(worker, me, {"default": 1}, 1)
     assert (job.id, job.worker, job.attempt, job.priority, job.max_attempts) == (id, me, 1, 7, 3)
     assert (job.type, job.queue, job.payload) == ("Known", "default", '{"to": "ä"}'.encode())
     row = await task(worker, id)
@@ -610,7 +608,7 @@ async def test_claim_leaves_what_is_running_scheduled_or_aside(worker: Any) -> N
     await insert(worker, aside=True)
     (promoted,) = await insert(worker, run_at="2999-01-01", promoted=True)
     (early,) = await insert(worker, run_at="-infinity")
-    assert [job.id for job in await connection.claim(worker, me, {"default": 9}, 9)] == [promoted, early]
+    assert [job.id for job in await claims.claim(worker, me, {"default": 9}, 9)] == [promoted, early]
 
 
 async def test_two_claims_at_once_share(worker: Any, dsn: str) -> None:
@@ -621,19 +619,19 @@ async def test_two_claims_at_once_share(worker: Any, dsn: str) -> None:
     transaction = other.transaction()
     await transaction.start()
     with anyio.fail_after(limit()):
-        assert [job.id for job in await connection.claim(other, me, {"default": 2}, 2)] == all_ids[:2]
-        assert [job.id for job in await connection.claim(worker, me, {"default": 9}, 9)] == all_ids[2:]
+        assert [job.id for job in await claims.claim(other, me, {"default": 2}, 2)] == all_ids[:2]
+        assert [job.id for job in await claims.claim(worker, me, {"default": 9}, 9)] == all_ids[2:]
         await transaction.rollback()
-        assert [job.id for job in await connection.claim(worker, me, {"default": 9}, 9)] == all_ids[:2]
+        assert [job.id for job in await claims.claim(worker, me, {"default": 9}, 9)] == all_ids[:2]
     other.terminate()
 
 
 async def test_a_worker_that_was_given_up_claims_nothing(worker: Any) -> None:
     (id,) = await insert(worker)
     await insert(worker, aside=True)
-    assert await connection.claim(worker, 99, {"default": 9}, 9) == []
-    assert await connection.claim(worker, 99, {"default": 9}, 9, onward=Onward(["default"], [0], [1])) == []
-    assert await connection.claim(worker, 99, {"default": 9}, 9, aside=["Known"]) == []
+    assert await claims.claim(worker, 99, {"default": 9}, 9) == []
+    assert await claims.claim(worker, 99, {"default": 9}, 9, onward=Onward(["default"], [0], [1])) == []
+    assert await claims.claim(worker, 99, {"default": 9}, 9, aside=["Known"]) == []
     assert (await task(worker, id))["attempts"] == 0
 
 
@@ -644,8 +642,8 @@ async def test_an_odd_created_at_is_claimed_all_the_same(worker: Any, at: str) -
     await insert(worker, 2)
     await insert(worker, created_at=at, run_at="-infinity")
     await insert(worker, created_at=at, aside=True)
-    assert len(await connection.claim(worker, me, {"default": 9}, 9)) == 3
-    assert len(await connection.claim(worker, me, {"default": 9}, 9, aside=["Known"])) == 1
+    assert len(await claims.claim(worker, me, {"default": 9}, 9)) == 3
+    assert len(await claims.claim(worker, me, {"default": 9}, 9, aside=["Known"])) == 1
 
 
 @pytest.mark.parametrize("attempts", [-32768, -1, 32766, 32767])
@@ -654,7 +652,7 @@ async def test_odd_attempts_are_claimed_all_the_same(worker: Any, attempts: int)
     me = await register(worker)
     await insert(worker, attempts=attempts)
     await insert(worker, 2)
-    jobs = await connection.claim(worker, me, {"default": 9}, 9)
+    jobs = await claims.claim(worker, me, {"default": 9}, 9)
     assert [job.attempt for job in jobs] == [min(attempts + 1, 32767), 1, 1]
 
 
@@ -669,15 +667,15 @@ async def test_a_claim_leaves_out_large_payloads(worker: Any) -> None:
         all_ids = [row[0] for row in await worker.fetch(insert_one, statement == "adopt")]
         stored = "SELECT pg_column_size(payload) < 16000 FROM notifyq.task WHERE id = $1"
         assert await worker.fetchval(stored, all_ids[1]), "compressed"
-        onward = connection.Onward(["default"], [0], [1]) if "onward" in statement else None
+        onward = claims.Onward(["default"], [0], [1]) if "onward" in statement else None
         aside = ["Known"] if statement == "adopt" else None
-        threads = connection.Threads([], [], [], 0) if "fitting" in statement else None
-        jobs = await connection.claim(worker, me, {"default": 9}, 9, onward=onward, aside=aside, threads=threads)
+        threads = claims.Threads([], [], [], 0) if "fitting" in statement else None
+        jobs = await claims.claim(worker, me, {"default": 9}, 9, onward=onward, aside=aside, threads=threads)
         assert [job.id for job in jobs] == all_ids
         assert [job.payload is None for job in jobs] == [False, True, True], statement
         assert jobs[0].payload == b'"' + b"x" * 3000 + b'"'
         await worker.execute("UPDATE notifyq.task SET worker = NULL, aside = $1", statement == "adopt")
-        jobs = await connection.claim(
+        jobs = await claims.claim(
             worker, me, {"default": 9}, 9, onward=onward, aside=aside, threads=threads, blind=True
         )
         assert [job.payload for job in jobs] == [None] * 3
@@ -691,7 +689,7 @@ async def test_a_claim_for_many_takes_smaller_payloads_with_it(worker: Any) -> N
     for room, inline in ((100, True), (1000, False)):
         (id,) = await insert(worker)
         await worker.execute(f"UPDATE notifyq.task SET payload = to_jsonb(({text})) WHERE id = $1", id)
-        (job,) = await connection.claim(worker, me, {"default": room}, room)
+        (job,) = await claims.claim(worker, me, {"default": room}, room)
         assert (job.payload is not None) is inline
 
 
@@ -734,12 +732,12 @@ async def test_hostile_names_of_queues_and_types(worker: Any, name: str) -> None
     """Through every array and every statement, to the end and back; 200 characters of four bytes fit each index."""
     me = await register(worker, types=[name])
     await insert(worker, 2, queue=name, type=name)
-    jobs = await connection.claim(worker, me, {name: 9}, 9)
+    jobs = await claims.claim(worker, me, {name: 9}, 9)
     keys = [job.id for job in jobs], [job.attempt for job in jobs]
     assert {(job.queue, job.type) for job in jobs} == {(name, name)}
     assert len(await worker.fetch(SQL["set_aside"], me, *keys)) == 2
     assert (await worker.fetchrow(SQL["tick"], me, 0, "ok", [], [], [name], [name], False))["aside"]
-    assert len(await connection.claim(worker, me, {name: 9}, 9, aside=[name])) == 2
+    assert len(await claims.claim(worker, me, {name: 9}, 9, aside=[name])) == 2
     assert len(await worker.fetch(SQL["finish"], me, *keys, ["done"] * 2, [], [], True)) == 2
     assert await worker.fetchval("SELECT count(*) FROM notifyq.all_tasks WHERE queue = $1 AND type = $1", name) == 2
 
@@ -749,8 +747,8 @@ async def test_a_type_that_is_too_long_to_be_one_is_claimed_cut(worker: Any, len
     """201 characters of it tell that it is, and are all that a worker has to hold. The row keeps it whole."""
     me = await register(worker)
     (id,) = await insert(worker, type="x" * length)
-    for onward in (None, connection.Onward(["default"], [0], [id])):
-        (job,) = await connection.claim(worker, me, {"default": 9}, 9, onward=onward)
+    for onward in (None, claims.Onward(["default"], [0], [id])):
+        (job,) = await claims.claim(worker, me, {"default": 9}, 9, onward=onward)
         assert (job.id, job.type) == (id, "x" * 201)
         assert len(await worker.fetch(SQL["hand_back"], me, [id], [1])) == 1
     assert await worker.fetchval("SELECT length(type) FROM notifyq.task WHERE id = $1", id) == length
@@ -761,7 +759,7 @@ async def test_a_queue_of_201_characters_is_nobodys(worker: Any) -> None:
     me = await register(worker)
     (id,) = await insert(worker, queue="x" * 201)
     (good,) = await insert(worker)
-    assert [job.id for job in await connection.claim(worker, me, {"default": 9}, 9)] == [good]
+    assert [job.id for job in await claims.claim(worker, me, {"default": 9}, 9)] == [good]
     assert (await task(worker, id))["state"] == "ready"
     assert await worker.fetchval("SELECT notifyq.cancel($1)", id)
 
@@ -772,10 +770,10 @@ async def test_adopt_takes_only_what_is_aside_and_known(worker: Any) -> None:
     await insert(worker, aside=True, type="Strange")
     await insert(worker, aside=True, queue="mail")
     low, high = (await insert(worker, aside=True))[0], (await insert(worker, aside=True, priority=1))[0]
-    jobs = await connection.claim(worker, me, {"default": 9}, 9, aside=["Known", "Other"])
+    jobs = await claims.claim(worker, me, {"default": 9}, 9, aside=["Known", "Other"])
     assert [job.id for job in jobs] == [high, low]
     assert await worker.fetchval("SELECT count(*) FROM notifyq.task WHERE aside") == 2
-    assert await connection.claim(worker, me, {"default": 1, "mail": 0}, 9, aside=["Strange"]) != []
+    assert await claims.claim(worker, me, {"default": 1, "mail": 0}, 9, aside=["Strange"]) != []
 
 
 async def test_due_promotes_and_tells_the_next(worker: Any) -> None:
@@ -925,7 +923,7 @@ async def test_retry_later_schedules_and_remembers(worker: Any) -> None:
     row = await task(worker, later)
     assert 3590 < (row["run_at"] - row["processed_at"]).total_seconds() < 3610
     assert (row["attempts"], row["worker"], row["error"]) == (1, None, "one")
-    await connection.claim(worker, me, {"default": 1}, 1)
+    await claims.claim(worker, me, {"default": 1}, 1)
     await worker.fetch(SQL["retry_later"], me, [soon], [2], [9.0], [b'{"attempt": 2, "error": "two", "at": "x"}'])
     first, second = json.loads((await task(worker, soon))["errors"])
     assert (first["error"], second["error"]) == ("one", "two")
@@ -937,7 +935,7 @@ async def test_a_handed_back_attempt_did_not_happen(worker: Any) -> None:
     await worker.fetch(SQL["hand_back"], me, [id], [1])
     row = await task(worker, id)
     assert (row["state"], row["attempts"], row["errors"], row["processed_at"]) == ("ready", 0, None, None)
-    (job,) = await connection.claim(worker, me, {"default": 1}, 1)
+    (job,) = await claims.claim(worker, me, {"default": 1}, 1)
     assert job.attempt == 1
 
 
@@ -945,7 +943,7 @@ async def test_handed_back_after_its_time_had_come_it_is_still_ready(worker: Any
     await insert(worker, created_at="2000-01-01", run_at="2001-01-01")
     await worker.fetchrow(SQL["due"], ["default"], [], 9, None, None)
     me = await register(worker)
-    (job,) = await connection.claim(worker, me, {"default": 1}, 1)
+    (job,) = await claims.claim(worker, me, {"default": 1}, 1)
     await worker.fetch(SQL["hand_back"], me, [job.id], [1])
     assert await states(worker) == {job.id: "ready"}
 
@@ -955,8 +953,8 @@ async def test_set_aside_keeps_out_of_the_way(worker: Any) -> None:
     await worker.fetch(SQL["set_aside"], me, [id], [1])
     row = await task(worker, id)
     assert (row["state"], row["attempts"]) == ("ready", 0)
-    assert await connection.claim(worker, me, {"default": 1}, 1) == []
-    (job,) = await connection.claim(worker, me, {"default": 1}, 1, aside=["Known"])
+    assert await claims.claim(worker, me, {"default": 1}, 1) == []
+    (job,) = await claims.claim(worker, me, {"default": 1}, 1, aside=["Known"])
     assert (job.id, job.attempt) == (id, 1)
 
 
@@ -1033,7 +1031,7 @@ async def test_rescue_counts_as_an_attempt_and_says_why(worker: Any) -> None:
     assert (row["attempts"], error["attempt"]) == (1, 1)
     assert row["error"] == "its worker host:1 vanished while it ran this task alone"
     other = await register(worker, "other:1")
-    (job,) = await connection.claim(worker, other, {"default": 1}, 1)
+    (job,) = await claims.claim(worker, other, {"default": 1}, 1)
     assert job.attempt == 2
 
 
@@ -1081,11 +1079,11 @@ async def test_a_crash_beside_others_is_no_failure(worker: Any) -> None:
             crashed = await worker.fetchval(SQL["suspects"], ["crashed:other", "crashed:default"], ["Known", "X"], [])
             assert crashed == (2 if crash == 3 else None)
             if crash == 2:
-                jobs = await connection.claim(worker, me, {"default": 9}, 9)
+                jobs = await claims.claim(worker, me, {"default": 9}, 9)
             else:
-                assert await connection.claim(worker, me, {"default": 9}, 9) == []
-                assert await connection.claim_suspects(worker, me, ["crashed:default"], ["Known"], 3, 9) == []
-                jobs = await connection.claim_suspects(worker, me, ["crashed:default"], ["Known"], 2, 2)
+                assert await claims.claim(worker, me, {"default": 9}, 9) == []
+                assert await claims.claim_suspects(worker, me, ["crashed:default"], ["Known"], 3, 9) == []
+                jobs = await claims.claim_suspects(worker, me, ["crashed:default"], ["Known"], 2, 2)
                 assert len(jobs) == 2
             assert {(job.attempt, job.excused) for job in jobs} == {(crash, crash - 1)}
         await silent(worker, me, 5)
@@ -1106,7 +1104,7 @@ async def test_three_crashes_alone_are_the_end(worker: Any) -> None:
         if crash < 3:
             assert tuple(await worker.fetchrow(CRASHES, id)) == (7, crash, "crashed", 7 + crash)
             me = await register(worker)
-            [job] = await connection.claim_suspects(worker, me, ["crashed:default"], ["Known"], 7 + crash, 9)
+            [job] = await claims.claim_suspects(worker, me, ["crashed:default"], ["Known"], 7 + crash, 9)
             assert (job.id, job.attempt, job.excused) == (id, 8 + crash, 7)
     row = await task(worker, id)
     assert (row["state"], row["error"]) == (
@@ -1245,7 +1243,7 @@ async def test_strays_are_what_the_worker_does_not_know_of(worker: Any) -> None:
 
 # Who says "look again". A claim or a promotion that rang would wake the whole fleet for nothing.
 RINGS: dict[str, tuple[Any, Callable[[Any, int, int], Any]]] = {
-    "claim": (False, lambda c, w, id: connection.claim(c, w, {"default": 9}, 9)),
+    "claim": (False, lambda c, w, id: claims.claim(c, w, {"default": 9}, 9)),
     "due": (False, lambda c, w, id: c.fetchrow(SQL["due"], ["default"], [], 9, None, None)),
     "tick": (False, lambda c, w, id: c.fetchrow(SQL["tick"], w, 0, "ok", [id], [1], ["default"], ["Known"], True)),
     "finish": (False, lambda c, w, id: c.fetch(SQL["finish"], w, [id], [1], ["done"], [], [], True)),

@@ -16,8 +16,8 @@ import pytest
 
 import notifyq
 from notifyq.config import WorkerConfig, default_threads
-from notifyq.database.connection import Job
 from notifyq.worker.capacity import ASKED_LEAST, LOOK_LEAST, Room
+from notifyq.worker.job import Job
 from notifyq.worker.outcome import HandBack, Outcome
 from notifyq.worker.runners import Runners
 from notifyq.worker.settle import Settler

@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
-from notifyq.database import connection
-from notifyq.database.connection import SQL, Job, Onward
+from notifyq.database.connection import SQL
+from notifyq.worker import job as claims
+from notifyq.worker.job import Job, Onward
 
 KNOWN = "Known"  # the type that workers here know
 ERROR = b'{"attempt": 1, "error": "oh"}'
@@ -37,16 +38,16 @@ async def unregister(conn: Any, worker: int) -> bool:
 
 
 async def claim(conn: Any, worker: int, count: int = 9) -> list[Job]:
-    return await connection.claim(conn, worker, {"default": count}, count)
+    return await claims.claim(conn, worker, {"default": count}, count)
 
 
 async def claim_onward(conn: Any, worker: int, count: int = 9) -> list[Job]:
     """From a mark, as under a backlog; here one that hides nothing."""
-    return await connection.claim(conn, worker, {"default": count}, count, onward=Onward(["default"], [0], [1]))
+    return await claims.claim(conn, worker, {"default": count}, count, onward=Onward(["default"], [0], [1]))
 
 
 async def adopt(conn: Any, worker: int, count: int = 9) -> list[Job]:
-    return await connection.claim(conn, worker, {"default": count}, count, aside=[KNOWN])
+    return await claims.claim(conn, worker, {"default": count}, count, aside=[KNOWN])
 
 
 async def held(conn: Any, count: int = 1, **columns: Any) -> list[Job]:

@@ -12,8 +12,9 @@ from typing import Any, TypeVar
 
 import click
 
-from notifyq.client.options import EnqueueOptions, parse_rate
+from notifyq.client.options import EnqueueOptions
 from notifyq.errors import ConfigError
+from notifyq.rules import parse_rate
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import click
 
-from notifyq.client.options import parse_rate
 from notifyq.config import check_name
 from notifyq.database.connection import SQL, Connection
+from notifyq.rules import parse_rate
 
 from .options import did_you_mean, dsn_option, number, option, rate
 from .output import say, span, table

@@ -9,9 +9,10 @@ from typing import Any
 
 import click
 
+from notifyq.client.ref import check_same
 from notifyq.database.connection import SQL
 from notifyq.errors import NotifyqError
-from notifyq.task import ENDED, check_same
+from notifyq.task import ENDED
 
 from .options import dsn_option, option
 from .output import percent, plain, say

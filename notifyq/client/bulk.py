@@ -11,9 +11,10 @@ from typing import Any, TypeAlias
 
 from ..database.connection import SQL
 from ..errors import ConfigError
-from ..task import Ids, Task
+from ..task import Task
 from ..unique import NOTHING
 from .options import Options
+from .ref import Ids
 
 CHUNK = 2000  # tasks in a statement,
 CHUNK_SIZE = 8_000_000  # and characters of their payloads together, or one task

@@ -19,12 +19,13 @@ from ..database.connection import COMMAND_TIMEOUT_SECONDS, SLOWEST, SQL, bare
 from ..errors import ConfigError, DatabaseError, SchemaError, only
 from ..payloads import jsonable
 from ..registry import Registry
-from ..task import Ids, Task
+from ..task import Task
 from ..unique import Unique
 from .bulk import CHUNK, CHUNK_SIZE, Bulk, Placed, Row, Statement, check_one_statement, insert
 from .drivers import Foreign
 from .options import Options, check_group, where
 from .pool import AppPool
+from .ref import Ids
 
 if TYPE_CHECKING:
     from ..database.connection import Connection

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Mapping
 from datetime import datetime, timedelta
 from typing import Any, Literal, NamedTuple, Self, TypedDict
@@ -14,24 +13,11 @@ from .. import settings
 from ..codec import type_name
 from ..config import check_name, check_queue, in_seconds, is_int, is_number
 from ..errors import ConfigError
-from ..rules import key_of, rules_of
-from ..task import Ref, State, Task
+from ..rules import key_of, parse_rate, rules_of
+from ..task import State, Task
 from ..unique import Unique, Wish
+from .ref import Ref
 
-UNITS = {
-    "s": 1,
-    "sec": 1,
-    "second": 1,
-    "m": 60,
-    "min": 60,
-    "minute": 60,
-    "h": 3600,
-    "hour": 3600,
-    "d": 86400,
-    "day": 86400,
-}
-RATE = re.compile(rf"([0-9]{{1,9}})\s*/\s*([0-9]{{0,9}})\s*({'|'.join(UNITS)})")
-RATE_SECONDS_MOST = 1e9  # schema.sql has the same check
 AFTER_MOST = 10_000
 UNTOLD: Any = object()
 
@@ -231,19 +217,6 @@ def _check_limit(limit_key: str | None, limit: int | None, rate: str | None) -> 
 def where(queue: str | None, priority: int | None) -> Options:
     """The options that say only this; None: what the class says."""
     return Options.check(queue=UNTOLD if queue is None else queue, priority=UNTOLD if priority is None else priority)
-
-
-def parse_rate(rate: str, whose: str = "") -> tuple[int, float]:
-    """(100, 60.0) of "100/minute". Raises ConfigError for what isn't one."""
-    match = RATE.fullmatch(rate) if isinstance(rate, str) else None
-    if match is None or not int(match[1]) or match[2] == "0":
-        raise ConfigError(
-            f'{whose}rate is {rate!r}; expected how many in what time, as "100/minute", "5/s" or "20/10s"'
-        )
-    seconds = float(int(match[2] or 1) * UNITS[match[3]])
-    if seconds > RATE_SECONDS_MOST:
-        raise ConfigError(f"{whose}rate is {rate!r}; expected a time of 1e9 s at most")
-    return int(match[1]), seconds
 
 
 def check_group(size: int) -> None:

@@ -40,7 +40,8 @@ from ..database.connection import (
 )
 from ..errors import ConfigError, DatabaseError, NotifyqError, SchemaError, failure
 from ..registry import innermost
-from ..task import ENDED, Progress, check_same
+from ..task import ENDED, Progress
+from .ref import check_same
 
 if TYPE_CHECKING:
     from ..registry import Handler, Registry

@@ -12,11 +12,12 @@ from .. import forked
 from ..config import redact, resolve_dsn
 from ..database.dsn import conninfo
 from ..errors import ConfigError, DatabaseError
-from ..task import Ids, Ref, Task, ref
+from ..task import Task
 from . import drivers
 from .bulk import Bulk, Statement, check_one_statement, insert
 from .enqueue import Explained, checked, explained_many, grouped, ids_of_group, statement
 from .options import EnqueueOptions, Options
+from .ref import Ids, Ref, ref
 
 if TYPE_CHECKING:
     from ..app import App

@@ -7,13 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections import Counter
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
-from datetime import datetime
-from operator import attrgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar, cast
 
 import asyncpg
 import asyncpg.exceptions
@@ -59,11 +56,7 @@ UNREADABLE: Final = (
     asyncpg.DataError,
 )
 
-# How much one statement carries. A claim's answer has some CLAIM_BYTES of payloads, each of INLINE_MOST bytes at most,
-# or of INLINE_LEAST where it may be thousands. Statements that carry large values carry STATEMENT_BYTES, or one value
-# if it is larger.
-CLAIM_BYTES = 4 * 1024 * 1024
-INLINE_LEAST, INLINE_MOST = 2 * 1024, 16 * 1024
+# A statement that carries large values carries this many bytes of them, or one value if that is larger.
 STATEMENT_BYTES = 4 * 1024 * 1024
 SLOWEST = 512 * 1024  # bytes a second: a statement that carries many bytes is given the time they take at this rate
 
@@ -375,145 +368,3 @@ def notified_id(payload: object) -> int | None:
 async def server_version(conn: Connection) -> str:
     """Such as "18.6"."""
     return str(await conn.fetchval("SHOW server_version")).split()[0]
-
-
-class Onward(NamedTuple):
-    """Where a claim begins to read, as claim_onward.sql wants it, beside each other; the highest priority first."""
-
-    queues: list[str]
-    priorities: list[int]
-    ids: list[int]
-
-
-class Job:
-    """A claimed row: one attempt of one task. (id, worker, attempt) is its lease."""
-
-    __slots__ = (
-        "attempt",
-        "created_at",
-        "excused",
-        "id",
-        "judged",
-        "max_attempts",
-        "payload",
-        "priority",
-        "queue",
-        "size",
-        "type",
-        "worker",
-    )
-
-    def __init__(self, worker: int, row: asyncpg.Record) -> None:
-        self.worker = worker
-        id, attempt, type, queue, priority, max_attempts, created_at, payload, judged, excused = row
-        self.id: int = id
-        self.attempt: int = attempt
-        self.type: str = type
-        self.queue: str = queue
-        self.priority: int = priority
-        self.max_attempts: int | None = max_attempts
-        self.created_at: datetime = created_at
-        # Whether it is to be admitted before it runs. None: a trigger undid the claim, see claim.sql.
-        self.judged: bool | None = judged
-        self.excused: int = excused or 0  # attempts that don't count, as another task may have killed their worker
-        self.payload: bytes | None = payload  # None: large, its runner fetches it (large_payloads.py)
-        self.size = 0  # bytes of the payload, if it was large
-
-
-class Threads(NamedTuple):
-    """What a claim counts of plain handlers' tasks, as claim_fitting.sql wants it: their types beside each other."""
-
-    types: list[str]
-    shares: list[int]  # how many tasks of the type share a thread
-    held: list[int]  # how many of them are held
-    spare: int  # how many threads are free
-
-    def opened(self, jobs: Iterable[Job]) -> int:
-        """How many of these threads `jobs` take."""
-        counts = Counter(job.type for job in jobs)
-        each = zip(self.types, self.shares, self.held, strict=True)
-        return sum(-(-(held + counts[type]) // share) + -held // share for type, share, held in each)
-
-
-async def claim(
-    conn: Connection,
-    worker: int,
-    rooms: Mapping[str, int],
-    limit: int,
-    *,
-    onward: Onward | None = None,
-    aside: Sequence[str] | None = None,
-    threads: Threads | None = None,
-    blind: bool = False,
-) -> list[Job]:
-    """Up to `limit` ready tasks, from each queue at most its room, in the order to run them.
-
-    With `onward`, only from those marks; with `aside`, of these types those that somebody set aside; with `threads`,
-    without the tasks that don't fit into these. `blind`: without any payload.
-    """
-    inline = 0 if blind else _inline(limit)
-    try:
-        jobs = await _claim(conn, worker, rooms, limit, onward, aside, threads, inline)
-    except UNREADABLE:
-        # A payload that was stored, and can't be sent: 1400 times 1e131071 is 16 kB, and 180 MB as text.
-        jobs = await _claim(conn, worker, rooms, limit, onward, aside, threads, 0)
-    put_in_order(jobs)
-    return jobs
-
-
-def _inline(limit: int) -> int:
-    """How many bytes a payload may have that comes with a claim of up to so many tasks."""
-    return max(INLINE_LEAST, min(INLINE_MOST, CLAIM_BYTES // max(limit, 1)))
-
-
-async def claim_suspects(
-    conn: Connection, worker: int, keys: list[str], types: Sequence[str], crashes: int, limit: int
-) -> list[Job]:
-    """Up to `limit` of the tasks whose workers have vanished so often: see suspects.sql."""
-    args = (worker, keys, types, crashes, limit)
-    try:
-        rows = await conn.fetch(SQL["claim_suspects"], *args, _inline(limit))
-    except UNREADABLE:
-        rows = await conn.fetch(SQL["claim_suspects"], *args, 0)
-    jobs = [Job(worker, row) for row in rows]
-    put_in_order(jobs)
-    return jobs
-
-
-async def claim_these(conn: Connection, worker: int, ids: list[int], limit: int, *, blind: bool = False) -> list[Job]:
-    """Those of these tasks that can still be claimed, in no order; `limit` bounds their payloads, as in `claim`."""
-    try:
-        rows = await conn.fetch(SQL["claim_these"], worker, ids, 0 if blind else _inline(limit))
-    except UNREADABLE:
-        rows = await conn.fetch(SQL["claim_these"], worker, ids, 0)
-    return [Job(worker, row) for row in rows]
-
-
-async def _claim(
-    conn: Connection,
-    worker: int,
-    rooms: Mapping[str, int],
-    limit: int,
-    onward: Onward | None,
-    aside: Sequence[str] | None,
-    threads: Threads | None,
-    inline: int,
-) -> list[Job]:
-    args = (worker, list(rooms), list(rooms.values()), limit)
-    if aside is not None:
-        rows = await conn.fetch(SQL["adopt"], *args, aside, inline)
-    elif threads is not None and onward is not None:
-        rows = await conn.fetch(SQL["claim_onward_fitting"], *args, *onward, inline, *threads)
-    elif threads is not None:
-        rows = await conn.fetch(SQL["claim_fitting"], *args, inline, *threads)
-    elif onward is not None:
-        rows = await conn.fetch(SQL["claim_onward"], *args, *onward, inline)
-    else:
-        rows = await conn.fetch(SQL["claim"], *args, inline)
-    return [Job(worker, row) for row in rows]
-
-
-def put_in_order(jobs: list[Job]) -> None:
-    """The order to run them in, which RETURNING doesn't keep: by priority, and equals by id."""
-    jobs.sort(key=attrgetter("id"))
-    jobs.sort(key=attrgetter("priority"), reverse=True)  # equals stay as they are

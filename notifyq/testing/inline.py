@@ -20,11 +20,11 @@ from notifyq.app import App
 from notifyq.client.enqueue import checked
 from notifyq.client.options import where
 from notifyq.client.results import typed
-from notifyq.database.connection import Job
 from notifyq.errors import ConfigError
 from notifyq.lifespan import within
 from notifyq.registry import Handler, Registry, awaited, is_awaitable
 from notifyq.task import Task, Verdict
+from notifyq.worker.job import Job
 from notifyq.worker.outcome import Aside, Finish, HandBack, Later, Outcome
 from notifyq.worker.runners import Runners
 

@@ -11,7 +11,8 @@ from collections.abc import Iterable, Mapping
 
 import msgspec
 
-from ..database.connection import SQL, Connection, Job
+from ..database.connection import SQL, Connection
+from .job import Job
 from .left_out import LeftOut
 
 _parse = msgspec.json.Decoder(dict[str, tuple[bool, bool]]).decode

@@ -21,11 +21,11 @@ from typing import Any, cast
 import anyio
 
 from .. import log
-from ..database.connection import Job
 from ..errors import ConfigError
 from ..registry import Handler, Registry
 from ..task import Context, Isolation, Progress, Run, Task, Transaction, Verdict
 from . import outcome
+from .job import Job
 from .outcome import Outcome
 
 logger = log.logger("notifyq.batch")

@@ -21,7 +21,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence, Set
 
 from ..config import WorkerConfig
-from ..database.connection import Job, Threads
+from .job import Job, Threads
 from .runners import Runners
 
 AHEAD_SECONDS = 0.010  # of work to claim ahead of the slots

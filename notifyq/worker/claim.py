@@ -26,23 +26,12 @@ import asyncpg
 
 from .. import log
 from ..config import WorkerConfig
-from ..database.connection import (
-    PROOF_SECONDS,
-    SQL,
-    Connection,
-    Job,
-    Onward,
-    Threads,
-    claim,
-    claim_suspects,
-    connect_worker,
-    is_pooled,
-    is_refusal,
-)
+from ..database.connection import PROOF_SECONDS, SQL, Connection, connect_worker, is_pooled, is_refusal
 from .admission import Admission
 from .capacity import Room
 from .cursors import OWED_TIMES, SLOW_SECONDS, Marks, Usual
 from .doorbell import CHANNEL, Door, Moderation, Place, fleet_key
+from .job import Job, Onward, Threads, claim, claim_suspects
 from .left_out import LeftOut, unless_refused
 from .runners import Runners
 

@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from ..database.connection import Job, Onward
+from .job import Job, Onward
 
 LAG_SECONDS = 0.025  # a mark is from 1 to 2 of these old: ids become visible in about their order, not quite
 BUSY_SECONDS, BUSY_TIMES = 0.1, 32  # from one claim from the front to the next, under a backlog: so long, and so many

@@ -39,13 +39,11 @@ import asyncpg
 from .. import log
 from ..codec import NOTE_LENGTH, first_line, storable
 from ..config import WorkerConfig
-from ..cron import Schedule
 from ..database import schema
 from ..database.connection import (
     SQL,
     TRANSIENT,
     Connection,
-    Job,
     connect_worker,
     is_answer,
     is_pooled,
@@ -55,6 +53,8 @@ from ..database.connection import (
 )
 from ..errors import DatabaseError
 from ..registry import Registry
+from .crons import Schedule
+from .job import Job
 from .left_out import NOT_HANDED_BACK, NOT_TAKEN_BACK, LeftOut
 from .runners import Runners
 

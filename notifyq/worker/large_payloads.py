@@ -20,16 +20,8 @@ from itertools import islice
 from typing import TypeAlias
 
 from ..codec import PAYLOAD_LIMIT
-from ..database.connection import (
-    SQL,
-    STATEMENT_BYTES,
-    TRANSIENT,
-    UNREADABLE,
-    Connection,
-    Job,
-    connect_worker,
-    seconds_for,
-)
+from ..database.connection import SQL, STATEMENT_BYTES, TRANSIENT, UNREADABLE, Connection, connect_worker, seconds_for
+from .job import Job
 
 HELD_BYTES = 256 * 1024 * 1024
 MOST = 100  # tasks in a statement

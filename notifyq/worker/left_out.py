@@ -27,7 +27,8 @@ import asyncpg
 from .. import log
 from ..codec import first_line
 from ..database import schema
-from ..database.connection import SQL, Connection, Job, claim_these, put_in_order
+from ..database.connection import SQL, Connection
+from .job import Job, claim_these, put_in_order
 
 logger = log.logger("notifyq.claim")
 

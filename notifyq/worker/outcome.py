@@ -20,10 +20,10 @@ import msgspec
 
 from ..codec import RESULT_LIMIT, describe, encode_error, encode_result, text_of
 from ..config import in_seconds
-from ..database.connection import Job
 from ..registry import Handler, is_awaitable
 from ..task import Cancel, Dead, Retry, Verdict, is_delay
 from .backoff import backoff_seconds
+from .job import Job
 
 State: TypeAlias = Literal["done", "dead", "cancelled"]
 

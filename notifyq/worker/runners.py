@@ -29,12 +29,12 @@ from anyio.abc import TaskGroup
 from .. import forked, log
 from ..codec import PAYLOAD_LIMIT, describe
 from ..config import NAME_LENGTH
-from ..database.connection import Job
 from ..errors import ConfigError, LeaseLost
 from ..registry import Handler, Registry, awaited, is_awaitable
 from ..task import Context, Isolation, Progress, Run, Task, Transaction, current_run
 from . import outcome
 from .batch import Batches, ReadResults, is_ours
+from .job import Job
 from .large_payloads import LargePayloads
 from .outcome import Aside, Finish, HandBack, Later, Outcome
 from .transaction import State, Transactions

@@ -38,12 +38,12 @@ from ..database.connection import (
     STATEMENT_BYTES,
     TRANSIENT,
     Connection,
-    Job,
     connect_worker,
     is_pooled,
     prove_alive,
     seconds_for,
 )
+from .job import Job
 from .outcome import Aside, Finish, HandBack, Later, Outcome, smaller
 
 logger = log.logger("notifyq.settle")

@@ -28,12 +28,13 @@ from .. import forked, log
 from ..codec import describe, first_line
 from ..config import WorkerConfig
 from ..database import schema
-from ..database.connection import SQL, TRANSIENT, Job, connect, connect_worker, is_answer, server_version
+from ..database.connection import SQL, TRANSIENT, connect, connect_worker, is_answer, server_version
 from ..errors import only
 from ..lifespan import within
 from .batch import tell_clipped
 from .claim import Claimer
 from .heartbeat import Keeper
+from .job import Job
 from .large_payloads import LargePayloads
 from .left_out import STRAY, LeftOut
 from .outcome import HandBack

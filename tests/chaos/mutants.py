@@ -117,7 +117,7 @@ MUTANTS: dict[str, list[Change]] = {
         ),
     ],
     # A slot that a wrong clock has given is waited for.
-    "slot": [("cron.py", "IMPLAUSIBLE_SECONDS = 60.0", "IMPLAUSIBLE_SECONDS = 1e9")],
+    "slot": [("worker/crons.py", "IMPLAUSIBLE_SECONDS = 60.0", "IMPLAUSIBLE_SECONDS = 1e9")],
     # What started in the future counts until then.
     "rate": [
         (

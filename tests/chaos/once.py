@@ -17,7 +17,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator
 
-from notifyq.cron import AHEAD_SECONDS
+from notifyq.worker.crons import AHEAD_SECONDS
 
 from .app import TICK_SECONDS
 from .checker import Breach

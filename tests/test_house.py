@@ -1,0 +1,73 @@
+"""Where code lives: which part of the package imports which, and which parts run SQL."""
+
+from __future__ import annotations
+
+import ast
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import notifyq
+
+PACKAGE = Path(notifyq.__file__).parent
+EDGES = {"cli", "demo", "django", "embedded", "testing"}
+RUNS_SQL = {"client", "worker", "database"} | EDGES
+
+
+def modules() -> dict[str, Path]:
+    found = {}
+    for path in PACKAGE.rglob("*.py"):
+        parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+MODULES = modules()
+
+
+def imports_of(name: str) -> set[str]:
+    """The modules of notifyq that `name` imports, in functions and for types too."""
+    path, found = MODULES[name], set()
+    package = name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*base, *(node.module or "").split(".")]).strip(".")
+            submodules = {f"{module}.{alias.name}" for alias in node.names} & MODULES.keys()
+            found |= submodules or {module}
+    return found & MODULES.keys()
+
+
+IMPORTS = {name: imports_of(name) for name in MODULES}
+
+
+def part(module: str) -> str:
+    """The folder of a module; its own name at the top."""
+    return [*module.split("."), ""][1]
+
+
+def test_the_wings_import_neither_each_other_nor_an_edge() -> None:
+    for wing, other in (("client", "worker"), ("worker", "client")):
+        for module in MODULES:
+            if part(module) == wing:
+                reached = {part(target) for target in IMPORTS[module]}
+                assert not reached & ({other} | EDGES), module
+
+
+def test_nothing_below_imports_an_edge() -> None:
+    for module, targets in IMPORTS.items():
+        if part(module) not in EDGES and module != "notifyq.__main__":
+            local = {target for target in targets if part(target) in EDGES}
+            assert not local, f"{module} imports {local}"
+
+
+def test_no_import_cycle() -> None:
+    """Imports for types and imports in functions count."""
+    TopologicalSorter({name: targets - {name} for name, targets in IMPORTS.items()}).prepare()
+
+
+def test_only_some_folders_run_sql() -> None:
+    for module, path in MODULES.items():
+        names = {node.id for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Name)}
+        assert "SQL" not in names or part(module) in RUNS_SQL, module
