@@ -114,7 +114,7 @@ CREATE TABLE notifyq.schema_version (
     installed_at timestamptz NOT NULL DEFAULT now(),
     serves       integer     NOT NULL                  -- the version of the oldest code that can work with it
 );
-INSERT INTO notifyq.schema_version (version, serves) VALUES (2, 1);
+INSERT INTO notifyq.schema_version (version, serves) VALUES (1, 1);
 
 -- Live tasks. A row with a payload that doesn't fit its type, or with an impossible type, can be inserted: the worker
 -- finds it, and the task ends dead with a message. A constraint would abort the enqueuer's whole transaction instead,

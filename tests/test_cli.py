@@ -314,6 +314,7 @@ async def test_migrate_sql_needs_no_database(run: Run, monkeypatch: pytest.Monke
     assert (said.code, said.out, said.err) == (0, schema.schema_sql(), "")
 
 
+@pytest.mark.skip("until there is a made-up version to upgrade to")
 async def test_migrate_an_older_schema(run: Run, empty_dsn: str, connect: Sessions) -> None:
     """Until then the other commands ask for it. What has to be waited for is said, on stderr."""
     conn = await connect(empty_dsn)
@@ -335,6 +336,7 @@ async def test_migrate_an_older_schema(run: Run, empty_dsn: str, connect: Sessio
     assert (await run("stats", dsn=empty_dsn)).code == 0
 
 
+@pytest.mark.skip("until there is a made-up version to upgrade to")
 async def test_migrate_sql_from(run: Run) -> None:
     said = await run("migrate --sql --from 1", dsn=NOWHERE)
     assert (said.code, said.out, said.err) == (0, upgrade.script(1, schema.schema_sql()), "")

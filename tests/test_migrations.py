@@ -29,7 +29,7 @@ from .machine import Probe, limit
 from .old import SCHEMAS, OldWorker, statements
 from .test_faults import started
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.skip("until there is a made-up version to upgrade to")]
 
 EARLIER = sorted(int(path.stem) for path in SCHEMAS.glob("*.sql"))
 

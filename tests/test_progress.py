@@ -314,7 +314,7 @@ async def test_notifications_that_nobody_meant(bench: Bench, dsn: str, connect: 
 
 
 async def test_an_older_schema_is_told(bench: Bench, db: Any) -> None:
-    """The columns came with version 2."""
+    """A schema without the column that a wait for a result needs."""
     await db.execute("ALTER TABLE notifyq.task RENAME awaited TO awaited_no_more")
     with pytest.raises(notifyq.SchemaError, match="notifyq migrate"):
         await bench.app.ref(1).result(timeout=limit())

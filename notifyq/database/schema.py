@@ -21,9 +21,9 @@ from .connection import is_pooled, is_refusal
 if TYPE_CHECKING:
     from .connection import Connection
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 1
 STRANGER = "this database has a schema notifyq that notifyq didn't make; rename or drop that one"
-VERSION_ROW = "INSERT INTO notifyq.schema_version (version, serves) VALUES (2, 1)"  # schema.sql's
+VERSION_ROW = "INSERT INTO notifyq.schema_version (version, serves) VALUES (1, 1)"  # schema.sql's
 
 
 def schema_sql() -> str:

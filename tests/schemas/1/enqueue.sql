@@ -1,5 +1,0 @@
--- type, payload, queue, seconds from now (NULL: at once) or a time (NULL), priority, max_attempts. Returns the id.
--- The payload comes as text, so that a caller's own codecs for jsonb don't matter.
-INSERT INTO notifyq.task (type, payload, queue, run_at, priority, max_attempts)
-VALUES ($1, $2::text::jsonb, $3, coalesce($5, clock_timestamp() + make_interval(secs => $4), now()), $6, $7)
-RETURNING id

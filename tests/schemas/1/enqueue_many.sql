@@ -1,5 +1,0 @@
--- As enqueue.sql, for arrays of types and payloads. One statement, and the bell rings at most once for all.
-INSERT INTO notifyq.task (type, payload, queue, run_at, priority, max_attempts)
-SELECT t.type, t.payload::jsonb, $3, coalesce($5, clock_timestamp() + make_interval(secs => $4), now()), $6, $7
-FROM unnest($1::text[], $2::text[]) AS t (type, payload)
-RETURNING id

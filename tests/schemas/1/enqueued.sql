@@ -1,7 +1,0 @@
--- For tests: the tasks of type $1 that haven't ended, the oldest first. The payload is text, whatever codec the
--- connection has for jsonb. Its delay is what it was enqueued with, or the wait for its next attempt.
-SELECT id, queue, state, priority, run_at, payload::text AS payload,
-       CASE WHEN isfinite(run_at) THEN greatest(extract(epoch FROM run_at - created_at)::float8, 0) END AS delay
-FROM notifyq.all_tasks
-WHERE type = $1 AND state IN ('scheduled', 'ready', 'running')
-ORDER BY id

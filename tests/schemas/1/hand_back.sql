@@ -1,7 +1,0 @@
--- Give up the lease of worker $1 on tasks that were not run, or not to an end: ids $2, attempts $3. The attempt
--- doesn't count. run_at is named, though it keeps its value, so that the bell rings.
-UPDATE notifyq.task t
-SET worker = NULL, attempts = t.attempts - 1, run_at = t.run_at
-FROM unnest($2::bigint[], $3::smallint[]) AS o (id, attempt)
-WHERE t.id = ANY (ARRAY[o.id]) AND t.worker IS NOT DISTINCT FROM $1 AND t.attempts = o.attempt
-RETURNING t.id

@@ -1,4 +1,0 @@
--- A new worker: name, queues, types and what each allows, concurrency, lease in seconds. Returns its id.
-INSERT INTO notifyq.worker (name, queues, types, max_attempts, concurrency, lease)
-VALUES ($1, $2, $3, $4, $5, make_interval(secs => $6))
-RETURNING id

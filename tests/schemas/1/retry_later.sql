@@ -1,9 +1,0 @@
--- Settle: failed attempts of worker $1 that will be tried again: ids $2, attempts $3, delays in seconds $4,
--- errors $5. Names run_at, so it rings: somebody must set a timer. Returns the ids it applied to.
-UPDATE notifyq.task t
-SET worker = NULL, run_at = clock_timestamp() + make_interval(secs => o.delay), promoted = o.delay <= 0,
-    processed_at = clock_timestamp(),
-    errors = coalesce(t.errors, '[]') || jsonb_set(o.error, '{at}', to_jsonb(clock_timestamp()))
-FROM unnest($2::bigint[], $3::smallint[], $4::float8[], $5::jsonb[]) AS o (id, attempt, delay, error)
-WHERE t.id = ANY (ARRAY[o.id]) AND t.worker IS NOT DISTINCT FROM $1 AND t.attempts = o.attempt
-RETURNING t.id

@@ -1,2 +1,0 @@
--- For tests: what there is, counted by type and state.
-SELECT type, state, count(*) AS n FROM notifyq.all_tasks GROUP BY type, state ORDER BY type, state
