@@ -100,6 +100,11 @@ check: $(test_stamp)  ## format, lint and types; writes nothing
 	done; \
 	[ -z "$$failed" ] || { echo "failed:$$failed" >&2; exit 1; }
 
+# With the build backend that the lock names, so that two machines build the same.
+build: $(test_stamp)  ## the sdist and the wheel, in dist/
+	rm -rf dist
+	.venv/bin/python -m hatchling build -d dist
+
 bench: $(bench_stamp)  ## the benchmarks, minutes; BENCH="drain --quick" picks, and passes arguments
 	.venv/bin/python -m benchmarks $(BENCH)
 
@@ -141,4 +146,4 @@ $(bench_stamp): $(test_stamp)
 	@touch $@
 
 FORCE:
-.PHONY: help setup demo test test-slow test-long soak check bench bench-peers clean test-matrix test-servers chaos FORCE
+.PHONY: help setup demo test test-slow test-long soak check build bench bench-peers clean test-matrix test-servers chaos FORCE
