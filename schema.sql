@@ -352,7 +352,7 @@ END $$;
 CREATE TRIGGER ring AFTER INSERT OR UPDATE OF run_at ON notifyq.task
     FOR EACH STATEMENT EXECUTE FUNCTION notifyq.ring();
 
--- The newest task with a key. Rows go, some time after it is over and `until` has passed: prune_keys.sql.
+-- The newest task with a key. Rows go, some time after it is over and `until` has passed: prune_unique_keys.sql.
 CREATE TABLE notifyq.unique_key (
     key           text        NOT NULL PRIMARY KEY,
     task          bigint      NOT NULL,
@@ -582,7 +582,7 @@ END $$;
 
 -- Move a live task to finished; the one place outside a worker's settle that does. Returns whether it was there.
 CREATE FUNCTION notifyq.cancel(id bigint) RETURNS boolean LANGUAGE sql BEGIN ATOMIC
-    -- An older task may have had the same id: see ids.sql.
+    -- An older task may have had the same id: see read_highest_ids.sql.
     DELETE FROM notifyq.finished f WHERE f.id = $1 AND EXISTS (SELECT FROM notifyq.task t WHERE t.id = $1);
     -- A running task is taken from its worker: the worker's next heartbeat finds its lease gone and cancels the handler.
     -- While something runs for long there, it listens, and comes to look at once.

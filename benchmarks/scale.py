@@ -95,7 +95,7 @@ class Place:
         await conn.execute("VACUUM ANALYZE notifyq.task", timeout=600)
         await conn.execute("ANALYZE notifyq.finished")
         types = ["Mail"]
-        self.worker = await conn.fetchval(SQL["register"], "host:1", [*self.rooms], types, [10], 100, 3600.0)
+        self.worker = await conn.fetchval(SQL["register_worker"], "host:1", [*self.rooms], types, [10], 100, 3600.0)
 
     async def enqueue(self, tasks: int) -> None:
         await self.conn.execute(

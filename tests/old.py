@@ -42,19 +42,21 @@ class OldWorker:
         conn: Any = await connection.connect_worker(self._dsn, "old")
         door: Any = await connection.connect_worker(self._dsn, "old door")
         try:
-            me: int = await conn.fetchval(self._sql["register"], "old:1", ["default"], ["Quick"], [10], 100, 30.0)
+            me: int = await conn.fetchval(
+                self._sql["register_worker"], "old:1", ["default"], ["Quick"], [10], 100, 30.0
+            )
             while not stop.is_set():
                 rows = await conn.fetch(self._sql["claim"], me, ["default"], [50], 50, False)
                 await self._settle(conn, me, [(row["id"], row["attempts"]) for row in rows])
                 held: list[Any] = [[], []]
-                tick = await conn.fetchrow(self._sql["tick"], me, 0, "ok", *held, ["default"], ["Quick"])
+                tick = await conn.fetchrow(self._sql["send_heartbeat"], me, 0, "ok", *held, ["default"], ["Quick"])
                 assert (tick["registered"], tick["lost"]) == (True, [])
                 self.ticks += 1
                 if not rows:
-                    await conn.fetchrow(self._sql["due"], ["default"], ["default"], 100, None, None)
+                    await conn.fetchrow(self._sql["check_due"], ["default"], ["default"], 100, None, None)
                     await self._sleep(door, conn, me)
-            assert await conn.fetchval(self._sql["release"], me) == 0
-            await conn.execute(self._sql["unregister"], me)
+            assert await conn.fetchval(self._sql["hand_back_all"], me) == 0
+            await conn.execute(self._sql["unregister_worker"], me)
         finally:
             conn.terminate()
             door.terminate()

@@ -187,7 +187,7 @@ async def _tidy(db: connection.Connection) -> None:
     """Cancel what waits for its hour and what never ends; prune the dead."""
     await db.execute("SELECT notifyq.cancel(id) FROM notifyq.task WHERE run_at > now() + interval '30 minutes'")
     await db.execute("SELECT notifyq.cancel(id) FROM notifyq.task WHERE type = 'Endless' AND worker IS NOT NULL")
-    await db.fetchval(SQL["prune"], 0.0, 0.0, 5000, None)
+    await db.fetchval(SQL["prune_finished"], 0.0, 0.0, 5000, None)
 
 
 def grown(samples: list[dict[str, float]]) -> list[str]:

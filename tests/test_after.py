@@ -385,7 +385,7 @@ async def admit(conn: Any, jobs: list[Any]) -> dict[int, str | None]:
 
 
 async def free(conn: Any) -> int:
-    return int(await conn.fetchval(SQL["free"], 1000))
+    return int(await conn.fetchval(SQL["release_waiters"], 1000))
 
 
 async def waiting_for(conn: Any, *ids: int, on_dead: str | None = None) -> list[Any]:

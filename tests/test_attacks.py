@@ -167,7 +167,7 @@ async def test_a_stranger_who_holds_a_dead_workers_lock(db: Any, dsn: str, conne
     """Its tasks are taken back at the end of its lease, and not after 2 s."""
     stranger: Any = await connect()
     worker: Any = await connection.connect_worker(dsn, "test")
-    id = await worker.fetchval(SQL["register"], "host:1", ["default"], ["Good"], [10], 1, 30.0)
+    id = await worker.fetchval(SQL["register_worker"], "host:1", ["default"], ["Good"], [10], 1, 30.0)
     await db.execute("INSERT INTO notifyq.task (type, worker, attempts) VALUES ('Good', $1, 1)", id)
     await stranger.execute("SELECT pg_advisory_lock(1852990827, $1)", id)
     for age, ready in ((5, 0), (20, 0), (31, 1)):
@@ -197,7 +197,7 @@ async def test_sessions_that_are_named_like_a_workers(
         assert len(logged("the database is back")) == 1
         conn = await as_role("worker")
         await stranger.execute("SET application_name = 'notifyq door 7'")
-        assert await conn.fetchval(SQL["evict"], 7) == 0
+        assert await conn.fetchval(SQL["end_backends"], 7, ["door"], 0) == 0
     assert await stranger.fetchval("SELECT 1") == 1
 
 
@@ -364,7 +364,7 @@ async def test_compressed_payloads_are_measured_as_they_are(
 ) -> None:
     """Large ones by all that they hold; and those of digits, which take four times the space, are not wronged."""
     worker = await connection.connect_worker(dsn, "test")
-    id = await worker.fetchval(SQL["register"], "host:1", ["default"], ["Good"], [10], 1, 30.0)
+    id = await worker.fetchval(SQL["register_worker"], "host:1", ["default"], ["Good"], [10], 1, 30.0)
     await db.execute(
         f"INSERT INTO notifyq.task (type, payload) SELECT 'Good', {payload} FROM generate_series(1, $1::integer) n",
         rows,
@@ -373,10 +373,10 @@ async def test_compressed_payloads_are_measured_as_they_are(
     [job] = await claims.claim(worker, id, {"default": 1}, 1)
     assert job.payload is None, "it is fetched apart"
     lease = id, [job.id], [job.attempt]
-    [(_, size)] = await worker.fetch(SQL["payload_sizes"], *lease, connection.STATEMENT_BYTES)
+    [(_, size)] = await worker.fetch(SQL["measure_payloads"], *lease, connection.STATEMENT_BYTES)
     assert (size <= PAYLOAD_LIMIT) is (length is not None)
     if length is not None:
-        [(_, found)] = await worker.fetch(SQL["payloads"], *lease)
+        [(_, found)] = await worker.fetch(SQL["fetch_payloads"], *lease)
         assert len(found) == length
     await worker.close()
 

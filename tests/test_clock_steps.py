@@ -75,9 +75,9 @@ async def test_a_plausible_slot_is_looked_at_once(dsn: str, db: Any, logged: Log
     await schedule.look(db)
     args = ["Nightly"], 3.0, ["Nightly"], [right]
     now = await db.fetchval("SELECT clock_timestamp()")
-    assert await db.fetch(SQL["cron_due"], *args, now) == []
-    assert len(await db.fetch(SQL["cron_due"], *args, now + timedelta(hours=1))) == 1
-    assert len(await db.fetch(SQL["cron_due"], ["Nightly"], 3.0, ["Nightly"], [right - YEAR], now)) == 1
+    assert await db.fetch(SQL["list_due_crons"], *args, now) == []
+    assert len(await db.fetch(SQL["list_due_crons"], *args, now + timedelta(hours=1))) == 1
+    assert len(await db.fetch(SQL["list_due_crons"], ["Nightly"], 3.0, ["Nightly"], [right - YEAR], now)) == 1
     assert logged("far beyond its schedule") == []
 
 
@@ -198,7 +198,7 @@ async def test_what_is_right_is_no_matter_of_doubt(db: Any) -> None:
     jobs = await claim(db, me, 4)
     await admit(db, jobs[1:])
     await db.fetch(SQL["retry_later"], me, [jobs[0].id], [1], [3600.0], [b'{"error": "oh"}'])
-    assert [*await db.fetchrow(SQL["doubtful"], "default")] == [[], []]
+    assert [*await db.fetchrow(SQL["list_misdated"], "default")] == [[], []]
 
 
 # --- Unique keys
@@ -235,7 +235,7 @@ async def test_keys_from_a_wrong_clock_are_forgotten_in_the_end(db: Any) -> None
     await db.execute(
         "INSERT INTO notifyq.unique_key VALUES ('never', 1, now(), 'infinity'), ('odd', 1, 'infinity', 'infinity')"
     )
-    assert await db.fetchval(SQL["prune_keys"], 100) == 0
+    assert await db.fetchval(SQL["prune_unique_keys"], 100) == 0
     rows = await db.fetch("SELECT key FROM notifyq.unique_key WHERE until < now() + interval '25 hours'")
     assert [row[0] for row in rows] == ["u"]
 
@@ -288,9 +288,9 @@ async def test_prune_by_a_time_that_is_given(db: Any) -> None:
     await db.execute("SELECT notifyq.cancel(id) FROM notifyq.task")
     await db.execute("UPDATE notifyq.finished SET processed_at = now() - interval '2 hours'")
     now = await db.fetchval("SELECT now()")
-    assert await db.fetchval(SQL["prune"], 3600.0, 3600.0, 10, now - timedelta(hours=2)) == 0
-    assert await db.fetchval(SQL["prune"], 7300.0, 7300.0, 10, now + timedelta(days=9)) == 0
-    assert await db.fetchval(SQL["prune"], 3600.0, 3600.0, 10, now + timedelta(days=9)) == 1
+    assert await db.fetchval(SQL["prune_finished"], 3600.0, 3600.0, 10, now - timedelta(hours=2)) == 0
+    assert await db.fetchval(SQL["prune_finished"], 7300.0, 7300.0, 10, now + timedelta(days=9)) == 0
+    assert await db.fetchval(SQL["prune_finished"], 3600.0, 3600.0, 10, now + timedelta(days=9)) == 1
 
 
 # --- Workers that were seen in the future
@@ -303,10 +303,10 @@ async def test_a_worker_seen_in_the_future_serves_nothing(db: Any) -> None:
     await db.execute("INSERT INTO notifyq.task (type) VALUES ('Known')")
 
     async def served() -> tuple[Any, ...]:
-        stats = json.loads(await db.fetchval(SQL["stats"]))
+        stats = json.loads(await db.fetchval(SQL["read_stats"]))
         return (
             await db.fetchval("SELECT workers FROM notifyq.all_queues WHERE name = 'default'"),
-            json.loads((await db.fetchrow(SQL["crons"]))["cron"])["served"],
+            json.loads((await db.fetchrow(SQL["list_crons"]))["cron"])["served"],
             stats["unserved"] == [],
             stats["workers"][0]["status"],
         )
@@ -314,5 +314,5 @@ async def test_a_worker_seen_in_the_future_serves_nothing(db: Any) -> None:
     assert await served() == (1, True, True, "ok")
     await db.execute("UPDATE notifyq.worker SET seen_at = now() + interval '1 hour' WHERE id = $1", me)
     assert await served() == (0, False, False, "silent")
-    await db.fetch(SQL["cron_remove"], "n")
+    await db.fetch(SQL["remove_cron"], "n")
     assert await db.fetchval("SELECT count(*) FROM notifyq.cron") == 0

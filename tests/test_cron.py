@@ -152,12 +152,12 @@ async def test_two_who_have_seen_the_same_slot(dsn: str, db: Any, connect: Sessi
     args = ("n", slot, slot + timedelta(minutes=1), True)
     other = await connect()
     async with other.transaction():
-        assert await other.fetchval(SQL["cron_enqueue"], *args) is True
+        assert await other.fetchval(SQL["enqueue_cron_slot"], *args) is True
         async with anyio.create_task_group() as group:
             said: list[bool] = []
 
             async def second() -> None:
-                said.append(await db.fetchval(SQL["cron_enqueue"], *args))
+                said.append(await db.fetchval(SQL["enqueue_cron_slot"], *args))
 
             group.start_soon(second)
             waits = (
@@ -242,7 +242,7 @@ async def test_a_change_when_slots_were_put_ahead(dsn: str, db: Any) -> None:
     cron = Cron("n", "* * * * * *", "UTC", "T", "{}", "default", 0, "once")
     schedule = Schedule({"n": cron})
     for changed in (cron, cron._replace(tz="Europe/Berlin")):
-        await db.execute(SQL["cron_register"], *([column] for column in changed))
+        await db.execute(SQL["register_crons"], *([column] for column in changed))
         await schedule.look(db)
         await schedule.look(db)  # without a next slot, the first only reckons it
     times = "SELECT run_at FROM notifyq.task ORDER BY run_at"
@@ -297,7 +297,7 @@ async def test_a_worker_that_saw_the_slot_before_the_pause_enqueues_nothing(db: 
     await db.execute("INSERT INTO notifyq.cron (name, expression, type, next_at) VALUES ('n', '* * * * *', 'T', now())")
     slot = await db.fetchval("SELECT next_at FROM notifyq.cron")
     assert await db.fetchval("SELECT notifyq.cron_pause('n')")
-    assert await db.fetchval(SQL["cron_enqueue"], "n", slot, slot + timedelta(minutes=1), True) is False
+    assert await db.fetchval(SQL["enqueue_cron_slot"], "n", slot, slot + timedelta(minutes=1), True) is False
     assert await db.fetchval("SELECT count(*) FROM notifyq.task") == 0
     assert await db.fetchval("SELECT next_at FROM notifyq.cron") == slot
 

@@ -36,7 +36,7 @@ def saying(seen: Seen) -> notifyq.App:
 
 
 async def findings(conn: Any, others: bool = False) -> dict[str, tuple[str, str]]:
-    return {row["about"]: (row["problem"], row["cure"]) for row in await conn.fetch(SQL["findings"], others)}
+    return {row["about"]: (row["problem"], row["cure"]) for row in await conn.fetch(SQL["list_findings"], others)}
 
 
 @pytest.fixture
@@ -152,17 +152,19 @@ async def test_row_level_security_that_is_forced_on_the_owner(
 
 async def test_a_hidden_worker_is_not_robbed(dsn: str, db: Any, connect: Sessions, hand: str) -> None:
     """A worker that another doesn't see is no worker that is gone: its tasks are not taken as orphans."""
-    me = await db.fetchval(SQL["register"], "host:1", ["default"], ["Say"], [10], 1, 30.0)
+    me = await db.fetchval(SQL["register_worker"], "host:1", ["default"], ["Say"], [10], 1, 30.0)
     await db.execute(
         "INSERT INTO notifyq.task (type, worker, attempts, processing_at) VALUES ('Say', $1, 1, now())", me
     )
     await secure(db, "worker")
     other = await connect(hand)
-    assert not await other.fetchval(SQL["orphaned"], [])
-    assert await other.fetchval(SQL["orphans"], await db.fetchval("SELECT array_agg(id) FROM notifyq.task")) == 0
+    assert not await other.fetchval(SQL["list_unowned"], [])
+    assert (
+        await other.fetchval(SQL["reclaim_unowned"], await db.fetchval("SELECT array_agg(id) FROM notifyq.task")) == 0
+    )
     assert await db.fetchval("SELECT worker FROM notifyq.task") == me
     await db.execute("DELETE FROM notifyq.worker")
-    assert await db.fetchval(SQL["orphaned"], []), "to one who sees all, it is gone"
+    assert await db.fetchval(SQL["list_unowned"], []), "to one who sees all, it is gone"
 
 
 # --- Triggers that don't fire
@@ -264,7 +266,7 @@ async def test_a_role_or_database_in_which_no_trigger_fires(
 
 async def old(db: Any, seconds: int) -> dict[str, tuple[str, str]]:
     """The findings, as if transactions had begun so many seconds earlier."""
-    text = SQL["findings"].replace("x.seconds >= 60", f"x.seconds + {seconds} >= 60")
+    text = SQL["list_findings"].replace("x.seconds >= 60", f"x.seconds + {seconds} >= 60")
     return {row["about"]: (row["problem"], row["cure"]) for row in await db.fetch(text, False)}
 
 

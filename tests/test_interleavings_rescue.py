@@ -18,7 +18,7 @@ from .verbs import (
     SETTLES,
     cancel,
     claim,
-    end_claims,
+    end_backends,
     finish,
     hand_back,
     held,
@@ -389,13 +389,13 @@ async def test_strays_of_a_claim_that_is_still_under_way(s: Steps, k: Session) -
     await claims("BEGIN")
     assert len(await claims(claim, me)) == 1
     assert await k(strays, me, []) == 0, "it can't be seen"
-    assert await k(end_claims, me)
+    assert await k(end_backends, me)
     assert await k(strays, me, []) == 0
     assert [(job.id, job.attempt) for job in await k(claim, me)] == [(id, 1)]
 
 
 async def test_claims_have_ended_only_when_their_backend_is_gone(s: Steps, k: Session) -> None:
-    """A backend that doesn't hear the signal yet may still commit its claim, so end_claims waits for it."""
+    """A backend that doesn't hear the signal yet may still commit its claim, so end_backends waits for it."""
     me = await k(register)
     claims = await s.worker(f"claims {me}")
     waits = "SELECT wait_event = 'BackendTermination' FROM pg_stat_activity WHERE pid = $1"
@@ -404,7 +404,7 @@ async def test_claims_have_ended_only_when_their_backend_is_gone(s: Steps, k: Se
         return asking.done() or await s.db.fetchval(waits, k.pid)
 
     with frozen(claims):
-        asking = asyncio.create_task(k(end_claims, me))
+        asking = asyncio.create_task(k(end_backends, me))
         await eventually(seen)
         assert not asking.done()
     assert await asking

@@ -368,7 +368,7 @@ async def test_the_other_strays_are_taken_back(db: Any, dsn: str, logged: Logged
         me = await db.fetchval("SELECT id FROM notifyq.worker")
         bad, good = await abandoned(db, me)
         await db.execute(HOW["a check"][0])
-        await db.fetchval(SQL["end_claims"], me)  # its connection is lost
+        await db.fetchval(SQL["end_backends"], me, ["claims", "door"], 2000)  # its connection is lost
         await eventually(lambda: states(db), {("Good", "done"): len(good), ("Bad", "running"): 3})
         found = logged("whose claim went unanswered: they stay")
         assert ids_of(found) == bad

@@ -407,10 +407,10 @@ async def test_a_rate_grants_ahead(db: Any, worker: int) -> None:
 async def test_a_rate_when_the_time_has_come(db: Any, worker: int) -> None:
     ids = await verbs.insert(db, 5, **RATE)
     await admit(db, await verbs.claim(db, worker))
-    await db.fetchval(SQL["advance"], 3601.0)
+    await db.fetchval(SQL["advance_clock"], 3601.0)
     assert await verbs.promote(db) == 2
     assert await admit(db, await verbs.claim(db, worker)) == [(ids[2], None), (ids[3], None)]
-    await db.fetchval(SQL["advance"], 3601.0)
+    await db.fetchval(SQL["advance_clock"], 3601.0)
     assert await verbs.promote(db) == 1
     assert await admit(db, await verbs.claim(db, worker)) == [(ids[4], None)]
     assert await db.fetchval("SELECT count(*) FROM notifyq.started") == 1, "the others are forgotten"

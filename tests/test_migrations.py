@@ -320,7 +320,7 @@ async def test_an_upgrade_of_odd_states(empty_dsn: str, conn: Any, odd: str) -> 
     await conn.execute(ODD_STATES[odd])
     await conn.execute("INSERT INTO notifyq.task (type) VALUES ('Note')")
     assert await schema.migrate(conn) == (1, SCHEMA_VERSION)
-    assert await conn.fetch(connection.SQL["findings"], False) == [], "an upgrade makes the triggers anew"
+    assert await conn.fetch(connection.SQL["list_findings"], False) == [], "an upgrade makes the triggers anew"
     seen = Seen()
     app = notifyq.App()
 

@@ -60,7 +60,7 @@ async def fill(db: Any, odd: str) -> list[int]:
         await db.execute("SELECT notifyq.cancel($1)", ids[-1])
         await db.execute(f"UPDATE notifyq.finished SET {column} = '{odd}' WHERE id = $1", ids[-1])
     for column in ("started_at", "seen_at"):
-        me = await db.fetchval(SQL["register"], "host:1", ["odd"], ["Say"], [10], 1, 30.0)
+        me = await db.fetchval(SQL["register_worker"], "host:1", ["odd"], ["Say"], [10], 1, 30.0)
         await db.execute(f"UPDATE notifyq.worker SET {column} = '{odd}' WHERE id = $1", me)
     await db.execute(
         f"""INSERT INTO notifyq.cron (name, expression, type, last_at) VALUES ('c', '0 3 * * *', 'Say', '{odd}');
@@ -89,10 +89,10 @@ async def test_people_go_on_looking(run: Run, dsn: str, db: Any, odd: str) -> No
     assert listed == set(ids)
     for id in ids:
         assert (await run(f"show {id}", dsn=dsn)).code == 0
-        await db.fetchrow(SQL["django_result"], id)
+        await db.fetchrow(SQL["read_django_result"], id)
     assert len(await enqueued(db, Say)) == 4
-    assert (await db.fetchrow(SQL["runnable"], None))["at"] is not None
-    await db.fetch(SQL["ran"], await db.fetchval("SELECT now()"))
+    assert (await db.fetchrow(SQL["find_runnable"], None))["at"] is not None
+    await db.fetch(SQL["list_ran"], await db.fetchval("SELECT now()"))
 
 
 @pytest.mark.parametrize("odd", ODD)
@@ -110,9 +110,13 @@ async def test_workers_go_on_working(dsn: str, db: Any, odd: str) -> None:
         with anyio.fail_after(limit()):
             while not {"plain", "limited"} <= set(seen.items):
                 await anyio.sleep(0.01)
-    for statement, args in (("prune", (60.0, 60.0, 10, None)), ("prune_started", (10,)), ("prune_keys", (10,))):
+    for statement, args in (
+        ("prune_finished", (60.0, 60.0, 10, None)),
+        ("prune_rate_log", (10,)),
+        ("prune_unique_keys", (10,)),
+    ):
         await db.fetchval(SQL[statement], *args)
-    assert [*await db.fetchrow(SQL["doubtful"], "odd")] == [[], []] or odd == "294276-12-31"
+    assert [*await db.fetchrow(SQL["list_misdated"], "odd")] == [[], []] or odd == "294276-12-31"
     if odd.endswith("infinity"):
         await advance(db, 3600.0)
 
@@ -204,7 +208,7 @@ async def test_a_long_name_is_cut_in_the_middle_of_a_character(server: Server, d
         conn: Any = await connection.connect(copy, role="test")
         await schema.migrate(conn)
         await conn.execute("INSERT INTO notifyq.task (type) VALUES ($1)", "\u00e9" * 200)
-        me = await conn.fetchval(SQL["register"], "host:1", ["default"], ["Say"], [10], 1, 30.0)
+        me = await conn.fetchval(SQL["register_worker"], "host:1", ["default"], ["Say"], [10], 1, 30.0)
         [job] = await claims.claim(conn, me, {"default": 1}, 1)
         assert len(job.type) > 100
         await conn.close()

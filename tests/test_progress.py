@@ -182,7 +182,7 @@ SETTLES = {"retry": verbs.later, "hand back": verbs.hand_back}
 @pytest.mark.parametrize("how", [*SETTLES, "release", "rescue"])
 async def test_what_ends_an_attempt_ends_its_progress(db: Any, how: str) -> None:
     (job,) = await verbs.held(db)
-    await db.fetch(SQL["progress"], job.worker, [job.id], [job.attempt], [0.5], ["half"])
+    await db.fetch(SQL["write_progress"], job.worker, [job.id], [job.attempt], [0.5], ["half"])
     assert await told(db) == ("running", 0.5, "half")
     if how in SETTLES:
         await SETTLES[how](db, [job])
@@ -219,7 +219,7 @@ async def test_it_is_fenced(db: Any) -> None:
     (other,) = await verbs.held(db)
     jobs = [mine, lost, other]
     attempts = [mine.attempt, lost.attempt + 1, other.attempt]
-    rows = await db.fetch(SQL["progress"], mine.worker, [job.id for job in jobs], attempts, [0.5] * 3, [None] * 3)
+    rows = await db.fetch(SQL["write_progress"], mine.worker, [job.id for job in jobs], attempts, [0.5] * 3, [None] * 3)
     assert [row["id"] for row in rows] == [mine.id]
     assert [row[0] for row in await db.fetch("SELECT id FROM notifyq.task WHERE progress IS NOT NULL")] == [mine.id]
 

@@ -156,7 +156,7 @@ async def test_one_cron_that_is_refused_keeps_no_other_back(dsn: str, db: Any, l
 
 
 def test_prune_is_a_statement_for_each_table() -> None:
-    for name in ("prune", "prune_started", "prune_keys"):
+    for name in ("prune_finished", "prune_rate_log", "prune_unique_keys"):
         assert len({word for word in SQL[name].split() if word.startswith("notifyq.")} - {"notifyq.task"}) == 1, name
 
 

@@ -119,7 +119,7 @@ async def test_draining_leaves_a_paused_queue_alone(dsn: str, db: Any) -> None:
     assert bench.ended.items == [free.id]
     waits = await db.fetch("SELECT state, waits_for FROM notifyq.all_tasks WHERE state <> 'done' ORDER BY id")
     assert [tuple(row) for row in waits] == [("running", None), ("ready", None), ("scheduled", "limit")]
-    stats = json.loads(await db.fetchval(SQL["stats"]))
+    stats = json.loads(await db.fetchval(SQL["read_stats"]))
     assert stats["oldest_ready_seconds"] is None
     assert not stats["unserved"]
 

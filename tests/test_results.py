@@ -346,10 +346,10 @@ async def test_what_ends_between_the_snapshot_and_the_lock(connect: Sessions, db
     ender, asker = await connect(), await connect()
     await ender.execute("BEGIN")
     await verbs.finish(ender, [job])
-    row = await asker.fetchrow(SQL["awaited"], [job.id])
+    row = await asker.fetchrow(SQL["read_and_await"], [job.id])
     assert (row["state"], row["marked"]) == ("running", False)
     await ender.execute("COMMIT")
-    row = await asker.fetchrow(SQL["awaited"], [job.id])
+    row = await asker.fetchrow(SQL["read_and_await"], [job.id])
     assert (row["state"], row["marked"]) == ("done", True)
 
 

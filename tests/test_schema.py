@@ -190,7 +190,7 @@ MAKE = {
 
 async def make(conn: Any, what: str) -> int:
     """A task in this state, held by worker 1 if it is running."""
-    await conn.fetchval(SQL["register"], "host:1", ["default"], ["T"], [10], 1, 30.0)
+    await conn.fetchval(SQL["register_worker"], "host:1", ["default"], ["T"], [10], 1, 30.0)
     await conn.execute("UPDATE notifyq.worker SET id = 1")
     id: int = await conn.fetchval(f"{MAKE[what]} RETURNING id")
     return id
@@ -485,7 +485,15 @@ ENQUEUES: dict[str, list[Any]] = {
     "enqueue_many_placed": [["T"] * 2, ["{}"] * 2],
     "enqueue_then": [["T"] * 3, ["{}"] * 3],
 }
-FOR_ALL = {*ENQUEUES, "became", "evict", "end_claims", "turn_stolen", "lock_holder", "findings", "enqueue_unique"}
+FOR_ALL = {
+    *ENQUEUES,
+    "read_transaction_status",
+    "end_backends",
+    "is_turn_stolen",
+    "find_lock_holder",
+    "list_findings",
+    "enqueue_unique",
+}
 
 
 @pytest.mark.parametrize("options", [None, '{"order_key": "a"}'], ids=["plain", "ordered"])

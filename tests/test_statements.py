@@ -41,59 +41,59 @@ class Statement(NamedTuple):
 
 STATEMENTS = {
     "admit": Statement("int4 int8[] int2[]", "id:int8 waits_for:text", ""),
-    "adopt": Statement("int4 text[] int4[] int4 text[] int4", ROW, "task_pkey task_set_aside"),
-    "advance": Statement("float8", "count:int8", None),
-    "awaited": Statement(
+    "claim_unhandled": Statement("int4 text[] int4[] int4 text[] int4", ROW, "task_pkey task_set_aside"),
+    "advance_clock": Statement("float8", "count:int8", None),
+    "read_and_await": Statement(
         "int8[]",
         "id:int8 state:text type:text result:jsonb error:text progress:float4 note:text"
         " created_at:timestamptz marked:bool later:bool",
         "finished_pkey task_pkey",
     ),
-    "beat": Statement("int4", "", ""),
-    "became": Statement("text", "status:text", ""),
-    "cancel_as": Statement("int8 timestamptz", "cancelled:bool created_at:timestamptz", None),
+    "send_heartbeat_only": Statement("int4", "", ""),
+    "read_transaction_status": Statement("text", "status:text", ""),
+    "cancel_if_created_at": Statement("int8 timestamptz", "cancelled:bool created_at:timestamptz", None),
     "claim": Statement("int4 text[] int4[] int4 int4", ROW, "task_pkey task_ready"),
-    "claim_onward": Statement("int4 text[] int4[] int4 text[] int2[] int8[] int4", ROW, "task_pkey task_ready"),
+    "claim_from_cursor": Statement("int4 text[] int4[] int4 text[] int2[] int8[] int4", ROW, "task_pkey task_ready"),
     "claim_fitting": Statement("int4 text[] int4[] int4 int4 text[] int4[] int4[] int4", ROW, "task_pkey task_ready"),
-    "claim_onward_fitting": Statement(
+    "claim_from_cursor_fitting": Statement(
         "int4 text[] int4[] int4 text[] int2[] int8[] int4 text[] int4[] int4[] int4", ROW, "task_pkey task_ready"
     ),
-    "claim_these": Statement("int4 int8[] int4", ROW, "task_pkey"),
-    "claimable": Statement("text[] int4[] int4 int8[] text[] text[]", "id:int8", "task_ready task_set_aside"),
-    "claim_suspects": Statement("int4 text[] text[] int4 int4 int4", ROW, "task_parked task_pkey"),
-    "count_running": Statement("int4 text[]", "count_running:void", ""),
-    "cron_conflicts": Statement(
+    "claim_by_id": Statement("int4 int8[] int4", ROW, "task_pkey"),
+    "list_claimable": Statement("text[] int4[] int4 int8[] text[] text[]", "id:int8", "task_ready task_set_aside"),
+    "claim_crashed": Statement("int4 text[] text[] int4 int4 int4", ROW, "task_parked task_pkey"),
+    "admit_running": Statement("int4 text[]", "count_running:void", ""),
+    "list_cron_conflicts": Statement(
         "text[] text[] text[] text[] text[] text[] int2[] text[] text[] int4",
         "name:text expression:text tz:text type:text queue:text worker:text",
         "",
     ),
-    "cron_due": Statement(
+    "list_due_crons": Statement(
         "text[] float8 text[] timestamptz[] timestamptz",
         "name:text expression:text tz:text missed:text next_at:timestamptz now:timestamptz since:timestamptz",
         "task_pkey",
     ),
-    "cron_enqueue": Statement("text timestamptz timestamptz bool", "moved:bool", ""),
-    "cron_register": Statement("text[] text[] text[] text[] text[] text[] int2[] text[] text[]", "", ""),
-    "cron_remove": Statement("text", "worker:text", None),
-    "cron_serve": Statement("int4 text[]", "", ""),
-    "crons": Statement("", "cron:text name:text next_seconds:float8 last_seconds:float8", None),
-    "django_result": Statement(
+    "enqueue_cron_slot": Statement("text timestamptz timestamptz bool", "moved:bool", ""),
+    "register_crons": Statement("text[] text[] text[] text[] text[] text[] int2[] text[] text[]", "", ""),
+    "remove_cron": Statement("text", "worker:text", None),
+    "set_served_crons": Statement("int4 text[]", "", ""),
+    "list_crons": Statement("", "cron:text name:text next_seconds:float8 last_seconds:float8", None),
+    "read_django_result": Statement(
         "int8",
         "type:text queue:text priority:int2 state:text attempts:int2 created_at:timestamptz run_at:timestamptz "
         "processing_at:timestamptz processed_at:timestamptz payload:text result:text worker:text errors:text",
         None,
     ),
-    "doubtful": Statement("text", "failed:int8[] granted:int8[]", "task_scheduled"),
-    "due": Statement(
+    "list_misdated": Statement("text", "failed:int8[] granted:int8[]", "task_scheduled"),
+    "check_due": Statement(
         "text[] text[] int4 text timestamptz",
         "promoted:int8 next_seconds:float8 blocked:bool inserted:int8 freed:bool settings:text mark:timestamptz "
         "echo:text",
         "task_pkey task_ready task_scheduled",
     ),
-    "end_claims": Statement("int4", "coalesce:bool", ""),
-    "ends": Statement("int8[]", "id:int8 state:text", "finished_pkey"),
-    "kept": Statement("int4 int8[] int2[]", "id:int8", "task_pkey"),
-    "locked": Statement("int8[]", "id:int8", "task_pkey"),
+    "end_backends": Statement("int4 text[] int8", "ended:int4 remaining:int4", ""),
+    "read_final_states": Statement("int8[]", "id:int8 state:text", "finished_pkey"),
+    "list_still_leased": Statement("int4 int8[] int2[]", "id:int8", "task_pkey"),
+    "list_locked": Statement("int8[]", "id:int8", "task_pkey"),
     "enqueue": Statement("text text text float8 timestamptz int2 int2 text", "id:int8 created:int8", ""),
     "enqueue_many": Statement("text[] text[] text float8 timestamptz int2 int2 text", "id:int8", ""),
     "enqueue_many_placed": Statement("text[] text[] text[] float8 timestamptz int2[] int2 text[]", "id:int8", ""),
@@ -106,63 +106,64 @@ STATEMENTS = {
     "enqueue_unique": Statement(
         "text text text float8 timestamptz int2 int2 text", "id:int8 created:int8 existed:bool", "task_pkey"
     ),
-    "enqueued": Statement(
+    "list_enqueued": Statement(
         "text",
         "id:int8 queue:text state:text priority:int2 run_at:timestamptz payload:text delay:float8",
         None,
     ),
-    "evict": Statement("int4", "count:int4", ""),
-    "findings": Statement("bool", "about:text problem:text cure:text", None),
+    "list_findings": Statement("bool", "about:text problem:text cure:text", None),
     "finish": Statement("int4 int8[] int2[] text[] jsonb[] jsonb[] bool", "id:int8 freed:bool", "task_pkey"),
-    "free": Statement("int4", "ready:int4", ""),
-    "free_later": Statement("", "task:int8 queue:text order_key:text limit_key:text", ""),
-    "forget_keys": Statement("", "", "task_pkey"),
-    "give_way": Statement("int4 int8[] int2[]", "id:int8", "finished_pkey task_pkey"),
-    "ids": Statement("", "highest:int8 last:int8", "finished_pkey task_pkey"),
+    "release_waiters": Statement("int4", "ready:int4", ""),
+    "postpone_release": Statement("", "task:int8 queue:text order_key:text limit_key:text", ""),
+    "forget_keys_of_future_ids": Statement("", "", "task_pkey"),
+    "forget_older_outcomes": Statement("int4 int8[] int2[]", "id:int8", "finished_pkey task_pkey"),
+    "read_highest_ids": Statement("", "highest:int8 last:int8", "finished_pkey task_pkey"),
     "hand_back": Statement("int4 int8[] int2[]", "id:int8 freed:bool", "task_pkey"),
-    "lock_holder": Statement("text[]", "holder:text", None),
-    "names": Statement("", "queues:text[] types:text[]", None),
-    "next_types": Statement("text[]", "queue:text type:text", "task_ready"),
-    "orphaned": Statement("int8[]", "id:int8", "task_running"),
-    "orphans": Statement("int8[]", "count:int4", "task_pkey"),
-    "payload_sizes": Statement("int4 int8[] int2[] int8", "id:int8 bytes:int8", "task_pkey"),
-    "payloads": Statement("int4 int8[] int2[]", "id:int8 payload:jsonb", "task_pkey"),
-    "progress": Statement("int4 int8[] int2[] float4[] text[]", "id:int8 told:text", "task_pkey"),
-    "promotable": Statement("text[] int4 int8[]", "id:int8", "task_scheduled"),
-    "promote_these": Statement("int8[]", "id:int8 promoted:bool", "task_pkey"),
-    "prune": Statement("float8 float8 int4 timestamptz", "count:int4", "finished_dead finished_old finished_pkey"),
-    "prune_keys": Statement("int4", "count:int4", "task_pkey"),
-    "prune_started": Statement("int4", "count:int4", ""),
-    "queued": Statement("", "id:int8 type:text payload:jsonb", None),
-    "queues": Statement("", "queue:text", None),
-    "ran": Statement("timestamptz", "id:int8 state:text", None),
-    "register": Statement("text text[] text[] int2[] int4 float8", "id:int4", ""),
-    "release": Statement("int4 int8[]", "count:int4", "task_pkey task_running"),
+    "find_lock_holder": Statement("text[]", "holder:text", None),
+    "list_names": Statement("", "queues:text[] types:text[]", None),
+    "list_next_types": Statement("text[]", "queue:text type:text", "task_ready"),
+    "list_unowned": Statement("int8[]", "id:int8", "task_running"),
+    "reclaim_unowned": Statement("int8[]", "count:int4", "task_pkey"),
+    "measure_payloads": Statement("int4 int8[] int2[] int8", "id:int8 bytes:int8", "task_pkey"),
+    "fetch_payloads": Statement("int4 int8[] int2[]", "id:int8 payload:jsonb", "task_pkey"),
+    "write_progress": Statement("int4 int8[] int2[] float4[] text[]", "id:int8 told:text", "task_pkey"),
+    "list_due": Statement("text[] int4 int8[]", "id:int8", "task_scheduled"),
+    "promote_by_id": Statement("int8[]", "id:int8 promoted:bool", "task_pkey"),
+    "prune_finished": Statement(
+        "float8 float8 int4 timestamptz", "count:int4", "finished_dead finished_old finished_pkey"
+    ),
+    "prune_unique_keys": Statement("int4", "count:int4", "task_pkey"),
+    "prune_rate_log": Statement("int4", "count:int4", ""),
+    "list_unfinished": Statement("", "id:int8 type:text payload:jsonb", None),
+    "list_queues": Statement("", "queue:text", None),
+    "list_ran": Statement("timestamptz", "id:int8 state:text", None),
+    "register_worker": Statement("text text[] text[] int2[] int4 float8", "id:int4", ""),
+    "hand_back_all": Statement("int4 int8[]", "count:int4", "task_pkey task_running"),
     "rescue": Statement("int4 int4 float8 float8 int8[]", "name:text ready:int4 dead:int4", "task_pkey task_running"),
     "retry_later": Statement("int4 int8[] int2[] float8[] jsonb[]", "id:int8 freed:bool", "task_pkey"),
-    "results": Statement(
+    "read_predecessor_results": Statement(
         "int8 int8", "id:int8 type:text state:text result:jsonb error:text left:int8", "finished_pkey task_pkey"
     ),
-    "runnable": Statement("text[]", "queues:text[] next_seconds:float8 at:timestamptz", None),
-    "served": Statement("text", "paused:bool queues:text[] types:text[]", None),
-    "set_aside": Statement("int4 int8[] int2[]", "id:int8 freed:bool", "task_pkey"),
-    "set_back": Statement("int8[] int8[]", "changed:int4", "task_pkey"),
-    "settle_within": Statement("int4 int8 int2 bool", "xid:text freed:bool", "task_pkey"),
-    "show": Statement("int8", "to_json:text", None),
-    "stats": Statement("", "json_build_object:text", None),
-    "stir": Statement("text", "last:text", ""),
-    "strays": Statement("int4 int8[] int2[] int8[]", "count:int4", "task_running"),
-    "suspected": Statement("text[] text[] int4 int4 int8[]", "id:int8", "task_parked"),
-    "suspects": Statement("text[] text[] int8[]", "crashes:int4", "task_parked"),
-    "tally": Statement("", "type:text state:text n:int8", None),
-    "tasks": Statement("text text text int8 bool", "task:text seconds:float8", None),
-    "tick": Statement(
+    "find_runnable": Statement("text[]", "queues:text[] next_seconds:float8 at:timestamptz", None),
+    "list_served": Statement("text", "paused:bool queues:text[] types:text[]", None),
+    "release_unhandled": Statement("int4 int8[] int2[]", "id:int8 freed:bool", "task_pkey"),
+    "correct_misdated": Statement("int8[] int8[]", "changed:int4", "task_pkey"),
+    "finish_in_transaction": Statement("int4 int8 int2 bool", "xid:text freed:bool", "task_pkey"),
+    "show_task": Statement("int8", "to_json:text", None),
+    "read_stats": Statement("", "json_build_object:text", None),
+    "recheck_waiting": Statement("text", "last:text", ""),
+    "reclaim_unanswered": Statement("int4 int8[] int2[] int8[]", "count:int4", "task_running"),
+    "list_crashed": Statement("text[] text[] int4 int4 int8[]", "id:int8", "task_parked"),
+    "find_fewest_crashes": Statement("text[] text[] int8[]", "crashes:int4", "task_parked"),
+    "count_by_state": Statement("", "type:text state:text n:int8", None),
+    "list_tasks": Statement("text text text int8 bool", "task:text seconds:float8", None),
+    "send_heartbeat": Statement(
         "int4 int4 text int8[] int2[] text[] text[] bool",
         "registered:bool lost:int8[] others:int4[] seen:float8[] aside:bool suspects:bool freed:bool wanted:bool",
         "task_parked task_pkey task_set_aside",
     ),
-    "turn_stolen": Statement("int4", "exists:bool", ""),
-    "unregister": Statement("int4", "", "task_running"),
+    "is_turn_stolen": Statement("int4", "exists:bool", ""),
+    "unregister_worker": Statement("int4", "", "task_running"),
 }
 WORKERS = [name for name, statement in STATEMENTS.items() if statement.indexes is not None]
 
@@ -291,19 +292,21 @@ def assert_plan(name: str, nodes: list[dict[str, Any]]) -> None:
         if index.startswith(("task_", "finished_")):
             used.add(index)
             # All that is running is what `orphaned` asks of, and the last entry is all that `ids` reads.
-            assert "Index Cond" in node or name in ("orphaned", "ids"), f"{name} reads all of {index}: {node}"
+            assert "Index Cond" in node or name in ("list_unowned", "read_highest_ids"), (
+                f"{name} reads all of {index}: {node}"
+            )
         elif relation in ("task", "finished") and "Scan" in node["Node Type"]:
             assert node["Node Type"] == "Bitmap Heap Scan", f"{name}: {node}"
         assert node["Node Type"] != "Sort" or name in (
             "claim_fitting",
-            "claim_onward_fitting",
-            "claim_suspects",
-            "cron_register",
-            "release",
+            "claim_from_cursor_fitting",
+            "claim_crashed",
+            "register_crons",
+            "hand_back_all",
             "rescue",
-            "results",
-            "suspected",
-            "tick",
+            "read_predecessor_results",
+            "list_crashed",
+            "send_heartbeat",
         ), f"{name} sorts: {node}"
     assert " ".join(sorted(used)) == STATEMENTS[name].indexes
 
@@ -346,7 +349,7 @@ async def test_nothing_reads_more_than_it_returns(sessions: dict[str, Any], mome
             ("finish", ["done"] * 10, [], [], True),
             ("retry_later", [1.0] * 10, [b"{}"] * 10),
             ("hand_back",),
-            ("set_aside",),
+            ("release_unhandled",),
         ):
             jobs, most["claim"] = await touched(conn, lambda: claims.claim(conn, 1, rooms, 10))
             args = [[job.id for job in jobs], [job.attempt for job in jobs], *rest]
@@ -359,22 +362,28 @@ async def test_nothing_reads_more_than_it_returns(sessions: dict[str, Any], mome
                 lambda onward=onward, threads=threads: claims.claim(conn, 1, rooms, 10, onward=onward, threads=threads),  # type: ignore[misc]
             )
             assert len(jobs) == 6
-        rows, most["next_types"] = await touched(conn, lambda: conn.fetch(SQL["next_types"], ["default", "empty"]))
+        rows, most["list_next_types"] = await touched(
+            conn, lambda: conn.fetch(SQL["list_next_types"], ["default", "empty"])
+        )
         assert [tuple(row) for row in rows] == [("default", "Known")]
-        jobs, most["adopt"] = await touched(conn, lambda: claims.claim(conn, 1, rooms, 10, aside=["Strange", "Other"]))
+        jobs, most["claim_unhandled"] = await touched(
+            conn, lambda: claims.claim(conn, 1, rooms, 10, aside=["Strange", "Other"])
+        )
         assert len(jobs) == 10
         args = [len(jobs), "ok", [job.id for job in jobs], [job.attempt for job in jobs]]
-        row, most["tick"] = await touched(
-            conn, lambda: conn.fetchrow(SQL["tick"], 1, *args, ["default"], ["Strange"], True)
+        row, most["send_heartbeat"] = await touched(
+            conn, lambda: conn.fetchrow(SQL["send_heartbeat"], 1, *args, ["default"], ["Strange"], True)
         )
         assert row["lost"] == []
         assert row["aside"]
         await insert(conn, 10, created_at="2000-01-01", run_at="2001-01-01")
-        row, most["due"] = await touched(
-            conn, lambda: conn.fetchrow(SQL["due"], ["default"], ["default"], 10, None, None)
+        row, most["check_due"] = await touched(
+            conn, lambda: conn.fetchrow(SQL["check_due"], ["default"], ["default"], 10, None, None)
         )
         assert row["promoted"] == 10
-        count, most["prune"] = await touched(conn, lambda: conn.fetchval(SQL["prune"], 60.0, 60.0, 5, None))
+        count, most["prune_finished"] = await touched(
+            conn, lambda: conn.fetchval(SQL["prune_finished"], 60.0, 60.0, 5, None)
+        )
         assert count == 10
         assert max(most.values()) <= 200, most  # one transaction: each steps over what those before left
 
@@ -410,7 +419,7 @@ async def test_marks_step_over_nothing_that_is_dead(worker: Any, connect: Sessio
     )
     await db.execute("VACUUM notifyq.task")
     await (await connect()).execute("BEGIN ISOLATION LEVEL REPEATABLE READ; SELECT 1")
-    row = await worker.fetchrow(SQL["due"], ["default"], [], 1000, None, None)
+    row = await worker.fetchrow(SQL["check_due"], ["default"], [], 1000, None, None)
     assert row["promoted"] == 1000
     jobs = await claims.claim(worker, me, {"default": 2000}, 2000)
     await worker.fetch(
@@ -420,7 +429,7 @@ async def test_marks_step_over_nothing_that_is_dead(worker: Any, connect: Sessio
     for name, run, onward in (
         ("claim", lambda mark: claims.claim(worker, me, {"default": 5}, 5, onward=mark),
          claims.Onward(["default"], [0], [max(job.id for job in jobs)])),
-        ("due", lambda mark: worker.fetch(SQL["due"], ["default"], [], 5, None, mark), later),
+        ("check_due", lambda mark: worker.fetch(SQL["check_due"], ["default"], [], 5, None, mark), later),
     ):  # fmt: skip
         async with rolled_back(worker):
             _, front = await touched(worker, lambda run=run: run(None))  # type: ignore[misc]
@@ -468,7 +477,7 @@ async def test_a_unique_task_looks_up_one(sessions: dict[str, Any], moment: str)
 async def test_the_newest_tasks_are_read_from_the_end(sessions: dict[str, Any]) -> None:
     conn = sessions["person, counted now"]
     async with conn.transaction():
-        rows, count = await touched(conn, lambda: conn.fetch(SQL["tasks"], None, None, None, 20, False))
+        rows, count = await touched(conn, lambda: conn.fetch(SQL["list_tasks"], None, None, None, 20, False))
     assert len(rows) == 20
     assert count <= 100
 
@@ -487,7 +496,7 @@ async def worker(dsn: str) -> AsyncIterator[Any]:
 async def register(conn: Any, name: str = "host:1", **more: Any) -> int:
     options = {"types": ["Known"], "allowed": [10], "lease": 30.0, **more}
     args = (["default"], options["types"], options["allowed"], 100, options["lease"])
-    id: int = await conn.fetchval(SQL["register"], name, *args)
+    id: int = await conn.fetchval(SQL["register_worker"], name, *args)
     return id
 
 
@@ -663,18 +672,18 @@ async def test_a_claim_leaves_out_large_payloads(worker: Any) -> None:
                     FROM (VALUES (repeat('x', 3000)), (repeat('x', 1000000)),
                                  ((SELECT string_agg(md5(n::text), '') FROM generate_series(1, 1000) n)))
                          AS v (text) RETURNING id"""
-    for statement in ("claim", "claim_onward", "claim_fitting", "claim_onward_fitting", "adopt"):
-        all_ids = [row[0] for row in await worker.fetch(insert_one, statement == "adopt")]
+    for statement in ("claim", "claim_from_cursor", "claim_fitting", "claim_from_cursor_fitting", "claim_unhandled"):
+        all_ids = [row[0] for row in await worker.fetch(insert_one, statement == "claim_unhandled")]
         stored = "SELECT pg_column_size(payload) < 16000 FROM notifyq.task WHERE id = $1"
         assert await worker.fetchval(stored, all_ids[1]), "compressed"
         onward = claims.Onward(["default"], [0], [1]) if "onward" in statement else None
-        aside = ["Known"] if statement == "adopt" else None
+        aside = ["Known"] if statement == "claim_unhandled" else None
         threads = claims.Threads([], [], [], 0) if "fitting" in statement else None
         jobs = await claims.claim(worker, me, {"default": 9}, 9, onward=onward, aside=aside, threads=threads)
         assert [job.id for job in jobs] == all_ids
         assert [job.payload is None for job in jobs] == [False, True, True], statement
         assert jobs[0].payload == b'"' + b"x" * 3000 + b'"'
-        await worker.execute("UPDATE notifyq.task SET worker = NULL, aside = $1", statement == "adopt")
+        await worker.execute("UPDATE notifyq.task SET worker = NULL, aside = $1", statement == "claim_unhandled")
         jobs = await claims.claim(
             worker, me, {"default": 9}, 9, onward=onward, aside=aside, threads=threads, blind=True
         )
@@ -700,13 +709,13 @@ async def test_sizes_are_asked_for_up_to_so_many_bytes(worker: Any) -> None:
     await worker.execute("UPDATE notifyq.task SET attempts = 2 WHERE id = $1", mine[0])
 
     async def sizes(most: int) -> list[tuple[int, int | None]]:
-        return [tuple(row) for row in await worker.fetch(SQL["payload_sizes"], me, mine, [1] * 4, most)]
+        return [tuple(row) for row in await worker.fetch(SQL["measure_payloads"], me, mine, [1] * 4, most)]
 
     assert await sizes(1) == [(mine[0], None), (mine[1], 100)]
     assert await sizes(101) == [(mine[0], None), (mine[1], 100), (mine[2], 100)]
     assert len(await sizes(10**9)) == 4
-    assert await worker.fetch(SQL["payload_sizes"], me, [], [], 1) == []
-    got = await worker.fetch(SQL["payloads"], me, mine, [1] * 4)
+    assert await worker.fetch(SQL["measure_payloads"], me, [], [], 1) == []
+    got = await worker.fetch(SQL["fetch_payloads"], me, mine, [1] * 4)
     assert {row[0]: len(row[1]) for row in got} == dict.fromkeys(mine[1:], 100)
 
 
@@ -735,8 +744,8 @@ async def test_hostile_names_of_queues_and_types(worker: Any, name: str) -> None
     jobs = await claims.claim(worker, me, {name: 9}, 9)
     keys = [job.id for job in jobs], [job.attempt for job in jobs]
     assert {(job.queue, job.type) for job in jobs} == {(name, name)}
-    assert len(await worker.fetch(SQL["set_aside"], me, *keys)) == 2
-    assert (await worker.fetchrow(SQL["tick"], me, 0, "ok", [], [], [name], [name], False))["aside"]
+    assert len(await worker.fetch(SQL["release_unhandled"], me, *keys)) == 2
+    assert (await worker.fetchrow(SQL["send_heartbeat"], me, 0, "ok", [], [], [name], [name], False))["aside"]
     assert len(await claims.claim(worker, me, {name: 9}, 9, aside=[name])) == 2
     assert len(await worker.fetch(SQL["finish"], me, *keys, ["done"] * 2, [], [], True)) == 2
     assert await worker.fetchval("SELECT count(*) FROM notifyq.all_tasks WHERE queue = $1 AND type = $1", name) == 2
@@ -783,9 +792,9 @@ async def test_due_promotes_and_tells_the_next(worker: Any) -> None:
     await insert(worker, run_at="2999-01-01")
     (soon,) = await insert(worker)
     await worker.execute("UPDATE notifyq.task SET run_at = created_at + interval '1 h' WHERE id = $1", soon)
-    row = await worker.fetchrow(SQL["due"], ["default", "none"], [], 2, None, None)
+    row = await worker.fetchrow(SQL["check_due"], ["default", "none"], [], 2, None, None)
     assert row["promoted"] == 2, "at most so many"
-    row = await worker.fetchrow(SQL["due"], ["default", "none"], [], 2, None, None)
+    row = await worker.fetchrow(SQL["check_due"], ["default", "none"], [], 2, None, None)
     assert row["promoted"] == 1
     assert 3590 < row["next_seconds"] <= 3600
     assert (row["blocked"], row["inserted"], row["echo"]) == (False, 6, None)
@@ -793,20 +802,20 @@ async def test_due_promotes_and_tells_the_next(worker: Any) -> None:
 
 
 async def test_due_sees_what_waits_in_a_queue_without_room(worker: Any) -> None:
-    assert not (await worker.fetchrow(SQL["due"], [], ["default"], 9, None, None))["blocked"]
+    assert not (await worker.fetchrow(SQL["check_due"], [], ["default"], 9, None, None))["blocked"]
     await insert(worker, run_at="2999-01-01")
-    assert not (await worker.fetchrow(SQL["due"], [], ["default"], 9, None, None))["blocked"]
+    assert not (await worker.fetchrow(SQL["check_due"], [], ["default"], 9, None, None))["blocked"]
     await insert(worker)
-    assert (await worker.fetchrow(SQL["due"], [], ["none", "default"], 9, None, None))["blocked"]
+    assert (await worker.fetchrow(SQL["check_due"], [], ["none", "default"], 9, None, None))["blocked"]
 
 
 @pytest.mark.parametrize("at", ["infinity", "294276-12-31 23:59:59"])
 async def test_a_run_at_beyond_all_days_stops_nobody(worker: Any, at: str) -> None:
     await insert(worker, run_at=at)
-    row = await worker.fetchrow(SQL["due"], ["default"], [], 9, None, None)
+    row = await worker.fetchrow(SQL["check_due"], ["default"], [], 9, None, None)
     assert row["next_seconds"] > 9e12
     await insert(worker, run_at="2999-01-01")
-    assert (await worker.fetchrow(SQL["due"], ["default"], [], 9, None, None))["next_seconds"] < 9e12
+    assert (await worker.fetchrow(SQL["check_due"], ["default"], [], 9, None, None))["next_seconds"] < 9e12
 
 
 async def test_due_of_two_workers_at_once(worker: Any, dsn: str) -> None:
@@ -815,9 +824,9 @@ async def test_due_of_two_workers_at_once(worker: Any, dsn: str) -> None:
     other: Any = await connection.connect_worker(dsn, "test")
     transaction = other.transaction()
     await transaction.start()
-    assert (await other.fetchrow(SQL["due"], ["default"], [], 9, None, None))["promoted"] == 2
+    assert (await other.fetchrow(SQL["check_due"], ["default"], [], 9, None, None))["promoted"] == 2
     with anyio.fail_after(limit()):
-        row = await worker.fetchrow(SQL["due"], ["default"], [], 9, None, None)
+        row = await worker.fetchrow(SQL["check_due"], ["default"], [], 9, None, None)
     assert (row["promoted"], row["next_seconds"]) == (0, None)
     await transaction.rollback()
     other.terminate()
@@ -827,16 +836,16 @@ FENCED: dict[str, list[Any]] = {
     "finish": [["done"], [], [], True],
     "retry_later": [[0.0], [b'{"error": "x"}']],
     "hand_back": [],
-    "set_aside": [],
+    "release_unhandled": [],
 }
 
 
-@pytest.mark.parametrize("name", [*FENCED, "settle_within"])
+@pytest.mark.parametrize("name", [*FENCED, "finish_in_transaction"])
 async def test_a_lost_lease_settles_nothing(worker: Any, name: str) -> None:
     """Not another worker's, not another attempt's, not an unknown id's: the row stays as it is, to the last column."""
 
     async def settle(by: int, target: int, attempt: int) -> list[Any]:
-        if name == "settle_within":  # one task, and it returns no id
+        if name == "finish_in_transaction":  # one task, and it returns no id
             return list(await worker.fetch(SQL[name], by, target, attempt, True))
         return ids(await worker.fetch(SQL[name], by, [target], [attempt], *FENCED[name]))
 
@@ -941,7 +950,7 @@ async def test_a_handed_back_attempt_did_not_happen(worker: Any) -> None:
 
 async def test_handed_back_after_its_time_had_come_it_is_still_ready(worker: Any) -> None:
     await insert(worker, created_at="2000-01-01", run_at="2001-01-01")
-    await worker.fetchrow(SQL["due"], ["default"], [], 9, None, None)
+    await worker.fetchrow(SQL["check_due"], ["default"], [], 9, None, None)
     me = await register(worker)
     (job,) = await claims.claim(worker, me, {"default": 1}, 1)
     await worker.fetch(SQL["hand_back"], me, [job.id], [1])
@@ -950,7 +959,7 @@ async def test_handed_back_after_its_time_had_come_it_is_still_ready(worker: Any
 
 async def test_set_aside_keeps_out_of_the_way(worker: Any) -> None:
     me, (id,) = await held(worker, 1)
-    await worker.fetch(SQL["set_aside"], me, [id], [1])
+    await worker.fetch(SQL["release_unhandled"], me, [id], [1])
     row = await task(worker, id)
     assert (row["state"], row["attempts"]) == ("ready", 0)
     assert await claims.claim(worker, me, {"default": 1}, 1) == []
@@ -974,7 +983,7 @@ async def test_tick_is_a_sign_of_life_and_hears_of_lost_leases(worker: Any) -> N
     await worker.execute("DELETE FROM notifyq.task WHERE id = $1", gone)
     await worker.execute("UPDATE notifyq.task SET attempts = 2 WHERE id = $1", again)
     args = (me, 2, "busy", [mine, gone, again], [1, 1, 1], ["default"], ["Known"], False)
-    row = await worker.fetchrow(SQL["tick"], *args)
+    row = await worker.fetchrow(SQL["send_heartbeat"], *args)
     assert row["registered"]
     assert not row["aside"]
     assert sorted(row["lost"]) == [gone, again]
@@ -985,7 +994,7 @@ async def test_tick_is_a_sign_of_life_and_hears_of_lost_leases(worker: Any) -> N
         "SELECT running, status, now() - seen_at < interval '9 s' FROM notifyq.worker WHERE id = $1", me
     )
     assert tuple(seen) == (2, "busy", True)
-    assert not (await worker.fetchrow(SQL["tick"], 99, *args[1:]))["registered"]
+    assert not (await worker.fetchrow(SQL["send_heartbeat"], 99, *args[1:]))["registered"]
 
 
 async def test_tick_sees_only_what_is_aside_for_it(worker: Any) -> None:
@@ -995,7 +1004,7 @@ async def test_tick_sees_only_what_is_aside_for_it(worker: Any) -> None:
     await insert(worker)
 
     async def aside(queues: list[str], types: list[str]) -> bool:
-        row = await worker.fetchrow(SQL["tick"], me, 0, "ok", [], [], queues, types, False)
+        row = await worker.fetchrow(SQL["send_heartbeat"], me, 0, "ok", [], [], queues, types, False)
         return bool(row["aside"])
 
     assert not await aside(["default"], ["Known"])
@@ -1076,7 +1085,9 @@ async def test_a_crash_beside_others_is_no_failure(worker: Any) -> None:
             me, ids = await held(worker, 3, max_attempts=1)
         else:
             me = await register(worker)
-            crashed = await worker.fetchval(SQL["suspects"], ["crashed:other", "crashed:default"], ["Known", "X"], [])
+            crashed = await worker.fetchval(
+                SQL["find_fewest_crashes"], ["crashed:other", "crashed:default"], ["Known", "X"], []
+            )
             assert crashed == (2 if crash == 3 else None)
             if crash == 2:
                 jobs = await claims.claim(worker, me, {"default": 9}, 9)
@@ -1183,36 +1194,36 @@ async def test_prune_by_age_each_state_by_its_own(worker: Any) -> None:
         "UPDATE notifyq.finished SET processed_at = now() - interval '1 h' WHERE id = ANY ($1)", all_ids[:3]
     )
     await insert(worker)
-    assert await worker.fetchval(SQL["prune"], 7200.0, 7200.0, 100, None) == 0
-    assert await worker.fetchval(SQL["prune"], 60.0, 7200.0, 100, None) == 2
-    assert await worker.fetchval(SQL["prune"], 60.0, 60.0, 100, None) == 1
-    assert await worker.fetchval(SQL["prune"], 0.0, 60.0, 1, None) == 1, "no more than the limit"
-    assert await worker.fetchval(SQL["prune"], 0.0, 60.0, 1, None) == 1
-    assert await worker.fetchval(SQL["prune"], 0.0, 60.0, 1, None) == 0
+    assert await worker.fetchval(SQL["prune_finished"], 7200.0, 7200.0, 100, None) == 0
+    assert await worker.fetchval(SQL["prune_finished"], 60.0, 7200.0, 100, None) == 2
+    assert await worker.fetchval(SQL["prune_finished"], 60.0, 60.0, 100, None) == 1
+    assert await worker.fetchval(SQL["prune_finished"], 0.0, 60.0, 1, None) == 1, "no more than the limit"
+    assert await worker.fetchval(SQL["prune_finished"], 0.0, 60.0, 1, None) == 1
+    assert await worker.fetchval(SQL["prune_finished"], 0.0, 60.0, 1, None) == 0
     assert sorted((await states(worker)).values()) == ["dead", "ready"]
 
 
 async def test_release_hands_back_all_of_one_worker(worker: Any) -> None:
     me, mine = await held(worker, 3)
     _, (other,) = await held(worker, worker=await register(worker, "other:1"))
-    assert await worker.fetchval(SQL["release"], me, None) == 3
+    assert await worker.fetchval(SQL["hand_back_all"], me, None) == 3
     assert await states(worker) == {**dict.fromkeys(mine, "ready"), other: "running"}
     assert await worker.fetchval("SELECT max(attempts) FROM notifyq.task WHERE worker IS NULL") == 0
 
 
 async def test_a_worker_that_holds_a_task_stays_registered(worker: Any) -> None:
     me, _ = await held(worker)
-    await worker.execute(SQL["unregister"], me)
+    await worker.execute(SQL["unregister_worker"], me)
     assert await worker.fetchval("SELECT count(*) FROM notifyq.worker") == 1
-    await worker.fetchval(SQL["release"], me, None)
-    await worker.execute(SQL["unregister"], me)
+    await worker.fetchval(SQL["hand_back_all"], me, None)
+    await worker.execute(SQL["unregister_worker"], me)
     assert await worker.fetchval("SELECT count(*) FROM notifyq.worker") == 0
 
 
-async def test_evict_ends_that_workers_door_and_no_other(worker: Any, dsn: str, db: Any) -> None:
+async def test_a_rescuer_ends_the_door_of_that_worker_and_no_other(worker: Any, dsn: str, db: Any) -> None:
     doors = [await connection.connect_worker(dsn, role) for role in ("door 7", "door 77", "claims 7")]
-    assert await worker.fetchval(SQL["evict"], 7) == 1
-    assert await worker.fetchval(SQL["evict"], 8) == 0
+    assert await worker.fetchrow(SQL["end_backends"], 7, ["door"], 0) == (1, 0)
+    assert await worker.fetchrow(SQL["end_backends"], 8, ["door"], 0) == (0, 0)
     with pytest.raises(connection.TRANSIENT):
         await doors[0].fetchval("SELECT 1")
     assert [await door.fetchval("SELECT 1") for door in doors[1:]] == [1, 1]
@@ -1220,12 +1231,13 @@ async def test_evict_ends_that_workers_door_and_no_other(worker: Any, dsn: str, 
         door.terminate()
 
 
-async def test_end_claims_ends_that_workers_claims_and_door_and_no_others(worker: Any, dsn: str) -> None:
+async def test_a_worker_ends_its_own_backends_and_no_others(worker: Any, dsn: str) -> None:
     conns = [await connection.connect_worker(dsn, role) for role in ("claims 7", "door 7", "claims 77", "door 77")]
-    assert await worker.fetchval(SQL["end_claims"], 7) is True
+    both = ["claims", "door"]
+    assert await worker.fetchrow(SQL["end_backends"], 7, both, 2000) == (2, 0)
     names = "SELECT count(*) FROM pg_stat_activity WHERE application_name IN ('notifyq claims 7', 'notifyq door 7')"
     assert await worker.fetchval(names) == 0
-    assert await worker.fetchval(SQL["end_claims"], 7) is True, "there is none"
+    assert await worker.fetchrow(SQL["end_backends"], 7, both, 2000) == (0, 0), "there is none"
     assert [await conn.fetchval("SELECT 1") for conn in conns[2:]] == [1, 1]
     for conn in conns:
         conn.terminate()
@@ -1234,25 +1246,28 @@ async def test_end_claims_ends_that_workers_claims_and_door_and_no_others(worker
 async def test_strays_are_what_the_worker_does_not_know_of(worker: Any) -> None:
     me, mine = await held(worker, 3)
     _, (other,) = await held(worker, worker=await register(worker, "other:1"))
-    assert await worker.fetchval(SQL["strays"], me, mine[:1], [1], None) == 2
+    assert await worker.fetchval(SQL["reclaim_unanswered"], me, mine[:1], [1], None) == 2
     assert await states(worker) == {mine[0]: "running", mine[1]: "ready", mine[2]: "ready", other: "running"}
     assert await worker.fetchval("SELECT max(attempts) FROM notifyq.task WHERE worker IS NULL") == 0
     # Of the one that is left it knows an attempt before: that was lost, so this is a stray all the same.
-    assert await worker.fetchval(SQL["strays"], me, mine[:1], [0], None) == 1
+    assert await worker.fetchval(SQL["reclaim_unanswered"], me, mine[:1], [0], None) == 1
 
 
 # Who says "look again". A claim or a promotion that rang would wake the whole fleet for nothing.
 RINGS: dict[str, tuple[Any, Callable[[Any, int, int], Any]]] = {
     "claim": (False, lambda c, w, id: claims.claim(c, w, {"default": 9}, 9)),
-    "due": (False, lambda c, w, id: c.fetchrow(SQL["due"], ["default"], [], 9, None, None)),
-    "tick": (False, lambda c, w, id: c.fetchrow(SQL["tick"], w, 0, "ok", [id], [1], ["default"], ["Known"], True)),
+    "check_due": (False, lambda c, w, id: c.fetchrow(SQL["check_due"], ["default"], [], 9, None, None)),
+    "send_heartbeat": (
+        False,
+        lambda c, w, id: c.fetchrow(SQL["send_heartbeat"], w, 0, "ok", [id], [1], ["default"], ["Known"], True),
+    ),
     "finish": (False, lambda c, w, id: c.fetch(SQL["finish"], w, [id], [1], ["done"], [], [], True)),
-    "set_aside": ("aside", lambda c, w, id: c.fetch(SQL["set_aside"], w, [id], [1])),
+    "release_unhandled": ("aside", lambda c, w, id: c.fetch(SQL["release_unhandled"], w, [id], [1])),
     "retry_later": (True, lambda c, w, id: c.fetch(SQL["retry_later"], w, [id], [1], [9.0], [b"{}"])),
     "hand_back": (True, lambda c, w, id: c.fetch(SQL["hand_back"], w, [id], [1])),
-    "strays": (True, lambda c, w, id: c.fetchval(SQL["strays"], w, [], [], None)),
+    "reclaim_unanswered": (True, lambda c, w, id: c.fetchval(SQL["reclaim_unanswered"], w, [], [], None)),
     "cancel": (False, lambda c, w, id: c.fetchval("SELECT notifyq.cancel($1)", id)),
-    "release": (True, lambda c, w, id: c.fetchval(SQL["release"], w, None)),
+    "hand_back_all": (True, lambda c, w, id: c.fetchval(SQL["hand_back_all"], w, None)),
     "rescue": (True, lambda c, w, id: rescue(c, w, 9)),
     "insert": (True, lambda c, w, id: insert(c)),
     "enqueue": (True, lambda c, w, id: c.fetch(SQL["enqueue"], "T", "{}", *Options.check(queue="q").values, None)),
@@ -1260,7 +1275,7 @@ RINGS: dict[str, tuple[Any, Callable[[Any, int, int], Any]]] = {
         True,
         lambda c, w, id: c.fetch(SQL["enqueue_many"], ["T"], ["{}"], *Options.check(queue="q").values, None),
     ),
-    "echo": ("hello", lambda c, w, id: c.fetchrow(SQL["due"], [], [], 9, "hello", None)),
+    "echo": ("hello", lambda c, w, id: c.fetchrow(SQL["check_due"], [], [], 9, "hello", None)),
 }
 
 

@@ -106,7 +106,7 @@ async def test_once_an_hour(app: notifyq.App, db: Any, state: str) -> None:
     """By its enqueue, whatever became of it, unless it failed; when the hour is over, it is in nobody's way."""
     old = await put(db, state)
     for seconds, existed in ((0, state not in ("dead", "cancelled")), (3700, False)):
-        await db.fetch(SQL["advance"], float(seconds))
+        await db.fetch(SQL["advance_clock"], float(seconds))
         ref = await app.enqueue(Known(), unique="k", unique_for=3600)
         assert ref.existed is existed
         assert (ref.id == old) is existed
@@ -236,7 +236,7 @@ async def test_by_chosen_fields(app: notifyq.App, db: Any) -> None:
 
 
 async def register_all(db: Any) -> int:
-    id: int = await db.fetchval(SQL["register"], "host:1", ["default"], ["Known", "Daily"], [10, 10], 100, 30.0)
+    id: int = await db.fetchval(SQL["register_worker"], "host:1", ["default"], ["Known", "Daily"], [10, 10], 100, 30.0)
     return id
 
 
@@ -719,10 +719,10 @@ async def test_prune_keys(app: notifyq.App, db: Any) -> None:
         assert await db.fetchval("SELECT notifyq.cancel($1)", ref.id)
     ref = await app.enqueue(Known(), unique="over for", unique_for=3600)
     assert await db.fetchval("SELECT notifyq.cancel($1)", ref.id)
-    assert [await db.fetchval(SQL["prune_keys"], n) for n in (2, 2, 2)] == [2, 1, 0]
+    assert [await db.fetchval(SQL["prune_unique_keys"], n) for n in (2, 2, 2)] == [2, 1, 0]
     assert await keys(db) == ["lives", "lives for", "over for"]
-    await db.fetch(SQL["advance"], 3600.0 * 2)
-    assert await db.fetchval(SQL["prune_keys"], 100) == 3
+    await db.fetch(SQL["advance_clock"], 3600.0 * 2)
+    assert await db.fetchval(SQL["prune_unique_keys"], 100) == 3
     assert await keys(db) == ["lives", "lives for"]
 
 
@@ -731,8 +731,8 @@ async def test_a_key_is_remembered_for_the_longest_time_that_was_asked_for(app: 
     old = await app.enqueue(Known(), unique="k", unique_for=60)
     assert (await app.enqueue(Known(), unique="k", unique_for=3600)).existed
     await verbs.finish(db, await verbs.claim(db, await verbs.register(db)))
-    await db.fetch(SQL["advance"], 120.0)
-    await db.fetchval(SQL["prune_keys"], 100)
+    await db.fetch(SQL["advance_clock"], 120.0)
+    await db.fetchval(SQL["prune_unique_keys"], 100)
     again = await app.enqueue(Known(), unique="k", unique_for=3600)
     assert (again.id, again.existed) == (old.id, True)
 
@@ -744,9 +744,9 @@ async def test_pruning_waits_for_nobody_and_forgets_no_new_task(s: Steps) -> Non
     assert await s.db.fetchval("SELECT notifyq.cancel($1)", old)
     await a("BEGIN")
     await a(KEYED)
-    assert [row[0] for row in await p(SQL["prune_keys"], 10)] == [0]
+    assert [row[0] for row in await p(SQL["prune_unique_keys"], 10)] == [0]
     await a("COMMIT")
-    await p(SQL["prune_keys"], 10)
+    await p(SQL["prune_unique_keys"], 10)
     assert await keys(s.db) == ["k"]
     assert await a(f"{KEYED} RETURNING id") == []
 
@@ -760,8 +760,10 @@ async def test_pruning_looks_at_the_task_that_the_key_names_now(s: Steps) -> Non
     await gate("SELECT pg_advisory_lock(7)")
     await a("BEGIN")
     await a(KEYED)
-    gated = SQL["prune_keys"].replace("ORDER BY k.until", "AND pg_advisory_xact_lock(7)::text = '' ORDER BY k.until")
-    assert gated != SQL["prune_keys"]
+    gated = SQL["prune_unique_keys"].replace(
+        "ORDER BY k.until", "AND pg_advisory_xact_lock(7)::text = '' ORDER BY k.until"
+    )
+    assert gated != SQL["prune_unique_keys"]
     waiting = await p.blocked_by(gate, gated, 10)
     await a("COMMIT")
     await gate("SELECT pg_advisory_unlock(7)")

@@ -29,12 +29,12 @@ async def insert(conn: Any, count: int = 1, **columns: Any) -> list[int]:
 
 
 async def register(conn: Any, name: str = "host:1") -> int:
-    id: int = await conn.fetchval(SQL["register"], name, ["default"], [KNOWN], [10], 100, 30.0)
+    id: int = await conn.fetchval(SQL["register_worker"], name, ["default"], [KNOWN], [10], 100, 30.0)
     return id
 
 
 async def unregister(conn: Any, worker: int) -> bool:
-    return str(await conn.execute(SQL["unregister"], worker)) == "DELETE 1"
+    return str(await conn.execute(SQL["unregister_worker"], worker)) == "DELETE 1"
 
 
 async def claim(conn: Any, worker: int, count: int = 9) -> list[Job]:
@@ -65,7 +65,7 @@ async def admit(conn: Any, jobs: Sequence[Job]) -> list[tuple[int, str | None]]:
 
 
 async def free(conn: Any) -> int:
-    return int(await conn.fetchval(SQL["free"], 1000))
+    return int(await conn.fetchval(SQL["release_waiters"], 1000))
 
 
 async def _settle(conn: Any, name: str, jobs: Sequence[Job], *rest: Any) -> list[int]:
@@ -86,7 +86,7 @@ async def hand_back(conn: Any, jobs: Sequence[Job]) -> list[int]:
 
 
 async def set_aside(conn: Any, jobs: Sequence[Job]) -> list[int]:
-    return await _settle(conn, "set_aside", jobs)
+    return await _settle(conn, "release_unhandled", jobs)
 
 
 # What a worker may write about a task, and what that is then: its state and attempts.
@@ -99,14 +99,14 @@ SETTLES: dict[Callable[..., Awaitable[list[int]]], tuple[str, int]] = {
 
 
 async def promote(conn: Any) -> int:
-    row = await conn.fetchrow(SQL["due"], ["default"], [], 9, None, None)
+    row = await conn.fetchrow(SQL["check_due"], ["default"], [], 9, None, None)
     return int(row["promoted"])
 
 
 async def tick(conn: Any, worker: int, jobs: Sequence[Job] = ()) -> tuple[bool, list[int], list[int]]:
     """Is it registered, what has it lost, which others are there."""
     keys = [job.id for job in jobs], [job.attempt for job in jobs]
-    row = await conn.fetchrow(SQL["tick"], worker, len(jobs), "ok", *keys, ["default"], [KNOWN], False)
+    row = await conn.fetchrow(SQL["send_heartbeat"], worker, len(jobs), "ok", *keys, ["default"], [KNOWN], False)
     return row["registered"], sorted(row["lost"]), row["others"]
 
 
@@ -129,30 +129,32 @@ async def silent(conn: Any, worker: int) -> None:
 
 
 async def orphans(conn: Any) -> int:
-    ids = [row[0] for row in await conn.fetch(SQL["orphaned"], [])]
-    return int(await conn.fetchval(SQL["orphans"], ids))
+    ids = [row[0] for row in await conn.fetch(SQL["list_unowned"], [])]
+    return int(await conn.fetchval(SQL["reclaim_unowned"], ids))
 
 
 async def release(conn: Any, worker: int) -> int:
-    return int(await conn.fetchval(SQL["release"], worker, None))
+    return int(await conn.fetchval(SQL["hand_back_all"], worker, None))
 
 
 async def strays(conn: Any, worker: int, known: Sequence[Job]) -> int:
     keys = [job.id for job in known], [job.attempt for job in known]
-    return int(await conn.fetchval(SQL["strays"], worker, *keys, None))
+    return int(await conn.fetchval(SQL["reclaim_unanswered"], worker, *keys, None))
 
 
-async def end_claims(conn: Any, worker: int) -> bool:
-    return bool(await conn.fetchval(SQL["end_claims"], worker))
+async def end_backends(conn: Any, worker: int) -> bool:
+    """Whether none is left."""
+    row = await conn.fetchrow(SQL["end_backends"], worker, ["claims", "door"], 2000)
+    return bool(row["remaining"] == 0)
 
 
 async def prune(conn: Any, most: int = 100) -> int:
     """Whatever its age."""
-    return int(await conn.fetchval(SQL["prune"], 0.0, 0.0, most, None))
+    return int(await conn.fetchval(SQL["prune_finished"], 0.0, 0.0, most, None))
 
 
 async def prune_started(conn: Any, most: int = 100) -> int:
-    return int(await conn.fetchval(SQL["prune_started"], most))
+    return int(await conn.fetchval(SQL["prune_rate_log"], most))
 
 
 async def cancel(conn: Any, id: int) -> bool:

@@ -27,7 +27,7 @@ def cron(ctx: click.Context, *, as_json: bool, dsn: str | None) -> None:
 
     async def run() -> list[tuple[str, float | None, float | None]]:
         async with session(dsn) as conn:
-            return [(row[0], row[2], row[3]) for row in await conn.fetch(SQL["crons"])]
+            return [(row[0], row[2], row[3]) for row in await conn.fetch(SQL["list_crons"])]
 
     found = asyncio.run(run())
     if as_json:
@@ -88,7 +88,7 @@ def remove(*, names: tuple[str, ...], dsn: str | None) -> None:
     """Remove crons that no running app declares."""
 
     async def run(conn: Connection, name: str) -> str | None:
-        row = await conn.fetchrow(SQL["cron_remove"], name)
+        row = await conn.fetchrow(SQL["remove_cron"], name)
         if row is not None and row["worker"] is not None:
             raise ConfigError(
                 f"cron {name!r} is declared by the app of running worker {row['worker']}; remove it there first"
@@ -107,7 +107,7 @@ def _each(names: tuple[str, ...], dsn: str | None, act: Callable[[Connection, st
 
     async def run() -> None:
         async with session(dsn) as conn:
-            known = [row["name"] for row in await conn.fetch(SQL["crons"])]
+            known = [row["name"] for row in await conn.fetch(SQL["list_crons"])]
             for name in names:
                 if name not in known:
                     raise ConfigError(f"there is no cron {name!r}{did_you_mean(name, known)}")

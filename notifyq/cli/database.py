@@ -81,8 +81,8 @@ def stats(*, as_json: bool, dsn: str | None) -> None:
         async with session(dsn) as conn, conn.transaction(readonly=True):
             # The planner expects 200 values of the view's state, and would sort millions of rows with the default.
             await conn.execute("SET LOCAL work_mem = '64MB'")
-            text: str = await conn.fetchval(SQL["stats"], timeout=LONG_SECONDS)
-            findings = [dict(row) for row in await conn.fetch(SQL["findings"], True)]
+            text: str = await conn.fetchval(SQL["read_stats"], timeout=LONG_SECONDS)
+            findings = [dict(row) for row in await conn.fetch(SQL["list_findings"], True)]
             return {**json.loads(text), "findings": findings}
 
     found = asyncio.run(run())

@@ -18,7 +18,7 @@ from .session import LONG_SECONDS, session
 
 
 async def _queues(conn: Connection) -> list[dict[str, Any]]:
-    return [json.loads(row[0]) for row in await conn.fetch(SQL["queues"], timeout=LONG_SECONDS)]
+    return [json.loads(row[0]) for row in await conn.fetch(SQL["list_queues"], timeout=LONG_SECONDS)]
 
 
 @click.command()

@@ -66,7 +66,7 @@ async def _undecodable(registry: Registry, dsn: str | None) -> list[str]:
     """A line for each kind of trouble, with how many tasks have it."""
     found: dict[str, list[int]] = {}
     async with session(dsn) as conn, conn.transaction(readonly=True):
-        async for id, type, payload in conn.cursor(SQL["queued"], prefetch=500, timeout=LONG_SECONDS):
+        async for id, type, payload in conn.cursor(SQL["list_unfinished"], prefetch=500, timeout=LONG_SECONDS):
             try:
                 registry.check(type, payload)
             except ConfigError as error:

@@ -52,7 +52,7 @@ async def _changes(dsn: str | None, id: int, follow: bool) -> AsyncIterator[tupl
     async with session(dsn) as conn:
         told = created = None
         while True:
-            text: str | None = await conn.fetchval(SQL["show"], id)
+            text: str | None = await conn.fetchval(SQL["show_task"], id)
             if text is None:
                 raise NotifyqError(f"{id}: {NO_TASK}")
             task = json.loads(text)

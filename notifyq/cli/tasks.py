@@ -201,7 +201,7 @@ async def why_not_started(conn: Connection, type: str, queue: str) -> str:
     A role that may not read the workers and queues isn't told.
     """
     try:
-        row = await conn.fetchrow(SQL["served"], queue)
+        row = await conn.fetchrow(SQL["list_served"], queue)
     except asyncpg.InsufficientPrivilegeError:
         return ""
     assert row is not None
@@ -275,7 +275,7 @@ def tasks(
             # A few at a time: payloads of 16 MB are printed as they come.
             args = (state, queue, type, limit, as_json)
             prefetch = 4 if as_json else 500
-            async for text, seconds in conn.cursor(SQL["tasks"], *args, prefetch=prefetch, timeout=LONG_SECONDS):
+            async for text, seconds in conn.cursor(SQL["list_tasks"], *args, prefetch=prefetch, timeout=LONG_SECONDS):
                 count += 1
                 if as_json:
                     click.echo(text)
@@ -283,7 +283,7 @@ def tasks(
                     rows.append((text, seconds))
             guess = ""
             if not count and (queue or type):
-                known = await conn.fetchrow(SQL["names"], timeout=LONG_SECONDS)
+                known = await conn.fetchrow(SQL["list_names"], timeout=LONG_SECONDS)
                 assert known is not None
                 if queue and queue not in known["queues"]:
                     guess += f"; no task is of queue {queue!r}{did_you_mean(queue, known['queues'])}"
@@ -400,11 +400,11 @@ def prune(*, history: float, dead: float, dsn: str | None) -> None:
         total = 0
         async with session(dsn) as conn:
             while True:
-                pruned: int = await conn.fetchval(SQL["prune"], history, dead, PRUNE_AT_ONCE, None)
+                pruned: int = await conn.fetchval(SQL["prune_finished"], history, dead, PRUNE_AT_ONCE, None)
                 total += pruned
                 if pruned < PRUNE_AT_ONCE:
                     break
-            for statement in ("prune_started", "prune_keys"):
+            for statement in ("prune_rate_log", "prune_unique_keys"):
                 while await conn.fetchval(SQL[statement], PRUNE_AT_ONCE) >= PRUNE_AT_ONCE:
                     pass
             return total

@@ -18,7 +18,7 @@ async def cancel(pool: AppPool, ref: Ref) -> bool:
     try:
         if ref.created_at is None:
             row = await pool.fetchrow("SELECT notifyq.cancel($1)", ref.id)
-        elif (row := await pool.fetchrow(SQL["cancel_as"], ref.id, ref.created_at)) is not None:
+        elif (row := await pool.fetchrow(SQL["cancel_if_created_at"], ref.id, ref.created_at)) is not None:
             check_same(ref.id, ref.created_at, row["created_at"])
     except asyncpg.InsufficientPrivilegeError as error:
         raise DatabaseError(f"this user may not cancel: {error}; schema.sql ends with the GRANTs") from error

@@ -3,7 +3,7 @@
 All who wait in an app share one connection, which is there while somebody waits, and a minute longer. On it:
 
     LISTEN notifyq_done   comes first, so that no end is missed
-    awaited.sql           for all that have begun to wait, or were heard of, since the last time: it marks what lives,
+    read_and_await.sql    for all that have begun to wait, or were heard of, since the last time: it marks what lives,
                           so that its end will be told, and reads what has ended
     wait                  for a notification, for somebody new, or for the slow look that finds what no notification
                           told of: one that was lost, or every one where there is a pooler in between
@@ -248,7 +248,7 @@ class Results:
         try:
             rows: dict[int, asyncpg.Record] = {}
             seconds = WORKER_TIMEOUT_SECONDS * self._patience
-            for found in await conn.fetch(SQL["awaited"], ids, timeout=seconds):
+            for found in await conn.fetch(SQL["read_and_await"], ids, timeout=seconds):
                 # Of an id that was given twice, the older task has ended, and isn't the one that is meant.
                 if found["id"] not in rows or found["state"] not in ENDED:
                     rows[found["id"]] = found

@@ -142,6 +142,6 @@ async def _patiently(conn: Connection, locks: list[str], sql: str, say: Callable
             if not told:
                 told = True
                 tables = " or ".join(f"notifyq.{name}" for name in locks)
-                holder: str | None = await conn.fetchval(SQL["lock_holder"], locks)
+                holder: str | None = await conn.fetchval(SQL["find_lock_holder"], locks)
                 say(f"waiting for {tables}{f', which is in use by {holder}' if holder else ''}")
         await asyncio.sleep(random.uniform(0.5, 1.5) * PAUSE_SECONDS)

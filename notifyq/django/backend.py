@@ -114,7 +114,7 @@ class TaskBackend(BaseTaskBackend):
     def get_result(self, result_id: str) -> TaskResult[..., Any]:
         """As notifyq.all_tasks has it, and for as long. Of attempts before the last, only their errors are known."""
         id = int(result_id) if re.fullmatch("[0-9]{1,18}", str(result_id)) else 0
-        rows = drivers.fetch(connections[self._database], SQL["django_result"], (id,))
+        rows = drivers.fetch(connections[self._database], SQL["read_django_result"], (id,))
         if not rows or (known := BY_TYPE.get(rows[0][0])) is None:
             what = f"is of type {rows[0][0]}, which is no task here" if rows else "isn't in notifyq.all_tasks"
             raise TaskResultDoesNotExist(f"{result_id} {what}")

@@ -25,5 +25,5 @@ async def advance(source: Source, seconds: float) -> int:
     if not (is_number(seconds) and math.isfinite(seconds) and seconds >= 0):
         raise ConfigError(f"advance got {seconds!r}; expected seconds, 0 or more: what was can't be made to come")
     async with connection(source) as conn:
-        due: int = await conn.fetchval(SQL["advance"], float(seconds))
+        due: int = await conn.fetchval(SQL["advance_clock"], float(seconds))
     return due

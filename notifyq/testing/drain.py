@@ -76,7 +76,7 @@ async def _runnable(
 ) -> float | None:
     """Run what is runnable, and note in `states` where it stands; the seconds until the next scheduled task is due."""
     while True:
-        row = await conn.fetchrow(SQL["runnable"], wanted)
+        row = await conn.fetchrow(SQL["find_runnable"], wanted)
         assert row is not None
         next_seconds: float | None = row["next_seconds"]
         began: datetime = row["at"]
@@ -84,7 +84,7 @@ async def _runnable(
             return next_seconds
         # By itself it would serve queues that were known before, and handlers enqueue into others.
         await app.run_worker(row["queues"], concurrency, dsn=dsn, poll_interval=1.0, history=366 * 86400, drain=True)
-        ran: dict[int, str] = {row["id"]: row["state"] for row in await conn.fetch(SQL["ran"], began)}
+        ran: dict[int, str] = {row["id"]: row["state"] for row in await conn.fetch(SQL["list_ran"], began)}
         states |= ran
         if not ran:  # of types that nobody here handles
             return next_seconds

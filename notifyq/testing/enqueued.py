@@ -134,7 +134,7 @@ async def _find(
     _check_names(task, expected)
     name, decode = type_name(task), msgspec.json.Decoder(task).decode
     async with connection(source) as conn:
-        rows = await conn.fetch(SQL["enqueued"], name)
+        rows = await conn.fetch(SQL["list_enqueued"], name)
     found: list[_Found[T]] = []
     for row in rows:
         try:
@@ -205,7 +205,7 @@ async def _instead(source: Source, task: type[T], found: Sequence[_Found[T]]) ->
     if found:
         return ". There is, the nearest first:\n" + _list(sorted(found, key=lambda one: len(one.differences)))
     async with connection(source) as conn:
-        rows = await conn.fetch(SQL["tally"])
+        rows = await conn.fetch(SQL["count_by_state"])
     mine = [f"{n} {state}" for type, state, n in rows if type == type_name(task)]
     others = [f"{type} {n} {state}" for type, state, n in rows if type != type_name(task)]
     told = f"; of this type there is {', '.join(mine)}" if mine else "; there is none of this type"

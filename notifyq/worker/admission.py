@@ -2,7 +2,7 @@
 
 Only what has a limit_key, an order_key or `after`, or is of a queue with a limit for the whole fleet, is asked about:
 one round trip between its claim and its start. The settings of queues come with what the claimer asks before it sleeps
-(due.sql), at least every 0.25 s while it claims, and when the bell says so.
+(check_due.sql), at least every 0.25 s while it claims, and when the bell says so.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ class Admission:
         self.limited: frozenset[str] = frozenset()
 
     async def heard(self, conn: Connection, worker: int, settings: str | None) -> None:
-        """What due.sql says of the queues. Of one that is limited from now on, what runs here counts."""
+        """What check_due.sql says of the queues. Of one that is limited from now on, what runs here counts."""
         if settings == self._text:
             return
         queues: Mapping[str, tuple[bool, bool]] = _parse(settings) if settings is not None else {}
         limited = frozenset(name for name, (_, is_limited) in queues.items() if is_limited)
         if new := limited - self.limited:
-            await conn.execute(SQL["count_running"], worker, sorted(new))
+            await conn.execute(SQL["admit_running"], worker, sorted(new))
         self.limited = limited
         self.paused = frozenset(name for name, (is_paused, _) in queues.items() if is_paused)
         self._text = settings

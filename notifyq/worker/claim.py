@@ -200,7 +200,7 @@ class Claimer:
                 ready()
                 await (self._drain(conn, worker) if self._config.drain else self._serve(conn, worker))
                 return
-            # evict.sql finds it by this name, to end it when its worker is frozen.
+            # end_backends.sql finds it by this name, to end it when its worker is frozen.
             door = await connect_worker(self._dsn, f"door {worker}", worker=worker)
             self._connections.append(door)
             self.door_pid = door.get_server_pid()
@@ -372,7 +372,7 @@ class Claimer:
             try:
                 jobs += await self._take(conn, worker, rooms, room, onward=onward, threads=threads, blind=blind)
             except TimeoutError:
-                # The next session asks for less. What this claim took, if anything, is found by strays.sql.
+                # The next session asks for less. What this claim took, if anything, is found by reclaim_unanswered.sql.
                 self._blind_until = clock() + BLIND_SECONDS
                 self._most = max(1, room // 2)
                 raise
@@ -425,7 +425,7 @@ class Claimer:
     async def _leave(self, conn: Connection, queues: list[str], *, taking: bool) -> None:
         """A claim may have left tasks in these queues for want of a thread. Leave those alone in which one is next.
         `taking`: that claim took others."""
-        types: dict[str, str] = {row[0]: row[1] for row in await conn.fetch(SQL["next_types"], queues)}
+        types: dict[str, str] = {row[0]: row[1] for row in await conn.fetch(SQL["list_next_types"], queues)}
         now = asyncio.get_running_loop().time()
         for queue in queues:
             if queue in types and not self._room.fits(types[queue]):
@@ -434,7 +434,7 @@ class Claimer:
                 self._left.add(queue)
                 continue
             self._room.go_on(queue)
-            # If that claim took nothing, the task has just come, or another has locked it: due.sql tells.
+            # If that claim took nothing, the task has just come, or another has locked it: check_due.sql tells.
             if queue in types and (taking or self._room.fitting()):
                 self._left.add(queue)
 
@@ -478,7 +478,7 @@ class Claimer:
         clock = asyncio.get_running_loop().time
         self._suspects = False
         keys = [f"crashed:{queue}" for queue in self._queues if queue not in self._admission.paused]
-        crashes = await conn.fetchval(SQL["suspects"], keys, self._types, self._left_out.ids)
+        crashes = await conn.fetchval(SQL["find_fewest_crashes"], keys, self._types, self._left_out.ids)
         if crashes is None:
             self._refused_since = None
             return 0
@@ -546,7 +546,7 @@ class Claimer:
     async def _beat(self, conn: Connection, worker: int) -> None:
         self._beats = False
         try:
-            await conn.execute(SQL["beat"], worker)
+            await conn.execute(SQL["send_heartbeat_only"], worker)
         except asyncpg.PostgresError as error:
             if not is_refusal(error):  # the keeper, which is refused it too, says so
                 raise
@@ -580,13 +580,13 @@ class Claimer:
         promoted = 0
         row = None
         if not self._left_out:
-            row = await unless_refused(conn.fetchrow(SQL["due"], *args, PROMOTED_AT_ONCE, *rest, timeout=timeout))
+            row = await unless_refused(conn.fetchrow(SQL["check_due"], *args, PROMOTED_AT_ONCE, *rest, timeout=timeout))
         if row is None or row[0] is None:
             if row is not None:
                 self._look = True  # some others may have been made ready
                 rest = None, rest[1]  # the echo is sent
             promoted = await self._left_out.promote(conn, self._queues, PROMOTED_AT_ONCE)
-            row = await conn.fetchrow(SQL["due"], *args, 0, *rest, timeout=timeout)
+            row = await conn.fetchrow(SQL["check_due"], *args, 0, *rest, timeout=timeout)
         assert row is not None
         more, seconds, ready, inserted, freed, settings, mark, _ = row
         promoted += more

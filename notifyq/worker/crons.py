@@ -44,9 +44,9 @@ class Schedule:
             return
         if not self._written:
             await self.compare(conn, worker, "replaces that of another app")
-            await conn.execute(SQL["cron_register"], *self._columns())
+            await conn.execute(SQL["register_crons"], *self._columns())
             self._written = True
-        await conn.execute(SQL["cron_serve"], worker, list(self._crons))
+        await conn.execute(SQL["set_served_crons"], worker, list(self._crons))
 
     def _columns(self) -> list[list[object]]:
         return [list(column) for column in zip(*self._crons.values(), strict=True)]
@@ -56,7 +56,7 @@ class Schedule:
         would stop without a word."""
         if not self._crons:
             return
-        rows = await conn.fetch(SQL["cron_conflicts"], *self._columns(), worker)
+        rows = await conn.fetch(SQL["list_cron_conflicts"], *self._columns(), worker)
         for name, expression, tz, type, queue, other in rows:
             if name not in self._contested:
                 logger.warning(
@@ -72,8 +72,8 @@ class Schedule:
             return
         refused: asyncpg.PostgresError | None = None
         for name, expression, tz, missed, next_at, now, since in await conn.fetch(
-            SQL["cron_due"], list(self._crons), AHEAD_SECONDS, list(self._plausible), list(self._plausible.values()),
-            self._judged_at,
+            SQL["list_due_crons"], list(self._crons), AHEAD_SECONDS,
+            list(self._plausible), list(self._plausible.values()), self._judged_at,
         ):  # fmt: skip
             try:
                 if next_at is not None and next_at > now + timedelta(seconds=AHEAD_SECONDS):
@@ -109,7 +109,7 @@ class Schedule:
         expected = next_slot(expression, tz, now + timedelta(seconds=AHEAD_SECONDS))
         if next_at > expected + timedelta(seconds=IMPLAUSIBLE_SECONDS):
             expected = next_slot(expression, tz, since)
-            if not await conn.fetchval(SQL["cron_enqueue"], name, next_at, expected, False):
+            if not await conn.fetchval(SQL["enqueue_cron_slot"], name, next_at, expected, False):
                 return
             logger.warning(
                 "the next slot of cron %s was %s, far beyond its schedule, as after a wrong clock; it is %s now",
@@ -137,7 +137,7 @@ class Schedule:
                 put, following = missed == "once", next_slot(expression, tz, now)
             else:
                 put, following = True, next_slot(expression, tz, slot)
-            if not await conn.fetchval(SQL["cron_enqueue"], name, slot, following, put):
+            if not await conn.fetchval(SQL["enqueue_cron_slot"], name, slot, following, put):
                 return  # somebody else did, or it was paused
             slot = following
             if slot > now + timedelta(seconds=AHEAD_SECONDS):

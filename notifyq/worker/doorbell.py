@@ -152,7 +152,7 @@ class Door:
                     self._arrive(Place.TURN)
                 elif self._suspicious or self.robbed:
                     self._suspicious = False
-                    self.robbed = bool(await conn.fetchval(SQL["turn_stolen"], self._fleet))
+                    self.robbed = bool(await conn.fetchval(SQL["is_turn_stolen"], self._fleet))
                     self._arrive(Place.TURN if self.robbed else Place.AWAY)
             elif not self._in_transaction:
                 self._in_transaction = True

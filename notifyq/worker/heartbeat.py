@@ -398,11 +398,11 @@ class Keeper:
             id = self._id
 
             async def release(ids: list[int] | None) -> int:
-                return int(await conn.fetchval(SQL["release"], id, ids))
+                return int(await conn.fetchval(SQL["hand_back_all"], id, ids))
 
             if back := await LeftOut().take_back(conn, id, release, NOT_HANDED_BACK):
                 logger.info("handed back tasks", extra={"fields": {"tasks": back}})
-            await conn.execute(SQL["unregister"], self._id)
+            await conn.execute(SQL["unregister_worker"], self._id)
 
     async def _register(self, conn: Connection) -> int:
         types, config = self._registry.types, self._config
@@ -410,7 +410,7 @@ class Keeper:
         args = (self._name, list(config.queues), types, allowed, config.concurrency, config.lease_seconds)
         id: int | None = None
         while id is None:
-            id = await conn.fetchval(SQL["register"], *args)
+            id = await conn.fetchval(SQL["register_worker"], *args)
         self._beaten = time.monotonic()
         await self._lock(conn, id)
         await self._schedule.begin(conn, id)
@@ -424,7 +424,7 @@ class Keeper:
         assert self._id is not None
         held, status = self._held, self._all_status()
         row = await conn.fetchrow(
-            SQL["tick"], self._id, len(held), status, [job.id for job in held], [job.attempt for job in held],
+            SQL["send_heartbeat"], self._id, len(held), status, [job.id for job in held], [job.attempt for job in held],
             list(self._config.queues), self._registry.types, self._sleeps,
         )  # fmt: skip
         assert row is not None
@@ -450,7 +450,7 @@ class Keeper:
             await self._lock(conn, self._id)
         if lost:
             gone = set(lost)
-            cancelled = {id for id, state in await conn.fetch(SQL["ends"], lost) if state == "cancelled"}
+            cancelled = {id for id, state in await conn.fetch(SQL["read_final_states"], lost) if state == "cancelled"}
             self._tell(self._on_lost, [job for job in held if job.id in gone], cancelled)
         if aside:
             self._tell(self._on_aside)
@@ -476,10 +476,10 @@ class Keeper:
         fractions = [p.fraction for p in reports.values()]
         notes = [None if p.note is None else storable(p.note[:NOTE_LENGTH]) for p in reports.values()]
         try:
-            rows = await conn.fetch(SQL["progress"], self._id, *keys, fractions, notes)
+            rows = await conn.fetch(SQL["write_progress"], self._id, *keys, fractions, notes)
         except asyncpg.DataError:  # the database's encoding lacks a character of a note's
             notes = [None if note is None else note.encode("ascii", "backslashreplace").decode() for note in notes]
-            rows = await conn.fetch(SQL["progress"], self._id, *keys, fractions, notes)
+            rows = await conn.fetch(SQL["write_progress"], self._id, *keys, fractions, notes)
         written = {row[0] for row in rows}
         for job, progress in reports.items():
             if job.id not in written:  # somebody has its row locked, or it isn't ours any more
@@ -508,7 +508,7 @@ class Keeper:
             name, ready, dead = row
             if name is None:  # silent, but alive by its lock: frozen, or far away
                 try:
-                    evicted = await conn.fetchval(SQL["evict"], worker)
+                    evicted: int = await conn.fetchval(SQL["end_backends"], worker, ["door"], 0)
                 except asyncpg.InsufficientPrivilegeError:
                     return rescued
                 if evicted:
@@ -545,7 +545,7 @@ class Keeper:
 
     async def _look(self, conn: Connection) -> None:
         """Say what is wrong with the database and raises no error: once when it is found, and once when it is over."""
-        found = {about: (problem, cure) for about, problem, cure in await conn.fetch(SQL["findings"], False)}
+        found = {about: (problem, cure) for about, problem, cure in await conn.fetch(SQL["list_findings"], False)}
         for about, (problem, cure) in found.items():
             if about not in self._findings:
                 logger.warning("%s. Cure: %s", problem, cure, extra={"fields": {"about": about}})
@@ -558,14 +558,14 @@ class Keeper:
     async def _compare_ids(self, conn: Connection) -> None:
         """Are ids given that tasks have, or had? That is so after TRUNCATE ... RESTART IDENTITY, or where a sequence
         wasn't brought along to another server."""
-        row = await conn.fetchrow(SQL["ids"])
+        row = await conn.fetchrow(SQL["read_highest_ids"])
         assert row is not None
         highest, last = row
         was, self._behind = self._behind, ""
         if highest > last:
             cure = f"SELECT setval('notifyq.task_id_seq', {highest})"
             self._behind = f"ids are given a second time; run: {cure}"
-            await conn.execute(SQL["forget_keys"])
+            await conn.execute(SQL["forget_keys_of_future_ids"])
             if not was:
                 logger.warning(
                     "ids are given to new tasks that older ones have had: the sequence is behind what the tables hold; "
@@ -581,23 +581,23 @@ class Keeper:
             logger.warning("took back tasks of workers that are gone", extra={"fields": {"tasks": orphans}})
 
     async def _stir(self, conn: Connection) -> None:
-        self._stirred = await conn.fetchval(SQL["stir"], self._stirred) or ""
+        self._stirred = await conn.fetchval(SQL["recheck_waiting"], self._stirred) or ""
 
     async def _prune(self, conn: Connection) -> None:
         """Each table by itself."""
         now = self._time_at_most(await conn.fetchval("SELECT clock_timestamp()"))
         for table, statement, args in (
-            ("finished", "prune", (self._config.history_seconds, DEAD_KEPT_SECONDS, MOST, now)),
-            ("started", "prune_started", (MOST,)),
-            ("unique_key", "prune_keys", (MOST,)),
+            ("finished", "prune_finished", (self._config.history_seconds, DEAD_KEPT_SECONDS, MOST, now)),
+            ("started", "prune_rate_log", (MOST,)),
+            ("unique_key", "prune_unique_keys", (MOST,)),
         ):
             await self._chore(conn, f"prune notifyq.{table}", self._prune_all(conn, statement, args))
         for queue in self._config.queues:
             await self._chore(conn, "find what a clock that was set back keeps waiting", self._set_back(conn, queue))
 
     async def _set_back(self, conn: Connection, queue: str) -> None:
-        found = await conn.fetchrow(SQL["doubtful"], queue)
-        if found is not None and any(found) and (changed := await conn.fetchval(SQL["set_back"], *found)):
+        found = await conn.fetchrow(SQL["list_misdated"], queue)
+        if found is not None and any(found) and (changed := await conn.fetchval(SQL["correct_misdated"], *found)):
             logger.warning(
                 "the server's clock was set back: tasks waited for times that were reckoned while it was ahead",
                 extra={"fields": {"queue": queue, "tasks": changed}},

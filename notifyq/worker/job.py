@@ -19,7 +19,7 @@ INLINE_LEAST, INLINE_MOST = 2 * 1024, 16 * 1024
 
 
 class Onward(NamedTuple):
-    """Where a claim begins to read, as claim_onward.sql wants it, beside each other; the highest priority first."""
+    """Where a claim begins to read, as claim_from_cursor.sql wants it: parallel lists; the highest priority first."""
 
     queues: list[str]
     priorities: list[int]
@@ -110,12 +110,12 @@ def _inline(limit: int) -> int:
 async def claim_suspects(
     conn: Connection, worker: int, keys: list[str], types: Sequence[str], crashes: int, limit: int
 ) -> list[Job]:
-    """Up to `limit` of the tasks whose workers have vanished so often: see suspects.sql."""
+    """Up to `limit` of the tasks whose workers have vanished so often: see find_fewest_crashes.sql."""
     args = (worker, keys, types, crashes, limit)
     try:
-        rows = await conn.fetch(SQL["claim_suspects"], *args, _inline(limit))
+        rows = await conn.fetch(SQL["claim_crashed"], *args, _inline(limit))
     except UNREADABLE:
-        rows = await conn.fetch(SQL["claim_suspects"], *args, 0)
+        rows = await conn.fetch(SQL["claim_crashed"], *args, 0)
     jobs = [Job(worker, row) for row in rows]
     put_in_order(jobs)
     return jobs
@@ -124,9 +124,9 @@ async def claim_suspects(
 async def claim_these(conn: Connection, worker: int, ids: list[int], limit: int, *, blind: bool = False) -> list[Job]:
     """Those of these tasks that can still be claimed, in no order; `limit` bounds their payloads, as in `claim`."""
     try:
-        rows = await conn.fetch(SQL["claim_these"], worker, ids, 0 if blind else _inline(limit))
+        rows = await conn.fetch(SQL["claim_by_id"], worker, ids, 0 if blind else _inline(limit))
     except UNREADABLE:
-        rows = await conn.fetch(SQL["claim_these"], worker, ids, 0)
+        rows = await conn.fetch(SQL["claim_by_id"], worker, ids, 0)
     return [Job(worker, row) for row in rows]
 
 
@@ -142,13 +142,13 @@ async def _claim(
 ) -> list[Job]:
     args = (worker, list(rooms), list(rooms.values()), limit)
     if aside is not None:
-        rows = await conn.fetch(SQL["adopt"], *args, aside, inline)
+        rows = await conn.fetch(SQL["claim_unhandled"], *args, aside, inline)
     elif threads is not None and onward is not None:
-        rows = await conn.fetch(SQL["claim_onward_fitting"], *args, *onward, inline, *threads)
+        rows = await conn.fetch(SQL["claim_from_cursor_fitting"], *args, *onward, inline, *threads)
     elif threads is not None:
         rows = await conn.fetch(SQL["claim_fitting"], *args, inline, *threads)
     elif onward is not None:
-        rows = await conn.fetch(SQL["claim_onward"], *args, *onward, inline)
+        rows = await conn.fetch(SQL["claim_from_cursor"], *args, *onward, inline)
     else:
         rows = await conn.fetch(SQL["claim"], *args, inline)
     return [Job(worker, row) for row in rows]

@@ -126,11 +126,11 @@ class LargePayloads:
             return
         try:
             seconds = seconds_for(0) * 2**tries
-            rows = await self._conn.fetch(SQL["payload_sizes"], worker, *_keys(jobs), most, timeout=seconds)
+            rows = await self._conn.fetch(SQL["measure_payloads"], worker, *_keys(jobs), most, timeout=seconds)
             sizes = {row[0]: row[1] for row in rows}
             good = [job for job in jobs if (sizes.get(job.id) or PAYLOAD_LIMIT + 1) <= PAYLOAD_LIMIT]
             seconds = seconds_for(sum(sizes[job.id] or 0 for job in good)) * 2**tries
-            rows = await self._conn.fetch(SQL["payloads"], worker, *_keys(good), timeout=seconds) if good else []
+            rows = await self._conn.fetch(SQL["fetch_payloads"], worker, *_keys(good), timeout=seconds) if good else []
         except (TimeoutError, *UNREADABLE) as error:
             self._disconnect()
             self._failed(jobs, sizes, seconds, error)

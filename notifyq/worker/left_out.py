@@ -141,7 +141,7 @@ class LeftOut:
         """As store.claim, from the front. Tasks of the types `without` are left, with the room that they would take."""
         args = list(rooms), list(rooms.values()), limit
         return await self._claim_these(
-            conn, worker, limit, lambda ids: conn.fetch(SQL["claimable"], *args, ids, aside, without), blind=blind
+            conn, worker, limit, lambda ids: conn.fetch(SQL["list_claimable"], *args, ids, aside, without), blind=blind
         )
 
     async def claim_suspects(
@@ -149,14 +149,14 @@ class LeftOut:
     ) -> list[Job]:
         """As store.claim_suspects."""
         args = keys, types, crashes, limit
-        return await self._claim_these(conn, worker, limit, lambda ids: conn.fetch(SQL["suspected"], *args, ids))
+        return await self._claim_these(conn, worker, limit, lambda ids: conn.fetch(SQL["list_crashed"], *args, ids))
 
     async def promote(self, conn: Connection, queues: Sequence[str], most: int) -> int:
         """Make up to `most` due tasks of each queue ready. Returns how many."""
-        rows = await conn.fetch(SQL["promotable"], queues, most, self.ids)
+        rows = await conn.fetch(SQL["list_due"], queues, most, self.ids)
 
         async def promote_these(ids: list[int]) -> list[Any]:
-            rows = await conn.fetch(SQL["promote_these"], ids)
+            rows = await conn.fetch(SQL["promote_by_id"], ids)
             if undone := {row[0] for row in rows if not row[1]}:
                 self._leave_out(undone)
             return [row for row in rows if row[0] not in undone]
@@ -185,7 +185,7 @@ class LeftOut:
     async def free(self, conn: Connection) -> int:
         """Let in what waits for what has ended. Returns how many."""
         if not self._not_let_in:
-            all_ready: int | None = await unless_refused(conn.fetchval(SQL["free"], FREED_AT_ONCE))
+            all_ready: int | None = await unless_refused(conn.fetchval(SQL["release_waiters"], FREED_AT_ONCE))
             if all_ready is not None:
                 return all_ready
         ready = 0
@@ -195,11 +195,11 @@ class LeftOut:
         while left and len(refused) < REFUSALS:
             left -= 1
             try:
-                ready += await conn.fetchval(SQL["free"], 1)
+                ready += await conn.fetchval(SQL["release_waiters"], 1)
             except asyncpg.PostgresError as error:
                 if not schema.refuses(error):
                     raise
-                later = await conn.fetch(SQL["free_later"])
+                later = await conn.fetch(SQL["postpone_release"])
                 if len(later) > 1:
                     left += len(later)
                 elif later or not rows:
@@ -235,9 +235,9 @@ class LeftOut:
         """Those of workers that aren't registered any more. Returns how many."""
 
         async def these(ids: list[int]) -> list[None]:
-            return [None] * await conn.fetchval(SQL["orphans"], ids)
+            return [None] * await conn.fetchval(SQL["reclaim_unowned"], ids)
 
-        ids = [row[0] for row in await conn.fetch(SQL["orphaned"], self.ids)]
+        ids = [row[0] for row in await conn.fetch(SQL["list_unowned"], self.ids)]
         return len(await self._each(ids, these, NOT_TAKEN_BACK))
 
     async def _claim_these(

@@ -45,7 +45,7 @@ class Reader:
         while True:
             # Each with the time that its bytes take: they may be compressed where they are stored.
             seconds = seconds_for(4 * STATEMENT_BYTES)
-            page = await self._conn.fetch(SQL["results"], task, len(rows) + 1, timeout=seconds)
+            page = await self._conn.fetch(SQL["read_predecessor_results"], task, len(rows) + 1, timeout=seconds)
             rows += page
             if not page or page[0]["left"] == len(page):
                 return rows

@@ -312,7 +312,7 @@ class Settler:
 
     async def _without_locked(self, conn: Connection, batch: list[Outcome], seconds: float) -> list[Outcome]:
         """Put off those whose tasks' rows somebody has locked; return the others."""
-        rows = await conn.fetch(SQL["locked"], [outcome.job.id for outcome in batch], timeout=seconds)
+        rows = await conn.fetch(SQL["list_locked"], [outcome.job.id for outcome in batch], timeout=seconds)
         if not rows:
             return batch
         ids = {row[0] for row in rows}
@@ -462,7 +462,7 @@ class Settler:
                 if error.constraint_name != "finished_pkey":
                     raise
                 async with conn.transaction():
-                    gone = await conn.fetch(SQL["give_way"], worker, *_keys(mine), timeout=seconds)
+                    gone = await conn.fetch(SQL["forget_older_outcomes"], worker, *_keys(mine), timeout=seconds)
                     await self._write_kinds(conn, worker, mine, seconds)
                 logger.warning(
                     "ids were given a second time: what the history had of older tasks with them gave way",
@@ -506,7 +506,7 @@ class Settler:
                 "no handler here for these types, leaving their tasks to other workers",
                 extra={"fields": {"types": types[:20], "tasks": len(aside)}},
             )
-            await self._tell(conn, aside, await conn.fetch(SQL["set_aside"], worker, *_keys(aside)))
+            await self._tell(conn, aside, await conn.fetch(SQL["release_unhandled"], worker, *_keys(aside)))
 
     async def _tell(
         self,
@@ -521,12 +521,12 @@ class Settler:
         applied = {row[0] for row in rows}
         # After a hiccup some of these were written, and only the answer was lost: indistinguishable, and harmless.
         missed: list[Outcome] = [outcome for outcome in outcomes if outcome.job.id not in applied]
-        kept = {row[0] for row in await conn.fetch(SQL["kept"], missed[0].job.worker, *_keys(missed))}
+        kept = {row[0] for row in await conn.fetch(SQL["list_still_leased"], missed[0].job.worker, *_keys(missed))}
         self._kept |= {outcome.job: outcome for outcome in missed if outcome.job.id in kept}
         lost = [outcome.job.id for outcome in missed if outcome.job.id not in kept]
         if not lost:
             return
-        cancelled = {id for id, state in await conn.fetch(SQL["ends"], lost) if state == "cancelled"}
+        cancelled = {id for id, state in await conn.fetch(SQL["read_final_states"], lost) if state == "cancelled"}
         if cancelled:
             logger.info(
                 "cancelled while they ran: what their handlers returned doesn't count",

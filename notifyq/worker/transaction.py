@@ -2,7 +2,7 @@
 
     BEGIN               on a connection of a pool that is made at first use
     ...                 the handler's writes
-    settle_within.sql   the task is done, if the lease is still ours; if not: LeaseLost, and ROLLBACK
+    finish_in_transaction.sql   the task is done, if the lease is still ours; if not: LeaseLost, and ROLLBACK
     COMMIT              all of it, or nothing
 
 Before the end the task's row isn't touched, so nobody's rescue waits for a handler. From then on nothing interrupts
@@ -135,9 +135,11 @@ class Transactions:
         xid, freed = "", False
         with anyio.CancelScope(shield=True):
             fence = (job.worker, job.id, job.attempt, self._keep)
-            row = await conn.fetchrow(SQL["settle_within"], *fence, timeout=COMMAND_TIMEOUT_SECONDS)
+            row = await conn.fetchrow(SQL["finish_in_transaction"], *fence, timeout=COMMAND_TIMEOUT_SECONDS)
             if row is None:
-                if await conn.fetch(SQL["kept"], job.worker, [job.id], [job.attempt], timeout=COMMAND_TIMEOUT_SECONDS):
+                if await conn.fetch(
+                    SQL["list_still_leased"], job.worker, [job.id], [job.attempt], timeout=COMMAND_TIMEOUT_SECONDS
+                ):
                     raise DatabaseError(f"task {job.id} can't be settled, its transaction is rolled back: {KEPT}")
                 lost(job)
                 raise LeaseLost(f"task {job.id} isn't this run's any more; its transaction is rolled back")
@@ -172,7 +174,7 @@ class Transactions:
             try:
                 conn = await connect(self._dsn, role="handler's commit")
                 try:
-                    while (status := await conn.fetchval(SQL["became"], xid)) == "in progress":  # noqa: ASYNC110
+                    while (status := await conn.fetchval(SQL["read_transaction_status"], xid)) == "in progress":  # noqa: ASYNC110
                         await asyncio.sleep(0.05)  # nobody tells
                     return bool(status == "committed")
                 finally:

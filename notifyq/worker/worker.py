@@ -50,6 +50,7 @@ logger = log.logger("notifyq.worker")
 
 STAND_IN_SECONDS = 0.4  # between looks at whether the keeper is late
 REFUSED_SECONDS = 60.0  # between two lines about the same refusal
+END_MS = 2000  # how long a backend may take to end, when its connection is lost
 CLAIM_SECONDS = 2.0  # at the end, for the last claim's answer
 WRITE_SECONDS = 3.0  # at the end, for outcomes and good-byes
 
@@ -252,14 +253,15 @@ class Worker:
         """The connection for claims was lost: what it may have claimed, without our hearing of it, is nobody's."""
         conn = await connect_worker(self._dsn, "strays")
         try:
-            if not await conn.fetchval(SQL["end_claims"], self._id):
+            args = self._id, ["claims", "door"], END_MS
+            if await conn.fetchval(SQL["end_backends"], *args, column=1):
                 raise TimeoutError("the backend of the lost connection is still there")
             known = [job for job in (*self._runners.leases, *self._settler.leases) if job.worker == self._id]
-            args = [job.id for job in known], [job.attempt for job in known]
+            leases = [job.id for job in known], [job.attempt for job in known]
             worker = self._id
 
             async def take_back(ids: list[int] | None) -> int:
-                return int(await conn.fetchval(SQL["strays"], worker, *args, ids))
+                return int(await conn.fetchval(SQL["reclaim_unanswered"], worker, *leases, ids))
 
             if strays := await LeftOut().take_back(conn, worker, take_back, STRAY):
                 logger.warning("took back tasks whose claim went unanswered", extra={"fields": {"tasks": strays}})

@@ -139,7 +139,7 @@ MUTANTS: dict[str, list[Change]] = {
         )
     ],
     # Of all who have seen that a slot is due, each enqueues it.
-    "cron": [("database/sql/worker/cron_enqueue.sql", "AND c.next_at IS NOT DISTINCT FROM $2::timestamptz ", "")],
+    "cron": [("database/sql/worker/enqueue_cron_slot.sql", "AND c.next_at IS NOT DISTINCT FROM $2::timestamptz ", "")],
 }
 
 

@@ -108,8 +108,8 @@ WRONG = {
     "no liveness": "rescue doesn't ask whether the worker is dead",
     "keeper's lock": "rescue asks for the lock of the keeper's session, not for those of all the worker's sessions",
     "bare hand-back": "hand_back.sql isn't fenced",
-    "known ids": "strays.sql goes by the ids of the tasks that are known, not by their leases",
-    "early strays": "strays.sql doesn't wait for the end of the backend that claims",
+    "known ids": "reclaim_unanswered.sql goes by the ids of the tasks that are known, not by their leases",
+    "early strays": "reclaim_unanswered.sql doesn't wait for the end of the backend that claims",
     "no strays": "a claim whose answer was lost is left as it is",
     "no orphans": "what a claim took for a worker that was given up meanwhile is left as it is",
     "free rescue": "a rescue gives the attempt back",
@@ -167,7 +167,7 @@ class Lease:
 
     def _sql(self, state: State) -> Iterator[Step[State]]:
         if state.task is Task.SCHEDULED:
-            yield Step("its time has come (due.sql)", state._replace(task=Task.READY, relaxed=False), SOON)
+            yield Step("its time has come (check_due.sql)", state._replace(task=Task.READY, relaxed=False), SOON)
         if state.cancels and state.task < Task.DONE:
             gone = self._free(state, Task.CANCELLED, state.attempts)
             yield Step("psql: notifyq.cancel", gone._replace(cancels=state.cancels - 1), MAYBE)
@@ -243,7 +243,7 @@ class Lease:
                 return  # under its old id: it is answered first
             ended = worker.sent == -worker.id and self._wrong != "early strays"
             after = _put(state, n, sent=0) if ended else state
-            text = "end_claims.sql; strays.sql"
+            text = "end_backends.sql; reclaim_unanswered.sql"
             if worker.owns == worker.id and not self._knows(state, worker) and self._wrong != "no strays":
                 after = self._free(after, Task.READY, state.attempts - 1)
                 text += " takes back the task"
@@ -305,13 +305,13 @@ class Lease:
             yield f"{text} is applied, but its answer lost", applied._replace(faults=state.faults - 1), MAYBE
 
     def _keeps(self, state: State, n: int, worker: Worker) -> Iterator[tuple[str, State, Comes]]:
-        """Keeper: tick.sql; and the end."""
+        """Keeper: send_heartbeat.sql; and the end."""
         if worker.life is Life.STOPPING and worker.held is None and worker.behind is None:
             # Outcomes that couldn't be written in time are given up.
             over = _put(state, n, life=Life.OVER, registered=False, locked=False, silent=0, answer=None, outcomes=())
             if worker.owns == worker.id:
                 over = self._free(over, Task.READY, state.attempts - 1)
-            yield "release.sql; unregister.sql; ends", over, NOW
+            yield "hand_back_all.sql; unregister_worker.sql; ends", over, NOW
         if not worker.registered:
             if worker.id == REGISTRATIONS:
                 yield "is given up for dead once more, and has had enough", _killed(state, n), NOW
@@ -319,17 +319,17 @@ class Lease:
             held = None if worker.held is None else worker.held._replace(lost=True)
             # Its session for claims ends too, but for a claim that is under way: that is answered first.
             after = _put(state, n, id=worker.id + 1, registered=True, locked=True, silent=0, held=held, connected=False)
-            yield "tick.sql: isn't registered; register.sql: comes back under a new id", after, NOW
+            yield "send_heartbeat.sql: isn't registered; register_worker.sql: comes back under a new id", after, NOW
             return
         held = worker.held
         if held is not None and not (worker.owns == worker.id == held.id and held.attempt == state.attempts):
             held = held._replace(lost=True)
         if (worker.silent, worker.locked, worker.held) != (0, True, held):
-            text = "tick.sql: the heartbeat" + ("; its lease is lost" if held != worker.held else "")
+            text = "send_heartbeat.sql: the heartbeat" + ("; its lease is lost" if held != worker.held else "")
             yield text, _put(state, n, silent=0, locked=True, held=held), NOW
 
     def _rescues(self, state: State, n: int) -> Iterator[Step[State]]:
-        """Keeper: rescue.sql and orphans.sql, for the others."""
+        """Keeper: rescue.sql and reclaim_unowned.sql, for the others."""
         for m, other in enumerate(state.workers):
             if m != n and other.registered:
                 alive = other.life is not Life.OVER and (other.locked or other.connected)
@@ -351,7 +351,7 @@ class Lease:
                     yield Step(f"worker {n + 1}: rescue.sql, of worker {m + 1}", buried, NOW)
             if other.owns and not (other.registered and other.owns == other.id) and self._wrong != "no orphans":
                 again = self._free(state, Task.READY, state.attempts)._replace(orphaned=state.orphaned + 1)
-                yield Step(f"worker {n + 1}: orphans.sql takes back the task of worker {m + 1}", again, SOON)
+                yield Step(f"worker {n + 1}: reclaim_unowned.sql takes back the task of worker {m + 1}", again, SOON)
 
 
 def _put(state: State, n: int, **fields: object) -> State:

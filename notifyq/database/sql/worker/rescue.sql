@@ -1,4 +1,4 @@
--- Take back up to $2 tasks of worker $1 if it is dead. Its last heartbeat is still $3, as tick.sql told it, and that
+-- Take back up to $2 tasks of worker $1 if it is dead. Its last heartbeat is still $3, as send_heartbeat.sql told it, and that
 -- hasn't changed for $4 seconds by the rescuer's own clock: for 2 seconds, while its advisory lock is free, or for the
 -- length of its lease, lock or no lock. The server's clock isn't asked, as it may be stepped: a step forward would make
 -- all workers look silent, and after a step back a dead one's last heartbeat would lie in the future.
@@ -70,7 +70,7 @@ WITH corpse AS MATERIALIZED (
     SELECT id, created_at, run_at, processing_at, clock_timestamp(), priority, attempts, max_attempts,
            'dead', queue, type, (SELECT name FROM corpse), payload, NULL, notifyq.with_error(errors, error), options
     FROM gone
-    ON CONFLICT (id) DO UPDATE  -- an older task had this id: see give_way.sql
+    ON CONFLICT (id) DO UPDATE  -- an older task had this id: see forget_older_outcomes.sql
     SET (created_at, run_at, processing_at, processed_at, priority, attempts, max_attempts, state, queue, type, worker,
          payload, result, errors, options) =
         (EXCLUDED.created_at, EXCLUDED.run_at, EXCLUDED.processing_at, EXCLUDED.processed_at, EXCLUDED.priority,

@@ -1,4 +1,4 @@
--- As claim.sql, of the tasks $2, which claimable.sql or suspected.sql has found, those that are still there and that nobody
+-- As claim.sql, of the tasks $2, which list_claimable.sql or list_crashed.sql has found, those that are still there and that nobody
 -- has locked. $3 is claim.sql's $5. Of the lookup by id: finish.sql.
 UPDATE notifyq.task t
 SET worker = $1, attempts = least(t.attempts, 32766) + 1, processing_at = clock_timestamp(),

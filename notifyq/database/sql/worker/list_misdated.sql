@@ -1,5 +1,5 @@
 -- After the server's clock was set back: which tasks of queue $1 wait for a time that was computed while the clock was
--- ahead? It looks at those 1000 scheduled tasks that are to run last. set_back.sql gets the answer; its UPDATE rings
+-- ahead? It looks at those 1000 scheduled tasks that are to run last. correct_misdated.sql gets the answer; its UPDATE rings
 -- even if it changes no row.
 --
 --   failed     they failed at a time that is now in the future

@@ -1,4 +1,4 @@
--- What is there for orphans.sql, without the tasks $1? Asked first, since its UPDATE rings even for no row. Returns ids.
+-- What is there for reclaim_unowned.sql, without the tasks $1? Asked first, since its UPDATE rings even for no row. Returns ids.
 --
 -- No ORDER BY: by id, the planner might read all of task_pkey to save a sort.
 SELECT t.id

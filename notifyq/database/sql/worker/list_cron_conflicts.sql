@@ -1,4 +1,4 @@
--- Of the crons of an app, as cron_register.sql gets them: those that the database has with another schedule and that a
+-- Of the crons of an app, as register_crons.sql gets them: those that the database has with another schedule and that a
 -- live worker other than $10 serves too. Returns the database's version of each, and that worker.
 SELECT c.name, c.expression, c.tz, c.type, c.queue, w.name AS worker
 FROM unnest($1::text[], $2::text[], $3::text[], $4::text[], $5::text[], $6::text[], $7::smallint[], $8::text[],

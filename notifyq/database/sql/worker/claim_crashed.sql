@@ -1,4 +1,4 @@
--- As claim.sql, of what suspects.sql has found: up to $5 that have crashed $4 times. $6 is claim.sql's $5.
+-- As claim.sql, of what find_fewest_crashes.sql has found: up to $5 that have crashed $4 times. $6 is claim.sql's $5.
 UPDATE notifyq.task t
 SET worker = $1, attempts = least(t.attempts, 32766) + 1, processing_at = clock_timestamp(),
     aside = false, parked = NULL, waits_at = NULL

@@ -1,5 +1,5 @@
 -- After a claim that PostgreSQL refused (left_out.py): what the next one would take from each of the queues $1, at most its
--- room in $2 and $3 in all, without the tasks $4. With $5, of those types what others set aside, as in adopt.sql. Of
+-- room in $2 and $3 in all, without the tasks $4. With $5, of those types what others set aside, as in claim_unhandled.sql. Of
 -- those found it leaves out the types $6. It locks nothing. Returns ids.
 SELECT ready.id
 FROM (

@@ -1,4 +1,4 @@
--- As claim_onward.sql, with the threads that claim_fitting.sql tells of in $9 to $12.
+-- As claim_from_cursor.sql, with the threads that claim_fitting.sql tells of in $9 to $12.
 UPDATE notifyq.task t
 SET worker = $1, attempts = least(t.attempts, 32766) + 1, processing_at = clock_timestamp()
 WHERE t.id = ANY (ARRAY(

@@ -1,5 +1,5 @@
 -- The safety net under rescue: tasks under the lease of a worker that isn't registered any more, which a worker that
--- was frozen in the middle of a claim can leave behind. Those of $1, which orphaned.sql found, are ready again. Returns
+-- was frozen in the middle of a claim can leave behind. Those of $1, which list_unowned.sql found, are ready again. Returns
 -- how many. Under row level security a worker that isn't seen may live.
 --
 -- No ORDER BY: SKIP LOCKED never waits, so the order doesn't matter. num_nonnulls says "IS NOT NULL" where the planner

@@ -1,2 +1,0 @@
--- The safety net under free.sql: check again some keys at which tasks wait, from $1 on. Returns the key to go on with.
-SELECT notifyq.stir($1::text) AS last
