@@ -18,7 +18,7 @@ import pytest
 import notifyq
 from notifyq.database import connection
 from notifyq.worker import job as claims
-from notifyq.worker.outcome import Aside, Finish, HandBack, Later
+from notifyq.worker.outcome import Finished, HandedBack, RetryLater, Unhandled
 from notifyq.worker.settle import Settler
 
 from . import verbs
@@ -346,10 +346,10 @@ async def test_a_settle_whose_await_is_cancelled(s: Steps, w: Session, p: Sessio
 
 
 OUTCOMES: dict[str, Any] = {
-    "finish": lambda job: Finish(job, "done"),
-    "later": lambda job: Later(job, 3600.0, verbs.ERROR),
-    "hand back": HandBack,
-    "aside": Aside,
+    "finish": lambda job: Finished(job, "done"),
+    "later": lambda job: RetryLater(job, 3600.0, verbs.ERROR),
+    "hand back": HandedBack,
+    "aside": Unhandled,
 }
 
 
@@ -403,7 +403,7 @@ async def test_a_batch_has_outcomes_of_before_and_after_a_new_id(
 ) -> None:
     """A worker was given up and came back: each outcome is written under the id that its task was claimed with."""
     old, new = await w(held, 2), await w(held, 2)
-    async with Writing(dsn, [Finish(job, "done") for job in (new[0], old[0], new[1], old[1])]):
+    async with Writing(dsn, [Finished(job, "done") for job in (new[0], old[0], new[1], old[1])]):
         pass
     assert set((await states(s.db)).values()) == {("done", 1)}
     assert not logged("lease was lost")
@@ -427,7 +427,7 @@ async def test_a_deadlock_of_which_a_worker_is_the_victim(s: Steps, w: Session, 
     await p(cancel, third.id)
     await other("BEGIN")
     await other("SELECT FROM notifyq.task WHERE id = $1 FOR UPDATE", second.id)
-    async with Writing(dsn, [Finish(job, "done") for job in jobs]) as writing:
+    async with Writing(dsn, [Finished(job, "done") for job in jobs]) as writing:
         await until_blocked(s.db, "settle", other)
         waiting = await p.blocked_by(await settling(s), cancel, first.id)
         await other("COMMIT")
@@ -443,7 +443,7 @@ async def test_a_deadlock_of_which_a_person_is_the_victim(s: Steps, w: Session, 
     await p("SET deadlock_timeout = '10ms'")
     await p("BEGIN")
     await p(cancel, second.id)
-    async with Writing(dsn, [Finish(job, "done") for job in jobs]) as writing:
+    async with Writing(dsn, [Finished(job, "done") for job in jobs]) as writing:
         await until_blocked(s.db, "settle", p)
         with pytest.raises(asyncpg.DeadlockDetectedError):
             await p(cancel, first.id)

@@ -20,7 +20,7 @@ from notifyq.database import connection
 from notifyq.database.connection import SQL
 from notifyq.worker import heartbeat, settle
 from notifyq.worker.job import Job
-from notifyq.worker.outcome import Finish, HandBack, Later, Outcome, returned, smaller
+from notifyq.worker.outcome import Finished, HandedBack, Outcome, RetryLater, returned, smaller
 from notifyq.worker.worker import Worker
 
 from .conftest import Seen, Sessions, eventually, ids_of, working
@@ -292,7 +292,7 @@ async def test_a_change_between_two_forms(
         try:
             await write(self, conn, batch, seconds)
         except asyncpg.CheckViolationError:
-            if isinstance(batch[0], Finish) and batch[0].state == "done":
+            if isinstance(batch[0], Finished) and batch[0].state == "done":
                 refused += 1
                 if refused == 2:
                     await other.execute(f"ALTER TABLE notifyq.finished {relent}")
@@ -419,8 +419,8 @@ def test_every_outcome_gets_smaller_and_ends() -> None:
     """At each step, until there is nothing less to be said."""
     for first, kinds in (
         (returned(job(), None, {"a": 1}), ["dead", "dead"]),  # type: ignore[arg-type]
-        (Later(job(), 5.0, '{"attempt":2,"error":"e\U0001f40d\\nmore"}'.encode()), [5.0, "dead"]),
-        (HandBack(job()), []),
+        (RetryLater(job(), 5.0, '{"attempt":2,"error":"e\U0001f40d\\nmore"}'.encode()), [5.0, "dead"]),
+        (HandedBack(job()), []),
     ):
         forms = []
         step = 1
@@ -430,7 +430,9 @@ def test_every_outcome_gets_smaller_and_ends() -> None:
         assert [getattr(form, "state", None) or form.delay for form in forms] == kinds  # type: ignore[union-attr]
         for form in forms:
             said = json.loads(form.error or b"{}")["error"]  # type: ignore[union-attr]
-            assert said.endswith("PostgreSQL can't store its outcome: why" + (")" if isinstance(first, Later) else ""))
+            assert said.endswith(
+                "PostgreSQL can't store its outcome: why" + (")" if isinstance(first, RetryLater) else "")
+            )
             assert "more" not in said
             assert said.isascii(), "every database's encoding has it"
 
@@ -438,7 +440,7 @@ def test_every_outcome_gets_smaller_and_ends() -> None:
 def test_the_pauses_of_what_is_put_off() -> None:
     """Each is twice as long as the one before, the first too is none to be skipped, and there is a longest."""
     before = time.monotonic()
-    one = settle.PutOff(HandBack(job()))
+    one = settle.PutOff(HandedBack(job()))
     pauses = []
     for _ in range(12):
         assert before + one.pause <= one.due <= time.monotonic() + one.pause

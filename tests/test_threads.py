@@ -18,7 +18,7 @@ import notifyq
 from notifyq.config import WorkerConfig, default_threads
 from notifyq.worker.capacity import ASKED_LEAST, LOOK_LEAST, Room
 from notifyq.worker.job import Job
-from notifyq.worker.outcome import HandBack, Outcome
+from notifyq.worker.outcome import HandedBack, Outcome
 from notifyq.worker.runners import Runners
 from notifyq.worker.settle import Settler
 
@@ -308,7 +308,7 @@ def handed_back(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     put = Settler.put
 
     def watched(self: Settler, outcome: Outcome) -> None:
-        if isinstance(outcome, HandBack):
+        if isinstance(outcome, HandedBack):
             types.append(outcome.job.type)
         put(self, outcome)
 

@@ -25,7 +25,7 @@ from notifyq.lifespan import within
 from notifyq.registry import Handler, Registry, awaited, is_awaitable
 from notifyq.task import Task, Verdict
 from notifyq.worker.job import Job
-from notifyq.worker.outcome import Aside, Finish, HandBack, Later, Outcome
+from notifyq.worker.outcome import Finished, HandedBack, Outcome, RetryLater, Unhandled
 from notifyq.worker.runners import Runners
 
 
@@ -137,12 +137,12 @@ async def run_inline(
 
 def _ran(handler: Handler, outcome: Outcome) -> Ran:
     match outcome:
-        case Finish():
+        case Finished():
             result = None if outcome.result is None else typed(handler, outcome.result)
             return Ran(state=outcome.state, result=result, reason=_reason(outcome.error))
-        case Later():
+        case RetryLater():
             return Ran(state="retry", reason=_reason(outcome.error), delay=outcome.delay)
-        case HandBack() | Aside():
+        case HandedBack() | Unhandled():
             raise AssertionError("handed back, though nobody stopped it")
         case _:
             assert_never(outcome)

@@ -1,14 +1,14 @@
 """How an attempt ended, as a value: decided here, written by settle.
 
 what happened                                    outcome
-the handler returned                             Finish done
-it raised, timed out, asked for Retry            Later; after the last attempt Finish dead
+the handler returned                             Finished done
+it raised, timed out, asked for Retry            RetryLater; after the last attempt Finished dead
 its batch handler returned no list that fits     the same
-it raised or returned Dead, Cancel               Finish dead, Finish cancelled
-the payload doesn't fit, the result isn't JSON   Finish dead: another run would end the same
+it raised or returned Dead, Cancel               Finished dead, Finished cancelled
+the payload doesn't fit, the result isn't JSON   Finished dead: another run would end the same
 the result is larger than RESULT_LIMIT           the same
-nobody here knows the type                       Aside
-not begun, or cut short by a shutdown            HandBack: the attempt doesn't count
+nobody here knows the type                       Unhandled
+not begun, or cut short by a shutdown            HandedBack: the attempt doesn't count
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from .job import Job
 State: TypeAlias = Literal["done", "dead", "cancelled"]
 
 
-class Finish:
+class Finished:
     """The task is over."""
 
     __slots__ = ("error", "job", "result", "size", "state")
@@ -45,7 +45,7 @@ class Finish:
             self.size += len(error)
 
 
-class Later:
+class RetryLater:
     """The attempt failed; another follows after `delay` seconds."""
 
     __slots__ = ("delay", "error", "job", "size")
@@ -57,7 +57,7 @@ class Later:
         self.size = job.size + len(error)
 
 
-class HandBack:
+class HandedBack:
     """The attempt didn't happen."""
 
     __slots__ = ("job", "size")
@@ -67,7 +67,7 @@ class HandBack:
         self.size = job.size
 
 
-class Aside:
+class Unhandled:
     """For a worker that knows the type."""
 
     __slots__ = ("job", "size")
@@ -77,13 +77,13 @@ class Aside:
         self.size = job.size
 
 
-Outcome: TypeAlias = Finish | Later | HandBack | Aside
+Outcome: TypeAlias = Finished | RetryLater | HandedBack | Unhandled
 
 
 def returned(job: Job, handler: Handler, value: object) -> Outcome:
     """Of a handler that returned."""
     if value is None:
-        return Finish(job, "done")
+        return Finished(job, "done")
     if isinstance(value, Verdict):
         return raised(job, handler, value)
     if is_verdict_class(value):  # `return Dead`, as one may `raise Dead`
@@ -95,14 +95,14 @@ def returned(job: Job, handler: Handler, value: object) -> Outcome:
         result = encode_result(value)
     except Exception as error:  # what a user's type makes of being encoded is anybody's guess
         why = f"its result, a {type(value).__name__}, can't be written as JSON: {describe(error)}{_hint(value)}"
-        return Finish(job, "dead", error=encode_error(job.attempt, why))
+        return Finished(job, "dead", error=encode_error(job.attempt, why))
     if result is not None and len(result) > RESULT_LIMIT:
         why = (
             f"its result is {len(result):,} bytes of JSON, the limit is {RESULT_LIMIT:,}; store it elsewhere, and "
             "return where it is"
         )
-        return Finish(job, "dead", error=encode_error(job.attempt, why))
-    return Finish(job, "done", result)
+        return Finished(job, "dead", error=encode_error(job.attempt, why))
+    return Finished(job, "done", result)
 
 
 def _hint(value: object) -> str:
@@ -117,9 +117,9 @@ def raised(job: Job, handler: Handler, error: BaseException) -> Outcome:
     """Of a handler that raised."""
     match error:
         case Cancel():
-            return Finish(job, "cancelled", error=encode_error(job.attempt, _reason(error, Cancel.reason)))
+            return Finished(job, "cancelled", error=encode_error(job.attempt, _reason(error, Cancel.reason)))
         case Dead():
-            return Finish(job, "dead", error=encode_error(job.attempt, _reason(error, Dead.reason)))
+            return Finished(job, "dead", error=encode_error(job.attempt, _reason(error, Dead.reason)))
         case Retry():
             delay = in_seconds(error.delay)
             why = encode_error(job.attempt, _reason(error, Retry.reason))
@@ -152,7 +152,7 @@ def failed(job: Job, handler: Handler, why: str) -> Outcome:
 
 def undecodable(job: Job, why: str) -> Outcome:
     """Of a payload that nothing was run with. Dead, since it won't be another one next time."""
-    return Finish(job, "dead", error=encode_error(job.attempt, why))
+    return Finished(job, "dead", error=encode_error(job.attempt, why))
 
 
 def attempts_allowed(job: Job, handler: Handler) -> int:
@@ -162,8 +162,8 @@ def attempts_allowed(job: Job, handler: Handler) -> int:
 
 def _again(job: Job, handler: Handler, error: bytes, delay: float | None = None) -> Outcome:
     if job.attempt >= attempts_allowed(job, handler):
-        return Finish(job, "dead", error=error)
-    return Later(job, backoff_seconds(job.attempt, handler.backoff) if delay is None else delay, error)
+        return Finished(job, "dead", error=error)
+    return RetryLater(job, backoff_seconds(job.attempt, handler.backoff) if delay is None else delay, error)
 
 
 def smaller(outcome: Outcome, step: int, why: str) -> Outcome | None:
@@ -180,20 +180,20 @@ def smaller(outcome: Outcome, step: int, why: str) -> Outcome | None:
 
     def error(*, alone: bool) -> bytes:
         said = ""
-        if isinstance(outcome, Finish | Later) and outcome.error is not None:
+        if isinstance(outcome, Finished | RetryLater) and outcome.error is not None:
             said = f"{msgspec.json.decode(outcome.error)['error'].splitlines()[0][:300]} ("
         text = f"{said}PostgreSQL can't store its outcome: {why}{')' if said else ''}"
         # ASCII, as the database's encoding may lack a character of it.
         return encode_error(job.attempt, text.encode("ascii", "backslashreplace").decode(), alone=alone)
 
     match outcome:
-        case Finish(state=state) if step <= 2:
-            return Finish(job, "dead" if state == "done" else state, error=error(alone=step == 2))
-        case Later(delay=delay) if step == 1:
-            return Later(job, delay, error(alone=True))
-        case Later() if step == 2:
-            return Finish(job, "dead", error=error(alone=True))
-        case Aside() if step == 1:
-            return Finish(job, "dead", error=error(alone=True))
+        case Finished(state=state) if step <= 2:
+            return Finished(job, "dead" if state == "done" else state, error=error(alone=step == 2))
+        case RetryLater(delay=delay) if step == 1:
+            return RetryLater(job, delay, error(alone=True))
+        case RetryLater() if step == 2:
+            return Finished(job, "dead", error=error(alone=True))
+        case Unhandled() if step == 1:
+            return Finished(job, "dead", error=error(alone=True))
         case _:
             return None

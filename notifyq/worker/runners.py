@@ -36,7 +36,7 @@ from . import outcome
 from .batch import Batches, ReadResults, is_ours
 from .job import Job
 from .large_payloads import LargePayloads
-from .outcome import Aside, Finish, HandBack, Later, Outcome
+from .outcome import Finished, HandedBack, Outcome, RetryLater, Unhandled
 from .transaction import State, Transactions
 
 logger = log.logger("notifyq.run")
@@ -65,7 +65,7 @@ class Runner:
         self.began = 0.0
         self.scope = anyio.CancelScope()
         self.limit: anyio.CancelScope | None = None  # inside of it, of a job with a timeout
-        self.stop: HandBack | None = None  # cancelled from outside: this, or nothing, is the outcome
+        self.stop: HandedBack | None = None  # cancelled from outside: this, or nothing, is the outcome
         self.task: asyncio.Task[Any] | None = None
 
     def begin(self, context: Context, isolation: Isolation | None) -> Transaction:
@@ -212,7 +212,7 @@ class Runners:
         """Run these, in their order."""
         if self._closed:  # claimed by the last statement before the end
             for job in jobs:
-                self._settle(HandBack(job))
+                self._settle(HandedBack(job))
             return
         for job in jobs:
             if (held := self.held.get(job.id)) is not None:
@@ -240,14 +240,14 @@ class Runners:
     def hand_back_waiting(self) -> None:
         """What hasn't begun goes back."""
         while self._behind:
-            self._settle(HandBack(self._behind.popitem()[1]))
+            self._settle(HandedBack(self._behind.popitem()[1]))
         while self._waiting:
-            self._end(HandBack(self._waiting.popleft()))
+            self._end(HandedBack(self._waiting.popleft()))
         for runner in self._runners:
             if (job := runner.job) is not None and (self._batches.give_up(job) or self._gave_up_payload(job)):
                 runner.job = None
                 runner.scope.cancel()
-                self._end(HandBack(job))
+                self._end(HandedBack(job))
 
     def _gave_up_payload(self, job: Job) -> bool:
         return self._large is not None and self._large.give_up(job)
@@ -260,7 +260,7 @@ class Runners:
         """Cancel every handler, and hand its job back."""
         for runner in self._runners:
             if runner.job is not None and runner.stop is None:
-                runner.stop = HandBack(runner.job)
+                runner.stop = HandedBack(runner.job)
                 runner.scope.cancel()
 
     def lost(self, job: Job) -> bool:
@@ -360,7 +360,7 @@ class Runners:
             result = await self._attempt(runner, job)
             if runner.stop is not None:
                 # To be handed back, and it ended by itself: that counts only if it got to its end.
-                if not (isinstance(result, Finish) and result.state == "done"):
+                if not (isinstance(result, Finished) and result.state == "done"):
                     result = runner.stop
                 runner.stop = None
             runner.job = None
@@ -380,13 +380,13 @@ class Runners:
         """Run one task: find its handler, decode, call, decide. Raises nothing but a cancellation of its scope."""
         handler = self._handlers.get(job.type)
         if handler is None:
-            return Aside(job) if len(job.type) <= NAME_LENGTH else self._unnamed(job)
+            return Unhandled(job) if len(job.type) <= NAME_LENGTH else self._unnamed(job)
         payload = job.payload
         if payload is None:
             assert self._large is not None
             answer = await self._large.read(job)
             if answer is None:  # the lease is lost, and the fence refuses whatever is said
-                return HandBack(job)
+                return HandedBack(job)
             if isinstance(answer, str):
                 return self._log(handler, outcome.undecodable(job, answer), runner.began)
             payload = answer
@@ -429,7 +429,7 @@ class Runners:
                 raise
             return self._log(handler, outcome.raised(job, handler, error), runner.began)
         if value is None and not self._states and not logger.isEnabledFor(logging.DEBUG):
-            return Finish(job, "done")  # what comes of most, without two calls that find nothing to say
+            return Finished(job, "done")  # what comes of most, without two calls that find nothing to say
         return self._log(handler, outcome.returned(job, handler, value), runner.began)
 
     def _called(self, handler: Handler, task: Task, context: Context) -> Awaitable[object]:
@@ -521,8 +521,8 @@ class Runners:
 
     def _settled_itself(self, handler: Handler, result: Outcome) -> Outcome:
         """Done, whatever came after its transaction; if that was anything, somebody may wonder where it is."""
-        done = Finish(result.job, "done")
-        if not isinstance(result, Finish) or (result.state, result.result, result.error) != ("done", None, None):
+        done = Finished(result.job, "done")
+        if not isinstance(result, Finished) or (result.state, result.result, result.error) != ("done", None, None):
             error = getattr(result, "error", None)
             why = msgspec.json.decode(error)["error"].splitlines()[0][:300] if error else "it returned something"
             logger.warning(
@@ -541,12 +541,12 @@ class Runners:
         job = result.job
         if self._states and self._states.get(job) == "committed":
             result = self._settled_itself(handler, result)
-        if isinstance(result, Finish) and result.state == "done":
+        if isinstance(result, Finished) and result.state == "done":
             if logger.isEnabledFor(logging.DEBUG):
                 logger.debug("task done", extra=_fields(job, handler, seconds=_since(began)))
             return result
         entry: dict[str, Any] = {}
-        if isinstance(result, Finish | Later) and result.error:
+        if isinstance(result, Finished | RetryLater) and result.error:
             entry = msgspec.json.decode(result.error)
         why = entry.get("error") or ""
         extra = _fields(job, handler, error=why.splitlines()[0][:300] if why else "", seconds=_since(began))
@@ -555,15 +555,15 @@ class Runners:
         if logger.isEnabledFor(logging.DEBUG):
             extra["trace"] = entry.get("traceback")
         match result:
-            case Finish(state="cancelled"):
+            case Finished(state="cancelled"):
                 logger.info("task cancelled", extra=extra)
-            case Finish():
+            case Finished():
                 extra["fields"] |= show
                 logger.error("task dead", extra=extra)
-            case Later(delay=delay):
+            case RetryLater(delay=delay):
                 extra["fields"] |= {"again_in": round(delay, 3), **show}
                 logger.warning("task failed, trying again", extra=extra)
-            case HandBack() | Aside():
+            case HandedBack() | Unhandled():
                 pass
         return result
 

@@ -44,7 +44,7 @@ from ..database.connection import (
     seconds_for,
 )
 from .job import Job
-from .outcome import Aside, Finish, HandBack, Later, Outcome, smaller
+from .outcome import Finished, HandedBack, Outcome, RetryLater, Unhandled, smaller
 
 logger = log.logger("notifyq.settle")
 
@@ -372,7 +372,7 @@ class Settler:
         if tries < TRIES:
             return
         slow = False
-        if isinstance(outcome, Finish) and outcome.result is not None and _sent(outcome) > KEPT_BYTES:
+        if isinstance(outcome, Finished) and outcome.result is not None and _sent(outcome) > KEPT_BYTES:
             try:
                 conn = await self._connect()
                 await conn.fetchval("SELECT pg_column_size($1::jsonb)", outcome.result, timeout=seconds)
@@ -471,19 +471,19 @@ class Settler:
                 self._reused()
 
     async def _write_kinds(self, conn: Connection, worker: int, outcomes: list[Outcome], seconds: float) -> None:
-        finish: list[Finish] = []
-        later: list[Later] = []
-        back: list[HandBack] = []
-        aside: list[Aside] = []
+        finish: list[Finished] = []
+        later: list[RetryLater] = []
+        back: list[HandedBack] = []
+        aside: list[Unhandled] = []
         for outcome in outcomes:
             match outcome:
-                case Finish():
+                case Finished():
                     finish.append(outcome)
-                case Later():
+                case RetryLater():
                     later.append(outcome)
-                case HandBack():
+                case HandedBack():
                     back.append(outcome)
-                case Aside():
+                case Unhandled():
                     aside.append(outcome)
                 case _:
                     assert_never(outcome)
@@ -511,7 +511,7 @@ class Settler:
     async def _tell(
         self,
         conn: Connection,
-        outcomes: list[Finish] | list[Later] | list[HandBack] | list[Aside],
+        outcomes: list[Finished] | list[RetryLater] | list[HandedBack] | list[Unhandled],
         rows: Sequence[asyncpg.Record],
     ) -> None:
         if any(map(itemgetter(1), rows)):

@@ -37,7 +37,7 @@ from .heartbeat import Keeper
 from .job import Job
 from .large_payloads import LargePayloads
 from .left_out import STRAY, LeftOut
-from .outcome import HandBack
+from .outcome import HandedBack
 from .predecessors import Reader
 from .runners import CANCEL_SECONDS, Runners
 from .settle import Settler
@@ -104,7 +104,7 @@ class Worker:
         self._claimer = Claimer(dsn, config, registry.types, self._runners)
         self._claimer.unsettled = lambda: self._settler.pending
         self._claimer.full = lambda: self._settler.full
-        self._claimer.hand_back = lambda job: self._settler.put(HandBack(job))
+        self._claimer.hand_back = lambda job: self._settler.put(HandedBack(job))
 
     async def run(
         self,
@@ -174,7 +174,7 @@ class Worker:
                 self._reader.close()
                 self._large.close()
                 for job in self._runners.leases:
-                    self._settler.put(HandBack(job))
+                    self._settler.put(HandedBack(job))
                 await self._write()
                 await keeper.stop(WRITE_SECONDS)
         if self._fatal is not None:

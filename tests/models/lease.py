@@ -20,7 +20,7 @@ What is merged or left out, and why that hides nothing:
 * The settler's session shares the lock too. It is left out, so the model has fewer sessions to keep a worker alive.
 * Silence is three steps (fresh, over 2 s, over the lease) that pass while nothing is heard. A keeper that is in good
   health is never silent. The keeper's grace after an outage only delays rescues.
-* A task of a type that nobody here knows (Aside) is a hand-back to another index. A worker registers twice at most.
+* A task of a type that nobody here knows (Unhandled) is a hand-back to another index. A worker registers twice at most.
 """
 
 from __future__ import annotations
