@@ -141,7 +141,7 @@ class Context(msgspec.Struct, frozen=True):
         run = current_run.get()
         if run is not None:
             run.report(self, Progress(fraction, note))
-        return BREATH
+        return CHECKPOINT
 
     @loops.checked_at_call(_check_results)
     async def results(self) -> list[Any]:
@@ -168,14 +168,14 @@ class Run(Protocol):
     def results(self, context: Context) -> Awaitable[list[Any]]: ...
 
 
-class Breath:
+class Yield:
     """Nothing to wait for, but others have the loop for a moment, and a cancellation arrives."""
 
     def __await__(self) -> Generator[None, None, None]:
         yield
 
 
-BREATH = Breath()
+CHECKPOINT = Yield()
 
 
 # Set once for each of a worker's runners, which costs a task nothing, and leaves Context what it is: data.
