@@ -137,11 +137,11 @@ async def test_no_claim_and_no_chore_waits_for_the_row_of_a_task(s: Steps, w: Se
     assert await w(admit, [job]) == await w(admit, [after]) == []
     assert await w(free) == 0
     assert await w(promote) == 0
-    assert await w(SQL["promote_these"], [due]) == []
-    assert await w(SQL["progress"], job.worker, [job.id], [job.attempt], [0.5], ["half"]) == []
-    assert len(await w(SQL["locked"], [job.id])) == 1
-    assert [row["marked"] for row in await w(SQL["awaited"], [job.id])] == [False]
-    await w(SQL["set_back"], [due], [job.id])
+    assert await w(SQL["promote_by_id"], [due]) == []
+    assert await w(SQL["write_progress"], job.worker, [job.id], [job.attempt], [0.5], ["half"]) == []
+    assert len(await w(SQL["list_locked"], [job.id])) == 1
+    assert [row["marked"] for row in await w(SQL["read_and_await"], [job.id])] == [False]
+    await w(SQL["correct_misdated"], [due], [job.id])
     assert await w(rescue, lost.worker) == ("host:1", 0, 0)
     assert await w(orphans) == 0
     await w("SELECT notifyq.stir('', 9)")
