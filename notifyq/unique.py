@@ -43,7 +43,7 @@ class Unique(NamedTuple):
         }
 
 
-class Wish(NamedTuple):
+class UniqueOptions(NamedTuple):
     """What enqueue was told; None is what the task's class says."""
 
     unique: str | bool | tuple[str, ...] | None = None
@@ -52,10 +52,10 @@ class Wish(NamedTuple):
     on_conflict: str | None = None
 
     @classmethod
-    def check(cls, unique: object, seconds: object, states: object, on_conflict: object) -> Self | Wish:
+    def check(cls, unique: object, seconds: object, states: object, on_conflict: object) -> Self | UniqueOptions:
         """Raises ConfigError for what can't be, whatever the task."""
         if unique is None and seconds is None and states is None and on_conflict is None:
-            return NOTHING
+            return NO_RULE
         if isinstance(unique, str):
             check_name("unique", unique)
         elif unique is not None and not isinstance(unique, bool) and not _are_names(unique):
@@ -65,12 +65,12 @@ class Wish(NamedTuple):
     def of(self, task: Task) -> Unique | None:
         """None: it isn't unique. Raises ConfigError for what doesn't fit this task."""
         cls = type(task)
-        if self is NOTHING and cls.unique is False:
+        if self is NO_RULE and cls.unique is False:
             return None
         check_rule(cls)
         rule = cls.unique if self.unique is None else self.unique
         if not rule:
-            if self.unique is None and self != NOTHING:
+            if self.unique is None and self != NO_RULE:
                 raise ConfigError(
                     f"unique_for, unique_states and on_conflict go with a key, and {cls.__name__} has no rule for one; "
                     'add unique="..."'
@@ -83,7 +83,7 @@ class Wish(NamedTuple):
         return Unique(key, None if states is None else list(states), seconds, self.on_conflict or cls.on_conflict)
 
 
-NOTHING = Wish()
+NO_RULE = UniqueOptions()
 
 
 def check_rule(cls: type[Task]) -> None:

@@ -23,7 +23,7 @@ from notifyq.database.connection import SQL, Connection
 from notifyq.errors import ConfigError
 from notifyq.registry import decode_as
 from notifyq.task import ENDED, STATES, State, Task
-from notifyq.unique import NOTHING
+from notifyq.unique import NO_RULE
 from notifyq.worker.heartbeat import DEAD_KEPT_SECONDS, PRUNE_AT_ONCE
 
 from .load import load_app
@@ -155,7 +155,7 @@ def enqueue(
         )
     text = _payload(payload)
     task = Task() if app is None else _validated(load_app(app, to_run=False), type, text.encode())
-    if app is None and unique is None and options.unique != NOTHING:
+    if app is None and unique is None and options.unique != NO_RULE:
         raise ConfigError(
             "--unique-for, --unique-states and --on-conflict go with --unique KEY, or with --app and a type's rule"
         )

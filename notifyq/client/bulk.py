@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 from ..database.connection import SQL
 from ..errors import ConfigError
 from ..task import Task
-from ..unique import NOTHING
+from ..unique import NO_RULE
 from .options import Options
 from .ref import Ids
 
@@ -38,7 +38,7 @@ class Bulk:
             )
         self._encode = encode
         self._options = options
-        self._asked = options.unique != NOTHING
+        self._asked = options.unique != NO_RULE
         self._keys: dict[int, str] = {}  # of the unique ones, by position
         self._unique: dict[str, Placed] = {}  # by key
         self._plain: type[Task] | None = None  # a class that says nothing of how its tasks are enqueued

@@ -15,7 +15,7 @@ from ..config import check_name, check_queue, in_seconds, is_int, is_number
 from ..errors import ConfigError
 from ..rules import key_of, parse_rate, rules_of
 from ..task import State, Task
-from ..unique import Unique, Wish
+from ..unique import Unique, UniqueOptions
 from .ref import Ref
 
 AFTER_MOST = 10_000
@@ -78,7 +78,7 @@ class Options(NamedTuple):
     values: tuple[str, float | None, datetime | None, int, int | None]  # queue, delay, run_at, priority, max_attempts
     rare: Mapping[str, object]  # what schema.sql has in a task's options, but for those of unique tasks
     on_dead: str | None
-    unique: Wish
+    unique: UniqueOptions
     said: Said
 
     def of(self, task: Task) -> Options:
@@ -178,12 +178,12 @@ class Options(NamedTuple):
         ids = None if after is None else checked_ids(after)
         if on_dead is not None and (on_dead not in ("cancel", "run") or not (ids or followed)):
             raise ConfigError(f"on_dead is {on_dead!r}; expected 'cancel' or 'run', beside after=[...]")
-        wish = Wish.check(unique, unique_for, unique_states, on_conflict)
+        unique_options = UniqueOptions.check(unique, unique_for, unique_states, on_conflict)
         told_queue, told_priority = None if queue is UNTOLD else queue, None if priority is UNTOLD else priority
         said = Said(told_queue, told_priority, order_key, limit_key, limit, rate)
         rare = _rare(order_key, limit_key, limit, rate, ids, on_dead if ids else None)
         values = (told_queue or "default", delay or None, run_at, told_priority or 0, max_attempts)
-        return cls(values, rare, on_dead, wish, said)
+        return cls(values, rare, on_dead, unique_options, said)
 
 
 def _rare(
