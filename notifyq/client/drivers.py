@@ -71,7 +71,7 @@ ASYNC_EXPECTED = "a connection of asyncpg, a psycopg.AsyncConnection, or SQLAlch
 SYNC_EXPECTED = "a psycopg.Connection, SQLAlchemy's Session or Connection, or django.db.connection"
 
 
-class Foreign:
+class DriverConnection:
     """A connection that is awaited, with asyncpg's `fetch`."""
 
     def __init__(self, conn: Any, run: AsyncRun) -> None:
@@ -82,12 +82,12 @@ class Foreign:
         return await self._run(self._conn, query, args)
 
 
-def awaited(conn: AsyncConnection) -> Connection | Pool | Foreign:
+def awaited(conn: AsyncConnection) -> Connection | Pool | DriverConnection:
     """What enqueue takes. Raises ConfigError for what isn't a connection, or would block the loop."""
     if isinstance(conn, asyncpg.Connection | asyncpg.pool.PoolConnectionProxy | asyncpg.Pool):
         return conn
     if (run := _find(conn, _ASYNC)) is not None:
-        return Foreign(conn, run)
+        return DriverConnection(conn, run)
     if _find(conn, _SYNC) is not None:
         raise ConfigError(
             f"conn is {_shown(conn)}, which would block the event loop; expected {ASYNC_EXPECTED}; "

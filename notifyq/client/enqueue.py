@@ -22,7 +22,7 @@ from ..registry import Registry
 from ..task import Task
 from ..unique import Unique
 from .bulk import CHUNK, CHUNK_SIZE, Bulk, Placed, Row, Statement, check_one_statement, insert
-from .drivers import Foreign
+from .drivers import DriverConnection
 from .options import Options, check_group, where
 from .pool import AppPool
 from .ref import Ids
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from ..database.connection import Connection
 
 
-Via: TypeAlias = "Connection | asyncpg.Pool[asyncpg.Record] | Foreign | AppPool"
+Via: TypeAlias = "Connection | asyncpg.Pool[asyncpg.Record] | DriverConnection | AppPool"
 
 ADVANCE = "SELECT setval('notifyq.task_id_seq', (SELECT max(id) FROM notifyq.all_tasks))"
 SLICE = 100  # tasks encoded without a break: 0.2 ms
@@ -44,7 +44,7 @@ async def one(via: Via, registry: Registry, task: Task, options: Options) -> Ite
     query, args = statement(type, payload, options.of(task), options.unique.of(task))
     row: Iterable[Any]
     with Explained(type):
-        if isinstance(via, Foreign):
+        if isinstance(via, DriverConnection):
             [row] = await via.fetch(query, *args)
         else:
             [row] = await via.fetch(query, *args, timeout=_timeout(len(payload)))
@@ -66,7 +66,7 @@ async def many(via: Via, registry: Registry, tasks: Iterable[Task], options: Opt
     bulk = Bulk(partial(checked, registry), options)
     rest = iter(tasks)
     first = bulk.rows(rest)
-    if isinstance(via, Foreign):  # one statement, since each library has its own way with savepoints
+    if isinstance(via, DriverConnection):  # one statement, since each library has its own way with savepoints
         while bulk.has_more():
             await anyio.lowlevel.checkpoint()
             first += bulk.rows(rest)
@@ -75,7 +75,7 @@ async def many(via: Via, registry: Registry, tasks: Iterable[Task], options: Opt
         for statement in bulk.statements(first, whole=True):
             await _send(via, bulk, statement)
         return bulk.ids()
-    assert not isinstance(via, Foreign)
+    assert not isinstance(via, DriverConnection)
     async with AsyncExitStack() as stack:
         if isinstance(via, AppPool):
             conn: Connection = await stack.enter_async_context(via.transaction())
@@ -97,7 +97,7 @@ async def group(
     """Insert tasks, and one that waits for all of them: all or none, in one statement."""
     query, args = grouped(registry, tasks, then, options)
     with Explained("(one of a group)"):
-        if isinstance(via, Foreign):
+        if isinstance(via, DriverConnection):
             return ids_of_group(await via.fetch(query, *args))
         return ids_of_group(await via.fetch(query, *args, timeout=_timeout(sum(map(len, args[1])))))
 
@@ -162,7 +162,7 @@ async def _stream(
 async def _send(via: Via, bulk: Bulk, statement: Statement) -> None:
     query, args = statement
     with explained_many(args[0]):
-        if isinstance(via, Foreign):
+        if isinstance(via, DriverConnection):
             bulk.took(await via.fetch(query, *args))
         else:
             bulk.took(await via.fetch(query, *args, timeout=_timeout(min(bulk.size, 3 * CHUNK_SIZE))))
