@@ -12,7 +12,7 @@
     worker    worker: load the app, say what it does, run it
       load    MODULE:APP, and all that can be wrong with one
       logs    how log records look
-      family  --processes: a parent and its workers
+      supervisor  --processes: a parent and its workers
 
 Exit codes: 0 clean, 1 forced or failed, 2 usage, import or configuration, 3 database unreachable, 4 schema
 missing or of another version (errors.py has them by class); 130 after Ctrl-C in anything but worker and dev.

@@ -15,7 +15,7 @@ from notifyq.errors import NotifyqError
 from notifyq.worker.signals import Watch
 from notifyq.worker.worker import work
 
-from . import family, logs
+from . import logs, supervisor
 from .load import load_app
 from .options import dsn_option, duration, number, setting, word
 from .output import our_version, say
@@ -140,10 +140,10 @@ def worker(
         history_seconds=history,
         drain=drain,
     )
-    parent = family.parent()
+    parent = supervisor.parent_socket()
     logs.set_up(log_level, log_format, pid=parent is not None or processes > 1)
     if processes > 1 and parent is None:
-        return asyncio.run(family.supervise(ctx.obj, processes, shutdown_timeout, drain))
+        return asyncio.run(supervisor.supervise(ctx.obj, processes, shutdown_timeout, drain))
     return _run(load_app(app), config, dsn, parent, log_format)
 
 
@@ -195,7 +195,7 @@ class Started:
     def started(self, value: WorkerInfo | None = None) -> None:
         assert value is not None
         if self._parent is not None:
-            family.tell_ready(self._parent)
+            supervisor.tell_ready(self._parent)
         queues = [name if limit is None else f"{name} ({limit} at once)" for name, limit in value.queues.items()]
         bell = "polling only" if value.bell_ms is None else f"{value.bell_ms:.1f} ms"
         if self._parent is not None or self._log_format == "json":

@@ -1,10 +1,10 @@
-"""--processes N: a parent that starts N workers, restarts those that die, and passes signals on.
+"""--processes N: a parent process that starts N workers, restarts those that die, and passes signals on.
 
-Children have a session each, so that a terminal's Ctrl-C reaches the parent alone. With each the parent shares
-a socket. The child says on it that it works; and when it closes, the other end is gone, however that died. So
-no child outlives its parent (it drains), on any system, and without asking the kernel for a signal.
+Each child has a session of its own, so a terminal's Ctrl-C reaches the parent alone. The parent shares a socket with
+each child. The child sends a byte on it when it is ready. When one of the two dies, however it dies, the other sees the
+socket close. So no child outlives its parent: it drains instead. This works on every system and needs no kernel signal.
 
-The first child starts alone: what is wrong with the app, the schema or the database is then said once.
+The first child starts alone, so an error in the app, the schema or the database is reported once.
 """
 
 from __future__ import annotations
@@ -23,18 +23,21 @@ from notifyq.worker.signals import FORCED_SECONDS, LATE_SECONDS
 
 logger = log.logger("notifyq.cli")
 
-VARIABLE = "_NOTIFYQ_PARENT"  # the socket's number, for a child
+VARIABLE = "_NOTIFYQ_PARENT"  # tells a child the file descriptor of the socket
 READY = b"+"
-AT_START = (2, 3, 4)  # exit codes that say: it will go no better next time
-PATIENCE_SECONDS = 3.0  # beyond what a child gives itself
+AT_START = (2, 3, 4)  # exit codes of errors that another start would meet again
+PATIENCE_SECONDS = 3.0  # added to the time that a child gives itself to end
 BACKOFF_SECONDS = (0.5, 30.0)  # between restarts: doubles from the first to the second
 
-# -P: without the current folder, where something of the user's may be called notifyq; `worker` adds it later.
+# -P leaves the current folder out of sys.path, as it may hold a module named notifyq. load.py adds the folder later.
 CHILD = (sys.executable, "-P", "-m", "notifyq")
 
 
-def parent() -> socket.socket | None:
-    """In a child: the socket that it shares with its parent. Only once: grandchildren have nothing to do with it."""
+def parent_socket() -> socket.socket | None:
+    """Return the socket that this process shares with its parent; None if no supervisor started it.
+
+    A second call returns None, and processes that this one starts don't inherit the socket.
+    """
     number = os.environ.pop(VARIABLE, None)
     if number is None:
         return None
@@ -45,19 +48,25 @@ def parent() -> socket.socket | None:
 
 
 def tell_ready(shared: socket.socket) -> None:
-    """In a child: it works."""
+    """Tell the parent, from a child, that this worker is ready."""
     try:
         shared.send(READY)
     except OSError:
-        pass  # the parent is gone, which Watch sees too
+        pass  # the parent is gone; Watch notices that too, and drains
 
 
 async def supervise(argv: Sequence[str], processes: int, timeout: float, drain: bool) -> int:
-    """Run `notifyq *argv` so many times, side by side. Returns the exit code for all."""
-    return await Family(argv, processes, timeout, drain).run()
+    """Run `notifyq *argv` in `processes` processes, and return one exit code for all of them.
+
+    timeout  seconds that a child waits for its running handlers
+    drain    a child that ends with exit code 0 isn't started again
+    """
+    return await Supervisor(argv, processes, timeout, drain).run()
 
 
-class Family:
+class Supervisor:
+    """Starts the children, restarts those that die, and ends them. Its exit code is 1 after a second signal."""
+
     def __init__(self, argv: Sequence[str], processes: int, timeout: float, drain: bool) -> None:
         self._argv = argv
         self._processes = processes
@@ -67,31 +76,31 @@ class Family:
         self._signals = 0
         self._code = 0
         self._stop = anyio.Event()
-        self._first_works = anyio.Event()  # or it has ended
+        self._first_settled = anyio.Event()  # the first child is ready, or has ended for good
 
     async def run(self) -> int:
         for number in (signal.SIGTERM, signal.SIGINT):
-            asyncio.get_running_loop().add_signal_handler(number, self._signal)
+            asyncio.get_running_loop().add_signal_handler(number, self._on_signal)
         async with anyio.create_task_group() as group:
-            group.start_soon(self._keep)
-            await self._first_works.wait()
+            group.start_soon(self._keep_child_running)
+            await self._first_settled.wait()
             for _ in range(self._processes - 1):
-                group.start_soon(self._keep)
+                group.start_soon(self._keep_child_running)
         return 1 if self._signals > 1 else self._code
 
-    async def _keep(self) -> None:
-        """Have one child, until all are to stop."""
-        worked = False
+    async def _keep_child_running(self) -> None:
+        """Run one child, and start it again when it dies, until all are to stop."""
+        was_ready = False
         wait = BACKOFF_SECONDS[0]
         while not self._stop.is_set():
-            code, works, seconds = await self._run_child()
-            worked |= works
+            code, ready, seconds = await self._run_child()
+            was_ready |= ready
             if self._stop.is_set():
-                if code not in (0, -signal.SIGTERM):  # by which one ends that hasn't begun
+                if code not in (0, -signal.SIGTERM):  # SIGTERM kills a child that hasn't set up its handler yet
                     self._code = self._code or 1
             elif code == 0 and self._drain:
                 break
-            elif code in AT_START and not (code == 3 and worked):
+            elif code in AT_START and not (code == 3 and was_ready):  # 3, the database, may pass
                 self._code = code
                 self._shut_down()
             else:
@@ -105,10 +114,10 @@ class Family:
                 with anyio.move_on_after(wait):
                     await self._stop.wait()
                 wait = min(BACKOFF_SECONDS[1], wait * 2)
-        self._first_works.set()
+        self._first_settled.set()
 
     async def _run_child(self) -> tuple[int, bool, float]:
-        """Its exit code; whether it came to work; for how many seconds it lived."""
+        """Run a child to its end. Returns its exit code, whether it was ever ready, and the seconds that it lived."""
         loop = asyncio.get_running_loop()
         began = loop.time()
         ours, theirs = socket.socketpair()
@@ -123,22 +132,25 @@ class Family:
                     start_new_session=True,
                 )
             self._children.add(child)
-            if self._stop.is_set():  # meanwhile
+            if self._stop.is_set():  # set while the child started
                 _send(child, signal.SIGTERM)
             ours.setblocking(False)
-            if works := await loop.sock_recv(ours, 1) == READY:
-                self._first_works.set()
+            if ready := await loop.sock_recv(ours, 1) == READY:
+                self._first_settled.set()
             code = await child.wait()
         self._children.discard(child)
-        return code, works, loop.time() - began
+        return code, ready, loop.time() - began
 
-    def _signal(self) -> None:
+    def _on_signal(self) -> None:
         self._signals += 1
         if self._signals <= 2:
             self._shut_down()
 
     def _shut_down(self) -> None:
-        """Tell the children to stop; told twice they stop at once. What is stuck beyond help is killed."""
+        """Send SIGTERM to the children, which stop at once when they get a second one.
+
+        A child that runs PATIENCE_SECONDS longer than it allows itself is killed.
+        """
         self._stop.set()
         for child in self._children:
             _send(child, signal.SIGTERM)
@@ -155,4 +167,4 @@ def _send(child: asyncio.subprocess.Process, number: signal.Signals) -> None:
     try:
         child.send_signal(number)
     except ProcessLookupError:
-        pass  # it has ended
+        pass  # the child has ended
