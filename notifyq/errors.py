@@ -84,7 +84,7 @@ class SchemaError(NotifyqError):
     exit_code = 4
 
 
-def only(error: BaseException) -> BaseException:
+def first_error(error: BaseException) -> BaseException:
     """The first error inside of groups of errors: what a task group was ended by, the others follow from it."""
     while isinstance(error, BaseExceptionGroup):
         error = cast("BaseExceptionGroup[BaseException]", error).exceptions[0]

@@ -16,7 +16,7 @@ import msgspec
 from .. import settings
 from ..codec import encode_payload, type_name
 from ..database.connection import COMMAND_TIMEOUT_SECONDS, SLOWEST, SQL, bare
-from ..errors import ConfigError, DatabaseError, SchemaError, only
+from ..errors import ConfigError, DatabaseError, SchemaError, first_error
 from ..payloads import jsonable
 from ..registry import Registry
 from ..task import Task
@@ -85,7 +85,7 @@ async def many(via: Via, registry: Registry, tasks: Iterable[Task], options: Opt
         try:
             await _stream(conn, bulk, first, rest, options)
         except BaseExceptionGroup as group:
-            raise only(group) from None
+            raise first_error(group) from None
         for statement in bulk.statements([]):
             await _send(conn, bulk, statement)
         return bulk.ids()

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 
 import anyio
 
-from notifyq.errors import ConfigError, NotifyqError, only
+from notifyq.errors import ConfigError, NotifyqError, first_error
 
 if TYPE_CHECKING:
     from .check import Facts
@@ -56,7 +56,7 @@ def main(seconds: float = 20.0, tasks: int = 5000, dsn: str | None = None) -> in
         ours, others = group.split(NotifyqError)
         if ours is None:
             raise
-        raise only(ours) from others
+        raise first_error(ours) from others
 
 
 async def _run(seconds: float, tasks: int, dsn: str | None) -> int:

@@ -29,7 +29,7 @@ from ..codec import describe, first_line
 from ..config import WorkerConfig
 from ..database import schema
 from ..database.connection import SQL, TRANSIENT, connect, connect_worker, is_answer, server_version
-from ..errors import only
+from ..errors import first_error
 from ..lifespan import within
 from .batch import tell_clipped
 from .claim import Claimer
@@ -244,7 +244,7 @@ class Worker:
                 if self._claimer.stopping:
                     break
         except BaseExceptionGroup as group:
-            raise only(group) from None
+            raise first_error(group) from None
         finally:
             self._over.set()
             self._freed()
@@ -322,7 +322,7 @@ class Worker:
     # Trouble with the database.
 
     async def _back_off(self, stage: str, error: BaseException) -> None:
-        error = only(error)
+        error = first_error(error)
         if gone := schema.gone(error):
             self._die(gone)
             return
