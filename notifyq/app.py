@@ -196,7 +196,7 @@ class App:
             raise ConfigError(f"missed is {cron.missed!r}; expected 'once' or 'skip'")
         if cron.name in self.registry.crons:
             raise ConfigError(f"two crons are named {cron.name!r}; give one another name: @app.cron(..., name=...)")
-        tag, payload = enqueue.checked(self.registry, task)
+        tag, payload = enqueue.validated_task(self.registry, task)
         self.registry.crons[cron.name] = cron._replace(
             type=tag, payload=payload, queue=options.values[0], priority=options.values[3], options=options.text()
         )

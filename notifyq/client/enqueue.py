@@ -40,7 +40,7 @@ SLICE = 100  # tasks encoded without a break: 0.2 ms
 async def one(via: Via, registry: Registry, task: Task, options: Options) -> Iterable[Any]:
     """Insert a task, unless it is unique and another is in its way: the id of either, when it was created, and, if it
     is unique, whether it is the other's."""
-    type, payload = checked(registry, task)
+    type, payload = validated_task(registry, task)
     query, args = statement(type, payload, options.of(task), options.unique.of(task))
     row: Iterable[Any]
     with Explained(type):
@@ -63,7 +63,7 @@ async def many(via: Via, registry: Registry, tasks: Iterable[Task], options: Opt
 
     0.6 µs a row for asyncpg to send as two arrays, half of what COPY costs in all, and unlike COPY it returns the ids.
     """
-    bulk = Bulk(partial(checked, registry), options)
+    bulk = Bulk(partial(validated_task, registry), options)
     rest = iter(tasks)
     first = bulk.rows(rest)
     if isinstance(via, DriverConnection):  # one statement, since each library has its own way with savepoints
@@ -121,7 +121,7 @@ def grouped(registry: Registry, tasks: Iterable[Task], then: Task, options: Opti
 
 def _placed(registry: Registry, task: Task, options: Options) -> Placed:
     options = options.of(task)
-    return *checked(registry, task), options.values[0], options.values[3], options.text()
+    return *validated_task(registry, task), options.values[0], options.values[3], options.text()
 
 
 def ids_of_group(answer: Sequence[Any]) -> tuple[list[int], tuple[int, int]]:
@@ -177,7 +177,7 @@ def explained_many(types: list[str]) -> Explained:
     return Explained(types[0] if len(set(types)) == 1 else "(one of several)")
 
 
-def checked(registry: Registry, task: Task) -> Row:
+def validated_task(registry: Registry, task: Task) -> Row:
     """A Struct isn't validated when it is made, so what was encoded is decoded again."""
     if not isinstance(task, Task):
         raise ConfigError(

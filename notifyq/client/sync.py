@@ -15,7 +15,7 @@ from ..errors import ConfigError, DatabaseError
 from ..task import Task
 from . import drivers
 from .bulk import Bulk, Statement, check_one_statement, insert
-from .enqueue import Explained, checked, explained_many, grouped, ids_of_group, statement
+from .enqueue import Explained, explained_many, grouped, ids_of_group, statement, validated_task
 from .options import EnqueueOptions, Options
 from .ref import Ids, Ref, ref
 
@@ -102,7 +102,7 @@ class SyncClient:
     ) -> Ref:
         """As App.enqueue. conn: a psycopg.Connection, SQLAlchemy's Session or Connection, or django.db.connection."""
         checked_options = Options.check(**options)
-        type, payload = checked(self._registry, task)
+        type, payload = validated_task(self._registry, task)
         query, args = statement(type, payload, checked_options.of(task), checked_options.unique.of(task))
         with Explained(type):
             [row] = self._fetch(conn, query, args)
@@ -142,7 +142,7 @@ class SyncClient:
             with Explained("(one of a group)"):
                 ids, last = ids_of_group(self._fetch(conn, query, args))
             return ids, ref(self._app, *last)
-        bulk = Bulk(partial(checked, self._registry), checked_options)
+        bulk = Bulk(partial(validated_task, self._registry), checked_options)
         rest = iter(tasks)
         first = bulk.rows(rest)
         if conn is not None:

@@ -17,7 +17,7 @@ import asyncpg
 import msgspec
 
 from notifyq.app import App
-from notifyq.client.enqueue import checked
+from notifyq.client.enqueue import validated_task
 from notifyq.client.options import where
 from notifyq.client.results import typed
 from notifyq.errors import ConfigError
@@ -93,8 +93,8 @@ async def run_inline(
     """
     tasks = [task] if isinstance(task, Task) else task
     if not isinstance(tasks, list | tuple) or not tasks:
-        tasks = [cast("Task", task)]  # which is none, and `checked` says so
-    rows = [checked(app.registry, one) for one in tasks]
+        tasks = [cast("Task", task)]  # which is none, and `validated_task` says so
+    rows = [validated_task(app.registry, one) for one in tasks]
     type = rows[0][0]
     if others := {name for name, _ in rows} - {type}:
         raise ConfigError(f"run_inline got tasks of types {type} and {', '.join(sorted(others))}; expected one type")
