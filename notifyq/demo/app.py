@@ -1,4 +1,4 @@
-"""The tasks and their handlers, all that a user writes. Run by `notifyq worker notifyq.demo.app:app`."""
+"""The tasks and their handlers: all that a user writes. Run by `notifyq worker notifyq.demo.app:app`."""
 
 from __future__ import annotations
 
@@ -14,11 +14,10 @@ import msgspec
 import notifyq
 
 SMTP_PORT = int(os.environ.get("DEMO_SMTP_PORT", "25"))
-QUEUE = os.environ.get("DEMO_QUEUE", "default")
-
-app = notifyq.App()
 
 Email = Annotated[str, msgspec.Meta(pattern=r"^[^@\s]+@[^@\s]+$")]
+
+app = notifyq.App()
 
 
 class User(msgspec.Struct, forbid_unknown_fields=True):
@@ -26,37 +25,38 @@ class User(msgspec.Struct, forbid_unknown_fields=True):
     email: Email
 
 
-class MailTask(notifyq.Task):
-    """What the tasks that send mail have in common. Not a task itself, as no handler takes it."""
+class DemoTask(notifyq.Task):
+    """The settings that all tasks here share. It has no handler, so it is no type of task itself."""
 
-    backoff = 0.2  # seconds; the default of 2 is right for a real mail server
+    queue = os.environ.get("DEMO_QUEUE", "default")
+    backoff = 0.2  # seconds; the default of 2 suits a real mail server
     timeout = 20.0
 
 
-class SendVerificationEmail(MailTask, tag="SEND_VERIFICATION_EMAIL"):
+class SendVerificationEmail(DemoTask, tag="SEND_VERIFICATION_EMAIL"):
     user: User
     verification_key: str
 
 
-class SendForgotPasswordEmail(MailTask, tag="SEND_FORGOT_PASSWORD_EMAIL"):
+class SendForgotPasswordEmail(DemoTask, tag="SEND_FORGOT_PASSWORD_EMAIL"):
     email: Email
     reset_key: str
 
 
-class ExpireKey(notifyq.Task, tag="EXPIRE_KEY"):
-    """Enqueued with a delay: a key that nobody used is worth nothing after a while."""
+class ExpireKey(DemoTask, tag="EXPIRE_KEY"):
+    """Enqueued with a delay: a key is valid for a limited time."""
 
     key: str
 
 
-class DrawAvatar(notifyq.Task, tag="DRAW_AVATAR"):
+class DrawAvatar(DemoTask, tag="DRAW_AVATAR"):
     email: Email
     size: Annotated[int, msgspec.Meta(ge=1, le=16)] = 5
 
 
 @app.handler
 async def send_verification_email(task: SendVerificationEmail, ctx: notifyq.Context) -> None:
-    await send(task.user.email, task.verification_key, f"Confirm your address (try {ctx.attempt})")
+    await send(task.user.email, task.verification_key, f"Confirm your address (attempt {ctx.attempt})")
 
 
 @app.handler
@@ -66,23 +66,23 @@ async def send_forgot_password_email(task: SendForgotPasswordEmail) -> None:
 
 @app.handler
 async def expire_key(task: ExpireKey) -> str:
-    return f"{task.key} has expired"  # what a handler returns is kept as the task's result
+    return f"{task.key} has expired"  # notifyq keeps what a handler returns, as the task's result
 
 
 @app.handler
 def draw_avatar(task: DrawAvatar) -> list[str]:
-    """A plain function: it runs in a thread, and may compute or block."""
+    """A plain function runs in a thread, so it may block."""
     bits = int.from_bytes(hashlib.sha256(task.email.encode()).digest(), "big")
     rows = [f"{bits >> (row * task.size):0{task.size}b}"[-task.size :] for row in range(task.size)]
     return [row.translate({48: " ", 49: "#"}) for row in rows]
 
 
 async def send(to: str, key: str, subject: str) -> None:
-    """Raises when the mail server refuses, and then notifyq tries again later.
+    """Send a mail. Raises when the mail server refuses it, so that notifyq tries again later.
 
-    A worker that dies between the server's "250 OK" and its own "done" leaves a task that runs again, and
-    a mail that goes twice: tasks run at least once. So a mail is named after its task's key, and whoever
-    gets two can tell.
+    Tasks run at least once. A worker may die after the server's "250 OK" and before the task is written down as done:
+    then the task runs again and sends a second mail. Its Message-ID is made from the task's key, so the two can be
+    told to be the same mail.
     """
     mail = EmailMessage()
     mail["From"], mail["To"], mail["Subject"] = "hello@demo.example", to, subject

@@ -1,11 +1,11 @@
-"""What must hold in the end: each claim of the summary, checked against what the demo's parts saw themselves.
+"""The ten checks of the summary. Each compares what the parts of the demo recorded independently of each other.
 
-    the producers      counted what they enqueued, each only once it was acknowledged
-    the mail server    counted each mail that it took, and each that it refused
-    the database       has each task's row, with the times its own clock gave
-    the parent         knows when it killed a worker, and how the others ended
+    the clients      count the tasks that they enqueued, once these were confirmed to them
+    the mail server  counts the mails that it received, and those that it refused
+    the database     has a row for each task, with times by its own clock
+    the story        knows when it killed a worker, and with which exit code the other one ended
 
-A worker is asked nothing: what it believes of itself proves nothing.
+No worker is asked: what a worker reports about itself proves nothing.
 """
 
 from __future__ import annotations
@@ -13,21 +13,21 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable
-from datetime import datetime
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import NamedTuple
 
-import msgspec
-
-# Far from what is usual, as the machine may be busy; and far from the 2.5 s of polling without a bell.
+# Far above the usual figures, as the machine may be busy; and far below the 2.5 s of polling without a bell.
 WAKE_P50_MS, WAKE_P99_MS = 100.0, 1000.0
 LATE_P50_MS = 100.0
-RESCUE_SECONDS = 5.0
+RESCUE_MS = 5000.0
 
-COPIED = "DRAW_AVATAR"  # the type of the tasks that come by COPY
+COPIED = "DRAW_AVATAR"  # the type of the tasks that COPY writes
+NEVER = datetime.max.replace(tzinfo=UTC)
 
 
-class Row(msgspec.Struct, kw_only=True, frozen=True):
-    """A task, as notifyq.all_tasks has it in the end."""
+class Row(NamedTuple):
+    """A task as notifyq.all_tasks has it at the end."""
 
     id: int
     type: str
@@ -38,231 +38,205 @@ class Row(msgspec.Struct, kw_only=True, frozen=True):
     processing_at: datetime | None = None
     error: str | None = None
     key: str | None = None  # of the mail that the task sends
-    user: str | None = None  # who signed up
+    user: str | None = None  # the id of the user who signed up
+
+    def ms_since(self, then: datetime) -> float:
+        """Milliseconds from then to the latest claim, which overwrites the time of those before."""
+        return (self.processing_at - then).total_seconds() * 1000 if self.processing_at else math.nan
 
 
-class Killed(msgspec.Struct, kw_only=True, frozen=True):
-    """The worker that got SIGKILL, when, and the attempt it was at with each task that it held."""
+class Stopped(NamedTuple):
+    """A worker that got a signal, when, the attempt it was at of each task that it held, and how it ended."""
 
     name: str
-    pid: int
     at: datetime
     held: dict[int, int]
+    exit_code: int | None  # None: it didn't end
 
 
-class Drained(msgspec.Struct, kw_only=True, frozen=True):
-    """A worker that got SIGTERM, how many tasks it held then, and its exit code, None if it stayed."""
+@dataclass
+class Facts:
+    """What the parts of the demo recorded."""
 
-    name: str
-    held: int
-    exit_code: int | None
+    enqueued: Counter[str] = field(default_factory=Counter[str])  # by type
+    malformed: set[int] = field(default_factory=set[int])  # ids; `enqueued` counts them too
+    scheduled: set[int] = field(default_factory=set[int])  # ids
+    copied_at: datetime = NEVER  # just before the COPY
+    signed_up: set[str] = field(default_factory=set[str])  # users whose signup was answered with 201
+    turned_away: int = 0  # signups answered with 409: their tasks had been enqueued, and were rolled back
+    users: set[str] = field(default_factory=set[str])  # in the table
+    received: Counter[str] = field(default_factory=Counter[str])  # mails by key
+    refused: Counter[str] = field(default_factory=Counter[str])
+    killed: Stopped | None = None
+    drained: Stopped | None = None
+    rows: list[Row] = field(default_factory=list[Row])
 
+    def done(self) -> list[Row]:
+        return [row for row in self.rows if row.state == "done"]
 
-class Facts(msgspec.Struct, kw_only=True):
-    """What the parts saw."""
+    def interrupted(self) -> dict[int, int]:
+        """The attempts that the kill interrupted, by task.
 
-    enqueued: Counter[str] = msgspec.field(default_factory=Counter[str])  # by type
-    malformed: set[int] = msgspec.field(default_factory=set[int])  # ids, counted in `enqueued` too
-    scheduled: set[int] = msgspec.field(default_factory=set[int])  # ids
-    copied_at: datetime | None = None  # just before the COPY
-    signed_up: set[str] = msgspec.field(default_factory=set[str])  # users whose signup was answered with 201
-    turned_away: int = 0  # signups answered with 409, after their task had been enqueued: rolled back
-    users: set[str] = msgspec.field(default_factory=set[str])  # in the table
-    received: Counter[str] = msgspec.field(default_factory=Counter[str])  # mails by key
-    refused: Counter[str] = msgspec.field(default_factory=Counter[str])
-    killed: Killed | None = None
-    drained: list[Drained] = msgspec.field(default_factory=list[Drained])
-    rows: list[Row] = msgspec.field(default_factory=list[Row])
+        A task isn't among them if its outcome was on its way to the database, which wrote it after the kill.
+        """
+        settled = {row.id: row.attempts for row in self.done()}
+        held = self.killed.held if self.killed else {}
+        return {id: attempt for id, attempt in held.items() if settled.get(id) != attempt}
+
+    def copy_window(self) -> tuple[datetime, datetime]:
+        """From the COPY to the last claim of its tasks. Others waited for their turn then, not for a wake-up."""
+        claims = [row.processing_at for row in self.done() if row.type == COPIED and row.processing_at]
+        return self.copied_at, max(claims, default=self.copied_at)
+
+    def totals(self) -> list[tuple[str, int, int, int, int]]:
+        """For each type: how many tasks were enqueued, are done, are dead, and ran more than once."""
+        states = Counter((row.type, row.state) for row in self.rows)
+        again = Counter(row.type for row in self.rows if row.attempts > 1)
+        types = sorted({*self.enqueued, *(row.type for row in self.rows)})
+        return [(type, self.enqueued[type], states[type, "done"], states[type, "dead"], again[type]) for type in types]
 
 
 class Finding(NamedTuple):
-    ok: bool
-    text: str
+    """A check's statement, and what contradicts it: nothing, if the check holds."""
+
+    statement: str
+    wrong: list[str]
+
+    def __str__(self) -> str:
+        more = [f"and {len(self.wrong) - 3} more"] if len(self.wrong) > 3 else []
+        return "; ".join([self.statement, *self.wrong[:3], *more])
 
 
-def findings(facts: Facts) -> list[Finding]:
-    """One line each, in the order to print them."""
-    checks: list[Callable[[Facts], Finding]] = [
-        ended, dead, together, mailed, twice, attempts, woken, on_time, rescued, drained,
-    ]  # fmt: skip
-    return [check(facts) for check in checks]
-
-
-def by_type(facts: Facts) -> list[tuple[str, int, int, int, int]]:
-    """(type, enqueued, done, dead, run more than once) for each."""
-    states = Counter((row.type, row.state) for row in facts.rows)
-    again = Counter(row.type for row in facts.rows if row.attempts > 1)
-    types = sorted(facts.enqueued | Counter(row.type for row in facts.rows))
-    return [(type, facts.enqueued[type], states[type, "done"], states[type, "dead"], again[type]) for type in types]
-
-
-def ended(facts: Facts) -> Finding:
-    counts = by_type(facts)
+def every_task_ended(facts: Facts) -> Finding:
+    states = Counter(row.state for row in facts.rows)
     wrong = [
         f"{type}: {enqueued} enqueued, {done} done + {dead} dead"
-        for type, enqueued, done, dead, _ in counts
+        for type, enqueued, done, dead, _ in facts.totals()
         if enqueued != done + dead
     ]
-    other = Counter(row.state for row in facts.rows if row.state not in ("done", "dead"))
-    wrong += [f"{count} {state}" for state, count in other.items()]
-    total, done, dead = (sum(column) for column in list(zip(*counts, strict=True))[1:4] or [(), (), ()])
-    return _finding(f"{total:,} enqueued = {done:,} done + {dead} dead, and so for each type", wrong)
+    wrong += [f"{count} {state}" for state, count in states.items() if state not in ("done", "dead")]
+    text = f"{facts.enqueued.total():,} enqueued = {states['done']:,} done + {states['dead']} dead"
+    return Finding(f"{text}, and so for each type", wrong)
 
 
-def dead(facts: Facts) -> Finding:
-    """A malformed row is dead after one look at it, with a reason; nothing else is."""
-    gone = {row.id: row for row in facts.rows if row.state == "dead"}
-    wrong = [f"task {id} is malformed and not dead" for id in facts.malformed - gone.keys()]
-    wrong += [f"task {id} is dead: {gone[id].error}" for id in gone.keys() - facts.malformed]
-    wrong += [f"task {row.id} died without a reason" for row in gone.values() if not row.error]
-    wrong += [f"task {row.id} died after {row.attempts} attempts" for row in gone.values() if row.attempts != 1]
-    return _finding(f"dead are the {len(facts.malformed)} malformed rows alone, each with its reason", wrong)
+def only_malformed_rows_are_dead(facts: Facts) -> Finding:
+    dead = {row.id: row for row in facts.rows if row.state == "dead"}
+    wrong = [f"task {id} is malformed and not dead" for id in facts.malformed - dead.keys()]
+    wrong += [f"task {id} is dead: {dead[id].error}" for id in dead.keys() - facts.malformed]
+    wrong += [f"task {row.id} died without a reason" for row in dead.values() if not row.error]
+    wrong += [f"task {row.id} died after {row.attempts} attempts" for row in dead.values() if row.attempts != 1]
+    return Finding(f"only the {len(facts.malformed)} malformed rows are dead, each at once, with its reason", wrong)
 
 
-def together(facts: Facts) -> Finding:
-    """A user and their task are written in one transaction: both are there, or neither."""
-    mailed = {row.user for row in _done(facts) if row.user}
+def users_commit_with_their_tasks(facts: Facts) -> Finding:
+    mailed = {row.user for row in facts.done() if row.user}
     wrong = [f"user {user} signed up and is not in the table" for user in facts.signed_up - facts.users]
     wrong += [f"user {user} is in the table without having signed up" for user in facts.users - facts.signed_up]
     wrong += [f"user {user} got no task" for user in facts.users - mailed]
     wrong += [f"a task is for user {user}, who was rolled back" for user in mailed - facts.users]
-    text = (
-        f"{len(facts.users)} users, each with a task of the same transaction; "
-        f"of {facts.turned_away} rolled back neither is left"
-    )
-    return _finding(text, wrong)
+    text = f"{len(facts.users)} users, each with the task of the same transaction"
+    return Finding(f"{text}; of {facts.turned_away} rolled back, neither is left", wrong)
 
 
-def mailed(facts: Facts) -> Finding:
-    keys = {row.key for row in _done(facts) if row.key}
+def each_mail_has_its_task(facts: Facts) -> Finding:
+    keys = {row.key for row in facts.done() if row.key}
     wrong = [f"task with key {key} is done, and there is no mail" for key in keys - facts.received.keys()]
     wrong += [f"mail with key {key}, and no task for it is done" for key in facts.received.keys() - keys]
-    return _finding(f"{len(facts.received)} mails received = {len(keys)} mail tasks done", wrong)
+    return Finding(f"{len(facts.received)} mails received = {len(keys)} mail tasks done", wrong)
 
 
-def twice(facts: Facts) -> Finding:
-    """At least once: a mail may come twice if its worker was killed between the mail and the outcome."""
-    held = _held(facts)
+def only_the_kill_doubles_mails(facts: Facts) -> Finding:
+    """A mail comes twice if its worker is killed after the mail was received and before the outcome is written."""
     doubles = {key: count for key, count in facts.received.items() if count > 1}
-    excused = {row.key for row in facts.rows if row.id in held}
-    wrong = [
-        f"mail {key} came {count} times, and nobody was killed over it"
-        for key, count in doubles.items()
-        if key not in excused
-    ]
+    interrupted = facts.interrupted()
+    excused = {row.key for row in facts.rows if row.id in interrupted}
+    wrong = [f"mail {key} came {count} times without a kill" for key, count in doubles.items() if key not in excused]
     wrong += [f"mail {key} came {count} times for one kill" for key, count in doubles.items() if count > 2]
-    return _finding(f"{len(doubles)} of them came twice, each from a task that ran again after the kill", wrong)
+    return Finding(f"{len(doubles)} of them came twice, each from a task that ran again after the kill", wrong)
 
 
-def attempts(facts: Facts) -> Finding:
-    """Nothing but a refusal or the kill costs an attempt; each costs one, and both at once may cost one."""
-    held = _held(facts)
-    wrong = [
-        f"task {row.id} took {row.attempts} attempts with {refused} refusals"
-        for row in _done(facts)
-        if row.attempts - 1 - (refused := facts.refused[row.key or ""]) not in ((0, 1) if row.id in held else (0,))
-    ]
-    refusals = facts.refused.total()
-    return _finding(f"{refusals} refusals and {len(held)} tasks killed, and nothing else cost an attempt", wrong)
+def every_attempt_is_explained(facts: Facts) -> Finding:
+    """A refusal costs an attempt, and so does the kill; a refusal and the kill together may cost only one."""
+    interrupted = facts.interrupted()
+    wrong: list[str] = []
+    for row in facts.done():
+        refused = facts.refused[row.key or ""]
+        if row.attempts - 1 - refused not in ((0, 1) if row.id in interrupted else (0,)):
+            wrong.append(f"task {row.id} took {row.attempts} attempts with {refused} refusals")
+    text = f"{facts.refused.total()} refusals and {len(interrupted)} tasks killed"
+    return Finding(f"{text}; nothing else cost an attempt", wrong)
 
 
-def woken(facts: Facts) -> Finding:
-    """From a row's INSERT (its commit follows) to its claim (its handler follows), by the database's clock.
+def tasks_start_at_once(facts: Facts) -> Finding:
+    """From the INSERT (its commit follows) to the claim (its handler follows).
 
-    Of the mail tasks, which come singly, and only of those that ran once, as the next attempt overwrites the
-    time of the first. Not of those that came while the COPY's tasks were worked off: they waited in line, and
-    not for a wake-up.
+    Of mail tasks, which come singly; and only of those that ran once, whose latest claim is the first.
     """
-    busy = _busy(facts)
+    begin, end = facts.copy_window()
     waits = [
-        (row.processing_at - row.created_at).total_seconds() * 1000
-        for row in _done(facts)
-        if row.key and row.attempts == 1 and row.processing_at and not busy(row.created_at)
+        row.ms_since(row.created_at)
+        for row in facts.done()
+        if row.key and row.attempts == 1 and not begin <= row.created_at <= end
     ]
     p50, p99 = quantile(waits, 0.5), quantile(waits, 0.99)
     wrong = [] if p50 < WAKE_P50_MS and p99 < WAKE_P99_MS else [f"expected {WAKE_P50_MS:g} and {WAKE_P99_MS:g} ms"]
     text = f"wake-up p50 {p50:.1f} ms, p99 {p99:.1f} ms: INSERT to claim, of {len(waits)} enqueued singly"
-    return _finding(text, wrong)
+    return Finding(text, wrong)
 
 
-def on_time(facts: Facts) -> Finding:
-    """From run_at to the claim. None may be early; those that were due during the COPY may be late."""
-    busy = _busy(facts)
-    starts = [
-        (row, (row.processing_at - row.run_at).total_seconds() * 1000)
-        for row in _done(facts)
-        if row.id in facts.scheduled and row.attempts == 1 and row.processing_at
-    ]
-    wrong = [f"task {row.id} started {-ms:.1f} ms early" for row, ms in starts if ms < 0]
-    late = [ms for row, ms in starts if not busy(row.run_at)]
+def scheduled_tasks_start_on_time(facts: Facts) -> Finding:
+    """None may be early. Those that became due while the COPY's tasks ran may be late."""
+    begin, end = facts.copy_window()
+    rows = [row for row in facts.done() if row.id in facts.scheduled and row.attempts == 1]
+    early = [row for row in rows if row.ms_since(row.run_at) < 0]
+    wrong = [f"task {row.id} started {-row.ms_since(row.run_at):.1f} ms early" for row in early]
+    late = [row.ms_since(row.run_at) for row in rows if not begin <= row.run_at <= end]
     if not late:
-        return _finding(f"{len(starts)} scheduled tasks came while the COPY's were worked off", wrong)
+        return Finding(f"{len(rows)} scheduled tasks, all due while the COPY's tasks ran", wrong)
     p50, p99 = quantile(late, 0.5), quantile(late, 0.99)
     wrong += [] if p50 < LATE_P50_MS else [f"expected {LATE_P50_MS:g} ms"]
-    text = f"scheduled late p50 {p50:.1f} ms, p99 {p99:.1f} ms: run_at to claim, of {len(late)}"
-    return _finding(text, wrong)
+    return Finding(f"scheduled late p50 {p50:.1f} ms, p99 {p99:.1f} ms: run_at to claim, of {len(late)}", wrong)
 
 
-def rescued(facts: Facts) -> Finding:
-    """From SIGKILL to its tasks' next claim, if that was the only one since: each overwrites the time."""
-    held = _held(facts)
-    if facts.killed is None or not held:
-        return Finding(False, "no worker was killed with a task in its hands")
-    name, at = facts.killed.name, facts.killed.at
-    rows = {row.id: row for row in facts.rows if row.id in held}
-    wrong = [f"task {id} was lost" for id in held.keys() - rows.keys()]
+def killed_tasks_run_again(facts: Facts) -> Finding:
+    """From SIGKILL to the next claim of each task, known where that is the latest one."""
+    interrupted = facts.interrupted()
+    if facts.killed is None or not interrupted:
+        return Finding("a worker was killed", ["it ran no task then"])
+    rows = {row.id: row for row in facts.rows if row.id in interrupted}
+    wrong = [f"task {id} was lost" for id in interrupted.keys() - rows.keys()]
     wrong += [f"task {row.id} is {row.state}" for row in rows.values() if row.state != "done"]
-    after = [
-        (row.processing_at - at).total_seconds()
-        for row in rows.values()
-        if row.processing_at and row.attempts == held[row.id] + 1
-    ]
+    after = [row.ms_since(facts.killed.at) for row in rows.values() if row.attempts == interrupted[row.id] + 1]
     first, last = min(after, default=math.nan), max(after, default=math.nan)
-    if not (first > 0 and last < RESCUE_SECONDS):
-        wrong.append(f"expected {RESCUE_SECONDS:g} s")
-    again = f"the first ran again after {first:.1f} s, the last after {last:.1f} s"
-    return _finding(f"{name} killed with {len(held)} tasks: {again}", wrong)
+    if not (first > 0 and last < RESCUE_MS):
+        wrong.append(f"expected {RESCUE_MS / 1000:g} s")
+    again = f"the first ran again after {first / 1000:.1f} s, the last after {last / 1000:.1f} s"
+    return Finding(f"{facts.killed.name} killed with {len(interrupted)} tasks: {again}", wrong)
 
 
-def drained(facts: Facts) -> Finding:
-    if not facts.drained:
-        return Finding(False, "no worker was left to drain")
-    wrong = [
-        f"{it.name} {'stayed' if it.exit_code is None else f'ended with {it.exit_code}'}"
-        for it in facts.drained
-        if it.exit_code != 0
-    ]
-    held = ", ".join(f"{it.name} with {it.held} tasks in its hands" for it in facts.drained)
-    return _finding(f"SIGTERM to {held}: finished them, exit code 0", wrong)
+def a_stopped_worker_finishes_its_tasks(facts: Facts) -> Finding:
+    if facts.drained is None:
+        return Finding("a worker got SIGTERM", ["no worker was left for that"])
+    name, _, held, code = facts.drained
+    wrong = [] if code == 0 else [f"{name} didn't end" if code is None else f"{name} ended with {code}"]
+    return Finding(f"SIGTERM to {name}, which ran {len(held)} tasks: it finished them, exit code 0", wrong)
+
+
+CHECKS: tuple[Callable[[Facts], Finding], ...] = (
+    every_task_ended,
+    only_malformed_rows_are_dead,
+    users_commit_with_their_tasks,
+    each_mail_has_its_task,
+    only_the_kill_doubles_mails,
+    every_attempt_is_explained,
+    tasks_start_at_once,
+    scheduled_tasks_start_on_time,
+    killed_tasks_run_again,
+    a_stopped_worker_finishes_its_tasks,
+)
 
 
 def quantile(values: Iterable[float], q: float) -> float:
-    """The smallest value that at least the share `q` of all are not above; NaN of none."""
+    """The smallest of the values that at least the share `q` of them don't exceed; NaN if there are none."""
     ordered = sorted(values)
     return ordered[max(0, math.ceil(q * len(ordered)) - 1)] if ordered else math.nan
-
-
-def _done(facts: Facts) -> list[Row]:
-    return [row for row in facts.rows if row.state == "done"]
-
-
-def _held(facts: Facts) -> dict[int, int]:
-    """What died with the worker: not the tasks whose outcome it had sent, and the database wrote after the kill."""
-    if facts.killed is None:
-        return {}
-    settled = {row.id: row.attempts for row in _done(facts)}
-    return {id: attempt for id, attempt in facts.killed.held.items() if settled.get(id) != attempt}
-
-
-def _busy(facts: Facts) -> Callable[[datetime], bool]:
-    """Whether at that time the COPY's tasks were being worked off."""
-    begin = facts.copied_at
-    if begin is None:
-        return lambda _: False
-    end = max((row.processing_at for row in facts.rows if row.type == COPIED and row.processing_at), default=begin)
-    return lambda at: begin <= at <= end
-
-
-def _finding(text: str, wrong: list[str]) -> Finding:
-    more = [f"and {len(wrong) - 3} more"] if len(wrong) > 3 else []
-    return Finding(not wrong, "; ".join([text, *wrong[:3], *more]))

@@ -1,21 +1,25 @@
-"""Where the demo runs: the embedded PostgreSQL, or yours. On yours it takes away all that it brought."""
+"""Where the demo runs: the embedded PostgreSQL, or yours. From yours it removes all but the schema notifyq."""
 
 from __future__ import annotations
 
+import os
 import secrets
-from collections.abc import AsyncGenerator, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
+import shutil
+import subprocess
+from collections.abc import AsyncIterator, Callable
+from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass
 
 import anyio
-import anyio.to_thread
+import asyncpg
 
-from notifyq.config import resolve_dsn
-from notifyq.database.connection import Connection, connect, server_version
+from notifyq.database.connection import connect
+from notifyq.database.dsn import VARIABLES, read, url_of
 from notifyq.database.schema import migrate
-from notifyq.embedded import Server
+from notifyq.embedded import Server, find_binaries
+from notifyq.errors import EmbeddedError
 
-TABLES = """
+USERS = """
     CREATE TABLE users (
         id         uuid        PRIMARY KEY,
         email      text        NOT NULL UNIQUE,
@@ -27,58 +31,64 @@ TABLES = """
 
 @dataclass(frozen=True)
 class Database:
-    """A migrated database. All of a demo is in a queue and a schema of its own, so that two don't meet."""
+    """A migrated database. Each demo has a queue and a schema of its own, so two at the same time don't mix.
 
-    dsn: str
+    The schema has the table `users`, and the view `tasks` of the demo's own tasks. The pool's connections find both.
+    """
+
+    url: str
     queue: str
     schema: str
-    last_id: int  # of the tasks before ours
-
-    @property
-    def environment(self) -> dict[str, str]:
-        """For the processes that are to find it: not as arguments, which other users can see."""
-        return {"DEMO_QUEUE": self.queue, "DEMO_SCHEMA": self.schema, "NOTIFYQ_DSN": self.dsn}
+    pool: asyncpg.Pool[asyncpg.Record]
 
 
 @asynccontextmanager
-async def database(dsn: str | None, say: Callable[[str], None]) -> AsyncGenerator[Database, None]:
-    """The database `dsn`; without one that of an embedded server, which runs until this is left."""
-    name = secrets.token_hex(3)
-    async with AsyncExitStack() as stack:
-        said = "yours"
-        if dsn:
-            url = resolve_dsn(dsn)[0] or dsn  # without a "+driver", which psql would not understand
-        else:
-            server = Server()
-            stack.push_async_callback(_stop, server)
-            await anyio.to_thread.run_sync(server.start)
-            url, said = server.dsn(), server.binaries.source
-        conn = await connect(url, role="demo")
-        stack.push_async_callback(_close, conn)
-        before, version = await migrate(conn)
-        if dsn and before is None:
-            said += f"; installed schema version {version}, which stays"
-        say(f"PostgreSQL {await server_version(conn)} ({said})")
-        last_id = await conn.fetchval("SELECT coalesce(max(id), 0) FROM notifyq.all_tasks")
-        ours = Database(url, f"demo-{name}", f"notifyq_demo_{name}", last_id)
-        stack.push_async_callback(_clean_up, conn, ours)
-        async with conn.transaction():
-            await conn.execute(f"CREATE SCHEMA {ours.schema}; SET LOCAL search_path = {ours.schema}; {TABLES}")
-        yield ours
+async def open_database(dsn: str | None, say: Callable[[str], None]) -> AsyncIterator[Database]:
+    """The database `dsn`; without one, that of an embedded server that runs until this ends."""
+    queue = f"demo_{secrets.token_hex(3)}"
+    schema = f"notifyq_{queue}"
+    with ExitStack() as stack:
+        source = "yours"
+        if dsn is None:
+            server = stack.enter_context(Server())
+            dsn, source = server.dsn(), server.binaries.source
+        conn = await connect(dsn, role="demo")
+        try:
+            before, version = await migrate(conn)
+        finally:
+            conn.terminate()
+        if source == "yours" and before is None:
+            source += f"; installed schema version {version}, which stays"
+        # connect_timeout is not for asyncpg, which would send it to the server as a setting.
+        url = url_of({name: value for name, value in read(dsn).items() if name != "connect_timeout"})
+        async with asyncpg.create_pool(url, min_size=1, server_settings={"search_path": schema}) as pool:
+            say(f"PostgreSQL {await pool.fetchval('SHOW server_version')} ({source})")
+            last_id = await pool.fetchval("SELECT coalesce(max(id), 0) FROM notifyq.all_tasks")
+            # The condition on id is for speed: a server may have millions of finished tasks.
+            ours = f"SELECT * FROM notifyq.all_tasks WHERE queue = '{queue}' AND id > {last_id}"  # noqa: S608
+            try:
+                await pool.execute(f"CREATE SCHEMA {schema}; {USERS}; CREATE VIEW tasks AS {ours}")
+                yield Database(url, queue, schema, pool)
+            finally:
+                with anyio.move_on_after(10, shield=True):
+                    await pool.execute(f"DROP SCHEMA IF EXISTS {schema} CASCADE")
+                    await pool.execute("DELETE FROM notifyq.task WHERE queue = $1", queue)
+                    await pool.execute("DELETE FROM notifyq.finished WHERE queue = $1", queue)
 
 
-async def _stop(server: Server) -> None:
-    with anyio.CancelScope(shield=True):
-        await anyio.to_thread.run_sync(server.stop)
+def find_psql() -> str | None:
+    """A psql that runs: beside the embedded server's programs, or on PATH."""
+    folders = os.environ.get("PATH", os.defpath)
+    try:
+        folders = f"{find_binaries().bin_dir}{os.pathsep}{folders}"
+    except EmbeddedError:
+        pass  # with a server of your own, there may be none
+    psql = shutil.which("psql", path=folders)
+    if psql is None or subprocess.run([psql, "--version"], capture_output=True, check=False).returncode:
+        return None
+    return psql
 
 
-async def _close(conn: Connection) -> None:
-    with anyio.move_on_after(2, shield=True):
-        await conn.close()
-
-
-async def _clean_up(conn: Connection, ours: Database) -> None:
-    with anyio.move_on_after(10, shield=True):
-        await conn.execute(f"DROP SCHEMA {ours.schema} CASCADE")
-        await conn.execute("DELETE FROM notifyq.task WHERE queue = $1", ours.queue)
-        await conn.execute("DELETE FROM notifyq.finished WHERE queue = $1", ours.queue)
+def libpq_variables(dsn: str) -> dict[str, str]:
+    """The DSN for psql as environment variables: other users of the machine can see the arguments of a process."""
+    return {VARIABLES[name]: value for name, value in read(dsn).items() if name in VARIABLES}

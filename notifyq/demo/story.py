@@ -1,193 +1,201 @@
-"""The script of the demo: who does what, and when. What comes of it is for check.py to say."""
+"""The script of the demo: what happens, in which order, and when. check.py says what came of it."""
 
 from __future__ import annotations
 
+import itertools
+import os
 import signal
 import socket
-from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import asynccontextmanager
+import sys
+from collections import Counter
+from dataclasses import dataclass, field
 
 import anyio
 import httpx
 from anyio.abc import TaskGroup
 
-from notifyq.errors import NotifyqError
+from notifyq import NotifyqError
 
 from .app import app
-from .check import Drained, Facts, Killed
-from .database import Database
-from .processes import Child, Children
-from .producers import CROWD, Plan, Producers
-from .screen import Screen, Snapshot
+from .check import Facts, Row, Stopped
+from .database import Database, open_database
+from .processes import Child, run_child
+from .screen import Screen
 from .smtp import MailServer
-from .tasks import Tasks
+from .traffic import CROWD, Traffic, make_plan
 
-WORKERS = 2
-CONCURRENCY = 50
-START_SECONDS = 30.0
-SETTLE_SECONDS = 30.0  # without a task less to do; after that the checks say what is missing
+PATIENCE_SECONDS = 30.0
+HELD = "SELECT id, attempts FROM tasks WHERE state = 'running' AND worker LIKE '%:' || $1"  # its name is host:pid
 
 
+async def run(seconds: float, tasks: int, dsn: str | None) -> int:
+    """The demo until its end, or until a signal. Returns the exit code."""
+    async with anyio.create_task_group() as group:
+
+        async def interrupt() -> None:
+            hangup = signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN  # nohup ignores it
+            with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM, *[signal.SIGHUP] * hangup) as signals:
+                async for _ in signals:
+                    group.cancel_scope.cancel()
+
+        group.start_soon(interrupt)
+        mail = MailServer()
+        with Screen() as screen:
+            async with open_database(dsn, screen.event) as db, mail.serve() as mail_port:
+                story = Story(db, mail, mail_port, screen)
+                await story.tell(seconds, tasks)
+        failed = screen.summary(story.facts)
+        for child in story.children if failed else []:
+            screen.print(f"{child.name} said last:\n{child.last_lines()}")
+        group.cancel_scope.cancel()
+        return 1 if failed else 0
+    print("interrupted; all processes are stopped", file=sys.stderr)
+    return 1
+
+
+@dataclass
 class Story:
     """The demo, from its first task to its last."""
 
-    def __init__(self, db: Database, children: Children, mail: MailServer, screen: Screen) -> None:
-        self._db = db
-        self._children = children
-        self._mail = mail
-        self._screen = screen
-        self._workers: list[Child] = []
-        self._told_to_go: set[Child] = set()
+    db: Database
+    mail: MailServer
+    mail_port: int
+    screen: Screen
+    facts: Facts = field(default_factory=Facts)
+    children: list[Child] = field(default_factory=list[Child])
 
-    async def tell(self, seconds: float, tasks: int) -> Facts:
-        """All of it. Raises NotifyqError when a process that is needed ends or doesn't start."""
-        facts = Facts(received=self._mail.received, refused=self._mail.refused)
-        plan = Plan.of(seconds, tasks)
-        async with (
-            Tasks.connect(self._db) as ours,
-            app.connect(self._db.dsn),
-            anyio.create_task_group() as background,
-            self._web(background) as http,
-        ):
-            await self._start_workers(background, ours)
-            background.start_soon(self._watch)
-            producers = Producers(self._db, self._children, http, facts, plan, seconds)
-            await self._scenes(ours, producers, facts)
-            facts.users = {str(row["id"]) for row in await ours.conn.fetch("SELECT id FROM users")}
-            facts.rows = await ours.rows()
-            background.cancel_scope.cancel()
-        return facts
+    async def tell(self, seconds: float, tasks: int) -> None:
+        """All of it. Raises NotifyqError when a child doesn't start, or ends by itself."""
+        self.facts.received, self.facts.refused = self.mail.received, self.mail.refused
+        async with app.connect(self.db.url), anyio.create_task_group() as group:
+            url = await self.start_web(group)
+            workers = await self.start_workers(group)
+            group.start_soon(self.watch, workers)
+            async with httpx.AsyncClient(base_url=url, timeout=30, trust_env=False) as http:
+                traffic = Traffic(self.db, http, self.facts, make_plan(seconds, tasks), seconds, self.screen.event)
+                await self.scenes(traffic, workers)
+            await self.read_database()
+            group.cancel_scope.cancel()
 
-    async def _scenes(self, ours: Tasks, producers: Producers, facts: Facts) -> None:
-        say = self._screen.event
-        producers.begin()
-        await producers.sign_up()
+    async def scenes(self, traffic: Traffic, workers: list[Child]) -> None:
         async with anyio.create_task_group() as meanwhile:
-            meanwhile.start_soon(producers.visit)
-            meanwhile.start_soon(self._say_when_done, producers.use_psql)
-            say(await producers.schedule())
-            await producers.at(0.15)
-            say(await producers.copy(ours.conn))
-            await producers.at(0.3)
-            say(await producers.get_it_wrong(ours.conn))
-            await producers.at(0.45)
-            meanwhile.start_soon(producers.crowd)
-            facts.killed = await self._kill_one(ours)
-            await self._rescue(ours, facts.killed)
-        await _until(ours.unsettled, SETTLE_SECONDS)
-        self._mail.refuse = 0.0  # a worker that drains takes no retries
-        await producers.crowd()
-        facts.drained = await self._drain(ours)
+            await traffic.sign_up()
+            meanwhile.start_soon(traffic.visit)
+            meanwhile.start_soon(traffic.use_psql)
+            await traffic.schedule()
+            await traffic.at(0.15)
+            await traffic.copy()
+            await traffic.at(0.3)
+            await traffic.make_mistakes()
+            await traffic.at(0.45)
+            meanwhile.start_soon(traffic.crowd)
+            survivor = await self.kill_one(workers)
+        await self.zero("SELECT count(*) FROM tasks WHERE state NOT IN ('done', 'dead', 'cancelled')")
+        self.mail.refuse = 0.0  # a worker that is stopping starts no retries
+        await traffic.crowd()
+        await self.zero("SELECT count(*) FROM tasks WHERE state = 'ready'")
+        await self.stop(survivor)
 
     # The processes.
 
-    @asynccontextmanager
-    async def _web(self, background: TaskGroup) -> AsyncGenerator[httpx.AsyncClient, None]:
-        """The web application, on a socket that it is given; and a client, which no proxy setting diverts."""
+    async def start_web(self, group: TaskGroup) -> str:
+        """Start the web application on a socket that takes connections from now on. Returns its URL."""
         with socket.create_server(("127.0.0.1", 0), backlog=100) as listener:
-            port, fd = listener.getsockname()[1], listener.fileno()
+            url, fd = f"http://127.0.0.1:{listener.getsockname()[1]}", listener.fileno()
             command = f"uvicorn notifyq.demo.web:web --fd {fd} --log-level warning --no-access-log"
-            child = await self._children.python("web", *command.split(), fds=[fd])
-        background.start_soon(self._mind, child)
-        self._screen.event(f"web on 127.0.0.1:{port}, mail on 127.0.0.1:{self._mail.port}")
-        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=30, trust_env=False) as client:
-            yield client
+            await self.start(group, "web", command, fd)
+        self.screen.event(f"web on {url}, mail on 127.0.0.1:{self.mail_port}")
+        return url
 
-    async def _start_workers(self, background: TaskGroup, ours: Tasks) -> None:
-        command = f"notifyq worker notifyq.demo.app:app --queue {self._db.queue} --concurrency {CONCURRENCY}"
-        command += " --history 365d"  # so that on a server of yours they don't prune what you keep
-        for number in range(1, WORKERS + 1):
-            worker = await self._children.python(f"worker {number}", *command.split())
-            self._workers.append(worker)
-            background.start_soon(self._mind, worker)
+    async def start_workers(self, group: TaskGroup) -> list[Child]:
+        command = f"notifyq worker notifyq.demo.app:app --queue {self.db.queue} --concurrency 50"
+        command += " --history 365d"  # so that on a server of yours they don't delete finished tasks of yours
+        workers = [await self.start(group, name, command) for name in ("worker 1", "worker 2")]
+        missing = "SELECT $2 - coalesce(sum(workers), 0) FROM notifyq.all_queues WHERE name = $1"
+        if not await self.zero(missing, self.db.queue, len(workers)):
+            said = "\n".join(f"  {worker.name} said:\n{worker.last_lines()}" for worker in workers)
+            raise NotifyqError(f"the workers aren't at work after {PATIENCE_SECONDS:g} s\n{said}")
+        self.screen.event(", ".join(f"{worker.name} is process {worker.process.pid}" for worker in workers))
+        return workers
 
-        async def missing() -> int:
-            return WORKERS - await ours.workers()
+    async def start(self, group: TaskGroup, name: str, command: str, *fds: int) -> Child:
+        """Start a child, without settings that are meant for real workers.
 
-        if not await _until(missing, START_SECONDS):
-            said = "\n".join(f"  {worker.name} said:\n{worker.said()}" for worker in self._workers)
-            raise NotifyqError(f"the workers aren't at work after {START_SECONDS:g} s\n{said}")
-        self._screen.event(", ".join(f"{worker.name} is process {worker.pid}" for worker in self._workers))
+        What it needs to know isn't in its arguments, which other users of the machine can see.
+        """
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("NOTIFYQ_")}
+        environment |= {"NOTIFYQ_DSN": self.db.url, "DEMO_QUEUE": self.db.queue, "DEMO_SCHEMA": self.db.schema}
+        environment |= {"DEMO_SMTP_PORT": str(self.mail_port)}
+        child: Child = await group.start(run_child, name, command, environment, fds)
+        self.children.append(child)
+        return child
 
-    async def _mind(self, child: Child) -> None:
-        """A child that ends by itself ends the demo."""
-        await child.process.wait()
-        if child not in self._told_to_go:
-            raise NotifyqError(f"{child.name} ended, exit code {child.returncode}:\n{child.said()}")
-
-    async def _kill_one(self, ours: Tasks) -> Killed:
-        """SIGKILL to the worker with most in its hands."""
-        worker, most = self._workers[0], 0
+    async def kill_one(self, workers: list[Child]) -> Child:
+        """Kill a worker while it runs several tasks, and wait until these run elsewhere. Returns the other worker."""
         with anyio.move_on_after(5):
-            while most < CROWD // 6:
-                held = {it: len(await ours.held(it.pid)) for it in self._workers}
-                worker, most = max(held.items(), key=lambda item: item[1])
-        killed_at = await ours.conn.fetchval("SELECT clock_timestamp()")
-        self._told_to_go.add(worker)
-        self._workers.remove(worker)
-        # Before it is gone, which the table shows at once.
-        self._screen.event(f"SIGKILL to {worker.name}, in the middle of its tasks")
-        await worker.end(signal.SIGKILL, 5)
-        held_tasks: dict[int, int] = {}
-        for _ in range(10):  # what it had sent is still carried out: a claim, an outcome. The first rescue may be near
-            held_tasks |= await ours.held(worker.pid)
+            for victim in itertools.cycle(workers):
+                if len(await self.held_by(victim)) >= CROWD // 6:
+                    break
+        now = await self.db.pool.fetchval("SELECT clock_timestamp()")
+        self.screen.event(f"SIGKILL to {victim.name}, in the middle of its tasks")  # before the table shows it as gone
+        code = await victim.end(signal.SIGKILL, 5)
+        held: dict[int, int] = {}
+        for _ in range(10):
+            # What the worker had sent is still carried out: a claim, an outcome. The first rescue may be near.
+            held |= await self.held_by(victim)
             await anyio.sleep(0.02)
-        self._screen.event(f"{worker.name} ran {len(held_tasks)} tasks when it was killed")
-        return Killed(name=worker.name, pid=worker.pid, at=killed_at, held=held_tasks)
+        self.facts.killed = Stopped(victim.name, now, held, code)
+        self.screen.event(f"{victim.name} ran {len(held)} tasks when it was killed")
+        if await self.zero(f"SELECT count(*) FROM ({HELD}) AS held", str(victim.process.pid)):  # noqa: S608
+            self.screen.event(f"the other worker has taken over the tasks of {victim.name}")
+        return next(worker for worker in workers if worker is not victim)
 
-    async def _rescue(self, ours: Tasks, killed: Killed) -> None:
-        async def still_held() -> int:
-            return len(await ours.held(killed.pid))
+    async def stop(self, worker: Child) -> None:
+        now, held = await self.db.pool.fetchval("SELECT clock_timestamp()"), await self.held_by(worker)
+        self.screen.event(f"SIGTERM to {worker.name}, which runs {len(held)} tasks")
+        code = await worker.end(signal.SIGTERM, 30)
+        self.screen.event(f"{worker.name} ended, exit code {code}")
+        self.facts.drained = Stopped(worker.name, now, held, code)
 
-        if await _until(still_held, SETTLE_SECONDS):
-            self._screen.event(f"other workers have taken over the tasks of {killed.name}")
+    # Questions to the database.
 
-    async def _drain(self, ours: Tasks) -> list[Drained]:
-        """SIGTERM to the workers that are left, with tasks in their hands."""
+    async def held_by(self, worker: Child) -> dict[int, int]:
+        """The tasks that a worker runs, and the attempt that each is at."""
+        rows = await self.db.pool.fetch(HELD, str(worker.process.pid))
+        return {row["id"]: row["attempts"] for row in rows}
 
-        async def ready() -> int:
-            return (await ours.states())["ready"]
+    async def zero(self, count: str, *args: object) -> bool:
+        """Repeat a query until it returns 0. Returns False when its result hasn't fallen for PATIENCE_SECONDS."""
+        least = float("inf")
+        with anyio.move_on_after(PATIENCE_SECONDS) as limit:
+            while left := await self.db.pool.fetchval(count, *args):
+                if left < least:
+                    least, limit.deadline = left, anyio.current_time() + PATIENCE_SECONDS
+                await anyio.sleep(0.02)
+        return not limit.cancelled_caught
 
-        await _until(ready, 5)
-        drained: list[Drained] = []
+    async def read_database(self) -> None:
+        self.facts.users = {str(row["id"]) for row in await self.db.pool.fetch("SELECT id FROM users")}
+        query = """
+            SELECT id, type, state, attempts, created_at, run_at, processing_at, error,
+                   coalesce(payload ->> 'verification_key', payload ->> 'reset_key') AS key,
+                   payload #>> '{user,id}' AS user
+            FROM tasks
+        """
+        self.facts.rows = [Row(*row) for row in await self.db.pool.fetch(query)]
 
-        async def end(worker: Child, held: int) -> None:
-            code = await worker.end(signal.SIGTERM, 30)
-            self._screen.event(f"{worker.name} ended, exit code {code}")
-            drained.append(Drained(name=worker.name, held=held, exit_code=code))
-
-        async with anyio.create_task_group() as group:
-            for worker in self._workers:
-                held = len(await ours.held(worker.pid))
-                self._screen.event(f"SIGTERM to {worker.name}, which runs {held} tasks")
-                self._told_to_go.add(worker)
-                group.start_soon(end, worker, held)
-        return drained
-
-    # What a person sees.
-
-    async def _watch(self) -> None:
-        workers = list(self._workers)
-        async with Tasks.connect(self._db) as ours:
-            while True:
-                states, running = await ours.progress()
-                now = Snapshot(tasks=states, received=self._mail.received.total(), refused=self._mail.refused.total())
-                for worker in workers:
-                    now.running[worker.name] = running[worker.pid] if worker.returncode is None else None
-                self._screen.show(now)
-                await anyio.sleep(self._screen.every)
-
-    async def _say_when_done(self, producer: Callable[[], Awaitable[str]]) -> None:
-        self._screen.event(await producer())
-
-
-async def _until(remaining: Callable[[], Awaitable[int]], seconds: float) -> bool:
-    """Ask until nothing remains; False once so long nothing has changed."""
-    least = None
-    with anyio.move_on_after(seconds) as limit:
-        while count := await remaining():
-            if least is None or count < least:
-                least, limit.deadline = count, anyio.current_time() + seconds
-            await anyio.sleep(0.02)
-        return True
-    return False
+    async def watch(self, workers: list[Child]) -> None:
+        """Show how it goes."""
+        query = "SELECT type, state, worker, count(*) FROM tasks GROUP BY 1, 2, 3"
+        while True:
+            tasks, running = Counter[tuple[str, str]](), Counter[str]()
+            for type, state, worker, count in await self.db.pool.fetch(query):
+                tasks[type, state] += count
+                if state == "running":
+                    running[worker.rpartition(":")[2]] += count
+            note = f"{self.mail.received.total():,} mails, {self.mail.refused.total():,} refused"
+            for worker in workers:
+                gone = worker.process.returncode is not None
+                note += f"; {worker.name} {'gone' if gone else f'runs {running[str(worker.process.pid)]}'}"
+            self.screen.show(tasks, note)
+            await anyio.sleep(self.screen.interval)

@@ -15,7 +15,7 @@ from typing import Any
 import asyncpg
 
 from notifyq.database import connection
-from notifyq.demo.psql import find_psql
+from notifyq.demo.database import find_psql
 from notifyq.embedded import Server
 
 from ..machine import limit
