@@ -55,7 +55,7 @@ demo: $(or $(wildcard $(test_stamp)),$(demo_stamp))  ## the main job, end to end
 	.venv/bin/python -m notifyq demo
 
 # Four processes, whole files each: the tests mostly wait, and one file's tests share what their fixtures build.
-test: $(test_stamp)  ## the tests, under three minutes; TESTS="tests/test_retry.py -k cap" picks some
+test: $(test_stamp)  ## the tests, under three minutes; TESTS="tests/options/test_limits.py -k queue" picks some
 	.venv/bin/python -m pytest -q -n 4 --dist loadfile $(TESTS)
 
 test-slow: $(test_stamp)  ## those that kill, freeze, restart and move megabytes; minutes; TESTS as above

@@ -32,7 +32,7 @@ from notifyq.embedded import Server
 from notifyq.testing import Databases
 from notifyq.worker import heartbeat
 
-from .machine import LIMIT_SECONDS, Probe, limit, probing
+from .helpers.machine import LIMIT_SECONDS, Probe, limit, probing
 
 pytest_plugins = ["notifyq.testing.plugin"]
 
@@ -412,11 +412,11 @@ async def eventually(query: Callable[[], Any], want: Any = True, seconds: float 
 
 
 class Process:
-    """A worker in a process of its own, running tests/workers.py; it prints a line of JSON for each event."""
+    """A worker in a process of its own, running tests/helpers/workers.py; it prints a line of JSON for each event."""
 
     def __init__(self, dsn: str, *args: str) -> None:
         self.popen = subprocess.Popen(
-            [sys.executable, str(Path(__file__).parent / "workers.py"), dsn, *args],
+            [sys.executable, str(Path(__file__).parent / "helpers" / "workers.py"), dsn, *args],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

@@ -17,7 +17,7 @@ from typing import Any
 
 import msgspec
 
-from .. import machine
+from ..helpers import machine
 from .history import Process
 
 PROJECT = Path(__file__).parent.parent.parent

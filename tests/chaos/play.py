@@ -15,7 +15,7 @@ import asyncpg
 from notifyq.database import connection
 from notifyq.embedded import Server
 
-from ..machine import limit
+from ..helpers.machine import limit
 from . import ledger
 from .faults import FAULTS, Fault, Hit, Missed
 from .fleet import PLACES, PROJECT, Place

@@ -18,7 +18,7 @@ from notifyq.database import connection
 from notifyq.demo.database import find_psql
 from notifyq.embedded import Server
 
-from ..machine import limit
+from ..helpers.machine import limit
 from . import ledger
 from .fleet import Fleet
 from .history import Batch, History

@@ -2,5 +2,5 @@
 
 `explore` is the explorer, `doorbell` and `lease` are the models, `runs` is what of them is explored, and `drawing`
 makes of it the picture and the tables in docs/protocol.md. `python -m tests.models` writes those;
-tests/test_models.py checks them.
+tests/models/test_models.py checks them.
 """

@@ -21,7 +21,7 @@ What is merged or left out, and why that hides nothing:
   comes of it: `_look` is set with the turn.
 * What a worker ran when it was killed is the other model's story.
 * Claims see all that is ready. With marks (marks.py) they may overlook a task until the next claim from the front,
-  which a timer owes: that this comes in time is for tests/test_marks.py to show, and not shown here.
+  which a timer owes: that this comes in time is for tests/worker/test_marks.py to show, and not shown here.
 """
 
 from __future__ import annotations

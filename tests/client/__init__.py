@@ -1,0 +1,1 @@
+"""Enqueueing from Python, and waiting for results."""

@@ -1,0 +1,1 @@
+"""schema.sql, the statements of notifyq/database/sql, roles, DSNs and upgrades."""

@@ -1,0 +1,396 @@
+"""The demo: its parts by themselves, its checks with something wrong each, and a short run of the whole."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import aiosmtplib
+import anyio
+import asyncpg
+import httpx
+import msgspec
+import pytest
+
+from notifyq.demo import app as demo_app
+from notifyq.demo import check, main, web
+from notifyq.demo.check import Facts, Row, Stopped
+from notifyq.demo.database import USERS, libpq_variables
+from notifyq.demo.smtp import MailServer
+from notifyq.demo.traffic import MALFORMED, make_plan
+from notifyq.errors import ConfigError
+
+from ..helpers.machine import limit
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parents[2]
+NOON = datetime(2026, 1, 1, 12, tzinfo=UTC)
+
+
+def at(seconds: float) -> datetime:
+    return NOON + timedelta(seconds=seconds)
+
+
+def mail(id: int, key: str, attempts: int = 1, *, wait: float = 0.002, user: str | None = None) -> Row:
+    return Row(
+        id=id,
+        type="SEND_VERIFICATION_EMAIL",
+        state="done",
+        attempts=attempts,
+        created_at=at(id),
+        run_at=at(id),
+        processing_at=at(id + wait),
+        key=key,
+        user=user,
+    )
+
+
+@pytest.fixture
+def facts() -> Facts:
+    """All as it should be: a mail, and one that was refused once; a malformed row; a task that was scheduled;
+    and a mail that had gone already when its worker was killed."""
+    dead = mail(3, "none")._replace(type="EXPIRE_KEY", state="dead", key=None, error="Expected str")
+    scheduled = mail(4, "none")._replace(type="EXPIRE_KEY", key=None, run_at=at(8), processing_at=at(8.001))
+    made = Facts()
+    made.enqueued.update(SEND_VERIFICATION_EMAIL=3, EXPIRE_KEY=2)
+    made.received.update({"a": 1, "b": 1, "killed": 2})
+    made.refused.update({"b": 1})
+    made.malformed, made.scheduled = {3}, {4}
+    made.signed_up = made.users = {"u"}
+    made.killed = Stopped("worker 1", at(5.5), held={5: 1}, exit_code=-9)
+    made.drained = Stopped("worker 2", at(30), held={}, exit_code=0)
+    made.rows = [mail(1, "a", user="u"), mail(2, "b", 2), dead, scheduled, mail(5, "killed", 2, wait=2.5)]
+    return made
+
+
+def failed(facts: Facts) -> set[str]:
+    """The names of the checks that fail."""
+    return {one.__name__ for one in check.CHECKS if one(facts).wrong}
+
+
+def test_all_checks_hold_when_all_is_well(facts: Facts) -> None:
+    assert len(check.CHECKS) == 10
+    assert failed(facts) == set()
+    assert facts.totals() == [("EXPIRE_KEY", 2, 1, 1, 0), ("SEND_VERIFICATION_EMAIL", 3, 3, 0, 2)]
+
+
+def test_a_task_that_is_missing(facts: Facts) -> None:
+    facts.enqueued["EXPIRE_KEY"] += 1
+    assert failed(facts) == {"every_task_ended"}
+
+
+def test_a_task_that_has_not_ended(facts: Facts) -> None:
+    facts.rows[3] = facts.rows[3]._replace(state="ready")
+    assert failed(facts) == {"every_task_ended"}
+    assert "1 ready" in str(check.every_task_ended(facts))
+
+
+def test_a_malformed_row_that_is_done(facts: Facts) -> None:
+    facts.rows[2] = facts.rows[2]._replace(state="done")
+    assert failed(facts) == {"only_malformed_rows_are_dead"}
+
+
+def test_a_good_task_that_is_dead(facts: Facts) -> None:
+    facts.rows[3] = facts.rows[3]._replace(state="dead", error="RuntimeError: no")
+    assert failed(facts) == {"only_malformed_rows_are_dead"}
+    assert "RuntimeError: no" in str(check.only_malformed_rows_are_dead(facts))
+
+
+def test_a_death_without_a_reason(facts: Facts) -> None:
+    facts.rows[2] = facts.rows[2]._replace(error=None)
+    assert failed(facts) == {"only_malformed_rows_are_dead"}
+
+
+def test_a_malformed_row_that_was_tried_again(facts: Facts) -> None:
+    facts.rows[2] = facts.rows[2]._replace(attempts=2)
+    assert failed(facts) == {"only_malformed_rows_are_dead"}
+
+
+def test_a_user_without_a_task(facts: Facts) -> None:
+    facts.rows[0] = facts.rows[0]._replace(user=None)
+    assert failed(facts) == {"users_commit_with_their_tasks"}
+
+
+def test_a_task_of_a_user_who_was_rolled_back(facts: Facts) -> None:
+    facts.rows[1] = facts.rows[1]._replace(user="nobody")
+    assert failed(facts) == {"users_commit_with_their_tasks"}
+
+
+def test_a_mail_that_is_missing(facts: Facts) -> None:
+    del facts.received["a"]
+    assert failed(facts) == {"each_mail_has_its_task"}
+
+
+def test_a_mail_that_no_task_sent(facts: Facts) -> None:
+    facts.received["z"] = 1
+    assert failed(facts) == {"each_mail_has_its_task"}
+
+
+def test_a_mail_that_came_twice_without_a_kill(facts: Facts) -> None:
+    facts.received["a"] = 2
+    assert failed(facts) == {"only_the_kill_doubles_mails"}
+
+
+def test_a_mail_that_came_thrice_for_one_kill(facts: Facts) -> None:
+    facts.received["killed"] = 3
+    assert failed(facts) == {"only_the_kill_doubles_mails"}
+
+
+def test_an_attempt_that_nothing_explains(facts: Facts) -> None:
+    facts.rows[0] = facts.rows[0]._replace(attempts=2)
+    assert failed(facts) == {
+        "every_attempt_is_explained",
+        "tasks_start_at_once",
+    }  # nothing is left to measure: each mail task ran twice
+
+
+def test_a_slow_wake_up(facts: Facts) -> None:
+    facts.rows[0] = facts.rows[0]._replace(processing_at=at(1 + 2.5))
+    assert failed(facts) == {"tasks_start_at_once"}
+
+
+def test_who_waits_in_the_line_of_the_copy_is_not_measured(facts: Facts) -> None:
+    copied = facts.rows[0]._replace(id=10, type=check.COPIED, key=None, user=None, processing_at=at(1.5))
+    late = mail(1, "a", wait=3, user="u")
+    facts.rows[0], facts.copied_at = late, at(0.5)
+    facts.rows += [copied, mail(20, "c")]
+    facts.enqueued.update({check.COPIED: 1, "SEND_VERIFICATION_EMAIL": 1})
+    facts.received["c"] = 1
+    assert failed(facts) == set()
+    assert "of 1 enqueued singly" in str(check.tasks_start_at_once(facts))
+
+
+def test_a_task_that_started_before_its_time(facts: Facts) -> None:
+    facts.rows[3] = facts.rows[3]._replace(processing_at=at(7.9))
+    assert failed(facts) == {"scheduled_tasks_start_on_time"}
+
+
+def test_a_task_that_was_late(facts: Facts) -> None:
+    facts.rows[3] = facts.rows[3]._replace(processing_at=at(9))
+    assert failed(facts) == {"scheduled_tasks_start_on_time"}
+
+
+def test_a_late_rescue(facts: Facts) -> None:
+    facts.rows[4] = facts.rows[4]._replace(processing_at=at(5.5 + 5.1))
+    assert failed(facts) == {"killed_tasks_run_again"}
+
+
+def test_a_lost_task(facts: Facts) -> None:
+    del facts.rows[4]
+    assert failed(facts) == {
+        "every_task_ended",
+        "each_mail_has_its_task",
+        "killed_tasks_run_again",
+        "only_the_kill_doubles_mails",
+    }
+
+
+def test_an_outcome_that_was_on_its_way_when_its_worker_was_killed(facts: Facts) -> None:
+    assert facts.killed
+    facts.killed.held[1] = 1
+    assert failed(facts) == set()
+    assert "with 1 tasks" in str(check.killed_tasks_run_again(facts))
+
+
+def test_nobody_killed_and_nobody_drained(facts: Facts) -> None:
+    facts.killed = None
+    facts.drained = None
+    assert failed(facts) == {
+        "every_attempt_is_explained",
+        "killed_tasks_run_again",
+        "a_stopped_worker_finishes_its_tasks",
+        "only_the_kill_doubles_mails",
+    }
+
+
+@pytest.mark.parametrize("code", [1, -9, None])
+def test_a_worker_that_does_not_drain(facts: Facts, code: int | None) -> None:
+    assert facts.drained
+    facts.drained = facts.drained._replace(exit_code=code)
+    assert failed(facts) == {"a_stopped_worker_finishes_its_tasks"}
+
+
+def test_quantiles() -> None:
+    values = [float(value) for value in range(1, 101)]
+    assert (check.quantile(values, 0.5), check.quantile(values, 0.99)) == (50.0, 99.0)
+    assert check.quantile([7.0], 0.5) == check.quantile([7.0], 0.99) == 7.0
+
+
+def test_plan_adds_up() -> None:
+    plan = make_plan(20, 5000)
+    assert sum(plan) == 5000
+    assert min(make_plan(5, 200)) > 0
+
+
+def test_each_malformed_row_is_malformed() -> None:
+    for type, payload in MALFORMED:
+        with pytest.raises(ConfigError, match="doesn't fit"):
+            demo_app.app.registry.check(type, msgspec.json.encode(payload))
+
+
+def test_psql_gets_the_dsn_as_variables() -> None:
+    """Not as arguments, which all users of a machine can see."""
+    expected = {"PGUSER": "u", "PGPASSWORD": "s:e", "PGHOST": "h", "PGPORT": "1", "PGDATABASE": "d"}
+    variables = libpq_variables("postgresql://u:s%3Ae@h:1/d?sslmode=require")
+    assert variables.items() >= {**expected, "PGSSLMODE": "require"}.items()
+    assert "PGPASSWORD" not in libpq_variables("postgresql://u@/d?host=/tmp&port=7")
+
+
+@pytest.mark.parametrize("arguments", [(4.0, 5000), (float("nan"), 5000), (20.0, 0), (20.0, 10**9)])
+def test_what_it_cannot_do_is_refused(arguments: tuple[float, int]) -> None:
+    with pytest.raises(ConfigError, match="expected"):
+        main(*arguments)
+
+
+def test_missing_libraries_have_a_cure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("notifyq.demo.NEEDED", ("starlette", "no_such_library"))
+    with pytest.raises(ConfigError, match=r"needs no_such_library; run: pip install 'notifyq\[demo\]'"):
+        main()
+
+
+async def test_mail_is_counted_by_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is refused raises in the handler, so that notifyq tries again."""
+    server = MailServer(refuse=0.0, seconds=(0, 0))
+    async with server.serve() as port:
+        monkeypatch.setattr(demo_app, "SMTP_PORT", port)
+        await demo_app.send("a@example.org", "k1", "subject")
+        server.refuse = 1.0
+        with pytest.raises(aiosmtplib.SMTPDataError, match="come back later"):
+            await demo_app.send("a@example.org", "k2", "subject")
+    assert (dict(server.received), dict(server.refused)) == ({"k1": 1}, {"k2": 1})
+
+
+@pytest.fixture
+async def http(dsn: str, db: Any, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[httpx.AsyncClient]:
+    """A client of the web application, without a socket in between."""
+    await db.execute(f"SET search_path = public; {USERS}")
+    monkeypatch.setenv("NOTIFYQ_DSN", dsn)
+    transport = httpx.ASGITransport(web.web)
+    async with web.lifespan(web.web), httpx.AsyncClient(transport=transport, base_url="http://web") as client:
+        yield client
+
+
+async def types(db: asyncpg.Connection[asyncpg.Record]) -> list[str]:
+    return [row["type"] for row in await db.fetch("SELECT type FROM notifyq.all_tasks ORDER BY id")]
+
+
+async def test_signing_up_enqueues_with_the_user(http: httpx.AsyncClient, db: Any) -> None:
+    answer = await http.post("/signup", json={"email": "a@example.org"})
+    assert answer.status_code == 201
+    assert await types(db) == ["SEND_VERIFICATION_EMAIL"]
+    assert await db.fetchval("SELECT payload #>> '{user,id}' FROM notifyq.all_tasks") == answer.json()["id"]
+
+
+async def test_signing_up_twice_rolls_the_task_back(http: httpx.AsyncClient, db: Any) -> None:
+    codes = [(await http.post("/signup", json={"email": "a@example.org"})).status_code for _ in range(2)]
+    assert codes == [201, 409]
+    assert len(await types(db)) == 1
+
+
+async def test_a_forgotten_password_of_somebody_unknown(http: httpx.AsyncClient, db: Any) -> None:
+    await http.post("/signup", json={"email": "a@example.org"})
+    for email in ("a@example.org", "unknown@example.org"):
+        assert (await http.post("/forgot-password", json={"email": email})).status_code == 202
+    assert await types(db) == ["SEND_VERIFICATION_EMAIL", "SEND_FORGOT_PASSWORD_EMAIL"]
+
+
+@pytest.mark.parametrize("body", [b"", b"{}", b'{"email": "nobody"}', b"[]"])
+async def test_a_bad_form(http: httpx.AsyncClient, db: Any, body: bytes) -> None:
+    assert (await http.post("/signup", content=body)).status_code == 422
+    assert await types(db) == []
+
+
+class Demo:
+    """`notifyq demo` in a process of its own."""
+
+    def __init__(self, dsn: str, seconds: float) -> None:
+        argv = [
+            sys.executable,
+            "-m",
+            "notifyq",
+            "demo",
+            "--dsn",
+            dsn,
+            "--seconds",
+            str(seconds),
+            "--tasks",
+            "300",
+        ]
+        self.process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT)
+
+    def until(self, pattern: str) -> re.Match[str]:
+        """Read on to a line like this."""
+        assert self.process.stdout is not None
+        lines = []
+        for line in self.process.stdout:
+            lines.append(line)
+            if found := re.search(pattern, line):
+                return found
+        raise AssertionError("".join(lines))
+
+    def working(self) -> list[int]:
+        """When it has begun: the processes of its workers."""
+        found = self.until(r"worker 1 is process (\d+), worker 2 is process (\d+)")
+        return [int(pid) for pid in found.groups()]
+
+
+@pytest.fixture
+def demo(dsn: str) -> Iterator[Demo]:
+    running = Demo(dsn, 5)
+    yield running
+    running.process.kill()
+    running.process.communicate()
+
+
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+        # A zombie is dead, and stays where nobody waits for orphans (a container without an init).
+        return "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (ProcessLookupError, FileNotFoundError):
+        return False
+
+
+async def left_behind(db: Any) -> list[Any]:
+    """The schemas and the tasks of a demo."""
+    schemas = "SELECT nspname FROM pg_namespace WHERE nspname LIKE 'notifyq_demo%'"
+    return [*await db.fetch(schemas), *await db.fetch("SELECT id FROM notifyq.all_tasks")]
+
+
+async def test_the_whole(demo: Demo, db: Any) -> None:
+    """All its checks hold, and it leaves nothing on a server that isn't its own."""
+    output, _ = await anyio.to_thread.run_sync(lambda: demo.process.communicate(timeout=limit()))
+    assert demo.process.returncode == 0, output
+    assert output.count("\nok  ") == 10
+    assert "all 10 checks hold" in output
+    assert await left_behind(db) == []
+
+
+async def test_an_interrupt_ends_all_of_it(demo: Demo, db: Any) -> None:
+    workers = demo.working()
+    began = time.monotonic()
+    demo.process.send_signal(signal.SIGINT)
+    output, _ = await anyio.to_thread.run_sync(lambda: demo.process.communicate(timeout=limit()))
+    assert demo.process.returncode == 1, output
+    assert "interrupted" in output
+    assert time.monotonic() - began < limit(5)
+    assert not any(map(alive, workers))
+    assert await left_behind(db) == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+async def test_no_child_outlives_a_demo_that_is_killed(demo: Demo) -> None:
+    workers = demo.working()
+    demo.process.kill()
+    with anyio.fail_after(limit()):
+        while any(map(alive, workers)):
+            await anyio.sleep(0.01)

@@ -1,0 +1,89 @@
+"""A worker of an earlier version: the statements that it had, as tests/schemas keeps them, in the shortest of loops.
+
+It is strict where the real one is patient: an error of any statement is an error here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import anyio
+
+from notifyq.database import connection
+
+SCHEMAS = Path(__file__).parents[1] / "schemas"
+
+
+def statements(version: int) -> dict[str, str]:
+    return {path.stem: path.read_text(encoding="utf-8") for path in (SCHEMAS / str(version)).glob("*.sql")}
+
+
+class OldWorker:
+    """Of version 1. It claims, and settles in each of the ways there are: every seventh task is tried twice, every
+    eleventh handed back once, every thirteenth dies."""
+
+    def __init__(self, dsn: str) -> None:
+        self._dsn = dsn
+        self._sql = statements(1)
+        self._seen: set[int] = set()
+        self.settled: list[int] = []  # ids, each time that one ended here
+        self.ticks = 0
+        self.sleeps = 0
+
+    def has_settled(self, count: int) -> Callable[[], Any]:
+        async def ask() -> bool:
+            return len(self.settled) >= count
+
+        return ask
+
+    async def run(self, stop: anyio.Event) -> None:
+        conn: Any = await connection.connect_worker(self._dsn, "old")
+        door: Any = await connection.connect_worker(self._dsn, "old door")
+        try:
+            me: int = await conn.fetchval(
+                self._sql["register_worker"], "old:1", ["default"], ["Quick"], [10], 100, 30.0
+            )
+            while not stop.is_set():
+                rows = await conn.fetch(self._sql["claim"], me, ["default"], [50], 50, False)
+                await self._settle(conn, me, [(row["id"], row["attempts"]) for row in rows])
+                held: list[Any] = [[], []]
+                tick = await conn.fetchrow(self._sql["send_heartbeat"], me, 0, "ok", *held, ["default"], ["Quick"])
+                assert (tick["registered"], tick["lost"]) == (True, [])
+                self.ticks += 1
+                if not rows:
+                    await conn.fetchrow(self._sql["check_due"], ["default"], ["default"], 100, None, None)
+                    await self._sleep(door, conn, me)
+            assert await conn.fetchval(self._sql["hand_back_all"], me) == 0
+            await conn.execute(self._sql["unregister_worker"], me)
+        finally:
+            conn.terminate()
+            door.terminate()
+
+    async def _settle(self, conn: Any, me: int, held: list[tuple[int, int]]) -> None:
+        first = [(id, attempt) for id, attempt in held if id not in self._seen]
+        self._seen |= {id for id, _ in held}
+        back = [one for one in first if one[0] % 11 == 0]
+        later = [one for one in first if one[0] % 7 == 0 and one not in back]
+        over = [one for one in held if one not in back and one not in later]
+        for name, some, rest in (
+            ("hand_back", back, []),
+            ("retry_later", later, [[0.01] * len(later), [b'{"error": "oh"}'] * len(later)]),
+            ("finish", over, [["dead" if id % 13 == 0 else "done" for id, _ in over], [], [], True]),
+        ):
+            if some:
+                args = [[id for id, _ in some], [attempt for _, attempt in some], *rest]
+                applied = [row[0] for row in await conn.fetch(self._sql[name], me, *args)]
+                assert sorted(applied) == sorted(id for id, _ in some), name
+                if name == "finish":
+                    self.settled += applied
+
+    async def _sleep(self, door: Any, conn: Any, me: int) -> None:
+        """With SHARE on the bell, for a moment."""
+        async with door.transaction():
+            if await door.fetchval("SELECT notifyq.fall_asleep(100)"):
+                self.sleeps += 1
+                rows = await conn.fetch(self._sql["claim"], me, ["default"], [50], 50, False)
+                await anyio.sleep(0.02)
+                await self._settle(conn, me, [(row["id"], row["attempts"]) for row in rows])

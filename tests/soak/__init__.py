@@ -1,0 +1,1 @@
+"""A million tasks through one worker, and nothing grows: `make soak`."""

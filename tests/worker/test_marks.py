@@ -1,0 +1,223 @@
+"""Where a claim begins to read: at the front, or at a mark; and that nothing stays hidden before one."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any
+
+import anyio
+import pytest
+
+import notifyq
+from notifyq.worker import claim, cursors
+from notifyq.worker.cursors import BUSY_SECONDS, BUSY_TIMES, LAG_SECONDS, LEVELS, OWED_TIMES, PATIENCE_SECONDS, Marks
+from notifyq.worker.job import Job, Onward
+
+from ..conftest import Seen, Sessions, eventually, working
+from ..helpers.machine import Probe, limit
+from .test_doorbell import asleep
+
+FRONT, ONWARD = False, True
+
+
+def job(id: int, queue: str = "q", priority: int = 0) -> Job:
+    return Job(1, (id, 1, "T", queue, priority, None, datetime.now(UTC), b"{}", False, None))  # type: ignore[arg-type]
+
+
+def told(*jobs: Job, slow: bool) -> tuple[Marks, float]:
+    """Marks that a claim from the front has told of these jobs, long enough ago; and the time."""
+    m = Marks()
+    m.claimed(jobs, FRONT, 0.001, 10.0)
+    m.claimed([], FRONT, 0.001, 10.0 + LAG_SECONDS)
+    now = 10.0 + 2 * LAG_SECONDS
+    for _ in range(2):
+        m.claimed([], FRONT, 1.0 if slow else 0.001, now)
+    return m, now
+
+
+def test_a_healthy_claim_without_a_backlog_is_from_the_front() -> None:
+    m, now = told(job(7), slow=False)
+    assert m.onward(now, backlog=False) is None
+    assert m.owed_at == float("inf")
+
+
+def test_under_a_backlog_most_claims_begin_at_a_mark() -> None:
+    m, now = told(job(7), slow=False)
+    assert m.onward(now, backlog=True) == Onward(["q"], [0], [7])
+    assert m.onward(now + BUSY_SECONDS, backlog=True) is None, "one from the front, now and then"
+    m, now = told(job(7), slow=True)
+    assert m.onward(now + BUSY_TIMES - 0.1, backlog=True), "which took a second: not so soon again"
+    assert m.onward(now + BUSY_TIMES, backlog=True) is None
+
+
+def test_after_a_slow_claim_marks_answer_first_and_one_from_the_front_is_owed() -> None:
+    m, now = told(job(7), slow=True)
+    assert m.onward(now, backlog=False) == Onward(["q"], [0], [7])
+    m.claimed([job(8)], ONWARD, 0.001, now)
+    assert m.owed_at == now + OWED_TIMES
+    assert m.onward(m.owed_at, backlog=False) is None
+    m.claimed([], FRONT, 0.001, m.owed_at)
+    assert m.owed_at == float("inf"), "that was it"
+
+
+def test_a_claim_that_was_held_up_once_is_no_sign() -> None:
+    m, now = told(job(7), slow=False)
+    m.claimed([], FRONT, 2.5, now)
+    assert m.onward(now, backlog=False) is None
+    assert m.onward(now + BUSY_SECONDS, backlog=True) is None
+    m.claimed([], FRONT, 0.5, now)
+    assert m.onward(now, backlog=False), "so it is slow, and half a second of it"
+    assert m.onward(now + OWED_TIMES / 2, backlog=False) is None
+
+
+def test_marks_that_do_not_help_are_left_alone_for_a_while() -> None:
+    m, now = told(job(7), slow=True)
+    m.claimed([], ONWARD, 0.9, now)  # as slow as from the front: it is the network
+    assert m.onward(now, backlog=False) is None
+    assert m.owed_at == now
+    m.claimed([], FRONT, 1.0, now + 1)
+    assert m.onward(now + 1, backlog=False) is None
+    m.claimed([], FRONT, 1.0, now + PATIENCE_SECONDS)
+    assert m.onward(now + PATIENCE_SECONDS, backlog=False)
+
+
+def test_a_mark_is_behind_by_a_moment() -> None:
+    """Ids become visible in about their order, not quite: what was claimed just now marks nothing yet."""
+    m, now = told(job(7), slow=False)
+    m.claimed([job(20)], ONWARD, 0.001, now + LAG_SECONDS / 2)
+    for _ in range(2):
+        assert m.onward(now, backlog=True) == Onward(["q"], [0], [7])
+        now += LAG_SECONDS
+        m.claimed([], ONWARD, 0.001, now)
+    now += LAG_SECONDS
+    m.claimed([], ONWARD, 0.001, now)
+    m.claimed([], FRONT, 0.001, now)
+    assert m.onward(now, backlog=True) == Onward(["q"], [0], [20])
+
+
+def test_levels_are_apart_and_the_highest_priority_comes_first() -> None:
+    m, now = told(job(9, priority=5), job(3), job(4), job(2, "other", 7), slow=False)
+    assert m.onward(now, backlog=True) == Onward(["other", "q", "q"], [7, 5, 0], [2, 9, 4])
+
+
+def test_more_levels_than_can_be_kept_apart_are_not() -> None:
+    m, now = told(*(job(n, priority=n) for n in range(LEVELS + 1)), slow=False)
+    assert m.onward(now, backlog=True) is None
+
+
+def force(monkeypatch: pytest.MonkeyPatch, times: float) -> None:
+    """Marks as soon and as often as can be: each claim from the front counts as slow, and rests for `times` as long."""
+    for module in (cursors, claim):
+        monkeypatch.setattr(module, "SLOW_SECONDS", -1.0)
+        monkeypatch.setattr(module, "OWED_TIMES", times)
+    monkeypatch.setattr(cursors, "PATIENCE_SECONDS", 0.0)
+    monkeypatch.setattr(cursors, "LAG_SECONDS", 0.0)
+
+
+async def test_what_lies_before_a_mark_is_found(
+    monkeypatch: pytest.MonkeyPatch, dsn: str, db: Any, connect: Sessions
+) -> None:
+    """A transaction that stayed open, a new priority, a task made ready again: all start, though nothing rings for
+    them after the marks have gone past, and the fallback poll is off."""
+    force(monkeypatch, 200.0)
+    app, seen = notifyq.App(), Seen()
+
+    class Mark(notifyq.Task):
+        backoff = 0.0
+        name: str
+        fail: bool = False
+
+    @app.handler
+    async def run(task: Mark, ctx: notifyq.Context) -> None:
+        if task.fail and ctx.attempt == 1:
+            raise ValueError("once")
+        seen.add(task.name)
+
+    straggler = await connect()
+    open_one = straggler.transaction()
+    await open_one.start()
+    await app.enqueue(Mark("straggler"), conn=straggler)
+    async with working(app, dsn):
+        for n in range(20):
+            await app.enqueue(Mark(str(n)), conn=db)
+            await seen.reach(n + 1)
+        await open_one.commit()
+        await app.enqueue(Mark("again", fail=True), conn=db)
+        await app.enqueue(Mark("urgent"), conn=db, priority=9)
+        await app.enqueue(Mark("timed"), conn=db, delay=0.05)
+        with anyio.fail_after(limit()):
+            await seen.reach(24)
+        await eventually(lambda: db.fetchval("SELECT count(*) FROM notifyq.task"), 0)
+    assert sorted(seen.items[20:]) == ["again", "straggler", "timed", "urgent"]
+
+
+async def test_a_timed_task_that_is_seen_late_is_found(
+    monkeypatch: pytest.MonkeyPatch, dsn: str, db: Any, connect: Sessions
+) -> None:
+    """It was inserted in a transaction that stayed open until long after its time. The timers have a mark of their own
+    by then, and look before that mark again although no bell and no poll tells them to."""
+    force(monkeypatch, 300.0)
+    monkeypatch.setattr(claim, "ECHO_SECONDS", 3600.0)
+    app, seen = notifyq.App(), Seen()
+
+    class Mark(notifyq.Task):
+        name: str
+
+    @app.handler
+    async def run(task: Mark) -> None:
+        seen.add(task.name)
+
+    straggler = await connect()
+    open_one = straggler.transaction()
+    await open_one.start()
+    await app.enqueue(Mark("late"), conn=straggler, delay=0.001)
+    async with working(app, dsn):
+        for n in range(5):
+            await app.enqueue(Mark(str(n)), conn=db, delay=0.03)
+            await seen.reach(n + 1)
+        await open_one.commit()
+        assert (await seen.reach(6))[5] == "late"
+
+
+@pytest.mark.parametrize("what", ["claim", "timer"])
+async def test_a_lock_that_held_one_up_holds_back_none_later(
+    what: str, dsn: str, db: Any, connect: Sessions, probe: Probe
+) -> None:
+    """What waited for it took long, and isn't slow: so those that the marks know nothing of start at once."""
+    app, seen = notifyq.App(), Seen()
+
+    class Mark(notifyq.Task):
+        name: str = ""
+
+    @app.handler
+    async def run(task: Mark) -> None:
+        seen.add(task.name)
+
+    stranger = await connect()
+    waits = """SELECT count(*) FROM pg_locks JOIN pg_stat_activity USING (pid)
+               WHERE relation = 'notifyq.task'::regclass AND NOT granted AND application_name LIKE 'notifyq claims %'"""
+    async with working(app, dsn):
+        until = anyio.current_time() + 5 * LAG_SECONDS
+        count = 0
+        while anyio.current_time() < until:
+            await app.enqueue(Mark("first"), conn=db)
+            count = len(await seen.reach(count + 1))
+        if what == "timer":
+            await app.enqueue(Mark("timed"), conn=db, delay=1)
+        await asleep(db)
+        async with stranger.transaction():
+            await stranger.execute("LOCK TABLE notifyq.task IN ACCESS EXCLUSIVE MODE")
+            if what == "claim":
+                await db.execute("NOTIFY notifyq")
+            await eventually(lambda: db.fetchval(waits), 1)
+            await anyio.sleep(0.5)  # it is to take long
+        if what == "claim":
+            await app.enqueue(Mark("urgent"), conn=db, priority=9)
+        else:
+            count = len(await seen.reach(count + 1))
+            await db.execute(
+                """INSERT INTO notifyq.task (type, created_at, run_at)
+                   VALUES ('Mark', now() - interval '2 min', now() - interval '1 min')"""
+            )
+        with probe.within(2):
+            await seen.reach(count + 1)

@@ -1,0 +1,554 @@
+"""Outcomes that PostgreSQL doesn't take: the others of their batch are written at once, each culprit in a smaller form,
+or later, after a pause; and `errors` has an end."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import time
+from collections.abc import Callable
+from typing import Any
+
+import anyio
+import asyncpg
+import pytest
+
+import notifyq
+from notifyq.config import WorkerConfig
+from notifyq.database import connection
+from notifyq.database.connection import SQL
+from notifyq.worker import heartbeat, settle
+from notifyq.worker.job import Job
+from notifyq.worker.outcome import Finished, HandedBack, Outcome, RetryLater, returned, smaller
+from notifyq.worker.worker import Worker
+
+from ..conftest import Seen, Sessions, eventually, ids_of, working
+from ..helpers.machine import limit
+
+pytestmark = pytest.mark.slow
+
+Logged = Callable[[str], list[dict[str, Any]]]
+
+
+class Good(notifyq.Task):
+    pass
+
+
+class Bad(notifyq.Task):
+    how: str = "return"
+    max_attempts = 3
+    backoff = 0.01
+
+
+class Bench:
+    def __init__(self) -> None:
+        self.app = notifyq.App()
+        self.ran = Seen()
+        self.wait = anyio.Event()
+
+        @self.app.handler
+        async def good(task: Good) -> None:
+            self.ran.add("good")
+
+        @self.app.handler
+        async def bad(task: Bad) -> object:
+            self.ran.add("bad")
+            if task.how == "wait":
+                await self.wait.wait()
+            if task.how == "raise":
+                raise ValueError("no")
+            if task.how == "cancel":
+                return notifyq.Cancel("enough")
+            return {"a": 1}
+
+
+@pytest.fixture
+def bench() -> Bench:
+    return Bench()
+
+
+async def insert(db: Any, type: str, count: int = 1, **payload: Any) -> list[int]:
+    many = "INSERT INTO notifyq.task (type, payload) SELECT $1, $2 FROM generate_series(1, $3::integer) RETURNING id"
+    return [row[0] for row in await db.fetch(many, type, json.dumps(payload).encode(), count)]
+
+
+async def states(db: Any) -> dict[tuple[str, str], int]:
+    rows = await db.fetch("SELECT type, state, count(*) FROM notifyq.all_tasks GROUP BY 1, 2")
+    return {(row[0], row[1]): row[2] for row in rows}
+
+
+def trigger(on: str, when: str, code: str = "P0001", events: str = "INSERT OR UPDATE OR DELETE") -> str:
+    return f"""
+        CREATE FUNCTION public.no() RETURNS trigger LANGUAGE plpgsql AS $$
+        BEGIN RAISE EXCEPTION 'the auditors say no' USING ERRCODE = '{code}'; END $$;
+        CREATE TRIGGER no BEFORE {events} ON notifyq.{on} FOR EACH ROW WHEN ({when}) EXECUTE FUNCTION public.no()"""
+
+
+HOW = {
+    "a check": ("ALTER TABLE notifyq.finished ADD CONSTRAINT no CHECK (type <> 'Bad')", "DROP CONSTRAINT no"),
+    "a column": (
+        (
+            "ALTER TABLE notifyq.finished ADD COLUMN who text;"
+            "CREATE FUNCTION public.who() RETURNS trigger LANGUAGE plpgsql AS"
+            " $$ BEGIN IF NEW.type = 'Good' THEN NEW.who := 'me'; END IF; RETURN NEW; END $$;"
+            "CREATE TRIGGER who BEFORE INSERT ON notifyq.finished FOR EACH ROW EXECUTE FUNCTION public.who();"
+            "ALTER TABLE notifyq.finished ALTER who SET NOT NULL"
+        ),
+        "ALTER who DROP NOT NULL",
+    ),
+    "a trigger": (trigger("finished", "NEW.type = 'Bad'", events="INSERT"), "DISABLE TRIGGER no"),
+    "a trigger with a state of its own": (
+        trigger("finished", "NEW.type = 'Bad'", "AB123", "INSERT"),
+        "DISABLE TRIGGER no",
+    ),
+    "a trigger that misses its table": (
+        """CREATE FUNCTION public.no() RETURNS trigger LANGUAGE plpgsql AS
+           $$ BEGIN IF NEW.type = 'Bad' THEN INSERT INTO public.audit VALUES (NEW.id); END IF; RETURN NEW; END $$;
+           CREATE TRIGGER no BEFORE INSERT ON notifyq.finished FOR EACH ROW EXECUTE FUNCTION public.no()""",
+        "DISABLE TRIGGER no",
+    ),
+}
+
+
+@pytest.mark.parametrize("how", HOW)
+async def test_the_others_are_written_at_once(
+    bench: Bench, db: Any, dsn: str, how: str, logged: Logged, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the culprits when nothing is in their way any more, as they were decided. They ran once, their leases are
+    held meanwhile, there is one line for all of them, and not a try without a pause."""
+    refuse, relent = HOW[how]
+    monkeypatch.setattr(settle, "PAUSE_LEAST", 0.5)
+    tries: list[int] = []
+    write = settle.Settler._write
+
+    async def counted(self: Any, conn: Any, batch: list[Outcome], seconds: float) -> None:
+        tries.append(len(batch))
+        await write(self, conn, batch, seconds)
+
+    monkeypatch.setattr(settle.Settler, "_write", counted)
+    await db.execute(refuse)
+    await insert(db, "Good", 40)
+    bad = await insert(db, "Bad", 2)
+    await insert(db, "Good", 40)
+    async with working(bench.app, dsn):
+        await eventually(lambda: states(db), {("Good", "done"): 80, ("Bad", "running"): 2})
+        before = len(tries)
+        await insert(db, "Good", 5)
+        await eventually(lambda: states(db), {("Good", "done"): 85, ("Bad", "running"): 2})
+        assert len(tries) - before < 40, "each is tried in a few forms, and then after a pause"
+        await eventually(
+            lambda: db.fetchval("SELECT status FROM notifyq.worker"), "PostgreSQL refuses the outcomes of 2 tasks"
+        )
+        # A claimer that comes back takes back what the worker doesn't know of: these it knows.
+        cut = """SELECT pg_terminate_backend(pid) FROM pg_stat_activity
+                 WHERE application_name LIKE 'notifyq claims %' AND datname = current_database()"""
+        assert len(await db.fetch(cut)) == 1
+        await insert(db, "Good", 5)
+        await eventually(lambda: states(db), {("Good", "done"): 90, ("Bad", "running"): 2})
+        await db.execute(f"ALTER TABLE notifyq.finished {relent}")
+        await eventually(lambda: states(db), {("Good", "done"): 90, ("Bad", "done"): 2})
+        assert await db.fetchval("SELECT count(*) FROM notifyq.finished WHERE result = '{\"a\": 1}'") == 2
+        await eventually(lambda: db.fetchval("SELECT status FROM notifyq.worker"), "ok")
+    assert bench.ran.items.count("bad") == 2
+    found = logged("can't be written in any form")
+    assert [line["tasks"] for line in found] in ([2], [1, 1]), "once for each, or for both"
+    assert ids_of(found) == bad
+    assert all(line["error"] for line in found)
+    assert sum(line["tasks"] for line in logged("are written now")) == 2
+
+
+RETURNS = """
+    CREATE FUNCTION public.audit() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RETURN {}; END $$;
+    CREATE TRIGGER audit BEFORE INSERT OR UPDATE OR DELETE ON notifyq.task FOR EACH ROW EXECUTE FUNCTION public.audit()
+"""
+MENDED = """
+    CREATE OR REPLACE FUNCTION public.audit() RETURNS trigger LANGUAGE plpgsql AS
+    $$ BEGIN RETURN CASE WHEN TG_OP = 'DELETE' THEN OLD ELSE NEW END; END $$
+"""
+
+
+async def test_a_trigger_that_keeps_a_row_and_says_nothing(
+    bench: Bench, db: Any, dsn: str, logged: Logged, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It returns NEW, which is NULL on DELETE. Each task runs once, and its outcome waits until the trigger is mended.
+    Another outcome, which the trigger lets through, is written at once."""
+    monkeypatch.setattr(settle, "PAUSE_MOST", 0.5)
+    monkeypatch.setattr(settle, "PAUSE_LEAST", 0.5)
+    monkeypatch.setattr(heartbeat, "LOOK_SECONDS", 0.2)
+    await db.execute(RETURNS.format("NEW"))
+    bad = await insert(db, "Bad", 2)
+    [failing] = await insert(db, "Bad", how="raise")
+    status = "SELECT status FROM notifyq.worker"
+    async with working(bench.app, dsn):
+        said = "PostgreSQL refuses the outcomes of 3 tasks; trigger audit on notifyq.task"
+        await eventually(lambda: db.fetchval(status), said)
+        errors = "SELECT jsonb_array_length(errors) FROM notifyq.task WHERE id = $1"
+        assert await db.fetchval(errors, failing) == 2, "the retries were written"
+        await db.execute(MENDED)
+        await eventually(lambda: states(db), {("Bad", "done"): 2, ("Bad", "dead"): 1})
+        assert await db.fetchval("SELECT count(*) FROM notifyq.finished WHERE result = '{\"a\": 1}'") == 2
+        await eventually(lambda: db.fetchval(status), "ok")
+    assert bench.ran.items.count("bad") == 2 + 3
+    found = logged("can't be written in any form")
+    assert ids_of(found) == [*bad, failing], "each is said once"
+    assert all("must return NEW, or OLD on DELETE" in line["error"] for line in found)
+    assert logged("whose lease was lost") == []
+
+
+async def test_a_locked_row_keeps_no_other(
+    bench: Bench, db: Any, dsn: str, connect: Sessions, logged: Logged, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody's transaction has locked the row of a task that ends, and stays open. That one waits for it."""
+    monkeypatch.setattr(connection, "WORKER_TIMEOUT_SECONDS", 3600.0)
+    monkeypatch.setattr(settle, "PAUSE_LEAST", 0.1)
+    other = await connect()
+    [bad] = await insert(db, "Bad", how="wait")
+    async with working(bench.app, dsn):
+        await bench.ran.reach(1)
+        async with other.transaction():
+            await other.execute("SELECT FROM notifyq.task WHERE id = $1 FOR UPDATE", bad)
+            bench.wait.set()
+            await insert(db, "Good", 40)
+            await eventually(lambda: states(db), {("Good", "done"): 40, ("Bad", "running"): 1})
+            await eventually(
+                lambda: db.fetchval("SELECT status FROM notifyq.worker"),
+                "another session has locked 1 tasks that have ended",
+            )
+            await insert(db, "Good", 5)
+            await eventually(lambda: states(db), {("Good", "done"): 45, ("Bad", "running"): 1})
+        await eventually(lambda: states(db), {("Good", "done"): 45, ("Bad", "done"): 1})
+    assert bench.ran.items.count("bad") == 1
+    assert [line["ids"] for line in logged("has locked the rows of these tasks")] == [[bad]]
+    assert [line["ids"] for line in logged("are written now")] == [[bad]]
+
+
+async def test_a_stop_waits_for_a_locked_row(
+    bench: Bench, db: Any, dsn: str, connect: Sessions, logged: Logged
+) -> None:
+    """As long as for any outcome that isn't written yet."""
+    other = await connect()
+    [bad] = await insert(db, "Bad", how="wait")
+    async with working(bench.app, dsn) as worker:
+        await bench.ran.reach(1)
+        async with other.transaction():
+            await other.execute("SELECT FROM notifyq.task WHERE id = $1 FOR UPDATE", bad)
+            bench.wait.set()
+            with anyio.fail_after(limit()):
+                while not logged("has locked the rows of these tasks"):
+                    await anyio.sleep(0.02)
+            worker.stop.set()
+            await eventually(
+                lambda: db.fetchval(
+                    "SELECT count(*) FROM pg_stat_activity WHERE application_name LIKE 'notifyq claims%'"
+                ),
+                0,
+            )
+        await worker.stopped()
+    assert await states(db) == {("Bad", "done"): 1}
+    assert bench.ran.items == ["bad"]
+
+
+async def test_a_heartbeat_that_is_refused(
+    bench: Bench, db: Any, dsn: str, quick_heart: None, logged: Logged, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is said once, however often it is tried, and once when it is over. The worker works on meanwhile."""
+    tries = Seen()
+    connect_worker = connection.connect_worker
+
+    async def counted(*args: Any, **options: Any) -> Any:
+        tries.add(1)
+        return await connect_worker(*args, **options)
+
+    async with working(bench.app, dsn):
+        monkeypatch.setattr(heartbeat, "connect_worker", counted)
+        await db.execute("ALTER TABLE notifyq.worker ADD CONSTRAINT no CHECK (id IS NULL) NOT VALID")
+        with anyio.fail_after(limit()):
+            while len(tries.items) < 6:
+                await anyio.sleep(0.02)
+        await insert(db, "Good", 3)
+        await eventually(lambda: states(db), {("Good", "done"): 3})
+        assert len(logged("heartbeat: PostgreSQL refuses it")) == 1
+        assert not logged("heartbeat: the database is back")
+        await db.execute("ALTER TABLE notifyq.worker DROP CONSTRAINT no")
+        with anyio.fail_after(limit()):
+            while not logged("heartbeat: the database is back"):
+                await anyio.sleep(0.02)
+    assert len(logged("heartbeat:")) == 2
+    assert not logged("lost the database")
+
+
+async def test_a_change_between_two_forms(
+    bench: Bench, db: Any, dsn: str, connect: Sessions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is in the way goes when the outcome as it was decided has just been refused once more, which is when an
+    ALTER TABLE that waited for that statement goes on. PostgreSQL would take the smaller form; the first is written."""
+    refuse, relent = HOW["a check"]
+    monkeypatch.setattr(settle, "PAUSE_LEAST", 0.1)
+    write, other, refused = settle.Settler._write, await connect(), 0
+
+    async def relenting(self: Any, conn: Any, batch: list[Outcome], seconds: float) -> None:
+        nonlocal refused
+        try:
+            await write(self, conn, batch, seconds)
+        except asyncpg.CheckViolationError:
+            if isinstance(batch[0], Finished) and batch[0].state == "done":
+                refused += 1
+                if refused == 2:
+                    await other.execute(f"ALTER TABLE notifyq.finished {relent}")
+            raise
+
+    monkeypatch.setattr(settle.Settler, "_write", relenting)
+    await db.execute(refuse)
+    await insert(db, "Bad", 1)
+    async with working(bench.app, dsn):
+        await eventually(lambda: states(db), {("Bad", "done"): 1})
+    assert refused == 2
+
+
+@pytest.mark.parametrize(
+    ("how", "ends"),
+    [
+        ("return", "PostgreSQL can't store its outcome: .*the auditors say no"),
+        ("raise", r"ValueError: no \(PostgreSQL can't store its outcome: .*the auditors say no\)"),
+    ],
+)
+async def test_in_a_smaller_form(bench: Bench, db: Any, dsn: str, how: str, ends: str, logged: Logged) -> None:
+    """A result is refused, and so are tracebacks: dead, with the reason, at once."""
+    await db.execute(
+        trigger(
+            "finished",
+            "NEW.type = 'Bad' AND (NEW.result IS NOT NULL OR NEW.errors::text ~ 'Traceback')",
+            events="INSERT",
+        )
+    )
+    await insert(db, "Good", 3)
+    (id,) = await insert(db, "Bad", how=how)
+    await db.execute("UPDATE notifyq.task SET max_attempts = 1 WHERE id = $1", id)
+    async with working(bench.app, dsn):
+        await eventually(lambda: states(db), {("Good", "done"): 3, ("Bad", "dead"): 1})
+    error = await db.fetchval("SELECT error FROM notifyq.all_tasks WHERE id = $1", id)
+    assert re.search(ends, error), error
+    (line,) = logged("less of them is written")
+    assert line["ids"] == [id]
+    assert bench.ran.items.count("bad") == 1
+
+
+async def test_a_retry_that_is_refused(bench: Bench, db: Any, dsn: str) -> None:
+    """Errors that can't grow any more: those of the attempts before are left out, and the task goes on."""
+    await db.execute(
+        trigger("task", "jsonb_array_length(NEW.errors) > 1 AND NOT NEW.errors -> 0 ? 'left_out'", "54000", "UPDATE")
+    )
+    await insert(db, "Good", 3)
+    (id,) = await insert(db, "Bad", how="raise")
+    async with working(bench.app, dsn):
+        await eventually(lambda: states(db), {("Good", "done"): 3, ("Bad", "dead"): 1})
+    row = await db.fetchrow("SELECT attempts, errors FROM notifyq.all_tasks WHERE id = $1", id)
+    assert row["attempts"] == 3
+    first, second, third = json.loads(row["errors"])
+    assert first["left_out"] == 1
+    assert (second["attempt"], third["attempt"]) == (2, 3)
+
+
+async def test_a_hand_back_that_is_refused_does_not_hold_up_a_stop(
+    bench: Bench, db: Any, dsn: str, logged: Logged
+) -> None:
+    """It is tried again for as long as a stop waits for outcomes, and said."""
+    (id,) = await insert(db, "Bad", how="wait")
+    async with working(bench.app, dsn, shutdown_timeout=0.1) as worker:
+        await bench.ran.reach(1)
+        await db.execute(trigger("task", "OLD.type = 'Bad'", events="UPDATE"))
+        worker.stop.set()
+        with anyio.fail_after(limit()):
+            await worker.done.wait()
+    assert await db.fetchval("SELECT state FROM notifyq.all_tasks WHERE id = $1", id) == "running"
+    assert logged("stopped with outcomes that could not be written")[0]["tasks"] == 1
+
+
+async def test_a_stop_tries_once_more_what_was_put_off(
+    bench: Bench, db: Any, dsn: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(settle, "PAUSE_LEAST", 3600.0)
+    await db.execute("ALTER TABLE notifyq.finished ADD CONSTRAINT no CHECK (type <> 'Bad')")
+    await insert(db, "Bad")
+    async with working(bench.app, dsn):
+        status = "PostgreSQL refuses the outcomes of 1 tasks"
+        await eventually(lambda: db.fetchval("SELECT status FROM notifyq.worker"), status)
+        await db.execute("ALTER TABLE notifyq.finished DROP CONSTRAINT no")
+    assert await states(db) == {("Bad", "done"): 1}
+
+
+async def test_too_many_that_are_put_off_stop_the_claims(
+    bench: Bench, db: Any, dsn: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are held in memory."""
+    monkeypatch.setattr(settle, "MOST_PUT_OFF", 2)
+    await db.execute("ALTER TABLE notifyq.finished ADD CONSTRAINT no CHECK (type <> 'Bad')")
+    await insert(db, "Bad", 3)
+    async with working(bench.app, dsn):
+        status = "PostgreSQL refuses the outcomes of 3 tasks"
+        await eventually(lambda: db.fetchval("SELECT status FROM notifyq.worker"), status)
+        await insert(db, "Good")
+        await eventually(lambda: db.fetchval("SELECT seen_at > (SELECT max(created_at) FROM notifyq.task) "
+                                             "FROM notifyq.worker"), True)  # fmt: skip
+        assert await states(db) == {("Bad", "running"): 3, ("Good", "ready"): 1}
+        await db.execute("ALTER TABLE notifyq.finished DROP CONSTRAINT no")
+        await eventually(lambda: states(db), {("Bad", "done"): 3, ("Good", "done"): 1})
+
+
+async def test_a_drain_ends_though_an_outcome_is_refused(bench: Bench, db: Any, dsn: str) -> None:
+    await db.execute("ALTER TABLE notifyq.finished ADD CONSTRAINT no CHECK (type <> 'Bad')")
+    await insert(db, "Bad")
+    await insert(db, "Good", 3)
+    with anyio.fail_after(limit()):
+        await bench.app.run_worker(dsn=dsn, drain=True)
+    assert (await states(db))["Good", "done"] == 3
+    assert bench.ran.items.count("bad") == 1
+
+
+# --- What is written instead
+
+
+def job(size: int = 0) -> Job:
+    made = Job(1, (7, 2, "T", "default", 0, None, None, b"{}", False, None))  # type: ignore[arg-type]
+    made.size = size
+    return made
+
+
+def test_every_outcome_gets_smaller_and_ends() -> None:
+    """At each step, until there is nothing less to be said."""
+    for first, kinds in (
+        (returned(job(), None, {"a": 1}), ["dead", "dead"]),  # type: ignore[arg-type]
+        (RetryLater(job(), 5.0, '{"attempt":2,"error":"e\U0001f40d\\nmore"}'.encode()), [5.0, "dead"]),
+        (HandedBack(job()), []),
+    ):
+        forms = []
+        step = 1
+        while (form := smaller(first, step, "why")) is not None:
+            forms.append(form)
+            step += 1
+        assert [getattr(form, "state", None) or form.delay for form in forms] == kinds  # type: ignore[union-attr]
+        for form in forms:
+            said = json.loads(form.error or b"{}")["error"]  # type: ignore[union-attr]
+            assert said.endswith(
+                "PostgreSQL can't store its outcome: why" + (")" if isinstance(first, RetryLater) else "")
+            )
+            assert "more" not in said
+            assert said.isascii(), "every database's encoding has it"
+
+
+def test_the_pauses_of_what_is_put_off() -> None:
+    """Each is twice as long as the one before, the first too is none to be skipped, and there is a longest."""
+    before = time.monotonic()
+    one = settle.PutOff(HandedBack(job()))
+    pauses = []
+    for _ in range(12):
+        assert before + one.pause <= one.due <= time.monotonic() + one.pause
+        pauses.append(one.pause)
+        before = time.monotonic()
+        one.again()
+    assert pauses[:9] == [2.0**n for n in range(9)]
+    assert pauses[9:] == [settle.PAUSE_MOST] * 3
+
+
+async def test_a_result_that_is_too_large(db: Any, dsn: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dead with a clear message; one that fits is kept."""
+    monkeypatch.setattr("notifyq.worker.outcome.RESULT_LIMIT", 1000)
+    app = notifyq.App()
+
+    class Make(notifyq.Task):
+        size: int
+
+    @app.handler
+    async def make(task: Make) -> str:
+        return "x" * task.size
+
+    fits, over = [(await insert(db, "Make", size=size))[0] for size in (998, 999)]
+    async with working(app, dsn):
+        await eventually(lambda: states(db), {("Make", "done"): 1, ("Make", "dead"): 1})
+    rows = {row["id"]: row for row in await db.fetch("SELECT id, state, error FROM notifyq.all_tasks")}
+    assert rows[fits]["state"] == "done"
+    assert rows[over]["error"].startswith("its result is 1,001 bytes of JSON, the limit is 1,000; ")
+
+
+# --- Errors
+
+
+async def test_errors_keep_the_first_and_the_last_hundred(db: Any) -> None:
+    """And say how many are left out between them, whatever was there before."""
+    add = "SELECT notifyq.with_error($1, $2)"
+    errors: bytes | None = None
+    for n in range(1, 251):
+        errors = await db.fetchval(add, errors, json.dumps({"attempt": n, "error": "x"}).encode())
+        found = json.loads(errors)
+        if n <= 200:
+            assert [entry["attempt"] for entry in found] == list(range(1, n + 1))
+        else:
+            kept = [*range(1, 101), None, *range(n - 99, n + 1)]
+            assert [entry.get("attempt") for entry in found] == kept
+            assert found[100]["left_out"] == n - 200
+            assert str(n - 200) in found[100]["error"]
+
+
+async def test_errors_that_are_long_or_large_already(db: Any) -> None:
+    """Those of before there was an end to them, and what a person may have made of them."""
+    add = "SELECT notifyq.with_error({}, '{{\"attempt\": 0}}')"
+    long = "(SELECT jsonb_agg(jsonb_build_object('attempt', n)) FROM generate_series(1, 5000) n)"
+    found = json.loads(await db.fetchval(add.format(long)))
+    assert [entry.get("attempt") for entry in found] == [*range(1, 101), None, *range(4902, 5001), 0]
+    assert found[100]["left_out"] == 5000 - 199
+    large = """(SELECT jsonb_agg(jsonb_build_object('attempt', n, 'error', (
+                    SELECT string_agg(md5(n || '.' || i), '') FROM generate_series(1, 50000) i)))
+                FROM generate_series(1, 10) n)"""
+    await insert(db, "Good")
+    await db.execute(f"UPDATE notifyq.task SET errors = {large}")
+    found = json.loads(await db.fetchval("SELECT notifyq.with_error(errors, '{\"attempt\": 0}') FROM notifyq.task"))
+    assert [entry.get("left_out") for entry in found] == [10, None]
+    for odd in ("'\"none\"'", "'{\"a\": 1}'", "'null'", "'[]'", "NULL"):
+        found = json.loads(await db.fetchval(add.format(f"{odd}::jsonb")))
+        assert found[-1] == {"attempt": 0}
+
+
+async def test_every_statement_that_adds_an_error_keeps_to_it(db: Any) -> None:
+    """A retry, a last attempt, a rescue, and a task whose predecessor is dead."""
+    for name in ("finish", "retry_later", "rescue"):
+        assert "notifyq.with_error(" in SQL[name]
+    assert not [name for name, text in SQL.items() if "errors, '[]'" in text]
+    bodies = "SELECT prosrc FROM pg_proc WHERE pronamespace = 'notifyq'::regnamespace AND prosrc ~ 'errors, ''\\[\\]'''"
+    assert await db.fetch(bodies) == []
+
+
+async def test_a_task_that_fails_hundreds_of_times(db: Any, dsn: str) -> None:
+    """Each failure is written by the worker, and what it writes is bounded."""
+    app = notifyq.App()
+    done = asyncio.Event()
+
+    class Poll(notifyq.Task):
+        max_attempts = 32767
+        backoff = 0.0
+
+    @app.handler
+    async def poll(task: Poll, ctx: notifyq.Context) -> None:
+        if ctx.attempt > 230:
+            done.set()
+            return
+        raise notifyq.Retry(delay=0)
+
+    (id,) = await insert(db, "Poll")
+    async with working(app, dsn):
+        await eventually(lambda: states(db), {("Poll", "done"): 1}, 60)
+    errors = json.loads(await db.fetchval("SELECT errors FROM notifyq.all_tasks WHERE id = $1", id))
+    assert (len(errors), errors[100]["left_out"]) == (201, 30)
+    assert errors[-1]["attempt"] == 230
+
+
+async def test_what_is_said_of_a_refusal_has_no_row(db: Any, logged: Logged) -> None:
+    """PostgreSQL's DETAIL shows the whole row, and with it the payload."""
+    with pytest.raises(asyncpg.CheckViolationError) as refused:
+        await db.execute("CREATE TEMP TABLE t (payload text CHECK (payload = '')); INSERT INTO t VALUES ('secret')")
+    assert "secret" in str(refused.value), "it would prove nothing"
+    worker = Worker(notifyq.App().registry, WorkerConfig(queues={"default": None}), None)
+    await worker._back_off("claim", refused.value)
+    [line] = logged("PostgreSQL refuses what this worker needs")
+    assert "t_payload_check" in line["error"]
+    assert "secret" not in line["error"]
