@@ -78,7 +78,7 @@
 -- Options
 -- -------
 -- Features that few tasks use are given in one column, options, a JSON object: unique_key, order_key, limit_key, after
--- and their settings; see notifyq.given(). For all other tasks it is NULL, and costs their INSERT one short WHEN. It
+-- and their settings; see notifyq.apply_options(). For all other tasks it is NULL, and costs their INSERT one short WHEN. It
 -- must be short: PostgreSQL parses a CHECK or a trigger's WHEN anew for every statement, at 4 000 to 5 000 instructions
 -- for each column, operator and constant in it. A whole INSERT takes 170 000.
 --
@@ -135,7 +135,7 @@ CREATE TABLE notifyq.task (
     type          text        NOT NULL,
     payload       jsonb       NOT NULL DEFAULT '{}',
     errors        jsonb,                               -- one object for each attempt that failed: see with_error()
-    options       jsonb,                               -- see "Options"; these three are taken from it by notifyq.given():
+    options       jsonb,                               -- see "Options"; these three are taken from it by notifyq.apply_options():
     order_key     text,                                -- one at a time, in the order of ids
     limit_key     text,                                -- at most N at the same time, of all tasks with this key
     after         bigint[],                            -- the tasks whose ends it waits for, until they have come
@@ -289,7 +289,7 @@ CREATE TABLE notifyq.started (
     PRIMARY KEY (key, at)
 ) WITH (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 500, vacuum_truncate = off);
 
-CREATE FUNCTION notifyq.ended() RETURNS trigger LANGUAGE plpgsql AS $$
+CREATE FUNCTION notifyq.on_task_deleted() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
     IF OLD.tracked THEN
         INSERT INTO notifyq.freed (task, ended, queue, order_key, limit_key)
@@ -304,8 +304,8 @@ END $$;
 -- 0.14 us for a row that nobody waits for, and for each statement, INSERTs too, as much as the words after WHEN are
 -- long. Not for UPDATE OF run_at too: each row that is claimed would be fetched once more, though claims don't name
 -- that column.
-CREATE TRIGGER ended AFTER DELETE ON notifyq.task FOR EACH ROW
-    WHEN (OLD.tracked OR OLD.awaited) EXECUTE FUNCTION notifyq.ended();
+CREATE TRIGGER on_task_deleted AFTER DELETE ON notifyq.task FOR EACH ROW
+    WHEN (OLD.tracked OR OLD.awaited) EXECUTE FUNCTION notifyq.on_task_deleted();
 
 -- `errors` with one more entry. It keeps the first hundred and the last hundred entries. One between them says how many
 -- were left out, so a task that fails thousands of times costs each time the same. Of errors that take more than 8 MB
@@ -443,7 +443,7 @@ END $$;
 --     limit_seconds      in any so many seconds
 --     after            ids of tasks; it waits for their ends, and
 --     on_dead            is cancelled (cancel) or run all the same (run) if one of these isn't done
-CREATE FUNCTION notifyq.given() RETURNS trigger LANGUAGE plpgsql
+CREATE FUNCTION notifyq.apply_options() RETURNS trigger LANGUAGE plpgsql
 SET search_path = pg_catalog SET enable_seqscan = off AS $$
 DECLARE
     o CONSTANT jsonb := CASE jsonb_typeof(NEW.options)
@@ -509,8 +509,8 @@ BEGIN
     RETURN NEW;
 END $$;
 
-CREATE TRIGGER given BEFORE INSERT ON notifyq.task FOR EACH ROW WHEN (NEW.options IS NOT NULL)
-    EXECUTE FUNCTION notifyq.given();
+CREATE TRIGGER apply_options BEFORE INSERT ON notifyq.task FOR EACH ROW WHEN (NEW.options IS NOT NULL)
+    EXECUTE FUNCTION notifyq.apply_options();
 
 -- The newest task with this key, by a snapshot of its own: so the statement that has inserted nothing learns what is there.
 CREATE FUNCTION notifyq.unique_task(key text) RETURNS bigint LANGUAGE sql BEGIN ATOMIC
@@ -1512,10 +1512,10 @@ COMMENT ON FUNCTION notifyq.cron_resume(text) IS
 COMMENT ON FUNCTION notifyq.cron_run(text) IS
     'Enqueue the task of a cron now. Returns its id; NULL: there is no such cron.';
 COMMENT ON FUNCTION notifyq.ring() IS 'Internal: trigger ring, which wakes a worker if one sleeps.';
-COMMENT ON FUNCTION notifyq.ended() IS
-    'Internal: trigger ended, which tells of the ends of tasks that others wait for.';
-COMMENT ON FUNCTION notifyq.given() IS
-    'Internal: trigger given, which checks the options of a new task and applies them.';
+COMMENT ON FUNCTION notifyq.on_task_deleted() IS
+    'Internal: trigger on_task_deleted, which tells of the ends of tasks that others wait for.';
+COMMENT ON FUNCTION notifyq.apply_options() IS
+    'Internal: trigger apply_options, which checks the options of a new task and applies them.';
 COMMENT ON FUNCTION notifyq.tell(text, text) IS 'Internal: NOTIFY, unless the queue of notifications is nearly full.';
 COMMENT ON FUNCTION notifyq.gave_up(notifyq.task) IS
     'Internal: adds a row to notifyq.freed for a task that gave up its slot.';

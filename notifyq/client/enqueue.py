@@ -245,7 +245,7 @@ class Explained:
             raise DatabaseError(f"this user may not enqueue: {message}; schema.sql ends with the GRANTs") from error
         if state == "25006":
             raise DatabaseError("this server, or this transaction, is read-only; enqueue on the primary") from error
-        if state == "23514" and message.startswith("notifyq.task: "):  # schema.sql's notifyq.given()
+        if state == "23514" and message.startswith("notifyq.task: "):  # schema.sql's notifyq.apply_options()
             raise ConfigError(f"task {self._type}: {message.removeprefix('notifyq.task: ')}") from error
         if state == "23505" and "task_pkey" in message:
             raise DatabaseError(

@@ -1191,13 +1191,13 @@ async def test_stats_of_nothing(run: Run, dsn: str) -> None:
 
 
 async def test_stats_says_what_is_wrong_with_the_database(run: Run, dsn: str, db: Any) -> None:
-    await db.execute("ALTER TABLE notifyq.task DISABLE TRIGGER given")
-    cure = "ALTER TABLE notifyq.task ENABLE TRIGGER given"
+    await db.execute("ALTER TABLE notifyq.task DISABLE TRIGGER apply_options")
+    cure = "ALTER TABLE notifyq.task ENABLE TRIGGER apply_options"
     said = await run("stats", dsn=dsn)
     assert (said.code, said.lines[-1].partition(". Cure: ")[2]) == (0, cure)
-    assert said.lines[-1].startswith("trigger given of notifyq.task is disabled: limits, order, unique keys")
+    assert said.lines[-1].startswith("trigger apply_options of notifyq.task is disabled: limits, order, unique keys")
     [finding] = json.loads((await run("stats --json", dsn=dsn)).out)["findings"]
-    assert (finding["about"], finding["cure"]) == ("trigger given", cure)
+    assert (finding["about"], finding["cure"]) == ("trigger apply_options", cure)
 
 
 async def test_a_terminal_gets_a_rich_table(run: Run, dsn: str, db: Any, monkeypatch: pytest.MonkeyPatch) -> None:

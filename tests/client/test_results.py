@@ -380,7 +380,7 @@ async def test_a_lost_notification_is_made_up_for(
     (job,) = await verbs.held(db)
     async with wait(app.ref(job.id)) as got:
         await marked(db)
-        await db.execute("ALTER TABLE notifyq.task DISABLE TRIGGER ended")
+        await db.execute("ALTER TABLE notifyq.task DISABLE TRIGGER on_task_deleted")
         await verbs.finish(db, [job])
     assert got == [None]
 

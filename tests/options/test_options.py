@@ -141,9 +141,9 @@ async def test_what_sql_refuses(db: Any, options: str, message: str) -> None:
 
 
 def test_each_message_has_a_case() -> None:
-    """Those of notifyq.given(), as schema.sql has them."""
-    _, _, text = schema.schema_sql().partition("CREATE FUNCTION notifyq.given()")
-    text = re.sub(r"'\s*\n\s*'", "", text.partition("CREATE TRIGGER given")[0])
+    """Those of notifyq.apply_options(), as schema.sql has them."""
+    _, _, text = schema.schema_sql().partition("CREATE FUNCTION notifyq.apply_options()")
+    text = re.sub(r"'\s*\n\s*'", "", text.partition("CREATE TRIGGER apply_options")[0])
     said = re.findall(r"(?:THEN|ELSE)\s+'([^']* [^']*)'", text)
     assert len(said) == 17
     assert [words for words in said if not any(message.endswith(words) for _, message in REFUSED)] == []

@@ -170,7 +170,7 @@ async def test_a_hidden_worker_is_not_robbed(dsn: str, db: Any, connect: Session
 # --- Triggers that don't fire
 
 
-@pytest.mark.parametrize("trigger", ["given", "ended", "ring"])
+@pytest.mark.parametrize("trigger", ["apply_options", "on_task_deleted", "ring"])
 @pytest.mark.parametrize("what", ["DISABLE TRIGGER {}", "ENABLE REPLICA TRIGGER {}", "DROP"])
 async def test_triggers(db: Any, trigger: str, what: str) -> None:
     """Disabled, for replicas only, or missing; the cure that is told cures it."""
@@ -237,7 +237,8 @@ async def test_a_worker_says_which_triggers_do_not_fire(dsn: str, db: Any, logge
     await db.execute("ALTER TABLE notifyq.task DISABLE TRIGGER ALL")
     async with working(saying(Seen()), dsn):
         await eventually(
-            lambda: db.fetchval("SELECT status FROM notifyq.worker"), "trigger ended; trigger given; trigger ring"
+            lambda: db.fetchval("SELECT status FROM notifyq.worker"),
+            "trigger apply_options; trigger on_task_deleted; trigger ring",
         )
     for effect in ("limits, order, unique keys and dependencies", "are told late, or never", "no worker is woken"):
         assert len(logged(effect)) == 1

@@ -13,8 +13,8 @@ WITH secured AS MATERIALIZED (
     FROM pg_class c
     WHERE c.relnamespace = 'notifyq'::regnamespace AND c.relkind IN ('r', 'p') AND c.relrowsecurity
 ), wanted (name, effect) AS (
-    VALUES ('given', 'limits, order, unique keys and dependencies of new tasks are ignored'),
-           ('ended', 'tasks that wait for the end of another are told late, or never'),
+    VALUES ('apply_options', 'limits, order, unique keys and dependencies of new tasks are ignored'),
+           ('on_task_deleted', 'tasks that wait for the end of another are told late, or never'),
            ('ring', 'no worker is woken by a new task, which starts at the next poll')
 ), quiet AS (
     SELECT s.setrole, s.setdatabase, d.datname, r.rolname
