@@ -362,7 +362,7 @@ CREATE TABLE notifyq.unique_key (
 CREATE INDEX unique_key_until ON notifyq.unique_key (until);
 
 -- See "Unique": whether this task, which is about to be inserted, is the only one with its key.
-CREATE FUNCTION notifyq.only_one(mine notifyq.task) RETURNS boolean LANGUAGE plpgsql AS $$
+CREATE FUNCTION notifyq.claim_unique_key(mine notifyq.task) RETURNS boolean LANGUAGE plpgsql AS $$
 DECLARE
     waiting CONSTANT text[] := ARRAY['scheduled', 'ready'];
     my_key CONSTANT text := mine.options ->> 'unique_key';
@@ -429,7 +429,7 @@ BEGIN
 END $$;
 
 -- See "Options". What is wrong with them is said where they are written. Settings, and not OPERATOR(pg_catalog.=) everywhere,
--- for only_one too: what they cost, only tasks with options pay. A plan may be kept for hours, and one that was made while the
+-- for claim_unique_key too: what they cost, only tasks with options pay. A plan may be kept for hours, and one that was made while the
 -- tables were empty would read them whole.
 --
 --     unique_key       of tasks with the same, there is one: a new one isn't inserted while another
@@ -503,7 +503,7 @@ BEGIN
     IF wrong IS NOT NULL THEN
         RAISE EXCEPTION 'notifyq.task: %', wrong USING ERRCODE = 'check_violation';
     END IF;
-    IF o ? 'unique_key' AND NOT notifyq.only_one(NEW) THEN
+    IF o ? 'unique_key' AND NOT notifyq.claim_unique_key(NEW) THEN
         RETURN NULL;
     END IF;
     RETURN NEW;
@@ -513,7 +513,7 @@ CREATE TRIGGER apply_options BEFORE INSERT ON notifyq.task FOR EACH ROW WHEN (NE
     EXECUTE FUNCTION notifyq.apply_options();
 
 -- The newest task with this key, by a snapshot of its own: so the statement that has inserted nothing learns what is there.
-CREATE FUNCTION notifyq.unique_task(key text) RETURNS bigint LANGUAGE sql BEGIN ATOMIC
+CREATE FUNCTION notifyq.find_unique_task(key text) RETURNS bigint LANGUAGE sql BEGIN ATOMIC
     SELECT k.task FROM notifyq.unique_key k WHERE k.key = $1;
 END;
 
@@ -574,7 +574,7 @@ BEGIN
     INSERT INTO notifyq.task (type, payload, queue, run_at, priority, max_attempts, options)
     VALUES ($1, coalesce($2, '{}'), coalesce($3, 'default'), coalesce($4, pg_catalog.now()), coalesce($5, 0), $6, $7)
     RETURNING id INTO new_id;
-    RETURN coalesce(new_id, notifyq.unique_task($7 OPERATOR(pg_catalog.->>) 'unique_key'));
+    RETURN coalesce(new_id, notifyq.find_unique_task($7 OPERATOR(pg_catalog.->>) 'unique_key'));
 END $$;
 
 -- BEGIN ATOMIC has the names looked up now, and not by each caller's search_path; unlike SET search_path it costs a call
@@ -1521,9 +1521,9 @@ COMMENT ON FUNCTION notifyq.gave_up(notifyq.task) IS
     'Internal: adds a row to notifyq.freed for a task that gave up its slot.';
 COMMENT ON FUNCTION notifyq.with_error(jsonb, jsonb) IS
     'Internal: adds an entry to a task''s errors, and keeps them bounded.';
-COMMENT ON FUNCTION notifyq.only_one(notifyq.task) IS
+COMMENT ON FUNCTION notifyq.claim_unique_key(notifyq.task) IS
     'Internal: whether a new task may be inserted, by its unique_key.';
-COMMENT ON FUNCTION notifyq.unique_task(text) IS 'Internal: the newest task with a unique_key.';
+COMMENT ON FUNCTION notifyq.find_unique_task(text) IS 'Internal: the newest task with a unique_key.';
 COMMENT ON FUNCTION notifyq.take_turn(integer, integer) IS 'Internal: waits for the turn of a fleet of workers.';
 COMMENT ON FUNCTION notifyq.fall_asleep(integer) IS 'Internal: waits for SHARE on notifyq.bell.';
 COMMENT ON FUNCTION notifyq.bell_wanted() IS 'Internal: whether a statement waits for a lock on notifyq.bell.';

@@ -1,6 +1,6 @@
 -- As enqueue_many_placed.sql, for tasks of which some are unique. Send the rows sorted by key, so that concurrent calls
 -- can't deadlock. Returns the id of each task with a key, and whether it existed before; then the ids of the tasks
--- without a key, in their order. enqueue_unique.sql explains unique_task.
+-- without a key, in their order. enqueue_unique.sql explains find_unique_task.
 WITH given AS (
     SELECT t.type, t.payload, t.queue, t.priority, t.options::jsonb AS options
     FROM unnest($1::text[], $2::text[], $3::text[], $6::smallint[], $8::text[])
@@ -14,6 +14,6 @@ WITH given AS (
 )
 SELECT id, key, false AS existed FROM new
 UNION ALL
-SELECT notifyq.unique_task(k.key), k.key, true
+SELECT notifyq.find_unique_task(k.key), k.key, true
 FROM (SELECT g.options ->> 'unique_key' AS key FROM given g) AS k
 WHERE k.key IS NOT NULL AND NOT EXISTS (SELECT FROM new WHERE new.key = k.key)

@@ -3,7 +3,7 @@
 --   created  the created_at of the same task, as enqueue.sql returns it. NULL if the existing task has ended, or was
 --            inserted after this statement began, or its created_at was set to what is no time of Python's
 --   existed  whether the id is that of an existing task
--- unique_task is called after the INSERT, and takes a new snapshot: this statement's own may be older than the existing
+-- find_unique_task is called after the INSERT, and takes a new snapshot: this statement's own may be older than the existing
 -- task.
 WITH new AS (
     INSERT INTO notifyq.task (type, payload, queue, run_at, priority, max_attempts, options)
@@ -19,4 +19,4 @@ SELECT f.id,
             FROM notifyq.task t WHERE t.id = f.id)
        ) AS created,
        NOT EXISTS (SELECT FROM new) AS existed
-FROM (SELECT coalesce((SELECT id FROM new), notifyq.unique_task($8::text::jsonb ->> 'unique_key')) AS id OFFSET 0) AS f
+FROM (SELECT coalesce((SELECT id FROM new), notifyq.find_unique_task($8::text::jsonb ->> 'unique_key')) AS id OFFSET 0) AS f
