@@ -134,7 +134,7 @@ CREATE TABLE notifyq.task (
     queue         text        NOT NULL DEFAULT 'default',
     type          text        NOT NULL,
     payload       jsonb       NOT NULL DEFAULT '{}',
-    errors        jsonb,                               -- one object for each attempt that failed: see with_error()
+    errors        jsonb,                               -- one object for each attempt that failed: see append_error()
     options       jsonb,                               -- see "Options"; these three are taken from it by notifyq.apply_options():
     order_key     text,                                -- one at a time, in the order of ids
     limit_key     text,                                -- at most N at the same time, of all tasks with this key
@@ -241,7 +241,7 @@ END $$;
 
 -- Notify, except when the queue of notifications is nearly full, or in two-phase commit: see ring, which does it by
 -- itself, being on everybody's way.
-CREATE FUNCTION notifyq.tell(channel text, payload text) RETURNS void LANGUAGE sql BEGIN ATOMIC
+CREATE FUNCTION notifyq.notify_unless_full(channel text, payload text) RETURNS void LANGUAGE sql BEGIN ATOMIC
     SELECT pg_notify($1, $2)
     WHERE pg_notification_queue_usage() < 0.9 AND coalesce(current_setting('notifyq.two_phase', true), '') <> 'on';
 END;
@@ -296,7 +296,7 @@ BEGIN
         VALUES (OLD.id, true, OLD.queue, OLD.order_key, OLD.limit_key);
     END IF;
     IF OLD.awaited THEN
-        PERFORM notifyq.tell('notifyq_done', OLD.id::text);
+        PERFORM notifyq.notify_unless_full('notifyq_done', OLD.id::text);
     END IF;
     RETURN NULL;
 END $$;
@@ -311,7 +311,7 @@ CREATE TRIGGER on_task_deleted AFTER DELETE ON notifyq.task FOR EACH ROW
 -- were left out, so a task that fails thousands of times costs each time the same. Of errors that take more than 8 MB
 -- on disk, only the new entry is kept, as it is when that has a left_out itself: it could not be stored beside the
 -- others.
-CREATE FUNCTION notifyq.with_error(errors jsonb, error jsonb) RETURNS jsonb STABLE LANGUAGE plpgsql AS $$
+CREATE FUNCTION notifyq.append_error(errors jsonb, error jsonb) RETURNS jsonb STABLE LANGUAGE plpgsql AS $$
 DECLARE
     first CONSTANT integer := 100;
     last CONSTANT integer := 100;
@@ -340,7 +340,7 @@ BEGIN
 END $$;
 
 -- For whoever sets worker = NULL, in RETURNING, of a tracked task: it lives, and has given up its slot. Returns true.
-CREATE FUNCTION notifyq.gave_up(t notifyq.task) RETURNS boolean LANGUAGE plpgsql AS $$
+CREATE FUNCTION notifyq.note_lease_given_up(t notifyq.task) RETURNS boolean LANGUAGE plpgsql AS $$
 BEGIN
     INSERT INTO notifyq.freed (task, ended, queue, order_key, limit_key)
     VALUES (t.id, false, t.queue, t.order_key, t.limit_key);
@@ -596,9 +596,9 @@ CREATE FUNCTION notifyq.cancel(id bigint) RETURNS boolean LANGUAGE sql BEGIN ATO
         FROM gone g LEFT JOIN notifyq.worker w ON w.id = g.worker
         RETURNING 1
     ), told AS MATERIALIZED (
-        SELECT notifyq.tell('notifyq_cancel', g.id::text) FROM gone g WHERE g.worker IS NOT NULL
+        SELECT notifyq.notify_unless_full('notifyq_cancel', g.id::text) FROM gone g WHERE g.worker IS NOT NULL
         UNION ALL
-        SELECT notifyq.tell('notifyq', '') FROM gone g WHERE g.tracked  -- others wait for its end, and a DELETE doesn't ring
+        SELECT notifyq.notify_unless_full('notifyq', '') FROM gone g WHERE g.tracked  -- others wait for its end, and a DELETE doesn't ring
     )
     SELECT EXISTS (SELECT FROM kept) FROM (SELECT count(*) FROM told) AS t;
 END;
@@ -1088,7 +1088,7 @@ BEGIN
                                       state, queue, type, worker, payload, result, errors, options)
         SELECT g.id, g.created_at, g.run_at, g.processing_at, clock_timestamp(), g.priority, g.attempts - g.claims,
                g.max_attempts, 'cancelled', g.queue, g.type, NULL, g.payload, NULL,
-               notifyq.with_error(g.errors, jsonb_build_object('attempt', g.attempts - g.claims, 'at', clock_timestamp(),
+               notifyq.append_error(g.errors, jsonb_build_object('attempt', g.attempts - g.claims, 'at', clock_timestamp(),
                                                                'error', g.error)), g.options
         FROM (SELECT g.*, (g.worker IS NOT NULL)::integer AS claims FROM gone g) AS g
         RETURNING id
@@ -1180,7 +1180,7 @@ CREATE FUNCTION notifyq.pause(queue text) RETURNS boolean LANGUAGE sql BEGIN ATO
     WITH changed AS (
         INSERT INTO notifyq.queue AS q (name, paused) VALUES ($1, true)
         ON CONFLICT (name) DO UPDATE SET paused = true WHERE NOT q.paused
-        RETURNING notifyq.tell('notifyq', 'queues')
+        RETURNING notifyq.notify_unless_full('notifyq', 'queues')
     )
     SELECT EXISTS (SELECT FROM changed);
 END;
@@ -1188,7 +1188,7 @@ END;
 CREATE FUNCTION notifyq.resume(queue text) RETURNS boolean LANGUAGE sql BEGIN ATOMIC
     WITH changed AS (
         UPDATE notifyq.queue q SET paused = false WHERE q.name = $1 AND q.paused
-        RETURNING notifyq.tell('notifyq', 'queues')
+        RETURNING notifyq.notify_unless_full('notifyq', 'queues')
     )
     SELECT EXISTS (SELECT FROM changed)
     FROM (SELECT notifyq.stir('', 10000) FROM changed UNION ALL SELECT NULL LIMIT 1) AS told;  -- its tasks were passed over
@@ -1206,7 +1206,7 @@ BEGIN
     ON CONFLICT (name) DO UPDATE SET limit_running = $2, limit_rate = $3, limit_seconds = $4;
     PERFORM notifyq.count_running(ARRAY[$1]);
     INSERT INTO notifyq.freed (task, ended, queue) VALUES (0, false, $1);  -- there may be room now
-    PERFORM notifyq.tell('notifyq', 'queues');
+    PERFORM notifyq.notify_unless_full('notifyq', 'queues');
 END $$;
 
 -- What runs in these queues, and was claimed by somebody who knew of no limit, counts from now on.
@@ -1516,10 +1516,10 @@ COMMENT ON FUNCTION notifyq.on_task_deleted() IS
     'Internal: trigger on_task_deleted, which tells of the ends of tasks that others wait for.';
 COMMENT ON FUNCTION notifyq.apply_options() IS
     'Internal: trigger apply_options, which checks the options of a new task and applies them.';
-COMMENT ON FUNCTION notifyq.tell(text, text) IS 'Internal: NOTIFY, unless the queue of notifications is nearly full.';
-COMMENT ON FUNCTION notifyq.gave_up(notifyq.task) IS
+COMMENT ON FUNCTION notifyq.notify_unless_full(text, text) IS 'Internal: NOTIFY, unless the queue of notifications is nearly full.';
+COMMENT ON FUNCTION notifyq.note_lease_given_up(notifyq.task) IS
     'Internal: adds a row to notifyq.freed for a task that gave up its slot.';
-COMMENT ON FUNCTION notifyq.with_error(jsonb, jsonb) IS
+COMMENT ON FUNCTION notifyq.append_error(jsonb, jsonb) IS
     'Internal: adds an entry to a task''s errors, and keeps them bounded.';
 COMMENT ON FUNCTION notifyq.claim_unique_key(notifyq.task) IS
     'Internal: whether a new task may be inserted, by its unique_key.';

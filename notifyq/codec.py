@@ -58,7 +58,7 @@ def encode_result(result: object) -> bytes | None:
 def encode_error(attempt: int, error: str, where: BaseException | None = None, *, alone: bool = False) -> bytes:
     """One failed attempt, an element of the `errors` column. Never raises, and PostgreSQL takes what it makes.
 
-    alone: it takes the place of all earlier ones; see notifyq.with_error in schema.sql.
+    alone: it takes the place of all earlier ones; see notifyq.append_error in schema.sql.
     """
     entry: dict[str, Any] = {"attempt": attempt, "error": _clean(error)}
     if alone:

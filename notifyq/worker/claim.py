@@ -698,7 +698,7 @@ class Claimer:
         clock = time.perf_counter  # finer than a loop's time, which uvloop keeps in milliseconds
         sent = clock()
         echo = self._new_echo(asyncio.get_running_loop().time())
-        await conn.execute("SELECT notifyq.tell('notifyq', $1)", echo)
+        await conn.execute("SELECT notifyq.notify_unless_full('notifyq', $1)", echo)
         before = self.bell_seconds
         with anyio.move_on_after(ECHO_LIMIT_SECONDS) as late:
             await self._echoed.wait()

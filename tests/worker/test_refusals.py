@@ -476,7 +476,7 @@ async def test_a_result_that_is_too_large(db: Any, dsn: str, monkeypatch: pytest
 
 async def test_errors_keep_the_first_and_the_last_hundred(db: Any) -> None:
     """And say how many are left out between them, whatever was there before."""
-    add = "SELECT notifyq.with_error($1, $2)"
+    add = "SELECT notifyq.append_error($1, $2)"
     errors: bytes | None = None
     for n in range(1, 251):
         errors = await db.fetchval(add, errors, json.dumps({"attempt": n, "error": "x"}).encode())
@@ -492,7 +492,7 @@ async def test_errors_keep_the_first_and_the_last_hundred(db: Any) -> None:
 
 async def test_errors_that_are_long_or_large_already(db: Any) -> None:
     """Those of before there was an end to them, and what a person may have made of them."""
-    add = "SELECT notifyq.with_error({}, '{{\"attempt\": 0}}')"
+    add = "SELECT notifyq.append_error({}, '{{\"attempt\": 0}}')"
     long = "(SELECT jsonb_agg(jsonb_build_object('attempt', n)) FROM generate_series(1, 5000) n)"
     found = json.loads(await db.fetchval(add.format(long)))
     assert [entry.get("attempt") for entry in found] == [*range(1, 101), None, *range(4902, 5001), 0]
@@ -502,7 +502,7 @@ async def test_errors_that_are_long_or_large_already(db: Any) -> None:
                 FROM generate_series(1, 10) n)"""
     await insert(db, "Good")
     await db.execute(f"UPDATE notifyq.task SET errors = {large}")
-    found = json.loads(await db.fetchval("SELECT notifyq.with_error(errors, '{\"attempt\": 0}') FROM notifyq.task"))
+    found = json.loads(await db.fetchval("SELECT notifyq.append_error(errors, '{\"attempt\": 0}') FROM notifyq.task"))
     assert [entry.get("left_out") for entry in found] == [10, None]
     for odd in ("'\"none\"'", "'{\"a\": 1}'", "'null'", "'[]'", "NULL"):
         found = json.loads(await db.fetchval(add.format(f"{odd}::jsonb")))
@@ -512,7 +512,7 @@ async def test_errors_that_are_long_or_large_already(db: Any) -> None:
 async def test_every_statement_that_adds_an_error_keeps_to_it(db: Any) -> None:
     """A retry, a last attempt, a rescue, and a task whose predecessor is dead."""
     for name in ("finish", "retry_later", "rescue"):
-        assert "notifyq.with_error(" in SQL[name]
+        assert "notifyq.append_error(" in SQL[name]
     assert not [name for name, text in SQL.items() if "errors, '[]'" in text]
     bodies = "SELECT prosrc FROM pg_proc WHERE pronamespace = 'notifyq'::regnamespace AND prosrc ~ 'errors, ''\\[\\]'''"
     assert await db.fetch(bodies) == []

@@ -67,4 +67,4 @@ SELECT (SELECT CASE WHEN bool_and(p.promoted) IS NOT FALSE THEN count(*) END FRO
        (SELECT json_object_agg(q.name, json_build_array(q.paused, coalesce(q.limit_running, q.limit_rate) IS NOT NULL))::text
         FROM notifyq.queue q WHERE q.name = ANY ($1)) AS settings,
        statement_timestamp() - interval '50 ms' AS mark,
-       CASE WHEN $4::text IS NOT NULL THEN notifyq.tell('notifyq', $4)::text END AS echo
+       CASE WHEN $4::text IS NOT NULL THEN notifyq.notify_unless_full('notifyq', $4)::text END AS echo

@@ -14,6 +14,6 @@ WITH failed AS (
         SELECT r.id FROM notifyq.task r
         WHERE r.id = ANY ($2::bigint[]) AND r.worker IS NULL AND NOT r.aside AND r.parked IS NOT NULL
         FOR NO KEY UPDATE SKIP LOCKED))
-    RETURNING notifyq.gave_up(t)
+    RETURNING notifyq.note_lease_given_up(t)
 )
 SELECT ((SELECT count(*) FROM failed) + (SELECT count(*) FROM granted))::integer AS changed

@@ -24,7 +24,7 @@ WITH outcome AS MATERIALIZED (
     SELECT id, created_at, run_at, processing_at, clock_timestamp(), priority, attempts, max_attempts,
            state, queue, type, (SELECT w.name FROM notifyq.worker w WHERE w.id = $1), payload, result,
            CASE WHEN error IS NULL THEN errors
-                ELSE notifyq.with_error(errors, jsonb_set(error, '{at}', to_jsonb(clock_timestamp()))) END, options
+                ELSE notifyq.append_error(errors, jsonb_set(error, '{at}', to_jsonb(clock_timestamp()))) END, options
     FROM gone
     WHERE $7 OR state = 'dead' OR awaited OR tracked AND EXISTS (SELECT FROM notifyq.dependency d WHERE d.needs = gone.id)
 )

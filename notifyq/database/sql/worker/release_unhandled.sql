@@ -6,7 +6,7 @@ WITH moved AS (
     SET worker = NULL, attempts = t.attempts - 1, aside = true, parked = NULL, waits_at = NULL
     FROM unnest($2::bigint[], $3::smallint[]) AS o (id, attempt)
     WHERE t.id = ANY (ARRAY[o.id]) AND t.worker IS NOT DISTINCT FROM $1 AND t.attempts = o.attempt
-    RETURNING t.id, t.tracked AND notifyq.gave_up(t) AS freed
+    RETURNING t.id, t.tracked AND notifyq.note_lease_given_up(t) AS freed
 )
 SELECT moved.id, moved.freed
-FROM moved, (SELECT notifyq.tell('notifyq', 'aside')::text) AS told
+FROM moved, (SELECT notifyq.notify_unless_full('notifyq', 'aside')::text) AS told

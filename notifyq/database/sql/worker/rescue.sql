@@ -53,7 +53,7 @@ WITH corpse AS MATERIALIZED (
 ), again AS (
     UPDATE notifyq.task t
     SET worker = NULL, run_at = t.run_at, processed_at = clock_timestamp(), progress = NULL, note = NULL,
-        errors = notifyq.with_error(t.errors, h.error),
+        errors = notifyq.append_error(t.errors, h.error),
         crashes = CASE WHEN h.alone THEN t.crashes ELSE least(coalesce(t.crashes, 0), 32766) + 1 END,
         crashes_alone = CASE WHEN h.alone THEN coalesce(t.crashes_alone, 0) + 1 ELSE t.crashes_alone END,
         aside = t.aside OR h.suspect,
@@ -61,14 +61,14 @@ WITH corpse AS MATERIALIZED (
         waits_at = CASE WHEN h.suspect THEN 'crashed:' || t.queue ELSE t.waits_at END
     FROM held h
     WHERE t.id = ANY (ARRAY[h.id]) AND NOT h.spent
-    RETURNING t.tracked AND notifyq.gave_up(t)
+    RETURNING t.tracked AND notifyq.note_lease_given_up(t)
 ), gone AS (
     DELETE FROM notifyq.task t USING held h WHERE t.id = ANY (ARRAY[h.id]) AND h.spent RETURNING t.*, h.error
 ), kept AS (
     INSERT INTO notifyq.finished (id, created_at, run_at, processing_at, processed_at, priority, attempts, max_attempts,
                                   state, queue, type, worker, payload, result, errors, options)
     SELECT id, created_at, run_at, processing_at, clock_timestamp(), priority, attempts, max_attempts,
-           'dead', queue, type, (SELECT name FROM corpse), payload, NULL, notifyq.with_error(errors, error), options
+           'dead', queue, type, (SELECT name FROM corpse), payload, NULL, notifyq.append_error(errors, error), options
     FROM gone
     ON CONFLICT (id) DO UPDATE  -- an older task had this id: see forget_older_outcomes.sql
     SET (created_at, run_at, processing_at, processed_at, priority, attempts, max_attempts, state, queue, type, worker,

@@ -12,5 +12,5 @@ WITH free AS MATERIALIZED (
     WHERE t.id = ANY (ARRAY[f.id])
     RETURNING t.id, t.awaited
 )
-SELECT w.id, CASE WHEN w.awaited THEN notifyq.tell('notifyq_progress', w.id::text)::text END AS told
+SELECT w.id, CASE WHEN w.awaited THEN notifyq.notify_unless_full('notifyq_progress', w.id::text)::text END AS told
 FROM written w
