@@ -654,12 +654,12 @@ END;
 -- then committed what it parked. A slot that nobody frees, as it is time that frees it (a rate), is granted ahead, for
 -- its moment, and the timers do the rest. Claimed tasks that nobody has judged yet count for nobody, so no one waits for
 -- them. What a grant can't reach (a queue that was paused a moment ago, or that no worker serves) holds its slot for 2 s and
--- no longer; notifyq.stir, called now and then, has such keys filled again.
+-- no longer; notifyq.recheck_waiting, called now and then, has such keys filled again.
 --
 -- Each task is parked and granted once, unless its keys have different ideas: then once for each.
 
 -- Everybody locks gates in this order, and finds in notifyq.started what the clock says.
-CREATE FUNCTION notifyq.lock_gates(keys text[]) RETURNS void LANGUAGE plpgsql SET search_path = pg_catalog AS $$
+CREATE FUNCTION notifyq.lock_keys(keys text[]) RETURNS void LANGUAGE plpgsql SET search_path = pg_catalog AS $$
 DECLARE
     gates CONSTANT smallint[] := ARRAY(SELECT DISTINCT (hashtext(k) & 255)::smallint FROM unnest(keys) AS k);
     found_gates integer;
@@ -685,7 +685,7 @@ BEGIN
 END $$;
 
 -- Grant what is free at `key`, whose gate is had. Returns how many tasks became ready, or scheduled.
-CREATE FUNCTION notifyq.fill(key text) RETURNS integer LANGUAGE plpgsql SET search_path = pg_catalog AS $$
+CREATE FUNCTION notifyq.grant_slots(key text) RETURNS integer LANGUAGE plpgsql SET search_path = pg_catalog AS $$
 DECLARE
     most CONSTANT integer := 1000;
     kind CONSTANT text := split_part(key, ':', 1);
@@ -720,7 +720,7 @@ BEGIN
         GET DIAGNOSTICS room = ROW_COUNT;
         RETURN room;
     END IF;
-    SELECT l.* INTO limits FROM notifyq.task t CROSS JOIN LATERAL notifyq.limits(t.options) AS l
+    SELECT l.* INTO limits FROM notifyq.task t CROSS JOIN LATERAL notifyq.parse_limits(t.options) AS l
     WHERE t.waits_at = key AND t.aside AND NOT EXISTS (SELECT FROM notifyq.queue q WHERE q.name = t.queue AND q.paused)
     ORDER BY t.priority DESC, t.id LIMIT 1;
     IF NOT FOUND THEN
@@ -741,9 +741,9 @@ BEGIN
         SELECT g.id FROM notifyq.task g
         WHERE g.waits_at = key AND NOT g.aside AND g.worker IS NULL
           AND g.run_at > moment + interval '2 seconds' + make_interval(secs => greatest(
-                  limits.limit_seconds, (SELECT l.limit_seconds FROM notifyq.limits(g.options) AS l), 0))
+                  limits.limit_seconds, (SELECT l.limit_seconds FROM notifyq.parse_limits(g.options) AS l), 0))
         FOR NO KEY UPDATE SKIP LOCKED));
-    kept := notifyq.kept(key, moment, NULL);
+    kept := notifyq.count_reserved(key, moment, NULL);
     -- Of the one that is first. Where others have other limits, they are judged by their own when they are claimed.
     room := least(most, limits.limit_running - held - kept, limits.limit_rate - kept);
     IF room <= 0 THEN
@@ -757,7 +757,7 @@ BEGIN
     ), past AS MATERIALIZED (
         SELECT s.at + make_interval(secs => limits.limit_seconds) AS free, sum(s.n) OVER (ORDER BY s.at) AS upto
         FROM notifyq.started s
-        WHERE s.key = fill.key AND s.at > moment - make_interval(secs => limits.limit_seconds)
+        WHERE s.key = grant_slots.key AND s.at > moment - make_interval(secs => limits.limit_seconds)
     ), placed AS (
         SELECT f.id, f.place + kept + coalesce((SELECT max(p.upto) FROM past p), 0) - limits.limit_rate AS owed
         FROM (SELECT id, row_number() OVER (ORDER BY priority DESC, id) AS place FROM first) AS f
@@ -778,7 +778,7 @@ BEGIN
 END $$;
 
 -- The same at all of these keys at which somebody waits.
-CREATE FUNCTION notifyq.fill(keys text[]) RETURNS integer LANGUAGE plpgsql SET search_path = pg_catalog AS $$
+CREATE FUNCTION notifyq.grant_slots(keys text[]) RETURNS integer LANGUAGE plpgsql SET search_path = pg_catalog AS $$
 DECLARE
     key text;
     ready integer := 0;
@@ -787,14 +787,14 @@ BEGIN
         SELECT k FROM unnest(keys) AS k  -- not EXISTS, which may become a join with all that is parked
         WHERE (SELECT true FROM notifyq.task t WHERE t.waits_at = k AND t.aside LIMIT 1))
     LOOP
-        ready := ready + notifyq.fill(key);
+        ready := ready + notifyq.grant_slots(key);
     END LOOP;
     RETURN ready;
 END $$;
 
 -- What a task's options say of its limit_key. A person's UPDATE may have made anything of them, and nobody's claim may fail
 -- of it.
-CREATE FUNCTION notifyq.limits(options jsonb) RETURNS TABLE (limit_running integer, limit_rate integer, limit_seconds float8)
+CREATE FUNCTION notifyq.parse_limits(options jsonb) RETURNS TABLE (limit_running integer, limit_rate integer, limit_seconds float8)
     LANGUAGE sql IMMUTABLE ROWS 1 BEGIN ATOMIC
     SELECT jsonb_path_query_first($1, '$.limit_running ? (@ >= 1 && @ <= 2147483647)')::integer,
            jsonb_path_query_first($1, '$.limit_rate ? (@ >= 1 && @ <= 2147483647)')::integer,
@@ -802,14 +802,14 @@ CREATE FUNCTION notifyq.limits(options jsonb) RETURNS TABLE (limit_running integ
 END;
 
 -- How many slots of a key are kept for granted tasks, those of `ids` aside.
-CREATE FUNCTION notifyq.kept(key text, moment timestamptz, ids bigint[]) RETURNS integer LANGUAGE sql STABLE BEGIN ATOMIC
+CREATE FUNCTION notifyq.count_reserved(key text, moment timestamptz, ids bigint[]) RETURNS integer LANGUAGE sql STABLE BEGIN ATOMIC
     SELECT count(*)::integer FROM notifyq.task t
     WHERE t.waits_at = $1 AND NOT t.aside AND t.id <> ALL (coalesce($3, '{}'))
       AND (t.worker IS NOT NULL OR t.run_at > $2 - interval '2 seconds');
 END;
 
 -- Does anybody wait at a key who could be granted a slot? Then newcomers wait too, and all are let in by priority and id.
-CREATE FUNCTION notifyq.waits(key text) RETURNS boolean LANGUAGE sql STABLE BEGIN ATOMIC
+CREATE FUNCTION notifyq.has_waiters(key text) RETURNS boolean LANGUAGE sql STABLE BEGIN ATOMIC
     SELECT EXISTS (SELECT FROM notifyq.task t
                    WHERE t.waits_at = $1 AND t.aside
                      AND NOT EXISTS (SELECT FROM notifyq.queue q WHERE q.name = t.queue AND q.paused));
@@ -836,14 +836,14 @@ BEGIN
     CROSS JOIN LATERAL (VALUES ('order:' || t.order_key), ('limit:' || t.limit_key),
                                (CASE WHEN t.queue = ANY (limited) THEN 'queue:' || t.queue END)) AS v (k)
     WHERE t.id = ANY (admit.ids) AND k IS NOT NULL;
-    PERFORM notifyq.lock_gates(keys);
+    PERFORM notifyq.lock_keys(keys);
     SELECT a.waiting, a.cancelled INTO waiting, cancelled FROM notifyq.await_tasks(admit.worker, admit.ids, admit.attempts) AS a;
     moment := clock_timestamp();
     WITH mine AS MATERIALIZED (
         SELECT t.id, t.priority, t.queue, t.order_key, t.limit_key, t.waits_at, l.limit_running, l.limit_rate, l.limit_seconds
         FROM unnest(admit.ids, admit.attempts) AS o (id, attempt)
         JOIN notifyq.task t ON t.id = ANY (ARRAY[o.id])
-        CROSS JOIN LATERAL notifyq.limits(t.options) AS l
+        CROSS JOIN LATERAL notifyq.parse_limits(t.options) AS l
         WHERE t.worker IS NOT DISTINCT FROM admit.worker AND t.attempts = o.attempt
           -- One that was locked when the others were asked what they wait for, and isn't now, was not asked.
           AND (t.after IS NULL OR t.id = ANY (waiting))
@@ -867,8 +867,8 @@ BEGIN
                (SELECT count(*) FROM notifyq.task t
                 WHERE t.queue = q.name AND t.worker IS NOT NULL AND t.admitted = t.processing_at
                   AND t.id <> ALL (admit.ids)) AS held,
-               notifyq.kept('queue:' || q.name, moment, admit.ids) AS kept,
-               notifyq.waits('queue:' || q.name) AS waits,
+               notifyq.count_reserved('queue:' || q.name, moment, admit.ids) AS kept,
+               notifyq.has_waiters('queue:' || q.name) AS waits,
                (SELECT coalesce(sum(s.n), 0) FROM notifyq.started s
                 WHERE s.key = 'queue:' || q.name AND s.at > moment - make_interval(secs => q.limit_seconds)) AS begun
         FROM notifyq.queue q
@@ -885,8 +885,8 @@ BEGIN
                (SELECT count(*) FROM notifyq.task t
                 WHERE t.limit_key = k.limit_key AND t.worker IS NOT NULL AND t.admitted = t.processing_at
                   AND t.id <> ALL (admit.ids)) AS held,
-               notifyq.kept('limit:' || k.limit_key, moment, admit.ids) AS kept,
-               notifyq.waits('limit:' || k.limit_key) AS waits
+               notifyq.count_reserved('limit:' || k.limit_key, moment, admit.ids) AS kept,
+               notifyq.has_waiters('limit:' || k.limit_key) AS waits
         FROM (SELECT DISTINCT m.limit_key FROM mine m WHERE m.limit_key IS NOT NULL) AS k
     ), rates AS MATERIALIZED (
         SELECT k.limit_key, k.limit_seconds,
@@ -931,12 +931,12 @@ BEGIN
     )
     SELECT array_agg(w.id), array_agg(w.parked) INTO judged_ids, judged_why FROM written w;
     DELETE FROM notifyq.started s WHERE s.key = ANY (keys) AND s.at < moment - make_interval(secs => s.seconds);
-    PERFORM notifyq.fill(keys);
+    PERFORM notifyq.grant_slots(keys);
     RETURN QUERY SELECT * FROM unnest(judged_ids, judged_why) UNION ALL SELECT c, 'cancelled' FROM unnest(cancelled) AS c;
 END $$;
 
 -- Take up to `most` rows of notifyq.freed, and fill their keys. Returns how many tasks became ready, or scheduled.
-CREATE FUNCTION notifyq.free(most integer DEFAULT 1000) RETURNS integer LANGUAGE plpgsql SET search_path = pg_catalog AS $$
+CREATE FUNCTION notifyq.release_waiters(most integer DEFAULT 1000) RETURNS integer LANGUAGE plpgsql SET search_path = pg_catalog AS $$
 DECLARE
     taken bigint[];
     ended bigint[];
@@ -959,8 +959,8 @@ BEGIN
     IF taken IS NULL AND NOT EXISTS (SELECT FROM notifyq.dependency d WHERE NOT d.sure) THEN
         RETURN 0;
     END IF;
-    PERFORM notifyq.lock_gates(keys);
-    ready := notifyq.fill(keys);
+    PERFORM notifyq.lock_keys(keys);
+    ready := notifyq.grant_slots(keys);
     IF EXISTS (SELECT FROM notifyq.dependency d WHERE d.needs = ANY (ended) OR NOT d.sure) THEN
         ready := ready + notifyq.released(ended);
     END IF;
@@ -970,7 +970,7 @@ END $$;
 
 -- The safety net: have up to `most` keys filled at which tasks wait, from key `since` on. Returns the last of them; null:
 -- there are no more.
-CREATE FUNCTION notifyq.stir(since text DEFAULT '', most integer DEFAULT 200) RETURNS text LANGUAGE sql BEGIN ATOMIC
+CREATE FUNCTION notifyq.recheck_waiting(since text DEFAULT '', most integer DEFAULT 200) RETURNS text LANGUAGE sql BEGIN ATOMIC
     WITH RECURSIVE waiting AS (
         (SELECT t.waits_at, t.id, t.queue, t.order_key, t.limit_key, 1 AS n FROM notifyq.task t
          WHERE t.waits_at > $1 AND t.aside ORDER BY t.waits_at LIMIT 1)
@@ -1191,7 +1191,7 @@ CREATE FUNCTION notifyq.resume(queue text) RETURNS boolean LANGUAGE sql BEGIN AT
         RETURNING notifyq.notify_unless_full('notifyq', 'queues')
     )
     SELECT EXISTS (SELECT FROM changed)
-    FROM (SELECT notifyq.stir('', 10000) FROM changed UNION ALL SELECT NULL LIMIT 1) AS told;  -- its tasks were passed over
+    FROM (SELECT notifyq.recheck_waiting('', 10000) FROM changed UNION ALL SELECT NULL LIMIT 1) AS told;  -- its tasks were passed over
 END;
 
 -- Of the queue's tasks at most `running` run at once, and at most `rate` start in any `seconds`, over all workers; null:
@@ -1204,13 +1204,13 @@ BEGIN
     END IF;
     INSERT INTO notifyq.queue AS q (name, limit_running, limit_rate, limit_seconds) VALUES ($1, $2, $3, $4)
     ON CONFLICT (name) DO UPDATE SET limit_running = $2, limit_rate = $3, limit_seconds = $4;
-    PERFORM notifyq.count_running(ARRAY[$1]);
+    PERFORM notifyq.admit_running(ARRAY[$1]);
     INSERT INTO notifyq.freed (task, ended, queue) VALUES (0, false, $1);  -- there may be room now
     PERFORM notifyq.notify_unless_full('notifyq', 'queues');
 END $$;
 
 -- What runs in these queues, and was claimed by somebody who knew of no limit, counts from now on.
-CREATE FUNCTION notifyq.count_running(queues text[], worker integer DEFAULT NULL) RETURNS void LANGUAGE sql BEGIN ATOMIC
+CREATE FUNCTION notifyq.admit_running(queues text[], worker integer DEFAULT NULL) RETURNS void LANGUAGE sql BEGIN ATOMIC
     UPDATE notifyq.task SET admitted = processing_at, tracked = true
     WHERE id = ANY (ARRAY(
         SELECT t.id FROM notifyq.task t
@@ -1527,24 +1527,24 @@ COMMENT ON FUNCTION notifyq.find_unique_task(text) IS 'Internal: the newest task
 COMMENT ON FUNCTION notifyq.take_turn(integer, integer) IS 'Internal: waits for the turn of a fleet of workers.';
 COMMENT ON FUNCTION notifyq.fall_asleep(integer) IS 'Internal: waits for SHARE on notifyq.bell.';
 COMMENT ON FUNCTION notifyq.bell_wanted() IS 'Internal: whether a statement waits for a lock on notifyq.bell.';
-COMMENT ON FUNCTION notifyq.lock_gates(text[]) IS 'Internal: locks the rows of notifyq.gate for keys.';
-COMMENT ON FUNCTION notifyq.fill(text) IS 'Internal: grants the free slots of a key to tasks that wait at it.';
-COMMENT ON FUNCTION notifyq.fill(text[]) IS 'Internal: grants the free slots of keys to tasks that wait at them.';
-COMMENT ON FUNCTION notifyq.limits(jsonb) IS 'Internal: the limits in a task''s options.';
-COMMENT ON FUNCTION notifyq.kept(text, timestamptz, bigint[]) IS
+COMMENT ON FUNCTION notifyq.lock_keys(text[]) IS 'Internal: locks the rows of notifyq.gate for keys.';
+COMMENT ON FUNCTION notifyq.grant_slots(text) IS 'Internal: grants the free slots of a key to tasks that wait at it.';
+COMMENT ON FUNCTION notifyq.grant_slots(text[]) IS 'Internal: grants the free slots of keys to tasks that wait at them.';
+COMMENT ON FUNCTION notifyq.parse_limits(jsonb) IS 'Internal: the limits in a task''s options.';
+COMMENT ON FUNCTION notifyq.count_reserved(text, timestamptz, bigint[]) IS
     'Internal: how many slots of a key are kept for granted tasks.';
-COMMENT ON FUNCTION notifyq.waits(text) IS 'Internal: whether a task waits at a key.';
+COMMENT ON FUNCTION notifyq.has_waiters(text) IS 'Internal: whether a task waits at a key.';
 COMMENT ON FUNCTION notifyq.admit(integer, bigint[], smallint[]) IS
     'Internal: which claimed tasks may run; it parks the others.';
-COMMENT ON FUNCTION notifyq.free(integer) IS 'Internal: lets in tasks that waited for what notifyq.freed tells of.';
-COMMENT ON FUNCTION notifyq.stir(text, integer) IS 'Internal: has keys at which tasks wait looked at again.';
+COMMENT ON FUNCTION notifyq.release_waiters(integer) IS 'Internal: lets in tasks that waited for what notifyq.freed tells of.';
+COMMENT ON FUNCTION notifyq.recheck_waiting(text, integer) IS 'Internal: has keys at which tasks wait looked at again.';
 COMMENT ON FUNCTION notifyq.track(bigint[]) IS 'Internal: has the ends of tasks told.';
 COMMENT ON FUNCTION notifyq.await_tasks(integer, bigint[], smallint[]) IS
     'Internal: which claimed tasks have to wait for the ends of others.';
 COMMENT ON FUNCTION notifyq.forsake(bigint[]) IS
     'Internal: cancels tasks that wait for one which is dead or was cancelled.';
 COMMENT ON FUNCTION notifyq.released(bigint[]) IS 'Internal: lets in tasks that waited for the ends of others.';
-COMMENT ON FUNCTION notifyq.count_running(text[], integer) IS
+COMMENT ON FUNCTION notifyq.admit_running(text[], integer) IS
     'Internal: counts running tasks of queues whose limit is new.';
 
 -- Roles. Nothing is granted to anybody; give each of your roles what it needs:

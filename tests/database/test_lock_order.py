@@ -144,7 +144,7 @@ async def test_no_claim_and_no_chore_waits_for_the_row_of_a_task(s: Steps, w: Se
     await w(SQL["correct_misdated"], [due], [job.id])
     assert await w(rescue, lost.worker) == ("host:1", 0, 0)
     assert await w(orphans) == 0
-    await w("SELECT notifyq.stir('', 9)")
+    await w("SELECT notifyq.recheck_waiting('', 9)")
     waiting = await w.blocked_by(p, hand_back, [job])  # as settling does
     await p("COMMIT")
     assert await waiting == [job.id]

@@ -441,7 +441,7 @@ SAMPLES = {
     "SELECT notifyq.pause('q')": {"worker"},
     "SELECT notifyq.resume('q')": {"worker"},
     "SELECT notifyq.limit_queue('q', 5)": {"worker"},
-    "SELECT notifyq.free()": {"worker"},
+    "SELECT notifyq.release_waiters()": {"worker"},
     "SELECT notifyq.admit(1, '{1}', '{1}')": {"worker"},
     "INSERT INTO notifyq.task (type, admitted, waits_at) VALUES ('T', now(), 'limit:a')": {"worker"},
     "SELECT * FROM notifyq.schema_version": {"reader", "worker"},

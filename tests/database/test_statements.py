@@ -61,7 +61,7 @@ STATEMENTS = {
     "claim_by_id": Statement("int4 int8[] int4", ROW, "task_pkey"),
     "list_claimable": Statement("text[] int4[] int4 int8[] text[] text[]", "id:int8", "task_ready task_set_aside"),
     "claim_crashed": Statement("int4 text[] text[] int4 int4 int4", ROW, "task_parked task_pkey"),
-    "admit_running": Statement("int4 text[]", "count_running:void", ""),
+    "admit_running": Statement("int4 text[]", "admit_running:void", ""),
     "list_cron_conflicts": Statement(
         "text[] text[] text[] text[] text[] text[] int2[] text[] text[] int4",
         "name:text expression:text tz:text type:text queue:text worker:text",

@@ -117,7 +117,7 @@ async def test_starts_of_several_times_become_one(db: Any) -> None:
         )
     await db.execute("INSERT INTO notifyq.started VALUES ('limit:k', now() - interval '1 hour', 7, 1)")
     await db.execute("INSERT INTO notifyq.started VALUES ('limit:other', now() + interval '1 day', 9, 1)")
-    await db.execute("SELECT notifyq.lock_gates('{limit:k}')")
+    await db.execute("SELECT notifyq.lock_keys('{limit:k}')")
     rows = await db.fetch("SELECT key, n, seconds FROM notifyq.started ORDER BY key, n")
     assert [tuple(row) for row in rows] == [("limit:k", 6, 3.0), ("limit:k", 7, 1.0), ("limit:other", 9, 1.0)]
 

@@ -299,7 +299,7 @@ async def test_a_slot_is_kept_for_who_was_granted_it(db: Any, worker: int) -> No
     jobs = await verbs.claim(db, worker, 1)
     assert await admit(db, jobs) == [(newcomer, "limit")]
     await db.execute("UPDATE notifyq.task SET run_at = run_at - interval '3 s' WHERE id = $1", second)
-    assert await db.fetchval("SELECT notifyq.stir()") is None
+    assert await db.fetchval("SELECT notifyq.recheck_waiting()") is None
     assert await free(db) == 1
     assert await admit(db, await verbs.claim(db, worker, 1)) == [(newcomer, None)]
     assert await admit(db, await verbs.claim(db, worker)) == [(second, "limit")]

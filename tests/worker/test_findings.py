@@ -325,8 +325,8 @@ async def test_gates_are_made_by_who_locks_them(dsn: str) -> None:
         a, b = await s.session("a"), await s.session("b")
         await a("TRUNCATE notifyq.gate")
         await a("BEGIN")
-        await a("SELECT notifyq.lock_gates('{limit:k}')")
-        waiting = await b.blocked_by(a, "SELECT notifyq.lock_gates('{limit:k}')")
+        await a("SELECT notifyq.lock_keys('{limit:k}')")
+        waiting = await b.blocked_by(a, "SELECT notifyq.lock_keys('{limit:k}')")
         await a("COMMIT")
         await waiting
 

@@ -18,7 +18,7 @@ SELECT ARRAY(SELECT l.id FROM latest l
                AND l.waits_at IS NULL AND isfinite(l.processed_at) AND isfinite(l.run_at)) AS failed,
        ARRAY(SELECT l.id
              FROM latest l
-             CROSS JOIN LATERAL notifyq.limits(l.options) AS o
+             CROSS JOIN LATERAL notifyq.parse_limits(l.options) AS o
              LEFT JOIN notifyq.queue q ON l.waits_at = 'queue:' || q.name
              WHERE l.waits_at IS NOT NULL AND NOT l.aside AND isfinite(l.run_at)
                AND l.run_at > statement_timestamp() + interval '2 seconds'

@@ -1,6 +1,6 @@
 -- After release_waiters.sql was refused for the first row of notifyq.freed (left_out.py): put that row last, so that the others come
 -- before it. One that tells both of a task's end and of its keys becomes two, since what waits for the one isn't in the
--- way of what waits for the others. Rows that only tell of the same keys become one, as stir adds such a row every now
+-- way of what waits for the others. Rows that only tell of the same keys become one, as recheck_waiting adds such a row every now
 -- and then. Returns the new rows: a task that has ended, or keys. No row: another worker has it.
 WITH first AS MATERIALIZED (
     SELECT f.* FROM notifyq.freed f ORDER BY f.n LIMIT 1 FOR UPDATE SKIP LOCKED

@@ -1,2 +1,2 @@
 -- Let in tasks that waited for the slots and ends recorded in the first $1 rows of notifyq.freed. Returns how many.
-SELECT notifyq.free($1::integer) AS ready
+SELECT notifyq.release_waiters($1::integer) AS ready
