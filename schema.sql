@@ -259,7 +259,7 @@ CREATE TABLE notifyq.freed (
 
 -- Locks for keys, by hash. They are rows, as any role could take and keep an advisory lock.
 CREATE TABLE notifyq.gate (n smallint NOT NULL PRIMARY KEY) WITH (fillfactor = 50);
-INSERT INTO notifyq.gate (n) SELECT generate_series(-1, 255);  -- -1 is of notifyq.released
+INSERT INTO notifyq.gate (n) SELECT generate_series(-1, 255);  -- -1 is of notifyq.release_dependents
 
 -- Parked tasks with `after`, and the tasks that they wait for.
 CREATE TABLE notifyq.dependency (
@@ -837,7 +837,7 @@ BEGIN
                                (CASE WHEN t.queue = ANY (limited) THEN 'queue:' || t.queue END)) AS v (k)
     WHERE t.id = ANY (admit.ids) AND k IS NOT NULL;
     PERFORM notifyq.lock_keys(keys);
-    SELECT a.waiting, a.cancelled INTO waiting, cancelled FROM notifyq.await_tasks(admit.worker, admit.ids, admit.attempts) AS a;
+    SELECT a.waiting, a.cancelled INTO waiting, cancelled FROM notifyq.await_predecessors(admit.worker, admit.ids, admit.attempts) AS a;
     moment := clock_timestamp();
     WITH mine AS MATERIALIZED (
         SELECT t.id, t.priority, t.queue, t.order_key, t.limit_key, t.waits_at, l.limit_running, l.limit_rate, l.limit_seconds
@@ -962,7 +962,7 @@ BEGIN
     PERFORM notifyq.lock_keys(keys);
     ready := notifyq.grant_slots(keys);
     IF EXISTS (SELECT FROM notifyq.dependency d WHERE d.needs = ANY (ended) OR NOT d.sure) THEN
-        ready := ready + notifyq.released(ended);
+        ready := ready + notifyq.release_dependents(ended);
     END IF;
     DELETE FROM notifyq.freed f WHERE f.n = ANY (taken);
     RETURN ready;
@@ -1007,7 +1007,7 @@ END;
 
 -- Have the ends of these told, as far as they live and nobody has locked them: those are returned, and live until the
 -- transaction's end.
-CREATE FUNCTION notifyq.track(ids bigint[]) RETURNS bigint[] LANGUAGE plpgsql SET search_path = pg_catalog AS $$
+CREATE FUNCTION notifyq.watch_ends(ids bigint[]) RETURNS bigint[] LANGUAGE plpgsql SET search_path = pg_catalog AS $$
 BEGIN
     UPDATE notifyq.task t SET tracked = true
     WHERE t.id = ANY (ARRAY(
@@ -1017,7 +1017,7 @@ END $$;
 
 -- Of tasks that this worker has just claimed, and that have `after`: who has to wait, and who was cancelled, as one that it
 -- waited for is dead. The others have waited for theirs.
-CREATE FUNCTION notifyq.await_tasks(worker integer, ids bigint[], attempts smallint[],
+CREATE FUNCTION notifyq.await_predecessors(worker integer, ids bigint[], attempts smallint[],
                                     OUT waiting bigint[], OUT cancelled bigint[]) LANGUAGE plpgsql SET search_path = pg_catalog AS $$
 #variable_conflict use_column
 DECLARE
@@ -1029,9 +1029,9 @@ BEGIN
     cancelled := '{}';
     SELECT array_agg(m.id) INTO judged
     FROM (SELECT t.id
-          FROM unnest(await_tasks.ids, await_tasks.attempts) AS o (id, attempt)
+          FROM unnest(await_predecessors.ids, await_predecessors.attempts) AS o (id, attempt)
           JOIN notifyq.task t ON t.id = ANY (ARRAY[o.id])
-          WHERE t.worker IS NOT DISTINCT FROM await_tasks.worker AND t.attempts = o.attempt AND t.after IS NOT NULL
+          WHERE t.worker IS NOT DISTINCT FROM await_predecessors.worker AND t.attempts = o.attempt AND t.after IS NOT NULL
           FOR UPDATE OF t SKIP LOCKED) AS m;
     IF judged IS NULL THEN
         RETURN;
@@ -1042,7 +1042,7 @@ BEGIN
             FROM (SELECT DISTINCT a.id FROM notifyq.task t CROSS JOIN unnest(t.after) AS a (id) WHERE t.id = ANY (judged)) AS a
             JOIN notifyq.task d ON d.id = ANY (ARRAY[a.id]));
         EXIT WHEN needed = '{}';
-        held := notifyq.track(needed);
+        held := notifyq.watch_ends(needed);
         EXIT WHEN cardinality(held) = cardinality(needed) OR n = 3;
         PERFORM pg_sleep(0.003);  -- mostly somebody is just claiming it, or ending it
     END LOOP;
@@ -1058,7 +1058,7 @@ BEGIN
         UPDATE notifyq.dependency d SET sure = true
         WHERE d.needs = ANY (held) AND d.task = ANY (judged) AND NOT d.sure;
     END IF;
-    cancelled := notifyq.forsake(ARRAY(
+    cancelled := notifyq.cancel_dependents(ARRAY(
         SELECT t.id FROM notifyq.task t WHERE t.id = ANY (judged) AND t.options ->> 'on_dead' IS DISTINCT FROM 'run'));
     waiting := ARRAY(SELECT DISTINCT d.task FROM notifyq.dependency d WHERE d.task = ANY (judged));
     UPDATE notifyq.task t SET after = NULL WHERE t.id = ANY (judged) AND t.id <> ALL (waiting);
@@ -1066,7 +1066,7 @@ END $$;
 
 -- Cancel those of these tasks, whose rows are locked by now, of which one that they wait for is dead or was cancelled.
 -- Returns them.
-CREATE FUNCTION notifyq.forsake(ids bigint[]) RETURNS bigint[] LANGUAGE plpgsql SET search_path = pg_catalog AS $$
+CREATE FUNCTION notifyq.cancel_dependents(ids bigint[]) RETURNS bigint[] LANGUAGE plpgsql SET search_path = pg_catalog AS $$
 DECLARE
     cancelled bigint[];
 BEGIN
@@ -1100,7 +1100,7 @@ END $$;
 
 -- These have ended: have those that waited for them, and wait for nothing else, ready, or cancelled. Returns how many
 -- are ready. It looks at those too that could not be marked.
-CREATE FUNCTION notifyq.released(ended bigint[]) RETURNS integer LANGUAGE plpgsql SET search_path = pg_catalog AS $$
+CREATE FUNCTION notifyq.release_dependents(ended bigint[]) RETURNS integer LANGUAGE plpgsql SET search_path = pg_catalog AS $$
 DECLARE
     needed bigint[];
     held bigint[];
@@ -1125,7 +1125,7 @@ BEGIN
             SELECT d.needs FROM notifyq.dependency d WHERE d.needs = ANY (ended)
             UNION SELECT d.needs FROM notifyq.dependency d WHERE NOT d.sure);
         EXIT WHEN needed = '{}';
-        held := notifyq.track(needed);  -- also of what has ended, and was retried before anybody came to look
+        held := notifyq.watch_ends(needed);  -- also of what has ended, and was retried before anybody came to look
         UPDATE notifyq.dependency d SET sure = true WHERE d.needs = ANY (held) AND NOT d.sure;
         gone := ARRAY(
             SELECT n FROM unnest(needed) AS n WHERE NOT EXISTS (SELECT FROM notifyq.task t WHERE t.id = n));
@@ -1154,7 +1154,7 @@ BEGIN
         UPDATE notifyq.dependency d SET sure = false WHERE d.sure AND d.needs = ANY (gone) AND d.task = ANY (stuck);
         ended := '{}';
         IF EXISTS (SELECT FROM notifyq.finished f WHERE f.id = ANY (gone) AND f.state <> 'done') THEN
-            ended := notifyq.forsake(ARRAY(
+            ended := notifyq.cancel_dependents(ARRAY(
                 SELECT t.id FROM notifyq.task t
                 WHERE t.id = ANY (mine) AND t.parked = 'after' AND t.worker IS NULL
                   AND t.options ->> 'on_dead' IS DISTINCT FROM 'run'));
@@ -1538,12 +1538,12 @@ COMMENT ON FUNCTION notifyq.admit(integer, bigint[], smallint[]) IS
     'Internal: which claimed tasks may run; it parks the others.';
 COMMENT ON FUNCTION notifyq.release_waiters(integer) IS 'Internal: lets in tasks that waited for what notifyq.freed tells of.';
 COMMENT ON FUNCTION notifyq.recheck_waiting(text, integer) IS 'Internal: has keys at which tasks wait looked at again.';
-COMMENT ON FUNCTION notifyq.track(bigint[]) IS 'Internal: has the ends of tasks told.';
-COMMENT ON FUNCTION notifyq.await_tasks(integer, bigint[], smallint[]) IS
+COMMENT ON FUNCTION notifyq.watch_ends(bigint[]) IS 'Internal: has the ends of tasks told.';
+COMMENT ON FUNCTION notifyq.await_predecessors(integer, bigint[], smallint[]) IS
     'Internal: which claimed tasks have to wait for the ends of others.';
-COMMENT ON FUNCTION notifyq.forsake(bigint[]) IS
+COMMENT ON FUNCTION notifyq.cancel_dependents(bigint[]) IS
     'Internal: cancels tasks that wait for one which is dead or was cancelled.';
-COMMENT ON FUNCTION notifyq.released(bigint[]) IS 'Internal: lets in tasks that waited for the ends of others.';
+COMMENT ON FUNCTION notifyq.release_dependents(bigint[]) IS 'Internal: lets in tasks that waited for the ends of others.';
 COMMENT ON FUNCTION notifyq.admit_running(text[], integer) IS
     'Internal: counts running tasks of queues whose limit is new.';
 

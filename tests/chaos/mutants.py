@@ -80,7 +80,7 @@ MUTANTS: dict[str, list[Change]] = {
     ],
     # What is waited for is noted, and not marked: its end tells nobody.
     "told": [
-        ("schema.sql", "held := notifyq.track(needed);\n        EXIT WHEN", "held := needed;\n        EXIT WHEN"),
+        ("schema.sql", "held := notifyq.watch_ends(needed);\n        EXIT WHEN", "held := needed;\n        EXIT WHEN"),
     ],
     # Claims don't count threads, and what was claimed beyond them is handed back.
     "threads": [
