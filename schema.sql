@@ -140,7 +140,7 @@ CREATE TABLE notifyq.task (
     limit_key     text,                                -- at most N at the same time, of all tasks with this key
     after         bigint[],                            -- the tasks whose ends it waits for, until they have come
     parked        text,                                -- with aside: what it waits for: limit, rate, queue, order, after,
-    waits_at      text,                                -- and the key; both without aside: granted, the next of that key
+    waiting_on      text,                                -- and the key; both without aside: granted, the next of that key
     admitted      timestamptz,                         -- = processing_at: this attempt was admitted, and holds its slots
     tracked       boolean     NOT NULL DEFAULT false,  -- others may wait for its end: it writes a row into freed
     awaited       boolean     NOT NULL DEFAULT false,  -- a client waits for its end: it sends a NOTIFY
@@ -170,7 +170,7 @@ CREATE INDEX task_set_aside ON notifyq.task (type, queue, priority DESC, id)
 -- For "Limits and order": the tasks that hold a slot of a key or a queue, those that wait at a key, and those in an
 -- order. No plain task is in any of them.
 CREATE INDEX task_admitted ON notifyq.task (limit_key, queue) WHERE admitted IS NOT NULL AND worker IS NOT NULL;
-CREATE INDEX task_parked ON notifyq.task (waits_at, aside, priority DESC, id) WHERE waits_at IS NOT NULL;
+CREATE INDEX task_parked ON notifyq.task (waiting_on, aside, priority DESC, id) WHERE waiting_on IS NOT NULL;
 -- Second column: 0 = may run next; a worker's id = running; NULL = not in the order yet. id + 0 as above.
 CREATE INDEX task_order ON notifyq.task (
     order_key, (CASE WHEN attempts > 0 OR parked <> 'after' OR parked IS NULL AND (promoted OR run_at <= created_at)
@@ -418,7 +418,7 @@ BEGIN
         ELSIF held AND on_conflict = 'move' THEN
             -- Not one whose time has come, and that waits for a limit, its turn, or others: who lets it in sets run_at.
             UPDATE notifyq.task t SET run_at = mine.run_at, promoted = mine.run_at <= clock_timestamp()
-            WHERE t.id = old AND NOT t.aside AND t.waits_at IS NULL;
+            WHERE t.id = old AND NOT t.aside AND t.waiting_on IS NULL;
         END IF;
         RETURN false;
     END IF;
@@ -635,7 +635,7 @@ END;
 -- may have one of each, and is judged by them in the order: order, queue, limit. It is parked at the first that keeps it
 -- back, and takes no place of those that come after.
 --
---     parked   aside   waits_at
+--     parked   aside   waiting_on
 --     set      true    set        waits at that key; nobody looks at it until the key is filled
 --     set      false   set        granted: a slot of that key is kept for it. It is ready, or scheduled for the time at
 --                                 which a rate lets it start, and is judged again when it has been claimed
@@ -698,7 +698,7 @@ DECLARE
     limits record;
 BEGIN
     IF kind = 'order' THEN
-        SELECT t.id, t.aside AND t.waits_at IS NOT DISTINCT FROM key AS waits INTO head FROM notifyq.task t
+        SELECT t.id, t.aside AND t.waiting_on IS NOT DISTINCT FROM key AS waits INTO head FROM notifyq.task t
         WHERE t.order_key = name
           AND (CASE WHEN t.attempts > 0 OR t.parked <> 'after' OR t.parked IS NULL AND (t.promoted OR t.run_at <= t.created_at)
                THEN coalesce(t.worker, 0) END) = 0
@@ -712,16 +712,16 @@ BEGIN
             RETURN 0;
         END IF;
         UPDATE notifyq.task t
-        SET aside = false, parked = NULL, waits_at = NULL, run_at = moment, promoted = true
+        SET aside = false, parked = NULL, waiting_on = NULL, run_at = moment, promoted = true
         -- None, if somebody has locked it; the next one, and the order would be broken.
         WHERE t.id = ANY (ARRAY(
             SELECT h.id FROM notifyq.task h
-            WHERE h.id = head.id AND h.worker IS NULL AND h.aside AND h.waits_at = key FOR NO KEY UPDATE SKIP LOCKED));
+            WHERE h.id = head.id AND h.worker IS NULL AND h.aside AND h.waiting_on = key FOR NO KEY UPDATE SKIP LOCKED));
         GET DIAGNOSTICS room = ROW_COUNT;
         RETURN room;
     END IF;
     SELECT l.* INTO limits FROM notifyq.task t CROSS JOIN LATERAL notifyq.parse_limits(t.options) AS l
-    WHERE t.waits_at = key AND t.aside AND NOT EXISTS (SELECT FROM notifyq.queue q WHERE q.name = t.queue AND q.paused)
+    WHERE t.waiting_on = key AND t.aside AND NOT EXISTS (SELECT FROM notifyq.queue q WHERE q.name = t.queue AND q.paused)
     ORDER BY t.priority DESC, t.id LIMIT 1;
     IF NOT FOUND THEN
         RETURN 0;
@@ -739,7 +739,7 @@ BEGIN
     UPDATE notifyq.task t SET aside = true
     WHERE t.id = ANY (ARRAY(
         SELECT g.id FROM notifyq.task g
-        WHERE g.waits_at = key AND NOT g.aside AND g.worker IS NULL
+        WHERE g.waiting_on = key AND NOT g.aside AND g.worker IS NULL
           AND g.run_at > moment + interval '2 seconds' + make_interval(secs => greatest(
                   limits.limit_seconds, (SELECT l.limit_seconds FROM notifyq.parse_limits(g.options) AS l), 0))
         FOR NO KEY UPDATE SKIP LOCKED));
@@ -751,7 +751,7 @@ BEGIN
     END IF;
     WITH first AS MATERIALIZED (
         SELECT t.id, t.priority FROM notifyq.task t
-        WHERE t.waits_at = key AND t.aside AND t.worker IS NULL
+        WHERE t.waiting_on = key AND t.aside AND t.worker IS NULL
           AND NOT EXISTS (SELECT FROM notifyq.queue q WHERE q.name = t.queue AND q.paused)
         ORDER BY t.priority DESC, t.id LIMIT room FOR NO KEY UPDATE OF t SKIP LOCKED
     ), past AS MATERIALIZED (
@@ -785,7 +785,7 @@ DECLARE
 BEGIN
     FOREACH key IN ARRAY ARRAY(
         SELECT k FROM unnest(keys) AS k  -- not EXISTS, which may become a join with all that is parked
-        WHERE (SELECT true FROM notifyq.task t WHERE t.waits_at = k AND t.aside LIMIT 1))
+        WHERE (SELECT true FROM notifyq.task t WHERE t.waiting_on = k AND t.aside LIMIT 1))
     LOOP
         ready := ready + notifyq.grant_slots(key);
     END LOOP;
@@ -804,14 +804,14 @@ END;
 -- How many slots of a key are kept for granted tasks, those of `ids` aside.
 CREATE FUNCTION notifyq.count_reserved(key text, moment timestamptz, ids bigint[]) RETURNS integer LANGUAGE sql STABLE BEGIN ATOMIC
     SELECT count(*)::integer FROM notifyq.task t
-    WHERE t.waits_at = $1 AND NOT t.aside AND t.id <> ALL (coalesce($3, '{}'))
+    WHERE t.waiting_on = $1 AND NOT t.aside AND t.id <> ALL (coalesce($3, '{}'))
       AND (t.worker IS NOT NULL OR t.run_at > $2 - interval '2 seconds');
 END;
 
 -- Does anybody wait at a key who could be granted a slot? Then newcomers wait too, and all are let in by priority and id.
 CREATE FUNCTION notifyq.has_waiters(key text) RETURNS boolean LANGUAGE sql STABLE BEGIN ATOMIC
     SELECT EXISTS (SELECT FROM notifyq.task t
-                   WHERE t.waits_at = $1 AND t.aside
+                   WHERE t.waiting_on = $1 AND t.aside
                      AND NOT EXISTS (SELECT FROM notifyq.queue q WHERE q.name = t.queue AND q.paused));
 END;
 
@@ -840,7 +840,7 @@ BEGIN
     SELECT a.waiting, a.cancelled INTO waiting, cancelled FROM notifyq.await_predecessors(admit.worker, admit.ids, admit.attempts) AS a;
     moment := clock_timestamp();
     WITH mine AS MATERIALIZED (
-        SELECT t.id, t.priority, t.queue, t.order_key, t.limit_key, t.waits_at, l.limit_running, l.limit_rate, l.limit_seconds
+        SELECT t.id, t.priority, t.queue, t.order_key, t.limit_key, t.waiting_on, l.limit_running, l.limit_rate, l.limit_seconds
         FROM unnest(admit.ids, admit.attempts) AS o (id, attempt)
         JOIN notifyq.task t ON t.id = ANY (ARRAY[o.id])
         CROSS JOIN LATERAL notifyq.parse_limits(t.options) AS l
@@ -878,7 +878,7 @@ BEGIN
                 OR q.limit_running < o.place + q.held + CASE WHEN o.granted THEN 0 ELSE q.kept END
                 OR q.limit_rate < o.place + q.begun + CASE WHEN o.granted THEN 0 ELSE q.kept END THEN 'queue' END) AS why
         FROM (SELECT o.*, row_number() OVER (PARTITION BY o.queue, o.why ORDER BY o.priority DESC, o.id) AS place,
-                     coalesce(o.waits_at = 'queue:' || o.queue, false) AS granted FROM ordered o) AS o
+                     coalesce(o.waiting_on = 'queue:' || o.queue, false) AS granted FROM ordered o) AS o
         LEFT JOIN queues q ON q.name = o.queue
     ), limits AS MATERIALIZED (
         SELECT k.limit_key,
@@ -900,14 +900,14 @@ BEGIN
                    WHEN p.limit_running < p.place + l.held + CASE WHEN p.granted THEN 0 ELSE l.kept END THEN 'limit'
                    WHEN p.limit_rate < p.place + r.begun + CASE WHEN p.granted THEN 0 ELSE l.kept END THEN 'rate' END) AS why
         FROM (SELECT m.*, u.why, row_number() OVER (PARTITION BY m.limit_key, u.why ORDER BY m.priority DESC, m.id) AS place,
-                     coalesce(m.waits_at = 'limit:' || m.limit_key, false) AS granted
+                     coalesce(m.waiting_on = 'limit:' || m.limit_key, false) AS granted
               FROM mine m JOIN queued u ON u.id = m.id) AS p
         LEFT JOIN limits l ON l.limit_key = p.limit_key
         LEFT JOIN rates r ON r.limit_key = p.limit_key AND r.limit_seconds = p.limit_seconds
     ), written AS (
         UPDATE notifyq.task t
         SET tracked = true, parked = v.why, aside = v.why IS NOT NULL,
-            waits_at = CASE v.why WHEN 'order' THEN 'order:' || t.order_key WHEN 'queue' THEN 'queue:' || t.queue
+            waiting_on = CASE v.why WHEN 'order' THEN 'order:' || t.order_key WHEN 'queue' THEN 'queue:' || t.queue
                                   WHEN 'limit' THEN 'limit:' || t.limit_key WHEN 'rate' THEN 'limit:' || t.limit_key END,
             admitted = CASE WHEN v.why IS NULL THEN t.processing_at END,
             worker = CASE WHEN v.why IS NULL THEN t.worker END,
@@ -952,7 +952,7 @@ BEGIN
             FROM batch s
             CROSS JOIN LATERAL (VALUES ('order:' || s.order_key), ('limit:' || s.limit_key),
                 (CASE WHEN EXISTS (SELECT FROM notifyq.queue q WHERE q.name = s.queue)
-                        OR EXISTS (SELECT FROM notifyq.task t WHERE t.waits_at = 'queue:' || s.queue)
+                        OR EXISTS (SELECT FROM notifyq.task t WHERE t.waiting_on = 'queue:' || s.queue)
                       THEN 'queue:' || s.queue END)) AS v (k)
             WHERE v.k IS NOT NULL)
     INTO taken, ended, keys;
@@ -972,19 +972,19 @@ END $$;
 -- there are no more.
 CREATE FUNCTION notifyq.recheck_waiting(since text DEFAULT '', most integer DEFAULT 200) RETURNS text LANGUAGE sql BEGIN ATOMIC
     WITH RECURSIVE waiting AS (
-        (SELECT t.waits_at, t.id, t.queue, t.order_key, t.limit_key, 1 AS n FROM notifyq.task t
-         WHERE t.waits_at > $1 AND t.aside ORDER BY t.waits_at LIMIT 1)
+        (SELECT t.waiting_on, t.id, t.queue, t.order_key, t.limit_key, 1 AS n FROM notifyq.task t
+         WHERE t.waiting_on > $1 AND t.aside ORDER BY t.waiting_on LIMIT 1)
         UNION ALL
         SELECT u.* FROM waiting w CROSS JOIN LATERAL (
-            SELECT t.waits_at, t.id, t.queue, t.order_key, t.limit_key, w.n + 1 FROM notifyq.task t
-            WHERE t.waits_at > w.waits_at AND t.aside ORDER BY t.waits_at LIMIT 1) AS u
+            SELECT t.waiting_on, t.id, t.queue, t.order_key, t.limit_key, w.n + 1 FROM notifyq.task t
+            WHERE t.waiting_on > w.waiting_on AND t.aside ORDER BY t.waiting_on LIMIT 1) AS u
         WHERE w.n < $2
     ), told AS (
         INSERT INTO notifyq.freed (task, ended, queue, order_key, limit_key)
         SELECT w.id, false, w.queue, w.order_key, w.limit_key FROM waiting w
         RETURNING 1
     )
-    SELECT max(w.waits_at) FROM waiting w HAVING count(*) = $2;
+    SELECT max(w.waiting_on) FROM waiting w HAVING count(*) = $2;
 END;
 
 -- After
@@ -1305,7 +1305,7 @@ WITH RECURSIVE ready AS (  -- from one queue's first entry of index task_ready t
 )
 SELECT k.name, coalesce(q.paused, false) AS paused, q.limit_running, q.limit_rate, q.limit_seconds,
        coalesce(r.n, 0) AS running,
-       (SELECT count(*) FROM notifyq.task t WHERE t.waits_at = 'queue:' || k.name AND t.aside) AS waiting,
+       (SELECT count(*) FROM notifyq.task t WHERE t.waiting_on = 'queue:' || k.name AND t.aside) AS waiting,
        coalesce(s.n, 0) AS workers
 FROM (SELECT q.name FROM notifyq.queue q UNION SELECT r.queue FROM ready r WHERE r.queue IS NOT NULL
       UNION SELECT r.queue FROM running r UNION SELECT s.queue FROM served s) AS k
@@ -1356,7 +1356,7 @@ COMMENT ON COLUMN notifyq.task.after IS 'From options: the ids of tasks whose en
 COMMENT ON COLUMN notifyq.task.parked IS
     'What it waits for: limit, rate, queue, order or after, or crashed: until a worker runs it alone; if aside is'
     ' false, what it was granted.';
-COMMENT ON COLUMN notifyq.task.waits_at IS 'The key at which it waits, or of which a slot is kept for it.';
+COMMENT ON COLUMN notifyq.task.waiting_on IS 'The key at which it waits, or of which a slot is kept for it.';
 COMMENT ON COLUMN notifyq.task.admitted IS 'Equal to processing_at: this attempt holds slots of its keys.';
 COMMENT ON COLUMN notifyq.task.tracked IS 'Other tasks may wait for its end, so its end adds a row to notifyq.freed.';
 COMMENT ON COLUMN notifyq.task.awaited IS 'A client waits for its end, so its end sends a NOTIFY.';
@@ -1556,7 +1556,7 @@ COMMENT ON FUNCTION notifyq.admit_running(text[], integer) IS
 --   with keys     GRANT SELECT, INSERT, UPDATE ON notifyq.unique_key TO r;  -- beside these, to enqueue unique tasks
 --                 GRANT SELECT (id, state) ON notifyq.all_tasks TO r;
 --                 GRANT SELECT (worker, options), UPDATE (note) ON notifyq.task TO r;  -- UPDATE, to lock
---                 GRANT SELECT (aside, waits_at), UPDATE (type, payload, run_at, promoted) ON notifyq.task TO r;  -- to replace, move
+--                 GRANT SELECT (aside, waiting_on), UPDATE (type, payload, run_at, promoted) ON notifyq.task TO r;  -- to replace, move
 --   may read      GRANT USAGE ON SCHEMA notifyq TO r;
 --                 GRANT SELECT ON notifyq.all_tasks, notifyq.all_queues, notifyq.worker, notifyq.queue, notifyq.cron TO r;
 --                 GRANT SELECT ON notifyq.schema_version TO r;

@@ -936,7 +936,7 @@ async def test_a_queue_of_any_name(run: Run, dsn: str, db: Any, name: str) -> No
 
 async def test_tasks_say_what_one_waits_for(run: Run, dsn: str, db: Any) -> None:
     await db.execute(
-        """INSERT INTO notifyq.task (type, aside, parked, waits_at, crashes, attempts)
+        """INSERT INTO notifyq.task (type, aside, parked, waiting_on, crashes, attempts)
            VALUES ('A', true, 'limit', 'limit:x', NULL, 0), ('B', true, 'crashed', 'crashed:default', 2, 2)"""
     )
     said = await run("tasks", dsn=dsn)

@@ -125,7 +125,7 @@ async def test_no_claim_and_no_chore_waits_for_the_row_of_a_task(s: Steps, w: Se
     await w("DELETE FROM notifyq.worker WHERE id = $1", orphan.worker)
     [ready] = await insert(s.db)
     await insert(s.db, aside=True)
-    await insert(s.db, aside=True, parked="limit", waits_at="limit:k3", options=LOW)
+    await insert(s.db, aside=True, parked="limit", waiting_on="limit:k3", options=LOW)
     [due] = await insert(s.db, **OVERDUE)
     await s.db.execute("INSERT INTO notifyq.freed (task, ended, queue, limit_key) VALUES (0, false, '', 'k3')")
     await p("BEGIN")

@@ -105,7 +105,7 @@ async def test_starts_in_the_future_count_as_of_now(db: Any) -> None:
     assert [tuple(row) for row in started] == [(2, True)]
     # Granted for the end of a window that began when the clock was found right.
     granted = (
-        "SELECT run_at - (SELECT at FROM notifyq.started) FROM notifyq.task WHERE waits_at IS NOT NULL AND NOT aside"
+        "SELECT run_at - (SELECT at FROM notifyq.started) FROM notifyq.task WHERE waiting_on IS NOT NULL AND NOT aside"
     )
     assert await db.fetchval(granted) == timedelta(hours=1)
 
@@ -128,12 +128,12 @@ async def test_a_slot_that_was_granted_for_next_year(dsn: str, db: Any, monkeypa
     bench = Bench()
     async with bench.app.connect(dsn) as app, working(app, dsn):
         await app.enqueue_many([bench.Job(key="a") for _ in range(3)], limit_key="a", rate="1/5s")
-        granted = "SELECT count(*) FROM notifyq.task WHERE waits_at = 'limit:a' AND NOT aside AND worker IS NULL"
+        granted = "SELECT count(*) FROM notifyq.task WHERE waiting_on = 'limit:a' AND NOT aside AND worker IS NULL"
         await eventually(lambda: db.fetchval(granted), 1)
         assert len(bench.ended.items) == 1
         await db.execute("UPDATE notifyq.started SET at = at - interval '1 hour'")
         await db.execute(
-            "UPDATE notifyq.task SET run_at = run_at + interval '1 year' WHERE waits_at IS NOT NULL AND NOT aside"
+            "UPDATE notifyq.task SET run_at = run_at + interval '1 year' WHERE waiting_on IS NOT NULL AND NOT aside"
         )
         await bench.ended.reach(3)
         await idle(db)
@@ -144,9 +144,9 @@ async def test_a_newcomer_frees_what_was_granted_for_next_year(db: Any) -> None:
     await rated(db, 2, limit=1)
     await admit(db, await claim(db, me, 2))
     slot = """SELECT run_at < clock_timestamp() + interval '2 hours' FROM notifyq.task
-              WHERE waits_at IS NOT NULL AND NOT aside"""
+              WHERE waiting_on IS NOT NULL AND NOT aside"""
     assert await db.fetchval(slot) is True
-    await db.execute("UPDATE notifyq.task SET run_at = run_at + interval '1 year' WHERE waits_at IS NOT NULL")
+    await db.execute("UPDATE notifyq.task SET run_at = run_at + interval '1 year' WHERE waiting_on IS NOT NULL")
     await rated(db, 1, limit=1)
     await admit(db, await claim(db, me, 1))
     assert await db.fetchval(slot) is True

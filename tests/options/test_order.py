@@ -148,7 +148,7 @@ async def test_in_a_crowd_of_its_key(dsn: str, db: Any) -> None:
         f"""INSERT INTO notifyq.task (type, run_at, options)
             SELECT 'Known', now() + CASE WHEN i < {first} THEN interval '1 hour' ELSE '0' END, '{{"order_key": "a"}}'
             FROM generate_series(1, 50000) AS i;
-            UPDATE notifyq.task SET aside = true, parked = 'order', waits_at = 'order:a' WHERE id >= {second}"""
+            UPDATE notifyq.task SET aside = true, parked = 'order', waiting_on = 'order:a' WHERE id >= {second}"""
     )
     await db.execute("VACUUM (ANALYZE) notifyq.task")
     [last] = await verbs.insert(db, options='{"order_key": "a", "limit_key": "b", "limit_running": 1}')

@@ -71,7 +71,7 @@ ASIDE: dict[str, dict[str, Any]] = {
     "ready": {},
     "due": {"created_at": "2000-01-01", "run_at": "2001-01-01"},
     "set aside": {"aside": True},
-    "suspect": {"aside": True, "parked": "crashed", "waits_at": "crashed:default", "crashes": 2},
+    "suspect": {"aside": True, "parked": "crashed", "waiting_on": "crashed:default", "crashes": 2},
 }
 UNTAKEN = {"ready": "ready", "due": "scheduled", "set aside": "ready", "suspect": "scheduled"}
 

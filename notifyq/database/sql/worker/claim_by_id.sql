@@ -2,7 +2,7 @@
 -- has locked. $3 is claim.sql's $5. Of the lookup by id: finish.sql.
 UPDATE notifyq.task t
 SET worker = $1, attempts = least(t.attempts, 32766) + 1, processing_at = clock_timestamp(),
-    aside = false, parked = NULL, waits_at = NULL
+    aside = false, parked = NULL, waiting_on = NULL
 WHERE t.id = ANY (ARRAY(
     SELECT r.id
     FROM unnest($2::bigint[]) AS o (id)

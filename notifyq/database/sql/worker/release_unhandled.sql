@@ -3,7 +3,7 @@
 -- notifications is full (schema.sql). A task that was granted a slot gives it back.
 WITH moved AS (
     UPDATE notifyq.task t
-    SET worker = NULL, attempts = t.attempts - 1, aside = true, parked = NULL, waits_at = NULL
+    SET worker = NULL, attempts = t.attempts - 1, aside = true, parked = NULL, waiting_on = NULL
     FROM unnest($2::bigint[], $3::smallint[]) AS o (id, attempt)
     WHERE t.id = ANY (ARRAY[o.id]) AND t.worker IS NOT DISTINCT FROM $1 AND t.attempts = o.attempt
     RETURNING t.id, t.tracked AND notifyq.note_lease_given_up(t) AS freed

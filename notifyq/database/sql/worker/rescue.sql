@@ -58,7 +58,7 @@ WITH corpse AS MATERIALIZED (
         crashes_alone = CASE WHEN h.alone THEN coalesce(t.crashes_alone, 0) + 1 ELSE t.crashes_alone END,
         aside = t.aside OR h.suspect,
         parked = CASE WHEN h.suspect THEN 'crashed' ELSE t.parked END,
-        waits_at = CASE WHEN h.suspect THEN 'crashed:' || t.queue ELSE t.waits_at END
+        waiting_on = CASE WHEN h.suspect THEN 'crashed:' || t.queue ELSE t.waiting_on END
     FROM held h
     WHERE t.id = ANY (ARRAY[h.id]) AND NOT h.spent
     RETURNING t.tracked AND notifyq.note_lease_given_up(t)

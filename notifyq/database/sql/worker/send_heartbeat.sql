@@ -42,7 +42,7 @@ SELECT EXISTS (SELECT FROM beat) AS registered,
                CROSS JOIN LATERAL (
                    SELECT
                    FROM notifyq.task r
-                   WHERE r.waits_at = 'crashed:' || q.queue AND r.aside AND r.type = ANY ($7::text[])
+                   WHERE r.waiting_on = 'crashed:' || q.queue AND r.aside AND r.type = ANY ($7::text[])
                    LIMIT 1
                ) AS s) AS suspects,
        EXISTS (SELECT FROM notifyq.freed) OR EXISTS (SELECT FROM notifyq.dependency d WHERE NOT d.sure) AS freed,
