@@ -50,7 +50,7 @@
 --     its end, or its worker's loss of it --> a row in notifyq.freed --free--> as many parked as fit are ready again
 --
 -- There are no counters, which could become wrong: the number of running tasks is counted from the rows. A session that
--- admits or frees tasks of a key first locks a row of notifyq.gate, by the key's hash, then takes a fresh snapshot, and
+-- admits or frees tasks of a key first locks a row of notifyq.key_lock, by the key's hash, then takes a fresh snapshot, and
 -- counts in that. Rows that are claimed and not yet admitted count too, on the safe side. So limits hold whatever
 -- process dies, and a dead process holds no slot that it would have to give back.
 --
@@ -258,8 +258,8 @@ CREATE TABLE notifyq.freed (
 ) WITH (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 500, vacuum_truncate = off);
 
 -- Locks for keys, by hash. They are rows, as any role could take and keep an advisory lock.
-CREATE TABLE notifyq.gate (n smallint NOT NULL PRIMARY KEY) WITH (fillfactor = 50);
-INSERT INTO notifyq.gate (n) SELECT generate_series(-1, 255);  -- -1 is of notifyq.release_dependents
+CREATE TABLE notifyq.key_lock (n smallint NOT NULL PRIMARY KEY) WITH (fillfactor = 50);
+INSERT INTO notifyq.key_lock (n) SELECT generate_series(-1, 255);  -- -1 is of notifyq.release_dependents
 
 -- Parked tasks with `after`, and the tasks that they wait for.
 CREATE TABLE notifyq.dependency (
@@ -642,15 +642,15 @@ END;
 --     null     -       null       everything else
 --
 -- Exact: who holds a slot is read from the rows (admitted = processing_at, which each claim sets anew, so that no
--- attempt inherits it), by who has locked the key's gate before the snapshot he reads them in. admit is the only place
+-- attempt inherits it), after the key's row of key_lock is locked, in a snapshot taken under that lock. admit is the only place
 -- that gives a slot, and it commits to the disk before a handler begins.
 --
 -- Live: whatever keeps a task back makes a row in notifyq.freed when it goes (a holder's end or its loss of the lease, a
 -- granted task that is cancelled, set aside or lost with its worker: with the same commit), or it goes
--- in admit itself, under the gate: a granted task that is parked at another key. free and admit fill the keys: they
+-- in admit itself, under the key's lock: a granted task that is parked at another key. free and admit fill the keys: they
 -- grant, in the order of priority and id, as many slots as neither holders nor granted tasks have; what is in a paused
 -- queue is passed over, and whoever comes while others wait at his key waits too, behind them. A freed row is
--- written before its cause can be seen, and deleted only after the gate was had: an admit that has counted the cause has
+-- written before its cause can be seen, and deleted only after the key was locked: an admit that has counted the cause has
 -- then committed what it parked. A slot that nobody frees, as it is time that frees it (a rate), is granted ahead, for
 -- its moment, and the timers do the rest. Claimed tasks that nobody has judged yet count for nobody, so no one waits for
 -- them. What a grant can't reach (a queue that was paused a moment ago, or that no worker serves) holds its slot for 2 s and
@@ -658,18 +658,18 @@ END;
 --
 -- Each task is parked and granted once, unless its keys have different ideas: then once for each.
 
--- Everybody locks gates in this order, and finds in notifyq.started what the clock says.
+-- Everybody locks keys in this order, and finds in notifyq.started what the clock says.
 CREATE FUNCTION notifyq.lock_keys(keys text[]) RETURNS void LANGUAGE plpgsql SET search_path = pg_catalog AS $$
 DECLARE
-    gates CONSTANT smallint[] := ARRAY(SELECT DISTINCT (hashtext(k) & 255)::smallint FROM unnest(keys) AS k);
-    found_gates integer;
+    locks CONSTANT smallint[] := ARRAY(SELECT DISTINCT (hashtext(k) & 255)::smallint FROM unnest(keys) AS k);
+    found_locks integer;
     moment timestamptz;
 BEGIN
-    PERFORM FROM notifyq.gate g WHERE g.n = ANY (gates) ORDER BY g.n FOR UPDATE;
-    GET DIAGNOSTICS found_gates = ROW_COUNT;
-    IF found_gates < cardinality(gates) THEN  -- a TRUNCATE, or a copy without rows, must not leave limits without locks
-        INSERT INTO notifyq.gate (n) SELECT generate_series(-1, 255) ON CONFLICT DO NOTHING;
-        PERFORM FROM notifyq.gate g WHERE g.n = ANY (gates) ORDER BY g.n FOR UPDATE;
+    PERFORM FROM notifyq.key_lock g WHERE g.n = ANY (locks) ORDER BY g.n FOR UPDATE;
+    GET DIAGNOSTICS found_locks = ROW_COUNT;
+    IF found_locks < cardinality(locks) THEN  -- a TRUNCATE, or a copy without rows, must not leave limits without locks
+        INSERT INTO notifyq.key_lock (n) SELECT generate_series(-1, 255) ON CONFLICT DO NOTHING;
+        PERFORM FROM notifyq.key_lock g WHERE g.n = ANY (locks) ORDER BY g.n FOR UPDATE;
     END IF;
     -- What started in the future did so before the clock was set back. It counts as of now: else it would block its key
     -- until that time comes.
@@ -684,7 +684,7 @@ BEGIN
     END IF;
 END $$;
 
--- Grant what is free at `key`, whose gate is had. Returns how many tasks became ready, or scheduled.
+-- Grant what is free at `key`, which is locked. Returns how many tasks became ready, or scheduled.
 CREATE FUNCTION notifyq.grant_slots(key text) RETURNS integer LANGUAGE plpgsql SET search_path = pg_catalog AS $$
 DECLARE
     most CONSTANT integer := 1000;
@@ -1115,10 +1115,10 @@ DECLARE
 BEGIN
     -- One at a time, or of two that each end one of a task's last two, neither would see that none is left. The lock
     -- comes after those of keys, and is had by nobody else.
-    PERFORM FROM notifyq.gate g WHERE g.n = -1 FOR UPDATE;
+    PERFORM FROM notifyq.key_lock g WHERE g.n = -1 FOR UPDATE;
     IF NOT FOUND THEN
-        INSERT INTO notifyq.gate (n) VALUES (-1) ON CONFLICT (n) DO NOTHING;
-        PERFORM FROM notifyq.gate g WHERE g.n = -1 FOR UPDATE;
+        INSERT INTO notifyq.key_lock (n) VALUES (-1) ON CONFLICT (n) DO NOTHING;
+        PERFORM FROM notifyq.key_lock g WHERE g.n = -1 FOR UPDATE;
     END IF;
     LOOP
         needed := ARRAY(
@@ -1410,9 +1410,9 @@ COMMENT ON COLUMN notifyq.freed.ended IS 'True: the task is over. False: it gave
 COMMENT ON COLUMN notifyq.freed.queue IS 'The queue of that task.';
 COMMENT ON COLUMN notifyq.freed.order_key IS 'The order_key of that task.';
 COMMENT ON COLUMN notifyq.freed.limit_key IS 'The limit_key of that task.';
-COMMENT ON TABLE notifyq.gate IS
+COMMENT ON TABLE notifyq.key_lock IS
     'Locks for keys, by hash: a worker that admits or frees tasks of a key first locks its row here.';
-COMMENT ON COLUMN notifyq.gate.n IS 'The hash, from 0 to 255; -1 is for the ends of tasks that others wait for.';
+COMMENT ON COLUMN notifyq.key_lock.n IS 'The hash, from 0 to 255; -1 is for the ends of tasks that others wait for.';
 COMMENT ON TABLE notifyq.dependency IS 'Which parked task waits for the end of which other.';
 COMMENT ON COLUMN notifyq.dependency.needs IS 'The task whose end is waited for.';
 COMMENT ON COLUMN notifyq.dependency.task IS 'The task that waits.';
@@ -1527,7 +1527,7 @@ COMMENT ON FUNCTION notifyq.find_unique_task(text) IS 'Internal: the newest task
 COMMENT ON FUNCTION notifyq.take_turn(integer, integer) IS 'Internal: waits for the turn of a fleet of workers.';
 COMMENT ON FUNCTION notifyq.fall_asleep(integer) IS 'Internal: waits for SHARE on notifyq.bell.';
 COMMENT ON FUNCTION notifyq.bell_wanted() IS 'Internal: whether a statement waits for a lock on notifyq.bell.';
-COMMENT ON FUNCTION notifyq.lock_keys(text[]) IS 'Internal: locks the rows of notifyq.gate for keys.';
+COMMENT ON FUNCTION notifyq.lock_keys(text[]) IS 'Internal: locks the rows of notifyq.key_lock for keys.';
 COMMENT ON FUNCTION notifyq.grant_slots(text) IS 'Internal: grants the free slots of a key to tasks that wait at it.';
 COMMENT ON FUNCTION notifyq.grant_slots(text[]) IS 'Internal: grants the free slots of keys to tasks that wait at them.';
 COMMENT ON FUNCTION notifyq.parse_limits(jsonb) IS 'Internal: the limits in a task''s options.';

@@ -118,7 +118,7 @@ class Stock:
     SELECT (SELECT max(oid) FROM pg_class), (SELECT max(oid) FROM pg_proc), (SELECT max(oid) FROM pg_type),
            (SELECT max(oid) FROM pg_constraint),
            (SELECT bool_or(reltuples > 0) OR sum(pg_relation_size(oid)) > 1000000 FROM ours
-            WHERE relname !~ '^(gate|schema_version)'),
+            WHERE relname !~ '^(key_lock|schema_version)'),
            count(*), max(xmin::text::bigint)
     FROM (SELECT xmin FROM ours
           UNION ALL SELECT xmin FROM pg_attribute WHERE attrelid IN (SELECT oid FROM ours)
@@ -131,10 +131,10 @@ class Stock:
           UNION ALL SELECT xmin FROM pg_database WHERE datname = current_database()
           UNION ALL SELECT s.xmin FROM pg_db_role_setting s
           JOIN pg_database d ON d.oid = s.setdatabase AND d.datname = current_database()
-          UNION ALL SELECT xmin FROM notifyq.schema_version UNION ALL SELECT '1' FROM notifyq.gate) it"""
+          UNION ALL SELECT xmin FROM notifyq.schema_version UNION ALL SELECT '1' FROM notifyq.key_lock) it"""
     _TABLES = """
     SELECT array_agg(oid::regclass::text) FROM pg_class
-    WHERE relnamespace = 'notifyq'::regnamespace AND relkind = 'r' AND relname NOT IN ('gate', 'schema_version')"""
+    WHERE relnamespace = 'notifyq'::regnamespace AND relkind = 'r' AND relname NOT IN ('key_lock', 'schema_version')"""
     _LEAVE = """
     SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity
     WHERE datname = current_database() AND pid <> pg_backend_pid()"""

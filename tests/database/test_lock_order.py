@@ -56,7 +56,7 @@ async def number(s: Steps, key: str) -> int:
 
 async def key_locks(s: Steps) -> set[int]:
     """The key locks that no session holds."""
-    return {row[0] for row in await s.db.fetch("SELECT n FROM notifyq.gate FOR UPDATE SKIP LOCKED")}
+    return {row[0] for row in await s.db.fetch("SELECT n FROM notifyq.key_lock FOR UPDATE SKIP LOCKED")}
 
 
 @pytest.fixture
@@ -75,7 +75,7 @@ async def test_key_locks_are_taken_by_number(s: Steps, w: Session, p: Session, l
     second.worker = first.worker
     for waits_for, holds in ((low, set[int]()), (high, {low})):
         await p("BEGIN")
-        await p("SELECT FROM notifyq.gate WHERE n = $1 FOR UPDATE", waits_for)
+        await p("SELECT FROM notifyq.key_lock WHERE n = $1 FOR UPDATE", waits_for)
         waiting = await w.blocked_by(p, admit, [first, second])
         assert {low, high} - await key_locks(s) - {waits_for} == holds
         await p("COMMIT")
@@ -90,7 +90,7 @@ async def test_a_worker_that_waits_for_a_key_lock_holds_no_row_of_a_task(
     [job] = await w(held, options=LOW)
     await s.db.execute("INSERT INTO notifyq.freed (task, ended, queue, limit_key) VALUES (0, false, '', 'k3')")
     await p("BEGIN")
-    await p("SELECT FROM notifyq.gate FOR UPDATE")
+    await p("SELECT FROM notifyq.key_lock FOR UPDATE")
     waiting = await w.blocked_by(p, verb, *([[job]] if verb is admit else []))
     await s.db.fetch(EVERY_ROW)
     await s.db.execute("BEGIN; LOCK TABLE notifyq.bell IN SHARE MODE NOWAIT; COMMIT")
@@ -106,7 +106,7 @@ async def test_the_lock_of_ends_is_the_last_key_lock(s: Steps, w: Session, p: Se
     await s.db.execute("DELETE FROM notifyq.task WHERE id = $1", needed)
     await s.db.execute("INSERT INTO notifyq.freed (task, ended, queue, limit_key) VALUES (0, false, '', 'k3')")
     await p("BEGIN")
-    await p("SELECT FROM notifyq.gate WHERE n = -1 FOR UPDATE")
+    await p("SELECT FROM notifyq.key_lock WHERE n = -1 FOR UPDATE")
     waiting = await w.blocked_by(p, free)
     assert await number(s, "limit:k3") not in await key_locks(s)
     await s.db.fetch(EVERY_ROW)

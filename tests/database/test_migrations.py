@@ -99,7 +99,7 @@ CATALOGS = """
     SELECT 'type ' || typname, typtype::text FROM pg_type
     WHERE typnamespace = 'notifyq'::regnamespace AND typtype NOT IN ('c', 'b')
     UNION ALL
-    SELECT 'rows of gate', count(*) || ' to ' || max(n) FROM notifyq.gate
+    SELECT 'rows of key_lock', count(*) || ' to ' || max(n) FROM notifyq.key_lock
     UNION ALL
     SELECT 'what version ' || max(version) || ' serves', max(serves)::text FROM notifyq.schema_version"""
 

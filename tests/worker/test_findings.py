@@ -298,7 +298,7 @@ async def test_a_transaction_that_keeps_everybody_awake(dsn: str, db: Any) -> No
 
 async def test_locks_that_were_truncated_are_made_again(dsn: str, db: Any) -> None:
     """A limit holds although somebody has emptied the table of locks; so does what waits for others."""
-    await db.execute("TRUNCATE notifyq.gate")
+    await db.execute("TRUNCATE notifyq.key_lock")
     seen, running, most = Seen(), 0, 0
     app = notifyq.App()
 
@@ -316,14 +316,14 @@ async def test_locks_that_were_truncated_are_made_again(dsn: str, db: Any) -> No
         await app.enqueue(Say("last"), after=refs)
         assert (await seen.reach(6))[-1] == "last"
     assert most == 1
-    assert await db.fetchval("SELECT count(*) FROM notifyq.gate") == 257
+    assert await db.fetchval("SELECT count(*) FROM notifyq.key_lock") == 257
 
 
 async def test_gates_are_made_by_who_locks_them(dsn: str) -> None:
     """Two at once: the second waits for the first, though neither found the row."""
     async with steps(dsn) as s:
         a, b = await s.session("a"), await s.session("b")
-        await a("TRUNCATE notifyq.gate")
+        await a("TRUNCATE notifyq.key_lock")
         await a("BEGIN")
         await a("SELECT notifyq.lock_keys('{limit:k}')")
         waiting = await b.blocked_by(a, "SELECT notifyq.lock_keys('{limit:k}')")
