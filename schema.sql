@@ -281,7 +281,7 @@ CREATE TABLE notifyq.queue (
 );
 
 -- How many tasks (n) of a key with a rate started at a time. A row is kept for the longest window that was asked for.
-CREATE TABLE notifyq.started (
+CREATE TABLE notifyq.rate_log (
     key           text        NOT NULL,
     at            timestamptz NOT NULL,
     n             integer     NOT NULL,
@@ -658,7 +658,7 @@ END;
 --
 -- Each task is parked and granted once, unless its keys have different ideas: then once for each.
 
--- Everybody locks keys in this order, and finds in notifyq.started what the clock says.
+-- Everybody locks keys in this order, and finds in notifyq.rate_log what the clock says.
 CREATE FUNCTION notifyq.lock_keys(keys text[]) RETURNS void LANGUAGE plpgsql SET search_path = pg_catalog AS $$
 DECLARE
     locks CONSTANT smallint[] := ARRAY(SELECT DISTINCT (hashtext(k) & 255)::smallint FROM unnest(keys) AS k);
@@ -674,11 +674,11 @@ BEGIN
     -- What started in the future did so before the clock was set back. It counts as of now: else it would block its key
     -- until that time comes.
     moment := clock_timestamp();
-    IF EXISTS (SELECT FROM notifyq.started s WHERE s.key = ANY (keys) AND s.at > moment) THEN
+    IF EXISTS (SELECT FROM notifyq.rate_log s WHERE s.key = ANY (keys) AND s.at > moment) THEN
         WITH ahead AS (
-            DELETE FROM notifyq.started s WHERE s.key = ANY (keys) AND s.at > moment RETURNING s.key, s.n, s.seconds
+            DELETE FROM notifyq.rate_log s WHERE s.key = ANY (keys) AND s.at > moment RETURNING s.key, s.n, s.seconds
         )
-        INSERT INTO notifyq.started AS known (key, at, n, seconds)
+        INSERT INTO notifyq.rate_log AS known (key, at, n, seconds)
         SELECT a.key, moment, sum(a.n), max(a.seconds) FROM ahead a GROUP BY a.key
         ON CONFLICT (key, at) DO UPDATE SET n = known.n + excluded.n, seconds = greatest(known.seconds, excluded.seconds);
     END IF;
@@ -756,7 +756,7 @@ BEGIN
         ORDER BY t.priority DESC, t.id LIMIT room FOR NO KEY UPDATE OF t SKIP LOCKED
     ), past AS MATERIALIZED (
         SELECT s.at + make_interval(secs => limits.limit_seconds) AS free, sum(s.n) OVER (ORDER BY s.at) AS upto
-        FROM notifyq.started s
+        FROM notifyq.rate_log s
         WHERE s.key = grant_slots.key AND s.at > moment - make_interval(secs => limits.limit_seconds)
     ), placed AS (
         SELECT f.id, f.place + kept + coalesce((SELECT max(p.upto) FROM past p), 0) - limits.limit_rate AS owed
@@ -869,7 +869,7 @@ BEGIN
                   AND t.id <> ALL (admit.ids)) AS held,
                notifyq.count_reserved('queue:' || q.name, moment, admit.ids) AS kept,
                notifyq.has_waiters('queue:' || q.name) AS waits,
-               (SELECT coalesce(sum(s.n), 0) FROM notifyq.started s
+               (SELECT coalesce(sum(s.n), 0) FROM notifyq.rate_log s
                 WHERE s.key = 'queue:' || q.name AND s.at > moment - make_interval(secs => q.limit_seconds)) AS begun
         FROM notifyq.queue q
         WHERE q.name = ANY (limited) AND q.name IN (SELECT o.queue FROM ordered o)
@@ -890,7 +890,7 @@ BEGIN
         FROM (SELECT DISTINCT m.limit_key FROM mine m WHERE m.limit_key IS NOT NULL) AS k
     ), rates AS MATERIALIZED (
         SELECT k.limit_key, k.limit_seconds,
-               (SELECT coalesce(sum(s.n), 0) FROM notifyq.started s
+               (SELECT coalesce(sum(s.n), 0) FROM notifyq.rate_log s
                 WHERE s.key = 'limit:' || k.limit_key AND s.at > moment - make_interval(secs => k.limit_seconds)) AS begun
         FROM (SELECT DISTINCT m.limit_key, m.limit_seconds FROM mine m
               WHERE m.limit_key IS NOT NULL AND m.limit_rate IS NOT NULL) AS k
@@ -916,9 +916,9 @@ BEGIN
         WHERE t.id = ANY (ARRAY[v.id])
         RETURNING t.id, t.parked, t.queue, t.limit_key, v.limit_rate, v.limit_seconds
     ), noted AS (
-        INSERT INTO notifyq.started AS known (key, at, n, seconds)
+        INSERT INTO notifyq.rate_log AS known (key, at, n, seconds)
         SELECT s.key, moment, count(*),
-               greatest(max(s.seconds), (SELECT max(old.seconds) FROM notifyq.started old WHERE old.key = s.key))
+               greatest(max(s.seconds), (SELECT max(old.seconds) FROM notifyq.rate_log old WHERE old.key = s.key))
         FROM (SELECT 'limit:' || w.limit_key AS key, w.limit_seconds AS seconds FROM written w
               WHERE w.parked IS NULL AND w.limit_key IS NOT NULL AND w.limit_rate IS NOT NULL AND w.limit_seconds IS NOT NULL
               UNION ALL
@@ -930,7 +930,7 @@ BEGIN
         SET n = known.n + excluded.n, seconds = greatest(known.seconds, excluded.seconds)
     )
     SELECT array_agg(w.id), array_agg(w.parked) INTO judged_ids, judged_why FROM written w;
-    DELETE FROM notifyq.started s WHERE s.key = ANY (keys) AND s.at < moment - make_interval(secs => s.seconds);
+    DELETE FROM notifyq.rate_log s WHERE s.key = ANY (keys) AND s.at < moment - make_interval(secs => s.seconds);
     PERFORM notifyq.grant_slots(keys);
     RETURN QUERY SELECT * FROM unnest(judged_ids, judged_why) UNION ALL SELECT c, 'cancelled' FROM unnest(cancelled) AS c;
 END $$;
@@ -1426,11 +1426,11 @@ COMMENT ON COLUMN notifyq.queue.limit_running IS 'At most so many of its tasks r
 COMMENT ON COLUMN notifyq.queue.limit_rate IS
     'At most so many of its tasks start in limit_seconds; NULL: no such limit.';
 COMMENT ON COLUMN notifyq.queue.limit_seconds IS 'The length of the window of limit_rate, in seconds.';
-COMMENT ON TABLE notifyq.started IS 'What has started at keys with a rate: how many, and when.';
-COMMENT ON COLUMN notifyq.started.key IS 'limit: and a limit_key, or queue: and the name of a queue.';
-COMMENT ON COLUMN notifyq.started.at IS 'When they started.';
-COMMENT ON COLUMN notifyq.started.n IS 'How many started then.';
-COMMENT ON COLUMN notifyq.started.seconds IS 'How long this row matters.';
+COMMENT ON TABLE notifyq.rate_log IS 'What has started at keys with a rate: how many, and when.';
+COMMENT ON COLUMN notifyq.rate_log.key IS 'limit: and a limit_key, or queue: and the name of a queue.';
+COMMENT ON COLUMN notifyq.rate_log.at IS 'When they started.';
+COMMENT ON COLUMN notifyq.rate_log.n IS 'How many started then.';
+COMMENT ON COLUMN notifyq.rate_log.seconds IS 'How long this row matters.';
 COMMENT ON TABLE notifyq.unique_key IS
     'The newest task with each unique_key. Workers delete a row some time after the task is over and until has '
     'passed.';

@@ -588,7 +588,7 @@ class Keeper:
         now = self._time_at_most(await conn.fetchval("SELECT clock_timestamp()"))
         for table, statement, args in (
             ("finished", "prune_finished", (self._config.history_seconds, DEAD_KEPT_SECONDS, MOST, now)),
-            ("started", "prune_rate_log", (MOST,)),
+            ("rate_log", "prune_rate_log", (MOST,)),
             ("unique_key", "prune_unique_keys", (MOST,)),
         ):
             await self._chore(conn, f"prune notifyq.{table}", self._prune_all(conn, statement, args))

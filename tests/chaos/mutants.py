@@ -122,7 +122,7 @@ MUTANTS: dict[str, list[Change]] = {
     "rate": [
         (
             "schema.sql",
-            "IF EXISTS (SELECT FROM notifyq.started s WHERE s.key = ANY (keys) AND s.at > moment)",
+            "IF EXISTS (SELECT FROM notifyq.rate_log s WHERE s.key = ANY (keys) AND s.at > moment)",
             "IF false",
         )
     ],

@@ -99,13 +99,13 @@ async def test_starts_in_the_future_count_as_of_now(db: Any) -> None:
     me = await register(db)
     await rated(db, 5)
     await admit(db, await claim(db, me, 2))
-    await db.execute("UPDATE notifyq.started SET at = at + interval '1 year'")
+    await db.execute("UPDATE notifyq.rate_log SET at = at + interval '1 year'")
     await admit(db, await claim(db, me, 1))
-    started = await db.fetch("SELECT n, at <= clock_timestamp() AS past FROM notifyq.started")
+    started = await db.fetch("SELECT n, at <= clock_timestamp() AS past FROM notifyq.rate_log")
     assert [tuple(row) for row in started] == [(2, True)]
     # Granted for the end of a window that began when the clock was found right.
     granted = (
-        "SELECT run_at - (SELECT at FROM notifyq.started) FROM notifyq.task WHERE waiting_on IS NOT NULL AND NOT aside"
+        "SELECT run_at - (SELECT at FROM notifyq.rate_log) FROM notifyq.task WHERE waiting_on IS NOT NULL AND NOT aside"
     )
     assert await db.fetchval(granted) == timedelta(hours=1)
 
@@ -113,12 +113,12 @@ async def test_starts_in_the_future_count_as_of_now(db: Any) -> None:
 async def test_starts_of_several_times_become_one(db: Any) -> None:
     for days in (1, 2, 3):
         await db.execute(
-            "INSERT INTO notifyq.started VALUES ('limit:k', now() + $1, 2, $2)", timedelta(days), float(days)
+            "INSERT INTO notifyq.rate_log VALUES ('limit:k', now() + $1, 2, $2)", timedelta(days), float(days)
         )
-    await db.execute("INSERT INTO notifyq.started VALUES ('limit:k', now() - interval '1 hour', 7, 1)")
-    await db.execute("INSERT INTO notifyq.started VALUES ('limit:other', now() + interval '1 day', 9, 1)")
+    await db.execute("INSERT INTO notifyq.rate_log VALUES ('limit:k', now() - interval '1 hour', 7, 1)")
+    await db.execute("INSERT INTO notifyq.rate_log VALUES ('limit:other', now() + interval '1 day', 9, 1)")
     await db.execute("SELECT notifyq.lock_keys('{limit:k}')")
-    rows = await db.fetch("SELECT key, n, seconds FROM notifyq.started ORDER BY key, n")
+    rows = await db.fetch("SELECT key, n, seconds FROM notifyq.rate_log ORDER BY key, n")
     assert [tuple(row) for row in rows] == [("limit:k", 6, 3.0), ("limit:k", 7, 1.0), ("limit:other", 9, 1.0)]
 
 
@@ -131,7 +131,7 @@ async def test_a_slot_that_was_granted_for_next_year(dsn: str, db: Any, monkeypa
         granted = "SELECT count(*) FROM notifyq.task WHERE waiting_on = 'limit:a' AND NOT aside AND worker IS NULL"
         await eventually(lambda: db.fetchval(granted), 1)
         assert len(bench.ended.items) == 1
-        await db.execute("UPDATE notifyq.started SET at = at - interval '1 hour'")
+        await db.execute("UPDATE notifyq.rate_log SET at = at - interval '1 hour'")
         await db.execute(
             "UPDATE notifyq.task SET run_at = run_at + interval '1 year' WHERE waiting_on IS NOT NULL AND NOT aside"
         )

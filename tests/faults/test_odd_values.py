@@ -64,7 +64,7 @@ async def fill(db: Any, odd: str) -> list[int]:
         await db.execute(f"UPDATE notifyq.worker SET {column} = '{odd}' WHERE id = $1", me)
     await db.execute(
         f"""INSERT INTO notifyq.cron (name, expression, type, last_at) VALUES ('c', '0 3 * * *', 'Say', '{odd}');
-            INSERT INTO notifyq.started VALUES ('limit:k', '{odd}', 1, 1.0);
+            INSERT INTO notifyq.rate_log VALUES ('limit:k', '{odd}', 1, 1.0);
             INSERT INTO notifyq.unique_key VALUES ('u', {ids[0]}, '{odd}', '{odd}')"""
     )
     return ids

@@ -84,7 +84,7 @@ async def test_tasks_of_every_kind_run(dsn: str, db: Any, logged: Logged, monkey
         }
         await eventually(lambda: _missing(seen, want), set())
         await eventually(lambda: db.fetchval("SELECT count(*) FROM notifyq.finished WHERE id = $1", first.id), 0)
-        await eventually(lambda: db.fetchval("SELECT count(*) FROM notifyq.started WHERE key = 'limit:r'"), 0)
+        await eventually(lambda: db.fetchval("SELECT count(*) FROM notifyq.rate_log WHERE key = 'limit:r'"), 0)
     assert seen.items.count("unique") == 1
     assert logged("refuses a chore") == []
     assert logged("lost the database") == []
@@ -102,7 +102,7 @@ async def test_one_table_that_refuses_keeps_no_other_from_being_pruned(
     await db.execute(
         """CREATE FUNCTION no() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE 'not today'; END $$;
            CREATE TRIGGER no BEFORE DELETE ON notifyq.finished FOR EACH ROW EXECUTE FUNCTION no();
-           INSERT INTO notifyq.started VALUES ('limit:k', now() - interval '1 hour', 1, 1.0);
+           INSERT INTO notifyq.rate_log VALUES ('limit:k', now() - interval '1 hour', 1, 1.0);
            INSERT INTO notifyq.unique_key VALUES ('u', 1, now() - interval '1 hour', now() - interval '1 hour')"""
     )
     await insert(db, 1)
@@ -115,7 +115,7 @@ async def test_one_table_that_refuses_keeps_no_other_from_being_pruned(
     )
     async with working(app, dsn):
         before = await db.fetchrow(keeper)
-        await eventually(lambda: db.fetchval("SELECT count(*) FROM notifyq.started"), 0)
+        await eventually(lambda: db.fetchval("SELECT count(*) FROM notifyq.rate_log"), 0)
         await eventually(lambda: db.fetchval("SELECT count(*) FROM notifyq.unique_key"), 0)
         await eventually(lambda: _count(logged, "refuses a chore"), 1)
         assert logged("refuses a chore")[0]["chore"] == "prune notifyq.finished"

@@ -66,12 +66,12 @@ async def idle(db: Any) -> None:
     await eventually(lambda: db.fetchval("SELECT count(*) FROM notifyq.freed"), 0)
 
 
-# What notifyq.started forgets with the time of a rate.
+# What notifyq.rate_log forgets with the time of a rate.
 STARTS = """
     CREATE TABLE ledger (key text, at timestamptz, n integer);
     CREATE FUNCTION note() RETURNS trigger LANGUAGE plpgsql AS $$
     BEGIN INSERT INTO public.ledger VALUES (NEW.key, NEW.at, NEW.n); RETURN NULL; END $$;
-    CREATE TRIGGER note AFTER INSERT ON notifyq.started FOR EACH ROW EXECUTE FUNCTION note()"""
+    CREATE TRIGGER note AFTER INSERT ON notifyq.rate_log FOR EACH ROW EXECUTE FUNCTION note()"""
 
 
 async def begun(db: Any, key: str) -> list[float]:
@@ -262,7 +262,7 @@ async def test_starts_are_remembered_for_the_longest_window(db: Any, worker: int
 
     assert await judged(3600) is None
     assert await judged(1) is None
-    await db.execute("UPDATE notifyq.started SET at = at - interval '1 min'")
+    await db.execute("UPDATE notifyq.rate_log SET at = at - interval '1 min'")
     await verbs.prune_started(db)
     assert await judged(3600) == "rate"
 
@@ -272,10 +272,10 @@ async def test_starts_that_no_window_reaches_are_forgotten(db: Any, worker: int)
     await verbs.insert(db, **RATE)
     await admit(db, await verbs.claim(db, worker))
     await verbs.prune_started(db)
-    assert await db.fetchval("SELECT count(*) FROM notifyq.started") == 1
-    await db.execute("UPDATE notifyq.started SET at = at - interval '2 h'")
+    assert await db.fetchval("SELECT count(*) FROM notifyq.rate_log") == 1
+    await db.execute("UPDATE notifyq.rate_log SET at = at - interval '2 h'")
     await verbs.prune_started(db)
-    assert await db.fetchval("SELECT count(*) FROM notifyq.started") == 0
+    assert await db.fetchval("SELECT count(*) FROM notifyq.rate_log") == 0
 
 
 async def test_a_retried_task_keeps_its_keys(db: Any, worker: int) -> None:
@@ -413,7 +413,7 @@ async def test_a_rate_when_the_time_has_come(db: Any, worker: int) -> None:
     await db.fetchval(SQL["advance_clock"], 3601.0)
     assert await verbs.promote(db) == 1
     assert await admit(db, await verbs.claim(db, worker)) == [(ids[4], None)]
-    assert await db.fetchval("SELECT count(*) FROM notifyq.started") == 1, "the others are forgotten"
+    assert await db.fetchval("SELECT count(*) FROM notifyq.rate_log") == 1, "the others are forgotten"
 
 
 async def test_each_goes_by_its_own_limit(db: Any, worker: int) -> None:

@@ -98,7 +98,7 @@ async def test_a_queue_with_a_rate(dsn: str, db: Any, probe: Probe) -> None:
         took = time.monotonic() - began
         await idle(db)
     assert 0.9 < took < 1.4 + probe.lost(began)
-    assert not await db.fetchval("SELECT n FROM notifyq.started WHERE n > 4")
+    assert not await db.fetchval("SELECT n FROM notifyq.rate_log WHERE n > 4")
 
 
 async def test_draining_leaves_a_paused_queue_alone(dsn: str, db: Any) -> None:

@@ -42,7 +42,7 @@ async def clock_step(stage: Stage, hit: Hit) -> None:
     async with stage.session() as conn:
         ahead = f"interval '{abs(hours)} hours'"
         await conn.execute(f"UPDATE notifyq.cron SET next_at = next_at + {ahead}")
-        await conn.execute(f"UPDATE notifyq.started SET at = at + {ahead}")
+        await conn.execute(f"UPDATE notifyq.rate_log SET at = at + {ahead}")
         await conn.execute(
             f"""CREATE OR REPLACE FUNCTION chaos.step() RETURNS trigger LANGUAGE plpgsql AS $$
                 BEGIN NEW.seen_at := NEW.seen_at + interval '{hours} hours'; RETURN NEW; END $$"""

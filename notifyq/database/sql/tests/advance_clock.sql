@@ -16,7 +16,7 @@ WITH live AS (
         processing_at = f.processing_at - p.past, processed_at = f.processed_at - p.past
     FROM (SELECT make_interval(secs => $1::float8) AS past) AS p
 ), begun AS (
-    UPDATE notifyq.started SET at = at - make_interval(secs => $1::float8)
+    UPDATE notifyq.rate_log SET at = at - make_interval(secs => $1::float8)
 ), crons AS (
     UPDATE notifyq.cron
     SET next_at = next_at - make_interval(secs => $1::float8), last_at = last_at - make_interval(secs => $1::float8)

@@ -2,11 +2,11 @@
 -- whatever is wrong with another.
 WITH old AS MATERIALIZED (
     SELECT s.key, s.at
-    FROM notifyq.started s
+    FROM notifyq.rate_log s
     WHERE s.at < statement_timestamp() - make_interval(secs => s.seconds)
     LIMIT $1::integer
     FOR UPDATE SKIP LOCKED
 ), gone AS (
-    DELETE FROM notifyq.started s USING old o WHERE s.key = o.key AND s.at = o.at RETURNING 1
+    DELETE FROM notifyq.rate_log s USING old o WHERE s.key = o.key AND s.at = o.at RETURNING 1
 )
 SELECT count(*)::integer FROM gone
