@@ -47,14 +47,14 @@
 --
 --     claimed --admit--> runs                      the slot is the row itself: a row with a worker counts
 --                `-----> parked (and aside)        not looked at again until something frees
---     its end, or its worker's loss of it --> a row in notifyq.freed --free--> as many parked as fit are ready again
+--     its end, or its worker's loss of it --> a row in notifyq.slot_released --free--> as many parked as fit are ready again
 --
 -- There are no counters, which could become wrong: the number of running tasks is counted from the rows. A session that
 -- admits or frees tasks of a key first locks a row of notifyq.key_lock, by the key's hash, then takes a fresh snapshot, and
 -- counts in that. Rows that are claimed and not yet admitted count too, on the safe side. So limits hold whatever
 -- process dies, and a dead process holds no slot that it would have to give back.
 --
--- The transaction that ends an attempt writes the row in notifyq.freed: by a trigger if the task has ended, otherwise
+-- The transaction that ends an attempt writes the row in notifyq.slot_released: by a trigger if the task has ended, otherwise
 -- in the statement that gives up the lease. The next worker that settles, is about to sleep or sends a heartbeat
 -- handles it.
 --
@@ -142,7 +142,7 @@ CREATE TABLE notifyq.task (
     parked        text,                                -- with aside: what it waits for: limit, rate, queue, order, after,
     waiting_on      text,                                -- and the key; both without aside: granted, the next of that key
     admitted      timestamptz,                         -- = processing_at: this attempt was admitted, and holds its slots
-    tracked       boolean     NOT NULL DEFAULT false,  -- others may wait for its end: it writes a row into freed
+    tracked       boolean     NOT NULL DEFAULT false,  -- others may wait for its end: it writes a row into slot_released
     awaited       boolean     NOT NULL DEFAULT false,  -- a client waits for its end: it sends a NOTIFY
     progress      real,
     note          text,
@@ -248,7 +248,7 @@ END;
 
 -- Ended attempts of tasks that others may wait for: see "Tasks that wait". A row stays until a worker has handled it,
 -- so the table is mostly empty.
-CREATE TABLE notifyq.freed (
+CREATE TABLE notifyq.slot_released (
     n             bigint      GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
     task          bigint      NOT NULL,
     ended         boolean     NOT NULL,                -- it is over; else it only gave up its slot
@@ -292,7 +292,7 @@ CREATE TABLE notifyq.rate_log (
 CREATE FUNCTION notifyq.on_task_deleted() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
     IF OLD.tracked THEN
-        INSERT INTO notifyq.freed (task, ended, queue, order_key, limit_key)
+        INSERT INTO notifyq.slot_released (task, ended, queue, order_key, limit_key)
         VALUES (OLD.id, true, OLD.queue, OLD.order_key, OLD.limit_key);
     END IF;
     IF OLD.awaited THEN
@@ -342,7 +342,7 @@ END $$;
 -- For whoever sets worker = NULL, in RETURNING, of a tracked task: it lives, and has given up its slot. Returns true.
 CREATE FUNCTION notifyq.note_lease_given_up(t notifyq.task) RETURNS boolean LANGUAGE plpgsql AS $$
 BEGIN
-    INSERT INTO notifyq.freed (task, ended, queue, order_key, limit_key)
+    INSERT INTO notifyq.slot_released (task, ended, queue, order_key, limit_key)
     VALUES (t.id, false, t.queue, t.order_key, t.limit_key);
     RETURN true;
 END $$;
@@ -645,12 +645,12 @@ END;
 -- attempt inherits it), after the key's row of key_lock is locked, in a snapshot taken under that lock. admit is the only place
 -- that gives a slot, and it commits to the disk before a handler begins.
 --
--- Live: whatever keeps a task back makes a row in notifyq.freed when it goes (a holder's end or its loss of the lease, a
+-- Live: whatever keeps a task back makes a row in notifyq.slot_released when it goes (a holder's end or its loss of the lease, a
 -- granted task that is cancelled, set aside or lost with its worker: with the same commit), or it goes
 -- in admit itself, under the key's lock: a granted task that is parked at another key. free and admit fill the keys: they
 -- grant, in the order of priority and id, as many slots as neither holders nor granted tasks have; what is in a paused
--- queue is passed over, and whoever comes while others wait at his key waits too, behind them. A freed row is
--- written before its cause can be seen, and deleted only after the key was locked: an admit that has counted the cause has
+-- queue is passed over, and whoever comes while others wait at his key waits too, behind them. A row of
+-- slot_released is written before its cause can be seen, and deleted only after the key was locked: an admit that has counted the cause has
 -- then committed what it parked. A slot that nobody frees, as it is time that frees it (a rate), is granted ahead, for
 -- its moment, and the timers do the rest. Claimed tasks that nobody has judged yet count for nobody, so no one waits for
 -- them. What a grant can't reach (a queue that was paused a moment ago, or that no worker serves) holds its slot for 2 s and
@@ -771,7 +771,7 @@ BEGIN
     WHERE t.id = ANY (ARRAY[w.id]);
     GET DIAGNOSTICS room = ROW_COUNT;
     IF room = most THEN
-        INSERT INTO notifyq.freed (task, ended, queue, limit_key)
+        INSERT INTO notifyq.slot_released (task, ended, queue, limit_key)
         VALUES (0, false, CASE kind WHEN 'queue' THEN name ELSE '' END, CASE kind WHEN 'limit' THEN name END);
     END IF;
     RETURN room;
@@ -935,7 +935,7 @@ BEGIN
     RETURN QUERY SELECT * FROM unnest(judged_ids, judged_why) UNION ALL SELECT c, 'cancelled' FROM unnest(cancelled) AS c;
 END $$;
 
--- Take up to `most` rows of notifyq.freed, and fill their keys. Returns how many tasks became ready, or scheduled.
+-- Take up to `most` rows of notifyq.slot_released, and fill their keys. Returns how many tasks became ready, or scheduled.
 CREATE FUNCTION notifyq.release_waiters(most integer DEFAULT 1000) RETURNS integer LANGUAGE plpgsql SET search_path = pg_catalog AS $$
 DECLARE
     taken bigint[];
@@ -944,7 +944,7 @@ DECLARE
     ready integer;
 BEGIN
     WITH batch AS MATERIALIZED (
-        SELECT f.* FROM notifyq.freed f ORDER BY f.n LIMIT most FOR UPDATE SKIP LOCKED
+        SELECT f.* FROM notifyq.slot_released f ORDER BY f.n LIMIT most FOR UPDATE SKIP LOCKED
     )
     SELECT (SELECT array_agg(s.n) FROM batch s),
            (SELECT array_agg(s.task) FROM batch s WHERE s.ended),
@@ -964,7 +964,7 @@ BEGIN
     IF EXISTS (SELECT FROM notifyq.dependency d WHERE d.needs = ANY (ended) OR NOT d.sure) THEN
         ready := ready + notifyq.release_dependents(ended);
     END IF;
-    DELETE FROM notifyq.freed f WHERE f.n = ANY (taken);
+    DELETE FROM notifyq.slot_released f WHERE f.n = ANY (taken);
     RETURN ready;
 END $$;
 
@@ -980,7 +980,7 @@ CREATE FUNCTION notifyq.recheck_waiting(since text DEFAULT '', most integer DEFA
             WHERE t.waiting_on > w.waiting_on AND t.aside ORDER BY t.waiting_on LIMIT 1) AS u
         WHERE w.n < $2
     ), told AS (
-        INSERT INTO notifyq.freed (task, ended, queue, order_key, limit_key)
+        INSERT INTO notifyq.slot_released (task, ended, queue, order_key, limit_key)
         SELECT w.id, false, w.queue, w.order_key, w.limit_key FROM waiting w
         RETURNING 1
     )
@@ -991,7 +991,7 @@ END;
 -- -----
 -- A task with `after` is judged once, when it is first claimed. What it waits for is then in one of three places:
 --
---     live        its row gets tracked = true, so that its end leaves a row in notifyq.freed, and a row of
+--     live        its row gets tracked = true, so that its end leaves a row in notifyq.slot_released, and a row of
 --                 notifyq.dependency says who waits for it. The mark and the waiter's being parked commit together, with
 --                 the marked row locked meanwhile against its end: so no end can fall in between
 --     locked      by somebody whose transaction may stay open for an hour, or who is just ending it. Nobody waits for him:
@@ -1144,7 +1144,7 @@ BEGIN
                   FROM notifyq.task t WHERE t.id = ANY (mine)) AS m
             WHERE m.before + moved < most;
             IF cardinality(mine) < cardinality(locked) THEN
-                INSERT INTO notifyq.freed (task, ended, queue) VALUES (0, false, '');  -- so that there is a next time
+                INSERT INTO notifyq.slot_released (task, ended, queue) VALUES (0, false, '');  -- so that there is a next time
             END IF;
         END IF;
         stuck := ARRAY(  -- somebody has locked them, or they are too large together: next time
@@ -1205,7 +1205,7 @@ BEGIN
     INSERT INTO notifyq.queue AS q (name, limit_running, limit_rate, limit_seconds) VALUES ($1, $2, $3, $4)
     ON CONFLICT (name) DO UPDATE SET limit_running = $2, limit_rate = $3, limit_seconds = $4;
     PERFORM notifyq.admit_running(ARRAY[$1]);
-    INSERT INTO notifyq.freed (task, ended, queue) VALUES (0, false, $1);  -- there may be room now
+    INSERT INTO notifyq.slot_released (task, ended, queue) VALUES (0, false, $1);  -- there may be room now
     PERFORM notifyq.notify_unless_full('notifyq', 'queues');
 END $$;
 
@@ -1358,7 +1358,7 @@ COMMENT ON COLUMN notifyq.task.parked IS
     ' false, what it was granted.';
 COMMENT ON COLUMN notifyq.task.waiting_on IS 'The key at which it waits, or of which a slot is kept for it.';
 COMMENT ON COLUMN notifyq.task.admitted IS 'Equal to processing_at: this attempt holds slots of its keys.';
-COMMENT ON COLUMN notifyq.task.tracked IS 'Other tasks may wait for its end, so its end adds a row to notifyq.freed.';
+COMMENT ON COLUMN notifyq.task.tracked IS 'Other tasks may wait for its end, so its end adds a row to notifyq.slot_released.';
 COMMENT ON COLUMN notifyq.task.awaited IS 'A client waits for its end, so its end sends a NOTIFY.';
 COMMENT ON COLUMN notifyq.task.progress IS 'How far its handler says it is, from 0 to 1.';
 COMMENT ON COLUMN notifyq.task.note IS 'What its handler says it is doing.';
@@ -1402,14 +1402,14 @@ COMMENT ON TABLE notifyq.bell IS
     'Always empty. A worker holds SHARE on it while it sleeps, and lets go when another statement waits. An '
     'enqueuer that cannot get ROW EXCLUSIVE at once sends a NOTIFY.';
 COMMENT ON COLUMN notifyq.bell.nothing IS 'No row is ever stored.';
-COMMENT ON TABLE notifyq.freed IS
+COMMENT ON TABLE notifyq.slot_released IS
     'Attempts that ended and that other tasks may wait for. A worker takes each row and lets those tasks in.';
-COMMENT ON COLUMN notifyq.freed.n IS 'The order of the rows.';
-COMMENT ON COLUMN notifyq.freed.task IS 'The task whose attempt ended; 0: none, look at the keys.';
-COMMENT ON COLUMN notifyq.freed.ended IS 'True: the task is over. False: it gave up its slot and lives.';
-COMMENT ON COLUMN notifyq.freed.queue IS 'The queue of that task.';
-COMMENT ON COLUMN notifyq.freed.order_key IS 'The order_key of that task.';
-COMMENT ON COLUMN notifyq.freed.limit_key IS 'The limit_key of that task.';
+COMMENT ON COLUMN notifyq.slot_released.n IS 'The order of the rows.';
+COMMENT ON COLUMN notifyq.slot_released.task IS 'The task whose attempt ended; 0: none, look at the keys.';
+COMMENT ON COLUMN notifyq.slot_released.ended IS 'True: the task is over. False: it gave up its slot and lives.';
+COMMENT ON COLUMN notifyq.slot_released.queue IS 'The queue of that task.';
+COMMENT ON COLUMN notifyq.slot_released.order_key IS 'The order_key of that task.';
+COMMENT ON COLUMN notifyq.slot_released.limit_key IS 'The limit_key of that task.';
 COMMENT ON TABLE notifyq.key_lock IS
     'Locks for keys, by hash: a worker that admits or frees tasks of a key first locks its row here.';
 COMMENT ON COLUMN notifyq.key_lock.n IS 'The hash, from 0 to 255; -1 is for the ends of tasks that others wait for.';
@@ -1417,7 +1417,7 @@ COMMENT ON TABLE notifyq.dependency IS 'Which parked task waits for the end of w
 COMMENT ON COLUMN notifyq.dependency.needs IS 'The task whose end is waited for.';
 COMMENT ON COLUMN notifyq.dependency.task IS 'The task that waits.';
 COMMENT ON COLUMN notifyq.dependency.sure IS
-    'True: the end of the other will add a row to notifyq.freed. False: look again.';
+    'True: the end of the other will add a row to notifyq.slot_released. False: look again.';
 COMMENT ON TABLE notifyq.queue IS
     'Queues that were paused or limited. Change them with notifyq.pause, notifyq.resume and notifyq.limit_queue.';
 COMMENT ON COLUMN notifyq.queue.name IS 'The name of the queue.';
@@ -1518,7 +1518,7 @@ COMMENT ON FUNCTION notifyq.apply_options() IS
     'Internal: trigger apply_options, which checks the options of a new task and applies them.';
 COMMENT ON FUNCTION notifyq.notify_unless_full(text, text) IS 'Internal: NOTIFY, unless the queue of notifications is nearly full.';
 COMMENT ON FUNCTION notifyq.note_lease_given_up(notifyq.task) IS
-    'Internal: adds a row to notifyq.freed for a task that gave up its slot.';
+    'Internal: adds a row to notifyq.slot_released for a task that gave up its slot.';
 COMMENT ON FUNCTION notifyq.append_error(jsonb, jsonb) IS
     'Internal: adds an entry to a task''s errors, and keeps them bounded.';
 COMMENT ON FUNCTION notifyq.claim_unique_key(notifyq.task) IS
@@ -1536,7 +1536,7 @@ COMMENT ON FUNCTION notifyq.count_reserved(text, timestamptz, bigint[]) IS
 COMMENT ON FUNCTION notifyq.has_waiters(text) IS 'Internal: whether a task waits at a key.';
 COMMENT ON FUNCTION notifyq.admit(integer, bigint[], smallint[]) IS
     'Internal: which claimed tasks may run; it parks the others.';
-COMMENT ON FUNCTION notifyq.release_waiters(integer) IS 'Internal: lets in tasks that waited for what notifyq.freed tells of.';
+COMMENT ON FUNCTION notifyq.release_waiters(integer) IS 'Internal: lets in tasks that waited for what notifyq.slot_released tells of.';
 COMMENT ON FUNCTION notifyq.recheck_waiting(text, integer) IS 'Internal: has keys at which tasks wait looked at again.';
 COMMENT ON FUNCTION notifyq.watch_ends(bigint[]) IS 'Internal: has the ends of tasks told.';
 COMMENT ON FUNCTION notifyq.await_predecessors(integer, bigint[], smallint[]) IS
@@ -1567,7 +1567,7 @@ COMMENT ON FUNCTION notifyq.admit_running(text[], integer) IS
 --                 GRANT SELECT ON ALL TABLES IN SCHEMA notifyq TO r;
 --                 GRANT INSERT, DELETE, UPDATE (run_at, promoted, admitted, tracked) ON notifyq.task TO r;
 --                 GRANT INSERT, DELETE ON notifyq.finished TO r;
---                 GRANT INSERT ON notifyq.freed, notifyq.bell TO r;
+--                 GRANT INSERT ON notifyq.slot_released, notifyq.bell TO r;
 --                 GRANT INSERT, UPDATE ON notifyq.queue TO r;
 --                 GRANT DELETE, UPDATE (paused, next_at) ON notifyq.cron TO r;
 --   worker        GRANT USAGE ON SCHEMA notifyq TO r;

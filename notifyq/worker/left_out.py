@@ -9,7 +9,7 @@ any is left out, all is taken in this way. Before, that costs nothing.
 
 Two more statements write rows of tasks: admit parks what has been claimed and may not run yet, and free lets in what is
 parked. After a refusal admit is asked for halves too; a task that is refused alone is handed back, and left out. free
-is asked for one row of notifyq.freed at a time, and one that is refused is put last: what waits at its keys, or for its
+is asked for one row of notifyq.slot_released at a time, and one that is refused is put last: what waits at its keys, or for its
 task's end, goes on waiting, and all else is let in.
 
 Tasks that a worker holds are taken back from it in the same way when it is dead, when it stops, or when the answer to
@@ -34,7 +34,7 @@ logger = log.logger("notifyq.claim")
 
 MOST = 10_000  # left out at once; what is refused beyond them keeps those behind it waiting
 PAUSE_LEAST, PAUSE_MOST = 1.0, 300.0  # seconds
-FREED_AT_ONCE = 1000  # rows of notifyq.freed
+FREED_AT_ONCE = 1000  # rows of notifyq.slot_released
 GONE_SECONDS = 60.0  # for which one wasn't there to be tried
 
 REFUSED = (
@@ -190,7 +190,7 @@ class LeftOut:
                 return all_ready
         ready = 0
         refused: dict[str, str] = {}
-        rows = await conn.fetchval("SELECT count(*) FROM (SELECT FROM notifyq.freed LIMIT $1) AS f", FREED_AT_ONCE)
+        rows = await conn.fetchval("SELECT count(*) FROM (SELECT FROM notifyq.slot_released LIMIT $1) AS f", FREED_AT_ONCE)
         left = max(1, rows)  # even if there is none, a task may have been parked as the one ended that it waits for
         while left and len(refused) < REFUSALS:
             left -= 1

@@ -88,7 +88,7 @@ async def test_a_worker_that_waits_for_a_key_lock_holds_no_row_of_a_task(
 ) -> None:
     """Nor the bell: so a session that has those locks waits for no worker that waits here."""
     [job] = await w(held, options=LOW)
-    await s.db.execute("INSERT INTO notifyq.freed (task, ended, queue, limit_key) VALUES (0, false, '', 'k3')")
+    await s.db.execute("INSERT INTO notifyq.slot_released (task, ended, queue, limit_key) VALUES (0, false, '', 'k3')")
     await p("BEGIN")
     await p("SELECT FROM notifyq.key_lock FOR UPDATE")
     waiting = await w.blocked_by(p, verb, *([[job]] if verb is admit else []))
@@ -104,7 +104,7 @@ async def test_the_lock_of_ends_is_the_last_key_lock(s: Steps, w: Session, p: Se
     [job] = await w(held, options=f'{{"after": [{needed}]}}')
     assert await w(admit, [job]) == [(job.id, "after")]
     await s.db.execute("DELETE FROM notifyq.task WHERE id = $1", needed)
-    await s.db.execute("INSERT INTO notifyq.freed (task, ended, queue, limit_key) VALUES (0, false, '', 'k3')")
+    await s.db.execute("INSERT INTO notifyq.slot_released (task, ended, queue, limit_key) VALUES (0, false, '', 'k3')")
     await p("BEGIN")
     await p("SELECT FROM notifyq.key_lock WHERE n = -1 FOR UPDATE")
     waiting = await w.blocked_by(p, free)
@@ -127,7 +127,7 @@ async def test_no_claim_and_no_chore_waits_for_the_row_of_a_task(s: Steps, w: Se
     await insert(s.db, aside=True)
     await insert(s.db, aside=True, parked="limit", waiting_on="limit:k3", options=LOW)
     [due] = await insert(s.db, **OVERDUE)
-    await s.db.execute("INSERT INTO notifyq.freed (task, ended, queue, limit_key) VALUES (0, false, '', 'k3')")
+    await s.db.execute("INSERT INTO notifyq.slot_released (task, ended, queue, limit_key) VALUES (0, false, '', 'k3')")
     await p("BEGIN")
     await p("SELECT FROM notifyq.task FOR UPDATE")
     me = await w(register)

@@ -26,7 +26,7 @@ FROM (SELECT id FROM notifyq.task WHERE type = $1) it WHERE it.id = t.id
 async def filled(as_role: Any) -> Any:
     """Tasks in every state, with all options; as the worker, who may do everything."""
     worker = await as_role("worker")
-    for table in ("task", "finished", "queue", "freed", "cron", "dependency"):
+    for table in ("task", "finished", "queue", "slot_released", "cron", "dependency"):
         await worker.execute(f"DELETE FROM notifyq.{table}")
     for name, options in (
         ("READY", None), ("RUNNING", None), ("ORDERED", '{"order_key": "o"}'), ("DEAD", '{"unique_key": "k"}'),
@@ -94,7 +94,7 @@ async def test_what_an_operator_may_not(as_role: Any, filled: Any) -> None:
         "UPDATE notifyq.finished SET state = 'done'",
         "UPDATE notifyq.cron SET type = 'X'",
         "TRUNCATE notifyq.task",
-        "DROP TABLE notifyq.freed",
+        "DROP TABLE notifyq.slot_released",
         "CREATE TABLE notifyq.mine ()",
     ):
         with pytest.raises(asyncpg.InsufficientPrivilegeError):

@@ -437,7 +437,7 @@ SAMPLES = {
     "SELECT * FROM notifyq.worker": {"reader", "worker"},
     "SELECT * FROM notifyq.all_queues": {"reader", "worker"},
     "SELECT * FROM notifyq.queue": {"reader", "worker"},
-    "SELECT * FROM notifyq.freed, notifyq.key_lock, notifyq.rate_log": {"worker"},
+    "SELECT * FROM notifyq.slot_released, notifyq.key_lock, notifyq.rate_log": {"worker"},
     "SELECT notifyq.pause('q')": {"worker"},
     "SELECT notifyq.resume('q')": {"worker"},
     "SELECT notifyq.limit_queue('q', 5)": {"worker"},

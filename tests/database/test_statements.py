@@ -86,7 +86,7 @@ STATEMENTS = {
     "list_misdated": Statement("text", "failed:int8[] granted:int8[]", "task_scheduled"),
     "check_due": Statement(
         "text[] text[] int4 text timestamptz",
-        "promoted:int8 next_seconds:float8 blocked:bool inserted:int8 freed:bool settings:text mark:timestamptz "
+        "promoted:int8 next_seconds:float8 blocked:bool inserted:int8 slot_released:bool settings:text mark:timestamptz "
         "echo:text",
         "task_pkey task_ready task_scheduled",
     ),
@@ -112,13 +112,13 @@ STATEMENTS = {
         None,
     ),
     "list_findings": Statement("bool", "about:text problem:text cure:text", None),
-    "finish": Statement("int4 int8[] int2[] text[] jsonb[] jsonb[] bool", "id:int8 freed:bool", "task_pkey"),
+    "finish": Statement("int4 int8[] int2[] text[] jsonb[] jsonb[] bool", "id:int8 slot_released:bool", "task_pkey"),
     "release_waiters": Statement("int4", "ready:int4", ""),
     "postpone_release": Statement("", "task:int8 queue:text order_key:text limit_key:text", ""),
     "forget_keys_of_future_ids": Statement("", "", "task_pkey"),
     "forget_older_outcomes": Statement("int4 int8[] int2[]", "id:int8", "finished_pkey task_pkey"),
     "read_highest_ids": Statement("", "highest:int8 last:int8", "finished_pkey task_pkey"),
-    "hand_back": Statement("int4 int8[] int2[]", "id:int8 freed:bool", "task_pkey"),
+    "hand_back": Statement("int4 int8[] int2[]", "id:int8 slot_released:bool", "task_pkey"),
     "find_lock_holder": Statement("text[]", "holder:text", None),
     "list_names": Statement("", "queues:text[] types:text[]", None),
     "list_next_types": Statement("text[]", "queue:text type:text", "task_ready"),
@@ -140,15 +140,15 @@ STATEMENTS = {
     "register_worker": Statement("text text[] text[] int2[] int4 float8", "id:int4", ""),
     "hand_back_all": Statement("int4 int8[]", "count:int4", "task_pkey task_running"),
     "rescue": Statement("int4 int4 float8 float8 int8[]", "name:text ready:int4 dead:int4", "task_pkey task_running"),
-    "retry_later": Statement("int4 int8[] int2[] float8[] jsonb[]", "id:int8 freed:bool", "task_pkey"),
+    "retry_later": Statement("int4 int8[] int2[] float8[] jsonb[]", "id:int8 slot_released:bool", "task_pkey"),
     "read_predecessor_results": Statement(
         "int8 int8", "id:int8 type:text state:text result:jsonb error:text left:int8", "finished_pkey task_pkey"
     ),
     "find_runnable": Statement("text[]", "queues:text[] next_seconds:float8 at:timestamptz", None),
     "list_served": Statement("text", "paused:bool queues:text[] types:text[]", None),
-    "release_unhandled": Statement("int4 int8[] int2[]", "id:int8 freed:bool", "task_pkey"),
+    "release_unhandled": Statement("int4 int8[] int2[]", "id:int8 slot_released:bool", "task_pkey"),
     "correct_misdated": Statement("int8[] int8[]", "changed:int4", "task_pkey"),
-    "finish_in_transaction": Statement("int4 int8 int2 bool", "xid:text freed:bool", "task_pkey"),
+    "finish_in_transaction": Statement("int4 int8 int2 bool", "xid:text slot_released:bool", "task_pkey"),
     "show_task": Statement("int8", "to_json:text", None),
     "read_stats": Statement("", "json_build_object:text", None),
     "recheck_waiting": Statement("text", "last:text", ""),
@@ -159,7 +159,7 @@ STATEMENTS = {
     "list_tasks": Statement("text text text int8 bool", "task:text seconds:float8", None),
     "send_heartbeat": Statement(
         "int4 int4 text int8[] int2[] text[] text[] bool",
-        "registered:bool lost:int8[] others:int4[] seen:float8[] aside:bool suspects:bool freed:bool wanted:bool",
+        "registered:bool lost:int8[] others:int4[] seen:float8[] aside:bool suspects:bool slot_released:bool wanted:bool",
         "task_parked task_pkey task_set_aside",
     ),
     "is_turn_stolen": Statement("int4", "exists:bool", ""),

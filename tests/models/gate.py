@@ -63,7 +63,7 @@ WRONG = {
     "early count": "who runs is counted in a snapshot of before the gate was had",
     "early look": "free looks who waits before it has the gate",
     "no refill": "admit doesn't fill the keys of those it parks",
-    "silent loss": "an attempt that is lost, or to be made again, leaves no row in notifyq.freed",
+    "silent loss": "an attempt that is lost, or to be made again, leaves no row in notifyq.slot_released",
     "no net": "no key is filled again for a grant that nobody claims",
 }
 

@@ -809,10 +809,10 @@ async def test_large_tasks_that_are_cancelled_together(db: Any) -> None:
            FROM generate_series(1, 5)"""
     )
     await db.execute("INSERT INTO notifyq.dependency (needs, task, sure) SELECT 1, id, true FROM notifyq.task")
-    await db.execute("INSERT INTO notifyq.freed (task, ended, queue) VALUES (1, true, 'default')")
+    await db.execute("INSERT INTO notifyq.slot_released (task, ended, queue) VALUES (1, true, 'default')")
     cancelled = "SELECT count(*) FROM notifyq.finished WHERE state = 'cancelled' AND payload ? 'x'"
     seen = []
-    while await db.fetchval("SELECT EXISTS (SELECT FROM notifyq.freed)"):
+    while await db.fetchval("SELECT EXISTS (SELECT FROM notifyq.slot_released)"):
         await free(db)
         seen.append(await db.fetchval(cancelled))
     assert seen == [4, 5]

@@ -63,7 +63,7 @@ class Bench:
 async def idle(db: Any) -> None:
     """Nothing waits, nothing runs, and nobody has to look at anything any more."""
     await eventually(lambda: db.fetchval("SELECT count(*) FROM notifyq.task"), 0)
-    await eventually(lambda: db.fetchval("SELECT count(*) FROM notifyq.freed"), 0)
+    await eventually(lambda: db.fetchval("SELECT count(*) FROM notifyq.slot_released"), 0)
 
 
 # What notifyq.rate_log forgets with the time of a rate.
@@ -554,7 +554,7 @@ async def test_killed_at_random(spawn: Spawn, db: Any) -> None:
             kills += 1
             await ledger.hire()
     await eventually(lambda: db.fetchval("SELECT count(*) FROM notifyq.task"), 0, 120)
-    await eventually(lambda: db.fetchval("SELECT count(*) FROM notifyq.freed"), 0)
+    await eventually(lambda: db.fetchval("SELECT count(*) FROM notifyq.slot_released"), 0)
     done = {
         row["id"]: row
         for row in await db.fetch(

@@ -586,7 +586,7 @@ async def test_a_worker_looks_again_at_keys_where_tasks_wait(bench: Bench, db: A
     jobs = await verbs.held(db, 2, type="Note", options=options)
     assert [why for _, why in await verbs.admit(db, jobs)] == [None, "limit"]
     await verbs.finish(db, jobs[:1])
-    await db.execute("DELETE FROM notifyq.freed")
+    await db.execute("DELETE FROM notifyq.slot_released")
     async with working(bench.app, dsn):
         await eventually(lambda: state(db, jobs[1].id), "done")
 

@@ -78,7 +78,7 @@ async def test_limited_and_limited_otherwise(dsn: str, db: Any) -> None:
         await bench.begun.reach(5)
         await db.execute("SELECT notifyq.limit_queue('default', 4)")
         await db.execute("SELECT notifyq.cancel($1)", before.id)
-        await eventually(lambda: db.fetchval("SELECT count(*) FROM notifyq.freed"), 0)
+        await eventually(lambda: db.fetchval("SELECT count(*) FROM notifyq.slot_released"), 0)
         assert await db.fetchval(running) == 4
         await db.execute("SELECT notifyq.limit_queue('default')")
         await bench.begun.reach(11)

@@ -4,7 +4,7 @@
 --   next_seconds  when the next scheduled task is due
 --   blocked       whether another transaction locks a ready task of the queues $2, or a due one of the queues $1
 --   inserted      how many tasks were ever inserted, rolled back or not
---   freed         whether a slot, or the end of a task, was recorded in notifyq.freed
+--   slot_released whether notifyq.slot_released has a row: a slot was released, or a task that others wait for has ended
 --   settings      which queues are paused or limited, as JSON, or NULL for none: the worker goes by them from now on
 --   mark          what to give as $5 next time: a moment ago, as rows become visible a little after their time
 --
@@ -63,7 +63,7 @@ SELECT (SELECT CASE WHEN bool_and(p.promoted) IS NOT FALSE THEN count(*) END FRO
                 LIMIT 1
             ) AS s) AS blocked,
        (SELECT last_value FROM notifyq.task_id_seq) AS inserted,
-       EXISTS (SELECT FROM notifyq.freed) AS freed,
+       EXISTS (SELECT FROM notifyq.slot_released) AS slot_released,
        (SELECT json_object_agg(q.name, json_build_array(q.paused, coalesce(q.limit_running, q.limit_rate) IS NOT NULL))::text
         FROM notifyq.queue q WHERE q.name = ANY ($1)) AS settings,
        statement_timestamp() - interval '50 ms' AS mark,

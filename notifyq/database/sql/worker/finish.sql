@@ -1,7 +1,7 @@
 -- Settle: write the outcomes of worker $1. Parallel arrays: ids $2, attempts $3, states $4, results $5, errors $6; the
 -- last two may be empty. Done and cancelled tasks are kept if $7, or if they are awaited.
 --
--- Returns the ids of the tasks that it settled, and for each whether other tasks may wait for its end (freed). The
+-- Returns the ids of the tasks that it settled, and for each whether other tasks may wait for its end (slot_released). The
 -- worker had lost the lease of the others: nothing of them is written.
 --
 -- Each row is looked up by its id, whatever the planner believes. It plans once, with the statistics of some moment: if
@@ -28,4 +28,4 @@ WITH outcome AS MATERIALIZED (
     FROM gone
     WHERE $7 OR state = 'dead' OR awaited OR tracked AND EXISTS (SELECT FROM notifyq.dependency d WHERE d.needs = gone.id)
 )
-SELECT id, tracked AS freed FROM gone
+SELECT id, tracked AS slot_released FROM gone

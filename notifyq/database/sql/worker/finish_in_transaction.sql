@@ -21,4 +21,4 @@ WITH gone AS (
          EXCLUDED.attempts, EXCLUDED.max_attempts, EXCLUDED.state, EXCLUDED.queue, EXCLUDED.type, EXCLUDED.worker,
          EXCLUDED.payload, EXCLUDED.result, EXCLUDED.errors, EXCLUDED.options)
 )
-SELECT pg_current_xact_id()::text AS xid, tracked AS freed FROM gone
+SELECT pg_current_xact_id()::text AS xid, tracked AS slot_released FROM gone

@@ -1,17 +1,17 @@
--- After release_waiters.sql was refused for the first row of notifyq.freed (left_out.py): put that row last, so that the others come
+-- After release_waiters.sql was refused for the first row of notifyq.slot_released (left_out.py): put that row last, so that the others come
 -- before it. One that tells both of a task's end and of its keys becomes two, since what waits for the one isn't in the
 -- way of what waits for the others. Rows that only tell of the same keys become one, as recheck_waiting adds such a row every now
 -- and then. Returns the new rows: a task that has ended, or keys. No row: another worker has it.
 WITH first AS MATERIALIZED (
-    SELECT f.* FROM notifyq.freed f ORDER BY f.n LIMIT 1 FOR UPDATE SKIP LOCKED
+    SELECT f.* FROM notifyq.slot_released f ORDER BY f.n LIMIT 1 FOR UPDATE SKIP LOCKED
 ), gone AS (
-    DELETE FROM notifyq.freed f
+    DELETE FROM notifyq.slot_released f
     USING first s
     WHERE f.n = s.n
        OR NOT f.ended AND NOT s.ended AND f.queue = s.queue
           AND f.order_key IS NOT DISTINCT FROM s.order_key AND f.limit_key IS NOT DISTINCT FROM s.limit_key
 )
-INSERT INTO notifyq.freed (task, ended, queue, order_key, limit_key)
+INSERT INTO notifyq.slot_released (task, ended, queue, order_key, limit_key)
 SELECT s.task, true, '', NULL, NULL FROM first s WHERE s.ended
 UNION ALL
 SELECT s.task, false, s.queue, s.order_key, s.limit_key FROM first s WHERE NOT s.ended OR s.queue <> ''

@@ -6,7 +6,7 @@
 --     seen         their last heartbeats, as numbers: a keeper checks only whether they change
 --     aside        whether tasks were set aside that this worker could run (queues $6, types $7)
 --     suspects     whether tasks whose workers vanished wait to run isolated
---     freed        whether notifyq.freed has a row that no worker has handled
+--     slot_released  whether notifyq.slot_released has a row that no worker has handled, or a dependency isn't confirmed
 --     wanted       if this worker sleeps ($8): whether another session waits for the bell's lock
 --
 -- finish.sql explains the lookup by id.
@@ -45,5 +45,5 @@ SELECT EXISTS (SELECT FROM beat) AS registered,
                    WHERE r.waiting_on = 'crashed:' || q.queue AND r.aside AND r.type = ANY ($7::text[])
                    LIMIT 1
                ) AS s) AS suspects,
-       EXISTS (SELECT FROM notifyq.freed) OR EXISTS (SELECT FROM notifyq.dependency d WHERE NOT d.sure) AS freed,
+       EXISTS (SELECT FROM notifyq.slot_released) OR EXISTS (SELECT FROM notifyq.dependency d WHERE NOT d.sure) AS slot_released,
        CASE WHEN $8::boolean THEN notifyq.bell_wanted() ELSE false END AS wanted
