@@ -265,11 +265,11 @@ INSERT INTO notifyq.key_lock (n) SELECT generate_series(-1, 255);  -- -1 is of n
 CREATE TABLE notifyq.dependency (
     needs         bigint      NOT NULL,                -- the task that must end
     task          bigint      NOT NULL,                -- the task that waits for it
-    sure          boolean     NOT NULL,                -- the end will be recorded: `needs` is tracked, or was at its end
+    confirmed     boolean     NOT NULL,                -- the end will be recorded: `needs` is tracked, or was at its end
     PRIMARY KEY (needs, task)
 ) WITH (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 500, vacuum_truncate = off);
 CREATE INDEX dependency_task ON notifyq.dependency (task);
-CREATE INDEX dependency_unsure ON notifyq.dependency (needs) WHERE NOT sure;
+CREATE INDEX dependency_unconfirmed ON notifyq.dependency (needs) WHERE NOT confirmed;
 
 -- Queues that were paused or limited for all workers.
 CREATE TABLE notifyq.queue (
@@ -956,12 +956,12 @@ BEGIN
                       THEN 'queue:' || s.queue END)) AS v (k)
             WHERE v.k IS NOT NULL)
     INTO taken, ended, keys;
-    IF taken IS NULL AND NOT EXISTS (SELECT FROM notifyq.dependency d WHERE NOT d.sure) THEN
+    IF taken IS NULL AND NOT EXISTS (SELECT FROM notifyq.dependency d WHERE NOT d.confirmed) THEN
         RETURN 0;
     END IF;
     PERFORM notifyq.lock_keys(keys);
     ready := notifyq.grant_slots(keys);
-    IF EXISTS (SELECT FROM notifyq.dependency d WHERE d.needs = ANY (ended) OR NOT d.sure) THEN
+    IF EXISTS (SELECT FROM notifyq.dependency d WHERE d.needs = ANY (ended) OR NOT d.confirmed) THEN
         ready := ready + notifyq.release_dependents(ended);
     END IF;
     DELETE FROM notifyq.slot_released f WHERE f.n = ANY (taken);
@@ -995,7 +995,7 @@ END;
 --                 notifyq.dependency says who waits for it. The mark and the waiter's being parked commit together, with
 --                 the marked row locked meanwhile against its end: so no end can fall in between
 --     locked      by somebody whose transaction may stay open for an hour, or who is just ending it. Nobody waits for him:
---                 the row of notifyq.dependency is not `sure`, and each free, and a worker's heartbeat, tries again
+--                 the row of notifyq.dependency is not confirmed, and each free, and a worker's heartbeat, tries again
 --     gone        it has ended, or was never there: see notifyq.finished. What isn't known there counts as done
 --
 -- The end of one deletes its rows of dependency. Who then has none left is ready, and its `after` is NULL: whatever
@@ -1048,15 +1048,15 @@ BEGIN
     END LOOP;
     IF needed <> '{}' THEN
         -- Whatever is gone by now isn't waited for.
-        INSERT INTO notifyq.dependency (needs, task, sure)
+        INSERT INTO notifyq.dependency (needs, task, confirmed)
         SELECT d.id, t.id, false
         FROM notifyq.task t
         CROSS JOIN unnest(t.after) AS a (id)
         JOIN notifyq.task d ON d.id = ANY (ARRAY[a.id])
         WHERE t.id = ANY (judged)
         ON CONFLICT DO NOTHING;
-        UPDATE notifyq.dependency d SET sure = true
-        WHERE d.needs = ANY (held) AND d.task = ANY (judged) AND NOT d.sure;
+        UPDATE notifyq.dependency d SET confirmed = true
+        WHERE d.needs = ANY (held) AND d.task = ANY (judged) AND NOT d.confirmed;
     END IF;
     cancelled := notifyq.cancel_dependents(ARRAY(
         SELECT t.id FROM notifyq.task t WHERE t.id = ANY (judged) AND t.options ->> 'on_dead' IS DISTINCT FROM 'run'));
@@ -1123,14 +1123,14 @@ BEGIN
     LOOP
         needed := ARRAY(
             SELECT d.needs FROM notifyq.dependency d WHERE d.needs = ANY (ended)
-            UNION SELECT d.needs FROM notifyq.dependency d WHERE NOT d.sure);
+            UNION SELECT d.needs FROM notifyq.dependency d WHERE NOT d.confirmed);
         EXIT WHEN needed = '{}';
         held := notifyq.watch_ends(needed);  -- also of what has ended, and was retried before anybody came to look
-        UPDATE notifyq.dependency d SET sure = true WHERE d.needs = ANY (held) AND NOT d.sure;
+        UPDATE notifyq.dependency d SET confirmed = true WHERE d.needs = ANY (held) AND NOT d.confirmed;
         gone := ARRAY(
             SELECT n FROM unnest(needed) AS n WHERE NOT EXISTS (SELECT FROM notifyq.task t WHERE t.id = n));
-        UPDATE notifyq.dependency d SET sure = false
-        WHERE d.sure AND d.needs = ANY (ARRAY(
+        UPDATE notifyq.dependency d SET confirmed = false
+        WHERE d.confirmed AND d.needs = ANY (ARRAY(
             SELECT unnest(needed) EXCEPT SELECT unnest(held) EXCEPT SELECT unnest(gone)));
         mine := ARRAY(
             SELECT t.id FROM notifyq.task t
@@ -1151,7 +1151,7 @@ BEGIN
             SELECT t.id FROM notifyq.task t
             WHERE t.id = ANY (ARRAY(SELECT DISTINCT d.task FROM notifyq.dependency d WHERE d.needs = ANY (gone)))
             EXCEPT SELECT unnest(mine));
-        UPDATE notifyq.dependency d SET sure = false WHERE d.sure AND d.needs = ANY (gone) AND d.task = ANY (stuck);
+        UPDATE notifyq.dependency d SET confirmed = false WHERE d.confirmed AND d.needs = ANY (gone) AND d.task = ANY (stuck);
         ended := '{}';
         IF EXISTS (SELECT FROM notifyq.finished f WHERE f.id = ANY (gone) AND f.state <> 'done') THEN
             ended := notifyq.cancel_dependents(ARRAY(
@@ -1416,7 +1416,7 @@ COMMENT ON COLUMN notifyq.key_lock.n IS 'The hash, from 0 to 255; -1 is for the 
 COMMENT ON TABLE notifyq.dependency IS 'Which parked task waits for the end of which other.';
 COMMENT ON COLUMN notifyq.dependency.needs IS 'The task whose end is waited for.';
 COMMENT ON COLUMN notifyq.dependency.task IS 'The task that waits.';
-COMMENT ON COLUMN notifyq.dependency.sure IS
+COMMENT ON COLUMN notifyq.dependency.confirmed IS
     'True: the end of the other will add a row to notifyq.slot_released. False: look again.';
 COMMENT ON TABLE notifyq.queue IS
     'Queues that were paused or limited. Change them with notifyq.pause, notifyq.resume and notifyq.limit_queue.';

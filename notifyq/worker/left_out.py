@@ -190,7 +190,9 @@ class LeftOut:
                 return all_ready
         ready = 0
         refused: dict[str, str] = {}
-        rows = await conn.fetchval("SELECT count(*) FROM (SELECT FROM notifyq.slot_released LIMIT $1) AS f", FREED_AT_ONCE)
+        rows = await conn.fetchval(
+            "SELECT count(*) FROM (SELECT FROM notifyq.slot_released LIMIT $1) AS f", FREED_AT_ONCE
+        )
         left = max(1, rows)  # even if there is none, a task may have been parked as the one ended that it waits for
         while left and len(refused) < REFUSALS:
             left -= 1

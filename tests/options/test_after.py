@@ -375,7 +375,7 @@ async def test_cancelled_while_it_waits(bench: Bench, db: Any, dsn: str) -> None
 # --- At the very moment
 
 
-NEEDS = "SELECT needs, task, sure FROM notifyq.dependency ORDER BY needs, task"
+NEEDS = "SELECT needs, task, confirmed FROM notifyq.dependency ORDER BY needs, task"
 SLEEPS = "SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'PgSleep' AND datname = current_database()"
 
 
@@ -511,14 +511,16 @@ async def test_two_that_are_judged_at_once_for_the_same(dsn: str) -> None:
         await one(admit, first)
         assert await two(admit, second) == {second[0].id: "after"}
         await one("COMMIT")
-        assert [row["sure"] for row in await s.db.fetch(NEEDS)] == [True, False], "somebody had it locked"
+        assert [row["confirmed"] for row in await s.db.fetch(NEEDS)] == [True, False], "somebody had it locked"
         third = await waiting_for(s.db, needed[0].id)
         await one("BEGIN")
         await one(admit, third)
         fourth = await waiting_for(s.db, needed[0].id)
         assert await two(admit, fourth) == {fourth[0].id: "after"}
         await one("COMMIT")
-        assert [row["sure"] for row in await s.db.fetch(NEEDS)] == [True, False, True, True], "marked, it is shared"
+        assert [row["confirmed"] for row in await s.db.fetch(NEEDS)] == [True, False, True, True], (
+            "marked, it is shared"
+        )
         await finish(s.db, needed)
         assert await free(s.db) == 4
         assert await where(s.db, *(jobs[0].id for jobs in (first, second, third, fourth))) == ["ready"] * 4
@@ -808,7 +810,7 @@ async def test_large_tasks_that_are_cancelled_together(db: Any) -> None:
            SELECT 'B', jsonb_build_object('x', repeat('x', 10000000)), '{"after": [1]}', 'after', true
            FROM generate_series(1, 5)"""
     )
-    await db.execute("INSERT INTO notifyq.dependency (needs, task, sure) SELECT 1, id, true FROM notifyq.task")
+    await db.execute("INSERT INTO notifyq.dependency (needs, task, confirmed) SELECT 1, id, true FROM notifyq.task")
     await db.execute("INSERT INTO notifyq.slot_released (task, ended, queue) VALUES (1, true, 'default')")
     cancelled = "SELECT count(*) FROM notifyq.finished WHERE state = 'cancelled' AND payload ? 'x'"
     seen = []

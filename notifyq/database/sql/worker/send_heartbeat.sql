@@ -45,5 +45,5 @@ SELECT EXISTS (SELECT FROM beat) AS registered,
                    WHERE r.waiting_on = 'crashed:' || q.queue AND r.aside AND r.type = ANY ($7::text[])
                    LIMIT 1
                ) AS s) AS suspects,
-       EXISTS (SELECT FROM notifyq.slot_released) OR EXISTS (SELECT FROM notifyq.dependency d WHERE NOT d.sure) AS slot_released,
+       EXISTS (SELECT FROM notifyq.slot_released) OR EXISTS (SELECT FROM notifyq.dependency d WHERE NOT d.confirmed) AS slot_released,
        CASE WHEN $8::boolean THEN notifyq.bell_wanted() ELSE false END AS wanted
