@@ -142,7 +142,7 @@ CREATE TABLE notifyq.task (
     parked        text,                                -- with aside: what it waits for: limit, rate, queue, order, after,
     waiting_on      text,                                -- and the key; both without aside: granted, the next of that key
     admitted      timestamptz,                         -- = processing_at: this attempt was admitted, and holds its slots
-    tracked       boolean     NOT NULL DEFAULT false,  -- others may wait for its end: it writes a row into slot_released
+    watched       boolean     NOT NULL DEFAULT false,  -- others may wait for its end: it writes a row into slot_released
     awaited       boolean     NOT NULL DEFAULT false,  -- a client waits for its end: it sends a NOTIFY
     progress      real,
     note          text,
@@ -265,7 +265,7 @@ INSERT INTO notifyq.key_lock (n) SELECT generate_series(-1, 255);  -- -1 is of n
 CREATE TABLE notifyq.dependency (
     needs         bigint      NOT NULL,                -- the task that must end
     task          bigint      NOT NULL,                -- the task that waits for it
-    confirmed     boolean     NOT NULL,                -- the end will be recorded: `needs` is tracked, or was at its end
+    confirmed     boolean     NOT NULL,                -- the end will be recorded: `needs` is watched, or was at its end
     PRIMARY KEY (needs, task)
 ) WITH (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 500, vacuum_truncate = off);
 CREATE INDEX dependency_task ON notifyq.dependency (task);
@@ -291,7 +291,7 @@ CREATE TABLE notifyq.rate_log (
 
 CREATE FUNCTION notifyq.on_task_deleted() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
-    IF OLD.tracked THEN
+    IF OLD.watched THEN
         INSERT INTO notifyq.slot_released (task, ended, queue, order_key, limit_key)
         VALUES (OLD.id, true, OLD.queue, OLD.order_key, OLD.limit_key);
     END IF;
@@ -305,7 +305,7 @@ END $$;
 -- long. Not for UPDATE OF run_at too: each row that is claimed would be fetched once more, though claims don't name
 -- that column.
 CREATE TRIGGER on_task_deleted AFTER DELETE ON notifyq.task FOR EACH ROW
-    WHEN (OLD.tracked OR OLD.awaited) EXECUTE FUNCTION notifyq.on_task_deleted();
+    WHEN (OLD.watched OR OLD.awaited) EXECUTE FUNCTION notifyq.on_task_deleted();
 
 -- `errors` with one more entry. It keeps the first hundred and the last hundred entries. One between them says how many
 -- were left out, so a task that fails thousands of times costs each time the same. Of errors that take more than 8 MB
@@ -339,7 +339,7 @@ BEGIN
         || jsonb_path_query_array(errors, '$[last - 98 to last]') || jsonb_build_array(error);
 END $$;
 
--- For whoever sets worker = NULL, in RETURNING, of a tracked task: it lives, and has given up its slot. Returns true.
+-- For whoever sets worker = NULL, in RETURNING, of a watched task: it lives, and has given up its slot. Returns true.
 CREATE FUNCTION notifyq.note_lease_given_up(t notifyq.task) RETURNS boolean LANGUAGE plpgsql AS $$
 BEGIN
     INSERT INTO notifyq.slot_released (task, ended, queue, order_key, limit_key)
@@ -486,7 +486,7 @@ BEGIN
         NEW.order_key := o ->> 'order_key';
         NEW.limit_key := o ->> 'limit_key';
         NEW.after := nullif(ARRAY(SELECT jsonb_array_elements(o -> 'after')::bigint), '{}');
-        NEW.tracked := NEW.order_key IS NOT NULL OR NEW.limit_key IS NOT NULL;
+        NEW.watched := NEW.order_key IS NOT NULL OR NEW.limit_key IS NOT NULL;
         wrong := CASE
             WHEN o ?| '{unique_states,unique_for,on_conflict}' AND NOT o ? 'unique_key'
                 THEN 'unique_states, unique_for and on_conflict go with a unique_key'
@@ -598,7 +598,7 @@ CREATE FUNCTION notifyq.cancel(id bigint) RETURNS boolean LANGUAGE sql BEGIN ATO
     ), told AS MATERIALIZED (
         SELECT notifyq.notify_unless_full('notifyq_cancel', g.id::text) FROM gone g WHERE g.worker IS NOT NULL
         UNION ALL
-        SELECT notifyq.notify_unless_full('notifyq', '') FROM gone g WHERE g.tracked  -- others wait for its end, and a DELETE doesn't ring
+        SELECT notifyq.notify_unless_full('notifyq', '') FROM gone g WHERE g.watched  -- others wait for its end, and a DELETE doesn't ring
     )
     SELECT EXISTS (SELECT FROM kept) FROM (SELECT count(*) FROM told) AS t;
 END;
@@ -906,7 +906,7 @@ BEGIN
         LEFT JOIN rates r ON r.limit_key = p.limit_key AND r.limit_seconds = p.limit_seconds
     ), written AS (
         UPDATE notifyq.task t
-        SET tracked = true, parked = v.why, aside = v.why IS NOT NULL,
+        SET watched = true, parked = v.why, aside = v.why IS NOT NULL,
             waiting_on = CASE v.why WHEN 'order' THEN 'order:' || t.order_key WHEN 'queue' THEN 'queue:' || t.queue
                                   WHEN 'limit' THEN 'limit:' || t.limit_key WHEN 'rate' THEN 'limit:' || t.limit_key END,
             admitted = CASE WHEN v.why IS NULL THEN t.processing_at END,
@@ -991,7 +991,7 @@ END;
 -- -----
 -- A task with `after` is judged once, when it is first claimed. What it waits for is then in one of three places:
 --
---     live        its row gets tracked = true, so that its end leaves a row in notifyq.slot_released, and a row of
+--     live        its row gets watched = true, so that its end leaves a row in notifyq.slot_released, and a row of
 --                 notifyq.dependency says who waits for it. The mark and the waiter's being parked commit together, with
 --                 the marked row locked meanwhile against its end: so no end can fall in between
 --     locked      by somebody whose transaction may stay open for an hour, or who is just ending it. Nobody waits for him:
@@ -1009,10 +1009,10 @@ END;
 -- transaction's end.
 CREATE FUNCTION notifyq.watch_ends(ids bigint[]) RETURNS bigint[] LANGUAGE plpgsql SET search_path = pg_catalog AS $$
 BEGIN
-    UPDATE notifyq.task t SET tracked = true
+    UPDATE notifyq.task t SET watched = true
     WHERE t.id = ANY (ARRAY(
-        SELECT d.id FROM notifyq.task d WHERE d.id = ANY (ids) AND NOT d.tracked FOR NO KEY UPDATE SKIP LOCKED));
-    RETURN ARRAY(SELECT d.id FROM notifyq.task d WHERE d.id = ANY (ids) AND d.tracked FOR KEY SHARE SKIP LOCKED);
+        SELECT d.id FROM notifyq.task d WHERE d.id = ANY (ids) AND NOT d.watched FOR NO KEY UPDATE SKIP LOCKED));
+    RETURN ARRAY(SELECT d.id FROM notifyq.task d WHERE d.id = ANY (ids) AND d.watched FOR KEY SHARE SKIP LOCKED);
 END $$;
 
 -- Of tasks that this worker has just claimed, and that have `after`: who has to wait, and who was cancelled, as one that it
@@ -1211,7 +1211,7 @@ END $$;
 
 -- What runs in these queues, and was claimed by somebody who knew of no limit, counts from now on.
 CREATE FUNCTION notifyq.admit_running(queues text[], worker integer DEFAULT NULL) RETURNS void LANGUAGE sql BEGIN ATOMIC
-    UPDATE notifyq.task SET admitted = processing_at, tracked = true
+    UPDATE notifyq.task SET admitted = processing_at, watched = true
     WHERE id = ANY (ARRAY(
         SELECT t.id FROM notifyq.task t
         WHERE t.worker IS NOT NULL AND t.queue = ANY ($1) AND ($2 IS NULL OR t.worker = $2)
@@ -1358,7 +1358,7 @@ COMMENT ON COLUMN notifyq.task.parked IS
     ' false, what it was granted.';
 COMMENT ON COLUMN notifyq.task.waiting_on IS 'The key at which it waits, or of which a slot is kept for it.';
 COMMENT ON COLUMN notifyq.task.admitted IS 'Equal to processing_at: this attempt holds slots of its keys.';
-COMMENT ON COLUMN notifyq.task.tracked IS 'Other tasks may wait for its end, so its end adds a row to notifyq.slot_released.';
+COMMENT ON COLUMN notifyq.task.watched IS 'Other tasks may wait for its end, so its end adds a row to notifyq.slot_released.';
 COMMENT ON COLUMN notifyq.task.awaited IS 'A client waits for its end, so its end sends a NOTIFY.';
 COMMENT ON COLUMN notifyq.task.progress IS 'How far its handler says it is, from 0 to 1.';
 COMMENT ON COLUMN notifyq.task.note IS 'What its handler says it is doing.';
@@ -1565,7 +1565,7 @@ COMMENT ON FUNCTION notifyq.admit_running(text[], integer) IS
 --                 GRANT SELECT (id, awaited), UPDATE (awaited) ON notifyq.task TO r;
 --   operator      GRANT USAGE ON SCHEMA notifyq TO r;  -- pause, resume and limit queues; retry and cancel tasks; crons
 --                 GRANT SELECT ON ALL TABLES IN SCHEMA notifyq TO r;
---                 GRANT INSERT, DELETE, UPDATE (run_at, promoted, admitted, tracked) ON notifyq.task TO r;
+--                 GRANT INSERT, DELETE, UPDATE (run_at, promoted, admitted, watched) ON notifyq.task TO r;
 --                 GRANT INSERT, DELETE ON notifyq.finished TO r;
 --                 GRANT INSERT ON notifyq.slot_released, notifyq.bell TO r;
 --                 GRANT INSERT, UPDATE ON notifyq.queue TO r;

@@ -283,7 +283,7 @@ async def test_a_retried_task_keeps_its_keys(db: Any, worker: int) -> None:
     jobs = await verbs.held(db, options=options)
     await verbs.finish(db, jobs, "dead")
     assert await verbs.retry(db, jobs[0].id)
-    row = await db.fetchrow("SELECT order_key, limit_key, tracked, options FROM notifyq.task")
+    row = await db.fetchrow("SELECT order_key, limit_key, watched, options FROM notifyq.task")
     assert tuple(row)[:3] == ("o", "l", True)
     assert json.loads(row["options"]) == json.loads(options)
 

@@ -176,12 +176,12 @@ def test_each_message_has_a_case() -> None:
 )
 async def test_what_sql_takes(db: Any, options: str, kept: Any) -> None:
     """JSON's null and {} are nothing, and a null value isn't given; what is taken from options says the same."""
-    row = await db.fetchrow(f"{INSERT}, options::text, order_key, limit_key, after, tracked", options)
+    row = await db.fetchrow(f"{INSERT}, options::text, order_key, limit_key, after, watched", options)
     assert (None if row["options"] is None else json.loads(row["options"])) == kept
     keys = {name: (kept or {}).get(name) for name in ("order_key", "limit_key")}
     assert {name: row[name] for name in keys} == keys
     assert row["after"] is None
-    assert row["tracked"] is any(keys.values())
+    assert row["watched"] is any(keys.values())
 
 
 async def test_ten_thousand_to_wait_for(db: Any) -> None:

@@ -17,7 +17,7 @@ WITH outcome AS MATERIALIZED (
     WHERE t.id = ANY (ARRAY[o.id]) AND t.worker IS NOT DISTINCT FROM $1 AND t.attempts = o.attempt
     -- Not t.*: a column that nobody needs costs 0.5 % of all this.
     RETURNING t.id, t.created_at, t.run_at, t.processing_at, t.priority, t.attempts, t.max_attempts, t.queue, t.type, t.payload,
-              t.errors, t.options, t.tracked, t.awaited, o.state, o.result, o.error
+              t.errors, t.options, t.watched, t.awaited, o.state, o.result, o.error
 ), kept AS (
     INSERT INTO notifyq.finished (id, created_at, run_at, processing_at, processed_at, priority, attempts, max_attempts,
                                   state, queue, type, worker, payload, result, errors, options)
@@ -26,6 +26,6 @@ WITH outcome AS MATERIALIZED (
            CASE WHEN error IS NULL THEN errors
                 ELSE notifyq.append_error(errors, jsonb_set(error, '{at}', to_jsonb(clock_timestamp()))) END, options
     FROM gone
-    WHERE $7 OR state = 'dead' OR awaited OR tracked AND EXISTS (SELECT FROM notifyq.dependency d WHERE d.needs = gone.id)
+    WHERE $7 OR state = 'dead' OR awaited OR watched AND EXISTS (SELECT FROM notifyq.dependency d WHERE d.needs = gone.id)
 )
-SELECT id, tracked AS slot_released FROM gone
+SELECT id, watched AS slot_released FROM gone

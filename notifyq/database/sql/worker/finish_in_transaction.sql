@@ -13,7 +13,7 @@ WITH gone AS (
     SELECT id, created_at, run_at, processing_at, clock_timestamp(), priority, attempts, max_attempts,
            'done', queue, type, (SELECT w.name FROM notifyq.worker w WHERE w.id = $1), payload, NULL, errors, options
     FROM gone
-    WHERE $4::boolean OR awaited OR tracked AND EXISTS (SELECT FROM notifyq.dependency d WHERE d.needs = gone.id)
+    WHERE $4::boolean OR awaited OR watched AND EXISTS (SELECT FROM notifyq.dependency d WHERE d.needs = gone.id)
     ON CONFLICT (id) DO UPDATE  -- an older task had this id: see forget_older_outcomes.sql
     SET (created_at, run_at, processing_at, processed_at, priority, attempts, max_attempts, state, queue, type, worker,
          payload, result, errors, options) =
@@ -21,4 +21,4 @@ WITH gone AS (
          EXCLUDED.attempts, EXCLUDED.max_attempts, EXCLUDED.state, EXCLUDED.queue, EXCLUDED.type, EXCLUDED.worker,
          EXCLUDED.payload, EXCLUDED.result, EXCLUDED.errors, EXCLUDED.options)
 )
-SELECT pg_current_xact_id()::text AS xid, tracked AS slot_released FROM gone
+SELECT pg_current_xact_id()::text AS xid, watched AS slot_released FROM gone

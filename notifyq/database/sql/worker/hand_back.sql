@@ -4,4 +4,4 @@ UPDATE notifyq.task t
 SET worker = NULL, attempts = t.attempts - 1, run_at = t.run_at, progress = NULL, note = NULL
 FROM unnest($2::bigint[], $3::smallint[]) AS o (id, attempt)
 WHERE t.id = ANY (ARRAY[o.id]) AND t.worker IS NOT DISTINCT FROM $1 AND t.attempts = o.attempt
-RETURNING t.id, t.tracked AND notifyq.note_lease_given_up(t) AS slot_released
+RETURNING t.id, t.watched AND notifyq.note_lease_given_up(t) AS slot_released

@@ -9,6 +9,6 @@ WITH held AS MATERIALIZED (
     UPDATE notifyq.task t
     SET worker = NULL, attempts = t.attempts - 1, run_at = t.run_at, progress = NULL, note = NULL
     WHERE t.id = ANY (ARRAY(SELECT id FROM held))
-    RETURNING t.tracked AND notifyq.note_lease_given_up(t)
+    RETURNING t.watched AND notifyq.note_lease_given_up(t)
 )
 SELECT count(*)::integer FROM back

@@ -9,6 +9,6 @@ WITH back AS (
     WHERE t.worker = $1 AND ($4::bigint[] IS NULL OR t.id = ANY ($4))
       AND NOT EXISTS (SELECT FROM unnest($2::bigint[], $3::smallint[]) AS k (id, attempt)
                       WHERE k.id = t.id AND k.attempt = t.attempts)
-    RETURNING t.tracked AND notifyq.note_lease_given_up(t)
+    RETURNING t.watched AND notifyq.note_lease_given_up(t)
 )
 SELECT count(*)::integer FROM back

@@ -13,6 +13,6 @@ WITH held AS MATERIALIZED (
     FOR UPDATE OF t SKIP LOCKED
 ), again AS (
     UPDATE notifyq.task t SET worker = NULL, run_at = t.run_at WHERE t.id = ANY (ARRAY(SELECT id FROM held))
-    RETURNING t.tracked AND notifyq.note_lease_given_up(t)
+    RETURNING t.watched AND notifyq.note_lease_given_up(t)
 )
 SELECT count(*)::integer FROM again

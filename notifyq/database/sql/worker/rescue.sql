@@ -61,7 +61,7 @@ WITH corpse AS MATERIALIZED (
         waiting_on = CASE WHEN h.suspect THEN 'crashed:' || t.queue ELSE t.waiting_on END
     FROM held h
     WHERE t.id = ANY (ARRAY[h.id]) AND NOT h.spent
-    RETURNING t.tracked AND notifyq.note_lease_given_up(t)
+    RETURNING t.watched AND notifyq.note_lease_given_up(t)
 ), gone AS (
     DELETE FROM notifyq.task t USING held h WHERE t.id = ANY (ARRAY[h.id]) AND h.spent RETURNING t.*, h.error
 ), kept AS (

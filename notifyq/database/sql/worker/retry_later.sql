@@ -6,4 +6,4 @@ SET worker = NULL, run_at = clock_timestamp() + make_interval(secs => o.delay), 
     errors = notifyq.append_error(t.errors, jsonb_set(o.error, '{at}', to_jsonb(clock_timestamp())))
 FROM unnest($2::bigint[], $3::smallint[], $4::float8[], $5::jsonb[]) AS o (id, attempt, delay, error)
 WHERE t.id = ANY (ARRAY[o.id]) AND t.worker IS NOT DISTINCT FROM $1 AND t.attempts = o.attempt
-RETURNING t.id, t.tracked AND notifyq.note_lease_given_up(t) AS slot_released
+RETURNING t.id, t.watched AND notifyq.note_lease_given_up(t) AS slot_released
