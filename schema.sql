@@ -140,8 +140,8 @@ CREATE TABLE notifyq.task (
     limit_key     text,                                -- at most N at the same time, of all tasks with this key
     after         bigint[],                            -- the tasks whose ends it waits for, until they have come
     parked        text,                                -- with aside: what it waits for: limit, rate, queue, order, after,
-    waiting_on      text,                                -- and the key; both without aside: granted, the next of that key
-    admitted      timestamptz,                         -- = processing_at: this attempt was admitted, and holds its slots
+    waiting_on    text,                                  -- and the key; both without aside: granted, the next of that key
+    admitted_at   timestamptz,                         -- = processing_at: this attempt was admitted, and holds its slots
     watched       boolean     NOT NULL DEFAULT false,  -- others may wait for its end: it writes a row into slot_released
     awaited       boolean     NOT NULL DEFAULT false,  -- a client waits for its end: it sends a NOTIFY
     progress      real,
@@ -169,7 +169,7 @@ CREATE INDEX task_set_aside ON notifyq.task (type, queue, priority DESC, id)
     WHERE worker IS NULL AND aside AND parked IS NULL;
 -- For "Limits and order": the tasks that hold a slot of a key or a queue, those that wait at a key, and those in an
 -- order. No plain task is in any of them.
-CREATE INDEX task_admitted ON notifyq.task (limit_key, queue) WHERE admitted IS NOT NULL AND worker IS NOT NULL;
+CREATE INDEX task_admitted ON notifyq.task (limit_key, queue) WHERE admitted_at IS NOT NULL AND worker IS NOT NULL;
 CREATE INDEX task_parked ON notifyq.task (waiting_on, aside, priority DESC, id) WHERE waiting_on IS NOT NULL;
 -- Second column: 0 = may run next; a worker's id = running; NULL = not in the order yet. id + 0 as above.
 CREATE INDEX task_order ON notifyq.task (
@@ -641,7 +641,7 @@ END;
 --                                 which a rate lets it start, and is judged again when it has been claimed
 --     null     -       null       everything else
 --
--- Exact: who holds a slot is read from the rows (admitted = processing_at, which each claim sets anew, so that no
+-- Exact: who holds a slot is read from the rows (admitted_at = processing_at, which each claim sets anew, so that no
 -- attempt inherits it), after the key's row of key_lock is locked, in a snapshot taken under that lock. admit is the only place
 -- that gives a slot, and it commits to the disk before a handler begins.
 --
@@ -708,7 +708,7 @@ BEGIN
             WHERE t.order_key = name
               AND (CASE WHEN t.attempts > 0 OR t.parked <> 'after' OR t.parked IS NULL AND (t.promoted OR t.run_at <= t.created_at)
                    THEN coalesce(t.worker, 0) END) > 0
-              AND (t.id < head.id OR t.admitted = t.processing_at)) THEN
+              AND (t.id < head.id OR t.admitted_at = t.processing_at)) THEN
             RETURN 0;
         END IF;
         UPDATE notifyq.task t
@@ -729,10 +729,10 @@ BEGIN
     IF kind = 'queue' THEN
         SELECT q.limit_running, q.limit_rate, q.limit_seconds INTO limits FROM notifyq.queue q WHERE 'queue:' || q.name = key;
         SELECT count(*) INTO held FROM notifyq.task t
-        WHERE t.queue = name AND t.worker IS NOT NULL AND t.admitted = t.processing_at;
+        WHERE t.queue = name AND t.worker IS NOT NULL AND t.admitted_at = t.processing_at;
     ELSE
         SELECT count(*) INTO held FROM notifyq.task t
-        WHERE t.limit_key = name AND t.worker IS NOT NULL AND t.admitted = t.processing_at;
+        WHERE t.limit_key = name AND t.worker IS NOT NULL AND t.admitted_at = t.processing_at;
     END IF;
     -- A rate grants for the length of its window ahead, at most. What is granted for later was so before the clock was set
     -- back, and would keep its slot until that time comes: it waits again, and is granted anew.
@@ -854,7 +854,7 @@ BEGIN
             WHERE o.order_key = m.order_key
               AND (CASE WHEN o.attempts > 0 OR o.parked <> 'after' OR o.parked IS NULL AND (o.promoted OR o.run_at <= o.created_at)
                    THEN coalesce(o.worker, 0) END) > 0
-              AND (o.id < m.id OR o.id <> m.id AND o.admitted = o.processing_at)
+              AND (o.id < m.id OR o.id <> m.id AND o.admitted_at = o.processing_at)
             UNION ALL
             SELECT FROM notifyq.task o
             WHERE o.order_key = m.order_key
@@ -865,7 +865,7 @@ BEGIN
     ), queues AS MATERIALIZED (
         SELECT q.name, q.limit_running, q.limit_rate, q.limit_seconds,
                (SELECT count(*) FROM notifyq.task t
-                WHERE t.queue = q.name AND t.worker IS NOT NULL AND t.admitted = t.processing_at
+                WHERE t.queue = q.name AND t.worker IS NOT NULL AND t.admitted_at = t.processing_at
                   AND t.id <> ALL (admit.ids)) AS held,
                notifyq.count_reserved('queue:' || q.name, moment, admit.ids) AS kept,
                notifyq.has_waiters('queue:' || q.name) AS waits,
@@ -883,7 +883,7 @@ BEGIN
     ), limits AS MATERIALIZED (
         SELECT k.limit_key,
                (SELECT count(*) FROM notifyq.task t
-                WHERE t.limit_key = k.limit_key AND t.worker IS NOT NULL AND t.admitted = t.processing_at
+                WHERE t.limit_key = k.limit_key AND t.worker IS NOT NULL AND t.admitted_at = t.processing_at
                   AND t.id <> ALL (admit.ids)) AS held,
                notifyq.count_reserved('limit:' || k.limit_key, moment, admit.ids) AS kept,
                notifyq.has_waiters('limit:' || k.limit_key) AS waits
@@ -909,7 +909,7 @@ BEGIN
         SET watched = true, parked = v.why, aside = v.why IS NOT NULL,
             waiting_on = CASE v.why WHEN 'order' THEN 'order:' || t.order_key WHEN 'queue' THEN 'queue:' || t.queue
                                   WHEN 'limit' THEN 'limit:' || t.limit_key WHEN 'rate' THEN 'limit:' || t.limit_key END,
-            admitted = CASE WHEN v.why IS NULL THEN t.processing_at END,
+            admitted_at = CASE WHEN v.why IS NULL THEN t.processing_at END,
             worker = CASE WHEN v.why IS NULL THEN t.worker END,
             attempts = t.attempts - (v.why IS NOT NULL)::integer
         FROM verdict v
@@ -1211,11 +1211,11 @@ END $$;
 
 -- What runs in these queues, and was claimed by somebody who knew of no limit, counts from now on.
 CREATE FUNCTION notifyq.admit_running(queues text[], worker integer DEFAULT NULL) RETURNS void LANGUAGE sql BEGIN ATOMIC
-    UPDATE notifyq.task SET admitted = processing_at, watched = true
+    UPDATE notifyq.task SET admitted_at = processing_at, watched = true
     WHERE id = ANY (ARRAY(
         SELECT t.id FROM notifyq.task t
         WHERE t.worker IS NOT NULL AND t.queue = ANY ($1) AND ($2 IS NULL OR t.worker = $2)
-          AND t.admitted IS DISTINCT FROM t.processing_at
+          AND t.admitted_at IS DISTINCT FROM t.processing_at
           AND t.limit_key IS NULL AND t.order_key IS NULL AND t.after IS NULL
         ORDER BY t.id FOR UPDATE));
 END;
@@ -1357,7 +1357,7 @@ COMMENT ON COLUMN notifyq.task.parked IS
     'What it waits for: limit, rate, queue, order or after, or crashed: until a worker runs it alone; if aside is'
     ' false, what it was granted.';
 COMMENT ON COLUMN notifyq.task.waiting_on IS 'The key at which it waits, or of which a slot is kept for it.';
-COMMENT ON COLUMN notifyq.task.admitted IS 'Equal to processing_at: this attempt holds slots of its keys.';
+COMMENT ON COLUMN notifyq.task.admitted_at IS 'Equal to processing_at: this attempt holds slots of its keys.';
 COMMENT ON COLUMN notifyq.task.watched IS 'Other tasks may wait for its end, so its end adds a row to notifyq.slot_released.';
 COMMENT ON COLUMN notifyq.task.awaited IS 'A client waits for its end, so its end sends a NOTIFY.';
 COMMENT ON COLUMN notifyq.task.progress IS 'How far its handler says it is, from 0 to 1.';
@@ -1565,7 +1565,7 @@ COMMENT ON FUNCTION notifyq.admit_running(text[], integer) IS
 --                 GRANT SELECT (id, awaited), UPDATE (awaited) ON notifyq.task TO r;
 --   operator      GRANT USAGE ON SCHEMA notifyq TO r;  -- pause, resume and limit queues; retry and cancel tasks; crons
 --                 GRANT SELECT ON ALL TABLES IN SCHEMA notifyq TO r;
---                 GRANT INSERT, DELETE, UPDATE (run_at, promoted, admitted, watched) ON notifyq.task TO r;
+--                 GRANT INSERT, DELETE, UPDATE (run_at, promoted, admitted_at, watched) ON notifyq.task TO r;
 --                 GRANT INSERT, DELETE ON notifyq.finished TO r;
 --                 GRANT INSERT ON notifyq.slot_released, notifyq.bell TO r;
 --                 GRANT INSERT, UPDATE ON notifyq.queue TO r;

@@ -443,7 +443,7 @@ SAMPLES = {
     "SELECT notifyq.limit_queue('q', 5)": {"worker"},
     "SELECT notifyq.release_waiters()": {"worker"},
     "SELECT notifyq.admit(1, '{1}', '{1}')": {"worker"},
-    "INSERT INTO notifyq.task (type, admitted, waiting_on) VALUES ('T', now(), 'limit:a')": {"worker"},
+    "INSERT INTO notifyq.task (type, admitted_at, waiting_on) VALUES ('T', now(), 'limit:a')": {"worker"},
     "SELECT * FROM notifyq.schema_version": {"reader", "worker"},
     "UPDATE notifyq.task SET priority = 1": {"worker"},
     "UPDATE notifyq.task SET run_at = now()": {"worker"},

@@ -519,7 +519,7 @@ async def test_killed_at_random(spawn: Spawn, db: Any) -> None:
         f"""{STARTS};
            CREATE FUNCTION slow() RETURNS trigger LANGUAGE plpgsql AS $$
            BEGIN PERFORM pg_sleep(0.005); RETURN NULL; END $$;
-           CREATE TRIGGER slow AFTER UPDATE OF admitted ON notifyq.task EXECUTE FUNCTION slow();
+           CREATE TRIGGER slow AFTER UPDATE OF admitted_at ON notifyq.task EXECUTE FUNCTION slow();
            SELECT notifyq.limit_queue('narrow', 2, 10, 0.5)"""
     )
     insert = """INSERT INTO notifyq.task (type, payload, queue, priority, options)

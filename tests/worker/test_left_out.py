@@ -214,7 +214,7 @@ async def test_tasks_that_cannot_be_parked(db: Any, dsn: str, logged: Logged, mo
 async def test_what_is_not_admitted_is_not_claimed_again_at_once(db: Any) -> None:
     me = await register(db)
     [id] = await limited(db, "Bad", "k")
-    await db.execute(refusal("NEW.admitted IS NOT NULL"))
+    await db.execute(refusal("NEW.admitted_at IS NOT NULL"))
     out = LeftOut()
     jobs = await claim(db, me, {"default": 5}, 5)
     assert await out.admit(db, me, jobs) == []
