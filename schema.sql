@@ -8,9 +8,9 @@
 --     worker set                                         running: that worker holds the lease
 --     worker null, run_at <= created_at or promoted      ready: in the index claims read
 --     worker null, run_at > created_at, not promoted     scheduled: in the index timers read
---     aside, parked null                                 ready, but the worker that claimed it has no handler for its
+--     withheld, parked null                              ready, but the worker that claimed it has no handler for its
 --                                                        type: left to a worker that has one
---     aside, parked set                                  waits: parked says for what. Both kinds have indexes of
+--     withheld, parked set                               waits: parked says for what. Both kinds have indexes of
 --                                                        their own, so that claims needn't step over them
 --
 -- So a plain INSERT decides by itself whether its row is ready (run_at and created_at have defaults), without
@@ -46,7 +46,7 @@
 -- they run:
 --
 --     claimed --admit--> runs                      the slot is the row itself: a row with a worker counts
---                `-----> parked (and aside)        not looked at again until something frees
+--                `-----> parked (and withheld)     not looked at again until something frees
 --     its end, or its worker's loss of it --> a row in notifyq.slot_released --free--> as many parked as fit are ready again
 --
 -- There are no counters, which could become wrong: the number of running tasks is counted from the rows. A session that
@@ -130,7 +130,7 @@ CREATE TABLE notifyq.task (
     attempts      smallint    NOT NULL DEFAULT 0,      -- claims so far; with worker, the fencing token
     max_attempts  smallint,                            -- null: what the task's type says, else 10; below 1 is 1
     promoted      boolean     NOT NULL DEFAULT false,  -- was scheduled, and its time has come
-    aside         boolean     NOT NULL DEFAULT false,
+    withheld      boolean     NOT NULL DEFAULT false,
     queue         text        NOT NULL DEFAULT 'default',
     type          text        NOT NULL,
     payload       jsonb       NOT NULL DEFAULT '{}',
@@ -139,8 +139,8 @@ CREATE TABLE notifyq.task (
     order_key     text,                                -- one at a time, in the order of ids
     limit_key     text,                                -- at most N at the same time, of all tasks with this key
     after         bigint[],                            -- the tasks whose ends it waits for, until they have come
-    parked        text,                                -- with aside: what it waits for: limit, rate, queue, order, after,
-    waiting_on    text,                                  -- and the key; both without aside: granted, the next of that key
+    parked        text,                                -- if withheld: what it waits for: limit, rate, queue, order, after,
+    waiting_on    text,                                -- and the key; both, not withheld: granted, the next of that key
     admitted_at   timestamptz,                         -- = processing_at: this attempt was admitted, and holds its slots
     watched       boolean     NOT NULL DEFAULT false,  -- others may wait for its end: it writes a row into slot_released
     awaited       boolean     NOT NULL DEFAULT false,  -- a client waits for its end: it sends a NOTIFY
@@ -161,16 +161,16 @@ CREATE TABLE notifyq.task (
 -- The claim's index: its order is the claim's ORDER BY, its predicate the claim's WHERE, word for word. id + 0, since
 -- no planner may take task_pkey for "from this id on, in the order of ids" and read all that isn't ready on the way.
 CREATE INDEX task_ready ON notifyq.task (queue, priority DESC, (id + 0))
-    WHERE worker IS NULL AND NOT aside AND (run_at <= created_at OR promoted);
+    WHERE worker IS NULL AND NOT withheld AND (run_at <= created_at OR promoted);
 CREATE INDEX task_scheduled ON notifyq.task (queue, run_at)
     WHERE worker IS NULL AND run_at > created_at AND NOT promoted;
 CREATE INDEX task_running ON notifyq.task (worker) WHERE worker IS NOT NULL;
-CREATE INDEX task_set_aside ON notifyq.task (type, queue, priority DESC, id)
-    WHERE worker IS NULL AND aside AND parked IS NULL;
+CREATE INDEX task_unhandled ON notifyq.task (type, queue, priority DESC, id)
+    WHERE worker IS NULL AND withheld AND parked IS NULL;
 -- For "Limits and order": the tasks that hold a slot of a key or a queue, those that wait at a key, and those in an
 -- order. No plain task is in any of them.
 CREATE INDEX task_admitted ON notifyq.task (limit_key, queue) WHERE admitted_at IS NOT NULL AND worker IS NOT NULL;
-CREATE INDEX task_parked ON notifyq.task (waiting_on, aside, priority DESC, id) WHERE waiting_on IS NOT NULL;
+CREATE INDEX task_parked ON notifyq.task (waiting_on, withheld, priority DESC, id) WHERE waiting_on IS NOT NULL;
 -- Second column: 0 = may run next; a worker's id = running; NULL = not in the order yet. id + 0 as above.
 CREATE INDEX task_order ON notifyq.task (
     order_key, (CASE WHEN attempts > 0 OR parked <> 'after' OR parked IS NULL AND (promoted OR run_at <= created_at)
@@ -418,7 +418,7 @@ BEGIN
         ELSIF held AND on_conflict = 'move' THEN
             -- Not one whose time has come, and that waits for a limit, its turn, or others: who lets it in sets run_at.
             UPDATE notifyq.task t SET run_at = mine.run_at, promoted = mine.run_at <= clock_timestamp()
-            WHERE t.id = old AND NOT t.aside AND t.waiting_on IS NULL;
+            WHERE t.id = old AND NOT t.withheld AND t.waiting_on IS NULL;
         END IF;
         RETURN false;
     END IF;
@@ -635,7 +635,7 @@ END;
 -- may have one of each, and is judged by them in the order: order, queue, limit. It is parked at the first that keeps it
 -- back, and takes no place of those that come after.
 --
---     parked   aside   waiting_on
+--     parked   withheld   waiting_on
 --     set      true    set        waits at that key; nobody looks at it until the key is filled
 --     set      false   set        granted: a slot of that key is kept for it. It is ready, or scheduled for the time at
 --                                 which a rate lets it start, and is judged again when it has been claimed
@@ -698,7 +698,7 @@ DECLARE
     limits record;
 BEGIN
     IF kind = 'order' THEN
-        SELECT t.id, t.aside AND t.waiting_on IS NOT DISTINCT FROM key AS waits INTO head FROM notifyq.task t
+        SELECT t.id, t.withheld AND t.waiting_on IS NOT DISTINCT FROM key AS waits INTO head FROM notifyq.task t
         WHERE t.order_key = name
           AND (CASE WHEN t.attempts > 0 OR t.parked <> 'after' OR t.parked IS NULL AND (t.promoted OR t.run_at <= t.created_at)
                THEN coalesce(t.worker, 0) END) = 0
@@ -712,16 +712,16 @@ BEGIN
             RETURN 0;
         END IF;
         UPDATE notifyq.task t
-        SET aside = false, parked = NULL, waiting_on = NULL, run_at = moment, promoted = true
+        SET withheld = false, parked = NULL, waiting_on = NULL, run_at = moment, promoted = true
         -- None, if somebody has locked it; the next one, and the order would be broken.
         WHERE t.id = ANY (ARRAY(
             SELECT h.id FROM notifyq.task h
-            WHERE h.id = head.id AND h.worker IS NULL AND h.aside AND h.waiting_on = key FOR NO KEY UPDATE SKIP LOCKED));
+            WHERE h.id = head.id AND h.worker IS NULL AND h.withheld AND h.waiting_on = key FOR NO KEY UPDATE SKIP LOCKED));
         GET DIAGNOSTICS room = ROW_COUNT;
         RETURN room;
     END IF;
     SELECT l.* INTO limits FROM notifyq.task t CROSS JOIN LATERAL notifyq.parse_limits(t.options) AS l
-    WHERE t.waiting_on = key AND t.aside AND NOT EXISTS (SELECT FROM notifyq.queue q WHERE q.name = t.queue AND q.paused)
+    WHERE t.waiting_on = key AND t.withheld AND NOT EXISTS (SELECT FROM notifyq.queue q WHERE q.name = t.queue AND q.paused)
     ORDER BY t.priority DESC, t.id LIMIT 1;
     IF NOT FOUND THEN
         RETURN 0;
@@ -736,10 +736,10 @@ BEGIN
     END IF;
     -- A rate grants for the length of its window ahead, at most. What is granted for later was so before the clock was set
     -- back, and would keep its slot until that time comes: it waits again, and is granted anew.
-    UPDATE notifyq.task t SET aside = true
+    UPDATE notifyq.task t SET withheld = true
     WHERE t.id = ANY (ARRAY(
         SELECT g.id FROM notifyq.task g
-        WHERE g.waiting_on = key AND NOT g.aside AND g.worker IS NULL
+        WHERE g.waiting_on = key AND NOT g.withheld AND g.worker IS NULL
           AND g.run_at > moment + interval '2 seconds' + make_interval(secs => greatest(
                   limits.limit_seconds, (SELECT l.limit_seconds FROM notifyq.parse_limits(g.options) AS l), 0))
         FOR NO KEY UPDATE SKIP LOCKED));
@@ -751,7 +751,7 @@ BEGIN
     END IF;
     WITH first AS MATERIALIZED (
         SELECT t.id, t.priority FROM notifyq.task t
-        WHERE t.waiting_on = key AND t.aside AND t.worker IS NULL
+        WHERE t.waiting_on = key AND t.withheld AND t.worker IS NULL
           AND NOT EXISTS (SELECT FROM notifyq.queue q WHERE q.name = t.queue AND q.paused)
         ORDER BY t.priority DESC, t.id LIMIT room FOR NO KEY UPDATE OF t SKIP LOCKED
     ), past AS MATERIALIZED (
@@ -766,7 +766,7 @@ BEGIN
         FROM placed p
     )
     UPDATE notifyq.task t
-    SET aside = false, run_at = w.at, promoted = w.at <= moment
+    SET withheld = false, run_at = w.at, promoted = w.at <= moment
     FROM (SELECT id, coalesce(at, moment) AS at FROM timed) AS w
     WHERE t.id = ANY (ARRAY[w.id]);
     GET DIAGNOSTICS room = ROW_COUNT;
@@ -785,7 +785,7 @@ DECLARE
 BEGIN
     FOREACH key IN ARRAY ARRAY(
         SELECT k FROM unnest(keys) AS k  -- not EXISTS, which may become a join with all that is parked
-        WHERE (SELECT true FROM notifyq.task t WHERE t.waiting_on = k AND t.aside LIMIT 1))
+        WHERE (SELECT true FROM notifyq.task t WHERE t.waiting_on = k AND t.withheld LIMIT 1))
     LOOP
         ready := ready + notifyq.grant_slots(key);
     END LOOP;
@@ -804,14 +804,14 @@ END;
 -- How many slots of a key are kept for granted tasks, those of `ids` aside.
 CREATE FUNCTION notifyq.count_reserved(key text, moment timestamptz, ids bigint[]) RETURNS integer LANGUAGE sql STABLE BEGIN ATOMIC
     SELECT count(*)::integer FROM notifyq.task t
-    WHERE t.waiting_on = $1 AND NOT t.aside AND t.id <> ALL (coalesce($3, '{}'))
+    WHERE t.waiting_on = $1 AND NOT t.withheld AND t.id <> ALL (coalesce($3, '{}'))
       AND (t.worker IS NOT NULL OR t.run_at > $2 - interval '2 seconds');
 END;
 
 -- Does anybody wait at a key who could be granted a slot? Then newcomers wait too, and all are let in by priority and id.
 CREATE FUNCTION notifyq.has_waiters(key text) RETURNS boolean LANGUAGE sql STABLE BEGIN ATOMIC
     SELECT EXISTS (SELECT FROM notifyq.task t
-                   WHERE t.waiting_on = $1 AND t.aside
+                   WHERE t.waiting_on = $1 AND t.withheld
                      AND NOT EXISTS (SELECT FROM notifyq.queue q WHERE q.name = t.queue AND q.paused));
 END;
 
@@ -906,7 +906,7 @@ BEGIN
         LEFT JOIN rates r ON r.limit_key = p.limit_key AND r.limit_seconds = p.limit_seconds
     ), written AS (
         UPDATE notifyq.task t
-        SET watched = true, parked = v.why, aside = v.why IS NOT NULL,
+        SET watched = true, parked = v.why, withheld = v.why IS NOT NULL,
             waiting_on = CASE v.why WHEN 'order' THEN 'order:' || t.order_key WHEN 'queue' THEN 'queue:' || t.queue
                                   WHEN 'limit' THEN 'limit:' || t.limit_key WHEN 'rate' THEN 'limit:' || t.limit_key END,
             admitted_at = CASE WHEN v.why IS NULL THEN t.processing_at END,
@@ -973,11 +973,11 @@ END $$;
 CREATE FUNCTION notifyq.recheck_waiting(since text DEFAULT '', most integer DEFAULT 200) RETURNS text LANGUAGE sql BEGIN ATOMIC
     WITH RECURSIVE waiting AS (
         (SELECT t.waiting_on, t.id, t.queue, t.order_key, t.limit_key, 1 AS n FROM notifyq.task t
-         WHERE t.waiting_on > $1 AND t.aside ORDER BY t.waiting_on LIMIT 1)
+         WHERE t.waiting_on > $1 AND t.withheld ORDER BY t.waiting_on LIMIT 1)
         UNION ALL
         SELECT u.* FROM waiting w CROSS JOIN LATERAL (
             SELECT t.waiting_on, t.id, t.queue, t.order_key, t.limit_key, w.n + 1 FROM notifyq.task t
-            WHERE t.waiting_on > w.waiting_on AND t.aside ORDER BY t.waiting_on LIMIT 1) AS u
+            WHERE t.waiting_on > w.waiting_on AND t.withheld ORDER BY t.waiting_on LIMIT 1) AS u
         WHERE w.n < $2
     ), told AS (
         INSERT INTO notifyq.slot_released (task, ended, queue, order_key, limit_key)
@@ -1161,7 +1161,7 @@ BEGIN
         END IF;
         DELETE FROM notifyq.dependency d WHERE d.needs = ANY (gone) AND d.task <> ALL (stuck);
         UPDATE notifyq.task t
-        SET after = NULL, parked = NULL, aside = false, run_at = clock_timestamp(), promoted = true
+        SET after = NULL, parked = NULL, withheld = false, run_at = clock_timestamp(), promoted = true
         WHERE t.id = ANY (mine) AND t.parked = 'after' AND t.worker IS NULL
           AND NOT EXISTS (SELECT FROM notifyq.dependency d WHERE d.task = t.id);
         GET DIAGNOSTICS ready = ROW_COUNT;
@@ -1274,12 +1274,12 @@ END;
 CREATE VIEW notifyq.all_tasks AS
 SELECT t.id, t.queue, t.type,
        CASE WHEN t.worker IS NOT NULL THEN 'running'
-            WHEN t.parked IS NOT NULL AND t.aside OR t.run_at > t.created_at AND NOT t.promoted THEN 'scheduled'
+            WHEN t.parked IS NOT NULL AND t.withheld OR t.run_at > t.created_at AND NOT t.promoted THEN 'scheduled'
             ELSE 'ready' END AS state,
        t.priority, t.attempts, t.max_attempts, t.created_at, t.run_at, t.processing_at, t.processed_at, t.payload,
        t.errors -> -1 ->> 'error' AS error, NULL::jsonb AS result,
        (SELECT w.name FROM notifyq.worker w WHERE w.id = t.worker) AS worker, t.errors,
-       CASE WHEN t.aside AND t.worker IS NULL THEN t.parked END AS waits_for, t.progress, t.note, t.options
+       CASE WHEN t.withheld AND t.worker IS NULL THEN t.parked END AS waits_for, t.progress, t.note, t.options
 FROM notifyq.task t
 UNION ALL
 SELECT id, queue, type, state, priority, attempts, max_attempts, created_at, run_at, processing_at, processed_at, payload,
@@ -1291,10 +1291,10 @@ FROM notifyq.finished;
 CREATE VIEW notifyq.all_queues AS
 WITH RECURSIVE ready AS (  -- from one queue's first entry of index task_ready to the next one's
     (SELECT t.queue FROM notifyq.task t
-     WHERE t.worker IS NULL AND NOT t.aside AND (t.run_at <= t.created_at OR t.promoted) ORDER BY t.queue LIMIT 1)
+     WHERE t.worker IS NULL AND NOT t.withheld AND (t.run_at <= t.created_at OR t.promoted) ORDER BY t.queue LIMIT 1)
     UNION ALL
     SELECT (SELECT t.queue FROM notifyq.task t
-            WHERE t.worker IS NULL AND NOT t.aside AND (t.run_at <= t.created_at OR t.promoted) AND t.queue > r.queue
+            WHERE t.worker IS NULL AND NOT t.withheld AND (t.run_at <= t.created_at OR t.promoted) AND t.queue > r.queue
             ORDER BY t.queue LIMIT 1)
     FROM ready r WHERE r.queue IS NOT NULL
 ), running AS MATERIALIZED (
@@ -1305,7 +1305,7 @@ WITH RECURSIVE ready AS (  -- from one queue's first entry of index task_ready t
 )
 SELECT k.name, coalesce(q.paused, false) AS paused, q.limit_running, q.limit_rate, q.limit_seconds,
        coalesce(r.n, 0) AS running,
-       (SELECT count(*) FROM notifyq.task t WHERE t.waiting_on = 'queue:' || k.name AND t.aside) AS waiting,
+       (SELECT count(*) FROM notifyq.task t WHERE t.waiting_on = 'queue:' || k.name AND t.withheld) AS waiting,
        coalesce(s.n, 0) AS workers
 FROM (SELECT q.name FROM notifyq.queue q UNION SELECT r.queue FROM ready r WHERE r.queue IS NOT NULL
       UNION SELECT r.queue FROM running r UNION SELECT s.queue FROM served s) AS k
@@ -1340,7 +1340,7 @@ COMMENT ON COLUMN notifyq.task.attempts IS 'How often it was claimed. With worke
 COMMENT ON COLUMN notifyq.task.max_attempts IS
     'After so many failed attempts it is dead; NULL: what its type says, else 10. You may set it.';
 COMMENT ON COLUMN notifyq.task.promoted IS 'It was scheduled, and its time has come.';
-COMMENT ON COLUMN notifyq.task.aside IS
+COMMENT ON COLUMN notifyq.task.withheld IS
     'No claim looks at it: its type was unknown to a worker, or parked says what it waits for.';
 COMMENT ON COLUMN notifyq.task.queue IS 'Its queue; the default is default. You may set it.';
 COMMENT ON COLUMN notifyq.task.type IS 'The name of the kind of task, by which a handler is found. You set it.';
@@ -1354,7 +1354,7 @@ COMMENT ON COLUMN notifyq.task.order_key IS
 COMMENT ON COLUMN notifyq.task.limit_key IS 'From options: limits count all tasks with the same key.';
 COMMENT ON COLUMN notifyq.task.after IS 'From options: the ids of tasks whose ends it still waits for.';
 COMMENT ON COLUMN notifyq.task.parked IS
-    'What it waits for: limit, rate, queue, order or after, or crashed: until a worker runs it alone; if aside is'
+    'What it waits for: limit, rate, queue, order or after, or crashed: until a worker runs it alone; if withheld is'
     ' false, what it was granted.';
 COMMENT ON COLUMN notifyq.task.waiting_on IS 'The key at which it waits, or of which a slot is kept for it.';
 COMMENT ON COLUMN notifyq.task.admitted_at IS 'Equal to processing_at: this attempt holds slots of its keys.';
@@ -1556,7 +1556,7 @@ COMMENT ON FUNCTION notifyq.admit_running(text[], integer) IS
 --   with keys     GRANT SELECT, INSERT, UPDATE ON notifyq.unique_key TO r;  -- beside these, to enqueue unique tasks
 --                 GRANT SELECT (id, state) ON notifyq.all_tasks TO r;
 --                 GRANT SELECT (worker, options), UPDATE (note) ON notifyq.task TO r;  -- UPDATE, to lock
---                 GRANT SELECT (aside, waiting_on), UPDATE (type, payload, run_at, promoted) ON notifyq.task TO r;  -- to replace, move
+--                 GRANT SELECT (withheld, waiting_on), UPDATE (type, payload, run_at, promoted) ON notifyq.task TO r;  -- to replace, move
 --   may read      GRANT USAGE ON SCHEMA notifyq TO r;
 --                 GRANT SELECT ON notifyq.all_tasks, notifyq.all_queues, notifyq.worker, notifyq.queue, notifyq.cron TO r;
 --                 GRANT SELECT ON notifyq.schema_version TO r;

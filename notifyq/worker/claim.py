@@ -666,7 +666,7 @@ class Claimer:
             logger.info("the bell rings again")
         if payload == "":
             self._look = True
-        elif payload == "aside":
+        elif payload == "unhandled":
             self._look = self._aside = True
         elif payload == "queues":
             self._look = self._changed = True

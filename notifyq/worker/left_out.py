@@ -7,10 +7,10 @@ halves of that, down to one row. One that is refused alone is left out for a pau
 tried again, as what was in its way may be gone. So is one that the statement returns without the worker's lease. While
 any is left out, all is taken in this way. Before, that costs nothing.
 
-Two more statements write rows of tasks: admit parks what has been claimed and may not run yet, and free lets in what is
-parked. After a refusal admit is asked for halves too; a task that is refused alone is handed back, and left out. free
-is asked for one row of notifyq.slot_released at a time, and one that is refused is put last: what waits at its keys, or for its
-task's end, goes on waiting, and all else is let in.
+Two more statements write rows of tasks: admit parks claimed tasks that may not run yet, and release_waiters makes
+parked ones ready. After a refusal admit is asked for halves too; a task that is refused alone is handed back, and left
+out. release_waiters is asked for one row of notifyq.slot_released at a time, and one that is refused is put last: the
+tasks that wait at its keys, or for its task's end, go on waiting, and all others are released.
 
 Tasks that a worker holds are taken back from it in the same way when it is dead, when it stops, or when the answer to
 its claim was lost.

@@ -230,7 +230,7 @@ def taken(history: History) -> Iterator[Lease]:
 
 def own_outcome(end: Row, lease: Lease) -> bool:
     """The worker itself wrote how the attempt ended, and didn't just hand it back."""
-    aside = end.op == "U" and end.aside
+    aside = end.op == "U" and end.withheld
     return end.who == lease.who and (end.op == "D" or end.attempts == lease.attempt or aside)
 
 

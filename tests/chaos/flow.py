@@ -94,7 +94,7 @@ def after(history: History) -> Iterator[Breach]:
         told = max((end.committed if end else float("inf") for end, _ in ends.values()), default=0.0)
         for row, following in itertools.pairwise(life):
             late = following.committed - told
-            if retried or not row.aside or not row.at < told < following.at - TOLD_SECONDS:
+            if retried or not row.withheld or not row.at < told < following.at - TOLD_SECONDS:
                 continue
             allowed = TOLD_SECONDS + LAG_TIMES * history.lag(told, following.at)
             if late > allowed and told > history.healed(following.at):

@@ -20,7 +20,7 @@ CREATE TABLE chaos.ledger (
     who text DEFAULT session_user,
     app text DEFAULT current_setting('application_name'),
     op text, id bigint, was_worker integer, was_attempts integer, worker integer, attempts integer,
-    run_at timestamptz, aside boolean, queue text, type text, n text, note text, bytes integer,
+    run_at timestamptz, withheld boolean, queue text, type text, n text, note text, bytes integer,
     limit_key text, order_key text, options jsonb
 ) WITH (autovacuum_enabled = false);
 
@@ -31,10 +31,10 @@ DECLARE r notifyq.task; o notifyq.task;
 BEGIN
     IF TG_OP <> 'INSERT' THEN o := OLD; END IF;
     IF TG_OP = 'DELETE' THEN r := OLD; ELSE r := NEW; END IF;
-    INSERT INTO chaos.ledger (op, id, was_worker, was_attempts, worker, attempts, run_at, aside, queue, type, n, note,
-                              limit_key, order_key, options)
+    INSERT INTO chaos.ledger (op, id, was_worker, was_attempts, worker, attempts, run_at, withheld, queue, type, n,
+                              note, limit_key, order_key, options)
     VALUES (left(TG_OP, 1), r.id, o.worker, o.attempts, CASE WHEN TG_OP <> 'DELETE' THEN r.worker END, r.attempts,
-            r.run_at, r.aside, r.queue, r.type,
+            r.run_at, r.withheld, r.queue, r.type,
             CASE WHEN TG_OP = 'INSERT' OR pg_column_size(r.payload) < 1000 THEN r.payload ->> 'n' END,
             CASE WHEN TG_OP = 'UPDATE' AND r.errors IS DISTINCT FROM o.errors THEN r.errors -> -1 ->> 'error' END,
             r.limit_key, r.order_key, r.options);
@@ -73,8 +73,8 @@ READ = """
 SELECT op, id, seq, extract(epoch FROM at)::float8 AS at,
        extract(epoch FROM pg_xact_commit_timestamp(xmin))::float8 AS committed, who, app,
        was_worker, coalesce(was_attempts, 0) AS was_attempts, worker, coalesce(attempts, 0) AS attempts,
-       coalesce(extract(epoch FROM greatest(run_at, 'epoch')), 0)::float8 AS run_at, coalesce(aside, false) AS aside,
-       coalesce(queue, '') AS queue, coalesce(type, '') AS type, n, coalesce(note, '') AS note,
+       coalesce(extract(epoch FROM greatest(run_at, 'epoch')), 0)::float8 AS run_at,
+       coalesce(withheld, false) AS withheld, coalesce(queue, '') AS queue, coalesce(type, '') AS type, n, coalesce(note, '') AS note,
        coalesce(bytes, 0) AS bytes, limit_key, (options ->> 'limit_running')::integer AS most,
        (options ->> 'limit_rate')::integer AS rate, (options ->> 'limit_seconds')::float8 AS seconds,
        order_key, options ->> 'unique_key' AS unique_key,

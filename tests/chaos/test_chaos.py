@@ -342,7 +342,7 @@ def waiting(
     first = [row("I", 0), claim(0.01), *done(end)]
     for one in first:
         one.type, one.note = "Verdict", f"{state} x"
-    rows = of(2, [row("I", born, n="8", **second), claim(born + 0.01), row("U", born + 0.02, aside=True, **lease)])
+    rows = of(2, [row("I", born, n="8", **second), claim(born + 0.01), row("U", born + 0.02, withheld=True, **lease)])
     runs = [ran("w1-1", 0.02, end)]
     if by:
         rows += of(2, [row("D", told, who=by), row("F", told, who=by, note="cancelled by somebody")])

@@ -936,7 +936,7 @@ async def test_a_queue_of_any_name(run: Run, dsn: str, db: Any, name: str) -> No
 
 async def test_tasks_say_what_one_waits_for(run: Run, dsn: str, db: Any) -> None:
     await db.execute(
-        """INSERT INTO notifyq.task (type, aside, parked, waiting_on, crashes, attempts)
+        """INSERT INTO notifyq.task (type, withheld, parked, waiting_on, crashes, attempts)
            VALUES ('A', true, 'limit', 'limit:x', NULL, 0), ('B', true, 'crashed', 'crashed:default', 2, 2)"""
     )
     said = await run("tasks", dsn=dsn)
@@ -1164,7 +1164,7 @@ async def test_queues(run: Run, dsn: str, db: Any) -> None:
     assert [(q["name"], q["paused"], q["limit_running"], q["limit_rate"]) for q in found] == [
         ("mail", False, None, None), ("male", False, None, None), ("other", False, None, None)
     ]  # fmt: skip
-    await db.execute("UPDATE notifyq.task SET aside = true, parked = 'limit' WHERE queue = 'mail'")
+    await db.execute("UPDATE notifyq.task SET withheld = true, parked = 'limit' WHERE queue = 'mail'")
     assert "scheduled  waits for limit" in (await run("tasks --queue mail", dsn=dsn)).out
     for words, why in (
         ("queue limit mail", "say --running N"),

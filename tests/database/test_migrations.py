@@ -193,11 +193,11 @@ async def test_one_cut_off_while_it_makes_an_index(empty_dsn: str, conn: Any, fr
     await reads.execute("BEGIN ISOLATION LEVEL REPEATABLE READ; SELECT 1")
     doomed: Any = await connection.connect(empty_dsn, role="test")
     migrating = asyncio.create_task(schema.migrate(doomed))
-    await eventually(lambda: invalid(conn), ["notifyq.task_set_aside"])
+    await eventually(lambda: invalid(conn), ["notifyq.task_unhandled"])
     await writes.fetchval("SELECT pg_terminate_backend($1, 5000)", doomed.get_server_pid())
     with pytest.raises((asyncpg.PostgresConnectionError, asyncpg.InterfaceError, OSError, asyncpg.AdminShutdownError)):
         await migrating
-    assert await invalid(conn) == ["notifyq.task_set_aside"]
+    assert await invalid(conn) == ["notifyq.task_unhandled"]
     assert await schema.installed_version(conn) == 1
     await reads.execute("COMMIT")
     assert await schema.migrate(conn) == (1, SCHEMA_VERSION)
@@ -253,7 +253,7 @@ TASKS = """
     INSERT INTO notifyq.task (type, payload, queue, priority, max_attempts) VALUES ('ready', '{"a": 1}', 'q', 3, 5);
     INSERT INTO notifyq.task (type, run_at) VALUES ('scheduled', now() + interval '1 h'), ('never', 'infinity');
     INSERT INTO notifyq.task (type, run_at, promoted) VALUES ('promoted', now() + interval '1 h', true);
-    INSERT INTO notifyq.task (type, aside) VALUES ('aside', true);
+    INSERT INTO notifyq.task (type, withheld) VALUES ('unhandled', true);
     INSERT INTO notifyq.task (type, worker, attempts, processing_at, errors)
     VALUES ('running', 1, 2, now(), '[{"error": "x"}]');
     INSERT INTO notifyq.finished (id, created_at, run_at, processing_at, processed_at, priority, attempts, state, queue,
@@ -306,7 +306,7 @@ ODD_STATES = {
         CREATE POLICY mine ON notifyq.task USING (queue = current_user)""",
     "unlogged": "ALTER TABLE notifyq.task SET UNLOGGED; ALTER TABLE notifyq.finished SET UNLOGGED",
     "rows that nobody could have meant": """
-        INSERT INTO notifyq.task (type, worker, attempts, aside, promoted, processing_at)
+        INSERT INTO notifyq.task (type, worker, attempts, withheld, promoted, processing_at)
         VALUES ('odd', 77, -3, true, true, NULL), ('odd', NULL, 32767, true, true, now()),
                ('odd', 77, 0, false, false, NULL)""",
     "nothing in the row of the version but the number": "UPDATE notifyq.schema_version SET installed_at = '-infinity'",

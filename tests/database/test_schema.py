@@ -178,7 +178,7 @@ MAKE = {
     "ready": "INSERT INTO notifyq.task (type) VALUES ('T')",
     "scheduled": "INSERT INTO notifyq.task (type, run_at) VALUES ('T', now() + interval '1 h')",
     "promoted": "INSERT INTO notifyq.task (type, run_at, promoted) VALUES ('T', now() + interval '1 h', true)",
-    "aside": "INSERT INTO notifyq.task (type, aside) VALUES ('T', true)",
+    "unhandled": "INSERT INTO notifyq.task (type, withheld) VALUES ('T', true)",
     "running": "INSERT INTO notifyq.task (type, worker, attempts, errors) VALUES ('T', 1, 2, '[{\"error\": \"x\"}]')",
 } | {
     state: f"""INSERT INTO notifyq.finished (id, created_at, run_at, processed_at, priority, attempts, state, queue,
@@ -203,7 +203,7 @@ async def see(conn: Any, id: int) -> Any:
 @pytest.mark.parametrize("what", MAKE)
 async def test_all_tasks_names_the_state(conn: Any, what: str) -> None:
     row = await see(conn, await make(conn, what))
-    assert row["state"] == {"promoted": "ready", "aside": "ready"}.get(what, what)
+    assert row["state"] == {"promoted": "ready", "unhandled": "ready"}.get(what, what)
     assert row["worker"] == ("host:1" if what == "running" else None)
     assert row["error"] == ("x" if what in ("running", "done", "dead", "cancelled") else None)
 
@@ -264,7 +264,7 @@ async def test_enqueue_has_the_tables_defaults(conn: Any) -> None:
     different = {column for column in one.keys() if one[column] != other[column]}  # noqa: SIM118 - a Record
     assert different == {"id", "created_at"}
     assert (one["queue"], one["payload"], one["priority"], one["max_attempts"]) == ("default", b"{}", 0, None)
-    assert (one["attempts"], one["worker"], one["promoted"], one["aside"]) == (0, None, False, False)
+    assert (one["attempts"], one["worker"], one["promoted"], one["withheld"]) == (0, None, False, False)
     assert one["run_at"] <= one["created_at"]
 
 
@@ -421,7 +421,7 @@ SAMPLES = {
     "INSERT INTO notifyq.task (type, limit_key) VALUES ('T', 'a')": {"worker"},
     "INSERT INTO notifyq.task (type, after) VALUES ('T', '{1}')": {"worker"},
     "INSERT INTO notifyq.task (type, worker) VALUES ('T', 1)": {"worker"},
-    "INSERT INTO notifyq.task (type, aside) VALUES ('T', true)": {"worker"},
+    "INSERT INTO notifyq.task (type, withheld) VALUES ('T', true)": {"worker"},
     "INSERT INTO notifyq.task (type, created_at) VALUES ('T', now())": {"worker"},
     "LOCK TABLE notifyq.bell IN ROW EXCLUSIVE MODE": {"enqueuer", "worker"},
     "SELECT notifyq.fall_asleep(10)": {"worker"},

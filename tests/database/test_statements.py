@@ -41,7 +41,7 @@ class Statement(NamedTuple):
 
 STATEMENTS = {
     "admit": Statement("int4 int8[] int2[]", "id:int8 waits_for:text", ""),
-    "claim_unhandled": Statement("int4 text[] int4[] int4 text[] int4", ROW, "task_pkey task_set_aside"),
+    "claim_unhandled": Statement("int4 text[] int4[] int4 text[] int4", ROW, "task_pkey task_unhandled"),
     "advance_clock": Statement("float8", "count:int8", None),
     "read_and_await": Statement(
         "int8[]",
@@ -59,7 +59,7 @@ STATEMENTS = {
         "int4 text[] int4[] int4 text[] int2[] int8[] int4 text[] int4[] int4[] int4", ROW, "task_pkey task_ready"
     ),
     "claim_by_id": Statement("int4 int8[] int4", ROW, "task_pkey"),
-    "list_claimable": Statement("text[] int4[] int4 int8[] text[] text[]", "id:int8", "task_ready task_set_aside"),
+    "list_claimable": Statement("text[] int4[] int4 int8[] text[] text[]", "id:int8", "task_ready task_unhandled"),
     "claim_crashed": Statement("int4 text[] text[] int4 int4 int4", ROW, "task_parked task_pkey"),
     "admit_running": Statement("int4 text[]", "admit_running:void", ""),
     "list_cron_conflicts": Statement(
@@ -86,8 +86,8 @@ STATEMENTS = {
     "list_misdated": Statement("text", "failed:int8[] granted:int8[]", "task_scheduled"),
     "check_due": Statement(
         "text[] text[] int4 text timestamptz",
-        "promoted:int8 next_seconds:float8 blocked:bool inserted:int8 slot_released:bool settings:text mark:timestamptz "
-        "echo:text",
+        "promoted:int8 next_seconds:float8 blocked:bool inserted:int8 slot_released:bool settings:text "
+        "mark:timestamptz echo:text",
         "task_pkey task_ready task_scheduled",
     ),
     "end_backends": Statement("int4 text[] int8", "ended:int4 remaining:int4", ""),
@@ -159,8 +159,9 @@ STATEMENTS = {
     "list_tasks": Statement("text text text int8 bool", "task:text seconds:float8", None),
     "send_heartbeat": Statement(
         "int4 int4 text int8[] int2[] text[] text[] bool",
-        "registered:bool lost:int8[] others:int4[] seen:float8[] aside:bool suspects:bool slot_released:bool wanted:bool",
-        "task_parked task_pkey task_set_aside",
+        "registered:bool lost:int8[] others:int4[] seen:float8[] unhandled:bool suspects:bool "
+        "slot_released:bool wanted:bool",
+        "task_parked task_pkey task_unhandled",
     ),
     "is_turn_stolen": Statement("int4", "exists:bool", ""),
     "unregister_worker": Statement("int4", "", "task_running"),
@@ -195,7 +196,7 @@ async def test_it_prepares_beside_functions_of_extensions(worker: Any, db: Any) 
 
 MANY = 300_000
 BACKLOG = f"""
-    INSERT INTO notifyq.task (type, run_at, worker, attempts, aside)
+    INSERT INTO notifyq.task (type, run_at, worker, attempts, withheld)
     SELECT CASE WHEN i <= 1000 THEN 'Strange' ELSE 'Known' END,
            CASE WHEN i % 2 = 0 THEN now() + i * interval '1 second' ELSE now() END,
            CASE WHEN i BETWEEN 1001 AND 2000 THEN 1 END, (i BETWEEN 1001 AND 2000)::integer, i <= 1000
@@ -375,7 +376,7 @@ async def test_nothing_reads_more_than_it_returns(sessions: dict[str, Any], mome
             conn, lambda: conn.fetchrow(SQL["send_heartbeat"], 1, *args, ["default"], ["Strange"], True)
         )
         assert row["lost"] == []
-        assert row["aside"]
+        assert row["unhandled"]
         await insert(conn, 10, created_at="2000-01-01", run_at="2001-01-01")
         row, most["check_due"] = await touched(
             conn, lambda: conn.fetchrow(SQL["check_due"], ["default"], ["default"], 10, None, None)
@@ -614,7 +615,7 @@ async def test_claim_says_what_a_handler_needs(worker: Any) -> None:
 async def test_claim_leaves_what_is_running_scheduled_or_aside(worker: Any) -> None:
     me, _ = await held(worker, 1)
     await insert(worker, run_at="2999-01-01")
-    await insert(worker, aside=True)
+    await insert(worker, withheld=True)
     (promoted,) = await insert(worker, run_at="2999-01-01", promoted=True)
     (early,) = await insert(worker, run_at="-infinity")
     assert [job.id for job in await claims.claim(worker, me, {"default": 9}, 9)] == [promoted, early]
@@ -637,7 +638,7 @@ async def test_two_claims_at_once_share(worker: Any, dsn: str) -> None:
 
 async def test_a_worker_that_was_given_up_claims_nothing(worker: Any) -> None:
     (id,) = await insert(worker)
-    await insert(worker, aside=True)
+    await insert(worker, withheld=True)
     assert await claims.claim(worker, 99, {"default": 9}, 9) == []
     assert await claims.claim(worker, 99, {"default": 9}, 9, onward=Onward(["default"], [0], [1])) == []
     assert await claims.claim(worker, 99, {"default": 9}, 9, aside=["Known"]) == []
@@ -650,7 +651,7 @@ async def test_an_odd_created_at_is_claimed_all_the_same(worker: Any, at: str) -
     me = await register(worker)
     await insert(worker, 2)
     await insert(worker, created_at=at, run_at="-infinity")
-    await insert(worker, created_at=at, aside=True)
+    await insert(worker, created_at=at, withheld=True)
     assert len(await claims.claim(worker, me, {"default": 9}, 9)) == 3
     assert len(await claims.claim(worker, me, {"default": 9}, 9, aside=["Known"])) == 1
 
@@ -668,7 +669,7 @@ async def test_odd_attempts_are_claimed_all_the_same(worker: Any, attempts: int)
 async def test_a_claim_leaves_out_large_payloads(worker: Any) -> None:
     """By what they are when they aren't compressed: 1 MB of x is 12 kB on disk. Each claim statement does."""
     me = await register(worker)
-    insert_one = """INSERT INTO notifyq.task (type, payload, aside) SELECT 'Known', to_jsonb(text), $1
+    insert_one = """INSERT INTO notifyq.task (type, payload, withheld) SELECT 'Known', to_jsonb(text), $1
                     FROM (VALUES (repeat('x', 3000)), (repeat('x', 1000000)),
                                  ((SELECT string_agg(md5(n::text), '') FROM generate_series(1, 1000) n)))
                          AS v (text) RETURNING id"""
@@ -683,7 +684,7 @@ async def test_a_claim_leaves_out_large_payloads(worker: Any) -> None:
         assert [job.id for job in jobs] == all_ids
         assert [job.payload is None for job in jobs] == [False, True, True], statement
         assert jobs[0].payload == b'"' + b"x" * 3000 + b'"'
-        await worker.execute("UPDATE notifyq.task SET worker = NULL, aside = $1", statement == "claim_unhandled")
+        await worker.execute("UPDATE notifyq.task SET worker = NULL, withheld = $1", statement == "claim_unhandled")
         jobs = await claims.claim(
             worker, me, {"default": 9}, 9, onward=onward, aside=aside, threads=threads, blind=True
         )
@@ -745,7 +746,7 @@ async def test_hostile_names_of_queues_and_types(worker: Any, name: str) -> None
     keys = [job.id for job in jobs], [job.attempt for job in jobs]
     assert {(job.queue, job.type) for job in jobs} == {(name, name)}
     assert len(await worker.fetch(SQL["release_unhandled"], me, *keys)) == 2
-    assert (await worker.fetchrow(SQL["send_heartbeat"], me, 0, "ok", [], [], [name], [name], False))["aside"]
+    assert (await worker.fetchrow(SQL["send_heartbeat"], me, 0, "ok", [], [], [name], [name], False))["unhandled"]
     assert len(await claims.claim(worker, me, {name: 9}, 9, aside=[name])) == 2
     assert len(await worker.fetch(SQL["finish"], me, *keys, ["done"] * 2, [], [], True)) == 2
     assert await worker.fetchval("SELECT count(*) FROM notifyq.all_tasks WHERE queue = $1 AND type = $1", name) == 2
@@ -776,12 +777,12 @@ async def test_a_queue_of_201_characters_is_nobodys(worker: Any) -> None:
 async def test_adopt_takes_only_what_is_aside_and_known(worker: Any) -> None:
     me = await register(worker)
     await insert(worker)
-    await insert(worker, aside=True, type="Strange")
-    await insert(worker, aside=True, queue="mail")
-    low, high = (await insert(worker, aside=True))[0], (await insert(worker, aside=True, priority=1))[0]
+    await insert(worker, withheld=True, type="Strange")
+    await insert(worker, withheld=True, queue="mail")
+    low, high = (await insert(worker, withheld=True))[0], (await insert(worker, withheld=True, priority=1))[0]
     jobs = await claims.claim(worker, me, {"default": 9}, 9, aside=["Known", "Other"])
     assert [job.id for job in jobs] == [high, low]
-    assert await worker.fetchval("SELECT count(*) FROM notifyq.task WHERE aside") == 2
+    assert await worker.fetchval("SELECT count(*) FROM notifyq.task WHERE withheld") == 2
     assert await claims.claim(worker, me, {"default": 1, "mail": 0}, 9, aside=["Strange"]) != []
 
 
@@ -985,7 +986,7 @@ async def test_tick_is_a_sign_of_life_and_hears_of_lost_leases(worker: Any) -> N
     args = (me, 2, "busy", [mine, gone, again], [1, 1, 1], ["default"], ["Known"], False)
     row = await worker.fetchrow(SQL["send_heartbeat"], *args)
     assert row["registered"]
-    assert not row["aside"]
+    assert not row["unhandled"]
     assert sorted(row["lost"]) == [gone, again]
     others = sorted((quiet, quieter, loud))
     assert row["others"] == others
@@ -999,16 +1000,16 @@ async def test_tick_is_a_sign_of_life_and_hears_of_lost_leases(worker: Any) -> N
 
 async def test_tick_sees_only_what_is_aside_for_it(worker: Any) -> None:
     me = await register(worker)
-    await insert(worker, aside=True, type="Strange")
-    await insert(worker, aside=True, queue="mail")
+    await insert(worker, withheld=True, type="Strange")
+    await insert(worker, withheld=True, queue="mail")
     await insert(worker)
 
-    async def aside(queues: list[str], types: list[str]) -> bool:
+    async def unhandled(queues: list[str], types: list[str]) -> bool:
         row = await worker.fetchrow(SQL["send_heartbeat"], me, 0, "ok", [], [], queues, types, False)
-        return bool(row["aside"])
+        return bool(row["unhandled"])
 
-    assert not await aside(["default"], ["Known"])
-    assert await aside(["default", "mail"], ["Other", "Known"])
+    assert not await unhandled(["default"], ["Known"])
+    assert await unhandled(["default", "mail"], ["Other", "Known"])
 
 
 LOCK = "SELECT pg_try_advisory_lock_shared(1852990827, $1)"
@@ -1262,7 +1263,7 @@ RINGS: dict[str, tuple[Any, Callable[[Any, int, int], Any]]] = {
         lambda c, w, id: c.fetchrow(SQL["send_heartbeat"], w, 0, "ok", [id], [1], ["default"], ["Known"], True),
     ),
     "finish": (False, lambda c, w, id: c.fetch(SQL["finish"], w, [id], [1], ["done"], [], [], True)),
-    "release_unhandled": ("aside", lambda c, w, id: c.fetch(SQL["release_unhandled"], w, [id], [1])),
+    "release_unhandled": ("unhandled", lambda c, w, id: c.fetch(SQL["release_unhandled"], w, [id], [1])),
     "retry_later": (True, lambda c, w, id: c.fetch(SQL["retry_later"], w, [id], [1], [9.0], [b"{}"])),
     "hand_back": (True, lambda c, w, id: c.fetch(SQL["hand_back"], w, [id], [1])),
     "reclaim_unanswered": (True, lambda c, w, id: c.fetchval(SQL["reclaim_unanswered"], w, [], [], None)),

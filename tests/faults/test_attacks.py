@@ -266,7 +266,7 @@ async def test_rings_that_nobody_meant(bench: Bench, roles: Any, as_role: Any, l
     await stranger.add_listener("notifyq", lambda *args: heard.append(args[3]))
     async with working(bench.app, roles("worker")) as worker:
         for count in range(1, 40):
-            for payload in ("", "aside", "echo", "echo 00000000-0000-0000-0000-000000000000", "x" * 7999, "{}"):
+            for payload in ("", "unhandled", "echo", "echo 00000000-0000-0000-0000-000000000000", "x" * 7999, "{}"):
                 await stranger.execute("SELECT pg_notify('notifyq', $1)", payload)
             await enqueuer.execute("SELECT notifyq.enqueue('Good', '{\"name\": \"secret\"}')")
             await bench.seen.reach(count)
@@ -274,7 +274,7 @@ async def test_rings_that_nobody_meant(bench: Bench, roles: Any, as_role: Any, l
     assert not logged("lost the database")
     assert "secret" not in "".join(heard)
     kinds = {text.split(" ")[0].rstrip("x") for text in heard}
-    assert kinds <= {"", "aside", "echo", "{}"}
+    assert kinds <= {"", "unhandled", "echo", "{}"}
 
 
 @pytest.fixture
@@ -313,7 +313,7 @@ async def test_a_full_queue_of_notifications(bench: Bench, small: str, logged: L
             await conn.execute("SELECT notifyq.enqueue('Unknown')")
             await conn.execute(ENQUEUE)
             await bench.seen.reach(count)
-        await eventually(lambda: conn.fetchval("SELECT count(*) FROM notifyq.task WHERE aside"), 4)
+        await eventually(lambda: conn.fetchval("SELECT count(*) FROM notifyq.task WHERE withheld"), 4)
         await stranger.execute("ROLLBACK")
         with anyio.fail_after(limit()):
             count = 4
@@ -390,7 +390,7 @@ async def test_poison_beside_good_tasks(bench: Bench, db: Any, dsn: str) -> None
            FROM generate_series(1, 5000) n"""
     )
     async with working(bench.app, dsn):
-        left = "SELECT count(*) FROM notifyq.task WHERE NOT aside"
+        left = "SELECT count(*) FROM notifyq.task WHERE NOT withheld"
         await eventually(lambda: db.fetchval(left), 0)
     assert len(bench.seen.items) == 1000
     rows = await db.fetch("SELECT state, attempts, count(*) FROM notifyq.all_tasks GROUP BY state, attempts")
@@ -433,7 +433,7 @@ async def test_payloads_are_not_told(db: Any, dsn: str, caplog: pytest.LogCaptur
             text = msgspec.json.encode(payload).decode()
             await db.execute("INSERT INTO notifyq.task (type, payload) VALUES ($1, $2::text::jsonb)", type, text)
     async with app.connect(dsn), working(app, dsn):
-        await eventually(lambda: db.fetchval("SELECT count(*) FROM notifyq.task WHERE NOT aside"), 0)
+        await eventually(lambda: db.fetchval("SELECT count(*) FROM notifyq.task WHERE NOT withheld"), 0)
         with pytest.raises(notifyq.ConfigError) as refused:
             await app.enqueue(Secret(key="hunter2\x00", how="x"))
     told = [(getattr(record, "summary", ""), getattr(record, "fields", {})) for record in caplog.records]

@@ -104,9 +104,8 @@ async def test_starts_in_the_future_count_as_of_now(db: Any) -> None:
     started = await db.fetch("SELECT n, at <= clock_timestamp() AS past FROM notifyq.rate_log")
     assert [tuple(row) for row in started] == [(2, True)]
     # Granted for the end of a window that began when the clock was found right.
-    granted = (
-        "SELECT run_at - (SELECT at FROM notifyq.rate_log) FROM notifyq.task WHERE waiting_on IS NOT NULL AND NOT aside"
-    )
+    granted = """SELECT run_at - (SELECT at FROM notifyq.rate_log) FROM notifyq.task
+                 WHERE waiting_on IS NOT NULL AND NOT withheld"""
     assert await db.fetchval(granted) == timedelta(hours=1)
 
 
@@ -128,12 +127,12 @@ async def test_a_slot_that_was_granted_for_next_year(dsn: str, db: Any, monkeypa
     bench = Bench()
     async with bench.app.connect(dsn) as app, working(app, dsn):
         await app.enqueue_many([bench.Job(key="a") for _ in range(3)], limit_key="a", rate="1/5s")
-        granted = "SELECT count(*) FROM notifyq.task WHERE waiting_on = 'limit:a' AND NOT aside AND worker IS NULL"
+        granted = "SELECT count(*) FROM notifyq.task WHERE waiting_on = 'limit:a' AND NOT withheld AND worker IS NULL"
         await eventually(lambda: db.fetchval(granted), 1)
         assert len(bench.ended.items) == 1
         await db.execute("UPDATE notifyq.rate_log SET at = at - interval '1 hour'")
         await db.execute(
-            "UPDATE notifyq.task SET run_at = run_at + interval '1 year' WHERE waiting_on IS NOT NULL AND NOT aside"
+            "UPDATE notifyq.task SET run_at = run_at + interval '1 year' WHERE waiting_on IS NOT NULL AND NOT withheld"
         )
         await bench.ended.reach(3)
         await idle(db)
@@ -144,7 +143,7 @@ async def test_a_newcomer_frees_what_was_granted_for_next_year(db: Any) -> None:
     await rated(db, 2, limit=1)
     await admit(db, await claim(db, me, 2))
     slot = """SELECT run_at < clock_timestamp() + interval '2 hours' FROM notifyq.task
-              WHERE waiting_on IS NOT NULL AND NOT aside"""
+              WHERE waiting_on IS NOT NULL AND NOT withheld"""
     assert await db.fetchval(slot) is True
     await db.execute("UPDATE notifyq.task SET run_at = run_at + interval '1 year' WHERE waiting_on IS NOT NULL")
     await rated(db, 1, limit=1)

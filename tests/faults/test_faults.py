@@ -181,7 +181,7 @@ async def test_a_suspect_beside_a_handler_that_runs_on(spawn: Spawn, db: Any, mo
     [long] = await insert(db, "Sleep")
     await worker.reach(1, "ran")
     await db.execute(
-        """INSERT INTO notifyq.task (type, attempts, crashes, aside, parked, waiting_on)
+        """INSERT INTO notifyq.task (type, attempts, crashes, withheld, parked, waiting_on)
            VALUES ('Quick', 2, 2, true, 'crashed', 'crashed:default')"""
     )
     await eventually(lambda: db.fetchval("SELECT state FROM notifyq.finished WHERE type = 'Quick'"), "done")
@@ -193,7 +193,7 @@ async def test_a_suspect_beside_a_handler_that_runs_on(spawn: Spawn, db: Any, mo
 async def test_a_drain_runs_suspects(db: Any, dsn: str) -> None:
     """Those of its queues; and of a queue that is paused none."""
     bench = Bench()
-    park = """INSERT INTO notifyq.task (type, queue, attempts, crashes, aside, parked, waiting_on)
+    park = """INSERT INTO notifyq.task (type, queue, attempts, crashes, withheld, parked, waiting_on)
               SELECT 'Note', $1, 2, 2, true, 'crashed', 'crashed:' || $1 FROM generate_series(1, $2::integer)
               RETURNING id"""
     ids = [row[0] for row in await db.fetch(park, "default", 20)]

@@ -85,7 +85,7 @@ async def hand_back(conn: Any, jobs: Sequence[Job]) -> list[int]:
     return await _settle(conn, "hand_back", jobs)
 
 
-async def set_aside(conn: Any, jobs: Sequence[Job]) -> list[int]:
+async def release_unhandled(conn: Any, jobs: Sequence[Job]) -> list[int]:
     return await _settle(conn, "release_unhandled", jobs)
 
 
@@ -94,7 +94,7 @@ SETTLES: dict[Callable[..., Awaitable[list[int]]], tuple[str, int]] = {
     finish: ("done", 1),
     later: ("scheduled", 1),
     hand_back: ("ready", 0),
-    set_aside: ("ready", 0),
+    release_unhandled: ("ready", 0),
 }
 
 

@@ -37,8 +37,8 @@ from ..helpers.verbs import (
     insert,
     promote,
     register,
+    release_unhandled,
     retry,
-    set_aside,
     states,
 )
 
@@ -559,24 +559,26 @@ async def test_a_claim_of_what_a_person_puts_off(s: Steps, w: Session, p: Sessio
 
 
 async def test_adopted_while_it_is_set_aside(s: Steps, w: Session) -> None:
-    """Adopt and claim during set_aside: nobody has the task before the commit; then who knows its type does."""
+    """Adopt and claim during release_unhandled: nobody has the task before the commit; then who knows its type does."""
     jobs = await w(held)
     knows = await s.worker("knows")
     other = await knows(register, "knows:1")
     await w("BEGIN")
-    await w(set_aside, jobs)
+    await w(release_unhandled, jobs)
     assert await knows(adopt, other) == await knows(claim, other) == []
     await w("COMMIT")
     assert await knows(claim, other) == []
     [job] = await knows(adopt, other)
     assert (job.id, job.attempt) == (jobs[0].id, jobs[0].attempt)
-    assert await w(set_aside, jobs) == [], "said again, after a lost connection: the same attempt, another's lease"
+    assert await w(release_unhandled, jobs) == [], (
+        "said again, after a lost connection: the same attempt, another's lease"
+    )
     assert await knows(finish, [job]) == [job.id]
 
 
 async def test_two_adopt(s: Steps, w: Session) -> None:
     """Adopt and adopt: they share, and neither waits; what the first gives up by dying is there again."""
-    all_ids = await insert(s.db, 3, aside=True)
+    all_ids = await insert(s.db, 3, withheld=True)
     other, me = await s.worker("other"), await w(register)
     await w("BEGIN")
     assert [job.id for job in await w(adopt, me, 2)] == all_ids[:2]

@@ -806,7 +806,7 @@ async def test_large_tasks_that_are_cancelled_together(db: Any) -> None:
     )
     await db.execute("SELECT setval('notifyq.task_id_seq', 1)")
     await db.execute(
-        """INSERT INTO notifyq.task (type, payload, options, parked, aside)
+        """INSERT INTO notifyq.task (type, payload, options, parked, withheld)
            SELECT 'B', jsonb_build_object('x', repeat('x', 10000000)), '{"after": [1]}', 'after', true
            FROM generate_series(1, 5)"""
     )

@@ -340,7 +340,7 @@ async def test_a_slot_is_left(db: Any, worker: int, how: str) -> None:
     assert await admit(db, jobs) == ready
 
 
-@pytest.mark.parametrize("how", ["cancelled", "set aside", "handed back"])
+@pytest.mark.parametrize("how", ["cancelled", "unhandled", "handed back"])
 async def test_a_grant_that_goes_is_passed_on(db: Any, worker: int, how: str) -> None:
     first, second, third = await verbs.insert(db, 3, **ONE)
     running = await verbs.claim(db, worker)
@@ -352,7 +352,7 @@ async def test_a_grant_that_goes_is_passed_on(db: Any, worker: int, how: str) ->
     else:
         granted = await verbs.claim(db, worker)
         assert [job.id for job in granted] == [second]
-        assert await (verbs.set_aside if how == "set aside" else verbs.hand_back)(db, granted) == [second]
+        assert await (verbs.release_unhandled if how == "unhandled" else verbs.hand_back)(db, granted) == [second]
     assert await free(db) == (0 if how == "handed back" else 1), "handed back, it keeps it"
     next_one = second if how == "handed back" else third
     assert await admit(db, await verbs.claim(db, worker)) == [(next_one, None)]

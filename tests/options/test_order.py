@@ -85,7 +85,7 @@ async def test_what_is_scheduled_holds_back_nobody_until_its_time(db: Any, worke
     assert await admit(db, await verbs.claim(db, worker)) == [(future, None)], "it has the lowest id"
 
 
-@pytest.mark.parametrize("how", ["cancelled", "deleted", "handed back", "set aside"])
+@pytest.mark.parametrize("how", ["cancelled", "deleted", "handed back", "unhandled"])
 async def test_what_happens_to_the_first(db: Any, worker: int, how: str) -> None:
     first, second = await verbs.insert(db, 2, **ORDER)
     jobs = await verbs.claim(db, worker)
@@ -98,10 +98,10 @@ async def test_what_happens_to_the_first(db: Any, worker: int, how: str) -> None
         case "handed back":
             assert await verbs.hand_back(db, jobs[:1]) == [first]
         case _:
-            assert await verbs.set_aside(db, jobs[:1]) == [first]
+            assert await verbs.release_unhandled(db, jobs[:1]) == [first]
     gone = how in ("cancelled", "deleted")
     assert await free(db) == gone
-    if how == "set aside":
+    if how == "unhandled":
         assert not await verbs.claim(db, worker)
         assert await admit(db, await verbs.adopt(db, worker)) == [(first, None)]
     else:
@@ -148,7 +148,7 @@ async def test_in_a_crowd_of_its_key(dsn: str, db: Any) -> None:
         f"""INSERT INTO notifyq.task (type, run_at, options)
             SELECT 'Known', now() + CASE WHEN i < {first} THEN interval '1 hour' ELSE '0' END, '{{"order_key": "a"}}'
             FROM generate_series(1, 50000) AS i;
-            UPDATE notifyq.task SET aside = true, parked = 'order', waiting_on = 'order:a' WHERE id >= {second}"""
+            UPDATE notifyq.task SET withheld = true, parked = 'order', waiting_on = 'order:a' WHERE id >= {second}"""
     )
     await db.execute("VACUUM (ANALYZE) notifyq.task")
     [last] = await verbs.insert(db, options='{"order_key": "a", "limit_key": "b", "limit_running": 1}')

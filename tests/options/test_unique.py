@@ -599,7 +599,7 @@ async def test_a_claim_that_is_rolled_back_leaves_it_in_the_way(s: Steps) -> Non
 async def test_no_worker_waits_for_an_enqueuer(s: Steps) -> None:
     """What runs is not locked: it is settled, handed back or put off while somebody has its key in a transaction."""
     a, w = await s.session("a"), await s.worker("settle")
-    for settle in (verbs.finish, verbs.later, verbs.hand_back, verbs.set_aside):
+    for settle in (verbs.finish, verbs.later, verbs.hand_back, verbs.release_unhandled):
         await s.db.execute("TRUNCATE notifyq.task, notifyq.unique_key")
         [job] = await w(verbs.held, options=KEY)
         await a("BEGIN")
@@ -674,7 +674,7 @@ async def test_a_retry_asks_nobody(app: notifyq.App, db: Any) -> None:
 
 async def test_returns_ask_nobody(app: notifyq.App, db: Any) -> None:
     """Two with one key, as the first had begun when the second came: both return to the queue, and both run."""
-    for give in (verbs.later, verbs.hand_back, verbs.set_aside):
+    for give in (verbs.later, verbs.hand_back, verbs.release_unhandled):
         await db.execute("TRUNCATE notifyq.task, notifyq.unique_key")
         [job] = await verbs.held(db, options=KEY)
         new = await app.enqueue(Known(), unique="k", unique_states=WAITING)

@@ -169,7 +169,7 @@ async def test_in_a_batch_and_in_a_drain(rig: Rig, drain: bool) -> None:
 async def test_what_others_set_aside(rig: Rig) -> None:
     """The statement that adopts leaves them out too."""
     await rig.insert("aside", "repeat('x', 300000)", 3)
-    await rig.db.execute("UPDATE notifyq.task SET aside = true")
+    await rig.db.execute("UPDATE notifyq.task SET withheld = true")
     async with working(rig.app, rig.dsn):
         await rig.settled({"done": 3})
     assert rig.ran.items == [("aside", 300_000)] * 3

@@ -70,10 +70,10 @@ UNDOES = {
 ASIDE: dict[str, dict[str, Any]] = {
     "ready": {},
     "due": {"created_at": "2000-01-01", "run_at": "2001-01-01"},
-    "set aside": {"aside": True},
-    "suspect": {"aside": True, "parked": "crashed", "waiting_on": "crashed:default", "crashes": 2},
+    "unhandled": {"withheld": True},
+    "suspect": {"withheld": True, "parked": "crashed", "waiting_on": "crashed:default", "crashes": 2},
 }
-UNTAKEN = {"ready": "ready", "due": "scheduled", "set aside": "ready", "suspect": "scheduled"}
+UNTAKEN = {"ready": "ready", "due": "scheduled", "unhandled": "ready", "suspect": "scheduled"}
 
 
 async def states(db: Any) -> dict[tuple[str, str], int]:
@@ -240,7 +240,7 @@ async def test_tasks_that_cannot_be_let_in(db: Any, dsn: str, logged: Logged) ->
             "INSERT INTO notifyq.task (type, options) VALUES ('Good', jsonb_build_object('after', $1::bigint[]))", first
         )
         await eventually(lambda: db.fetchval(PARKED), 5)
-        await db.execute(refusal("OLD.aside AND NOT NEW.aside AND NEW.type = 'Bad'"))
+        await db.execute(refusal("OLD.withheld AND NOT NEW.withheld AND NEW.type = 'Bad'"))
         release.set()
         ends = {("Hold", "done"): 2, ("Good", "done"): 3, ("Bad", "scheduled"): 2}
         await eventually(lambda: states(db), ends)

@@ -392,7 +392,9 @@ async def test_an_unknown_type_waits_for_one_who_knows_it(
             await insert(db, type, {"n": n})
             await insert(db, "Good", {})
         await bench.good.reach(len(types))
-        aside = "SELECT count(*) FROM notifyq.task WHERE aside AND worker IS NULL AND attempts = 0 AND errors IS NULL"
+        aside = (
+            "SELECT count(*) FROM notifyq.task WHERE withheld AND worker IS NULL AND attempts = 0 AND errors IS NULL"
+        )
         await eventually(lambda: db.fetchval(aside), len(types))
         assert await db.fetchval("SELECT count(*) FROM notifyq.all_tasks WHERE state = 'ready'") == len(types)
         told = logged("no handler here")

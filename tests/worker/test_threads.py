@@ -360,8 +360,8 @@ async def test_async_tasks_behind_plain_ones_of_one_claim(
 async def test_no_task_is_adopted_for_want_of_a_thread(bench: Bench, db: Any, dsn: str, handed_back: list[str]) -> None:
     """Tasks that other workers have set aside: as many plain ones as there are threads, and all others."""
     await enqueue(db, "Async", 130)  # it asks for more and more
-    await db.execute("INSERT INTO notifyq.task (type, aside) SELECT 'Plain', true FROM generate_series(1, 30)")
-    await db.execute("INSERT INTO notifyq.task (type, aside) SELECT 'Async', true FROM generate_series(1, 30)")
+    await db.execute("INSERT INTO notifyq.task (type, withheld) SELECT 'Plain', true FROM generate_series(1, 30)")
+    await db.execute("INSERT INTO notifyq.task (type, withheld) SELECT 'Async', true FROM generate_series(1, 30)")
     async with working(bench.app, dsn, threads=2):
         await bench.seen.reach(160)
         await eventually(begun(bench, 2))

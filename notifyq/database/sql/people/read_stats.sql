@@ -1,6 +1,6 @@
 -- For people and monitors: everything at a glance, as one JSON document. The counts are counted, in one scan of all
 -- that is known; half a second a million, if work_mem lets it hash. It reads only what the role that may read can (see
--- schema.sql). So what nobody serves is told from the workers' own words, and not from task.aside: ready tasks of a
+-- schema.sql). So what nobody serves is told from the workers' own words, and not from task.withheld: ready tasks of a
 -- queue or a type that no live worker has. What is ready in a paused queue waits for a person, and is late for nobody.
 -- Times are kept within those that can be subtracted; before version 17 infinity can't.
 WITH counted AS MATERIALIZED (

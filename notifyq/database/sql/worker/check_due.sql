@@ -47,7 +47,7 @@ SELECT (SELECT CASE WHEN bool_and(p.promoted) IS NOT FALSE THEN count(*) END FRO
             CROSS JOIN LATERAL (
                 SELECT
                 FROM notifyq.task r
-                WHERE r.queue = q.queue AND r.worker IS NULL AND NOT r.aside AND (r.run_at <= r.created_at OR r.promoted)
+                WHERE r.queue = q.queue AND r.worker IS NULL AND NOT r.withheld AND (r.run_at <= r.created_at OR r.promoted)
                 ORDER BY r.priority DESC, r.id + 0
                 LIMIT 1
             ) AS s)

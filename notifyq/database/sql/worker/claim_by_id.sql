@@ -2,7 +2,7 @@
 -- has locked. $3 is claim.sql's $5. Of the lookup by id: finish.sql.
 UPDATE notifyq.task t
 SET worker = $1, attempts = least(t.attempts, 32766) + 1, processing_at = clock_timestamp(),
-    aside = false, parked = NULL, waiting_on = NULL
+    withheld = false, parked = NULL, waiting_on = NULL
 WHERE t.id = ANY (ARRAY(
     SELECT r.id
     FROM unnest($2::bigint[]) AS o (id)
@@ -10,7 +10,7 @@ WHERE t.id = ANY (ARRAY(
     -- CASE, as the planner might take the conditions of index task_ready for the way.
     WHERE CASE WHEN r.worker IS NULL
                THEN coalesce(r.parked, 'crashed') = 'crashed'
-                    AND (r.aside OR r.run_at <= r.created_at OR r.promoted) END
+                    AND (r.withheld OR r.run_at <= r.created_at OR r.promoted) END
     FOR UPDATE OF r SKIP LOCKED
 ))
 AND EXISTS (SELECT FROM notifyq.worker w WHERE w.id = $1)

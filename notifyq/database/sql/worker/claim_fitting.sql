@@ -25,7 +25,7 @@ WHERE t.id = ANY (ARRAY(
                     CROSS JOIN LATERAL (
                         SELECT r.id, r.type
                         FROM notifyq.task r
-                        WHERE r.queue = q.queue AND r.worker IS NULL AND NOT r.aside
+                        WHERE r.queue = q.queue AND r.worker IS NULL AND NOT r.withheld
                           AND (r.run_at <= r.created_at OR r.promoted)
                         ORDER BY r.priority DESC, r.id + 0
                         LIMIT q.room

@@ -21,7 +21,7 @@ WHERE t.id = ANY (ARRAY(
                             SELECT r.id, r.type
                             FROM notifyq.task r
                             WHERE r.queue = m.queue AND r.priority = m.priority AND r.id + 0 >= m.mark
-                              AND r.worker IS NULL AND NOT r.aside AND (r.run_at <= r.created_at OR r.promoted)
+                              AND r.worker IS NULL AND NOT r.withheld AND (r.run_at <= r.created_at OR r.promoted)
                             ORDER BY r.id + 0
                             LIMIT q.room
                             FOR UPDATE SKIP LOCKED

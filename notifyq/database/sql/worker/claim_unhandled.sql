@@ -1,7 +1,7 @@
 -- As claim.sql, but from the tasks that other workers set aside because they had no handler for the type: those of the
 -- types $5. $6 is claim.sql's $5.
 UPDATE notifyq.task t
-SET worker = $1, attempts = least(t.attempts, 32766) + 1, processing_at = clock_timestamp(), aside = false
+SET worker = $1, attempts = least(t.attempts, 32766) + 1, processing_at = clock_timestamp(), withheld = false
 WHERE t.id = ANY (ARRAY(
     SELECT ready.id
     FROM unnest($2::text[], $3::integer[]) AS q (queue, room)
@@ -9,7 +9,7 @@ WHERE t.id = ANY (ARRAY(
     CROSS JOIN LATERAL (
         SELECT r.id
         FROM notifyq.task r
-        WHERE r.type = k.type AND r.queue = q.queue AND r.worker IS NULL AND r.aside AND r.parked IS NULL
+        WHERE r.type = k.type AND r.queue = q.queue AND r.worker IS NULL AND r.withheld AND r.parked IS NULL
         ORDER BY r.priority DESC, r.id
         LIMIT q.room
         FOR UPDATE SKIP LOCKED

@@ -9,10 +9,10 @@ WITH failed AS (
         FOR NO KEY UPDATE SKIP LOCKED))
     RETURNING 1
 ), granted AS (
-    UPDATE notifyq.task t SET aside = true
+    UPDATE notifyq.task t SET withheld = true
     WHERE t.id = ANY (ARRAY(
         SELECT r.id FROM notifyq.task r
-        WHERE r.id = ANY ($2::bigint[]) AND r.worker IS NULL AND NOT r.aside AND r.parked IS NOT NULL
+        WHERE r.id = ANY ($2::bigint[]) AND r.worker IS NULL AND NOT r.withheld AND r.parked IS NOT NULL
         FOR NO KEY UPDATE SKIP LOCKED))
     RETURNING notifyq.note_lease_given_up(t)
 )

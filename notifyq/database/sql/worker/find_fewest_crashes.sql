@@ -5,6 +5,6 @@ FROM unnest($1::text[]) AS q (key)
 CROSS JOIN LATERAL (
     SELECT r.crashes, r.crashes_alone
     FROM notifyq.task r
-    WHERE r.waiting_on = q.key AND r.aside AND r.worker IS NULL AND r.type = ANY ($2::text[])
+    WHERE r.waiting_on = q.key AND r.withheld AND r.worker IS NULL AND r.type = ANY ($2::text[])
       AND r.id <> ALL ($3::bigint[])
 ) AS s

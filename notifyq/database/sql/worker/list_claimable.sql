@@ -8,7 +8,7 @@ FROM (
     CROSS JOIN LATERAL (
         (SELECT r.id, r.type
          FROM notifyq.task r
-         WHERE r.queue = q.queue AND r.worker IS NULL AND NOT r.aside AND (r.run_at <= r.created_at OR r.promoted)
+         WHERE r.queue = q.queue AND r.worker IS NULL AND NOT r.withheld AND (r.run_at <= r.created_at OR r.promoted)
            AND r.id <> ALL ($4::bigint[]) AND $5::text[] IS NULL
          ORDER BY r.priority DESC, r.id + 0
          LIMIT q.room)
@@ -18,7 +18,7 @@ FROM (
          CROSS JOIN LATERAL (
              SELECT r.id, r.type
              FROM notifyq.task r
-             WHERE r.type = k.type AND r.queue = q.queue AND r.worker IS NULL AND r.aside AND r.parked IS NULL
+             WHERE r.type = k.type AND r.queue = q.queue AND r.worker IS NULL AND r.withheld AND r.parked IS NULL
                AND r.id <> ALL ($4)
              ORDER BY r.priority DESC, r.id
              LIMIT q.room

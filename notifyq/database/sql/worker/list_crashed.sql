@@ -5,7 +5,7 @@ FROM unnest($1::text[]) AS q (key)
 CROSS JOIN LATERAL (
     SELECT r.id
     FROM notifyq.task r
-    WHERE r.waiting_on = q.key AND r.aside AND r.worker IS NULL AND r.type = ANY ($2::text[])
+    WHERE r.waiting_on = q.key AND r.withheld AND r.worker IS NULL AND r.type = ANY ($2::text[])
       AND coalesce(r.crashes, 0) + coalesce(r.crashes_alone, 0) = $3::integer
       AND r.id <> ALL ($5::bigint[])
     ORDER BY r.priority DESC, r.id

@@ -7,7 +7,7 @@
 --
 -- The first run_at of a task is left alone: nothing tells a delay from a time that an enqueuer chose.
 WITH latest AS MATERIALIZED (
-    SELECT r.id, r.run_at, r.processed_at, r.waiting_on, r.aside, r.options
+    SELECT r.id, r.run_at, r.processed_at, r.waiting_on, r.withheld, r.options
     FROM notifyq.task r
     WHERE r.queue = $1 AND r.worker IS NULL AND r.run_at > r.created_at AND NOT r.promoted
     ORDER BY r.run_at DESC
@@ -20,6 +20,6 @@ SELECT ARRAY(SELECT l.id FROM latest l
              FROM latest l
              CROSS JOIN LATERAL notifyq.parse_limits(l.options) AS o
              LEFT JOIN notifyq.queue q ON l.waiting_on = 'queue:' || q.name
-             WHERE l.waiting_on IS NOT NULL AND NOT l.aside AND isfinite(l.run_at)
+             WHERE l.waiting_on IS NOT NULL AND NOT l.withheld AND isfinite(l.run_at)
                AND l.run_at > statement_timestamp() + interval '2 seconds'
                               + make_interval(secs => greatest(o.limit_seconds, q.limit_seconds, 0))) AS granted

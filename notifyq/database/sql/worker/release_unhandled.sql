@@ -3,10 +3,10 @@
 -- notifications is full (schema.sql). A task that was granted a slot gives it back.
 WITH moved AS (
     UPDATE notifyq.task t
-    SET worker = NULL, attempts = t.attempts - 1, aside = true, parked = NULL, waiting_on = NULL
+    SET worker = NULL, attempts = t.attempts - 1, withheld = true, parked = NULL, waiting_on = NULL
     FROM unnest($2::bigint[], $3::smallint[]) AS o (id, attempt)
     WHERE t.id = ANY (ARRAY[o.id]) AND t.worker IS NOT DISTINCT FROM $1 AND t.attempts = o.attempt
     RETURNING t.id, t.watched AND notifyq.note_lease_given_up(t) AS slot_released
 )
 SELECT moved.id, moved.slot_released
-FROM moved, (SELECT notifyq.notify_unless_full('notifyq', 'aside')::text) AS told
+FROM moved, (SELECT notifyq.notify_unless_full('notifyq', 'unhandled')::text) AS told

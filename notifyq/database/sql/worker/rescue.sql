@@ -56,7 +56,7 @@ WITH corpse AS MATERIALIZED (
         errors = notifyq.append_error(t.errors, h.error),
         crashes = CASE WHEN h.alone THEN t.crashes ELSE least(coalesce(t.crashes, 0), 32766) + 1 END,
         crashes_alone = CASE WHEN h.alone THEN coalesce(t.crashes_alone, 0) + 1 ELSE t.crashes_alone END,
-        aside = t.aside OR h.suspect,
+        withheld = t.withheld OR h.suspect,
         parked = CASE WHEN h.suspect THEN 'crashed' ELSE t.parked END,
         waiting_on = CASE WHEN h.suspect THEN 'crashed:' || t.queue ELSE t.waiting_on END
     FROM held h

@@ -34,15 +34,15 @@ SELECT EXISTS (SELECT FROM beat) AS registered,
                CROSS JOIN LATERAL (
                    SELECT
                    FROM notifyq.task r
-                   WHERE r.type = k.type AND r.queue = q.queue AND r.worker IS NULL AND r.aside AND r.parked IS NULL
+                   WHERE r.type = k.type AND r.queue = q.queue AND r.worker IS NULL AND r.withheld AND r.parked IS NULL
                    LIMIT 1
-               ) AS s) AS aside,
+               ) AS s) AS unhandled,
        EXISTS (SELECT
                FROM unnest($6::text[]) AS q (queue)
                CROSS JOIN LATERAL (
                    SELECT
                    FROM notifyq.task r
-                   WHERE r.waiting_on = 'crashed:' || q.queue AND r.aside AND r.type = ANY ($7::text[])
+                   WHERE r.waiting_on = 'crashed:' || q.queue AND r.withheld AND r.type = ANY ($7::text[])
                    LIMIT 1
                ) AS s) AS suspects,
        EXISTS (SELECT FROM notifyq.slot_released) OR EXISTS (SELECT FROM notifyq.dependency d WHERE NOT d.confirmed) AS slot_released,
