@@ -48,7 +48,7 @@ class Admission:
         What this worker has no handler for isn't asked about: it takes no place, and goes aside.
         """
         self.unsure = False
-        asked = [job for job in jobs if (job.judged or job.queue in self.limited) and job.type in self._types]
+        asked = [job for job in jobs if (job.needs_admission or job.queue in self.limited) and job.type in self._types]
         if not asked:
             return jobs, []
         rows = await self._left_out.admit(conn, worker, asked)

@@ -34,8 +34,8 @@ class Job:
         "created_at",
         "excused",
         "id",
-        "judged",
         "max_attempts",
+        "needs_admission",
         "payload",
         "priority",
         "queue",
@@ -46,7 +46,7 @@ class Job:
 
     def __init__(self, worker: int, row: asyncpg.Record) -> None:
         self.worker = worker
-        id, attempt, type, queue, priority, max_attempts, created_at, payload, judged, excused = row
+        id, attempt, type, queue, priority, max_attempts, created_at, payload, needs_admission, excused = row
         self.id: int = id
         self.attempt: int = attempt
         self.type: str = type
@@ -55,7 +55,7 @@ class Job:
         self.max_attempts: int | None = max_attempts
         self.created_at: datetime = created_at
         # Whether it is to be admitted before it runs. None: a trigger undid the claim, see claim.sql.
-        self.judged: bool | None = judged
+        self.needs_admission: bool | None = needs_admission
         self.excused: int = excused or 0  # attempts that don't count, as another task may have killed their worker
         self.payload: bytes | None = payload  # None: large, its runner fetches it (large_payloads.py)
         self.size = 0  # bytes of the payload, if it was large

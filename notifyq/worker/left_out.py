@@ -115,10 +115,10 @@ class LeftOut:
 
     def taken(self, jobs: list[Job]) -> list[Job]:
         """Those that a claim has taken. The others are left out: a trigger has undone the claim."""
-        if None not in [job.judged for job in jobs]:
+        if None not in [job.needs_admission for job in jobs]:
             return jobs
-        self._leave_out({job.id for job in jobs if job.judged is None})
-        return [job for job in jobs if job.judged is not None]
+        self._leave_out({job.id for job in jobs if job.needs_admission is None})
+        return [job for job in jobs if job.needs_admission is not None]
 
     def _leave_out(self, undone: set[int]) -> None:
         """These were written, and stayed as they were."""

@@ -29,7 +29,7 @@ from ..helpers.verbs import orphans, rescue, unseen
 
 ROW = (
     "id:int8 attempts:int2 type:text queue:text priority:int2 max_attempts:int2 created_at:timestamptz payload:jsonb"
-    " judged:bool crashes:int2"
+    " needs_admission:bool crashes:int2"
 )
 
 

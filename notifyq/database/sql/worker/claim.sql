@@ -12,7 +12,7 @@
 --   compressed, so a larger one is made that, once, both to be measured and to be returned. The text is up to four
 --   times as long as this size where it is made of digits. Numbers such as 1e131071 make it longer still; then the
 --   claim fails or times out, and the next one leaves out all payloads.
--- * judged is NULL where a BEFORE trigger of somebody's returned OLD: the row is returned, and its lease isn't written.
+-- * needs_admission is NULL where a BEFORE trigger of somebody's returned OLD: the row is returned, and its lease isn't written.
 -- * The EXISTS is for a worker that was given up for dead: what it claims now nobody would rescue.
 UPDATE notifyq.task t
 SET worker = $1, attempts = least(t.attempts, 32766) + 1, processing_at = clock_timestamp()
@@ -37,5 +37,6 @@ RETURNING t.id, t.attempts, left(t.type, 201) AS type, t.queue, t.priority, t.ma
                WHEN pg_column_size(t.payload) <= $5 THEN
                     (SELECT p.whole[1] FROM (SELECT ARRAY[t.payload] AS whole OFFSET 0) AS p
                      WHERE pg_column_size(p.whole) <= $5) END AS payload,
-       CASE WHEN t.worker = $1 THEN t.limit_key IS NOT NULL OR t.order_key IS NOT NULL OR t.after IS NOT NULL END AS judged,
-       t.crashes
+          CASE WHEN t.worker = $1 THEN t.limit_key IS NOT NULL OR t.order_key IS NOT NULL OR t.after IS NOT NULL END
+              AS needs_admission,
+          t.crashes

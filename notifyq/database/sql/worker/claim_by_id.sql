@@ -21,5 +21,6 @@ RETURNING t.id, t.attempts, left(t.type, 201) AS type, t.queue, t.priority, t.ma
                WHEN pg_column_size(t.payload) <= $3 THEN
                     (SELECT p.whole[1] FROM (SELECT ARRAY[t.payload] AS whole OFFSET 0) AS p
                      WHERE pg_column_size(p.whole) <= $3) END AS payload,
-       CASE WHEN t.worker = $1 THEN t.limit_key IS NOT NULL OR t.order_key IS NOT NULL OR t.after IS NOT NULL END AS judged,
-       t.crashes
+          CASE WHEN t.worker = $1 THEN t.limit_key IS NOT NULL OR t.order_key IS NOT NULL OR t.after IS NOT NULL END
+              AS needs_admission,
+          t.crashes

@@ -24,5 +24,6 @@ RETURNING t.id, t.attempts, t.type, t.queue, t.priority, t.max_attempts,
                WHEN pg_column_size(t.payload) <= $6 THEN
                     (SELECT p.whole[1] FROM (SELECT ARRAY[t.payload] AS whole OFFSET 0) AS p
                      WHERE pg_column_size(p.whole) <= $6) END AS payload,
-       CASE WHEN t.worker = $1 THEN t.limit_key IS NOT NULL OR t.order_key IS NOT NULL OR t.after IS NOT NULL END AS judged,
-       t.crashes
+          CASE WHEN t.worker = $1 THEN t.limit_key IS NOT NULL OR t.order_key IS NOT NULL OR t.after IS NOT NULL END
+              AS needs_admission,
+          t.crashes
