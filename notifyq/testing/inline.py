@@ -26,7 +26,7 @@ from notifyq.registry import Handler, Registry, awaited, is_awaitable
 from notifyq.task import Task, Verdict
 from notifyq.worker.job import Job
 from notifyq.worker.outcome import Finished, HandedBack, Outcome, RetryLater, Unhandled
-from notifyq.worker.runners import Runners
+from notifyq.worker.runners import Runners, Services
 
 
 class Ran(msgspec.Struct, frozen=True, kw_only=True):
@@ -182,27 +182,46 @@ def _noting(handler: Handler, raised: list[BaseException]) -> Callable[..., Any]
     return waits if handler.is_async else blocks
 
 
+class _Sink:
+    """Takes the outcomes in place of a worker."""
+
+    def __init__(self, expected: int) -> None:
+        self.outcomes: dict[Job, Outcome] = {}
+        self.full = anyio.Event()
+        self._expected = expected
+
+    def settle(self, outcome: Outcome) -> None:
+        self.outcomes[outcome.job] = outcome
+        if len(self.outcomes) == self._expected:
+            self.full.set()
+
+    def on_slot_released(self) -> None: ...
+
+
+class _Given:
+    """The results of predecessors that the test made up."""
+
+    def __init__(self, results: Sequence[Any]) -> None:
+        self._results = results
+
+    async def results(self, task: int) -> list[Any]:
+        return list(self._results)
+
+    def close(self) -> None: ...
+
+
 async def _run(registry: Registry, jobs: Sequence[Job], results: Sequence[Any]) -> list[Outcome]:
-    outcomes: dict[Job, Outcome] = {}
-    settled = anyio.Event()
-
-    def settle(outcome: Outcome) -> None:
-        outcomes[outcome.job] = outcome
-        if len(outcomes) == len(jobs):
-            settled.set()
-
-    async def read(task: int) -> list[Any]:
-        return list(results)
-
+    sink = _Sink(len(jobs))
+    services = Services(predecessors=_Given(results))
     # As many runners as jobs: a batch knows that no more will come.
-    runners = Runners(registry, len(jobs), len(jobs), settle, lambda: None, None, read)
+    runners = Runners(registry, len(jobs), len(jobs), sink, services)
     async with anyio.create_task_group() as group:
         group.start_soon(runners.run)
         await runners.ready.wait()
         runners.feed(jobs)
-        await settled.wait()
+        await sink.full.wait()
         runners.close()
-    return [outcomes[job] for job in jobs]
+    return [sink.outcomes[job] for job in jobs]
 
 
 def _reason(error: bytes | None) -> str | None:

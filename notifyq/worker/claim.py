@@ -33,7 +33,9 @@ from .cursors import OWED_TIMES, SLOW_SECONDS, Marks, Usual
 from .doorbell import CHANNEL, Door, Moderation, Place, fleet_key
 from .job import Job, Onward, Threads, claim, claim_suspects
 from .left_out import LeftOut, unless_refused
+from .outcome import HandedBack
 from .runners import Runners
+from .settle import Settler
 
 logger = log.logger("notifyq.claim")
 
@@ -62,13 +64,16 @@ class BellSilent(ConnectionError):
 class Claimer:
     """Feeds runners. `run` is one session: from connecting until `stop`, or until a connection fails."""
 
-    def __init__(self, dsn: str | None, config: WorkerConfig, types: list[str], runners: Runners) -> None:
+    def __init__(
+        self, dsn: str | None, config: WorkerConfig, types: list[str], runners: Runners, settler: Settler
+    ) -> None:
         self._dsn = dsn
         self._config = config
         self._types = types
         self._left_out = LeftOut()  # tasks that PostgreSQL doesn't let be taken
         self._admission = Admission(types, self._left_out)
         self._runners = runners
+        self._settler = settler
         self._room = Room(config, runners)
         self._queues = self._room.queues
         self._wake = asyncio.Event()
@@ -108,9 +113,6 @@ class Claimer:
         self._poll_at = 0.0
         self._inserted = -1
         self._claimed = 0  # since _inserted was read
-        self.unsettled: Callable[[], int] = lambda: 0
-        self.full: Callable[[], bool] = lambda: False  # there is too much that isn't settled
-        self.hand_back: Callable[[Job], None] = lambda job: None
         self.bell_seconds: float | None = None  # the round trip that proved the bell; None: polling only
         self._robbed = False
         self._silent = False
@@ -332,7 +334,7 @@ class Claimer:
             if room and await self._claim(conn, worker, rooms, room, front=not self._backlog):
                 continue
             self._runners.hurry()
-            if room and not self._runners.held and not self.unsettled():
+            if room and not self._runners.held and not self._settler.pending:
                 # Only now, as a handler's last words may have been to enqueue something.
                 due = await self._due(conn, worker)
                 if await self._free(conn) or await self._isolate(conn, worker):
@@ -342,7 +344,7 @@ class Claimer:
                 if not due and not await self._claim(conn, worker, rooms, room, front=True):
                     return
                 continue
-            if not room and not self._runners.held and not self.unsettled():
+            if not room and not self._runners.held and not self._settler.pending:
                 return  # too many outcomes that PostgreSQL refuses
             await self._wait(math.inf)
 
@@ -387,7 +389,7 @@ class Claimer:
                 asyncio.get_running_loop().call_later(UNSURE_SECONDS, self.let_in)
         self._runners.feed(fed)
         for job in locked:
-            self.hand_back(job)
+            self._settler.put(HandedBack(job))
         unfit = self._room.claimed(jobs, rooms, room, threads, now)
         self._backlog = len(jobs) >= room
         taken: dict[str, int] = {}
@@ -499,7 +501,7 @@ class Claimer:
         try:
             self._door.want(Place.AWAY)
             self._runners.hurry()
-            alone = await self._until(conn, worker, lambda: not held and not self.unsettled(), patience)
+            alone = await self._until(conn, worker, lambda: not held and not self._settler.pending, patience)
             if self._stopping or self._failure is not None:
                 return 0
             _, room = self._rooms(clock())
@@ -512,14 +514,14 @@ class Claimer:
                 fed += more
             self._runners.feed(fed)
             for job in locked_rows:
-                self.hand_back(job)
+                self._settler.put(HandedBack(job))
             if fed:
                 fields = {"tasks": len(fed), "ids": [job.id for job in fed][:20], "alone": alone}
                 logger.info("running tasks isolated, as their workers have vanished", extra={"fields": fields})
             self._runners.hurry()
             if alone and fed:
                 ids = {job.id for job in fed}
-                await self._until(conn, worker, lambda: not (ids & held.keys()) and not self.unsettled(), patience)
+                await self._until(conn, worker, lambda: not (ids & held.keys()) and not self._settler.pending, patience)
         finally:
             if locked and not conn.is_closed():
                 await conn.execute("SELECT pg_advisory_unlock(1852990835, 0)")
@@ -630,7 +632,7 @@ class Claimer:
         return bool(promoted or (ready and look is not None))
 
     def _rooms(self, now: float) -> tuple[dict[str, int], int]:
-        return ({}, 0) if self.full() else self._room.now(now, self._admission.paused, self.unsettled())
+        return ({}, 0) if self._settler.full else self._room.now(now, self._admission.paused, self._settler.pending)
 
     def _work_enough(self, now: float) -> bool:
         runners, config = self._runners, self._config

@@ -53,9 +53,11 @@ from ..database.connection import (
 )
 from ..errors import DatabaseError
 from ..registry import Registry
+from .claim import Claimer
 from .crons import Schedule
 from .job import Job
 from .left_out import NOT_HANDED_BACK, NOT_TAKEN_BACK, LeftOut
+from .pipe import Alive
 from .runners import Runners
 
 logger = log.logger("notifyq.lease")
@@ -129,38 +131,19 @@ class Keeper:
     def __init__(
         self,
         dsn: str | None,
-        name: str,
         config: WorkerConfig,
         registry: Registry,
+        worker: Alive,
         runners: Runners,
-        *,
-        on_lost: Callable[[list[Job], set[int]], None],
-        on_aside: Callable[[], None],
-        on_suspects: Callable[[], None],
-        on_freed: Callable[[], None],
-        on_new_id: Callable[[int], None],
-        on_failure: Callable[[BaseException], None],
-        on_wanted: Callable[[], None],
-        door_pid: Callable[[], int | None],
-        asleep: Callable[[], bool],
-        trouble: Callable[[], str],
+        claimer: Claimer,
     ) -> None:
         self._dsn = dsn
-        self._name = name
         self._config = config
         self._registry = registry
         self._runners = runners
         self._schedule = Schedule(registry.crons)
-        self._on_lost = on_lost
-        self._on_aside = on_aside
-        self._on_suspects = on_suspects
-        self._on_freed = on_freed
-        self._on_new_id = on_new_id
-        self._on_failure = on_failure
-        self._on_wanted = on_wanted
-        self._door_pid = door_pid
-        self._asleep = asleep
-        self._trouble = trouble
+        self._worker = worker
+        self._claimer = claimer
         self._home = asyncio.get_running_loop()  # the worker's
         self._registered: Future[int] = Future()
         self._thread = threading.Thread(target=self._run, name="notifyq-keeper", daemon=True)
@@ -256,8 +239,8 @@ class Keeper:
         now = time.monotonic()
         self._since = {job: self._since.get(job, now) for job in held}
         self._long = bool(held) and min(self._since.values()) <= now - LONG_SECONDS
-        self._status = "; ".join(filter(None, (self._trouble(), self._behind))) or "ok"
-        self._sleeps = self._asleep()
+        self._status = "; ".join(filter(None, (self._worker.trouble, self._behind))) or "ok"
+        self._sleeps = self._claimer.asleep
         now = time.monotonic()
         if self._pulse < self._asked < now - BLOCKED_SECONDS:
             self._blocked_until = now
@@ -273,7 +256,7 @@ class Keeper:
             if not self._registered.done():
                 self._registered.set_exception(error)
             else:
-                self._tell(self._on_failure, error)
+                self._tell(self._worker.on_failure, error)
         finally:
             self._tell(self._ended.set)
 
@@ -407,7 +390,7 @@ class Keeper:
     async def _register(self, conn: Connection) -> int:
         types, config = self._registry.types, self._config
         allowed = self._registry.max_attempts
-        args = (self._name, list(config.queues), types, allowed, config.concurrency, config.lease_seconds)
+        args = (self._worker.name, list(config.queues), types, allowed, config.concurrency, config.lease_seconds)
         id: int | None = None
         while id is None:
             id = await conn.fetchval(SQL["register_worker"], *args)
@@ -439,8 +422,8 @@ class Keeper:
                 "this worker had been given up for dead; it comes back under a new id",
                 extra={"fields": {"old": old, "new": self._id}},
             )
-            self._tell(self._on_lost, held, set[int]())
-            self._tell(self._on_new_id, self._id)
+            self._tell(self._worker.on_leases_lost, held, set[int]())
+            self._tell(self._worker.on_new_id, self._id)
         if self._down:
             self._down = False
             logger.info("heartbeat: the database is back")
@@ -451,15 +434,15 @@ class Keeper:
         if lost:
             gone = set(lost)
             cancelled = {id for id, state in await conn.fetch(SQL["read_final_states"], lost) if state == "cancelled"}
-            self._tell(self._on_lost, [job for job in held if job.id in gone], cancelled)
+            self._tell(self._worker.on_leases_lost, [job for job in held if job.id in gone], cancelled)
         if aside:
-            self._tell(self._on_aside)
+            self._tell(self._claimer.look_aside)
         if suspects:
-            self._tell(self._on_suspects)
+            self._tell(self._claimer.isolate)
         if freed:
-            self._tell(self._on_freed)
+            self._tell(self._claimer.let_in)
         if wanted:
-            self._tell(self._on_wanted)
+            self._tell(self._claimer.let_go)
         if silent and asyncio.get_running_loop().time() >= self._rescue_from:
             for worker in silent:
                 await self._chore(conn, "rescue what a dead worker held", self._rescue(conn, *worker))
@@ -667,7 +650,7 @@ class Keeper:
                 " a wait can move to a plain def, which runs in a thread, and a computation to a process",
                 extra={"fields": {"handler": who or "unknown"}},
             )
-        if (pid := self._door_pid()) is not None:
+        if (pid := self._claimer.door_pid) is not None:
             await conn.fetchval("SELECT pg_terminate_backend($1::integer, 0::bigint)", pid)
         try:
             while self._pulse == since:

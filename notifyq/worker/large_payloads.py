@@ -15,13 +15,13 @@ the reason. A connection that fails is made anew, as often as it takes: that is 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
 from itertools import islice
 from typing import TypeAlias
 
 from ..codec import PAYLOAD_LIMIT
 from ..database.connection import SQL, STATEMENT_BYTES, TRANSIENT, UNREADABLE, Connection, connect_worker, seconds_for
 from .job import Job
+from .pipe import Recovery
 
 HELD_BYTES = 256 * 1024 * 1024
 MOST = 100  # tasks in a statement
@@ -34,15 +34,9 @@ Answer: TypeAlias = bytes | str | None  # the payload; a str: why there is none;
 class LargePayloads:
     """A worker's. `read` them, and tell `drop` of each task that has ended."""
 
-    def __init__(
-        self,
-        dsn: str | None,
-        back_off: Callable[[str, BaseException], Awaitable[None]],
-        well: Callable[[str], None],
-    ) -> None:
+    def __init__(self, dsn: str | None, recovery: Recovery) -> None:
         self._dsn = dsn
-        self._back_off = back_off
-        self._well = well
+        self._recovery = recovery
         self._asked: dict[Job, asyncio.Future[Answer]] = {}  # in the order in which runners came
         self.held: dict[Job, int] = {}  # bytes of what was handed out
         self._tries: dict[Job, int] = {}  # of those that failed alone
@@ -122,7 +116,7 @@ class LargePayloads:
             if self._conn is None:
                 self._conn = await connect_worker(self._dsn, "payloads")
         except TRANSIENT as error:
-            await self._back_off("payloads", error)
+            await self._recovery.back_off("payloads", error)
             return
         try:
             seconds = seconds_for(0) * 2**tries
@@ -137,9 +131,9 @@ class LargePayloads:
             return
         except TRANSIENT as error:
             self._disconnect()
-            await self._back_off("payloads", error)
+            await self._recovery.back_off("payloads", error)
             return
-        self._well("payloads")
+        self._recovery.note_success("payloads")
         self._most = min(MOST, self._most * 2)
         payloads: dict[int, bytes] = {row[0]: row[1] for row in rows}
         for job in jobs:

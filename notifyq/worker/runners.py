@@ -19,7 +19,7 @@ import logging
 import time
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import anyio
 import anyio.to_thread
@@ -37,6 +37,7 @@ from .batch import Batches, ReadResults, is_ours
 from .job import Job
 from .large_payloads import LargePayloads
 from .outcome import Finished, HandedBack, Outcome, RetryLater, Unhandled
+from .pipe import Sink
 from .transaction import State, Transactions
 
 logger = log.logger("notifyq.run")
@@ -86,26 +87,47 @@ class Runner:
         return self._results(context.id)
 
 
+class Predecessors(Protocol):
+    """What reads the results of the tasks that a task has waited for."""
+
+    def results(self, task: int) -> Awaitable[list[Any]]: ...
+    def close(self) -> None: ...
+
+
+class Services(NamedTuple):
+    """What a running attempt may need of the database; None: not here, in a test without a worker."""
+
+    transactions: Transactions | None = None
+    predecessors: Predecessors | None = None
+    large_payloads: LargePayloads | None = None
+
+    async def close(self) -> None:
+        if self.transactions is not None:
+            await self.transactions.close()
+        if self.predecessors is not None:
+            self.predecessors.close()
+        if self.large_payloads is not None:
+            self.large_payloads.close()
+
+
 class Runners:
-    """`feed` it jobs; it calls `settle` with each outcome, then `freed`. Lives on one event loop."""
+    """`feed` it jobs; it tells the sink each outcome, then that a slot is free. Lives on one event loop."""
 
     def __init__(
         self,
         registry: Registry,
         concurrency: int,
         threads: int,
-        settle: Callable[[Outcome], None],
-        freed: Callable[[], None],
-        transactions: Transactions | None = None,
-        results: ReadResults | None = None,
-        large: LargePayloads | None = None,
+        sink: Sink,
+        services: Services | None = None,
     ) -> None:
         self._is_child = False  # this is a forked child, in which a handler has returned
         forked.call_in_children(self._forked)
         self._handlers = {handler.type: handler for handler in registry.handlers}
         self._concurrency = concurrency
-        self._settle = settle
-        self._freed = freed
+        self._sink = sink
+        self._settle = sink.settle
+        services = services or Services()
         self._waiting: deque[Job] = deque()
         self._runners: set[Runner] = set()
         self._idle: list[asyncio.Future[None]] = []
@@ -120,12 +142,12 @@ class Runners:
         self._closed = False
         self._behind: dict[int, Job] = {}  # next attempts of tasks that are held
         self._lost: set[Job] = set()  # of those held: their leases; the handlers wind up
-        self._transactions = transactions
+        self._transactions = services.transactions
         self.reports: dict[Job, Progress] = {}  # not written yet; handlers' threads write here, and the keeper's takes
-        self._results = results or _no_results
-        self._large = large
+        self._results = services.predecessors.results if services.predecessors else _no_results
+        self._large = services.large_payloads
         self._batches = Batches(concurrency, self._call, self._start, self._lost, self.reports, self._results)
-        self._states: dict[Job, State] = transactions.states if transactions else {}  # empty, if nobody begins one
+        self._states: dict[Job, State] = self._transactions.states if self._transactions else {}
         self.held: dict[int, Job] = {}  # by id: waiting and running
         self.by_queue: Counter[str] = Counter()  # of these
         self.finished = 0  # attempts ended, ever
@@ -517,7 +539,7 @@ class Runners:
         self.finished += 1
         if self._behind and (again := self._behind.pop(job.id, None)) is not None:
             self.feed([again])
-        self._freed()
+        self._sink.on_slot_released()
 
     def _settled_itself(self, handler: Handler, result: Outcome) -> Outcome:
         """Done, whatever came after its transaction; if that was anything, somebody may wonder where it is."""

@@ -24,7 +24,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from operator import attrgetter, itemgetter
 from typing import assert_never
 
@@ -45,6 +45,7 @@ from ..database.connection import (
 )
 from .job import Job
 from .outcome import Finished, HandedBack, Outcome, RetryLater, Unhandled, smaller
+from .pipe import Ends, Recovery
 
 logger = log.logger("notifyq.settle")
 
@@ -78,8 +79,6 @@ LOCKED = (
     "LIKE 'idle in transaction%'"
 )
 
-BackOff = Callable[[str, BaseException], Awaitable[None]]
-
 
 class PutOff:
     """An outcome that PostgreSQL refuses in every form, or whose task's row is locked; and when to try again."""
@@ -110,15 +109,13 @@ class Settler:
         self,
         dsn: str | None,
         keep: bool,
-        settled: Callable[[], None],
-        freed: Callable[[], None] = lambda: None,
-        reused: Callable[[], None] = lambda: None,
+        worker: Ends,
+        recovery: Recovery,
     ) -> None:
         self._dsn = dsn
         self._keep = keep  # done and cancelled tasks in notifyq.finished
-        self._settled = settled
-        self._reused = reused  # ids were given twice
-        self._freed = freed  # something ended that others may wait for
+        self._tells = worker
+        self._recovery = recovery
         self._pending: list[Outcome] = []
         self._writing: list[Outcome] = []
         self._wake = asyncio.Event()
@@ -195,8 +192,8 @@ class Settler:
         self._stopping = True
         self._wake.set()
 
-    async def run(self, back_off: BackOff, well: Callable[[str], None]) -> None:
-        """Write until `finish`. `back_off` is awaited after each failure, `well` called after a success.
+    async def run(self) -> None:
+        """Write until `finish`.
 
         Cancelled in the middle of a batch, it keeps it for the next `run`. If it was written after all, the fence
         refuses the second time.
@@ -211,15 +208,15 @@ class Settler:
                             await self._prove()
                         except TRANSIENT as error:
                             self._disconnect()
-                            await back_off("settle", error)
+                            await self._recovery.back_off("settle", error)
                             continue
-                        well("settle")
+                        self._recovery.note_success("settle")
                     await self._wait()
                     continue
                 while self._writing:
-                    await self._write_some(back_off, well)
+                    await self._write_some()
                 self._log()
-                self._settled()
+                self._tells.on_slot_released()
         finally:
             self._pending[:0] = [outcome for outcome in self._writing if outcome.job not in self._put_off]
             self._writing = []
@@ -257,7 +254,7 @@ class Settler:
         batch, self._pending = self._pending[:count], self._pending[count:]
         return batch
 
-    async def _write_some(self, back_off: BackOff, well: Callable[[str], None]) -> None:
+    async def _write_some(self) -> None:
         """Write as many of `_writing` as one statement may have, and take them out of it; or find out which one hinders
         the others."""
         batch = self._writing[: self._most]
@@ -266,7 +263,7 @@ class Settler:
             conn = await self._connect()
         except TRANSIENT as error:
             self._disconnect()
-            await back_off("settle", error)
+            await self._recovery.back_off("settle", error)
             return
         try:
             size = _size(batch) if self._bytes else 0
@@ -285,7 +282,7 @@ class Settler:
                 self._most = len(batch) // 2
             else:
                 await self._too_slow(batch[0], seconds)
-            await back_off("settle", error)
+            await self._recovery.back_off("settle", error)
         except asyncpg.LockNotAvailableError:
             if self._held_up:
                 await self._wait_for_locks(conn, patient=True)
@@ -293,7 +290,7 @@ class Settler:
         except TRANSIENT as error:
             if not schema.refuses(error):
                 self._disconnect()
-                await back_off("settle", error)
+                await self._recovery.back_off("settle", error)
             elif len(batch) > 1:
                 self._most = len(batch) // 2
             else:
@@ -308,7 +305,7 @@ class Settler:
             self._written([outcome for outcome in batch if outcome.job not in self._kept] if self._kept else batch)
             for outcome in self._kept.values():
                 self._delay(outcome, KEPT)
-            well("settle")
+            self._recovery.note_success("settle")
 
     async def _without_locked(self, conn: Connection, batch: list[Outcome], seconds: float) -> list[Outcome]:
         """Put off those whose tasks' rows somebody has locked; return the others."""
@@ -468,7 +465,7 @@ class Settler:
                     "ids were given a second time: what the history had of older tasks with them gave way",
                     extra={"fields": {"ids": sorted(row[0] for row in gone)[:20], "tasks": len(gone)}},
                 )
-                self._reused()
+                self._tells.on_ids_reused()
 
     async def _write_kinds(self, conn: Connection, worker: int, outcomes: list[Outcome], seconds: float) -> None:
         finish: list[Finished] = []
@@ -515,7 +512,7 @@ class Settler:
         rows: Sequence[asyncpg.Record],
     ) -> None:
         if any(map(itemgetter(1), rows)):
-            self._freed()
+            self._tells.on_released()
         if len(rows) == len(outcomes):
             return
         applied = {row[0] for row in rows}

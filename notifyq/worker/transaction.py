@@ -36,6 +36,7 @@ from ..database.connection import (
 )
 from ..errors import ConfigError, DatabaseError, LeaseLost
 from ..task import Isolation
+from .pipe import Waiters
 from .settle import KEPT
 
 if TYPE_CHECKING:
@@ -57,10 +58,10 @@ State: TypeAlias = Literal["open", "ending", "committed"]
 class Transactions:
     """A worker's. `states` is of the jobs that have begun one; whoever drops a job drops its entry."""
 
-    def __init__(self, dsn: str | None, keep: bool, freed: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, dsn: str | None, keep: bool, worker: Waiters) -> None:
         self._dsn = dsn
         self._loop = asyncio.get_running_loop()
-        self._freed = freed  # something ended that others may wait for
+        self._worker = worker
         self._keep = keep
         self._pool: Pool | None = None
         self._making = asyncio.Lock()
@@ -161,7 +162,7 @@ class Transactions:
             raise failure
         self._becomes(job, "committed")
         if freed:
-            self._freed()
+            self._worker.on_released()
 
     def _becomes(self, job: Job, state: State) -> None:
         if job in self.states:  # its handler may have ended without it

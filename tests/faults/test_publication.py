@@ -12,7 +12,7 @@ import pytest
 
 import notifyq
 from notifyq.database.connection import SQL
-from notifyq.worker import heartbeat, worker
+from notifyq.worker import heartbeat, outages
 
 from ..conftest import Seen, eventually, working
 from ..helpers.machine import limit
@@ -164,13 +164,13 @@ async def test_rows_that_nothing_identifies(dsn: str, db: Any, logged: Logged, m
     """REPLICA IDENTITY NOTHING: PostgreSQL refuses to claim at all. It says so, once, and how to mend it; when that is
     done, all goes on."""
     tries = Seen()
-    back_off = worker.Worker._back_off
+    back_off = outages.Outages.back_off
 
     async def counted(self: Any, stage: str, error: BaseException) -> None:
         tries.add(stage)
         await back_off(self, stage, error)
 
-    monkeypatch.setattr(worker.Worker, "_back_off", counted)
+    monkeypatch.setattr(outages.Outages, "back_off", counted)
     seen = Seen()
     app = noting(seen)
     async with app.connect(dsn), working(app, dsn):

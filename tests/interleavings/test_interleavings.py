@@ -24,6 +24,7 @@ from notifyq.worker.settle import Settler
 from ..conftest import Seen, eventually, working
 from ..helpers import verbs
 from ..helpers.machine import limit
+from ..helpers.stages import Told
 from ..helpers.steps import PREPARED, Session, Steps, steps, until_blocked
 from ..helpers.verbs import (
     OVERDUE,
@@ -357,17 +358,14 @@ class Writing:
     """A settler that has been given these outcomes, and writes."""
 
     def __init__(self, dsn: str, outcomes: list[Any]) -> None:
-        self.settler = Settler(dsn, True, lambda: None)
-        self.failures: list[BaseException] = []
+        self.told = Told()
+        self.settler = Settler(dsn, True, self.told, self.told)
         for outcome in outcomes:
             self.settler.put(outcome)
         self.settler.finish()
 
-    async def _back_off(self, _: str, error: BaseException) -> None:
-        self.failures.append(error)
-
     async def __aenter__(self) -> Writing:
-        self.task = asyncio.create_task(self.settler.run(self._back_off, lambda _: None))
+        self.task = asyncio.create_task(self.settler.run())
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -433,7 +431,7 @@ async def test_a_deadlock_of_which_a_worker_is_the_victim(s: Steps, w: Session, 
         await other("COMMIT")
         assert await waiting
         await p("COMMIT")
-    assert [type(error) for error in writing.failures] == [asyncpg.DeadlockDetectedError]
+    assert [type(error) for error in writing.told.failures] == [asyncpg.DeadlockDetectedError]
     assert await states(s.db) == {first.id: ("cancelled", 1), second.id: ("done", 1), third.id: ("cancelled", 1)}
 
 
@@ -448,7 +446,7 @@ async def test_a_deadlock_of_which_a_person_is_the_victim(s: Steps, w: Session, 
         with pytest.raises(asyncpg.DeadlockDetectedError):
             await p(cancel, first.id)
         await p("ROLLBACK")
-    assert not writing.failures
+    assert not writing.told.failures
     assert await states(s.db) == {first.id: ("done", 1), second.id: ("done", 1)}
 
 

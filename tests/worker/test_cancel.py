@@ -271,9 +271,9 @@ async def test_news_of_an_attempt_that_is_over_cancels_no_other(dsn: str, db: An
         await worker._runners.ready.wait()
         worker._runners.feed([job])
         await began.reach(1)
-        worker._lost([copy.copy(job)], set())
+        worker.on_leases_lost([copy.copy(job)], set())
         assert worker._runners.leases == [job]
-        worker._lost([job], set())
+        worker.on_leases_lost([job], set())
         assert worker._runners.leases == []
         group.cancel_scope.cancel()
 

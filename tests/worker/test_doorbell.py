@@ -21,9 +21,11 @@ from notifyq.database import connection
 from notifyq.worker import claim, doorbell
 from notifyq.worker.doorbell import BURST, WINDOW_SECONDS, Door, Moderation, Place, fleet_key
 from notifyq.worker.runners import Runners
+from notifyq.worker.settle import Settler
 
 from ..conftest import Seen, Sessions, eventually, working
 from ..helpers.machine import limit
+from ..helpers.stages import Told
 
 INSERT = "INSERT INTO notifyq.task (type, payload) VALUES ('Mark', $1::text::jsonb) RETURNING id"
 SOON = 3.0  # seconds, on an idle machine: nothing but the bell finds what is here that soon
@@ -397,8 +399,8 @@ async def test_who_sleeps_for_long_falls_asleep_anew(dsn: str, monkeypatch: pyte
 
 async def test_an_echo_that_was_sent_before_is_not_waited_for(app: notifyq.App, dsn: str) -> None:
     """A worker stops listening before an echo is heard. It must not miss that echo when it listens again."""
-    runners = Runners(app.registry, 1, 1, lambda _: None, lambda: None)
-    claimer = claim.Claimer(dsn, WorkerConfig(queues={"default": None}), ["Mark"], runners)
+    runners, settler = Runners(app.registry, 1, 1, Told()), Settler(dsn, True, Told(), Told())
+    claimer = claim.Claimer(dsn, WorkerConfig(queues={"default": None}), ["Mark"], runners, settler)
     conn = await connection.connect_worker(dsn, "claims 1")
     await claimer._listen(conn)
     assert claimer._new_echo(0.0) == claimer._echo

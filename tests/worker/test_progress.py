@@ -22,6 +22,7 @@ from ..client.test_results import GARBAGE
 from ..conftest import Seen, Sessions, eventually, working
 from ..helpers import verbs
 from ..helpers.machine import limit
+from ..helpers.stages import Told
 
 STEPS = [notifyq.Progress(0.25, "a"), notifyq.Progress(0.5), notifyq.Progress(0.75, "c")]
 
@@ -203,7 +204,7 @@ async def test_what_has_ended_before_it_was_written_is_not(db: Any) -> None:
         await ctx.progress(0.5)
         assert len(runners.reports) == 1
 
-    runners = Runners(app.registry, 1, 1, settled.add, lambda: None)
+    runners = Runners(app.registry, 1, 1, Told(settled.add))
     async with anyio.create_task_group() as group:
         group.start_soon(runners.run)
         await runners.ready.wait()

@@ -548,7 +548,7 @@ async def test_what_is_said_of_a_refusal_has_no_row(db: Any, logged: Logged) -> 
         await db.execute("CREATE TEMP TABLE t (payload text CHECK (payload = '')); INSERT INTO t VALUES ('secret')")
     assert "secret" in str(refused.value), "it would prove nothing"
     worker = Worker(notifyq.App().registry, WorkerConfig(queues={"default": None}), None)
-    await worker._back_off("claim", refused.value)
+    await worker.outages.back_off("claim", refused.value)
     [line] = logged("PostgreSQL refuses what this worker needs")
     assert "t_payload_check" in line["error"]
     assert "secret" not in line["error"]

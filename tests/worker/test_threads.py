@@ -23,6 +23,7 @@ from notifyq.worker.runners import Runners
 from notifyq.worker.settle import Settler
 
 from ..conftest import Seen, eventually, working
+from ..helpers.stages import Told
 
 pytestmark = pytest.mark.slow
 
@@ -235,7 +236,7 @@ def jobs(types: str) -> list[Job]:
 def test_how_much_is_asked_for(bench: Bench) -> None:
     """It grows while claims come full of async tasks. A queue whose next task needs a thread is left alone."""
     config = WorkerConfig(queues={"q": None, "r": None}, threads=2)
-    runners = Runners(bench.app.registry, 100, 2, lambda _: None, lambda: None)
+    runners = Runners(bench.app.registry, 100, 2, Told())
     room = Room(config, runners)
     asked = []
     for _ in range(6):
@@ -284,7 +285,7 @@ def test_what_fits_whatever_the_types_are(shares: list[int]) -> None:
 
         plain.__annotations__["task"], batch.__annotations__["tasks"] = type, list[type]  # type: ignore[valid-type]
         app.handler(plain) if share == 1 else app.handler(batch=share)(batch)
-    runners = Runners(app.registry, 100, 3, lambda _: None, lambda: None)
+    runners = Runners(app.registry, 100, 3, Told())
     assert list(runners.plain.values()) == shares
     room = Room(WorkerConfig(queues={"q": None}, threads=3), runners)
     for held in itertools.product(*(range(share + 2) for share in shares)):

@@ -1,0 +1,93 @@
+"""Stages without a database: how long each waits before it tries again, and what the log says about it.
+
+An outage is logged once when it begins and once when it ends. The waits are jittered and double up to five seconds.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import random
+import time
+
+import anyio
+
+from .. import log
+from ..codec import describe, first_line
+from ..database import schema
+from ..database.connection import is_answer
+from ..errors import first_error
+from .pipe import Host
+
+logger = log.logger("notifyq.worker")
+
+REFUSED_SECONDS = 60.0  # between two lines about the same refusal
+
+
+class Outages:
+    """A worker's. A stage awaits `back_off` after each failure, and calls `note_success` when it works again."""
+
+    def __init__(self, host: Host) -> None:
+        self._host = host
+        self._down: set[str] = set()  # stages without a connection
+        self._waits: dict[str, float] = {}  # seconds, of the latest wait
+        self._refused: dict[str, tuple[float, str]] = {}  # stages whose statements PostgreSQL refuses: when, and why
+        self._stopping = asyncio.Event()
+
+    @property
+    def trouble(self) -> str:
+        """What is degraded, in words."""
+        return "PostgreSQL refuses what this worker needs: see its log" if self._refused else ""
+
+    def shorten_waits(self) -> None:
+        """The worker stops: no stage waits for longer than 0.1 s from now on."""
+        self._stopping.set()
+
+    async def back_off(self, stage: str, error: BaseException) -> None:
+        error = first_error(error)
+        if gone := schema.gone(error):
+            self._host.on_failure(gone)
+            return
+        if self._host.loop_was_blocked:
+            # The log says so already. If the database is lost too, the next failure is late enough to be logged.
+            logger.debug("a statement failed as the event loop was blocked", extra={"fields": {"stage": stage}})
+        elif is_answer(error):
+            self._log_refusal(stage, error)
+        elif stage not in self._down:
+            self._down.add(stage)
+            if not self._host.is_stopping:
+                logger.warning(
+                    "lost the database, trying again",
+                    extra={"fields": {"stage": stage, "error": describe(error)}},
+                )
+        wait = self._waits[stage] = min(5.0, self._waits.get(stage, 0.05) * 2)
+        if self._stopping.is_set():  # the time to stop is bounded, and there is nothing more to claim
+            await asyncio.sleep(min(0.1, wait))
+            return
+        with anyio.move_on_after(random.uniform(0.5, 1.0) * wait):
+            await self._stopping.wait()
+
+    def note_success(self, stage: str) -> None:
+        if stage in self._refused:
+            if time.monotonic() - self._refused[stage][0] < REFUSED_SECONDS:
+                return  # each new session begins well, so its success proves nothing for a while
+            del self._refused[stage]
+        self._waits.pop(stage, None)
+        if stage in self._down:
+            self._down.discard(stage)
+            logger.info("the database is back", extra={"fields": {"stage": stage}})
+
+    def _log_refusal(self, stage: str, error: BaseException) -> None:
+        """The database is reachable and refuses a statement."""
+        hint = getattr(error, "hint", None)  # the cure, as PostgreSQL knows it
+        why = f"{first_line(error)} ({hint})" if hint else first_line(error)
+        now = time.monotonic()
+        logged_at, before = self._refused.get(stage, (-math.inf, ""))
+        if why != before or now - logged_at > REFUSED_SECONDS:
+            logged_at = now
+            logger.error(
+                "PostgreSQL refuses what this worker needs, trying again; is there a constraint, a trigger, a "
+                "publication or row level security on a table of notifyq?",
+                extra={"fields": {"stage": stage, "error": why}},
+            )
+        self._refused[stage] = logged_at, why

@@ -1,0 +1,27 @@
+"""A stage without its worker: what it tells is kept here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from notifyq.worker.outcome import Outcome
+
+
+class Told:
+    """What a stage tells its worker, for a stage that is tested by itself: pipe.py's protocols."""
+
+    def __init__(self, note: Callable[[Outcome], None] = lambda _: None) -> None:
+        self._note = note
+        self.failures: list[BaseException] = []
+
+    def settle(self, outcome: Outcome) -> None:
+        self._note(outcome)
+
+    def on_slot_released(self) -> None: ...
+    def on_released(self) -> None: ...
+    def on_ids_reused(self) -> None: ...
+
+    async def back_off(self, stage: str, error: BaseException) -> None:
+        self.failures.append(error)
+
+    def note_success(self, stage: str) -> None: ...
