@@ -19,7 +19,7 @@ from . import lifespan, log, loops
 from .client import drivers, enqueue
 from .client.cancel import cancel
 from .client.enqueue import Via
-from .client.options import EnqueueOptions, Options, is_id, where
+from .client.options import EnqueueOptions, Options, options_for
 from .client.pool import AppPool
 from .client.ref import Ids, Ref, ref
 from .client.results import Results
@@ -27,6 +27,7 @@ from .config import WorkerConfig, check_name, in_seconds, is_number, parse_queue
 from .cron import Cron, Missed, check_schedule
 from .database.connection import explained
 from .errors import ConfigError
+from .options import is_id
 from .registry import Handler, HandlerOptions, Registry
 from .task import Middleware, Task
 from .worker.signals import watched
@@ -191,14 +192,18 @@ class App:
             raise ConfigError(f"@app.cron of {handler.name}: task is {task!r:.100}, expected a {handler.task.__name__}")
         check_name("name", cron.name)
         check_schedule(cron.expression, cron.tz)
-        options = where(queue, priority).of(task)
+        options = options_for(queue, priority).for_task(task)
         if cron.missed not in ("once", "skip"):
             raise ConfigError(f"missed is {cron.missed!r}; expected 'once' or 'skip'")
         if cron.name in self.registry.crons:
             raise ConfigError(f"two crons are named {cron.name!r}; give one another name: @app.cron(..., name=...)")
         tag, payload = enqueue.validated_task(self.registry, task)
         self.registry.crons[cron.name] = cron._replace(
-            type=tag, payload=payload, queue=options.values[0], priority=options.values[3], options=options.text()
+            type=tag,
+            payload=payload,
+            queue=options.columns.queue,
+            priority=options.columns.priority,
+            options=options.text(),
         )
 
     def middleware(self, function: _Middleware) -> _Middleware:
@@ -306,7 +311,7 @@ class App:
         then  a task to run when all of them are done, in the same queue, with the same priority and max_attempts;
               on_dead says what becomes of it if one isn't. Up to 10,000 tasks, and it returns their ids, and its Ref.
         """
-        checked = Options.check(**options, followed=then is not None)
+        checked = Options.check(**options, has_follower=then is not None)
         if then is None:
             return await enqueue.many(self._via(conn), self.registry, tasks, checked)
         ids, last = await enqueue.group(self._via(conn), self.registry, tasks, then, checked)

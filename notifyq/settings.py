@@ -15,12 +15,11 @@ from typing import Any, Final, cast, dataclass_transform
 import msgspec
 
 from .errors import ConfigError
+from .options import OPTIONS
 
-SETTINGS: Final = (
-    *("max_attempts", "backoff", "timeout", "unique", "unique_for", "unique_states", "on_conflict"),
-    *("queue", "priority", "order_key", "limit_key", "limit", "rate"),
-)
-OPTIONS: Final = ("delay", "run_at", "on_dead")  # of enqueue alone
+SETTINGS: Final = ("backoff", "timeout", *(name for name, option in OPTIONS.items() if option.of_class))
+# Without `after`, which is a common name for a field of a payload.
+ENQUEUE_ONLY: Final = tuple(name for name, option in OPTIONS.items() if not option.of_class and name != "after")
 # What they are called elsewhere: in Celery, RQ, arq, dramatiq, taskiq, Oban, Sidekiq.
 ALIASES: Final[Mapping[str, str]] = {
     **dict.fromkeys(
@@ -58,7 +57,7 @@ NEAR = 0.85  # how similar a misspelt name is
 LONG = 7  # letters of a name that is looked for among fields too: short words have too many neighbours
 
 
-def meant(name: str, known: tuple[str, ...] = (*SETTINGS, *OPTIONS)) -> str | None:
+def meant(name: str, known: tuple[str, ...] = (*SETTINGS, *ENQUEUE_ONLY)) -> str | None:
     """The setting, or the option of enqueue, that somebody who writes this name means; None: none."""
     if name in known or (name in MISSING and known[: len(SETTINGS)] == SETTINGS):
         return name
@@ -116,7 +115,7 @@ def _is_setting(value: object) -> bool:
 def _check_field(task: str, name: str, value: object) -> None:
     if name in BY_ERROR and value:
         raise ConfigError(f"task {task}: {name!r}: {NO_LIST}")
-    known = (*SETTINGS, *OPTIONS)
+    known = (*SETTINGS, *ENQUEUE_ONLY)
     if not _is_setting(value) or (setting := meant(name)) is None:
         return
     if name not in (*known, *ALIASES, *MISSING) and len(setting) < LONG:
@@ -125,7 +124,7 @@ def _check_field(task: str, name: str, value: object) -> None:
         "or, if the payload is to have it, name the field otherwise: "
         f"`{name}_: ... = msgspec.field(default={value!r}, name={name!r})`"
     )
-    if setting in MISSING or setting in OPTIONS:
+    if setting in MISSING or setting in ENQUEUE_ONLY:
         raise ConfigError(f"{_no_setting(task, name, setting)}; {other}")
     what = "is a setting of the class, not a field of the payload"
     if name != setting:

@@ -7,13 +7,14 @@ from collections.abc import Awaitable, Callable, Generator
 from contextlib import AbstractAsyncContextManager
 from contextvars import ContextVar
 from datetime import datetime, timedelta
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeAlias, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeAlias
 
 import msgspec
 
 from . import loops
 from .config import in_seconds, is_number
 from .errors import ConfigError
+from .options import State
 from .settings import StructMeta
 
 if TYPE_CHECKING:
@@ -23,9 +24,7 @@ if TYPE_CHECKING:
 else:
     Transaction = Any
 
-State: TypeAlias = Literal["scheduled", "ready", "running", "done", "dead", "cancelled"]
-STATES: tuple[str, ...] = get_args(State)
-ENDED = ("done", "dead", "cancelled")
+
 Isolation: TypeAlias = Literal["read_committed", "repeatable_read", "serializable"]
 
 

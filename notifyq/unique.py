@@ -1,32 +1,32 @@
-"""Unique tasks: which are the same, by a key. Whether one is in another's way is decided in the database: schema.sql.
+"""Unique tasks: which tasks are the same, by a key. Whether one is in another's way is decided in schema.sql.
 
-A key is given at enqueue, or made of the task by a rule, which its class has or enqueue is given: the type, and a
-digest of the payload or of some fields as JSON with all keys sorted. Keys are one space for all types.
+A key is given to enqueue, or is made of the task by a rule, which its class has or enqueue is given. A key that is made
+has the type, and a digest of the payload or of some fields, as JSON with all keys sorted. All types share one space of
+keys.
 """
 
 from __future__ import annotations
 
 import hashlib
-import math
-from collections.abc import Iterable
-from typing import NamedTuple, Self, cast
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple, Self
 
 import msgspec
 
 from .codec import type_name
-from .config import NAME_LENGTH, check_name, in_seconds, is_number
+from .config import NAME_LENGTH, in_seconds
 from .errors import ConfigError
-from .task import ENDED, STATES, Task
+from .options import ENDED, OPTIONS, is_names
+from .task import Task
 
-LONGEST_SECONDS = 1e9  # schema.sql has it too
 DIGEST_LENGTH = 40  # hex digits: 160 bits of SHA-256
 
-_sorted = msgspec.json.Encoder(order="sorted").encode
+_encode_sorted = msgspec.json.Encoder(order="sorted").encode
 _checked: set[type[Task]] = set()
 
 
 class Unique(NamedTuple):
-    """Of one task."""
+    """The key of one task, and what happens if another task has it."""
 
     key: str
     states: list[str] | None
@@ -34,7 +34,7 @@ class Unique(NamedTuple):
     on_conflict: str
 
     def options(self) -> dict[str, object]:
-        """As schema.sql has them."""
+        """The part of the column `options` that schema.sql reads this from."""
         return {
             "unique_key": self.key,
             "unique_states": self.states,
@@ -44,26 +44,21 @@ class Unique(NamedTuple):
 
 
 class UniqueOptions(NamedTuple):
-    """What enqueue was told; None is what the task's class says."""
+    """The options of enqueue for unique tasks, checked. None: what the task's class says."""
 
     unique: str | bool | tuple[str, ...] | None = None
-    seconds: float | None = None
-    states: tuple[str, ...] | None = None
+    unique_for: float | None = None
+    unique_states: tuple[str, ...] | None = None
     on_conflict: str | None = None
 
     @classmethod
-    def check(cls, unique: object, seconds: object, states: object, on_conflict: object) -> Self | UniqueOptions:
-        """Raises ConfigError for what can't be, whatever the task."""
-        if unique is None and seconds is None and states is None and on_conflict is None:
-            return NO_RULE
-        if isinstance(unique, str):
-            check_name("unique", unique)
-        elif unique is not None and not isinstance(unique, bool) and not _are_names(unique):
-            raise ConfigError(f"unique is {unique!r}; expected a key, True, or a tuple of the payload's fields' names")
-        return cls(cast("str", unique), *_settings("", seconds, states, on_conflict))
+    def of(cls, given: Mapping[str, Any]) -> Self | UniqueOptions:
+        """Those of enqueue's checked options that are for unique tasks."""
+        values = [given.get(name) for name in cls._fields]
+        return NO_RULE if values == [None] * len(values) else cls(*values)
 
-    def of(self, task: Task) -> Unique | None:
-        """None: it isn't unique. Raises ConfigError for what doesn't fit this task."""
+    def for_task(self, task: Task) -> Unique | None:
+        """The key of this task; None if it isn't unique. Raises ConfigError for options that don't fit the task."""
         cls = type(task)
         if self is NO_RULE and cls.unique is False:
             return None
@@ -76,10 +71,10 @@ class UniqueOptions(NamedTuple):
                     'add unique="..."'
                 )
             return None
-        seconds = in_seconds(cls.unique_for) if self.seconds is None else self.seconds
-        states = cls.unique_states if self.states is None else self.states
+        seconds = in_seconds(cls.unique_for) if self.unique_for is None else self.unique_for
+        states = cls.unique_states if self.unique_states is None else self.unique_states
         _check_together("", seconds, states)
-        key = rule if isinstance(rule, str) else _key(task, rule)
+        key = rule if isinstance(rule, str) else _make_key(task, rule)
         return Unique(key, None if states is None else list(states), seconds, self.on_conflict or cls.on_conflict)
 
 
@@ -87,48 +82,28 @@ NO_RULE = UniqueOptions()
 
 
 def check_rule(cls: type[Task]) -> None:
-    """Raise ConfigError if what a class says about its tasks being unique can't be."""
+    """Raise ConfigError for what a class can't say about its tasks being unique."""
     if cls in _checked:
         return
     whose = f"task {cls.__name__}: "
     rule: object = cls.unique
-    if not isinstance(rule, bool) and not _are_names(rule):
+    if not isinstance(rule, bool) and not is_names(rule):
         hint = f"({rule!r},) has a comma" if isinstance(rule, str) else "or leave it out"
         raise ConfigError(f"{whose}unique is {rule!r}; expected True, or a tuple of its fields' names; {hint}")
     if isinstance(cls.unique, tuple):
         _check_fields(cls, cls.unique)
-    settings = _settings(whose, cls.unique_for, cls.unique_states, cls.on_conflict)
-    _check_together(whose, *settings[:2])
+    for name in ("unique_for", "unique_states", "on_conflict"):
+        if (value := getattr(cls, name)) is not None:
+            OPTIONS[name].kind.check(f"{whose}{name}", value)
+    _check_together(whose, cls.unique_for, cls.unique_states)
     _checked.add(cls)
 
 
-def _settings(
-    whose: str, seconds: object, states: object, on_conflict: object
-) -> tuple[float | None, tuple[str, ...] | None, str | None]:
-    seconds = in_seconds(seconds)
-    if seconds is not None and not (is_number(seconds) and math.isfinite(seconds) and 0 < seconds <= LONGEST_SECONDS):
-        raise ConfigError(f"{whose}unique_for is {seconds!r}; expected seconds above 0, or a timedelta")
-    chosen: tuple[str, ...] | None = None
-    if states is not None:
-        known = not isinstance(states, str) and isinstance(states, Iterable)
-        chosen = tuple(cast("Iterable[str]", states)) if known else ()
-        if not chosen or not all(state in STATES for state in chosen):
-            raise ConfigError(f"{whose}unique_states is {states!r}; expected a tuple of {', '.join(STATES)}")
-    if on_conflict is not None and on_conflict not in ("keep", "replace", "move"):
-        raise ConfigError(f"{whose}on_conflict is {on_conflict!r}; expected 'keep', 'replace' or 'move'")
-    return seconds, chosen, on_conflict
-
-
-def _check_together(whose: str, seconds: float | None, states: Iterable[str] | None) -> None:
+def _check_together(whose: str, seconds: object, states: Iterable[str] | None) -> None:
     if seconds is None and (ended := {*ENDED}.intersection(states or ())):
         raise ConfigError(
             f"{whose}unique_states has {min(ended)!r} in it, and nothing says for how long; add unique_for=3600"
         )
-
-
-def _are_names(names: object) -> bool:
-    some = cast("tuple[object, ...]", names) if isinstance(names, tuple) else ()
-    return bool(some) and all(isinstance(name, str) for name in some)
 
 
 def _check_fields(cls: type[Task], names: tuple[str, ...]) -> None:
@@ -140,13 +115,13 @@ def _check_fields(cls: type[Task], names: tuple[str, ...]) -> None:
             )
 
 
-def _key(task: Task, rule: bool | tuple[str, ...]) -> str:
+def _make_key(task: Task, rule: bool | tuple[str, ...]) -> str:
     cls = type(task)
     if isinstance(rule, tuple):
         _check_fields(cls, rule)
     name = type_name(cls)
     try:
-        content = _sorted({field: getattr(task, field) for field in rule} if isinstance(rule, tuple) else task)
+        content = _encode_sorted({field: getattr(task, field) for field in rule} if isinstance(rule, tuple) else task)
     except (TypeError, ValueError, RecursionError) as error:
         raise ConfigError(f"task {name}: no unique key can be made of it: {error}") from error
     digest = hashlib.sha256(name.encode() + b"\0" + content).hexdigest()[:DIGEST_LENGTH]

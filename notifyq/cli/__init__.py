@@ -28,13 +28,13 @@ import click
 
 from notifyq.errors import NotifyqError
 
-from . import crons, database, queues, schema, show, tasks, worker
+from . import crons, database, enqueue, queues, schema, show, tasks, worker
 from .load import hidden_module
 from .options import did_you_mean
 from .output import our_version, say
 
 COMMANDS: tuple[click.Command, ...] = (
-    database.migrate, worker.worker, tasks.enqueue, tasks.tasks, show.show, tasks.retry, tasks.cancel, tasks.prune,
+    database.migrate, worker.worker, enqueue.enqueue, tasks.tasks, show.show, tasks.retry, tasks.cancel, tasks.prune,
     queues.queues, queues.queue, crons.cron,
     database.stats, schema.schema, database.demo, database.dev,
 )  # fmt: skip

@@ -17,7 +17,7 @@ import click
 from notifyq.database import schema, upgrade
 from notifyq.database.connection import SQL, server_version
 from notifyq.errors import ConfigError, NotifyqError
-from notifyq.task import STATES
+from notifyq.options import STATES
 
 from .options import dsn_option, number, option, setting
 from .output import say, span, table

@@ -12,16 +12,15 @@ from typing import Any, TypeVar
 
 import click
 
-from notifyq.client.options import EnqueueOptions
 from notifyq.errors import ConfigError
-from notifyq.rules import parse_rate
+from notifyq.options import OPTIONS, parse_rate
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 LONGEST_SECONDS = 100 * 366 * 86400.0
-# One of enqueue's options, in a message: `limit_key`, or `limit=`, and not the word "limit" or somebody's 'limit_key'.
-OPTION = re.compile(rf"(?<!['\w])(?=\w*[_=])({'|'.join(EnqueueOptions.__annotations__)})\b(= ?)?")
+# One of enqueue's options in a message: `limit_key`, or `limit=`, but not the word "limit" or a quoted 'limit_key'.
+OPTION = re.compile(rf"(?<!['\w])(?=\w*[_=])({'|'.join(OPTIONS)})\b(= ?)?")
 
 
 def option(*names: str, **settings: Any) -> Callable[[Command], Command]:
@@ -86,6 +85,9 @@ def number(low: int, high: int) -> Callable[[str], int]:
         return int(text)
 
     return convert
+
+
+task_id = number(1, 2**63 - 1)
 
 
 def duration(value: str) -> float:

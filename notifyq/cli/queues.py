@@ -10,7 +10,7 @@ import click
 
 from notifyq.config import check_name
 from notifyq.database.connection import SQL, Connection
-from notifyq.rules import parse_rate
+from notifyq.options import parse_rate
 
 from .options import did_you_mean, dsn_option, number, option, rate
 from .output import say, span, table

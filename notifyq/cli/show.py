@@ -12,12 +12,13 @@ import click
 from notifyq.client.ref import check_same
 from notifyq.database.connection import SQL
 from notifyq.errors import NotifyqError
-from notifyq.task import ENDED
+from notifyq.options import ENDED
 
-from .options import dsn_option, option
+from .options import dsn_option, option, task_id
 from .output import percent, plain, say
+from .served import why_not_started
 from .session import session
-from .tasks import NO_TASK, task_id, why_not_started
+from .tasks import NO_TASK
 
 LOOK_SECONDS = 0.5
 

@@ -71,14 +71,14 @@ class Bulk:
 
     def _place(self, task: Task, row: Row, rows: list[Row | Placed]) -> None:
         """A task that may be unique, or of a class with rules."""
-        options = self._options.of(task)
-        unique = self._options.unique.of(task)
+        options = self._options.for_task(task)
+        unique = self._options.unique.for_task(task)
         if unique is None and options is self._options:
             rows.append(row)
             if not self._asked and type(task).unique is False:
                 self._plain = type(task)
             return
-        placed = (*row, options.values[0], options.values[3], options.text(unique))
+        placed = (*row, options.columns.queue, options.columns.priority, options.text(unique))
         if unique is None:
             rows.append(placed)
         else:
@@ -145,12 +145,12 @@ def insert(rows: Sequence[Row | Placed], options: Options) -> Statement:
     """To insert rows that aren't unique."""
     if any(len(row) > 2 for row in rows):
         return _each("enqueue_many_placed", rows, options)
-    return SQL["enqueue_many"], (*columns(rows), *options.values, options.text())
+    return SQL["enqueue_many"], (*columns(rows), *options.columns, options.text())
 
 
 def _each(name: str, rows: Sequence[Row | Placed], options: Options) -> Statement:
     """A statement that takes the queue, the priority and the options of each row."""
-    queue, delay, run_at, priority, max_attempts = options.values
+    queue, delay, run_at, priority, max_attempts = options.columns
     rest = (queue, priority, options.text())
     whole = [(*row[:2], *(row[2:] or rest)) for row in rows]
     types, payloads, queues, priorities, texts = map(list, zip(*whole, strict=True))

@@ -23,7 +23,7 @@ from ..task import Task
 from ..unique import Unique
 from .bulk import CHUNK, CHUNK_SIZE, Bulk, Placed, Row, Statement, check_one_statement, insert
 from .drivers import DriverConnection
-from .options import Options, check_group, where
+from .options import Options, check_group, options_for
 from .pool import AppPool
 from .ref import Ids
 
@@ -41,7 +41,7 @@ async def one(via: Via, registry: Registry, task: Task, options: Options) -> Ite
     """Insert a task, unless it is unique and another is in its way: the id of either, when it was created, and, if it
     is unique, whether it is the other's."""
     type, payload = validated_task(registry, task)
-    query, args = statement(type, payload, options.of(task), options.unique.of(task))
+    query, args = statement(type, payload, options.for_task(task), options.unique.for_task(task))
     row: Iterable[Any]
     with Explained(type):
         if isinstance(via, DriverConnection):
@@ -54,7 +54,7 @@ async def one(via: Via, registry: Registry, task: Task, options: Options) -> Ite
 def statement(type: str, payload: str, options: Options, unique: Unique | None) -> Statement:
     """To insert a task."""
     query = SQL["enqueue" if unique is None else "enqueue_unique"]
-    return query, (type, payload, *options.values, options.text(unique))
+    return query, (type, payload, *options.columns, options.text(unique))
 
 
 async def many(via: Via, registry: Registry, tasks: Iterable[Task], options: Options) -> Ids:
@@ -106,22 +106,22 @@ def grouped(registry: Registry, tasks: Iterable[Task], then: Task, options: Opti
     """To insert a group; `then` is the last of its types and payloads."""
     tasks = list(tasks)
     rows = [_placed(registry, task, options) for task in tasks]
-    if any(options.unique.of(task) for task in (*tasks, then)):
+    if any(options.unique.for_task(task) for task in (*tasks, then)):
         raise ConfigError("a group's tasks can't be unique; enqueue those by themselves, and one after=[...] them")
     check_group(len(rows))
     # In the queue and with the priority of the others, as far as these are told; their keys and limits are theirs.
-    same = where(options.said.queue, options.said.priority)
+    same = options_for(options.given.get("queue"), options.given.get("priority"))
     rows.append(_placed(registry, then, same))
     check_one_statement(sum(len(row[1]) for row in rows))
     types, payloads, queues, priorities, texts = map(list, zip(*rows, strict=True))
-    _, delay, run_at, _, max_attempts = options.values
-    args = (types, payloads, queues, delay, run_at, priorities, max_attempts, texts, options.on_dead)
+    _, delay, run_at, _, max_attempts = options.columns
+    args = (types, payloads, queues, delay, run_at, priorities, max_attempts, texts, options.given.get("on_dead"))
     return SQL["enqueue_then"], args
 
 
 def _placed(registry: Registry, task: Task, options: Options) -> Placed:
-    options = options.of(task)
-    return *validated_task(registry, task), options.values[0], options.values[3], options.text()
+    options = options.for_task(task)
+    return *validated_task(registry, task), options.columns.queue, options.columns.priority, options.text()
 
 
 def ids_of_group(answer: Sequence[Any]) -> tuple[list[int], tuple[int, int]]:

@@ -39,8 +39,9 @@ from ..database.connection import (
     notified_id,
 )
 from ..errors import ConfigError, DatabaseError, NotifyqError, SchemaError, failure
+from ..options import ENDED
 from ..registry import innermost
-from ..task import ENDED, Progress
+from ..task import Progress
 from .ref import check_same
 
 if TYPE_CHECKING:

@@ -103,7 +103,7 @@ class SyncClient:
         """As App.enqueue. conn: a psycopg.Connection, SQLAlchemy's Session or Connection, or django.db.connection."""
         checked_options = Options.check(**options)
         type, payload = validated_task(self._registry, task)
-        query, args = statement(type, payload, checked_options.of(task), checked_options.unique.of(task))
+        query, args = statement(type, payload, checked_options.for_task(task), checked_options.unique.for_task(task))
         with Explained(type):
             [row] = self._fetch(conn, query, args)
         return ref(self._app, *row)
@@ -136,7 +136,7 @@ class SyncClient:
     ) -> Ids | tuple[list[int], Ref]:
         """As App.enqueue_many: all or none. Returns the ids in order; with `then`, and its Ref. On `conn` it is one
         statement, which may have 200,000,000 characters of payloads."""
-        checked_options = Options.check(**options, followed=then is not None)
+        checked_options = Options.check(**options, has_follower=then is not None)
         if then is not None:
             query, args = grouped(self._registry, tasks, then, checked_options)
             with Explained("(one of a group)"):

@@ -18,7 +18,7 @@ import msgspec
 
 from notifyq.app import App
 from notifyq.client.enqueue import validated_task
-from notifyq.client.options import where
+from notifyq.client.options import options_for
 from notifyq.client.results import typed
 from notifyq.errors import ConfigError
 from notifyq.lifespan import within
@@ -98,7 +98,7 @@ async def run_inline(
     type = rows[0][0]
     if others := {name for name, _ in rows} - {type}:
         raise ConfigError(f"run_inline got tasks of types {type} and {', '.join(sorted(others))}; expected one type")
-    options = where(queue, priority).of(tasks[0])
+    options = options_for(queue, priority).for_task(tasks[0])
     jobs: list[Job] = []
     for number, (_, payload) in enumerate(rows, id):
         app.registry.check(type, payload.encode())
@@ -107,8 +107,8 @@ async def run_inline(
             number,
             attempt,
             type,
-            options.values[0],
-            options.values[3],
+            options.columns.queue,
+            options.columns.priority,
             max_attempts,
             at,
             payload.encode(),

@@ -103,7 +103,7 @@ async def test_postgresql_gives_back_what_it_was_given(shared: Any, tasks: list[
     """jsonb orders keys, drops space and writes numbers its own way: 1e22 becomes 10000000000000000000000."""
     payloads = [encode_payload(task).decode() for task in tasks]
     types = [type_name(Everything)] * len(tasks)
-    rows = await shared.fetch(SQL["enqueue_many"], types, payloads, *Options.check(queue="codec").values, None)
+    rows = await shared.fetch(SQL["enqueue_many"], types, payloads, *Options.check(queue="codec").columns, None)
     stored = await shared.fetch(
         "DELETE FROM notifyq.task WHERE id = ANY ($1) RETURNING id, payload, type", [row[0] for row in rows]
     )

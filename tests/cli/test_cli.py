@@ -35,7 +35,7 @@ from notifyq.cli.output import span
 from notifyq.database import schema, upgrade
 from notifyq.embedded import Server
 from notifyq.errors import ConfigError
-from notifyq.task import STATES
+from notifyq.options import STATES
 
 from ..conftest import Sessions, admin, eventually
 from ..helpers.machine import limit

@@ -1271,10 +1271,10 @@ RINGS: dict[str, tuple[Any, Callable[[Any, int, int], Any]]] = {
     "hand_back_all": (True, lambda c, w, id: c.fetchval(SQL["hand_back_all"], w, None)),
     "rescue": (True, lambda c, w, id: rescue(c, w, 9)),
     "insert": (True, lambda c, w, id: insert(c)),
-    "enqueue": (True, lambda c, w, id: c.fetch(SQL["enqueue"], "T", "{}", *Options.check(queue="q").values, None)),
+    "enqueue": (True, lambda c, w, id: c.fetch(SQL["enqueue"], "T", "{}", *Options.check(queue="q").columns, None)),
     "enqueue_many": (
         True,
-        lambda c, w, id: c.fetch(SQL["enqueue_many"], ["T"], ["{}"], *Options.check(queue="q").values, None),
+        lambda c, w, id: c.fetch(SQL["enqueue_many"], ["T"], ["{}"], *Options.check(queue="q").columns, None),
     ),
     "echo": ("hello", lambda c, w, id: c.fetchrow(SQL["check_due"], [], [], 9, "hello", None)),
 }

@@ -16,7 +16,7 @@ import pytest
 
 import notifyq
 from notifyq.database.connection import SQL
-from notifyq.rules import parse_rate
+from notifyq.options import parse_rate
 from notifyq.worker import job as claims
 
 from ..conftest import Process, Seen, eventually, working

@@ -13,6 +13,8 @@ import pytest
 
 import notifyq
 from notifyq.database import schema
+from notifyq.options import OPTIONS
+from notifyq.unique import Unique
 
 from ..conftest import Seen, working
 from ..helpers import verbs
@@ -138,6 +140,14 @@ async def test_what_sql_refuses(db: Any, options: str, message: str) -> None:
             await send(options)
         assert (caught.value.sqlstate, str(caught.value)) == ("23514", f"notifyq.task: {message}")
     assert [await db.fetchval(f"SELECT count(*) FROM notifyq.{table}") for table in ("task", "unique_key")] == [0, 0]
+
+
+def test_the_table_of_options_has_each_of_them() -> None:
+    """The keywords that type checkers know, in the order of the flags; the JSON that schema.sql knows."""
+    assert list(OPTIONS) == list(notifyq.EnqueueOptions.__annotations__)
+    written = {"limit_seconds", *(option.json for option in OPTIONS.values() if option.json)}
+    written |= Unique("k", None, None, "keep").options().keys()
+    assert written == WRONG.keys()
 
 
 def test_each_message_has_a_case() -> None:

@@ -22,7 +22,7 @@ from notifyq.database import connection
 from notifyq.database.connection import SQL
 from notifyq.embedded import Server
 from notifyq.errors import ConfigError, DatabaseError
-from notifyq.task import State
+from notifyq.options import State
 from notifyq.unique import DIGEST_LENGTH
 
 from ..conftest import Process, Seen, admin, eventually, grants, working
