@@ -20,12 +20,13 @@ from notifyq import Context, Task, lifespan
 from notifyq.errors import ConfigError, NotifyqError
 from notifyq.testing import drain, run_inline
 
-from ..conftest import Seen, working
+from ..helpers.logs import Logged
 from ..helpers.machine import limit
-from ..worker.test_lifecycle import ended, errors, state
+from ..helpers.rows import ended, errors, state
+from ..helpers.running import working
+from ..helpers.waiting import Seen
 
 Call = Callable[[Task, Context], Awaitable[object]]
-Logged = Callable[[str], list[dict[str, Any]]]
 
 
 class Note(notifyq.Task):

@@ -23,7 +23,7 @@ from notifyq.database.connection import SQL
 from notifyq.embedded import Server
 from notifyq.errors import ConfigError
 
-from ..conftest import database
+from ..helpers.databases import database
 
 
 class Color(enum.Enum):

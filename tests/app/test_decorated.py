@@ -17,8 +17,9 @@ import notifyq
 from notifyq import Context, Task
 from notifyq.testing import run_inline
 
-from ..conftest import eventually, working
 from ..helpers.machine import limit
+from ..helpers.running import working
+from ..helpers.waiting import eventually
 
 
 class T(Task):

@@ -9,7 +9,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,12 @@ import notifyq
 from notifyq import log
 from notifyq.cli import logs
 
-from ..conftest import Seen, eventually, working
+from ..helpers.logs import Logged
 from ..helpers.machine import limit
-from ..worker.test_forked import INSERT, Program, Start
-
-Logged = Callable[[str], list[dict[str, Any]]]
+from ..helpers.processes import Program, Start
+from ..helpers.running import working
+from ..helpers.waiting import Seen, eventually
+from ..worker.test_forked import INSERT
 
 APP = """
 import logging, logging.config

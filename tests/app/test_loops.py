@@ -22,8 +22,8 @@ import sqlalchemy.orm
 import notifyq
 from notifyq.testing import enqueued
 
-from ..conftest import working
 from ..helpers.machine import limit
+from ..helpers.running import working
 
 
 class Sent(notifyq.Task):

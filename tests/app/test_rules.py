@@ -17,7 +17,7 @@ import notifyq
 from notifyq import Task
 from notifyq.testing import drain, run_inline
 
-from ..conftest import working
+from ..helpers.running import working
 
 
 class Mail(Task):
@@ -256,7 +256,7 @@ async def test_crons_by_the_clock(dsn: str, db: Any) -> None:
     async def first() -> Any:
         return await db.fetchrow("SELECT queue, options ->> 'limit_key' FROM notifyq.task LIMIT 1")
 
-    from ..conftest import eventually
+    from ..helpers.waiting import eventually
 
     async with working(app, dsn):
         await eventually(first, ("elsewhere", "Tick"))

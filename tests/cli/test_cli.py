@@ -6,7 +6,6 @@ signals and exit codes are what they are about. Those are followed by what they 
 
 from __future__ import annotations
 
-import io
 import json
 import logging
 import os
@@ -17,8 +16,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Awaitable, Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -29,7 +27,7 @@ import asyncpg
 import click
 import pytest
 
-from notifyq.cli import COMMANDS, database, logs, main, supervisor, tasks
+from notifyq.cli import COMMANDS, database, logs, supervisor, tasks
 from notifyq.cli.load import load_app
 from notifyq.cli.output import span
 from notifyq.database import schema, upgrade
@@ -37,27 +35,13 @@ from notifyq.embedded import Server
 from notifyq.errors import ConfigError
 from notifyq.options import STATES
 
-from ..conftest import Sessions, admin, eventually
+from ..helpers.command import Run, Said
+from ..helpers.databases import Sessions, admin
 from ..helpers.machine import limit
+from ..helpers.waiting import eventually
 
 NOWHERE = "postgresql://somebody:secret@127.0.0.1:1/nothing"
 SCHEMA_COMMANDS = ["tasks", "show 1", "stats", "enqueue X", "retry 1", "cancel 1", "prune"]
-
-
-@dataclass
-class Said:
-    """How a command ended."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def lines(self) -> list[str]:
-        return self.out.splitlines()
-
-
-Run = Callable[..., Awaitable[Said]]
 
 
 @pytest.fixture(autouse=True)
@@ -67,19 +51,6 @@ def bare_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         if name.startswith(("NOTIFYQ_", "PG", "DATABASE_URL", "XDG_")) and name != "NOTIFYQ_PG_BIN":
             monkeypatch.delenv(name)
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
-    """`await run("tasks --limit 1", dsn=dsn)`; further arguments that aren't to be split follow the first."""
-
-    async def command(words: str, *more: str, dsn: str | None = None, stdin: bytes = b"") -> Said:
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
-        args = [*words.split(), *more, *([] if dsn is None else ["--dsn", dsn])]
-        code = await anyio.to_thread.run_sync(main, args)
-        return Said(code, *capsys.readouterr())
-
-    return command
 
 
 # -------------------------------------------------------------------------------- the command line itself

@@ -15,7 +15,7 @@ import pytest
 import notifyq
 from notifyq.errors import ConfigError, DatabaseError, SchemaError
 
-from ..conftest import Sessions
+from ..helpers.databases import Sessions
 from ..helpers.machine import limit
 
 

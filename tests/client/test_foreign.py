@@ -31,8 +31,9 @@ from notifyq.client import drivers
 from notifyq.embedded import Server
 from notifyq.errors import ConfigError, DatabaseError, SchemaError
 
-from ..conftest import Seen, eventually, working
 from ..helpers.machine import limit
+from ..helpers.running import working
+from ..helpers.waiting import Seen, eventually
 
 COUNT = "SELECT count(*) FROM notifyq.task"
 

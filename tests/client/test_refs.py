@@ -13,8 +13,9 @@ import pytest
 
 import notifyq
 
-from ..conftest import eventually, working
 from ..helpers.machine import limit
+from ..helpers.running import working
+from ..helpers.waiting import eventually
 
 
 class Job(notifyq.Task):

@@ -21,9 +21,12 @@ from notifyq.database import connection, schema
 from notifyq.database.connection import SQL
 from notifyq.embedded import Server
 
-from ..conftest import Process, Seen, Sessions, admin, database, eventually, grants, working
 from ..helpers import verbs, workers
+from ..helpers.databases import Sessions, admin, database, grants
 from ..helpers.machine import Probe, limit
+from ..helpers.processes import Process
+from ..helpers.running import working
+from ..helpers.waiting import Seen, eventually
 
 app = notifyq.App()
 

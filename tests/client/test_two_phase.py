@@ -9,9 +9,9 @@ import pytest
 
 import notifyq
 
-from ..conftest import Seen, eventually, working
+from ..helpers.running import working
 from ..helpers.steps import Session, Steps, steps
-from ..worker.test_doorbell import asleep
+from ..helpers.waiting import Seen, asleep, eventually
 
 INSERT = "INSERT INTO notifyq.task (type) VALUES ('Note')"
 LEFT = "SELECT count(*) FROM pg_prepared_xacts WHERE database = current_database()"

@@ -24,10 +24,12 @@ from notifyq.embedded import Server
 from notifyq.errors import DatabaseError, SchemaError
 from notifyq.worker import job as claims
 
-from ..conftest import Process, Seen, Sessions, admin, eventually, grants, working
-from ..faults.test_faults import started
+from ..helpers.databases import Sessions, admin, grants
 from ..helpers.machine import Probe, limit
 from ..helpers.old import SCHEMAS, OldWorker, statements
+from ..helpers.processes import Process, started
+from ..helpers.running import working
+from ..helpers.waiting import Seen, eventually
 
 pytestmark = [pytest.mark.slow, pytest.mark.skip("until there is a made-up version to upgrade to")]
 

@@ -11,7 +11,8 @@ import pytest
 
 import notifyq
 
-from ..conftest import eventually, working
+from ..helpers.running import working
+from ..helpers.waiting import eventually
 
 PAGE = (Path(__file__).parents[2] / "docs" / "operate.md").read_text(encoding="utf-8")
 _SQL = "\n".join(re.findall(r"```sql\n(.*?)```", PAGE, re.DOTALL))

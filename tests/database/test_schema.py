@@ -19,8 +19,10 @@ from notifyq.embedded import Server
 from notifyq.errors import DatabaseError, SchemaError
 from notifyq.worker import job as claims
 
-from ..conftest import Seen, admin, grants, working
+from ..helpers.databases import admin, grants
 from ..helpers.machine import limit
+from ..helpers.running import working
+from ..helpers.waiting import Seen
 
 # --- Installing
 

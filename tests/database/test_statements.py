@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
 from random import Random
 from typing import Any, NamedTuple
 
@@ -23,8 +22,9 @@ from notifyq.embedded import Server
 from notifyq.worker import job as claims
 from notifyq.worker.job import Onward
 
-from ..conftest import Sessions, admin, overload
+from ..helpers.databases import Sessions, admin, overload
 from ..helpers.machine import limit
+from ..helpers.plans import MOMENTS, rolled_back, touched
 from ..helpers.verbs import orphans, rescue, unseen
 
 ROW = (
@@ -231,35 +231,6 @@ async def crowd(server: Server, template: str) -> AsyncIterator[str]:
     await admin(server, "DROP DATABASE crowd WITH (FORCE)")
 
 
-# The planner multiplies tuples a page, as last counted, with the pages there are now.
-MOMENTS = {
-    "counted now": "",
-    "counted when empty": "UPDATE pg_class SET reltuples = 0",
-    "never counted": "UPDATE pg_class SET reltuples = -1, relpages = 0",
-}
-
-
-@asynccontextmanager
-async def rolled_back(conn: Any, moment: str = "counted now") -> AsyncIterator[None]:
-    """A transaction that is rolled back whatever happens in it, at that moment."""
-    transaction = conn.transaction()
-    await transaction.start()
-    try:
-        await at_moment(conn, moment)
-        yield
-    finally:
-        await transaction.rollback()
-
-
-async def at_moment(conn: Any, moment: str) -> None:
-    """Inside a transaction that is rolled back: have the planner believe what was counted at some other moment."""
-    if MOMENTS[moment]:
-        await conn.execute("SET LOCAL allow_system_table_mods = on")
-        await conn.execute(f"""
-            {MOMENTS[moment]} WHERE relnamespace = 'notifyq'::regnamespace AND relkind IN ('r', 'i');
-            DELETE FROM pg_statistic WHERE starelid IN ('notifyq.task'::regclass, 'notifyq.finished'::regclass)""")
-
-
 @pytest.fixture(scope="module")
 async def sessions(crowd: str) -> AsyncIterator[dict[str, Any]]:
     """A worker's connection for each moment, and a person's, in the crowded database."""
@@ -324,19 +295,6 @@ async def test_plans_in_an_empty_database(worker: Any) -> None:
     """A plan made here may be kept for hours."""
     for name in WORKERS:
         assert_plan(name, await plan_of(worker, name))
-
-
-TOUCHED = """
-    SELECT coalesce(sum(pg_stat_get_xact_tuples_returned(oid)), 0)::bigint
-    FROM pg_class
-    WHERE relnamespace = 'notifyq'::regnamespace AND (relname LIKE 'task%' OR relname LIKE 'finished%')"""
-
-
-async def touched(conn: Any, run: Callable[[], Any]) -> tuple[Any, int]:
-    """What it returns, and how many entries of indexes and rows of scans it read for that, as the server counted."""
-    before = await conn.fetchval(TOUCHED)
-    result = await run()
-    return result, await conn.fetchval(TOUCHED) - before
 
 
 @pytest.mark.parametrize("moment", MOMENTS)

@@ -25,8 +25,10 @@ from notifyq.database import connection
 from notifyq.embedded import Server
 from notifyq.errors import ConfigError
 
-from ..conftest import database, eventually, working
+from ..helpers.databases import database
 from ..helpers.machine import limit
+from ..helpers.running import working
+from ..helpers.waiting import eventually
 
 T = TypeVar("T")
 

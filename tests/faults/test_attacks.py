@@ -13,7 +13,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +33,15 @@ from notifyq.worker import claim as claiming
 from notifyq.worker import doorbell
 from notifyq.worker import job as claims
 
-from ..conftest import Seen, Sessions, eventually, working
+from ..helpers.databases import Sessions
+from ..helpers.logs import Logged
 from ..helpers.machine import Probe, limit
+from ..helpers.running import working
 from ..helpers.verbs import rescue
+from ..helpers.waiting import Seen, eventually
 
 pytestmark = pytest.mark.slow
 
-Logged = Callable[[str], list[dict[str, Any]]]
 ENQUEUE = "SELECT notifyq.enqueue('Good')"
 
 

@@ -18,10 +18,12 @@ from notifyq.database.connection import SQL
 from notifyq.worker import heartbeat
 from notifyq.worker.crons import Schedule
 
-from ..conftest import Seen, eventually, working
+from ..helpers.crons import CRON, known, made
+from ..helpers.limits import Bench, idle
+from ..helpers.logs import Logged
+from ..helpers.running import working
 from ..helpers.verbs import admit, claim, free, register
-from ..options.test_limits import Bench, idle
-from ..worker.test_cron import CRON, Logged, known, made
+from ..helpers.waiting import Seen, eventually
 
 pytestmark = pytest.mark.slow
 

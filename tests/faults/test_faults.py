@@ -5,11 +5,9 @@ from __future__ import annotations
 import itertools
 import json
 import signal
-import threading
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -21,99 +19,17 @@ import notifyq
 from notifyq.database import connection, schema
 from notifyq.embedded import Server
 
-from ..conftest import Process, Seen, Sessions, eventually, grants, overload, working
+from ..helpers.databases import Sessions, grants, outage, overload
+from ..helpers.logs import Logged
 from ..helpers.machine import Probe, limit
+from ..helpers.processes import Process, Spawn, Story, started, whose
+from ..helpers.rows import insert, states
+from ..helpers.running import working
+from ..helpers.waiting import Seen, eventually
 
 pytestmark = pytest.mark.slow
 
 INSERT = "INSERT INTO notifyq.task (type, payload) VALUES ($1, $2::text::jsonb) RETURNING id"
-Spawn = Callable[..., Process]
-Logged = Callable[[str], list[dict[str, Any]]]
-
-
-class Story:
-    """What a worker process tells, all of it, each line with the time it came."""
-
-    def __init__(self, process: Process) -> None:
-        self.process = process
-        self.lines: list[tuple[float, dict[str, Any]]] = []
-        threading.Thread(target=self._read, daemon=True).start()
-
-    def _read(self) -> None:
-        assert self.process.popen.stdout is not None
-        try:
-            for text in self.process.popen.stdout:
-                self.lines.append((time.monotonic(), json.loads(text)))
-        except ValueError:
-            assert self.process.popen.poll() is not None  # closed
-
-    def error(self) -> str:
-        """What it wrote to stderr, if it has ended."""
-        ended = self.process.popen.poll()
-        return "it lives" if ended is None else f"exit {ended}: {self.process.popen.stderr.read()}"  # type: ignore[union-attr]
-
-    def of(self, event: str, **fields: Any) -> list[tuple[float, dict[str, Any]]]:
-        return [
-            (at, line)
-            for at, line in self.lines
-            if line["event"] == event and all(line.get(name) == value for name, value in fields.items())
-        ]
-
-    def logged(self, text: str) -> list[dict[str, Any]]:
-        return [line["fields"] for _, line in self.of("log") if text in line["message"]]
-
-    async def reach(self, count: int, event: str, **fields: Any) -> float:
-        """Wait for that many; when the last of them came."""
-        seconds = limit()
-        with anyio.move_on_after(seconds):
-            while len(self.of(event, **fields)) < count:
-                await anyio.sleep(0.01)
-        found = self.of(event, **fields)
-        assert len(found) >= count, (
-            f"{len(found)} of {count} times {event!r} after {seconds:.0f} s in {self.lines}; {self.error()}"
-        )
-        return found[count - 1][0]
-
-
-async def started(spawn: Spawn, *options: str) -> Story:
-    story = Story(spawn(*options))
-    await story.reach(1, "started")
-    return story
-
-
-@asynccontextmanager
-async def outage(dsn: str) -> AsyncIterator[None]:
-    """Inside, this one database ends every session and takes no new one."""
-    parts = urlsplit(dsn)
-    name = parts.path.strip("/")
-    admin = await connection.connect(parts._replace(path="/postgres").geturl(), role="test")
-    try:
-        await admin.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS false")
-        await admin.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = $1", name)
-        yield
-    finally:
-        with anyio.CancelScope(shield=True):
-            await admin.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS true")
-            await admin.close()
-
-
-async def insert(db: Any, type: str, count: int = 1, queue: str = "default", **payload: Any) -> list[int]:
-    many = """INSERT INTO notifyq.task (type, queue, payload) SELECT $1, $2, $3::text::jsonb
-              FROM generate_series(1, $4::integer) RETURNING id"""
-    return [row[0] for row in await db.fetch(many, type, queue, json.dumps(payload), count)]
-
-
-async def states(db: Any, ids: list[int]) -> dict[tuple[str, int], int]:
-    """How many of them are in which state at which attempt."""
-    rows = await db.fetch("SELECT state, attempts FROM notifyq.all_tasks WHERE id = ANY ($1::bigint[])", ids)
-    return dict(Counter((row[0], row[1]) for row in rows))
-
-
-async def whose(db: Any, stories: list[Story]) -> list[Story]:
-    """Whose the running tasks are, first: one worker's, which had the turn and room for them all."""
-    names = "SELECT DISTINCT worker FROM notifyq.all_tasks WHERE state = 'running'"
-    [pid] = [int(row[0].rpartition(":")[2]) for row in await db.fetch(names)]
-    return sorted(stories, key=lambda story: story.process.pid != pid)
 
 
 # Processes.

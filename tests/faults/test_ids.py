@@ -4,7 +4,6 @@ lost, no task runs twice for it, and whoever waits gets the new task's end."""
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from typing import Any
 
 import anyio
@@ -14,11 +13,11 @@ import pytest
 import notifyq
 from notifyq.database import connection
 
-from ..conftest import Seen, eventually, working
 from ..helpers import verbs
+from ..helpers.logs import Logged
 from ..helpers.machine import limit
-
-Logged = Callable[[str], list[dict[str, Any]]]
+from ..helpers.running import working
+from ..helpers.waiting import Seen, eventually
 
 app = notifyq.App()
 ran = Seen()

@@ -27,9 +27,11 @@ from notifyq.database import connection, schema
 from notifyq.embedded import Server
 from notifyq.errors import DatabaseError
 
-from ..conftest import Seen, admin, database, eventually, working
+from ..helpers.databases import admin, database
 from ..helpers.machine import Probe, limit, probing
 from ..helpers.proxy import Proxy, free_port, proxy_to
+from ..helpers.running import working
+from ..helpers.waiting import Seen, eventually
 
 pytestmark = pytest.mark.slow
 

@@ -17,9 +17,11 @@ from notifyq.embedded import Server
 from notifyq.testing import advance, enqueued
 from notifyq.worker import job as claims
 
-from ..cli.test_cli import Run, run  # noqa: F401
-from ..conftest import Seen, admin, database, working
+from ..helpers.command import Run
+from ..helpers.databases import admin, database
 from ..helpers.machine import limit
+from ..helpers.running import working
+from ..helpers.waiting import Seen
 
 HERE = Path(schema.__file__).parent
 
@@ -71,7 +73,7 @@ async def fill(db: Any, odd: str) -> list[int]:
 
 
 @pytest.mark.parametrize("odd", ODD)
-async def test_people_go_on_looking(run: Run, dsn: str, db: Any, odd: str) -> None:  # noqa: F811
+async def test_people_go_on_looking(run: Run, dsn: str, db: Any, odd: str) -> None:
     ids = await fill(db, odd)
     states = [f"--state {state}" for state in ("scheduled", "ready", "cancelled")]
     for command in (
@@ -160,7 +162,7 @@ ODD_ROWS = r"""
     INSERT INTO notifyq.task (type, queue) VALUES ('Say', E'caf\xe9')"""
 
 
-async def test_other_encodings(encoded: tuple[str, str], run: Run) -> None:  # noqa: F811
+async def test_other_encodings(encoded: tuple[str, str], run: Run) -> None:
     """What fits is stored; what doesn't stops nobody else. In SQL_ASCII, bytes that are no text at all."""
     encoding, dsn = encoded
     seen = Seen()

@@ -5,7 +5,6 @@ In a publication, PostgreSQL refuses to update or delete rows of a table that ha
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,11 +13,11 @@ import notifyq
 from notifyq.database.connection import SQL
 from notifyq.worker import heartbeat, outages
 
-from ..conftest import Seen, eventually, working
+from ..helpers.logs import Logged
 from ..helpers.machine import limit
+from ..helpers.running import working
 from ..helpers.verbs import insert
-
-Logged = Callable[[str], list[dict[str, Any]]]
+from ..helpers.waiting import Seen, eventually
 
 WITHOUT_KEY = """
     SELECT c.relname::text FROM pg_class c

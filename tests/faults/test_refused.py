@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,13 @@ import notifyq
 from notifyq.database import connection, schema
 from notifyq.embedded import Server
 
-from ..conftest import Seen, working
+from ..helpers.logs import Logged
 from ..helpers.machine import Probe, limit
 from ..helpers.proxy import free_port
+from ..helpers.running import working
+from ..helpers.waiting import Seen
 
 pytestmark = pytest.mark.slow
-
-Logged = Callable[[str], list[dict[str, Any]]]
 
 
 @pytest.fixture(scope="module")

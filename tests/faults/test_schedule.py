@@ -15,8 +15,10 @@ import pytest
 
 import notifyq
 
-from ..conftest import Sessions, eventually, working
+from ..helpers.databases import Sessions
 from ..helpers.machine import Probe
+from ..helpers.running import working
+from ..helpers.waiting import eventually
 from ..worker.test_marks import force
 
 SEED = os.environ.get("NOTIFYQ_SEED")

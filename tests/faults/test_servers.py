@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,14 +27,15 @@ from notifyq.database import connection, schema
 from notifyq.embedded import Binaries, Server
 from notifyq.embedded.account import find_account
 
-from ..conftest import Seen, eventually, working
+from ..helpers.logs import Logged
 from ..helpers.proxy import free_port
+from ..helpers.running import working
+from ..helpers.waiting import Seen, eventually
 
 pytestmark = pytest.mark.servers
 
 DEBIAN = Path("/usr/lib/postgresql/15/bin")
 LOST = connection.TRANSIENT
-Logged = Callable[[str], list[dict[str, Any]]]
 
 
 def debian(data_dir: Path | None = None, **settings: str) -> Server:

@@ -21,9 +21,9 @@ from notifyq.worker import job as claims
 from notifyq.worker.outcome import Finished, HandedBack, RetryLater, Unhandled
 from notifyq.worker.settle import Settler
 
-from ..conftest import Seen, eventually, working
 from ..helpers import verbs
 from ..helpers.machine import limit
+from ..helpers.running import working
 from ..helpers.stages import Told
 from ..helpers.steps import PREPARED, Session, Steps, steps, until_blocked
 from ..helpers.verbs import (
@@ -42,6 +42,7 @@ from ..helpers.verbs import (
     retry,
     states,
 )
+from ..helpers.waiting import Seen, eventually
 
 settle = pytest.mark.parametrize("settle", SETTLES)
 take = pytest.mark.parametrize("take", [claim, claim_onward])

@@ -15,11 +15,11 @@ import pytest
 
 import notifyq
 
-from ..conftest import Seen, eventually, working
 from ..helpers.machine import limit
+from ..helpers.running import working
 from ..helpers.steps import PREPARED, Session, Steps, frozen, steps
 from ..helpers.verbs import OVERDUE, cancel, claim, fall_asleep, insert, register, retry, states, take_turn
-from ..worker.test_doorbell import asleep
+from ..helpers.waiting import Seen, asleep, eventually
 
 SOON = 3.0  # seconds, on an idle machine: nothing but the bell finds what is here that soon
 

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 
-from ..conftest import eventually
 from ..helpers.steps import Session, Steps, frozen, steps
 from ..helpers.verbs import (
     SETTLES,
@@ -35,6 +34,7 @@ from ..helpers.verbs import (
     tick,
     unregister,
 )
+from ..helpers.waiting import eventually
 
 settle = pytest.mark.parametrize("settle", SETTLES)
 LOCK, UNLOCK = "SELECT pg_try_advisory_lock(1852990827, $1)", "SELECT pg_advisory_unlock(1852990827, $1)"

@@ -24,12 +24,13 @@ from notifyq.testing import drain, run_inline
 from notifyq.worker import heartbeat
 from notifyq.worker.admission import Admission
 
-from ..conftest import Process, Seen, eventually, working
-from ..faults.test_faults import insert, started
 from ..helpers.machine import limit
+from ..helpers.processes import Process, started
+from ..helpers.rows import ended, errors, insert, state
+from ..helpers.running import working
 from ..helpers.steps import frozen, steps
 from ..helpers.verbs import claim, finish, held, later, register, rescue, silent
-from ..worker.test_lifecycle import ended, errors, state
+from ..helpers.waiting import Seen, eventually
 
 INSERT = """
     INSERT INTO notifyq.task (type, options)

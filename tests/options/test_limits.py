@@ -8,7 +8,7 @@ import math
 import random
 import signal
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import anyio
@@ -19,52 +19,14 @@ from notifyq.database.connection import SQL
 from notifyq.options import parse_rate
 from notifyq.worker import job as claims
 
-from ..conftest import Process, Seen, eventually, working
-from ..faults.test_faults import Story, started
 from ..helpers import verbs
+from ..helpers.limits import ONE, Bench, idle
 from ..helpers.machine import Probe
+from ..helpers.processes import Spawn, Story, started
+from ..helpers.running import working
 from ..helpers.steps import steps
 from ..helpers.verbs import admit, free
-
-Spawn = Callable[..., Process]
-
-
-class Bench:
-    """An app that counts how many of its handlers run at once, by limit_key; each for as long as its task says."""
-
-    def __init__(self) -> None:
-        self.app = notifyq.App()
-        self.most: dict[str, int] = {}
-        self.begun = Seen()
-        self.ended = Seen()
-        self._running: dict[str, int] = {}
-
-        class Job(notifyq.Task):
-            key: str
-            seconds: float = 0.0
-            fails: int = 0
-
-        self.Job = Job
-
-        @self.app.handler
-        async def job(task: Job, ctx: notifyq.Context) -> None:
-            self._running[task.key] = running = self._running.get(task.key, 0) + 1
-            self.most[task.key] = max(running, self.most.get(task.key, 0))
-            self.begun.add((ctx.id, time.monotonic()))
-            try:
-                await anyio.sleep(task.seconds)
-            finally:
-                self._running[task.key] -= 1
-            if ctx.attempt <= task.fails:
-                raise notifyq.Retry(delay=0)
-            self.ended.add(ctx.id)
-
-
-async def idle(db: Any) -> None:
-    """Nothing waits, nothing runs, and nobody has to look at anything any more."""
-    await eventually(lambda: db.fetchval("SELECT count(*) FROM notifyq.task"), 0)
-    await eventually(lambda: db.fetchval("SELECT count(*) FROM notifyq.slot_released"), 0)
-
+from ..helpers.waiting import eventually
 
 # What notifyq.rate_log forgets with the time of a rate.
 STARTS = """
@@ -171,7 +133,6 @@ async def test_one_key_with_many_tasks_costs_each_a_few_writes(dsn: str, db: Any
 
 # --- Step by step
 
-ONE: dict[str, Any] = {"options": '{"limit_key": "a", "limit_running": 1}'}
 RATE: dict[str, Any] = {"options": '{"limit_key": "a", "limit_rate": 2, "limit_seconds": 3600}'}
 
 

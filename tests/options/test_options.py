@@ -16,8 +16,9 @@ from notifyq.database import schema
 from notifyq.options import OPTIONS
 from notifyq.unique import Unique
 
-from ..conftest import Seen, working
 from ..helpers import verbs
+from ..helpers.running import working
+from ..helpers.waiting import Seen
 
 
 class Known(notifyq.Task):

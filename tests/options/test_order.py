@@ -11,11 +11,12 @@ import pytest
 import notifyq
 from notifyq.database import connection
 
-from ..conftest import Seen, eventually, working
-from ..database.test_statements import MOMENTS, rolled_back, touched
 from ..helpers import verbs
+from ..helpers.plans import MOMENTS, rolled_back, touched
+from ..helpers.running import working
 from ..helpers.steps import steps
 from ..helpers.verbs import admit, free
+from ..helpers.waiting import Seen, eventually
 
 ORDER: dict[str, Any] = {"options": '{"order_key": "a"}'}
 

@@ -25,9 +25,12 @@ from notifyq.errors import ConfigError, DatabaseError
 from notifyq.options import State
 from notifyq.unique import DIGEST_LENGTH
 
-from ..conftest import Process, Seen, admin, eventually, grants, working
 from ..helpers import verbs
+from ..helpers.databases import admin, grants
+from ..helpers.processes import Process
+from ..helpers.running import working
 from ..helpers.steps import Steps, steps
+from ..helpers.waiting import Seen, eventually
 
 WAITING: tuple[State, ...] = ("scheduled", "ready")
 KEY = '{"unique_key": "k"}'

@@ -32,8 +32,10 @@ from notifyq.testing import (
     run_inline,
 )
 
-from ..conftest import Seen, admin, working
+from ..helpers.databases import admin
 from ..helpers.machine import limit
+from ..helpers.running import working
+from ..helpers.waiting import Seen
 
 
 class User(msgspec.Struct):

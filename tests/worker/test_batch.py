@@ -21,12 +21,13 @@ from notifyq.errors import ConfigError
 from notifyq.testing import Ran, drain, run_inline
 from notifyq.worker.batch import Batches
 
-from ..conftest import Process, Seen, eventually, ids_of, working
-from ..faults.test_faults import insert, started, states, whose
+from ..helpers.logs import Logged, ids_of
 from ..helpers.machine import Probe, limit
-from .test_lifecycle import ended, errors, handed_back, nobody_left, state
+from ..helpers.processes import Process, started, whose
+from ..helpers.rows import ended, errors, handed_back, insert, nobody_left, state, states
+from ..helpers.running import working
+from ..helpers.waiting import Seen, eventually
 
-Logged = Callable[[str], list[dict[str, Any]]]
 CONTEXT = Context(id=1, queue="q", attempt=1, max_attempts=9, priority=0, created_at=datetime.now(UTC))
 CLAIMED = "SELECT count(*) FROM notifyq.task WHERE worker IS NOT NULL"
 

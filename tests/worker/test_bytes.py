@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -20,14 +20,16 @@ from notifyq.database import connection, schema
 from notifyq.embedded import Server
 from notifyq.worker import large_payloads, settle
 
-from ..conftest import Seen, admin, database, eventually, working
 from ..helpers import verbs
+from ..helpers.databases import admin, database
+from ..helpers.logs import Logged
 from ..helpers.machine import limit
 from ..helpers.proxy import Proxy, free_port, proxy_to
+from ..helpers.running import working
+from ..helpers.waiting import Seen, eventually
 
 pytestmark = pytest.mark.slow
 
-Logged = Callable[[str], list[dict[str, Any]]]
 
 # Text that PostgreSQL can't compress to less than two thirds.
 NOISE = "(SELECT left(string_agg(sha256(n::text::bytea)::text, ''), {size}) FROM generate_series(1, {size} / 60 + 1) n)"

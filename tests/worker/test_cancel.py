@@ -22,9 +22,12 @@ from notifyq.worker import heartbeat
 from notifyq.worker.worker import Worker
 
 from ..client.test_results import GARBAGE
-from ..conftest import Process, Seen, Sessions, eventually, working
 from ..helpers import verbs
+from ..helpers.databases import Sessions
 from ..helpers.machine import Probe, limit
+from ..helpers.processes import Process
+from ..helpers.running import working
+from ..helpers.waiting import Seen, eventually
 
 CANCELS = 10
 

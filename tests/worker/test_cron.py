@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -26,30 +25,18 @@ from notifyq.testing import advance
 from notifyq.worker import heartbeat
 from notifyq.worker.crons import Schedule
 
-from ..conftest import Seen, Sessions, eventually, working
+from ..helpers.crons import CRON, Nightly, known, made
+from ..helpers.databases import Sessions
+from ..helpers.logs import Logged
 from ..helpers.machine import Probe
+from ..helpers.running import working
+from ..helpers.waiting import Seen, eventually
 
-Logged = Callable[[str], list[dict[str, Any]]]
 pytestmark = pytest.mark.usefixtures("quick_heart")
-
-
-class Nightly(notifyq.Task):
-    region: str = "eu"
 
 
 class Needy(notifyq.Task):
     region: str
-
-
-def made(seen: Seen, expression: str = "0 3 * * *", **options: Any) -> notifyq.App:
-    app = notifyq.App()
-
-    @app.cron(expression, **options)
-    @app.handler
-    async def nightly(task: Nightly, ctx: notifyq.Context) -> None:
-        seen.add((ctx.id, task.region))
-
-    return app
 
 
 # --- When
@@ -87,16 +74,6 @@ def test_slots(expression: str, tz: str, after: str, want: list[str]) -> None:
 
 
 # --- One for each slot
-
-
-CRON = "SELECT next_at, last_at, paused, recent FROM notifyq.cron WHERE name = 'Nightly'"
-
-
-async def known(db: Any) -> datetime:
-    """Once its next slot is: that."""
-    await eventually(lambda: db.fetchval("SELECT next_at IS NOT NULL FROM notifyq.cron"))
-    found: datetime = (await db.fetchrow(CRON))["next_at"]
-    return found
 
 
 async def test_a_slot_has_one_task(dsn: str, db: Any, probe: Probe) -> None:

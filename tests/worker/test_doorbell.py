@@ -23,9 +23,11 @@ from notifyq.worker.doorbell import BURST, WINDOW_SECONDS, Door, Moderation, Pla
 from notifyq.worker.runners import Runners
 from notifyq.worker.settle import Settler
 
-from ..conftest import Seen, Sessions, eventually, working
+from ..helpers.databases import Sessions
 from ..helpers.machine import limit
+from ..helpers.running import working
 from ..helpers.stages import Told
+from ..helpers.waiting import Seen, asleep, eventually
 
 INSERT = "INSERT INTO notifyq.task (type, payload) VALUES ('Mark', $1::text::jsonb) RETURNING id"
 SOON = 3.0  # seconds, on an idle machine: nothing but the bell finds what is here that soon
@@ -53,17 +55,6 @@ def app(seen: Seen) -> notifyq.App:
 
 def mark(name: str) -> str:
     return json.dumps({"name": name})
-
-
-async def asleep(db: Any, workers: int = 1) -> None:
-    """Wait until a worker holds SHARE on the bell, granted, and the claim after that is over."""
-    query = """SELECT count(*) FROM pg_locks l JOIN pg_stat_activity a USING (pid)
-               WHERE l.relation = 'notifyq.bell'::regclass AND l.mode = 'ShareLock' AND l.granted
-                 AND a.state = 'idle in transaction'"""
-    await eventually(lambda: db.fetchval(query), workers)
-    idle = """SELECT count(*) FROM pg_stat_activity WHERE application_name LIKE 'notifyq claims %'
-              AND datname = current_database() AND state <> 'idle'"""
-    await eventually(lambda: db.fetchval(idle), 0)
 
 
 async def awake_and_arming(db: Any) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from typing import Any
 
 import anyio
@@ -15,10 +15,11 @@ from notifyq.embedded import Server
 from notifyq.errors import DatabaseError, SchemaError
 from notifyq.worker import heartbeat
 
-from ..conftest import Seen, Sessions, admin, eventually, grants, working
+from ..helpers.databases import Sessions, admin, grants
+from ..helpers.logs import Logged
+from ..helpers.running import working
 from ..helpers.steps import steps
-
-Logged = Callable[[str], list[dict[str, Any]]]
+from ..helpers.waiting import Seen, eventually
 
 
 class Say(notifyq.Task):

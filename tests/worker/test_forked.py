@@ -7,17 +7,16 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
-import anyio
 import pytest
 
 from notifyq.embedded import Server
 
-from ..conftest import eventually
-from ..helpers.machine import limit
+from ..helpers.processes import Program, Start
+from ..helpers.waiting import eventually
 
 pytestmark = pytest.mark.slow
 
@@ -206,49 +205,6 @@ FROM_THREADS = {
     "raises": 1,
     "returns": 0,
 }
-
-
-class Program:
-    """A program in a session of its own, as a service manager starts it. Its children end with it."""
-
-    def __init__(self, folder: Path, dsn: str, *words: str) -> None:
-        self.log = folder / f"log{len(list(folder.glob('log*')))}"
-        with self.log.open("wb") as log:
-            self.popen = subprocess.Popen(
-                words,
-                cwd=folder,
-                env={**os.environ, "NOTIFYQ_DSN": dsn},
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
-
-    @property
-    def said(self) -> str:
-        return self.log.read_text()
-
-    async def line(self, text: str, count: int = 1) -> str:
-        """The line with this text, once it is there so often."""
-        with anyio.move_on_after(limit()):
-            while (said := self.said).count(text) < count:
-                assert self.popen.poll() is None, f"it ended with {self.popen.returncode} before {text!r}:\n{said}"
-                await anyio.sleep(0.02)
-        assert said.count(text) >= count, f"no {text!r} in:\n{said}"
-        return next(line for line in said.splitlines() if text in line)
-
-    async def end(self) -> int:
-        with anyio.fail_after(limit()):
-            return await anyio.to_thread.run_sync(self.popen.wait, abandon_on_cancel=True)
-
-    def kill_all(self) -> None:
-        try:
-            os.killpg(self.popen.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
-        self.popen.wait()
-
-
-Start = Callable[..., Program]
 
 
 @pytest.fixture

@@ -15,12 +15,13 @@ from notifyq.worker import heartbeat, left_out
 from notifyq.worker.job import claim
 from notifyq.worker.left_out import NOT_TAKEN_BACK, LeftOut
 
-from ..conftest import Seen, Sessions, eventually, ids_of, working
+from ..helpers.databases import Sessions
+from ..helpers.logs import Logged, ids_of
+from ..helpers.running import working
 from ..helpers.verbs import insert, register, silent, unseen
+from ..helpers.waiting import Seen, eventually
 
 pytestmark = pytest.mark.slow
-
-Logged = Callable[[str], list[dict[str, Any]]]
 
 
 class Good(notifyq.Task):

@@ -18,10 +18,12 @@ from notifyq.worker import heartbeat
 from notifyq.worker.backoff import backoff_seconds, ceiling_seconds
 from notifyq.worker.capacity import Rate
 
-from ..conftest import Seen, Sessions, eventually, working
-from ..faults.test_faults import outage
 from ..helpers import verbs
+from ..helpers.databases import Sessions, outage
 from ..helpers.machine import Probe, limit
+from ..helpers.rows import ended, errors, handed_back, nobody_left, state
+from ..helpers.running import working
+from ..helpers.waiting import Seen, eventually
 
 
 class Note(notifyq.Task):
@@ -132,33 +134,6 @@ async def bench(dsn: str) -> AsyncIterator[Bench]:
     async with bench.app.connect(dsn):
         yield bench
         bench.release.set()
-
-
-async def state(db: Any, id: int) -> str | None:
-    value: str | None = await db.fetchval("SELECT state FROM notifyq.all_tasks WHERE id = $1", id)
-    return value
-
-
-async def errors(db: Any, id: int) -> list[dict[str, Any]]:
-    found = await db.fetchval("SELECT errors FROM notifyq.all_tasks WHERE id = $1", id)
-    return msgspec.json.decode(found, type=list[dict[str, Any]]) if found else []
-
-
-async def ended(db: Any, id: int, want: str) -> dict[str, Any]:
-    """Wait until the task is in the state `want`; its row."""
-    await eventually(lambda: state(db, id), want)
-    row = await db.fetchrow("SELECT * FROM notifyq.all_tasks WHERE id = $1", id)
-    return dict(row)
-
-
-async def handed_back(db: Any, *ids: int) -> bool:
-    """Ready again as if nothing had happened: no attempt counted, no error, nobody's."""
-    rows = await db.fetch("SELECT worker, attempts, errors FROM notifyq.task WHERE id = ANY ($1::bigint[])", ids)
-    return [tuple(row) for row in rows] == [(None, 0, None)] * len(ids)
-
-
-async def nobody_left(db: Any) -> bool:
-    return bool(await db.fetchval("SELECT count(*) = 0 FROM notifyq.worker"))
 
 
 # A worker stops.

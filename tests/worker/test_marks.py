@@ -13,9 +13,10 @@ from notifyq.worker import claim, cursors
 from notifyq.worker.cursors import BUSY_SECONDS, BUSY_TIMES, LAG_SECONDS, LEVELS, OWED_TIMES, PATIENCE_SECONDS, Marks
 from notifyq.worker.job import Job, Onward
 
-from ..conftest import Seen, Sessions, eventually, working
+from ..helpers.databases import Sessions
 from ..helpers.machine import Probe, limit
-from .test_doorbell import asleep
+from ..helpers.running import working
+from ..helpers.waiting import Seen, asleep, eventually
 
 FRONT, ONWARD = False, True
 

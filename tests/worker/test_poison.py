@@ -20,8 +20,9 @@ import pytest
 
 import notifyq
 
-from ..conftest import Seen, eventually, working
 from ..helpers.machine import Probe
+from ..helpers.running import working
+from ..helpers.waiting import Seen, eventually
 
 pytestmark = pytest.mark.slow
 

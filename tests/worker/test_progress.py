@@ -19,10 +19,12 @@ from notifyq.worker import heartbeat
 from notifyq.worker.runners import Runners
 
 from ..client.test_results import GARBAGE
-from ..conftest import Seen, Sessions, eventually, working
 from ..helpers import verbs
+from ..helpers.databases import Sessions
 from ..helpers.machine import limit
+from ..helpers.running import working
 from ..helpers.stages import Told
+from ..helpers.waiting import Seen, eventually
 
 STEPS = [notifyq.Progress(0.25, "a"), notifyq.Progress(0.5), notifyq.Progress(0.75, "c")]
 

@@ -12,10 +12,11 @@ import pytest
 from notifyq.database.connection import SQL
 from notifyq.testing import drain
 
-from ..conftest import eventually, working
 from ..helpers import verbs
+from ..helpers.limits import ONE, Bench, idle
 from ..helpers.machine import Probe, limit
-from ..options.test_limits import ONE, Bench, idle
+from ..helpers.running import working
+from ..helpers.waiting import eventually
 
 
 async def test_paused_and_resumed(dsn: str, db: Any, probe: Probe) -> None:

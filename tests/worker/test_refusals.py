@@ -7,7 +7,6 @@ import asyncio
 import json
 import re
 import time
-from collections.abc import Callable
 from typing import Any
 
 import anyio
@@ -23,12 +22,13 @@ from notifyq.worker.job import Job
 from notifyq.worker.outcome import Finished, HandedBack, Outcome, RetryLater, returned, smaller
 from notifyq.worker.worker import Worker
 
-from ..conftest import Seen, Sessions, eventually, ids_of, working
+from ..helpers.databases import Sessions
+from ..helpers.logs import Logged, ids_of
 from ..helpers.machine import limit
+from ..helpers.running import working
+from ..helpers.waiting import Seen, eventually
 
 pytestmark = pytest.mark.slow
-
-Logged = Callable[[str], list[dict[str, Any]]]
 
 
 class Good(notifyq.Task):

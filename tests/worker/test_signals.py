@@ -16,8 +16,10 @@ import pytest
 
 import notifyq
 
-from ..conftest import eventually, working
-from .test_forked import INSERT, Program, Start
+from ..helpers.processes import Program, Start
+from ..helpers.running import working
+from ..helpers.waiting import eventually
+from .test_forked import INSERT
 
 pytestmark = pytest.mark.slow
 

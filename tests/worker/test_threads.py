@@ -22,8 +22,9 @@ from notifyq.worker.outcome import HandedBack, Outcome
 from notifyq.worker.runners import Runners
 from notifyq.worker.settle import Settler
 
-from ..conftest import Seen, eventually, working
+from ..helpers.running import working
 from ..helpers.stages import Told
+from ..helpers.waiting import Seen, eventually
 
 pytestmark = pytest.mark.slow
 

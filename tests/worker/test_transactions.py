@@ -19,10 +19,12 @@ import notifyq
 from notifyq.errors import ConfigError, LeaseLost
 from notifyq.worker import heartbeat
 
-from ..conftest import Process, Seen, eventually, working
-from ..faults.test_faults import Story
+from ..helpers.logs import Logged
 from ..helpers.machine import limit
-from .test_lifecycle import ended, errors, state
+from ..helpers.processes import Process, Story
+from ..helpers.rows import ended, errors, state
+from ..helpers.running import working
+from ..helpers.waiting import Seen, eventually
 
 LEDGER = "CREATE TABLE ledger (task bigint, attempt integer)"
 # COMMIT waits for whoever has this lock.
@@ -34,8 +36,6 @@ SLOW_COMMIT = """
 
 # A worker that asks what became of a transaction.
 ASKS = "application_name = 'notifyq handler''s commit' AND datname = current_database()"
-
-Logged = Callable[[str], list[dict[str, Any]]]
 
 
 class Book(notifyq.Task):

@@ -12,8 +12,8 @@ import notifyq
 from notifyq import Cancel, Dead, Retry, Task
 from notifyq.testing import run_inline
 
-from ..conftest import working
 from ..helpers.machine import limit
+from ..helpers.running import working
 
 
 class T(Task):

@@ -1,0 +1,51 @@
+"""An app that measures its limits, and the end of all waiting for one."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import anyio
+
+import notifyq
+
+from .waiting import Seen, eventually
+
+ONE: dict[str, Any] = {"options": '{"limit_key": "a", "limit_running": 1}'}
+
+
+class Bench:
+    """An app that counts how many of its handlers run at once, by limit_key; each for as long as its task says."""
+
+    def __init__(self) -> None:
+        self.app = notifyq.App()
+        self.most: dict[str, int] = {}
+        self.begun = Seen()
+        self.ended = Seen()
+        self._running: dict[str, int] = {}
+
+        class Job(notifyq.Task):
+            key: str
+            seconds: float = 0.0
+            fails: int = 0
+
+        self.Job = Job
+
+        @self.app.handler
+        async def job(task: Job, ctx: notifyq.Context) -> None:
+            self._running[task.key] = running = self._running.get(task.key, 0) + 1
+            self.most[task.key] = max(running, self.most.get(task.key, 0))
+            self.begun.add((ctx.id, time.monotonic()))
+            try:
+                await anyio.sleep(task.seconds)
+            finally:
+                self._running[task.key] -= 1
+            if ctx.attempt <= task.fails:
+                raise notifyq.Retry(delay=0)
+            self.ended.add(ctx.id)
+
+
+async def idle(db: Any) -> None:
+    """Nothing waits, nothing runs, and nobody has to look at anything any more."""
+    await eventually(lambda: db.fetchval("SELECT count(*) FROM notifyq.task"), 0)
+    await eventually(lambda: db.fetchval("SELECT count(*) FROM notifyq.slot_released"), 0)
