@@ -6,7 +6,7 @@ smtp       the mail server that the handlers talk to
 traffic    all clients that enqueue
 story      what happens, and when
 check      what must hold at the end
-database   an embedded PostgreSQL, or yours
+stage      the database, and where all processes find it
 processes  the child processes
 screen     what a person sees
 """
@@ -31,9 +31,10 @@ def main(seconds: float = 20.0, tasks: int = 5000, dsn: str | None = None) -> in
 
     seconds  how long there is traffic
     tasks    about how many tasks in all
-    dsn      a PostgreSQL of yours to run it on; the demo leaves nothing there but the schema notifyq
+    dsn      a PostgreSQL of yours to run it on, in a database that the demo creates and drops
 
-    Raises ConfigError for arguments out of range and for missing libraries, and what `notifyq migrate` raises.
+    Raises ConfigError for arguments out of range and for missing libraries, DatabaseError for a server that can't be
+    reached or a role that may not create databases.
     """
     if not (math.isfinite(seconds) and 5 <= seconds <= 3600):
         raise ConfigError(f"the demo can't take {seconds:g} seconds; expected 5 to 3600")
@@ -41,10 +42,11 @@ def main(seconds: float = 20.0, tasks: int = 5000, dsn: str | None = None) -> in
         raise ConfigError(f"the demo can't have {tasks} tasks; expected 200 to 1000000")
     if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
         raise ConfigError(f"the demo needs {', '.join(missing)}; run: pip install 'notifyq[demo]'")
-    from . import story
+    from .stage import run
+    from .traffic import Plan
 
     try:
-        return anyio.run(story.run, seconds, tasks, dsn)
+        return anyio.run(run, Plan(seconds, tasks), dsn)
     except BaseExceptionGroup as group:
         # Several things may fail at once: raise the one that says why.
         ours, others = group.split(NotifyqError)

@@ -28,7 +28,6 @@ class User(msgspec.Struct, forbid_unknown_fields=True):
 class DemoTask(notifyq.Task):
     """The settings that all tasks here share. It has no handler, so it is no type of task itself."""
 
-    queue = os.environ.get("DEMO_QUEUE", "default")
     backoff = 0.2  # seconds; the default of 2 suits a real mail server
     timeout = 20.0
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import NamedTuple
@@ -20,7 +20,7 @@ from typing import NamedTuple
 # Far above the usual figures, as the machine may be busy; and far below the 2.5 s of polling without a bell.
 WAKE_P50_MS, WAKE_P99_MS = 100.0, 1000.0
 LATE_P50_MS = 100.0
-RESCUE_MS = 5000.0
+RESCUE_SECONDS = 5.0
 
 COPIED = "DRAW_AVATAR"  # the type of the tasks that COPY writes
 NEVER = datetime.max.replace(tzinfo=UTC)
@@ -39,6 +39,9 @@ class Row(NamedTuple):
     error: str | None = None
     key: str | None = None  # of the mail that the task sends
     user: str | None = None  # the id of the user who signed up
+
+    def __str__(self) -> str:
+        return f"task {self.id} is {self.state} after {self.attempts} attempts, error: {self.error}"
 
     def ms_since(self, then: datetime) -> float:
         """Milliseconds from then to the latest claim, which overwrites the time of those before."""
@@ -100,69 +103,60 @@ class Finding(NamedTuple):
     """A check's statement, and what contradicts it: nothing, if the check holds."""
 
     statement: str
-    wrong: list[str]
+    wrong: Collection[object]
 
     def __str__(self) -> str:
-        more = [f"and {len(self.wrong) - 3} more"] if len(self.wrong) > 3 else []
-        return "; ".join([self.statement, *self.wrong[:3], *more])
+        return "; ".join(map(str, [self.statement, *self.wrong][:4])) + ("; ..." if len(self.wrong) > 3 else "")
 
 
 def every_task_ended(facts: Facts) -> Finding:
-    states = Counter(row.state for row in facts.rows)
-    wrong = [
+    wrong: list[object] = [row for row in facts.rows if row.state not in ("done", "dead")]
+    wrong += [
         f"{type}: {enqueued} enqueued, {done} done + {dead} dead"
         for type, enqueued, done, dead, _ in facts.totals()
         if enqueued != done + dead
     ]
-    wrong += [f"{count} {state}" for state, count in states.items() if state not in ("done", "dead")]
-    text = f"{facts.enqueued.total():,} enqueued = {states['done']:,} done + {states['dead']} dead"
-    return Finding(f"{text}, and so for each type", wrong)
+    done, dead = len(facts.done()), sum(row.state == "dead" for row in facts.rows)
+    return Finding(f"{facts.enqueued.total():,} enqueued = {done:,} done + {dead} dead, and so for each type", wrong)
 
 
 def only_malformed_rows_are_dead(facts: Facts) -> Finding:
     dead = {row.id: row for row in facts.rows if row.state == "dead"}
-    wrong = [f"task {id} is malformed and not dead" for id in facts.malformed - dead.keys()]
-    wrong += [f"task {id} is dead: {dead[id].error}" for id in dead.keys() - facts.malformed]
-    wrong += [f"task {row.id} died without a reason" for row in dead.values() if not row.error]
-    wrong += [f"task {row.id} died after {row.attempts} attempts" for row in dead.values() if row.attempts != 1]
+    wrong: list[object] = [dead.get(id, f"task {id} isn't dead") for id in facts.malformed ^ dead.keys()]
+    wrong += [row for row in dead.values() if row.attempts != 1 or not row.error]
     return Finding(f"only the {len(facts.malformed)} malformed rows are dead, each at once, with its reason", wrong)
 
 
 def users_commit_with_their_tasks(facts: Facts) -> Finding:
     mailed = {row.user for row in facts.done() if row.user}
-    wrong = [f"user {user} signed up and is not in the table" for user in facts.signed_up - facts.users]
-    wrong += [f"user {user} is in the table without having signed up" for user in facts.users - facts.signed_up]
-    wrong += [f"user {user} got no task" for user in facts.users - mailed]
-    wrong += [f"a task is for user {user}, who was rolled back" for user in mailed - facts.users]
     text = f"{len(facts.users)} users, each with the task of the same transaction"
+    wrong = (facts.signed_up ^ facts.users) | (facts.users ^ mailed)
     return Finding(f"{text}; of {facts.turned_away} rolled back, neither is left", wrong)
 
 
 def each_mail_has_its_task(facts: Facts) -> Finding:
     keys = {row.key for row in facts.done() if row.key}
-    wrong = [f"task with key {key} is done, and there is no mail" for key in keys - facts.received.keys()]
-    wrong += [f"mail with key {key}, and no task for it is done" for key in facts.received.keys() - keys]
-    return Finding(f"{len(facts.received)} mails received = {len(keys)} mail tasks done", wrong)
+    return Finding(f"{len(facts.received)} mails received = {len(keys)} mail tasks done", keys ^ facts.received.keys())
 
 
 def only_the_kill_doubles_mails(facts: Facts) -> Finding:
     """A mail comes twice if its worker is killed after the mail was received and before the outcome is written."""
-    doubles = {key: count for key, count in facts.received.items() if count > 1}
     interrupted = facts.interrupted()
     excused = {row.key for row in facts.rows if row.id in interrupted}
-    wrong = [f"mail {key} came {count} times without a kill" for key, count in doubles.items() if key not in excused]
-    wrong += [f"mail {key} came {count} times for one kill" for key, count in doubles.items() if count > 2]
+    doubles = {key: count for key, count in facts.received.items() if count > 1}
+    wrong = [f"{key} came {count} times" for key, count in doubles.items() if key not in excused or count > 2]
     return Finding(f"{len(doubles)} of them came twice, each from a task that ran again after the kill", wrong)
 
 
 def every_attempt_is_explained(facts: Facts) -> Finding:
     """A refusal costs an attempt, and so does the kill; a refusal and the kill together may cost only one."""
     interrupted = facts.interrupted()
-    wrong: list[str] = []
-    for row in facts.done():
-        refused = facts.refused[row.key or ""]
-        if row.attempts - 1 - refused not in ((0, 1) if row.id in interrupted else (0,)):
-            wrong.append(f"task {row.id} took {row.attempts} attempts with {refused} refusals")
+    wrong = [
+        f"{refused} refusals, and {row}"
+        for row in facts.done()
+        if row.attempts - 1 - (refused := facts.refused[row.key or ""])
+        not in ((0, 1) if row.id in interrupted else (0,))
+    ]
     text = f"{facts.refused.total()} refusals and {len(interrupted)} tasks killed"
     return Finding(f"{text}; nothing else cost an attempt", wrong)
 
@@ -173,14 +167,10 @@ def tasks_start_at_once(facts: Facts) -> Finding:
     Of mail tasks, which come singly; and only of those that ran once, whose latest claim is the first.
     """
     begin, end = facts.copy_window()
-    waits = [
-        row.ms_since(row.created_at)
-        for row in facts.done()
-        if row.key and row.attempts == 1 and not begin <= row.created_at <= end
-    ]
-    p50, p99 = quantile(waits, 0.5), quantile(waits, 0.99)
+    rows = [row for row in facts.done() if row.key and row.attempts == 1 and not begin <= row.created_at <= end]
+    p50, p99 = percentiles(row.ms_since(row.created_at) for row in rows)
     wrong = [] if p50 < WAKE_P50_MS and p99 < WAKE_P99_MS else [f"expected {WAKE_P50_MS:g} and {WAKE_P99_MS:g} ms"]
-    text = f"wake-up p50 {p50:.1f} ms, p99 {p99:.1f} ms: INSERT to claim, of {len(waits)} enqueued singly"
+    text = f"wake-up p50 {p50:.1f} ms, p99 {p99:.1f} ms: INSERT to claim, of {len(rows)} enqueued singly"
     return Finding(text, wrong)
 
 
@@ -188,13 +178,11 @@ def scheduled_tasks_start_on_time(facts: Facts) -> Finding:
     """None may be early. Those that became due while the COPY's tasks ran may be late."""
     begin, end = facts.copy_window()
     rows = [row for row in facts.done() if row.id in facts.scheduled and row.attempts == 1]
-    early = [row for row in rows if row.ms_since(row.run_at) < 0]
-    wrong = [f"task {row.id} started {-row.ms_since(row.run_at):.1f} ms early" for row in early]
+    wrong = [f"{-ms:.1f} ms early: {row}" for row in rows if (ms := row.ms_since(row.run_at)) < 0]
     late = [row.ms_since(row.run_at) for row in rows if not begin <= row.run_at <= end]
-    if not late:
-        return Finding(f"{len(rows)} scheduled tasks, all due while the COPY's tasks ran", wrong)
-    p50, p99 = quantile(late, 0.5), quantile(late, 0.99)
-    wrong += [] if p50 < LATE_P50_MS else [f"expected {LATE_P50_MS:g} ms"]
+    p50, p99 = percentiles(late)
+    if late and not p50 < LATE_P50_MS:
+        wrong.append(f"expected {LATE_P50_MS:g} ms")
     return Finding(f"scheduled late p50 {p50:.1f} ms, p99 {p99:.1f} ms: run_at to claim, of {len(late)}", wrong)
 
 
@@ -203,15 +191,14 @@ def killed_tasks_run_again(facts: Facts) -> Finding:
     interrupted = facts.interrupted()
     if facts.killed is None or not interrupted:
         return Finding("a worker was killed", ["it ran no task then"])
-    rows = {row.id: row for row in facts.rows if row.id in interrupted}
-    wrong = [f"task {id} was lost" for id in interrupted.keys() - rows.keys()]
-    wrong += [f"task {row.id} is {row.state}" for row in rows.values() if row.state != "done"]
-    after = [row.ms_since(facts.killed.at) for row in rows.values() if row.attempts == interrupted[row.id] + 1]
-    first, last = min(after, default=math.nan), max(after, default=math.nan)
-    if not (first > 0 and last < RESCUE_MS):
-        wrong.append(f"expected {RESCUE_MS / 1000:g} s")
-    again = f"the first ran again after {first / 1000:.1f} s, the last after {last / 1000:.1f} s"
-    return Finding(f"{facts.killed.name} killed with {len(interrupted)} tasks: {again}", wrong)
+    done = {row.id: row for row in facts.done()}
+    wrong = [f"task {id} isn't done" for id in interrupted.keys() - done.keys()]
+    again = [done[id] for id, attempt in interrupted.items() if id in done and done[id].attempts == attempt + 1]
+    seconds = sorted(row.ms_since(facts.killed.at) / 1000 for row in again) or [math.nan]
+    if not 0 < seconds[0] <= seconds[-1] < RESCUE_SECONDS:
+        wrong.append(f"expected {RESCUE_SECONDS:g} s")
+    text = f"{facts.killed.name} killed with {len(interrupted)} tasks"
+    return Finding(f"{text}: the first ran again after {seconds[0]:.1f} s, the last after {seconds[-1]:.1f} s", wrong)
 
 
 def a_stopped_worker_finishes_its_tasks(facts: Facts) -> Finding:
@@ -220,6 +207,13 @@ def a_stopped_worker_finishes_its_tasks(facts: Facts) -> Finding:
     name, _, held, code = facts.drained
     wrong = [] if code == 0 else [f"{name} didn't end" if code is None else f"{name} ended with {code}"]
     return Finding(f"SIGTERM to {name}, which ran {len(held)} tasks: it finished them, exit code 0", wrong)
+
+
+def percentiles(values: Iterable[float]) -> tuple[float, float]:
+    """p50 and p99: the smallest value that 50 % of all don't exceed, and 99 %. NaN if there are none."""
+    ordered = sorted(values) or [math.nan]
+    p50, p99 = (ordered[math.ceil(share * len(ordered)) - 1] for share in (0.5, 0.99))
+    return p50, p99
 
 
 CHECKS: tuple[Callable[[Facts], Finding], ...] = (
@@ -234,9 +228,3 @@ CHECKS: tuple[Callable[[Facts], Finding], ...] = (
     killed_tasks_run_again,
     a_stopped_worker_finishes_its_tasks,
 )
-
-
-def quantile(values: Iterable[float], q: float) -> float:
-    """The smallest of the values that at least the share `q` of them don't exceed; NaN if there are none."""
-    ordered = sorted(values)
-    return ordered[max(0, math.ceil(q * len(ordered)) - 1)] if ordered else math.nan

@@ -5,12 +5,11 @@ from __future__ import annotations
 import signal
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import IO
 
 import anyio
-from anyio.abc import Process, TaskStatus
+from anyio.abc import Process, TaskGroup, TaskStatus
 
 from notifyq import NotifyqError
 
@@ -31,11 +30,8 @@ runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
 
 @dataclass(eq=False)
 class Child:
-    """A process, and the file that it prints to."""
-
     name: str
     process: Process
-    output: IO[bytes]
     may_end: bool = False
 
     async def end(self, number: signal.Signals, seconds: float) -> int | None:
@@ -47,38 +43,41 @@ class Child:
             await self.process.wait()
         return self.process.returncode
 
-    def last_lines(self) -> str:
-        """Call this last: a child that goes on writes from where this has read to."""
-        self.output.seek(0)
-        lines = self.output.read().decode(errors="replace").splitlines()[-12:]
-        return "\n".join(f"    {line}" for line in lines)
 
+@dataclass
+class Children:
+    """They run in the task group: it fails when a child ends by itself, and ends them all when it is cancelled."""
 
-async def run_child(
-    name: str, command: str, environment: Mapping[str, str], fds: Sequence[int], *, task_status: TaskStatus[Child]
-) -> None:
-    """Run `python -m command`, and end it when this is cancelled. `fds` are open files for the child.
+    group: TaskGroup
+    output: IO[bytes] = field(default_factory=tempfile.TemporaryFile)  # of all of them
 
-    Raises NotifyqError when the child ends by itself.
-    """
-    output = tempfile.TemporaryFile()  # noqa: SIM115 - the Child keeps it: a failed check prints the last lines
-    process = await anyio.open_process(
-        [sys.executable, "-c", LEASHED, *command.split()],
-        stdout=output,
-        stderr=output,
-        pass_fds=fds,
-        env=environment,
-        start_new_session=True,  # Ctrl-C in a terminal goes to the demo alone, which then ends its children in order
-    )
-    async with process:
-        child = Child(name, process, output)
-        task_status.started(child)
-        try:
-            await process.wait()
-        finally:
-            with anyio.move_on_after(3, shield=True):
-                assert process.stdin is not None
-                await process.stdin.aclose()  # the leash
+    async def start(self, name: str, command: str, *fds: int) -> Child:
+        """Start `python -m command`. `fds` are open files that it inherits."""
+        child: Child = await self.group.start(self._run, name, command, fds)
+        return child
+
+    async def _run(self, name: str, command: str, fds: tuple[int, ...], *, task_status: TaskStatus[Child]) -> None:
+        process = await anyio.open_process(
+            [sys.executable, "-c", LEASHED, *command.split()],
+            stdout=self.output,
+            stderr=self.output,
+            pass_fds=fds,
+            start_new_session=True,  # Ctrl-C in a terminal is for the demo alone, which then ends its children in order
+        )
+        async with process:
+            child = Child(name, process)
+            task_status.started(child)
+            try:
                 await process.wait()
-    if not child.may_end:
-        raise NotifyqError(f"{name} ended, exit code {process.returncode}:\n{child.last_lines()}")
+            finally:
+                with anyio.move_on_after(3, shield=True):
+                    assert process.stdin is not None
+                    await process.stdin.aclose()  # the leash
+                    await process.wait()
+        if not child.may_end:
+            raise NotifyqError(f"{name} ended, exit code {process.returncode}:\n{self.last_lines()}")
+
+    def last_lines(self) -> str:
+        """What the children printed last. Call it at the end, as they share the position in the file."""
+        self.output.seek(0)
+        return "".join(f"    {line}\n" for line in self.output.read().decode(errors="replace").splitlines()[-24:])

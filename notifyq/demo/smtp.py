@@ -9,6 +9,7 @@ import re
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Self
 
 from aiosmtpd.smtp import SMTP, Envelope, Session
 
@@ -19,8 +20,8 @@ class MailServer:
     def __init__(self, refuse: float = 0.08, seconds: tuple[float, float] = (0.04, 0.2)) -> None:
         self.refuse = refuse  # the share of deliveries that it refuses
         self.seconds = seconds  # how long a delivery takes: as long as elsewhere, so that workers hold some tasks
-        self.received: Counter[str] = Counter()
-        self.refused: Counter[str] = Counter()
+        self.received, self.refused = Counter[str](), Counter[str]()
+        self.port = 0
 
     async def handle_DATA(self, server: SMTP, session: Session, envelope: Envelope) -> str:
         assert isinstance(envelope.content, bytes)
@@ -37,11 +38,12 @@ class MailServer:
         return "250 2.0.0 OK"
 
     @asynccontextmanager
-    async def serve(self) -> AsyncIterator[int]:
-        """Listen on a port that the system chooses; yields it."""
+    async def serve(self) -> AsyncIterator[Self]:
+        """Listen on a port that the system chooses."""
         logging.getLogger("mail.log").setLevel(logging.CRITICAL)  # aiosmtpd logs each connection, and each broken one
         loop = asyncio.get_running_loop()
         # With a hostname given, aiosmtpd doesn't ask the DNS for one.
         listener = await loop.create_server(lambda: SMTP(self, hostname="localhost"), "127.0.0.1", 0)
+        self.port = listener.sockets[0].getsockname()[1]
         async with listener:
-            yield listener.sockets[0].getsockname()[1]
+            yield self

@@ -5,19 +5,23 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
+import subprocess
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import anyio
+import asyncpg
 import httpx
 
 from notifyq import NotifyqError
+from notifyq.embedded import find_binaries
+from notifyq.errors import EmbeddedError
 
 from .app import ExpireKey, app
 from .check import COPIED, Facts
-from .database import Database, find_psql, libpq_variables
 
 CROWD = 30  # signups at the same moment
 
@@ -38,39 +42,32 @@ MALFORMED: tuple[tuple[str, Any], ...] = (
 )
 
 
-class Plan(NamedTuple):
-    """How many tasks come from where. Of `requests` to the web application, it turns a tenth away."""
+class Plan:
+    """For how long, and how many tasks come from where: single ones at people's pace, and the rest in the COPY."""
 
-    requests: int
-    by_psql: int
-    scheduled: int
-    copied: int
-
-
-def make_plan(seconds: float, tasks: int) -> Plan:
-    """About `tasks` in all: single ones at the pace of people, and the rest in the COPY."""
-    requests = min(tasks // 4, int(40 * seconds))
-    by_psql = min(tasks // 20, int(2 * seconds))
-    scheduled = min(tasks // 20, int(10 * seconds))
-    return Plan(requests, by_psql, scheduled, copied=tasks - requests - by_psql - scheduled)
+    def __init__(self, seconds: float, tasks: int) -> None:
+        self.seconds = seconds
+        self.requests = min(tasks // 4, int(40 * seconds))  # to the web application, which turns a tenth away
+        self.by_psql = min(tasks // 20, int(2 * seconds))
+        self.scheduled = min(tasks // 20, int(10 * seconds))
+        self.copied = tasks - self.requests - self.by_psql - self.scheduled
 
 
 @dataclass
 class Traffic:
-    """It goes on for `seconds` from when this is made. Each client counts in `facts` what was confirmed to it."""
+    """It begins when this is made. Each client counts in `facts` what was confirmed to it."""
 
-    db: Database
+    pool: asyncpg.Pool[asyncpg.Record]
     http: httpx.AsyncClient
     facts: Facts
     plan: Plan
-    seconds: float
     say: Callable[[str], None]
     began: float = field(default_factory=anyio.current_time)
     emails: list[str] = field(default_factory=list[str])  # of the users who have signed up
 
     async def at(self, share: float) -> None:
         """Wait until this share of the time is over."""
-        await anyio.sleep_until(self.began + share * self.seconds)
+        await anyio.sleep_until(self.began + share * self.plan.seconds)
 
     async def visit(self) -> None:
         """People sign up. Some forget their password, and some forget that they have signed up before."""
@@ -114,49 +111,56 @@ class Traffic:
     async def use_psql(self) -> None:
         """A client that knows nothing of notifyq but its table."""
         psql = find_psql()
-        environment = {**os.environ, **libpq_variables(self.db.url)}
         for number in range(self.plan.by_psql):
             await self.at(number / self.plan.by_psql)
             payload = json.dumps({"email": "psql@example.org", "reset_key": f"psql-{number}"})
-            # As a person types it at a prompt; all that is put into it is the demo's own.
-            values = f"('{self.db.queue}', 'SEND_FORGOT_PASSWORD_EMAIL', '{payload}')"
-            insert = f"INSERT INTO notifyq.task (queue, type, payload) VALUES {values}"  # noqa: S608
+            values = f"('SEND_FORGOT_PASSWORD_EMAIL', '{payload}')"
+            insert = f"INSERT INTO notifyq.task (type, payload) VALUES {values}"  # noqa: S608 - all of it is the demo's own
             if psql is None:
-                await self.db.pool.execute(insert)
-            else:
-                ran = await anyio.run_process([psql, "-Xc", insert], check=False, env=environment)
-                if ran.returncode:
-                    raise NotifyqError(f"psql failed: {ran.stderr.decode(errors='replace')}")
+                await self.pool.execute(insert)
+            elif (ran := await anyio.run_process([psql, "-Xc", insert], check=False)).returncode:
+                raise NotifyqError(f"psql failed: {ran.stderr.decode(errors='replace')}")
             self.facts.enqueued["SEND_FORGOT_PASSWORD_EMAIL"] += 1
         self.say(f"{self.plan.by_psql} INSERTs by {psql or 'a plain connection, as this machine has no psql'}")
 
     async def schedule(self) -> None:
         """Tasks that become due one after the other, the last at the end."""
         for number in range(self.plan.scheduled):
-            delay = self.seconds * (0.05 + 0.95 * number / self.plan.scheduled)
-            ref = await app.enqueue(ExpireKey(key=uuid.uuid4().hex), queue=self.db.queue, delay=delay)
+            delay = self.plan.seconds * (0.05 + 0.95 * number / self.plan.scheduled)
+            ref = await app.enqueue(ExpireKey(key=uuid.uuid4().hex), delay=delay)
             self.facts.scheduled.add(ref.id)
             self.facts.enqueued["EXPIRE_KEY"] += 1
-        self.say(f"{self.plan.scheduled} tasks scheduled, up to {self.seconds:.0f} s ahead")
+        self.say(f"{self.plan.scheduled} tasks scheduled, up to {self.plan.seconds:.0f} s ahead")
 
     async def copy(self) -> None:
         """Tasks from elsewhere, by COPY FROM STDIN."""
-        emails = [json.dumps({"email": f"{number}@example.org"}) for number in range(self.plan.copied)]
-        self.facts.copied_at = await self.db.pool.fetchval("SELECT clock_timestamp()")
-        await self.db.pool.copy_records_to_table(
+        payloads = [json.dumps({"email": f"{number}@example.org"}) for number in range(self.plan.copied)]
+        self.facts.copied_at = await self.pool.fetchval("SELECT clock_timestamp()")
+        await self.pool.copy_records_to_table(
             "task",
             schema_name="notifyq",
-            columns=["queue", "type", "payload", "priority"],
-            records=[
-                (self.db.queue, COPIED, email, -10) for email in emails
-            ],  # the mails' priority is 0: they go first
+            columns=["type", "payload", "priority"],
+            records=[(COPIED, payload, -10) for payload in payloads],  # mails have priority 0, so they go first
         )
         self.facts.enqueued[COPIED] += self.plan.copied
         self.say(f"{self.plan.copied:,} tasks by COPY")
 
     async def make_mistakes(self) -> None:
-        insert = "INSERT INTO notifyq.task (queue, type, payload) VALUES ($1, $2, $3) RETURNING id"
+        insert = "INSERT INTO notifyq.task (type, payload) VALUES ($1, $2) RETURNING id"
         for type, payload in MALFORMED:
-            self.facts.malformed.add(await self.db.pool.fetchval(insert, self.db.queue, type, json.dumps(payload)))
+            self.facts.malformed.add(await self.pool.fetchval(insert, type, json.dumps(payload)))
             self.facts.enqueued[type] += 1
         self.say(f"{len(MALFORMED)} malformed rows")
+
+
+def find_psql() -> str | None:
+    """A psql that runs: beside the embedded server's programs, or on PATH."""
+    folders = os.environ.get("PATH", os.defpath)
+    try:
+        folders = f"{find_binaries().bin_dir}{os.pathsep}{folders}"
+    except EmbeddedError:
+        pass  # with a server of your own, there may be none
+    psql = shutil.which("psql", path=folders)
+    if psql is None or subprocess.run([psql, "--version"], capture_output=True, check=False).returncode:
+        return None
+    return psql

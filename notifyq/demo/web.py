@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import secrets
 import uuid
 from collections.abc import AsyncIterator
@@ -24,8 +23,7 @@ class Form(msgspec.Struct):
 
 @asynccontextmanager
 async def lifespan(web: Starlette) -> AsyncIterator[None]:
-    settings = {"search_path": os.environ.get("DEMO_SCHEMA", "public")}
-    async with asyncpg.create_pool(os.environ["NOTIFYQ_DSN"], server_settings=settings) as web.state.pool:
+    async with asyncpg.create_pool() as web.state.pool:  # to where the PG* variables lead
         yield
 
 

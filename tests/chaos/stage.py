@@ -15,7 +15,7 @@ from typing import Any
 import asyncpg
 
 from notifyq.database import connection
-from notifyq.demo.database import find_psql
+from notifyq.demo.traffic import find_psql
 from notifyq.embedded import Server
 
 from ..helpers.machine import limit

@@ -23,9 +23,10 @@ import pytest
 from notifyq.demo import app as demo_app
 from notifyq.demo import check, main, web
 from notifyq.demo.check import Facts, Row, Stopped
-from notifyq.demo.database import USERS, libpq_variables
 from notifyq.demo.smtp import MailServer
-from notifyq.demo.traffic import MALFORMED, make_plan
+from notifyq.demo.stage import exported
+from notifyq.demo.story import USERS
+from notifyq.demo.traffic import MALFORMED, Plan
 from notifyq.errors import ConfigError
 
 from ..helpers.machine import limit
@@ -91,7 +92,7 @@ def test_a_task_that_is_missing(facts: Facts) -> None:
 def test_a_task_that_has_not_ended(facts: Facts) -> None:
     facts.rows[3] = facts.rows[3]._replace(state="ready")
     assert failed(facts) == {"every_task_ended"}
-    assert "1 ready" in str(check.every_task_ended(facts))
+    assert "task 4 is ready" in str(check.every_task_ended(facts))
 
 
 def test_a_malformed_row_that_is_done(facts: Facts) -> None:
@@ -219,16 +220,15 @@ def test_a_worker_that_does_not_drain(facts: Facts, code: int | None) -> None:
     assert failed(facts) == {"a_stopped_worker_finishes_its_tasks"}
 
 
-def test_quantiles() -> None:
-    values = [float(value) for value in range(1, 101)]
-    assert (check.quantile(values, 0.5), check.quantile(values, 0.99)) == (50.0, 99.0)
-    assert check.quantile([7.0], 0.5) == check.quantile([7.0], 0.99) == 7.0
+def test_percentiles() -> None:
+    assert check.percentiles(float(value) for value in range(1, 101)) == (50.0, 99.0)
+    assert check.percentiles([7.0]) == (7.0, 7.0)
 
 
 def test_plan_adds_up() -> None:
-    plan = make_plan(20, 5000)
-    assert sum(plan) == 5000
-    assert min(make_plan(5, 200)) > 0
+    plan = Plan(20, 5000)
+    assert plan.requests + plan.by_psql + plan.scheduled + plan.copied == 5000
+    assert min(vars(Plan(5, 200)).values()) > 0
 
 
 def test_each_malformed_row_is_malformed() -> None:
@@ -237,12 +237,17 @@ def test_each_malformed_row_is_malformed() -> None:
             demo_app.app.registry.check(type, msgspec.json.encode(payload))
 
 
-def test_psql_gets_the_dsn_as_variables() -> None:
-    """Not as arguments, which all users of a machine can see."""
+def test_processes_find_the_database_by_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not by arguments, which all users of a machine can see. What is set for other programs is gone meanwhile."""
+    for name in ("PGSERVICE", "DATABASE_URL", "NOTIFYQ_CONCURRENCY"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("PGSERVICE", "")
+    before = dict(os.environ)
     expected = {"PGUSER": "u", "PGPASSWORD": "s:e", "PGHOST": "h", "PGPORT": "1", "PGDATABASE": "d"}
-    variables = libpq_variables("postgresql://u:s%3Ae@h:1/d?sslmode=require")
-    assert variables.items() >= {**expected, "PGSSLMODE": "require"}.items()
-    assert "PGPASSWORD" not in libpq_variables("postgresql://u@/d?host=/tmp&port=7")
+    with exported("postgresql://u:s%3Ae@h:1/d?sslmode=require", 25):
+        assert os.environ.items() >= {**expected, "PGSSLMODE": "require", "DEMO_SMTP_PORT": "25"}.items()
+        assert not {"PGSERVICE", "DATABASE_URL", "NOTIFYQ_CONCURRENCY"} & os.environ.keys()
+    assert os.environ == before
 
 
 @pytest.mark.parametrize("arguments", [(4.0, 5000), (float("nan"), 5000), (20.0, 0), (20.0, 10**9)])
@@ -259,9 +264,8 @@ def test_missing_libraries_have_a_cure(monkeypatch: pytest.MonkeyPatch) -> None:
 
 async def test_mail_is_counted_by_key(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is refused raises in the handler, so that notifyq tries again."""
-    server = MailServer(refuse=0.0, seconds=(0, 0))
-    async with server.serve() as port:
-        monkeypatch.setattr(demo_app, "SMTP_PORT", port)
+    async with MailServer(refuse=0.0, seconds=(0, 0)).serve() as server:
+        monkeypatch.setattr(demo_app, "SMTP_PORT", server.port)
         await demo_app.send("a@example.org", "k1", "subject")
         server.refuse = 1.0
         with pytest.raises(aiosmtplib.SMTPDataError, match="come back later"):
@@ -270,13 +274,13 @@ async def test_mail_is_counted_by_key(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-async def http(dsn: str, db: Any, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[httpx.AsyncClient]:
+async def http(dsn: str, db: Any) -> AsyncIterator[httpx.AsyncClient]:
     """A client of the web application, without a socket in between."""
-    await db.execute(f"SET search_path = public; {USERS}")
-    monkeypatch.setenv("NOTIFYQ_DSN", dsn)
+    await db.execute(USERS)
     transport = httpx.ASGITransport(web.web)
-    async with web.lifespan(web.web), httpx.AsyncClient(transport=transport, base_url="http://web") as client:
-        yield client
+    with exported(dsn, 25):
+        async with web.lifespan(web.web), httpx.AsyncClient(transport=transport, base_url="http://web") as client:
+            yield client
 
 
 async def types(db: asyncpg.Connection[asyncpg.Record]) -> list[str]:
@@ -312,40 +316,40 @@ async def test_a_bad_form(http: httpx.AsyncClient, db: Any, body: bytes) -> None
 class Demo:
     """`notifyq demo` in a process of its own."""
 
-    def __init__(self, dsn: str, seconds: float) -> None:
-        argv = [
-            sys.executable,
-            "-m",
-            "notifyq",
-            "demo",
-            "--dsn",
-            dsn,
-            "--seconds",
-            str(seconds),
-            "--tasks",
-            "300",
-        ]
+    def __init__(self, dsn: str) -> None:
+        argv = [sys.executable, "-m", "notifyq", "demo", "--dsn", dsn, "--seconds", "5", "--tasks", "300"]
         self.process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT)
 
-    def until(self, pattern: str) -> re.Match[str]:
-        """Read on to a line like this."""
+    async def output(self) -> str:
+        """All of it, once the demo has ended."""
+        output, _ = await anyio.to_thread.run_sync(lambda: self.process.communicate(timeout=limit()))
+        return output
+
+    def workers(self) -> list[int]:
+        """The processes of its workers, once they are at work."""
         assert self.process.stdout is not None
         lines = []
         for line in self.process.stdout:
             lines.append(line)
-            if found := re.search(pattern, line):
-                return found
+            if found := re.search(r"worker 1 is process (\d+), worker 2 is process (\d+)", line):
+                return [int(pid) for pid in found.groups()]
         raise AssertionError("".join(lines))
 
-    def working(self) -> list[int]:
-        """When it has begun: the processes of its workers."""
-        found = self.until(r"worker 1 is process (\d+), worker 2 is process (\d+)")
-        return [int(pid) for pid in found.groups()]
+
+async def traces(db: Any) -> set[Any]:
+    """What a demo could leave on a server: databases, and in the one that it was given, schemas and tasks."""
+    found = "SELECT datname FROM pg_database UNION ALL SELECT nspname FROM pg_namespace WHERE nspname !~ '^pg_'"
+    return {*await db.fetch(found), *await db.fetch("SELECT id FROM notifyq.all_tasks")}
+
+
+@pytest.fixture
+async def before(db: Any) -> set[Any]:
+    return await traces(db)
 
 
 @pytest.fixture
 def demo(dsn: str) -> Iterator[Demo]:
-    running = Demo(dsn, 5)
+    running = Demo(dsn)
     yield running
     running.process.kill()
     running.process.communicate()
@@ -360,36 +364,30 @@ def alive(pid: int) -> bool:
         return False
 
 
-async def left_behind(db: Any) -> list[Any]:
-    """The schemas and the tasks of a demo."""
-    schemas = "SELECT nspname FROM pg_namespace WHERE nspname LIKE 'notifyq_demo%'"
-    return [*await db.fetch(schemas), *await db.fetch("SELECT id FROM notifyq.all_tasks")]
-
-
-async def test_the_whole(demo: Demo, db: Any) -> None:
+async def test_the_whole(before: set[Any], demo: Demo, db: Any) -> None:
     """All its checks hold, and it leaves nothing on a server that isn't its own."""
-    output, _ = await anyio.to_thread.run_sync(lambda: demo.process.communicate(timeout=limit()))
+    output = await demo.output()
     assert demo.process.returncode == 0, output
     assert output.count("\nok  ") == 10
     assert "all 10 checks hold" in output
-    assert await left_behind(db) == []
+    assert await traces(db) == before
 
 
-async def test_an_interrupt_ends_all_of_it(demo: Demo, db: Any) -> None:
-    workers = demo.working()
+async def test_an_interrupt_ends_all_of_it(before: set[Any], demo: Demo, db: Any) -> None:
+    workers = demo.workers()
     began = time.monotonic()
     demo.process.send_signal(signal.SIGINT)
-    output, _ = await anyio.to_thread.run_sync(lambda: demo.process.communicate(timeout=limit()))
+    output = await demo.output()
     assert demo.process.returncode == 1, output
     assert "interrupted" in output
     assert time.monotonic() - began < limit(5)
     assert not any(map(alive, workers))
-    assert await left_behind(db) == []
+    assert await traces(db) == before
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 async def test_no_child_outlives_a_demo_that_is_killed(demo: Demo) -> None:
-    workers = demo.working()
+    workers = demo.workers()
     demo.process.kill()
     with anyio.fail_after(limit()):
         while any(map(alive, workers)):
