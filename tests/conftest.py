@@ -176,7 +176,7 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.fixture
 def quick_heart(monkeypatch: pytest.MonkeyPatch) -> None:
     """Workers in this process have a heartbeat every 0.4 s: for tests that wait for one, whenever it comes."""
-    monkeypatch.setattr(heartbeat, "TICK_SECONDS", 0.2)
+    monkeypatch.setattr(heartbeat, "BEAT_SECONDS", 0.2)
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import click
 
 from notifyq.database.connection import SQL
 from notifyq.options import ENDED, STATES
-from notifyq.worker.heartbeat import DEAD_KEPT_SECONDS, PRUNE_AT_ONCE
+from notifyq.worker.maintenance import DEAD_KEPT_SECONDS, PRUNE_AT_ONCE
 
 from .options import did_you_mean, dsn_option, duration, number, option, task_id, word
 from .output import percent, say, span, table

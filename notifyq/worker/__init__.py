@@ -5,6 +5,7 @@ worker.py is the pipe; it starts and stops the others, in order:
     claim, doorbell, cursors, capacity, admission, left_out    what to take, and when
     runners, batch, large_payloads, transaction, predecessors  one task, or many, while it runs
     outcome, backoff, settle                                   how a task ended, written down
-    heartbeat                                                  alive; rescue, prune, crons
+    heartbeat, loop_watch, silence                             alive; is its own loop, are other workers?
+    maintenance, crons, server_clock                           the chores: rescue, prune, crons
     signals                                                    SIGTERM and its kin
 """

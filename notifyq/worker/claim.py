@@ -160,7 +160,7 @@ class Claimer:
         self._wake.set()
 
     def beat(self) -> None:
-        """The keeper can't write the heartbeat at the moment: write one here."""
+        """The heartbeat's thread can't send one at the moment: send it here."""
         self._beats = True
         self._wake.set()
 
@@ -550,7 +550,7 @@ class Claimer:
         try:
             await conn.execute(SQL["send_heartbeat_only"], worker)
         except asyncpg.PostgresError as error:
-            if not is_refusal(error):  # the keeper, which is refused it too, says so
+            if not is_refusal(error):  # the heartbeat's thread, which is refused it too, says so
                 raise
 
     async def _free(self, conn: Connection) -> int:

@@ -16,9 +16,9 @@ enqueues from the moment falling asleep *begins* rings, and the ring is heard si
       ▲                  │ ▲                    │
       └────pass on───────┘ └──────wake up───────┘
 
-SHARE is in the way of VACUUM, ANALYZE, ALTER PUBLICATION and most other statements that name the table. The keeper asks
-with each heartbeat whether one of them waits (`notifyq.bell_wanted`); then the sleeper lets go, and falls asleep anew
-behind it.
+SHARE is in the way of VACUUM, ANALYZE, ALTER PUBLICATION and most other statements that name the table. Each
+heartbeat asks whether one of them waits (`notifyq.bell_wanted`); then the sleeper lets go, and falls asleep anew behind
+it.
 
 Nothing here waits long in one statement, since a SELECT that waits holds a snapshot, and with it vacuum: 5 s for the
 turn, 20 to 800 ms to fall asleep, then asked again. A transaction that only holds SHARE has no snapshot.

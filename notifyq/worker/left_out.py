@@ -68,7 +68,7 @@ STRAY = (
     "tried again when its connection is lost, or when it stops; is there a constraint or a trigger on notifyq.task?"
 )
 REFUSALS = 20  # of free, in one go
-REFUSALS_BACK = 100  # where tasks are taken back from a worker: the keeper has a heartbeat to write
+REFUSALS_BACK = 100  # where tasks are taken back from a worker: the next heartbeat is due soon
 HELD = "SELECT t.id FROM notifyq.task t WHERE t.worker = $1 ORDER BY t.id"
 
 _Item = TypeVar("_Item")
@@ -87,7 +87,7 @@ class _Pause:
 
 
 class LeftOut:
-    """A claimer's, or a keeper's."""
+    """Those of a claimer, or of a heartbeat's thread."""
 
     def __init__(self) -> None:
         self._pauses: dict[int, _Pause] = {}

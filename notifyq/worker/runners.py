@@ -143,7 +143,7 @@ class Runners:
         self._behind: dict[int, Job] = {}  # next attempts of tasks that are held
         self._lost: set[Job] = set()  # of those held: their leases; the handlers wind up
         self._transactions = services.transactions
-        self.reports: dict[Job, Progress] = {}  # not written yet; handlers' threads write here, and the keeper's takes
+        self.reports: dict[Job, Progress] = {}  # not written yet: handlers' threads put, the heartbeat's takes
         self._results = services.predecessors.results if services.predecessors else _no_results
         self._large = services.large_payloads
         self._batches = Batches(concurrency, self._call, self._start, self._lost, self.reports, self._results)
@@ -300,8 +300,8 @@ class Runners:
         return True
 
     def take_reports(self) -> dict[Job, Progress]:
-        """What handlers have told since the last time, the latest of each. For the keeper's thread: each step of it is
-        whole, whoever writes meanwhile."""
+        """What handlers have told since the last time, the latest of each. The heartbeat's thread calls it: each step
+        is atomic, so handlers may write meanwhile."""
         return dict(self.reports.popitem() for _ in range(len(self.reports)))
 
     def unwritten(self, job: Job, progress: Progress) -> None:

@@ -29,7 +29,7 @@ from ..errors import first_error
 from ..lifespan import within
 from .batch import tell_clipped
 from .claim import Claimer
-from .heartbeat import Keeper
+from .heartbeat import Heartbeat
 from .job import Job
 from .large_payloads import LargePayloads
 from .left_out import STRAY, LeftOut
@@ -85,7 +85,7 @@ class Worker:
         self._services = Services(Transactions(dsn, keeps_history, self), Reader(dsn), LargePayloads(dsn, self.outages))
         self._runners = Runners(registry, config.concurrency, config.most_threads, self, self._services)
         self._claimer = Claimer(dsn, config, registry.types, self._runners, self._settler)
-        self._keeper = Keeper(dsn, config, registry, self, self._runners, self._claimer)
+        self._heartbeat = Heartbeat(dsn, config, registry, self, self._runners, self._claimer)
 
     async def run(
         self,
@@ -100,7 +100,7 @@ class Worker:
         """
         server, schema_version = await self._check_database()
         try:
-            self._id = await self._keeper.start()
+            self._id = await self._heartbeat.start()
             self._settler.work_as(self._id)
             tell_clipped(self._registry, self._config.concurrency)
             async with anyio.create_task_group() as group:
@@ -205,7 +205,7 @@ class Worker:
                 "stopped with outcomes that could not be written: their tasks will run again",
                 extra={"fields": {"tasks": left}},
             )
-        await self._keeper.stop(WRITE_SECONDS)
+        await self._heartbeat.stop(WRITE_SECONDS)
 
     # The claiming stage, session after session.
 
@@ -257,7 +257,7 @@ class Worker:
         """While the heartbeat's connection is lost, or gives no answer, the claimer sends the heartbeats."""
         while True:
             await asyncio.sleep(STAND_IN_SECONDS)
-            if self._keeper.late:
+            if self._heartbeat.late:
                 self._claimer.beat()
 
     # What the stages tell: see pipe.py.
@@ -273,7 +273,7 @@ class Worker:
         self._claimer.let_in()
 
     def on_ids_reused(self) -> None:
-        self._keeper.compare_ids()
+        self._heartbeat.compare_ids()
 
     def on_leases_lost(self, jobs: list[Job], cancelled: set[int]) -> None:
         # Compare jobs, not ids. A job that was held when the heartbeat was sent may have ended by the time of its
@@ -303,7 +303,7 @@ class Worker:
 
     @property
     def loop_was_blocked(self) -> bool:
-        return self._keeper.loop_was_blocked
+        return self._heartbeat.loop_was_blocked
 
     @property
     def trouble(self) -> str:

@@ -73,8 +73,10 @@ def ended(history: History) -> Iterator[Breach]:
         state = finish.note.split(" ", 1)[0]
         want = ENDS.get(finish.type)
         poison = rows[0].n is None or not rows[0].n.isdecimal()
-        # An attempt that a keeper has ended is a crash, and no failure of a task that others ran beside.
-        crashes = [lease for lease in history.leases_of[id] if lease.end and lease.end.app.startswith("notifyq keeper")]
+        # An attempt that a rescuer has ended is a crash, and no failure of a task that others ran beside.
+        crashes = [
+            lease for lease in history.leases_of[id] if lease.end and lease.end.app.startswith("notifyq heartbeat")
+        ]
         alone = sum(_alone(history, lease) for lease in crashes)
         failures = finish.attempts - len(crashes) + alone
         spent = state == "dead" and (failures >= ALLOWED.get(finish.type, 10) or alone >= ALONE)
@@ -126,7 +128,7 @@ def settled(history: History) -> Iterator[Breach]:
                 yield Breach("P2", f"claimed by {lease.claim.who} in the name of {lease.who}", id, lease.claim.at)
             if (end := lease.end) is None or end.who in (lease.who, CONDUCTOR):
                 continue
-            if not end.app.startswith("notifyq keeper"):
+            if not end.app.startswith("notifyq heartbeat"):
                 yield Breach("P2", f"settled by {end.who}, which didn't hold the lease: {lease.who} did", id, end.at)
         for row in history.rows_of[id]:
             if row.op not in "UF" or not (named := RUN.search(row.note)):

@@ -39,7 +39,7 @@ MUTANTS: dict[str, list[Change]] = {
     # The others are dead, whatever their lock and their heartbeat say.
     "liveness": [
         ("database/sql/worker/rescue.sql", "AND CASE WHEN", "AND CASE WHEN true OR"),
-        ("worker/heartbeat.py", "SILENT_SECONDS = 2.0", "SILENT_SECONDS = 0.0"),
+        ("worker/silence.py", "SILENT_SECONDS = 2.0", "SILENT_SECONDS = 0.0"),
     ],
     # A crash is the end of each task that the worker held, whoever is the cause.
     "crash": [
@@ -109,11 +109,12 @@ MUTANTS: dict[str, list[Change]] = {
     ],
     # A heartbeat is as old as the two clocks say.
     "heartbeat": [
-        ("worker/heartbeat.py", "if now - since >= SILENT_SECONDS:", "if time.time() - at >= SILENT_SECONDS:"),
+        ("worker/silence.py", "import math\n", "import math\nimport time\n"),
+        ("worker/silence.py", "if now - since >= SILENT_SECONDS:", "if time.time() - at >= SILENT_SECONDS:"),
         (
-            "worker/heartbeat.py",
-            "silent.append((worker, at, now - since))",
-            "silent.append((worker, at, time.time() - at))",
+            "worker/silence.py",
+            "silent.append(Silent(worker, at, now - since))",
+            "silent.append(Silent(worker, at, time.time() - at))",
         ),
     ],
     # A slot that a wrong clock has given is waited for.

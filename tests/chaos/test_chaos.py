@@ -45,7 +45,7 @@ def done(at: float, worker: int = 1, attempt: int = 1, by: int | None = None, ru
 def taken(at: float, by: int, worker: int = 1, attempt: int = 1) -> Row:
     """Rescued."""
     lease = {"was_worker": worker, "was_attempts": attempt, "attempts": attempt}
-    return row("U", at, who=f"w{by}", app=f"notifyq keeper {by}", note="its worker vanished", **lease)
+    return row("U", at, who=f"w{by}", app=f"notifyq heartbeat {by}", note="its worker vanished", **lease)
 
 
 def ran(run: str, start: float, end: float | None, attempt: int = 1) -> Run:
@@ -196,7 +196,7 @@ def crashed(type: str = "Bystander", times: int = 2, beside: bool = True) -> His
             ends = done(at + 3, attempt, attempt, by=9)
             ends[1].note = "dead its worker vanished"
             for end in ends:
-                end.app = "notifyq keeper 9"
+                end.app = "notifyq heartbeat 9"
         rows += ends
         if beside:
             rows += of(99, [claim(at, attempt, attempt), taken(at + 3, 9, attempt, attempt)])

@@ -91,7 +91,7 @@ def _excuse(history: History, start: Start, full: dict[str, list[tuple[float, fl
         return "a queue with a limit"
     if start.lease.claim.limit_key or start.lease.claim.order_key:
         return "it waits for others"
-    if sum(lease.end is not None and lease.end.app.startswith("notifyq keeper")
+    if sum(lease.end is not None and lease.end.app.startswith("notifyq heartbeat")
            for lease in history.leases_of[start.run.id]) >= 2:  # fmt: skip
         return "its workers vanished, so it waits to run isolated"
     # What is in an enqueuer's way doesn't begin before he has ended; then its worker is rung.

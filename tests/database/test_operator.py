@@ -127,11 +127,11 @@ async def test_the_connections_of_a_worker(dsn: str, db: Any) -> None:
         return sorted(row[0] for row in rows)
 
     async with working(app, dsn):
-        await eventually(kinds, ["claims", "door", "keeper", "settle"])
+        await eventually(kinds, ["claims", "door", "heartbeat", "settle"])
         door = (
             "SELECT count(*) FROM pg_stat_activity WHERE application_name LIKE 'notifyq door %'"
             " AND datname = current_database() AND state = 'idle in transaction' AND backend_xmin IS NULL"
         )
         await eventually(lambda: db.fetchval(door), 1)
-    for kind in ("app", "claims", "client", "door", "handler", "keeper", "payloads", "results", "settle"):
+    for kind in ("app", "claims", "client", "door", "handler", "heartbeat", "payloads", "results", "settle"):
         assert f"`notifyq {kind}" in PAGE

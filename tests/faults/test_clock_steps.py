@@ -15,7 +15,7 @@ import pytest
 import notifyq
 from notifyq.cron import next_slot
 from notifyq.database.connection import SQL
-from notifyq.worker import heartbeat
+from notifyq.worker import maintenance, server_clock
 from notifyq.worker.crons import Schedule
 
 from ..helpers.crons import CRON, known, made
@@ -125,7 +125,8 @@ async def test_starts_of_several_times_become_one(db: Any) -> None:
 
 async def test_a_slot_that_was_granted_for_next_year(dsn: str, db: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is granted anew, though nothing else comes to that key; and it keeps no other waiting."""
-    monkeypatch.setattr(heartbeat, "PRUNE_SECONDS", 0.3)
+    for chore in maintenance.PRUNING:
+        monkeypatch.setattr(chore, "every", 0.3)
     bench = Bench()
     async with bench.app.connect(dsn) as app, working(app, dsn):
         await app.enqueue_many([bench.Job(key="a") for _ in range(3)], limit_key="a", rate="1/5s")
@@ -160,7 +161,8 @@ async def test_a_newcomer_frees_what_was_granted_for_next_year(db: Any) -> None:
 async def test_a_retry_from_a_wrong_clock_keeps_its_delay(
     dsn: str, db: Any, logged: Logged, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(heartbeat, "PRUNE_SECONDS", 0.3)
+    for chore in maintenance.PRUNING:
+        monkeypatch.setattr(chore, "every", 0.3)
     seen = Seen()
     app = notifyq.App()
 
@@ -248,17 +250,18 @@ async def test_a_step_ahead_makes_nothing_old(
     dsn: str, db: Any, logged: Logged, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A worker prunes by the time that has passed since it started; a clock that is set back is believed."""
-    monkeypatch.setattr(heartbeat, "PRUNE_SECONDS", 0.1)
+    for chore in maintenance.PRUNING:
+        monkeypatch.setattr(chore, "every", 0.1)
     step = timedelta(0)
     used: list[float] = []  # how far beyond the right time
-    believed = heartbeat.Keeper._time_at_most
+    believed = server_clock.ServerClock.at_most
 
-    def stepped(self: heartbeat.Keeper, said: datetime) -> datetime:
+    def stepped(self: server_clock.ServerClock, said: datetime) -> datetime:
         time = believed(self, said + step)
         used.append((time - said).total_seconds())
         return time
 
-    monkeypatch.setattr(heartbeat.Keeper, "_time_at_most", stepped)
+    monkeypatch.setattr(server_clock.ServerClock, "at_most", stepped)
     async with working(made(Seen()), dsn):
         await eventually(lambda: more_than(2, used))
         assert max(used) < 600

@@ -123,9 +123,9 @@ async def test_a_drain_runs_suspects(db: Any, dsn: str) -> None:
 
 
 async def test_not_all_of_its_connections_are_lost(dsn: str, spawn: Spawn, db: Any) -> None:
-    """A worker that has lost its keeper's connection, and others, but not all, and can't open another, isn't dead."""
+    """A worker that has lost some of its connections, and can't open others, isn't dead."""
     role = f"worker_{urlsplit(dsn).path[1:]}"
-    cut = (["keeper%"], ["keeper%", "settle"], ["keeper%", "claims %", "door %"])
+    cut = (["heartbeat%"], ["heartbeat%", "settle"], ["heartbeat%", "claims %", "door %"])
     sessions = """SELECT l.pid FROM pg_locks l JOIN pg_stat_activity a ON a.pid = l.pid
                   WHERE l.locktype = 'advisory' AND l.classid = 1852990827 AND l.objid = $1::integer::oid AND l.granted
                     AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
@@ -399,7 +399,7 @@ class Bench:
         return time.monotonic() - began
 
 
-CONNECTIONS = ("door %", "claims %", "settle", "keeper%")
+CONNECTIONS = ("door %", "claims %", "settle", "heartbeat%")
 
 
 async def terminate(db: Any, role: str) -> int:

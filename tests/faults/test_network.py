@@ -35,7 +35,7 @@ from ..helpers.waiting import Seen, eventually
 
 pytestmark = pytest.mark.slow
 
-ROLES = ("claims *", "door *", "settle", "keeper*", "app")
+ROLES = ("claims *", "door *", "settle", "heartbeat*", "app")
 LOST = connection.TRANSIENT
 
 
@@ -316,7 +316,7 @@ async def test_half_open(tcp: Server, tcp_template: str, busy: bool) -> None:
             await net.all_done_once()
 
     async with anyio.create_task_group() as group:
-        for role in ROLES[:-1] if busy else ("claims *", "door *", "keeper*"):
+        for role in ROLES[:-1] if busy else ("claims *", "door *", "heartbeat*"):
             group.start_soon(one, role)
 
 

@@ -11,7 +11,7 @@ import pytest
 
 import notifyq
 from notifyq.database.connection import SQL
-from notifyq.worker import heartbeat, outages
+from notifyq.worker import maintenance, outages
 
 from ..helpers.logs import Logged
 from ..helpers.machine import limit
@@ -58,7 +58,8 @@ async def test_every_table_but_the_bell_has_a_key(db: Any) -> None:
 
 async def test_tasks_of_every_kind_run(dsn: str, db: Any, logged: Logged, monkeypatch: pytest.MonkeyPatch) -> None:
     """Plain, retried, limited, rated, ordered, waiting, unique, of a limited queue, a cron's; and history is pruned."""
-    monkeypatch.setattr(heartbeat, "PRUNE_SECONDS", 0.5)
+    for chore in maintenance.PRUNING:
+        monkeypatch.setattr(chore, "every", 0.5)
     await db.execute(PUBLISH)
     await db.execute("SELECT notifyq.limit_queue('default', 5, 1000, 1.0)")
     seen = Seen()
@@ -97,7 +98,8 @@ async def test_one_table_that_refuses_keeps_no_other_from_being_pruned(
     dsn: str, db: Any, logged: Logged, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is said once, and once more when it is over; the heartbeat keeps its connection."""
-    monkeypatch.setattr(heartbeat, "PRUNE_SECONDS", 0.2)
+    for chore in maintenance.PRUNING:
+        monkeypatch.setattr(chore, "every", 0.2)
     await db.execute(
         """CREATE FUNCTION no() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE 'not today'; END $$;
            CREATE TRIGGER no BEFORE DELETE ON notifyq.finished FOR EACH ROW EXECUTE FUNCTION no();
@@ -108,12 +110,12 @@ async def test_one_table_that_refuses_keeps_no_other_from_being_pruned(
     await db.execute("SELECT notifyq.cancel(id) FROM notifyq.task")
     await db.execute("UPDATE notifyq.finished SET processed_at = now() - interval '2 days'")
     app = noting(Seen())
-    keeper = (
+    session = (
         "SELECT count(*), min(pid) FROM pg_stat_activity"
-        " WHERE application_name LIKE 'notifyq keeper%' AND datname = current_database()"
+        " WHERE application_name LIKE 'notifyq heartbeat%' AND datname = current_database()"
     )
     async with working(app, dsn):
-        before = await db.fetchrow(keeper)
+        before = await db.fetchrow(session)
         await eventually(lambda: db.fetchval("SELECT count(*) FROM notifyq.rate_log"), 0)
         await eventually(lambda: db.fetchval("SELECT count(*) FROM notifyq.unique_key"), 0)
         await eventually(lambda: _count(logged, "refuses a chore"), 1)
@@ -122,7 +124,7 @@ async def test_one_table_that_refuses_keeps_no_other_from_being_pruned(
         await db.execute("DROP TRIGGER no ON notifyq.finished")
         await eventually(lambda: _count(logged, "accepts the chore again"), 1)
         assert await db.fetchval("SELECT count(*) FROM notifyq.finished WHERE type <> 'Note'") == 0
-        assert await db.fetchrow(keeper) == before
+        assert await db.fetchrow(session) == before
     assert len(logged("refuses a chore")) == 1
     assert logged("out of reach") == []
 

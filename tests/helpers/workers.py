@@ -24,7 +24,7 @@ app = notifyq.App()
 
 
 def say(event: str, **fields: Any) -> None:
-    # One write, whole: the keeper's thread logs too.
+    # One write, whole: the heartbeat's thread logs too.
     os.write(1, json.dumps({"event": event, "pid": os.getpid(), **fields}, default=str).encode() + b"\n")
 
 

@@ -54,8 +54,8 @@ async def w(s: Steps) -> Session:
 
 @pytest.fixture
 async def k(s: Steps) -> Session:
-    """The keeper of another."""
-    return await s.worker("keeper")
+    """The heartbeat of another worker."""
+    return await s.worker("heartbeat")
 
 
 @pytest.fixture
@@ -175,7 +175,7 @@ async def test_a_rescuer_dies_and_another_takes_over(s: Steps, w: Session, k: Se
     """Rescue during rescue: it doesn't wait; when the first is killed it does all, and counts the attempt once."""
     jobs = await w(held, 2)
     await silent(s.db, jobs[0].worker)
-    other = await s.worker("keeper 2")
+    other = await s.worker("heartbeat 2")
     await k("BEGIN")
     assert await k(rescue, jobs[0].worker) == ("host:1", 2, 0)
     assert await other(rescue, jobs[0].worker) == (None, 0, 0)
@@ -229,7 +229,7 @@ async def test_a_rescue_while_a_heartbeat_is_on_its_way(s: Steps, w: Session, k:
     assert await states(s.db) == {jobs[0].id: ("running", 1)}
 
 
-async def test_a_keeper_that_reconnects_while_it_is_rescued(s: Steps, w: Session, k: Session) -> None:
+async def test_a_heartbeat_that_reconnects_while_its_worker_is_rescued(s: Steps, w: Session, k: Session) -> None:
     """Its lock during rescue: refused without waiting, so it tries again later, and has it if the rescue failed."""
     [job] = await w(held)
     await silent(s.db, job.worker)
@@ -241,7 +241,7 @@ async def test_a_keeper_that_reconnects_while_it_is_rescued(s: Steps, w: Session
     assert await k(rescue, job.worker) == (None, 0, 0)
 
 
-async def test_a_keepers_session_ends_while_another_asks(s: Steps, w: Session, k: Session) -> None:
+async def test_a_heartbeats_session_ends_while_another_asks(s: Steps, w: Session, k: Session) -> None:
     """Rescue and the end of the dead worker's session: not before, and at once after."""
     [job] = await w(held)
     await silent(s.db, job.worker)
@@ -370,7 +370,7 @@ async def test_taken_for_an_orphan_while_it_settles(s: Steps, w: Session, k: Ses
 async def test_two_find_the_same_orphans(s: Steps, w: Session, k: Session) -> None:
     """Orphans during orphans, and claim: nobody waits, and each task is taken back once."""
     job = await orphan(s, w)
-    other = await s.worker("keeper 2")
+    other = await s.worker("heartbeat 2")
     heir = await other(register, "heir:1")
     await k("BEGIN")
     assert await k(orphans) == 1
@@ -551,7 +551,7 @@ async def test_two_prune(s: Steps, w: Session, k: Session) -> None:
     """Prune during prune: they share, and neither waits."""
     for state in ("done", "dead", "done", "dead"):
         await over(s, w, state)
-    other = await s.worker("keeper 2")
+    other = await s.worker("heartbeat 2")
     await k("BEGIN")
     assert await k(prune, 1) == 2
     assert await other(prune) == 2

@@ -1,26 +1,30 @@
 """Claim, settle and rescue: one task, and the worker processes that may have it, a step for each statement.
 
-A process has a keeper (lease.py: heartbeat, rescue), a connection that claims (claim.py), runners (run.py) and a
-settler (settle.py), each of which goes on by itself. The sessions of the keeper and of the claims share the worker's
-advisory lock. A worker's id is its process and how often that registered. A fault may come at any time: killed, frozen
-and thawed, told to stop, either connection cut, an answer lost after the statement ran, the server crashed and with it
-a claim that was committed without a flush; and somebody at psql cancels and retries.
+A process has four parts, each of which goes on by itself: the heartbeat (heartbeat.py, which rescues too), the claimer
+(claim.py), the runners (runners.py) and the settler (settle.py). The sessions of the heartbeat and of the claims share
+the worker's advisory lock. A worker's id here is its process and how many times that process has registered.
 
-What no program sees, but the model: of each job and outcome, whether the claim it comes from still is the task's last
-(`current`). Whatever is applied by another is wrong, whatever worker and attempt it names. A claim that a crash undid,
-or that somebody at psql cancelled, and that the same worker makes again, has the same two, and is the same lease.
+A fault may come at any time. A process is killed, frozen and thawed, or told to stop. A connection is cut. An answer is
+lost after its statement ran. The server crashes, and with it goes a claim that was committed without a flush. Somebody
+at psql cancels and retries.
+
+The model sees one thing that no program sees: for each job and outcome, whether the claim that it comes from is still
+the last one of the task (`current`). An outcome of another claim must never be applied, whatever worker and attempt it
+names. If a crash or somebody at psql undid a claim, and the same worker claims the task again, both claims have the
+same worker and attempt: they are the same lease.
 
 What is merged or left out, and why that hides nothing:
 
-* One task. Statements see each row by itself, and the fence is by row; batches are many of the same step. Three things
-  are for several tasks only: locks taken in the order of ids, LIMITs, and a rescue that leaves what is being settled
-  to the next round; the first can't change what is written, the others leave the rest as it was.
-* A statement is one step, but for the claim: its snapshot, which says whether the worker is registered; the rows it
-  takes, when it comes to them; its answer. Its backend goes on when its client is gone.
-* The settler's session shares the lock too. It is left out, so the model has fewer sessions to keep a worker alive.
-* Silence is three steps (fresh, over 2 s, over the lease) that pass while nothing is heard. A keeper that is in good
-  health is never silent. The keeper's grace after an outage only delays rescues.
-* A task of a type that nobody here knows (Unhandled) is a hand-back to another index. A worker registers twice at most.
+* One task. Statements see each row by itself, the fence is by row, and a batch is the same step many times. Three facts
+  concern several tasks only: locks are taken in the order of ids, LIMITs, and a rescue leaves what is being settled to
+  the next round. The first can't change what is written, the others leave the remaining rows as they were.
+* A statement is one step. Only the claim has three: its snapshot, which says whether the worker is registered; the
+  locks on the rows that it takes; its answer. Its backend goes on when its client is gone.
+* The settler's session shares the lock too. It is left out, so the model has fewer sessions that keep a worker alive.
+* Silence is three steps (fresh, over 2 s, over the lease) that pass while no heartbeat comes. A worker whose heartbeat
+  works is never silent. The heartbeat's grace period after an outage only delays rescues.
+* A task of a type that no handler here knows (Unhandled) is a hand-back to another index.
+* A worker registers at most twice.
 """
 
 from __future__ import annotations
@@ -68,20 +72,20 @@ class Says(IntEnum):
 class Job(NamedTuple):
     id: int  # of the worker that claimed it: which registration of its process
     attempt: int
-    current: bool = True
+    current: bool = True  # the claim that it comes from is the last one of the task
     lost: bool = False  # the handler was cancelled, as the lease is gone
     says: Says = Says.FINISH  # once it is an outcome
 
 
 class Worker(NamedTuple):
-    """A process, and what the database has of it."""
+    """A process, and what the database holds of it."""
 
     life: Life = Life.UP
     id: int = 1
     registered: bool = True  # notifyq.worker has a row for this id
-    locked: bool = True  # its keeper's session is there, and shares the advisory lock
-    silent: int = 0  # since its heartbeat: 1: over 2 s; 2: over its lease
-    owns: int = 0  # the task's row names this id of it; 0: not this process
+    locked: bool = True  # its heartbeat's session is there, and shares the advisory lock
+    silent: int = 0  # without a heartbeat: 1: over 2 s; 2: over its lease
+    owns: int = 0  # the id that the task's row names, if it is one of this process; 0: it isn't
     sent: int = 0  # claim.sql runs for this id; negative: its client is gone; 0: none runs
     connected: bool = True  # its connection for claims, whose session shares the lock
     answer: Job | None = None  # of claim.sql, on its way
@@ -95,18 +99,18 @@ class State(NamedTuple):
     task: Task = Task.READY
     attempts: int = 0
     relaxed: bool = False  # the last thing that was done to the row is a claim, not flushed yet
-    faults: int = 0  # left
+    faults: int = 0  # that may still come
     cancels: int = 0
-    orphaned: int = 0  # how often; an attempt that didn't happen, or did, and counts though the task isn't given up
+    orphaned: int = 0  # times that the task was taken back as unowned: that attempt counts, whether it ran or not
     bad: str = ""
 
 
-# Each a change that looks harmless, and isn't.
+# Each is a change that looks harmless, and isn't.
 WRONG = {
     "no worker": "the fence is the attempt alone",
     "no attempt": "the fence is the worker alone",
     "no liveness": "rescue doesn't ask whether the worker is dead",
-    "keeper's lock": "rescue asks for the lock of the keeper's session, not for those of all the worker's sessions",
+    "heartbeat's lock": "rescue asks for the lock of the heartbeat's session, not of all the worker's sessions",
     "bare hand-back": "hand_back.sql isn't fenced",
     "known ids": "reclaim_unanswered.sql goes by the ids of the tasks that are known, not by their leases",
     "early strays": "reclaim_unanswered.sql doesn't wait for the end of the backend that claims",
@@ -117,7 +121,7 @@ WRONG = {
 
 
 class Lease:
-    """`faults` and `cancels`: how many of each, at most. `kills`: the task's handler kills its worker, each time."""
+    """faults, cancels: how many there may be. kills: the task's handler kills its worker each time."""
 
     def __init__(
         self, workers: int, attempts: int, faults: int, cancels: int, kills: bool = False, wrong: str = ""
@@ -131,7 +135,7 @@ class Lease:
         ]
 
     def _ends(self, state: State) -> bool:
-        if self._kills:  # whoever is killed is started again
+        if self._kills:  # a killed worker is started again
             return state.task is Task.DEAD
         return state.task >= Task.DONE or not any(worker.life is Life.UP for worker in state.workers)
 
@@ -141,7 +145,7 @@ class Lease:
         return state.bad or None
 
     def same(self, state: State) -> Hashable:
-        # None can't be compared with a job, so sort by what can.
+        # None can't be compared with a job: sort by a key that can.
         return (tuple(sorted(state.workers, key=_key)), *state[1:])
 
     def steps(self, state: State) -> Iterator[Step[State]]:
@@ -161,7 +165,7 @@ class Lease:
     # The task's row.
 
     def _free(self, state: State, task: Task, attempts: int) -> State:
-        """The row is nobody's: every job there is of it is of the past."""
+        """No worker holds the row any more: every job that comes from it is of a past claim."""
         workers = tuple(_outdated(worker._replace(owns=0)) for worker in state.workers)
         return state._replace(workers=workers, task=task, attempts=attempts, relaxed=False)
 
@@ -176,7 +180,7 @@ class Lease:
             yield Step("psql: notifyq.retry", again, MAYBE)
 
     def _server(self, state: State, n: int, worker: Worker) -> Iterator[tuple[str, State, Comes]]:
-        """Backends go on whatever becomes of their clients; time passes."""
+        """Backends go on, whatever happens to their clients; time passes."""
         if worker.sent:
             if state.task is Task.READY:
                 attempt = state.attempts + 1
@@ -195,7 +199,7 @@ class Lease:
     def _faults(self, state: State, n: int, worker: Worker) -> Iterator[tuple[str, State, Comes]]:
         if worker.life is Life.OVER:
             if not worker.registered and not worker.owns and not worker.sent:
-                # With its old id, which nothing remembers.
+                # With its old id, which no row has any more.
                 yield "is started again", _put(state, n, **Worker()._asdict()), NOW if self._kills else MAYBE
             return
         left = state._replace(faults=state.faults - 1)
@@ -211,7 +215,7 @@ class Lease:
                 cut = _put(left, n, connected=False, sent=-abs(worker.sent), answer=None)
                 yield "loses its connection for claims", cut, MAYBE
             if worker.locked:
-                yield "loses its keeper's connection, and the lock", _put(left, n, locked=False), MAYBE
+                yield "loses its heartbeat's connection, and the lock", _put(left, n, locked=False), MAYBE
             if n == 0:
                 crashed = left
                 for m, other in enumerate(left.workers):
@@ -252,14 +256,14 @@ class Lease:
             yield "claim.sql begins, and sees it is registered", _put(state, n, sent=worker.id), NOW
 
     def _knows(self, state: State, worker: Worker) -> bool:
-        """Whether it has the task that its row says it has."""
+        """Whether the worker knows of the lease that the row says it has."""
         known = [job for job in (worker.held, worker.behind, *worker.outcomes) if job is not None]
         if self._wrong == "known ids":
             return bool(known)
         return any((job.id, job.attempt, job.lost) == (worker.id, state.attempts, False) for job in known)
 
     def _runs(self, state: State, n: int, worker: Worker) -> Iterator[tuple[str, State, Comes]]:
-        """Runners: what is behind the one that ends begins."""
+        """Runners: when a handler ends, the job behind it begins."""
         if (job := worker.held) is None:
             return
         if self._kills:
@@ -305,7 +309,7 @@ class Lease:
             yield f"{text} is applied, but its answer lost", applied._replace(faults=state.faults - 1), MAYBE
 
     def _keeps(self, state: State, n: int, worker: Worker) -> Iterator[tuple[str, State, Comes]]:
-        """Keeper: send_heartbeat.sql; and the end."""
+        """Heartbeat: send_heartbeat.sql; and the end."""
         if worker.life is Life.STOPPING and worker.held is None and worker.behind is None:
             # Outcomes that couldn't be written in time are given up.
             over = _put(state, n, life=Life.OVER, registered=False, locked=False, silent=0, answer=None, outcomes=())
@@ -329,13 +333,13 @@ class Lease:
             yield text, _put(state, n, silent=0, locked=True, held=held), NOW
 
     def _rescues(self, state: State, n: int) -> Iterator[Step[State]]:
-        """Keeper: rescue.sql and reclaim_unowned.sql, for the others."""
+        """Heartbeat: rescue.sql and reclaim_unowned.sql, for the other workers."""
         for m, other in enumerate(state.workers):
             if m != n and other.registered:
                 alive = other.life is not Life.OVER and (other.locked or other.connected)
                 alive = alive or other.sent != 0  # a backend that still claims
                 well = other.life is Life.UP and other.silent < 2 and alive
-                if self._wrong == "keeper's lock":
+                if self._wrong == "heartbeat's lock":
                     alive = other.locked
                 dead = other.silent == 2 or (other.silent == 1 and not alive)
                 if dead or self._wrong == "no liveness":
@@ -360,7 +364,7 @@ def _put(state: State, n: int, **fields: object) -> State:
 
 
 def _killed(state: State, n: int) -> State:
-    """Nothing is left of it but its row, and what its backend is at."""
+    """Only its row is left, and the statement that its backend still runs."""
     was = state.workers[n]
     left = Worker(Life.OVER, was.id, was.registered, False, was.silent, was.owns, -abs(was.sent), False)
     return _put(state, n, **left._asdict())
@@ -376,7 +380,7 @@ def _outdated(worker: Worker) -> Worker:
 
 
 def _renamed(worker: Worker, attempt: int) -> Worker:
-    """What it has under the same id and attempt as it claims now is of the current lease again."""
+    """A job of it with the same id and attempt as the new claim is of the current lease again."""
 
     def again(job: Job | None) -> Job | None:
         return job and job._replace(current=job.current or (job.id, job.attempt) == (abs(worker.sent), attempt))

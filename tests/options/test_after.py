@@ -610,7 +610,7 @@ async def test_it_ends_a_moment_after_somebody_began_to_wait(
 ) -> None:
     """Its row was locked when the other was judged, so its end tells nobody: the worker looks again by itself, and does
     not wait for the heartbeat."""
-    monkeypatch.setattr(heartbeat, "TICK_SECONDS", 3600.0)
+    monkeypatch.setattr(heartbeat, "BEAT_SECONDS", 3600.0)
     someone, judged = await connect(), Admission.admit
 
     async def admit(self: Admission, *args: Any) -> Any:

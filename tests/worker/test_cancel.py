@@ -18,7 +18,7 @@ import pytest
 
 import notifyq
 from notifyq.config import WorkerConfig
-from notifyq.worker import heartbeat
+from notifyq.worker import heartbeat, loop_watch
 from notifyq.worker.worker import Worker
 
 from ..client.test_results import GARBAGE
@@ -133,7 +133,7 @@ def listened(monkeypatch: pytest.MonkeyPatch) -> Seen:
 
 
 async def listening(seen: Seen, count: int = 1) -> None:
-    """A keeper has begun to listen, so often."""
+    """Heartbeats' threads have begun to listen, this many times."""
     with anyio.fail_after(limit()):
         while seen.items.count(("LISTEN", heartbeat.CANCELS)) < count:  # in another thread
             await anyio.sleep(0.005)
@@ -142,7 +142,7 @@ async def listening(seen: Seen, count: int = 1) -> None:
 @pytest.fixture
 def slow_heart(monkeypatch: pytest.MonkeyPatch) -> None:
     """No heartbeat comes in time to find what a notification tells of. Below the 2 s after which others look."""
-    monkeypatch.setattr(heartbeat, "TICK_SECONDS", 60.0)
+    monkeypatch.setattr(heartbeat, "BEAT_SECONDS", 60.0)
 
 
 # --- What runs
@@ -319,7 +319,7 @@ async def test_it_listens_only_while_something_runs_for_long(bench: Bench, dsn: 
         for _ in range(3):  # idle, and with many short ones, for longer than it takes to begin
             for _ in range(100):
                 await bench.app.enqueue(Quick())
-            await anyio.sleep(heartbeat.LONG_SECONDS)
+            await anyio.sleep(loop_watch.LONG_SECONDS)
         assert ("LISTEN", heartbeat.CANCELS) not in listened.items
         for n in range(2):
             ref = await bench.app.enqueue(Sleep())
@@ -338,13 +338,13 @@ async def test_cancels_that_nobody_meant(
 ) -> None:
     """Any role can NOTIFY. A handler goes on, the worker does not run after each, and a cancel is still a cancel."""
     ticks: list[float] = []
-    real = heartbeat.Keeper._tick
+    real = heartbeat.Heartbeat._send
 
     async def tick(self: Any, conn: Any) -> bool:
         ticks.append(time.perf_counter())
         return await real(self, conn)
 
-    monkeypatch.setattr(heartbeat.Keeper, "_tick", tick)
+    monkeypatch.setattr(heartbeat.Heartbeat, "_send", tick)
     stranger = await connect()
     async with working(bench.app, dsn):
         ref = await bench.app.enqueue(Sleep())
@@ -356,7 +356,7 @@ async def test_cancels_that_nobody_meant(
             for payload in (*GARBAGE, str(ref.id), str(ref.id + n)):
                 await stranger.execute("SELECT pg_notify($1, $2)", heartbeat.CANCELS, payload)
         took = time.perf_counter() - begin
-        assert len(ticks) <= 2 + 2 * took / heartbeat.DEAF_SECONDS, f"{len(ticks)} in {took:.1f} s"
+        assert len(ticks) <= 2 + 2 * took / heartbeat.IGNORE_SECONDS, f"{len(ticks)} in {took:.1f} s"
         assert not bench.ended.items
         assert await ref.cancel()
         await bench.ended.reach(1)

@@ -22,7 +22,7 @@ from notifyq.database import connection
 from notifyq.database.connection import SQL
 from notifyq.errors import ConfigError
 from notifyq.testing import advance
-from notifyq.worker import heartbeat
+from notifyq.worker import maintenance
 from notifyq.worker.crons import Schedule
 
 from ..helpers.crons import CRON, Nightly, known, made
@@ -103,7 +103,7 @@ async def test_two_services_with_one_name_are_told(
     dsn: str, db: Any, logged: Logged, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Both of them, once; not workers of one app, and not one whose other version has ended."""
-    monkeypatch.setattr(heartbeat, "LOOK_SECONDS", 0.2)
+    monkeypatch.setattr(maintenance.FIND_PROBLEMS, "every", 0.2)
     shop, blog = made(Seen(), queue="shop"), made(Seen(), "0 4 * * *", queue="blog")
     async with working(shop, dsn, queues=["shop"]), working(shop, dsn, queues=["shop"]):
         await known(db)

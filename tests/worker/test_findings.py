@@ -13,7 +13,7 @@ from notifyq.database import schema
 from notifyq.database.connection import SQL
 from notifyq.embedded import Server
 from notifyq.errors import DatabaseError, SchemaError
-from notifyq.worker import heartbeat
+from notifyq.worker import maintenance
 
 from ..helpers.databases import Sessions, admin, grants
 from ..helpers.logs import Logged
@@ -86,7 +86,7 @@ async def test_a_worker_that_does_not_see_its_tasks_says_so(
     dsn: str, db: Any, hand: str, logged: Logged, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In the log and in its status; and once they are shown, it runs them, and says that too."""
-    monkeypatch.setattr(heartbeat, "LOOK_SECONDS", 0.2)
+    monkeypatch.setattr(maintenance.FIND_PROBLEMS, "every", 0.2)
     await secure(db, "task", "finished")
     seen = Seen()
     app = saying(seen)

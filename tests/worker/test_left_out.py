@@ -11,7 +11,7 @@ import pytest
 
 import notifyq
 from notifyq.database.connection import SQL
-from notifyq.worker import heartbeat, left_out
+from notifyq.worker import left_out, maintenance
 from notifyq.worker.job import claim
 from notifyq.worker.left_out import NOT_TAKEN_BACK, LeftOut
 
@@ -331,7 +331,7 @@ async def test_a_task_that_was_alone_and_is_refused_was_alone(db: Any) -> None:
 async def test_the_other_orphans_are_taken_back(
     db: Any, dsn: str, logged: Logged, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(heartbeat, "ORPHANS_SECONDS", 0.2)
+    monkeypatch.setattr(maintenance.RECLAIM_UNOWNED, "every", 0.2)
     monkeypatch.setattr(left_out, "PAUSE_MOST", 0.5)
     gone = await register(db, "gone:1")
     bad, good = await abandoned(db, gone)

@@ -14,7 +14,7 @@ import msgspec
 import pytest
 
 import notifyq
-from notifyq.worker import heartbeat
+from notifyq.worker import heartbeat, maintenance
 from notifyq.worker.backoff import backoff_seconds, ceiling_seconds
 from notifyq.worker.capacity import Rate
 
@@ -531,9 +531,9 @@ async def test_a_queue_takes_no_more_than_its_limit(bench: Bench, db: Any, dsn: 
 
 @pytest.fixture
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("PRUNE_SECONDS", "ORPHANS_SECONDS", "STIR_SECONDS"):
-        monkeypatch.setattr(heartbeat, name, 0.0)
-    for name in ("PULSE_SECONDS", "TICK_SECONDS"):
+    for chore in (*maintenance.PRUNING, maintenance.RECLAIM_UNOWNED, maintenance.RECHECK_WAITING):
+        monkeypatch.setattr(chore, "every", 0.0)
+    for name in ("ASK_SECONDS", "BEAT_SECONDS"):
         monkeypatch.setattr(heartbeat, name, 0.02)
 
 

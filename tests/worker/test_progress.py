@@ -15,7 +15,7 @@ from notifyq.client import results
 from notifyq.codec import NOTE_LENGTH
 from notifyq.database.connection import SQL
 from notifyq.testing import run_inline
-from notifyq.worker import heartbeat
+from notifyq.worker import maintenance
 from notifyq.worker.runners import Runners
 
 from ..client.test_results import GARBAGE
@@ -158,13 +158,13 @@ async def test_only_the_latest_is_written_and_not_often(
 ) -> None:
     """However often a handler tells; and of those that tell nothing, nothing is written."""
     written: list[dict[Any, Any]] = []
-    real = heartbeat.Keeper._report
+    real = maintenance.WRITE_PROGRESS.run
 
-    async def report(self: Any, conn: Any) -> None:
-        written.append(dict(self._runners.reports))
-        await real(self, conn)
+    async def report(conn: Any, upkeep: maintenance.Upkeep) -> bool | None:
+        written.append(dict(upkeep.runners.reports))
+        return await real(conn, upkeep)
 
-    monkeypatch.setattr(heartbeat.Keeper, "_report", report)
+    monkeypatch.setattr(maintenance.WRITE_PROGRESS, "run", report)
     async with working(bench.app, dsn):
         await bench.app.enqueue_many([Silent()] * 500)
         await eventually(lambda: db.fetchval("SELECT count(*) FROM notifyq.finished"), 500)
@@ -174,7 +174,7 @@ async def test_only_the_latest_is_written_and_not_often(
         for ref in refs:
             await ref.result(timeout=limit())
         took = anyio.current_time() - begin
-        assert len(written) <= 1 + took / heartbeat.REPORT_SECONDS
+        assert len(written) <= 1 + took / maintenance.WRITE_PROGRESS.every
         assert all(len(reports) <= 5 for reports in written)
     print(f"100,000 calls in {took:.2f} s, {len(written)} writes")
 

@@ -17,7 +17,7 @@ import notifyq
 from notifyq.config import WorkerConfig
 from notifyq.database import connection
 from notifyq.database.connection import SQL
-from notifyq.worker import heartbeat, settle
+from notifyq.worker import heartbeat, maintenance, settle
 from notifyq.worker.job import Job
 from notifyq.worker.outcome import Finished, HandedBack, Outcome, RetryLater, returned, smaller
 from notifyq.worker.worker import Worker
@@ -175,7 +175,7 @@ async def test_a_trigger_that_keeps_a_row_and_says_nothing(
     Another outcome, which the trigger lets through, is written at once."""
     monkeypatch.setattr(settle, "PAUSE_MOST", 0.5)
     monkeypatch.setattr(settle, "PAUSE_LEAST", 0.5)
-    monkeypatch.setattr(heartbeat, "LOOK_SECONDS", 0.2)
+    monkeypatch.setattr(maintenance.FIND_PROBLEMS, "every", 0.2)
     await db.execute(RETURNS.format("NEW"))
     bad = await insert(db, "Bad", 2)
     [failing] = await insert(db, "Bad", how="raise")

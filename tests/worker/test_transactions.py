@@ -330,8 +330,8 @@ async def test_the_heartbeat_leaves_a_handler_alone_that_has_settled_itself(
     books: Books, db: Any, dsn: str, monkeypatch: pytest.MonkeyPatch, logged: Logged
 ) -> None:
     """Its lease is gone, since it's done."""
-    monkeypatch.setattr(heartbeat, "TICK_SECONDS", 0.02)
-    monkeypatch.setattr(heartbeat, "PULSE_SECONDS", 0.02)
+    monkeypatch.setattr(heartbeat, "BEAT_SECONDS", 0.02)
+    monkeypatch.setattr(heartbeat, "ASK_SECONDS", 0.02)
     ended_well = Seen()
 
     async def after(ctx: notifyq.Context, _: Any) -> None:

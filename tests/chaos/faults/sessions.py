@@ -39,9 +39,9 @@ async def settle(stage: Stage, hit: Hit) -> None:
     await terminate(stage, hit, "settle")
 
 
-@fault("connection ended: keeper")
-async def keeper(stage: Stage, hit: Hit) -> None:
-    await terminate(stage, hit, "keeper")
+@fault("connection ended: heartbeat")
+async def heartbeat(stage: Stage, hit: Hit) -> None:
+    await terminate(stage, hit, "heartbeat")
 
 
 @fault("connection ended: enqueuers", heal=0.5)

@@ -3,7 +3,7 @@
 --     registered   whether the worker is still registered
 --     lost         which of its tasks (ids $4, attempts $5) it has lost
 --     others       which other workers there are
---     seen         their last heartbeats, as numbers: a keeper checks only whether they change
+--     seen         their last heartbeats, as numbers: the receiver checks only whether they change
 --     aside        whether tasks were set aside that this worker could run (queues $6, types $7)
 --     suspects     whether tasks whose workers vanished wait to run isolated
 --     slot_released  whether notifyq.slot_released has a row that no worker has handled, or a dependency isn't confirmed

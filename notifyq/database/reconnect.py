@@ -1,0 +1,32 @@
+"""One way to go on after a connection is lost: connect again, after a pause, until the work is done."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+from .connection import TRANSIENT, Connection
+
+T = TypeVar("T")
+
+
+async def reconnecting(
+    connect: Callable[[], Awaitable[Connection]],
+    serve: Callable[[Connection], Awaitable[T]],
+    failed: Callable[[Exception], Awaitable[object]],
+) -> T:
+    """Return what `serve` returns, on a new connection after each TRANSIENT failure.
+
+    failed  is awaited between two tries: it logs, and waits. It raises for what no new connection cures
+    """
+    while True:
+        conn: Connection | None = None
+        try:
+            conn = await connect()
+            return await serve(conn)
+        except TRANSIENT as error:
+            failure = error
+        finally:
+            if conn is not None:
+                conn.terminate()
+        await failed(failure)
