@@ -12,7 +12,7 @@ from typing import Any, cast
 import click
 
 from notifyq import App, EnqueueOptions
-from notifyq.client.enqueue import Explained, statement
+from notifyq.client.enqueue import Explained, build_insert
 from notifyq.client.options import Options
 from notifyq.codec import PAYLOAD_LIMIT, type_name
 from notifyq.config import check_name
@@ -93,7 +93,7 @@ def enqueue(*, type: str, payload: str, app: str | None, dsn: str | None, **flag
         )
     with as_flags():
         unique, options = options.unique.for_task(task), options.for_task(task)
-    query, args = statement(type, text, options, unique)
+    query, args = build_insert(type, text, options, unique)
 
     async def run() -> tuple[int, bool, str]:
         async with session(dsn, reads=False) as conn:

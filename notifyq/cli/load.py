@@ -11,8 +11,8 @@ from types import ModuleType
 from typing import NoReturn
 
 from notifyq import App
-from notifyq.app import loading
 from notifyq.errors import ConfigError, NotifyqError
+from notifyq.loading import loading
 
 from .options import did_you_mean
 

@@ -1,7 +1,7 @@
-"""Many tasks at once, some of which may be unique: those are set aside until all are known.
+"""Many tasks in one call of enqueue_many. Unique tasks are held back until all tasks are known.
 
-They go sorted by key, so that two who enqueue the same keys in bulk wait for each other in one order, never in a
-circle; and of several with the same key one goes: the first, or the last if it is to replace or move what is there.
+The unique tasks are sent sorted by key, so two calls with the same keys lock them in the same order and can't deadlock.
+Of several tasks with the same key one is sent: the first, or the last if it replaces or moves the existing task.
 """
 
 from __future__ import annotations
@@ -16,52 +16,52 @@ from ..unique import NO_RULE
 from .options import Options
 from .ref import Ids
 
-CHUNK = 2000  # tasks in a statement,
-CHUNK_SIZE = 8_000_000  # and characters of their payloads together, or one task
-# Characters in a statement that can't be several: four bytes for each, or a backslash before each, are less than the GB
-# that PostgreSQL takes.
+CHUNK = 2000  # at most this many tasks in a statement
+CHUNK_SIZE = 8_000_000  # and this many characters of their payloads together, unless one task has more
+# Characters of payloads where all tasks must go in one statement. With four bytes for each character, or a backslash
+# before each, the statement stays below the 1 GB that PostgreSQL takes.
 ONE_STATEMENT = 200_000_000
 
 Row: TypeAlias = tuple[str, str]  # type and payload
-Placed: TypeAlias = tuple[str, str, str, int, str | None]  # and queue, priority, options as JSON: of a class with rules
-Statement: TypeAlias = tuple[str, tuple[Any, ...]]  # and its parameters
+PlacedRow: TypeAlias = tuple[str, str, str, int, str | None]  # and queue, priority, options as JSON
+Statement: TypeAlias = tuple[str, tuple[Any, ...]]  # its text and its parameters
 
 
 class Bulk:
-    """The tasks of one call: `encode` makes rows of them, `statements` sends those, and `took` is told the answers."""
+    """The tasks of one call. `rows` encodes a chunk, `statements` inserts it, `add_answer` takes the answer."""
 
-    def __init__(self, encode: Callable[[Task], Row], options: Options) -> None:
+    def __init__(self, to_row: Callable[[Task], Row], options: Options) -> None:
         if isinstance(options.unique.unique, str):
             raise ConfigError(
-                f"unique is {options.unique.unique!r}, one key for many tasks, which would be one; expected True, or a "
-                "tuple of fields' names"
+                f"unique is {options.unique.unique!r}, one key for many tasks, so only one of them would be enqueued; "
+                "expected True, or a tuple of fields' names"
             )
-        self._encode = encode
+        self._to_row = to_row
         self._options = options
-        self._asked = options.unique != NO_RULE
-        self._keys: dict[int, str] = {}  # of the unique ones, by position
-        self._unique: dict[str, Placed] = {}  # by key
-        self._plain: type[Task] | None = None  # a class that says nothing of how its tasks are enqueued
-        self._found: dict[str, tuple[int, bool]] = {}
-        self._ids: list[int] = []  # of the others
-        self.count = 0
-        self.size = 0  # characters of all payloads
+        self._is_unique_asked = options.unique != NO_RULE
+        self._keys: dict[int, str] = {}  # key by position in the call, of the unique tasks
+        self._unique: dict[str, PlacedRow] = {}  # row by key
+        self._plain: type[Task] | None = None  # the last class without rules and without a unique key
+        self._found: dict[str, tuple[int, bool]] = {}  # id, and whether it existed, by key
+        self._ids: list[int] = []  # ids of the tasks that aren't unique
+        self.count = 0  # tasks so far
+        self.size = 0  # characters of their payloads
         self._more = False
 
-    def rows(self, tasks: Iterable[Task]) -> list[Row | Placed]:
-        """Of the next ones, as many as a statement may have: those that aren't unique.
+    def rows(self, tasks: Iterable[Task]) -> list[Row | PlacedRow]:
+        """The rows of the next tasks, as many as go in a statement, without the unique tasks.
 
-        Raises ConfigError for what can't be enqueued.
+        Raises ConfigError for a task that can't be enqueued.
         """
-        rows: list[Row | Placed] = []
+        rows: list[Row | PlacedRow] = []
         last, full = self.count + CHUNK, self.size + CHUNK_SIZE
         self._more = True
         for task in tasks:
-            row = self._encode(task)
+            row = self._to_row(task)
             if type(task) is self._plain:
                 rows.append(row)
             else:
-                self._place(task, row, rows)
+                self._add_row(task, row, rows)
             self.count += 1
             self.size += len(row[1])
             if self.count == last or self.size >= full:
@@ -69,13 +69,13 @@ class Bulk:
         self._more = False
         return rows
 
-    def _place(self, task: Task, row: Row, rows: list[Row | Placed]) -> None:
-        """A task that may be unique, or of a class with rules."""
+    def _add_row(self, task: Task, row: Row, rows: list[Row | PlacedRow]) -> None:
+        """Add the row of a task that may be unique, or whose class may have rules."""
         options = self._options.for_task(task)
         unique = self._options.unique.for_task(task)
         if unique is None and options is self._options:
             rows.append(row)
-            if not self._asked and type(task).unique is False:
+            if not self._is_unique_asked and type(task).unique is False:
                 self._plain = type(task)
             return
         placed = (*row, options.columns.queue, options.columns.priority, options.text(unique))
@@ -87,23 +87,26 @@ class Bulk:
                 self._unique[unique.key] = placed
 
     def has_more(self) -> bool:
-        """Whether `rows` has ended before the tasks did, or may have."""
+        """Whether there may be more tasks than `rows` has returned."""
         return self._more
 
-    def statements(self, rows: list[Row | Placed], *, whole: bool = False) -> Iterator[Statement]:
-        """To insert these, and the unique ones, as many in each as a statement may have; `whole`: all in one."""
+    def statements(self, rows: list[Row | PlacedRow], *, whole: bool = False) -> Iterator[Statement]:
+        """The statements that insert these rows and the unique tasks.
+
+        whole  True: one statement for all of them
+        """
         keys = sorted(self._unique)
         if not keys and rows:
-            yield insert(rows, self._options)
+            yield build_bulk_insert(rows, self._options)
         start = 0
         while start < len(keys):
-            end = len(keys) if whole else self._end_of_chunk(keys, start)
+            end = len(keys) if whole else self._find_chunk_end(keys, start)
             chosen = [self._unique[key] for key in keys[start:end]]
             start = end
             more, rows = rows, []
-            yield _each("enqueue_many_unique", [*chosen, *more], self._options)
+            yield _build_placed_insert("enqueue_many_unique", [*chosen, *more], self._options)
 
-    def _end_of_chunk(self, keys: list[str], start: int) -> int:
+    def _find_chunk_end(self, keys: list[str], start: int) -> int:
         size = 0
         for place in range(start, min(start + CHUNK, len(keys))):
             size += len(self._unique[keys[place]][1])
@@ -111,8 +114,8 @@ class Bulk:
                 return place + 1
         return min(start + CHUNK, len(keys))
 
-    def took(self, answer: Sequence[Any]) -> None:
-        """What a statement said."""
+    def add_answer(self, answer: Sequence[Any]) -> None:
+        """Take what a statement returned."""
         if answer and len(answer[0]) == 1:
             self._ids += [row[0] for row in answer]
             return
@@ -123,7 +126,7 @@ class Bulk:
                 self._found[key] = id, existed
 
     def ids(self) -> Ids:
-        """Of all, in order."""
+        """The ids of all tasks, in their order."""
         if not self._keys:
             return Ids(self._ids)
         rest = iter(self._ids)
@@ -132,24 +135,24 @@ class Bulk:
 
 
 def check_one_statement(size: int) -> None:
-    """Raises ConfigError if so many characters are too much for one statement."""
+    """Raise ConfigError if payloads of `size` characters together are too large for one statement."""
     if size > ONE_STATEMENT:
         raise ConfigError(
-            f"the payloads of these tasks have more than {ONE_STATEMENT:,} characters together, and with conn= or "
-            "then= they go in one statement, which may not have more; enqueue them in several calls (with conn= they "
-            "are all in its transaction)"
+            f"the payloads of these tasks have more than {ONE_STATEMENT:,} characters together, which is the limit of "
+            "one statement, and with conn= or then= all tasks go in one; enqueue them in several calls (with conn= all "
+            "calls are in its transaction)"
         )
 
 
-def insert(rows: Sequence[Row | Placed], options: Options) -> Statement:
-    """To insert rows that aren't unique."""
+def build_bulk_insert(rows: Sequence[Row | PlacedRow], options: Options) -> Statement:
+    """The statement that inserts rows which aren't unique."""
     if any(len(row) > 2 for row in rows):
-        return _each("enqueue_many_placed", rows, options)
+        return _build_placed_insert("enqueue_many_placed", rows, options)
     return SQL["enqueue_many"], (*columns(rows), *options.columns, options.text())
 
 
-def _each(name: str, rows: Sequence[Row | Placed], options: Options) -> Statement:
-    """A statement that takes the queue, the priority and the options of each row."""
+def _build_placed_insert(name: str, rows: Sequence[Row | PlacedRow], options: Options) -> Statement:
+    """A statement that takes a queue, a priority and options for each row."""
     queue, delay, run_at, priority, max_attempts = options.columns
     rest = (queue, priority, options.text())
     whole = [(*row[:2], *(row[2:] or rest)) for row in rows]
@@ -157,5 +160,6 @@ def _each(name: str, rows: Sequence[Row | Placed], options: Options) -> Statemen
     return SQL[name], (types, payloads, queues, delay, run_at, priorities, max_attempts, texts)
 
 
-def columns(rows: Sequence[Row | Placed]) -> tuple[list[str], list[str]]:
+def columns(rows: Sequence[Row | PlacedRow]) -> tuple[list[str], list[str]]:
+    """The types and the payloads of rows."""
     return [row[0] for row in rows], [row[1] for row in rows]

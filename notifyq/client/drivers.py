@@ -1,9 +1,9 @@
-"""Other libraries' connections, to enqueue on in their own transactions: psycopg 3, SQLAlchemy 2, Django.
+"""Connections of other libraries, to enqueue on in their transactions: psycopg 3, SQLAlchemy 2, Django.
 
-A connection is known by the name of its type, so nothing is imported for it. Each runs the statement asyncpg runs:
-psycopg takes it as it is, with its $1, and `pyformat` rewrites it for what stands before a driver, SQLAlchemy and
-Django. Those must be told of it, and not be passed by: they begin a transaction when they see its first statement, and
-a row that was sent past them survives their rollback.
+A connection is recognized by the name of its type, so no library is imported for it. Each runs the statement that
+asyncpg runs. psycopg takes it as it is, with its $1; `pyformat` rewrites it for SQLAlchemy and Django. The statement
+goes through those two and never past them to their driver: they begin a transaction at its first statement, and a row
+that is sent past them survives their rollback.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import asyncpg.pool
 
 from ..errors import ConfigError
 
-BUSY_SECONDS = 30.0  # to wait for a connection of psycopg that does something else
+BUSY_SECONDS = 30.0  # to wait for a psycopg connection that runs something else
 
 if TYPE_CHECKING:
     from ..database.connection import Connection
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     Pool = asyncpg.Pool[asyncpg.Record]
 
 
-# What type checkers let through: shapes, since a name of theirs would be unknown where the library isn't installed.
+# The types for `conn` are protocols: the libraries' own types are unknown to a type checker where a library is missing.
 
 
 class Rows(Protocol):
@@ -72,7 +72,7 @@ SYNC_EXPECTED = "a psycopg.Connection, SQLAlchemy's Session or Connection, or dj
 
 
 class DriverConnection:
-    """A connection that is awaited, with asyncpg's `fetch`."""
+    """Another library's async connection, with the `fetch` of asyncpg's."""
 
     def __init__(self, conn: Any, run: AsyncRun) -> None:
         self._conn = conn
@@ -82,8 +82,8 @@ class DriverConnection:
         return await self._run(self._conn, query, args)
 
 
-def awaited(conn: AsyncConnection) -> Connection | Pool | DriverConnection:
-    """What enqueue takes. Raises ConfigError for what isn't a connection, or would block the loop."""
+def to_async(conn: AsyncConnection) -> Connection | Pool | DriverConnection:
+    """`conn` with asyncpg's `fetch`. Raises ConfigError for another object, or a connection that blocks the loop."""
     if isinstance(conn, asyncpg.Connection | asyncpg.pool.PoolConnectionProxy | asyncpg.Pool):
         return conn
     if (run := _find(conn, _ASYNC)) is not None:
@@ -97,7 +97,7 @@ def awaited(conn: AsyncConnection) -> Connection | Pool | DriverConnection:
 
 
 def fetch(conn: SyncConnection, query: str, args: Sequence[Any]) -> Sequence[Any]:
-    """Rows. Raises ConfigError for what isn't a connection, or is awaited."""
+    """Run a statement and return its rows. Raises ConfigError for another object, or an async connection."""
     if (run := _find(conn, _SYNC)) is not None:
         return run(conn, query, args)
     asynchronous = isinstance(conn, asyncpg.Connection | asyncpg.pool.PoolConnectionProxy | asyncpg.Pool)
@@ -107,7 +107,7 @@ def fetch(conn: SyncConnection, query: str, args: Sequence[Any]) -> Sequence[Any
 
 
 def pyformat(query: str, args: Sequence[Any]) -> tuple[str, dict[str, Any]]:
-    """$1 as %(p1)s, the way of psycopg and psycopg2, which write values into the text or send them beside it."""
+    """The statement with %(p1)s for $1, and its values by these names, as psycopg and psycopg2 take them."""
     text = re.sub(r"\$(\d+)", r"%(p\1)s", query.replace("%", "%%"))
     return text, {f"p{number}": value for number, value in enumerate(args, 1)}
 
@@ -117,7 +117,7 @@ def _psycopg(conn: Any, query: str, args: Sequence[Any]) -> Sequence[Any]:
     from psycopg.rows import tuple_row
 
     _wait_until_free(conn)
-    with RawCursor(conn, row_factory=tuple_row) as cursor:  # whatever factories the connection has
+    with RawCursor(conn, row_factory=tuple_row) as cursor:  # the connection may have factories of its own
         return cursor.execute(query.encode(), args).fetchall()
 
 
@@ -138,8 +138,11 @@ async def _async_psycopg(conn: Any, query: str, args: Sequence[Any]) -> Sequence
 
 
 def _wait_until_free(conn: Any) -> None:
-    """psycopg's statements wait for the one that is under way. In the loop over `cursor.stream()` that would be for
-    ever; nothing tells that from a long statement of another thread, but the time."""
+    """Wait until no other statement runs on a psycopg connection. Raises ConfigError after BUSY_SECONDS.
+
+    Inside a loop over `cursor.stream()`, psycopg itself would wait forever. Only the time tells that from a long
+    statement of another thread.
+    """
     if conn.lock.locked():
         if not conn.lock.acquire(timeout=BUSY_SECONDS):
             raise _busy()
@@ -148,7 +151,7 @@ def _wait_until_free(conn: Any) -> None:
 
 def _busy() -> ConfigError:
     return ConfigError(
-        f"conn was busy for {BUSY_SECONDS:g} s; inside of cursor.stream(), cursor.copy() and conn.notifies() psycopg "
+        f"conn was busy for {BUSY_SECONDS:g} s; inside cursor.stream(), cursor.copy() and conn.notifies() psycopg "
         "runs nothing else on a connection: enqueue after these, or on another connection"
     )
 
@@ -173,7 +176,7 @@ async def _async_session(session: Any, query: str, args: Sequence[Any]) -> Seque
     return await _async_alchemy(await session.connection(), query, args)
 
 
-# Whatever its connection or engine is told: a server-side cursor is for SELECTs, and an INSERT in one a syntax error.
+# Overrides options of the connection or engine that ask for a server-side cursor: an INSERT in one is a syntax error.
 _AT_ONCE = {"stream_results": False, "yield_per": None}
 
 
@@ -201,7 +204,7 @@ def _django(conn: Any, query: str, args: Sequence[Any]) -> Sequence[Any]:
 AsyncRun: TypeAlias = Callable[[Any, str, Sequence[Any]], Awaitable[Sequence[Any]]]
 SyncRun: TypeAlias = Callable[[Any, str, Sequence[Any]], Sequence[Any]]
 
-# By package and class; a subclass has it in its bases.
+# By package and class. A subclass is recognized by its bases.
 _ASYNC: Mapping[tuple[str, str], AsyncRun] = {
     ("psycopg", "AsyncConnection"): _async_psycopg,
     ("sqlalchemy", "AsyncConnection"): _async_alchemy,

@@ -1,4 +1,4 @@
-"""Enqueue: validate what is sent, and send it in one statement."""
+"""Enqueue: validate a task, build the statement that inserts it, and send the statement."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ..payloads import jsonable
 from ..registry import Registry
 from ..task import Task
 from ..unique import Unique
-from .bulk import CHUNK, CHUNK_SIZE, Bulk, Placed, Row, Statement, check_one_statement, insert
+from .bulk import CHUNK, CHUNK_SIZE, Bulk, PlacedRow, Row, Statement, build_bulk_insert, check_one_statement
 from .drivers import DriverConnection
 from .options import Options, check_group, options_for
 from .pool import AppPool
@@ -34,14 +34,16 @@ if TYPE_CHECKING:
 Via: TypeAlias = "Connection | asyncpg.Pool[asyncpg.Record] | DriverConnection | AppPool"
 
 ADVANCE = "SELECT setval('notifyq.task_id_seq', (SELECT max(id) FROM notifyq.all_tasks))"
-SLICE = 100  # tasks encoded without a break: 0.2 ms
+SLICE = 100  # tasks that are encoded before the event loop gets a turn: 0.2 ms
 
 
-async def one(via: Via, registry: Registry, task: Task, options: Options) -> Iterable[Any]:
-    """Insert a task, unless it is unique and another is in its way: the id of either, when it was created, and, if it
-    is unique, whether it is the other's."""
+async def insert_one(via: Via, registry: Registry, task: Task, options: Options) -> Iterable[Any]:
+    """Insert a task, unless it is unique and another task is in its way.
+
+    Returns what enqueue.sql returns; for a unique task what enqueue_unique.sql returns.
+    """
     type, payload = validated_task(registry, task)
-    query, args = statement(type, payload, options.for_task(task), options.unique.for_task(task))
+    query, args = build_insert(type, payload, options.for_task(task), options.unique.for_task(task))
     row: Iterable[Any]
     with Explained(type):
         if isinstance(via, DriverConnection):
@@ -51,22 +53,23 @@ async def one(via: Via, registry: Registry, task: Task, options: Options) -> Ite
     return row
 
 
-def statement(type: str, payload: str, options: Options, unique: Unique | None) -> Statement:
-    """To insert a task."""
+def build_insert(type: str, payload: str, options: Options, unique: Unique | None) -> Statement:
+    """The statement that inserts one task; `options` are those of the task."""
     query = SQL["enqueue" if unique is None else "enqueue_unique"]
     return query, (type, payload, *options.columns, options.text(unique))
 
 
-async def many(via: Via, registry: Registry, tasks: Iterable[Task], options: Options) -> Ids:
-    """Insert tasks, all or none: up to CHUNK of them, and CHUNK_SIZE, in one statement, more in a transaction of
-    several, each encoded while PostgreSQL works on the one before.
+async def insert_many(via: Via, registry: Registry, tasks: Iterable[Task], options: Options) -> Ids:
+    """Insert all of the tasks, or none.
 
-    0.6 µs a row for asyncpg to send as two arrays, half of what COPY costs in all, and unlike COPY it returns the ids.
+    Up to CHUNK tasks of CHUNK_SIZE characters go in one statement. More go in several statements of one transaction,
+    and each chunk is encoded while PostgreSQL inserts the one before. asyncpg sends a row of the two arrays in 0.6 µs.
+    That is half of what COPY costs in all, and COPY doesn't return the ids.
     """
     bulk = Bulk(partial(validated_task, registry), options)
     rest = iter(tasks)
     first = bulk.rows(rest)
-    if isinstance(via, DriverConnection):  # one statement, since each library has its own way with savepoints
+    if isinstance(via, DriverConnection):  # one statement, since each library handles savepoints in its own way
         while bulk.has_more():
             await anyio.lowlevel.checkpoint()
             first += bulk.rows(rest)
@@ -91,27 +94,27 @@ async def many(via: Via, registry: Registry, tasks: Iterable[Task], options: Opt
         return bulk.ids()
 
 
-async def group(
+async def insert_group(
     via: Via, registry: Registry, tasks: Iterable[Task], then: Task, options: Options
 ) -> tuple[list[int], tuple[int, int]]:
-    """Insert tasks, and one that waits for all of them: all or none, in one statement."""
-    query, args = grouped(registry, tasks, then, options)
+    """Insert tasks, and a task that waits for all of them, in one statement. Returns what `read_group_ids` does."""
+    query, args = build_group_insert(registry, tasks, then, options)
     with Explained("(one of a group)"):
         if isinstance(via, DriverConnection):
-            return ids_of_group(await via.fetch(query, *args))
-        return ids_of_group(await via.fetch(query, *args, timeout=_timeout(sum(map(len, args[1])))))
+            return read_group_ids(await via.fetch(query, *args))
+        return read_group_ids(await via.fetch(query, *args, timeout=_timeout(sum(map(len, args[1])))))
 
 
-def grouped(registry: Registry, tasks: Iterable[Task], then: Task, options: Options) -> Statement:
-    """To insert a group; `then` is the last of its types and payloads."""
+def build_group_insert(registry: Registry, tasks: Iterable[Task], then: Task, options: Options) -> Statement:
+    """The statement that inserts a group; `then` is the last item of its arrays."""
     tasks = list(tasks)
-    rows = [_placed(registry, task, options) for task in tasks]
+    rows = [_placed_row(registry, task, options) for task in tasks]
     if any(options.unique.for_task(task) for task in (*tasks, then)):
         raise ConfigError("a group's tasks can't be unique; enqueue those by themselves, and one after=[...] them")
     check_group(len(rows))
-    # In the queue and with the priority of the others, as far as these are told; their keys and limits are theirs.
+    # Of the options, `then` has the queue and the priority. The keys and limits are of the others alone.
     same = options_for(options.given.get("queue"), options.given.get("priority"))
-    rows.append(_placed(registry, then, same))
+    rows.append(_placed_row(registry, then, same))
     check_one_statement(sum(len(row[1]) for row in rows))
     types, payloads, queues, priorities, texts = map(list, zip(*rows, strict=True))
     _, delay, run_at, _, max_attempts = options.columns
@@ -119,26 +122,26 @@ def grouped(registry: Registry, tasks: Iterable[Task], then: Task, options: Opti
     return SQL["enqueue_then"], args
 
 
-def _placed(registry: Registry, task: Task, options: Options) -> Placed:
+def _placed_row(registry: Registry, task: Task, options: Options) -> PlacedRow:
     options = options.for_task(task)
     return *validated_task(registry, task), options.columns.queue, options.columns.priority, options.text()
 
 
-def ids_of_group(answer: Sequence[Any]) -> tuple[list[int], tuple[int, int]]:
-    """What `grouped` is answered with: the tasks' ids; and that of `then`, and when that was created."""
+def read_group_ids(answer: Sequence[Any]) -> tuple[list[int], tuple[int, int]]:
+    """The ids of a group's tasks; and of `then` the id, and the created_at in microseconds since 1970."""
     [(last, created, ids)] = answer
     return list(ids or ()), (last, created)
 
 
 async def _stream(
-    conn: Connection, bulk: Bulk, first: list[Row | Placed], rest: Iterator[Task], options: Options
+    conn: Connection, bulk: Bulk, first: list[Row | PlacedRow], rest: Iterator[Task], options: Options
 ) -> None:
-    """Insert those that aren't unique."""
-    send, receive = anyio.create_memory_object_stream[list[Row | Placed]](1)
+    """Insert the tasks that aren't unique, and encode a chunk while the one before is inserted."""
+    send, receive = anyio.create_memory_object_stream[list[Row | PlacedRow]](1)
 
     async def encode() -> None:
         async with send:
-            chunk: list[Row | Placed] = []
+            chunk: list[Row | PlacedRow] = []
             begun, last = bulk.size, -1
             while bulk.count > last:
                 last = bulk.count
@@ -147,29 +150,29 @@ async def _stream(
                     await send.send(chunk)
                     chunk, begun = [], bulk.size
                 else:
-                    await anyio.lowlevel.checkpoint()  # what is on its way is written to the socket in between
+                    await anyio.lowlevel.checkpoint()  # lets asyncpg write the chunk before to the socket
             if chunk:
                 await send.send(chunk)
 
     async with receive, anyio.create_task_group() as group:
         group.start_soon(encode)
         if first:
-            await _send(conn, bulk, insert(first, options))
+            await _send(conn, bulk, build_bulk_insert(first, options))
         async for chunk in receive:
-            await _send(conn, bulk, insert(chunk, options))
+            await _send(conn, bulk, build_bulk_insert(chunk, options))
 
 
 async def _send(via: Via, bulk: Bulk, statement: Statement) -> None:
     query, args = statement
     with explained_many(args[0]):
         if isinstance(via, DriverConnection):
-            bulk.took(await via.fetch(query, *args))
+            bulk.add_answer(await via.fetch(query, *args))
         else:
-            bulk.took(await via.fetch(query, *args, timeout=_timeout(min(bulk.size, 3 * CHUNK_SIZE))))
+            bulk.add_answer(await via.fetch(query, *args, timeout=_timeout(min(bulk.size, 3 * CHUNK_SIZE))))
 
 
 def _timeout(size: int) -> float | None:
-    """Of a statement with so many characters, where they are many."""
+    """Seconds for a statement with this many characters of payloads. None: the connection's own timeout is enough."""
     return None if size < CHUNK_SIZE // 8 else COMMAND_TIMEOUT_SECONDS + size / SLOWEST
 
 
@@ -178,7 +181,10 @@ def explained_many(types: list[str]) -> Explained:
 
 
 def validated_task(registry: Registry, task: Task) -> Row:
-    """A Struct isn't validated when it is made, so what was encoded is decoded again."""
+    """The type and the payload of a task. Raises ConfigError for an object that isn't a task, or one that is invalid.
+
+    msgspec doesn't validate a Struct when it is made, so the payload is decoded once to validate it.
+    """
     if not isinstance(task, Task):
         raise ConfigError(
             f"enqueue got {task!r:.100}; expected an instance of a subclass of notifyq.Task{_hint(registry, task)}"
@@ -204,12 +210,12 @@ def _hint(registry: Registry, given: Any) -> str:
     if isinstance(given, type) and issubclass(given, Task):
         return f": {given.__name__}(...)"
     if isinstance(given, Coroutine):
-        cast("Coroutine[Any, Any, object]", given).close()  # else Python warns that nobody awaits it
+        cast("Coroutine[Any, Any, object]", given).close()  # or Python warns that it was never awaited
         return "; enqueue the task itself, and don't call its handler: a worker does"
     if isinstance(given, list):
         return "; enqueue_many takes several tasks"
     if isinstance(given, tuple) and any(isinstance(part, Task) for part in cast("tuple[object, ...]", given)):
-        return "; the options are for all tasks of a call: enqueue those with others by another one"
+        return "; the options are for all tasks of a call: enqueue tasks with other options by another call"
     return ""
 
 

@@ -1,4 +1,4 @@
-"""Ref: an enqueued task, to wait for and to cancel. Ids: those of many."""
+"""Ref: an enqueued task, to wait for and to cancel. Ids: the ids of many tasks."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from .. import loops
 from ..config import in_seconds, is_number
 from ..errors import ConfigError, NotifyqError
 from ..task import Progress
+from .calls import check_cancel
 
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
@@ -26,29 +27,29 @@ class RefResults(Protocol):
 
 
 class RefApp(Protocol):
-    """What a Ref asks of the App that made it."""
+    """The App that made a Ref, as the Ref uses it."""
 
     @property
     def results(self) -> RefResults: ...
-    def check_cancel(self) -> None: ...
+    def check_loop(self, what: str, cure: str) -> None: ...
     async def _cancel(self, ref: Ref) -> bool: ...
 
 
 def _check_result(ref: Ref, *_: object, **__: object) -> None:
-    assert ref._app.results is not None  # pyright: ignore[reportPrivateUsage]
+    assert ref._app.results is not None  # it raises  # pyright: ignore[reportPrivateUsage]
 
 
 def _check_cancel(ref: Ref) -> None:
-    ref._app.check_cancel()  # pyright: ignore[reportPrivateUsage]
+    check_cancel(ref._app)  # pyright: ignore[reportPrivateUsage]
 
 
 class Ref(msgspec.Struct, frozen=True, dict=True, eq=False, omit_defaults=True):
-    """An enqueued task, by its id in notifyq.all_tasks. One that enqueue returned, or `app.ref(id)`, can be waited for,
-    inside of `async with app.connect():`.
+    """An enqueued task, by its id in notifyq.all_tasks.
 
-    created_at  of the task that is meant, if it is known, as it is where enqueue returned this. The id may be another
-                task's one day: after a failover to a standby that lagged, or TRUNCATE ... RESTART IDENTITY. Then what
-                this Ref is asked for raises NotifyqError.
+    A Ref that enqueue or `app.ref(id)` returned can be waited for, inside `async with app.connect():`.
+
+    created_at  when the task was created; enqueue sets it. One day another task may have the same id: after a failover
+                to a standby that lagged, or TRUNCATE ... RESTART IDENTITY. The methods raise NotifyqError then
     """
 
     id: int
@@ -75,14 +76,14 @@ class Ref(msgspec.Struct, frozen=True, dict=True, eq=False, omit_defaults=True):
     async def result(self, type: object, /, *, timeout: float | timedelta | None = None) -> Any: ...
     @loops.checked_at_call(_check_result)
     async def result(self, type: object = None, /, *, timeout: float | timedelta | None = None) -> Any:
-        """Wait for the task's end, however many attempts that takes, and return its result; at once, if it has ended.
+        """Wait until the task has ended, through all its attempts, and return its result.
 
-        type     what the result is to be, anything that msgspec can decode. Without one, it is what this app's handler
-                 is annotated to return, or plain JSON, where the app has no handler for it
-        timeout  seconds, or a timedelta; then TimeoutError, and the task goes on
+        type     the result is decoded as this type, any that msgspec knows. Without it, the result is what this app's
+                 handler is annotated to return, or plain JSON if the app has no handler for the task
+        timeout  seconds, or a timedelta, after which TimeoutError is raised; the task goes on
 
-        Raises TaskDead or TaskCancelled if it ended so, and NotifyqError if nobody knows of such a task: it was pruned,
-        or its transaction (conn=) isn't committed. Without a database it waits for that.
+        Raises TaskDead or TaskCancelled if the task ended so, and NotifyqError if there is no such task: it was pruned,
+        or its transaction (conn=) isn't committed. While the database can't be reached, it waits for the database.
         """
         timeout = in_seconds(timeout)
         if timeout is not None and not is_number(timeout):
@@ -90,7 +91,7 @@ class Ref(msgspec.Struct, frozen=True, dict=True, eq=False, omit_defaults=True):
         return await self._app.results.result(self.id, type, timeout, self.created_at)
 
     def progress(self) -> AsyncIterator[Progress]:
-        """What its handler tells by ctx.progress, each new one, until the task ends.
+        """Each new Progress that the handler reports by ctx.progress, until the task ends.
 
         async for step in ref.progress():
             print(f"{step.fraction:.0%}", step.note)
@@ -99,12 +100,12 @@ class Ref(msgspec.Struct, frozen=True, dict=True, eq=False, omit_defaults=True):
 
     @loops.checked_at_call(_check_cancel)
     async def cancel(self) -> bool:
-        """As App.cancel."""
+        """Cancel the task, and return whether this call did. See App.cancel."""
         return await self._app._cancel(self)  # pyright: ignore[reportPrivateUsage]
 
     @property
     def existed(self) -> bool:
-        """Whether enqueue found the task there, with the same unique key, and this is that one's."""
+        """Whether enqueue found a task with the same unique key, and inserted nothing: this is the Ref of that task."""
         return bool(getattr(self, "found", False))
 
     @property
@@ -116,9 +117,9 @@ class Ref(msgspec.Struct, frozen=True, dict=True, eq=False, omit_defaults=True):
 
 
 def ref(app: RefApp, id: int, created: int | None = None, existed: bool = False) -> Ref:
-    """One that can be waited for. The app is no field: a Ref is compared, encoded and pickled without it.
+    """A Ref that can be waited for. The app isn't a field: a Ref is compared, encoded and pickled without it.
 
-    created  its created_at in microseconds since 1970, as the statements return it
+    created  the task's created_at in microseconds since 1970, as the statements return it
     """
     made = Ref(id, None if created is None else EPOCH + timedelta(microseconds=created))
     msgspec.structs.force_setattr(made, "app", app)
@@ -128,9 +129,10 @@ def ref(app: RefApp, id: int, created: int | None = None, existed: bool = False)
 
 
 def check_same(id: int, expected: datetime | str | None, found: datetime | str) -> None:
-    """Raise NotifyqError if a task with this id is another one than a Ref's.
+    """Raise NotifyqError if the task with this id isn't the task of a Ref: their created_at differ.
 
-    A str is a time as PostgreSQL prints it, since it has times that Python hasn't.
+    expected  the Ref's created_at; None if it isn't known
+    found     the task's created_at. A str is a time as PostgreSQL prints it, which has times that Python hasn't
     """
     if expected is not None and found != expected:
         raise NotifyqError(
@@ -141,8 +143,11 @@ def check_same(id: int, expected: datetime | str | None, found: datetime | str) 
 
 
 class Ids(list[int]):
-    """Of enqueued tasks, in order: a list, that knows which of them existed."""
+    """The ids of enqueued tasks, in order: a list with one more attribute.
+
+    existed  the ids of tasks that existed before, with the unique key of one that was to be enqueued
+    """
 
     def __init__(self, ids: Iterable[int] = (), existed: Iterable[int] = ()) -> None:
         super().__init__(ids)
-        self.existed = frozenset(existed)  # those that were found there, with the same unique keys
+        self.existed = frozenset(existed)

@@ -1,4 +1,4 @@
-"""Enqueue from code that isn't async: WSGI applications, scripts, Django. Workers, and all else, are App's."""
+"""SyncClient: enqueue from code that isn't async, such as WSGI applications, scripts and Django."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from ..database.dsn import conninfo
 from ..errors import ConfigError, DatabaseError
 from ..task import Task
 from . import drivers
-from .bulk import Bulk, Statement, check_one_statement, insert
-from .enqueue import Explained, explained_many, grouped, ids_of_group, statement, validated_task
+from .bulk import Bulk, Statement, build_bulk_insert, check_one_statement
+from .enqueue import Explained, build_group_insert, build_insert, explained_many, read_group_ids, validated_task
 from .options import EnqueueOptions, Options
 from .ref import Ids, Ref, ref
 
@@ -25,36 +25,36 @@ if TYPE_CHECKING:
 
 
 class SyncClient:
-    """Enqueues an app's tasks, from any thread: with `connect`, on connections of its own; without, on yours.
+    """Enqueues an app's tasks from any thread: on its own connections after `connect`, else on a connection of yours.
 
         client = notifyq.SyncClient(app)
-        client.connect(dsn)                 # once; or `with client.connect(dsn):`, which closes it
+        client.connect(dsn)                 # once, or `with client.connect(dsn):`, which closes it
         client.enqueue(task)
         client.enqueue(task, conn=session)
 
-    `connect` needs psycopg and its pool: pip install 'notifyq[sync]'. A process that is forked from a connected one
-    opens connections anew.
+    `connect` needs psycopg and its pool: pip install 'notifyq[sync]'. A child that is forked from a connected process
+    opens connections of its own.
     """
 
     def __init__(self, app: App) -> None:
         self._app = app
         self._registry = app.registry
         self._lock = threading.Lock()
-        self._parents: list[object] = []
-        self._pool: tuple[int, Pool] | None = None  # and the process it is of
-        self._where: tuple[str, str] | None = None  # for libpq, and how to name it
-        forked.call_in_children(self._forked)
+        self._inherited: list[object] = []
+        self._pool: tuple[int, Pool] | None = None  # the id of the process that made it, and the pool
+        self._where: tuple[str, str] | None = None  # libpq's conninfo, and the server's name for messages
+        forked.call_in_children(self._on_fork)
 
     def connect(self, dsn: str | None = None) -> Self:
-        """Connect to `dsn`, or where the environment says, with up to 10 connections, opened when needed.
+        """Connect with up to 10 connections, opened when needed. `dsn` None: the environment names the database.
 
-        Raises ConfigError for a DSN that can't be one, DatabaseError for a server that can't be reached.
+        Raises ConfigError for a wrong DSN or without psycopg, DatabaseError if the server can't be reached.
         """
         if self._where is not None:
             raise ConfigError("this client is connected already; one serves all threads")
         try:
             import psycopg
-            import psycopg_pool  # noqa: F401 # pyright: ignore[reportUnusedImport] - to learn it here, not at a task
+            import psycopg_pool  # noqa: F401 # pyright: ignore[reportUnusedImport] - fails here, not at the first task
 
             from . import sync_pool
         except ImportError as error:
@@ -75,16 +75,16 @@ class SyncClient:
         return self
 
     def close(self) -> None:
-        """Close its connections. It may be connected again."""
+        """Close the connections. `connect` may be called again."""
         with self._lock:
             pool, self._pool, self._where = self._pool, None, None
         if pool is not None and pool[0] == os.getpid():
             pool[1].close()
 
-    def _forked(self) -> None:
-        """In a forked child: another thread of the parent may have held the lock, and its pool has no threads here."""
+    def _on_fork(self) -> None:
+        """In a forked child: make a new lock, as another thread may have held it, and forget the parent's pool."""
         self._lock = threading.Lock()
-        self._parents.append(self._pool)  # kept, as the end of a pool waits for its threads
+        self._inherited.append(self._pool)  # never deleted here: a pool's __del__ waits for its threads
         self._pool = None
 
     def __enter__(self) -> Self:
@@ -100,10 +100,14 @@ class SyncClient:
         conn: drivers.SyncConnection | None = None,
         **options: Unpack[EnqueueOptions],
     ) -> Ref:
-        """As App.enqueue. conn: a psycopg.Connection, SQLAlchemy's Session or Connection, or django.db.connection."""
+        """As App.enqueue, but it blocks.
+
+        conn  a psycopg.Connection, SQLAlchemy's Session or Connection, or django.db.connection: the task is inserted in
+              its transaction. Without it, `connect` must have been called
+        """
         checked_options = Options.check(**options)
         type, payload = validated_task(self._registry, task)
-        query, args = statement(type, payload, checked_options.for_task(task), checked_options.unique.for_task(task))
+        query, args = build_insert(type, payload, checked_options.for_task(task), checked_options.unique.for_task(task))
         with Explained(type):
             [row] = self._fetch(conn, query, args)
         return ref(self._app, *row)
@@ -134,13 +138,13 @@ class SyncClient:
         conn: drivers.SyncConnection | None = None,
         **options: Unpack[EnqueueOptions],
     ) -> Ids | tuple[list[int], Ref]:
-        """As App.enqueue_many: all or none. Returns the ids in order; with `then`, and its Ref. On `conn` it is one
-        statement, which may have 200,000,000 characters of payloads."""
+        """As App.enqueue_many, but it blocks. On `conn` it is one statement, of at most 200,000,000 characters of
+        payloads."""
         checked_options = Options.check(**options, has_follower=then is not None)
         if then is not None:
-            query, args = grouped(self._registry, tasks, then, checked_options)
+            query, args = build_group_insert(self._registry, tasks, then, checked_options)
             with Explained("(one of a group)"):
-                ids, last = ids_of_group(self._fetch(conn, query, args))
+                ids, last = read_group_ids(self._fetch(conn, query, args))
             return ids, ref(self._app, *last)
         bulk = Bulk(partial(validated_task, self._registry), checked_options)
         rest = iter(tasks)
@@ -152,12 +156,12 @@ class SyncClient:
         if not bulk.has_more():
             for query, args in bulk.statements(first, whole=True):
                 with explained_many(args[0]):
-                    bulk.took(self._fetch(conn, query, args))
+                    bulk.add_answer(self._fetch(conn, query, args))
             return bulk.ids()
         with self._opened().connection() as own, own.transaction():
             while first or bulk.has_more():
                 if first:
-                    self._send(own, bulk, insert(first, checked_options))
+                    self._send(own, bulk, build_bulk_insert(first, checked_options))
                 first = bulk.rows(rest)
             for each in bulk.statements([]):
                 self._send(own, bulk, each)
@@ -166,7 +170,7 @@ class SyncClient:
     def _send(self, own: Bounded, bulk: Bulk, statement: Statement) -> None:
         query, args = statement
         with explained_many(args[0]):
-            bulk.took(own.run(query, args))
+            bulk.add_answer(own.run(query, args))
 
     def _fetch(self, conn: drivers.SyncConnection | None, query: str, args: Sequence[Any]) -> Sequence[Any]:
         if conn is not None:
@@ -175,7 +179,7 @@ class SyncClient:
             return own.run(query, args)
 
     def _opened(self) -> Pool:
-        """This process's pool: threads and sockets don't outlive a fork, and servers fork what they have loaded."""
+        """The pool of this process: a server forks workers after it has loaded the app, and a child needs its own."""
         from .sync_pool import Pool
 
         with self._lock:

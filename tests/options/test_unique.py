@@ -408,7 +408,10 @@ async def test_many_in_order(app: notifyq.App, db: Any) -> None:
 
 
 async def test_many_with_one_key_is_a_mistake(app: notifyq.App) -> None:
-    with pytest.raises(ConfigError, match=r"unique is 'k', one key for many tasks, which would be one; expected True"):
+    with pytest.raises(
+        ConfigError,
+        match="unique is 'k', one key for many tasks, so only one of them",
+    ):
         await app.enqueue_many([Known()], unique="k")
     assert len(set(await app.enqueue_many([Known(), Known(), Known(n=1)], unique=True))) == 2
     with pytest.raises(ConfigError, match="a group's tasks can't be unique"):

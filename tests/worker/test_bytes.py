@@ -343,9 +343,9 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         sent.append(len(rows))
         return made_each(name, rows, options)
 
-    made_each = bulk._each
+    made_each = bulk._build_placed_insert
     monkeypatch.setattr(bulk, "columns", columns)
-    monkeypatch.setattr(bulk, "_each", each)
+    monkeypatch.setattr(bulk, "_build_placed_insert", each)
     monkeypatch.setattr(bulk, "CHUNK_SIZE", 10_000)
     monkeypatch.setattr(enqueue, "CHUNK_SIZE", 10_000)
     return sent
