@@ -84,7 +84,8 @@ def test_each_block_is_seen_to() -> None:
         assert block.language in ("python", "sql", "sh", "console", "text"), named(block)
         if block.language in ("python", "console"):
             file, test = RUN[block.page]
-            assert f"def {test}" in (ROOT / "tests" / f"{file}.py").read_text(encoding="utf-8"), named(block)
+            [path] = (ROOT / "tests").rglob(f"{file}.py")
+            assert f"def {test}" in path.read_text(encoding="utf-8"), named(block)
 
 
 @pytest.mark.parametrize("block", [it for it in blocks("sql") if "PREPARE TRANSACTION" not in it.text], ids=named)
