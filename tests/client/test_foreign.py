@@ -271,7 +271,7 @@ async def test_autocommit_commits_at_once(app: notifyq.App, dsn: str, db: Any) -
     assert await db.fetchval(COUNT) == 1
 
 
-BUSY = r"conn was busy for 0\.1 s; inside of cursor\.stream\(\), cursor\.copy\(\) and conn\.notifies\(\) psycopg runs"
+BUSY = r"conn was busy for 0\.1 s; inside cursor\.stream\(\), cursor\.copy\(\) and conn\.notifies\(\) psycopg runs"
 PILE, FILL = "CREATE TEMP TABLE pile (n integer)", "COPY pile FROM STDIN"
 
 
