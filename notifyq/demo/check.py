@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import NamedTuple
 
-# Far above the usual figures, as the machine may be busy; and far below the 2.5 s of polling without a bell.
+# Far above the usual figures, as the machine may be busy; and far below 2.5 s, the mean with polling and no bell.
 WAKE_P50_MS, WAKE_P99_MS = 100.0, 1000.0
 LATE_P50_MS = 100.0
 RESCUE_SECONDS = 5.0
@@ -49,11 +49,11 @@ class Row(NamedTuple):
 
 
 class Stopped(NamedTuple):
-    """A worker that got a signal, when, the attempt it was at of each task that it held, and how it ended."""
+    """A worker that got a signal."""
 
     name: str
-    at: datetime
-    held: dict[int, int]
+    at: datetime  # when it got the signal
+    held: dict[int, int]  # the tasks that it ran, and the attempt that each was at
     exit_code: int | None  # None: it didn't end
 
 
@@ -103,7 +103,7 @@ class Finding(NamedTuple):
     """A check's statement, and what contradicts it: nothing, if the check holds."""
 
     statement: str
-    wrong: Collection[object]
+    wrong: Sequence[object]
 
     def __str__(self) -> str:
         return "; ".join(map(str, [self.statement, *self.wrong][:4])) + ("; ..." if len(self.wrong) > 3 else "")
@@ -130,13 +130,14 @@ def only_malformed_rows_are_dead(facts: Facts) -> Finding:
 def users_commit_with_their_tasks(facts: Facts) -> Finding:
     mailed = {row.user for row in facts.done() if row.user}
     text = f"{len(facts.users)} users, each with the task of the same transaction"
-    wrong = (facts.signed_up ^ facts.users) | (facts.users ^ mailed)
+    wrong = [f"not so for user {id}" for id in (facts.signed_up ^ facts.users) | (facts.users ^ mailed)]
     return Finding(f"{text}; of {facts.turned_away} rolled back, neither is left", wrong)
 
 
 def each_mail_has_its_task(facts: Facts) -> Finding:
     keys = {row.key for row in facts.done() if row.key}
-    return Finding(f"{len(facts.received)} mails received = {len(keys)} mail tasks done", keys ^ facts.received.keys())
+    wrong = [f"not so for key {key}" for key in keys ^ facts.received.keys()]
+    return Finding(f"{len(facts.received)} mails received = {len(keys)} mail tasks done", wrong)
 
 
 def only_the_kill_doubles_mails(facts: Facts) -> Finding:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from contextlib import ExitStack
 
 from rich.console import Console
 from rich.live import Live
@@ -15,21 +14,18 @@ from .check import CHECKS, Facts
 STATES = ("scheduled", "ready", "running", "done", "dead")
 
 
-class Screen(ExitStack):
-    """While it is entered, a terminal shows the live table below the printed lines."""
+class Screen:
+    """What is printed appears above the live table, which a terminal shows while `live` is entered."""
 
     def __init__(self) -> None:
-        super().__init__()
+        self.live = Live(
+            console=Console(highlight=False, markup=False, soft_wrap=True), auto_refresh=False, transient=True
+        )
+        self.is_terminal = self.live.console.is_terminal
         self._began = time.monotonic()
-        self._console = Console(highlight=False, markup=False, soft_wrap=True)
-        self._live: Live | None = None
-        self.interval = 1.0  # seconds, between two calls of `show`
-        if self._console.is_terminal:
-            self._live = self.enter_context(Live(console=self._console, auto_refresh=False, transient=True))
-            self.interval = 0.25
 
     def print(self, text: str = "", style: str | None = None) -> None:
-        self._console.print(text, style=style)
+        self.live.console.print(text, style=style)
 
     def event(self, text: str) -> None:
         """Print what happened, and when."""
@@ -37,21 +33,17 @@ class Screen(ExitStack):
 
     def show(self, tasks: Counter[tuple[str, str]], note: str) -> None:
         """Show how many tasks there are by type and state."""
-        seconds = time.monotonic() - self._began
-        total = Counter[str]()
-        for (_, state), count in tasks.items():
-            total[state] += count
-        if self._live is None:
-            self.event("  " + "  ".join(f"{total[state]:,} {state}" for state in STATES) + f"; {note}")
-            return
-        table = Table(title=f"notifyq demo, {seconds:.1f} s", caption=note, min_width=72)
+        table = Table(title=f"notifyq demo, {time.monotonic() - self._began:.1f} s", caption=note, min_width=72)
         for column in ("type", *STATES):
             table.add_column(column, justify="left" if column == "type" else "right")
         for type in sorted({type for type, _ in tasks}):
             table.add_row(type, *(f"{tasks[type, state]:,}" for state in STATES))
+        totals = [f"{sum(tasks[type, state] for type, its in tasks if its == state):,}" for state in STATES]
         table.add_section()
-        table.add_row("all", *(f"{total[state]:,}" for state in STATES), style="bold")
-        self._live.update(table, refresh=True)
+        table.add_row("all", *totals, style="bold")
+        self.live.update(table, refresh=True)  # in a terminal; elsewhere it shows nothing
+        if not self.is_terminal:
+            self.event("  " + "  ".join(map(" ".join, zip(totals, STATES, strict=True))) + f"; {note}")
 
     def summary(self, facts: Facts) -> int:
         """Print it. Returns how many checks failed."""
@@ -61,13 +53,12 @@ class Screen(ExitStack):
         self.print()
         findings = [check(facts) for check in CHECKS]
         for finding in findings:
-            self.print(
-                f"FAILED  {finding}" if finding.wrong else f"ok      {finding}", "red" if finding.wrong else "green"
-            )
+            mark, style = ("FAILED", "bold red") if finding.wrong else ("ok    ", "green")
+            self.print(f"{mark}  {finding}", style)
         failed = sum(bool(finding.wrong) for finding in findings)
-        self.print(
-            f"\n{failed} of {len(CHECKS)} checks failed" if failed else f"\nall {len(CHECKS)} checks hold", "bold"
-        )
-        if not failed:
+        if failed:
+            self.print(f"\n{failed} of {len(CHECKS)} checks failed", "bold")
+        else:
+            self.print(f"\nall {len(CHECKS)} checks hold", "bold")
             self.print('what next: `notifyq dev` for a database to try things on, and README\'s "A first task"')
         return failed

@@ -24,11 +24,14 @@ async def run(plan: Plan, dsn: str | None) -> int:
     """Returns the exit code."""
     failed, story_scope = 1, anyio.CancelScope()
     with ExitStack() as stack:
-        screen = stack.enter_context(Screen())
+        screen = Screen()
+        stack.enter_context(screen.live)
         if dsn is None:
             server = stack.enter_context(Server())
             dsn = server.dsn()
             screen.event(f"PostgreSQL {server.binaries.version} ({server.binaries.source})")
+        else:
+            screen.event("your PostgreSQL, in a database that will be dropped")
         async with anyio.create_task_group() as group:
             group.start_soon(cancel_at_signal, story_scope)
             async with Databases(dsn) as databases, databases.new() as url, MailServer().serve() as mail:

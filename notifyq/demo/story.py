@@ -158,4 +158,4 @@ class Story:
                 runs = f"runs {running[str(child.process.pid)]}" if child.process.returncode is None else "gone"
                 notes.append(f"{child.name} {runs}")
             self.screen.show(tasks, "; ".join(notes))
-            await anyio.sleep(self.screen.interval)
+            await anyio.sleep(0.25 if self.screen.is_terminal else 1.0)
