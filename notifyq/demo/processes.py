@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import sys
 import tempfile
 from dataclasses import dataclass, field
@@ -32,16 +31,7 @@ runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
 class Child:
     name: str
     process: Process
-    may_end: bool = False
-
-    async def end(self, number: signal.Signals, seconds: float) -> int | None:
-        """Send the signal and wait. Returns the exit code, or None if the child is still there after `seconds`."""
-        self.may_end = True
-        if self.process.returncode is None:
-            self.process.send_signal(number)
-        with anyio.move_on_after(seconds):
-            await self.process.wait()
-        return self.process.returncode
+    may_end: bool = False  # set before it gets a signal
 
 
 @dataclass

@@ -7,7 +7,7 @@ import logging
 import random
 import re
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from typing import Self
 
@@ -38,7 +38,7 @@ class MailServer:
         return "250 2.0.0 OK"
 
     @asynccontextmanager
-    async def serve(self) -> AsyncIterator[Self]:
+    async def serve(self) -> AsyncGenerator[Self, None]:
         """Listen on a port that the system chooses."""
         logging.getLogger("mail.log").setLevel(logging.CRITICAL)  # aiosmtpd logs each connection, and each broken one
         loop = asyncio.get_running_loop()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import ExitStack, contextmanager
 
 import anyio
@@ -52,7 +52,7 @@ async def cancel_at_signal(scope: anyio.CancelScope) -> None:
 
 
 @contextmanager
-def exported(url: str, mail_port: int) -> Iterator[None]:
+def exported(url: str, mail_port: int) -> Generator[None, None]:
     """Inside, variables tell this process and its children where the database is, and the mail server.
 
     PG* variables, which notifyq, asyncpg and psql all read. Not arguments, which other users of the machine can see.

@@ -38,8 +38,9 @@ ROWS = """
 class Story:
     mail: MailServer
     screen: Screen
-    workers: list[Child] = field(default_factory=list[Child])
     pool: asyncpg.Pool[asyncpg.Record] = field(init=False)
+    children: Children = field(init=False)
+    workers: list[Child] = field(init=False)
 
     async def tell(self, plan: Plan) -> int:
         """From the first task to the summary. Returns how many checks failed.
@@ -49,9 +50,9 @@ class Story:
         facts = Facts(received=self.mail.received, refused=self.mail.refused)
         async with asyncpg.create_pool(min_size=1) as self.pool, app.connect(), anyio.create_task_group() as group:
             await self.pool.execute(USERS)
-            children = Children(group)
-            url = await self.start_web(children)
-            await self.start_workers(children)
+            self.children = Children(group)
+            url = await self.start_web()
+            await self.start_workers()
             group.start_soon(self.watch)
             async with httpx.AsyncClient(base_url=url, timeout=30, trust_env=False) as http:
                 await self.scenes(Traffic(self.pool, http, facts, plan, self.screen.event))
@@ -60,7 +61,7 @@ class Story:
             group.cancel_scope.cancel()
         failed = self.screen.summary(facts)
         if failed:
-            self.screen.print(f"the processes said last:\n{children.last_lines()}")
+            self.screen.print(f"the processes said last:\n{self.children.last_lines()}")
         return failed
 
     async def scenes(self, traffic: Traffic) -> None:
@@ -75,30 +76,29 @@ class Story:
             await traffic.make_mistakes()
             await traffic.at(0.45)
             meanwhile.start_soon(traffic.crowd)
-            victim = await self.find_busy_worker()
-            traffic.facts.killed = await self.kill(victim)
+            traffic.facts.killed = await self.kill(await self.find_busy_worker())
         await self.until_zero(UNSETTLED)
         self.mail.refuse = 0.0  # a worker that is stopping starts no retries
         await traffic.crowd()
         await self.until_zero(READY)
-        [survivor] = [worker for worker in self.workers if worker is not victim]
-        traffic.facts.drained = await self.end(survivor, signal.SIGTERM)
+        [survivor] = [worker for worker in self.workers if worker.process.returncode is None]
+        traffic.facts.drained = await self.stop(survivor, signal.SIGTERM)
 
-    async def start_web(self, children: Children) -> str:
+    async def start_web(self) -> str:
         """Start the web application on a socket that takes connections from now on. Returns its URL."""
         with socket.create_server(("127.0.0.1", 0), backlog=100) as listener:
             url, fd = f"http://127.0.0.1:{listener.getsockname()[1]}", listener.fileno()
             command = f"uvicorn notifyq.demo.web:web --fd {fd} --log-level warning --no-access-log"
-            await children.start("web", command, fd)
+            await self.children.start("web", command, fd)
         self.screen.event(f"web on {url}, mail on 127.0.0.1:{self.mail.port}")
         return url
 
-    async def start_workers(self, children: Children) -> None:
+    async def start_workers(self) -> None:
         command = "notifyq worker notifyq.demo.app:app --concurrency 50"
-        self.workers = [await children.start(name, command) for name in ("worker 1", "worker 2")]
+        self.workers = [await self.children.start(name, command) for name in ("worker 1", "worker 2")]
         missing = "SELECT $1 - coalesce(sum(workers), 0) FROM notifyq.all_queues"
         if not await self.until_zero(missing, len(self.workers)):
-            said = children.last_lines()
+            said = self.children.last_lines()
             raise NotifyqError(f"the workers aren't at work after {PATIENCE_SECONDS:g} s. They said:\n{said}")
         self.screen.event(", ".join(f"{worker.name} is process {worker.process.pid}" for worker in self.workers))
 
@@ -112,7 +112,7 @@ class Story:
 
     async def kill(self, worker: Child) -> Stopped:
         """Kill it, and wait until its tasks run elsewhere."""
-        stopped = await self.end(worker, signal.SIGKILL)
+        stopped = await self.stop(worker, signal.SIGKILL)
         stopped.held.clear()
         for _ in range(10):  # what it had sent is still carried out: a claim, an outcome. The first rescue may be near
             stopped.held.update(await self.held_by(worker))
@@ -122,11 +122,16 @@ class Story:
             self.screen.event(f"the other worker has taken over the tasks of {worker.name}")
         return stopped
 
-    async def end(self, worker: Child, number: signal.Signals) -> Stopped:
+    async def stop(self, worker: Child, number: signal.Signals) -> Stopped:
+        """Send the signal, and wait until the worker has ended, at most 30 s."""
         at, held = await self.pool.fetchval("SELECT clock_timestamp()"), await self.held_by(worker)
         self.screen.event(f"{number.name} to {worker.name}, which runs {len(held)} tasks")
-        code = await worker.end(number, seconds=30)
-        self.screen.event(f"{worker.name} ended, exit code {code}")
+        worker.may_end = True
+        worker.process.send_signal(number)
+        with anyio.move_on_after(30):
+            await worker.process.wait()
+        code = worker.process.returncode
+        self.screen.event(f"{worker.name} is still there" if code is None else f"{worker.name} ended, exit code {code}")
         return Stopped(worker.name, at, held, code)
 
     async def held_by(self, worker: Child) -> dict[int, int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 
 import asyncpg
@@ -22,7 +22,7 @@ class Form(msgspec.Struct):
 
 
 @asynccontextmanager
-async def lifespan(web: Starlette) -> AsyncIterator[None]:
+async def lifespan(web: Starlette) -> AsyncGenerator[None, None]:
     async with asyncpg.create_pool() as web.state.pool:  # to where the PG* variables lead
         yield
 

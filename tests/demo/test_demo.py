@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -66,16 +66,16 @@ def facts() -> Facts:
     made.received.update({"a": 1, "b": 1, "killed": 2})
     made.refused.update({"b": 1})
     made.malformed, made.scheduled = {3}, {4}
-    made.signed_up = made.users = {"u"}
+    made.signed_up, made.users = {"u"}, {"u"}
     made.killed = Stopped("worker 1", at(5.5), held={5: 1}, exit_code=-9)
     made.drained = Stopped("worker 2", at(30), held={}, exit_code=0)
     made.rows = [mail(1, "a", user="u"), mail(2, "b", 2), dead, scheduled, mail(5, "killed", 2, wait=2.5)]
     return made
 
 
-def failed(facts: Facts) -> set[str]:
-    """The names of the checks that fail."""
-    return {one.__name__ for one in check.CHECKS if one(facts).wrong}
+def failed(facts: Facts) -> set[object]:
+    """The checks that fail."""
+    return {one for one in check.CHECKS if one(facts).wrong}
 
 
 def test_all_checks_hold_when_all_is_well(facts: Facts) -> None:
@@ -84,115 +84,85 @@ def test_all_checks_hold_when_all_is_well(facts: Facts) -> None:
     assert facts.totals() == [("EXPIRE_KEY", 2, 1, 1, 0), ("SEND_VERIFICATION_EMAIL", 3, 3, 0, 2)]
 
 
-def test_a_task_that_is_missing(facts: Facts) -> None:
-    facts.enqueued["EXPIRE_KEY"] += 1
-    assert failed(facts) == {"every_task_ended"}
+def row(index: int, **fields: Any) -> Callable[[Facts], None]:
+    """Change a row."""
+
+    def change(facts: Facts) -> None:
+        facts.rows[index] = facts.rows[index]._replace(**fields)
+
+    return change
 
 
-def test_a_task_that_has_not_ended(facts: Facts) -> None:
-    facts.rows[3] = facts.rows[3]._replace(state="ready")
-    assert failed(facts) == {"every_task_ended"}
-    assert "task 4 is ready" in str(check.every_task_ended(facts))
+def drained(code: int | None) -> Callable[[Facts], None]:
+    """The worker that got SIGTERM ends with this exit code; None: not at all."""
+    return lambda facts: setattr(facts, "drained", Stopped("worker 2", at(30), held={}, exit_code=code))
 
 
-def test_a_malformed_row_that_is_done(facts: Facts) -> None:
-    facts.rows[2] = facts.rows[2]._replace(state="done")
-    assert failed(facts) == {"only_malformed_rows_are_dead"}
+@pytest.mark.parametrize(
+    ("change", "fails"),
+    [
+        pytest.param(lambda facts: facts.enqueued.update(EXPIRE_KEY=1), check.every_task_ended, id="lost task"),
+        pytest.param(row(3, state="ready"), check.every_task_ended, id="task that has not ended"),
+        pytest.param(row(2, state="done"), check.only_malformed_rows_are_dead, id="malformed row that is done"),
+        pytest.param(row(3, state="dead", error="no"), check.only_malformed_rows_are_dead, id="good task that is dead"),
+        pytest.param(row(2, error=None), check.only_malformed_rows_are_dead, id="death without a reason"),
+        pytest.param(row(2, attempts=2), check.only_malformed_rows_are_dead, id="malformed row that was tried again"),
+        pytest.param(row(0, user=None), check.users_commit_with_their_tasks, id="user without a task"),
+        pytest.param(row(1, user="other"), check.users_commit_with_their_tasks, id="task of a user rolled back"),
+        pytest.param(lambda facts: facts.users.add("v"), check.users_commit_with_their_tasks, id="user not signed up"),
+        pytest.param(lambda facts: facts.received.pop("a"), check.each_mail_has_its_task, id="lost mail"),
+        pytest.param(lambda facts: facts.received.update("z"), check.each_mail_has_its_task, id="mail without a task"),
+        pytest.param(lambda facts: facts.received.update("a"), check.only_the_kill_doubles_mails, id="mail sent twice"),
+        pytest.param(
+            lambda facts: facts.received.update(killed=1),
+            check.only_the_kill_doubles_mails,
+            id="mail thrice for a kill",
+        ),
+        pytest.param(row(3, attempts=2), check.every_attempt_is_explained, id="attempt that nothing explains"),
+        pytest.param(lambda facts: facts.refused.update("b"), check.every_attempt_is_explained, id="refusal for free"),
+        pytest.param(row(0, processing_at=at(1 + 2.5)), check.tasks_start_at_once, id="slow wake-up"),
+        pytest.param(row(3, processing_at=at(7.9)), check.scheduled_tasks_start_on_time, id="early task"),
+        pytest.param(row(3, processing_at=at(9)), check.scheduled_tasks_start_on_time, id="late task"),
+        pytest.param(row(4, processing_at=at(5.5 + 5.1)), check.killed_tasks_run_again, id="late rescue"),
+        *[
+            pytest.param(drained(code), check.a_stopped_worker_finishes_its_tasks, id=f"exit code {code}")
+            for code in (1, -9, None)
+        ],
+    ],
+)
+def test_each_fault_fails_its_check_alone(
+    facts: Facts, change: Callable[[Facts], object], fails: Callable[[Facts], check.Finding]
+) -> None:
+    change(facts)
+    assert failed(facts) == {fails}
 
 
-def test_a_good_task_that_is_dead(facts: Facts) -> None:
-    facts.rows[3] = facts.rows[3]._replace(state="dead", error="RuntimeError: no")
-    assert failed(facts) == {"only_malformed_rows_are_dead"}
-    assert "RuntimeError: no" in str(check.only_malformed_rows_are_dead(facts))
+def test_a_failed_check_says_what_contradicts_it(facts: Facts) -> None:
+    row(3, state="dead", error="RuntimeError: no")(facts)
+    assert str(check.only_malformed_rows_are_dead(facts)).endswith(
+        "; task 4 is dead after 1 attempts, error: RuntimeError: no"
+    )
+    facts.rows = [facts.rows[3]._replace(id=id) for id in range(10, 14)]
+    assert str(check.only_malformed_rows_are_dead(facts)).endswith("; ...")
 
 
-def test_a_death_without_a_reason(facts: Facts) -> None:
-    facts.rows[2] = facts.rows[2]._replace(error=None)
-    assert failed(facts) == {"only_malformed_rows_are_dead"}
-
-
-def test_a_malformed_row_that_was_tried_again(facts: Facts) -> None:
-    facts.rows[2] = facts.rows[2]._replace(attempts=2)
-    assert failed(facts) == {"only_malformed_rows_are_dead"}
-
-
-def test_a_user_without_a_task(facts: Facts) -> None:
-    facts.rows[0] = facts.rows[0]._replace(user=None)
-    assert failed(facts) == {"users_commit_with_their_tasks"}
-
-
-def test_a_task_of_a_user_who_was_rolled_back(facts: Facts) -> None:
-    facts.rows[1] = facts.rows[1]._replace(user="nobody")
-    assert failed(facts) == {"users_commit_with_their_tasks"}
-
-
-def test_a_mail_that_is_missing(facts: Facts) -> None:
-    del facts.received["a"]
-    assert failed(facts) == {"each_mail_has_its_task"}
-
-
-def test_a_mail_that_no_task_sent(facts: Facts) -> None:
-    facts.received["z"] = 1
-    assert failed(facts) == {"each_mail_has_its_task"}
-
-
-def test_a_mail_that_came_twice_without_a_kill(facts: Facts) -> None:
-    facts.received["a"] = 2
-    assert failed(facts) == {"only_the_kill_doubles_mails"}
-
-
-def test_a_mail_that_came_thrice_for_one_kill(facts: Facts) -> None:
-    facts.received["killed"] = 3
-    assert failed(facts) == {"only_the_kill_doubles_mails"}
-
-
-def test_an_attempt_that_nothing_explains(facts: Facts) -> None:
-    facts.rows[0] = facts.rows[0]._replace(attempts=2)
-    assert failed(facts) == {
-        "every_attempt_is_explained",
-        "tasks_start_at_once",
-    }  # nothing is left to measure: each mail task ran twice
-
-
-def test_a_slow_wake_up(facts: Facts) -> None:
-    facts.rows[0] = facts.rows[0]._replace(processing_at=at(1 + 2.5))
-    assert failed(facts) == {"tasks_start_at_once"}
-
-
-def test_who_waits_in_the_line_of_the_copy_is_not_measured(facts: Facts) -> None:
+def test_a_task_in_line_behind_the_copy_is_not_measured(facts: Facts) -> None:
+    """The line ends with the last good row of the COPY: a malformed row of its type came by itself."""
     copied = facts.rows[0]._replace(id=10, type=check.COPIED, key=None, user=None, processing_at=at(1.5))
-    late = mail(1, "a", wait=3, user="u")
-    facts.rows[0], facts.copied_at = late, at(0.5)
-    facts.rows += [copied, mail(20, "c")]
-    facts.enqueued.update({check.COPIED: 1, "SEND_VERIFICATION_EMAIL": 1})
+    dead = copied._replace(id=11, state="dead", error="Expected str", processing_at=at(30))
+    facts.rows[0], facts.copied_at = mail(1, "a", wait=3, user="u"), at(0.5)
+    facts.rows += [copied, dead, mail(20, "c")]
+    facts.malformed.add(11)
+    facts.enqueued.update({check.COPIED: 2, "SEND_VERIFICATION_EMAIL": 1})
     facts.received["c"] = 1
     assert failed(facts) == set()
     assert "of 1 enqueued singly" in str(check.tasks_start_at_once(facts))
 
 
-def test_a_task_that_started_before_its_time(facts: Facts) -> None:
-    facts.rows[3] = facts.rows[3]._replace(processing_at=at(7.9))
-    assert failed(facts) == {"scheduled_tasks_start_on_time"}
-
-
-def test_a_task_that_was_late(facts: Facts) -> None:
-    facts.rows[3] = facts.rows[3]._replace(processing_at=at(9))
-    assert failed(facts) == {"scheduled_tasks_start_on_time"}
-
-
-def test_a_late_rescue(facts: Facts) -> None:
-    facts.rows[4] = facts.rows[4]._replace(processing_at=at(5.5 + 5.1))
-    assert failed(facts) == {"killed_tasks_run_again"}
-
-
-def test_a_lost_task(facts: Facts) -> None:
+def test_a_task_that_was_lost_with_its_worker(facts: Facts) -> None:
     del facts.rows[4]
-    assert failed(facts) == {
-        "every_task_ended",
-        "each_mail_has_its_task",
-        "killed_tasks_run_again",
-        "only_the_kill_doubles_mails",
-    }
+    expected = {check.every_task_ended, check.each_mail_has_its_task, check.killed_tasks_run_again}
+    assert failed(facts) == expected | {check.only_the_kill_doubles_mails}
 
 
 def test_an_outcome_that_was_on_its_way_when_its_worker_was_killed(facts: Facts) -> None:
@@ -202,22 +172,15 @@ def test_an_outcome_that_was_on_its_way_when_its_worker_was_killed(facts: Facts)
     assert "with 1 tasks" in str(check.killed_tasks_run_again(facts))
 
 
-def test_nobody_killed_and_nobody_drained(facts: Facts) -> None:
-    facts.killed = None
-    facts.drained = None
-    assert failed(facts) == {
-        "every_attempt_is_explained",
-        "killed_tasks_run_again",
-        "a_stopped_worker_finishes_its_tasks",
-        "only_the_kill_doubles_mails",
-    }
+def test_no_worker_killed_and_none_drained(facts: Facts) -> None:
+    facts.killed = facts.drained = None
+    expected = {check.killed_tasks_run_again, check.a_stopped_worker_finishes_its_tasks}
+    assert failed(facts) == expected | {check.every_attempt_is_explained, check.only_the_kill_doubles_mails}
 
 
-@pytest.mark.parametrize("code", [1, -9, None])
-def test_a_worker_that_does_not_drain(facts: Facts, code: int | None) -> None:
-    assert facts.drained
-    facts.drained = facts.drained._replace(exit_code=code)
-    assert failed(facts) == {"a_stopped_worker_finishes_its_tasks"}
+def test_wake_ups_that_nothing_measures(facts: Facts) -> None:
+    row(0, attempts=2)(facts)
+    assert failed(facts) == {check.every_attempt_is_explained, check.tasks_start_at_once}
 
 
 def test_percentiles() -> None:
