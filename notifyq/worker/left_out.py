@@ -28,6 +28,7 @@ from .. import log
 from ..codec import first_line
 from ..database import schema
 from ..database.connection import SQL, Connection
+from ..pause import Pause
 from .job import Job, claim_these, put_in_order
 
 logger = log.logger("notifyq.claim")
@@ -74,24 +75,12 @@ HELD = "SELECT t.id FROM notifyq.task t WHERE t.worker = $1 ORDER BY t.id"
 _Item = TypeVar("_Item")
 
 
-class _Pause:
-    __slots__ = ("due", "seconds")
-
-    def __init__(self) -> None:
-        self.seconds = PAUSE_LEAST
-        self.due = time.monotonic() + self.seconds
-
-    def again(self) -> None:
-        self.seconds = min(PAUSE_MOST, self.seconds * 2)
-        self.due = time.monotonic() + self.seconds
-
-
 class LeftOut:
     """Those of a claimer, or of a heartbeat's thread."""
 
     def __init__(self) -> None:
-        self._pauses: dict[int, _Pause] = {}
-        self._not_parked: dict[int, _Pause] = {}  # that can be claimed, and not be parked
+        self._pauses: dict[int, Pause] = {}
+        self._not_parked: dict[int, Pause] = {}  # that can be claimed, and not be parked
         self._undone: set[int] = set()  # of the last claim
         self._not_let_in: set[str] = set()  # what tasks wait for, in words
         self._refusals = 0
@@ -334,13 +323,11 @@ async def _in_halves(
                 alone(part[0], first_line(error))
 
 
-def _pause(pauses: dict[int, _Pause], id: int) -> bool:
+def _pause(pauses: dict[int, Pause], id: int) -> bool:
     """Leave it out, or for longer than the last time. Whether this is the first time."""
-    if (pause := pauses.get(id)) is not None:
-        pause.again()
-        return False
-    pauses[id] = _Pause()
-    return True
+    is_first = id not in pauses
+    pauses.setdefault(id, Pause(PAUSE_LEAST, PAUSE_MOST)).lengthen()
+    return is_first
 
 
 def _tell(message: str, refused: Mapping[str, Sequence[int]]) -> None:

@@ -36,8 +36,8 @@ from ..database.connection import (
 )
 from ..errors import ConfigError, DatabaseError, LeaseLost
 from ..task import Isolation
+from .outcome_writer import KEPT
 from .pipe import Waiters
-from .settle import KEPT
 
 if TYPE_CHECKING:
     from asyncpg.pool import PoolConnectionProxy

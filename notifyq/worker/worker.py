@@ -200,7 +200,7 @@ class Worker:
         if self._settler.pending:  # the settler's own task has ended
             with anyio.move_on_after(self._write_seconds):
                 await self._settler.run()
-        if left := self._settler.pending + self._settler.put_off:
+        if left := self._settler.pending + self._settler.postponed:
             logger.warning(
                 "stopped with outcomes that could not be written: their tasks will run again",
                 extra={"fields": {"tasks": left}},

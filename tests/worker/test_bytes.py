@@ -18,7 +18,8 @@ import notifyq
 from notifyq.client import bulk, enqueue
 from notifyq.database import connection, schema
 from notifyq.embedded import Server
-from notifyq.worker import large_payloads, settle
+from notifyq.worker import large_payloads, unwritten
+from notifyq.worker.settle import Settler
 
 from ..helpers import verbs
 from ..helpers.databases import admin, database
@@ -262,7 +263,7 @@ async def test_one_is_cancelled_while_it_waits_for_its_payload(rig: Rig, monkeyp
 async def test_results_that_no_single_write_can_carry(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     """All of them at once would take 6 s, and a statement has 2 s. Each is kept whole, and small ones too."""
     monkeypatch.setattr(connection, "WORKER_TIMEOUT_SECONDS", 2.0)
-    monkeypatch.setattr(settle, "STATEMENT_BYTES", 500_000)
+    monkeypatch.setattr(unwritten, "STATEMENT_BYTES", 500_000)
     await rig.insert("large", "''", 20, "Make", size=400_000)
     await rig.insert("small", "''")
     rig.proxy.rates["settle"] = 1.5e6
@@ -275,17 +276,17 @@ async def test_results_that_no_single_write_can_carry(rig: Rig, monkeypatch: pyt
 
 async def test_nothing_is_claimed_while_too_much_waits_to_be_written(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     """By bytes: results that can't be written as fast as they are made stay in the memory."""
-    monkeypatch.setattr(settle, "FULL_BYTES", 1_000_000)
-    monkeypatch.setattr(settle, "STATEMENT_BYTES", 300_000)
+    monkeypatch.setattr(unwritten, "FULL_BYTES", 1_000_000)
+    monkeypatch.setattr(unwritten, "STATEMENT_BYTES", 300_000)
     most = 0
-    put = settle.Settler.put
+    put = Settler.put
 
-    def watched(self: settle.Settler, outcome: Any) -> None:
+    def watched(self: Settler, outcome: Any) -> None:
         nonlocal most
         put(self, outcome)
-        most = max(most, self._bytes)
+        most = max(most, self._unwritten.size)
 
-    monkeypatch.setattr(settle.Settler, "put", watched)
+    monkeypatch.setattr(Settler, "put", watched)
     await rig.insert("large", "''", 40, "Make", size=200_000)
     rig.proxy.rates["settle"] = 2e6
     async with working(rig.app, rig.dsn, concurrency=2):

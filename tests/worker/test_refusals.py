@@ -17,9 +17,10 @@ import notifyq
 from notifyq.config import WorkerConfig
 from notifyq.database import connection
 from notifyq.database.connection import SQL
-from notifyq.worker import heartbeat, maintenance, settle
+from notifyq.worker import heartbeat, maintenance, unwritten
 from notifyq.worker.job import Job
 from notifyq.worker.outcome import Finished, HandedBack, Outcome, RetryLater, returned, smaller
+from notifyq.worker.outcome_writer import OutcomeWriter
 from notifyq.worker.worker import Worker
 
 from ..helpers.databases import Sessions
@@ -118,15 +119,15 @@ async def test_the_others_are_written_at_once(
     """And the culprits when nothing is in their way any more, as they were decided. They ran once, their leases are
     held meanwhile, there is one line for all of them, and not a try without a pause."""
     refuse, relent = HOW[how]
-    monkeypatch.setattr(settle, "PAUSE_LEAST", 0.5)
+    monkeypatch.setattr(unwritten, "PAUSE_LEAST", 0.5)
     tries: list[int] = []
-    write = settle.Settler._write
+    write = OutcomeWriter.write
 
-    async def counted(self: Any, conn: Any, batch: list[Outcome], seconds: float) -> None:
+    async def counted(self: Any, conn: Any, batch: list[Outcome], seconds: float) -> Any:
         tries.append(len(batch))
-        await write(self, conn, batch, seconds)
+        return await write(self, conn, batch, seconds)
 
-    monkeypatch.setattr(settle.Settler, "_write", counted)
+    monkeypatch.setattr(OutcomeWriter, "write", counted)
     await db.execute(refuse)
     await insert(db, "Good", 40)
     bad = await insert(db, "Bad", 2)
@@ -173,8 +174,8 @@ async def test_a_trigger_that_keeps_a_row_and_says_nothing(
 ) -> None:
     """It returns NEW, which is NULL on DELETE. Each task runs once, and its outcome waits until the trigger is mended.
     Another outcome, which the trigger lets through, is written at once."""
-    monkeypatch.setattr(settle, "PAUSE_MOST", 0.5)
-    monkeypatch.setattr(settle, "PAUSE_LEAST", 0.5)
+    monkeypatch.setattr(unwritten, "PAUSE_MOST", 0.5)
+    monkeypatch.setattr(unwritten, "PAUSE_LEAST", 0.5)
     monkeypatch.setattr(maintenance.FIND_PROBLEMS, "every", 0.2)
     await db.execute(RETURNS.format("NEW"))
     bad = await insert(db, "Bad", 2)
@@ -201,7 +202,7 @@ async def test_a_locked_row_keeps_no_other(
 ) -> None:
     """Somebody's transaction has locked the row of a task that ends, and stays open. That one waits for it."""
     monkeypatch.setattr(connection, "WORKER_TIMEOUT_SECONDS", 3600.0)
-    monkeypatch.setattr(settle, "PAUSE_LEAST", 0.1)
+    monkeypatch.setattr(unwritten, "PAUSE_LEAST", 0.1)
     other = await connect()
     [bad] = await insert(db, "Bad", how="wait")
     async with working(bench.app, dsn):
@@ -284,13 +285,13 @@ async def test_a_change_between_two_forms(
     """What is in the way goes when the outcome as it was decided has just been refused once more, which is when an
     ALTER TABLE that waited for that statement goes on. PostgreSQL would take the smaller form; the first is written."""
     refuse, relent = HOW["a check"]
-    monkeypatch.setattr(settle, "PAUSE_LEAST", 0.1)
-    write, other, refused = settle.Settler._write, await connect(), 0
+    monkeypatch.setattr(unwritten, "PAUSE_LEAST", 0.1)
+    write, other, refused = OutcomeWriter.write, await connect(), 0
 
-    async def relenting(self: Any, conn: Any, batch: list[Outcome], seconds: float) -> None:
+    async def relenting(self: Any, conn: Any, batch: list[Outcome], seconds: float) -> Any:
         nonlocal refused
         try:
-            await write(self, conn, batch, seconds)
+            return await write(self, conn, batch, seconds)
         except asyncpg.CheckViolationError:
             if isinstance(batch[0], Finished) and batch[0].state == "done":
                 refused += 1
@@ -298,7 +299,7 @@ async def test_a_change_between_two_forms(
                     await other.execute(f"ALTER TABLE notifyq.finished {relent}")
             raise
 
-    monkeypatch.setattr(settle.Settler, "_write", relenting)
+    monkeypatch.setattr(OutcomeWriter, "write", relenting)
     await db.execute(refuse)
     await insert(db, "Bad", 1)
     async with working(bench.app, dsn):
@@ -365,10 +366,10 @@ async def test_a_hand_back_that_is_refused_does_not_hold_up_a_stop(
     assert logged("stopped with outcomes that could not be written")[0]["tasks"] == 1
 
 
-async def test_a_stop_tries_once_more_what_was_put_off(
+async def test_a_stop_tries_postponed_outcomes_once_more(
     bench: Bench, db: Any, dsn: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(settle, "PAUSE_LEAST", 3600.0)
+    monkeypatch.setattr(unwritten, "PAUSE_LEAST", 3600.0)
     await db.execute("ALTER TABLE notifyq.finished ADD CONSTRAINT no CHECK (type <> 'Bad')")
     await insert(db, "Bad")
     async with working(bench.app, dsn):
@@ -378,11 +379,11 @@ async def test_a_stop_tries_once_more_what_was_put_off(
     assert await states(db) == {("Bad", "done"): 1}
 
 
-async def test_too_many_that_are_put_off_stop_the_claims(
+async def test_too_many_postponed_outcomes_stop_the_claims(
     bench: Bench, db: Any, dsn: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """They are held in memory."""
-    monkeypatch.setattr(settle, "MOST_PUT_OFF", 2)
+    monkeypatch.setattr(unwritten, "MOST_POSTPONED", 2)
     await db.execute("ALTER TABLE notifyq.finished ADD CONSTRAINT no CHECK (type <> 'Bad')")
     await insert(db, "Bad", 3)
     async with working(bench.app, dsn):
@@ -437,18 +438,18 @@ def test_every_outcome_gets_smaller_and_ends() -> None:
             assert said.isascii(), "every database's encoding has it"
 
 
-def test_the_pauses_of_what_is_put_off() -> None:
-    """Each is twice as long as the one before, the first too is none to be skipped, and there is a longest."""
+def test_the_pauses_of_postponed_outcomes() -> None:
+    """Each is twice as long as the one before, up to a longest one; there is a pause before the second try too."""
     before = time.monotonic()
-    one = settle.PutOff(HandedBack(job()))
+    one = unwritten.Postponed(HandedBack(job()))
     pauses = []
     for _ in range(12):
-        assert before + one.pause <= one.due <= time.monotonic() + one.pause
-        pauses.append(one.pause)
+        assert before + one.pause.seconds <= one.due <= time.monotonic() + one.pause.seconds
+        pauses.append(one.pause.seconds)
         before = time.monotonic()
-        one.again()
+        one.wait_longer()
     assert pauses[:9] == [2.0**n for n in range(9)]
-    assert pauses[9:] == [settle.PAUSE_MOST] * 3
+    assert pauses[9:] == [unwritten.PAUSE_MOST] * 3
 
 
 async def test_a_result_that_is_too_large(db: Any, dsn: str, monkeypatch: pytest.MonkeyPatch) -> None:
