@@ -32,7 +32,7 @@ PROJECT_MARKS = ("pyproject.toml", ".git")
     "--from",
     "since",
     metavar="VERSION",
-    type=number(1, max(schema.SCHEMA_VERSION - 1, 1)),
+    type=number(1, schema.SCHEMA_VERSION),
     help="with --sql: print the upgrade from this version of the schema, for psql",
 )
 @dsn_option
@@ -43,10 +43,8 @@ def migrate(*, sql: bool, since: int | None, dsn: str | None) -> None:
     version.
     """
     if sql:
-        if since is not None and since >= schema.SCHEMA_VERSION:
-            raise ConfigError(
-                f"--from {since} is no earlier version: the schema of this notifyq is version {schema.SCHEMA_VERSION}"
-            )
+        if since == schema.SCHEMA_VERSION:
+            raise ConfigError(f"--from {since} is this notifyq's own version; name an earlier one")
         text = schema.schema_sql()
         click.echo(text if since is None else upgrade.script(since, text), nl=False)
         return

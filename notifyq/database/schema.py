@@ -1,7 +1,7 @@
-"""The `notifyq` schema: which one this code needs, what a database has, and how it gets there.
+"""The `notifyq` schema: the version that this code needs, the version that a database has, installing and upgrading.
 
-A row of schema_version says too which is the oldest code that its schema still serves: mostly that of the version
-before, so that an upgrade can come first, and the workers after it, one by one.
+A row of schema_version also names the oldest version of the code that the schema works with. That is mostly the version
+before, so the schema is upgraded first, and then the workers, one by one.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ VERSION_ROW = "INSERT INTO notifyq.schema_version (version, serves) VALUES (1, 1
 
 
 def schema_sql() -> str:
-    """The text of schema.sql: in the package in a wheel, at the top of the project in a checkout."""
+    """The text of schema.sql, which a wheel has in the package, and a checkout at the top of the project."""
     package = Path(__file__).parents[1]
     checkout, wheel = package.parent / "schema.sql", package / "schema.sql"
     # The checkout comes first: an editable install may have left an older copy in site-packages.
@@ -36,7 +36,8 @@ def schema_sql() -> str:
 
 
 async def installed_version(conn: Connection) -> int | None:
-    """The schema's version in this database, None if it isn't there. Raises SchemaError for a stranger's schema."""
+    """The schema's version in this database; None if there is no schema notifyq. Raises SchemaError for a schema of
+    that name which isn't notifyq's."""
     found = await conn.fetchrow("SELECT to_regnamespace('notifyq') IS NULL AS missing, current_user::text AS role")
     assert found is not None
     if found["missing"]:
@@ -56,7 +57,8 @@ async def installed_version(conn: Connection) -> int | None:
 
 
 async def _explain_no_version(conn: Connection) -> None:
-    """A row that isn't seen may be there all the same, and what belongs to it in any case. Raises for those two."""
+    """Raise an error that explains why no row of schema_version was found, if row level security hides it, or if the
+    other tables are notifyq's."""
     found = await conn.fetchrow(
         """SELECT to_regclass('notifyq.task') IS NOT NULL AND to_regclass('notifyq.bell') IS NOT NULL AS ours,
                   row_security_active(to_regclass('notifyq.schema_version')) AS hidden, current_user::text AS role"""
@@ -88,9 +90,9 @@ async def check(conn: Connection) -> int:
 
 
 async def migrate(conn: Connection, say: Callable[[str], None] = lambda line: None) -> tuple[int | None, int]:
-    """Install or upgrade: (version before, version after). Two at once take turns.
+    """Install or upgrade the schema. Returns (version before, version after). Two at the same time take turns.
 
-    say  gets a line for what has to be waited for
+    say  gets a line for everything that it waits for
 
     Raises SchemaError for a schema that is too new, DatabaseError where this user may not create one.
     """
@@ -98,7 +100,7 @@ async def migrate(conn: Connection, say: Callable[[str], None] = lambda line: No
         before = await _install(conn)
         if before is not None and before < SCHEMA_VERSION:
             async with _turn(conn, say):
-                before = await installed_version(conn) or before  # another may have been at it meanwhile
+                before = await installed_version(conn) or before  # another upgrade may have ended meanwhile
                 if before < SCHEMA_VERSION:
                     await upgrade.run(conn, before, schema_sql(), say)
     except asyncpg.InsufficientPrivilegeError as error:
@@ -111,8 +113,11 @@ async def migrate(conn: Connection, say: Callable[[str], None] = lambda line: No
 
 
 async def _install(conn: Connection) -> int | None:
-    """Install it, in one transaction, where there is none. Returns the version that was there."""
-    # Read committed, whatever the default is here: who waits for the lock must see what was installed meanwhile.
+    """If there is no schema, install it, in one transaction. Returns the version that was there before.
+
+    Read committed, whatever the database's default is: after waiting for the lock it must see a schema that another
+    session has installed meanwhile.
+    """
     async with conn.transaction(isolation="read_committed"):
         await conn.execute("SET LOCAL search_path = pg_catalog")  # schema.sql's names mean the usual things
         await conn.execute("SELECT pg_advisory_xact_lock(1852990817, 0)")
@@ -126,8 +131,11 @@ async def _install(conn: Connection) -> int | None:
 
 @asynccontextmanager
 async def _turn(conn: Connection, say: Callable[[str], None]) -> AsyncGenerator[None, None]:
-    """An upgrade has many transactions, so its lock is the session's. It is asked for again and again: who waits for it
-    in the database would hold a snapshot, for which the other's CREATE INDEX CONCURRENTLY would wait."""
+    """Hold the lock of upgrades. It is the session's, since an upgrade has many transactions.
+
+    It is polled for: a statement that waited for it in the database would hold a snapshot, and the CREATE INDEX
+    CONCURRENTLY of the upgrade that has the lock would wait for that.
+    """
     if is_pooled(conn):
         raise DatabaseError(
             "this is a pooler in transaction mode, and an upgrade needs a session; name the server itself"
@@ -146,15 +154,15 @@ async def _turn(conn: Connection, say: Callable[[str], None]) -> AsyncGenerator[
 
 
 def gone(error: BaseException) -> SchemaError | None:
-    """If that is what `error` of a worker's statement means: the schema was there, and is no more."""
-    # A trigger that somebody added may miss a table of its own: that is another one's name.
+    """The error to raise if `error`, of a worker's statement, means that the schema was dropped; else None."""
+    # A trigger that a user added may miss a table of its own: the message then has another name in it.
     if isinstance(error, asyncpg.UndefinedTableError | asyncpg.InvalidSchemaNameError) and "notifyq" in str(error):
         return SchemaError("the schema notifyq has gone from under this worker; run: notifyq migrate")
     return None
 
 
 def refuses(error: BaseException) -> bool:
-    """Whether PostgreSQL may have refused rows of a worker's statement. The schema is there: others may go through."""
+    """Whether PostgreSQL may have refused rows of a worker's statement, and may take others: the schema is there."""
     return is_refusal(error) and gone(error) is None
 
 

@@ -1,20 +1,20 @@
-"""The way from an older schema to this one, while workers work and producers enqueue: migrations/N.sql.
+"""Upgrades of the schema, while workers work and producers enqueue: migrations/N.sql.
 
-Such a file leads from version N - 1 to N, in steps, each under a comment that says how it is run:
+Such a file leads from version N - 1 to version N, in steps. A comment above each step says how it is run:
 
-    -- step                       a transaction
-    -- step: locks task           a transaction, which locks these tables against others, for milliseconds
-    -- step: concurrently         one statement, outside of a transaction, beside all others, for as long as it takes
+    -- step                       in a transaction
+    -- step: locks task           in a transaction that locks these tables against others, for milliseconds
+    -- step: concurrently         one statement, outside a transaction, beside all others, for as long as it takes
     -- step: with the functions   in the last transaction of all, see below
 
-A table that is locked for milliseconds must be waited for, and whoever comes later queues up behind the one who waits.
-So a step waits for a tenth of a second, then lets the queue go, and tries again, for as long as it takes: somebody's
-transaction may be open for an hour. Indexes are made CONCURRENTLY.
+Sessions that need a table wait behind a step that waits for it. So a step waits for a tenth of a second, then lets
+those sessions go on, and tries again until it succeeds: some transaction may stay open for an hour. Indexes are made
+CONCURRENTLY.
 
-Files have only what schema.sql can't say: what becomes of tables and indexes that are there. Functions, triggers and
-views are schema.sql's own, all replaced in the last transaction, together with the row of schema_version. So until that
-commits the schema is of the old version, with columns and indexes that nobody knows of yet; and an upgrade that was
-interrupted is run again from its beginning.
+The files change the tables and indexes that exist, which schema.sql can't. Functions, triggers and views are taken
+from schema.sql, and all are replaced in the last transaction, together with the row of schema_version. Until that
+commits, the schema has the old version, with columns and indexes that no code uses yet. An upgrade that was interrupted
+is run again from its beginning.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from .connection import SQL
 if TYPE_CHECKING:
     from .connection import Connection
 
-LOCK_MS = 100  # and so long an enqueue waits for a step that waits
-PAUSE_SECONDS = 0.5  # for the queue behind to go on, half to one and a half times that
-LONG_SECONDS = 7 * 86400.0  # asyncpg wants a limit
+LOCK_MS = 100  # also the longest that an enqueue waits behind a step that waits
+PAUSE_SECONDS = 0.5  # for the sessions behind it to go on; half to one and a half times that
+LONG_SECONDS = 7 * 86400.0  # no limit, but asyncpg wants one
 
 MARKER = re.compile(r"^-- step(?:: (locks [a-z_ ]+|concurrently|with the functions))?$\n", re.MULTILINE)
 COMMENT = re.compile(r"^COMMENT ON (?!(?:TABLE|COLUMN) notifyq\.bell\b).*?;$", re.MULTILINE | re.DOTALL)
@@ -45,39 +45,41 @@ REPLACED = re.compile(
 )
 
 HEAD = """\
--- An upgrade of the schema notifyq, beside running workers and producers; to be run as its owner. It ends at a table
--- that somebody else's transaction has locked: then run it again, from its beginning, until it comes to its end.
+-- An upgrade of the schema notifyq, beside running workers and producers; run it as the schema's owner. It stops at a
+-- table that another transaction has locked: then run it again, from its beginning, until it reaches its end.
 \\set ON_ERROR_STOP on
 SET search_path = pg_catalog;
 SET statement_timeout = 0;"""
 
 
 class Step(NamedTuple):
-    """`locks` are the tables that it locks; None: it is run outside of a transaction."""
+    """`locks` are the tables that it locks; None: it is run outside a transaction."""
 
     locks: list[str] | None
     sql: str
 
 
 def steps(version: int, schema_sql: str) -> list[Step]:
-    """All that is missing in a schema of this version."""
+    """The steps that a schema of this version needs."""
     found: list[Step] = []
     last: list[str] = []
-    for file in _files(version):
-        # What stands before the first marker is a comment.
-        kinds_and_texts = iter(MARKER.split(file.read_text(encoding="utf-8"))[1:])
+    files = migrations()
+    for number in sorted(number for number in files if number > version):
+        # The text before the first marker is a comment.
+        kinds_and_texts = iter(MARKER.split(files[number].read_text(encoding="utf-8"))[1:])
         for kind, text in zip(kinds_and_texts, kinds_and_texts, strict=True):
             sql = text.strip()
             if kind == "with the functions":
                 last.append(sql)
             else:
                 found.append(Step(None if kind == "concurrently" else (kind or "").split()[1:], sql))
-    return [*found, Step(["all_tasks", "task"], "\n\n".join([*last, *replaced(schema_sql)]))]
+    views = re.findall(r"^CREATE VIEW notifyq\.(\w+)", schema_sql, re.MULTILINE)
+    return [*found, Step([*views, "task"], "\n\n".join([*last, *replaced(schema_sql)]))]
 
 
 def replaced(schema_sql: str) -> list[str]:
-    """schema.sql's functions and views, then its comments, then its triggers, which lock the table; each to replace the
-    one that is. Not the bell's comments, which wait for sleeping workers: they are a step of their own."""
+    """schema.sql's functions and views, then its comments, then its triggers, which lock the table; each replaces the
+    existing one. The bell's comments are left out: they wait for sleeping workers, so they need a step of their own."""
     statements = [text.replace("CREATE", "CREATE OR REPLACE", 1) for text in REPLACED.findall(schema_sql)]
     rights = schema_sql[schema_sql.index("\nREVOKE ALL ON ALL FUNCTIONS") :].strip()
     triggers = [text for text in statements if text.startswith("CREATE OR REPLACE TRIGGER")]
@@ -90,7 +92,7 @@ def replaced(schema_sql: str) -> list[str]:
 
 
 def script(version: int, schema_sql: str) -> str:
-    """The same, to be run by hand with psql: it stops where a table can't be had, and is then run again."""
+    """The same steps for psql. The script stops where it can't lock a table, and is then run again."""
     parts = [HEAD]
     for step in steps(version, schema_sql):
         if step.locks is None:
@@ -100,17 +102,17 @@ def script(version: int, schema_sql: str) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _files(version: int) -> list[Path]:
-    numbered = {int(path.stem): path for path in (Path(__file__).parent / "migrations").glob("*.sql")}
-    return [numbered[number] for number in sorted(numbered) if number > version]
+def migrations() -> dict[int, Path]:
+    """The file that leads to each version from the one before it. Version 1 has none."""
+    return {int(path.stem): path for path in (Path(__file__).parent / "migrations").glob("*.sql")}
 
 
 async def run(conn: Connection, version: int, schema_sql: str, say: Callable[[str], None]) -> None:
-    """Run them. The connection is the server's own, and nobody else upgrades: schema.py sees to both.
+    """Run the steps. schema.py makes sure that the connection has no pooler in between, and that no other upgrade runs.
 
-    say  gets a line for what may take its time
+    say  gets a line for a step that may take long
     """
-    # What is made belongs to whom the rest belongs to.
+    # New objects belong to the owner of the schema.
     await conn.execute(
         "SELECT pg_catalog.set_config('role', owner, false)"
         " FROM pg_catalog.pg_namespace CROSS JOIN LATERAL pg_catalog.pg_get_userbyid(nspowner) AS owner"

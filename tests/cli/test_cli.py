@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import click
@@ -18,6 +17,7 @@ from notifyq.cli import COMMANDS
 from notifyq.database import schema, upgrade
 from notifyq.embedded import Server
 
+from ..helpers import next_version
 from ..helpers.command import Run
 from ..helpers.databases import Sessions, admin
 
@@ -251,38 +251,35 @@ async def test_migrate_sql_needs_no_database(run: Run, monkeypatch: pytest.Monke
     assert (said.code, said.out, said.err) == (0, schema.schema_sql(), "")
 
 
-@pytest.mark.skip("until there is a made-up version to upgrade to")
-async def test_migrate_an_older_schema(run: Run, empty_dsn: str, connect: Sessions) -> None:
+async def test_migrate_an_older_schema(
+    run: Run, empty_dsn: str, connect: Sessions, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Until then the other commands ask for it. What has to be waited for is said, on stderr."""
-    conn = await connect(empty_dsn)
-    await conn.execute((Path(__file__).parents[1] / "schemas" / "1.sql").read_text())
+    next_version.use(monkeypatch)
+    await next_version.install(await connect(empty_dsn))
     said = await run("stats", dsn=empty_dsn)
-    assert (
-        said.code,
-        f"is version 1, this notifyq needs {schema.SCHEMA_VERSION}; run: notifyq migrate" in said.err,
-    ) == (
-        4,
-        True,
-    )
+    present, after = schema.SCHEMA_VERSION - 1, schema.SCHEMA_VERSION
+    says = f"is version {present}, this notifyq needs {after}; run: notifyq migrate"
+    assert (said.code, says in said.err) == (4, True)
     said = await run("migrate", dsn=empty_dsn)
     assert said.code == 0
-    assert re.fullmatch(
-        rf"upgraded schema notifyq in database \w+ from version 1 to {schema.SCHEMA_VERSION}\n", said.out
-    )
+    assert re.fullmatch(rf"upgraded schema notifyq in database \w+ from version {present} to {after}\n", said.out)
     assert said.err.startswith("notifyq: DROP INDEX CONCURRENTLY")
     assert (await run("stats", dsn=empty_dsn)).code == 0
 
 
-@pytest.mark.skip("until there is a made-up version to upgrade to")
-async def test_migrate_sql_from(run: Run) -> None:
-    said = await run("migrate --sql --from 1", dsn=NOWHERE)
-    assert (said.code, said.out, said.err) == (0, upgrade.script(1, schema.schema_sql()), "")
-    said = await run("migrate --from 1", dsn=NOWHERE)
-    assert (said.code, "--from is for --sql" in said.err) == (2, True)
-    for wrong in ("0", str(schema.SCHEMA_VERSION), "one"):
+async def test_migrate_sql_from(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    present = schema.SCHEMA_VERSION
+    said = await run(f"migrate --sql --from {present}", dsn=NOWHERE)
+    assert (said.code, f"--from {present} is this notifyq's own version" in said.err) == (2, True)
+    for wrong in ("0", str(present + 1), "one"):
         said = await run(f"migrate --sql --from {wrong}", dsn=NOWHERE)
-        assert said.code == 2
-        assert "is not a number from 1 to" in said.err
+        assert (said.code, "is not a number from 1 to" in said.err) == (2, True)
+    next_version.use(monkeypatch)
+    said = await run(f"migrate --sql --from {present}", dsn=NOWHERE)
+    assert (said.code, said.out, said.err) == (0, upgrade.script(present, schema.schema_sql()), "")
+    said = await run(f"migrate --from {present}", dsn=NOWHERE)
+    assert (said.code, "--from is for --sql" in said.err) == (2, True)
 
 
 async def test_roles(run: Run, server: Server, dsn: str, db: Any) -> None:

@@ -1,6 +1,7 @@
-"""Upgrades: from every earlier schema, from wherever one was interrupted, under workers and producers that go on.
+"""Upgrades: to a made-up next version, from wherever one was interrupted, under workers and producers that go on.
 
-tests/schemas/N.sql is the schema as version N was, and tests/schemas/N/*.sql the statements of its workers.
+tests/helpers/next_version.py has the made-up version, which this process takes for its own while a test runs. Workers
+of the version before are those of this notifyq: helpers/old_worker.py, and processes that a test starts.
 """
 
 from __future__ import annotations
@@ -19,26 +20,27 @@ import pytest
 
 import notifyq
 from notifyq.database import connection, schema, upgrade
+from notifyq.database.connection import SQL
 from notifyq.database.schema import SCHEMA_VERSION
 from notifyq.embedded import Server
 from notifyq.errors import DatabaseError, SchemaError
 from notifyq.worker import job as claims
 
+from ..helpers import next_version
 from ..helpers.databases import Sessions, admin, grants
 from ..helpers.machine import Probe, limit
-from ..helpers.old import SCHEMAS, OldWorker, statements
+from ..helpers.next_version import EARLIER, FROZEN, LEFT, NEXT, install, installation
+from ..helpers.old_worker import OldWorker
 from ..helpers.processes import Process, started
 from ..helpers.running import working
 from ..helpers.waiting import Seen, eventually
 
-pytestmark = [pytest.mark.slow, pytest.mark.skip("until there is a made-up version to upgrade to")]
+pytestmark = pytest.mark.slow
 
-EARLIER = sorted(int(path.stem) for path in SCHEMAS.glob("*.sql"))
 
-# Of an upgraded schema alone, and why.
-LEFT = {
-    "index task_aside": "version 1's workers read it; version 3 drops it",
-}
+@pytest.fixture(autouse=True)
+def made_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    next_version.use(monkeypatch)
 
 
 @pytest.fixture
@@ -46,10 +48,6 @@ async def conn(empty_dsn: str) -> AsyncIterator[Any]:
     conn = await connection.connect(empty_dsn, role="test")
     yield conn
     conn.terminate()
-
-
-async def install(conn: Any, version: int) -> None:
-    await conn.execute((SCHEMAS / f"{version}.sql").read_text())
 
 
 async def drop(conn: Any) -> None:
@@ -133,10 +131,10 @@ async def fresh(conn: Any) -> dict[str, str]:
 
 @pytest.mark.parametrize("version", EARLIER)
 async def test_an_upgrade_makes_what_an_installation_makes(conn: Any, fresh: dict[str, str], version: int) -> None:
-    """Whoever changes schema.sql and forgets migrations/, or the other way round, reads here what differs."""
+    """A change of schema.sql without one of migrations/, or the other way round, is named here."""
     await install(conn, version)
     assert await schema.installed_version(conn) == version
-    assert await schema.migrate(conn) == (version, SCHEMA_VERSION)
+    assert await schema.migrate(conn) == (version, NEXT)
     upgraded = await catalogs(conn)
     assert differences(fresh, upgraded) == []
     assert set(LEFT) <= set(upgraded) - set(fresh), "LEFT has what isn't left"
@@ -145,7 +143,7 @@ async def test_an_upgrade_makes_what_an_installation_makes(conn: Any, fresh: dic
 def test_there_is_a_migration_to_each_version_and_a_frozen_schema_of_each_before() -> None:
     numbers = sorted(int(path.stem) for path in (Path(upgrade.__file__).parent / "migrations").glob("*.sql"))
     assert numbers == list(range(2, SCHEMA_VERSION + 1))
-    assert list(range(1, SCHEMA_VERSION)) == EARLIER
+    assert sorted(int(path.stem) for path in FROZEN.glob("*.sql")) == list(range(1, SCHEMA_VERSION))
 
 
 def test_every_function_trigger_and_view_of_schema_sql_is_replaced() -> None:
@@ -172,7 +170,7 @@ async def test_an_interrupted_upgrade_is_run_again(conn: Any, fresh: dict[str, s
         for step in upgrade.steps(version, schema.schema_sql())[:stop]:
             await conn.execute(step.sql)
         assert await schema.installed_version(conn) == version
-        assert await schema.migrate(conn) == (version, SCHEMA_VERSION)
+        assert await schema.migrate(conn) == (version, NEXT)
         assert differences(fresh, await catalogs(conn)) == [], f"after {stop} steps"
         await drop(conn)
 
@@ -188,21 +186,21 @@ async def invalid(conn: Any) -> list[str]:
 
 async def test_one_cut_off_while_it_makes_an_index(empty_dsn: str, conn: Any, fresh: dict[str, str]) -> None:
     """It leaves an index that is none. The next upgrade makes it anew."""
-    await install(conn, 1)
+    await install(conn)
     writes: Any = await connection.connect(empty_dsn, role="test")
     reads: Any = await connection.connect(empty_dsn, role="test")
     # CREATE INDEX CONCURRENTLY waits for snapshots, and the steps before it for nothing that this one holds.
     await reads.execute("BEGIN ISOLATION LEVEL REPEATABLE READ; SELECT 1")
     doomed: Any = await connection.connect(empty_dsn, role="test")
     migrating = asyncio.create_task(schema.migrate(doomed))
-    await eventually(lambda: invalid(conn), ["notifyq.task_unhandled"])
+    await eventually(lambda: invalid(conn), ["notifyq.task_label"])
     await writes.fetchval("SELECT pg_terminate_backend($1, 5000)", doomed.get_server_pid())
     with pytest.raises((asyncpg.PostgresConnectionError, asyncpg.InterfaceError, OSError, asyncpg.AdminShutdownError)):
         await migrating
-    assert await invalid(conn) == ["notifyq.task_unhandled"]
-    assert await schema.installed_version(conn) == 1
+    assert await invalid(conn) == ["notifyq.task_label"]
+    assert await schema.installed_version(conn) == SCHEMA_VERSION
     await reads.execute("COMMIT")
-    assert await schema.migrate(conn) == (1, SCHEMA_VERSION)
+    assert await schema.migrate(conn) == (SCHEMA_VERSION, NEXT)
     assert await invalid(conn) == []
     assert differences(fresh, await catalogs(conn)) == []
     writes.terminate()
@@ -211,9 +209,11 @@ async def test_one_cut_off_while_it_makes_an_index(empty_dsn: str, conn: Any, fr
 
 async def test_every_index_that_was_left_is_made_anew(conn: Any, fresh: dict[str, str]) -> None:
     """Whatever an upgrade that was cut off has left under the name of an index."""
-    await install(conn, 1)
-    names = re.findall(r"CREATE INDEX CONCURRENTLY (?:IF NOT EXISTS )?(\w+)", "".join(s.sql for s in steps_from(1)))
-    assert len(names) >= 4
+    await install(conn)
+    names = re.findall(
+        r"CREATE INDEX CONCURRENTLY (?:IF NOT EXISTS )?(\w+)", "".join(s.sql for s in steps_from(SCHEMA_VERSION))
+    )
+    assert len(names) == 3
     for name in names:
         await conn.execute(f"CREATE INDEX {name} ON notifyq.task (id)")
     await schema.migrate(conn)
@@ -222,7 +222,7 @@ async def test_every_index_that_was_left_is_made_anew(conn: Any, fresh: dict[str
 
 async def test_upgrades_at_once_take_turns(empty_dsn: str, conn: Any) -> None:
     """One does it, and the others find it done; that they wait doesn't hold up its indexes."""
-    await install(conn, 1)
+    await install(conn)
     said: list[str] = []
     found = []
 
@@ -244,14 +244,14 @@ async def test_upgrades_at_once_take_turns(empty_dsn: str, conn: Any) -> None:
         assert found == []
         await reads.execute("COMMIT")
     reads.terminate()
-    assert sorted(found) == [(1, SCHEMA_VERSION), (SCHEMA_VERSION, SCHEMA_VERSION), (SCHEMA_VERSION, SCHEMA_VERSION)]
+    assert sorted(found) == [(SCHEMA_VERSION, NEXT), (NEXT, NEXT), (NEXT, NEXT)]
     made = [line for line in said if line.startswith("CREATE INDEX")]
     assert len(made) == len(set(made)) > 1
 
 
 TASKS = """
-    INSERT INTO notifyq.worker (name, queues, types, max_attempts, concurrency, lease)
-    VALUES ('host:1', '{default}', '{T}', '{10}', 1, '30 s');
+    INSERT INTO notifyq.worker (id, name, queues, types, max_attempts, concurrency, lease)
+    VALUES (1, 'host:1', '{default}', '{T}', '{10}', 1, '30 s');
     INSERT INTO notifyq.task (type, payload, queue, priority, max_attempts) VALUES ('ready', '{"a": 1}', 'q', 3, 5);
     INSERT INTO notifyq.task (type, run_at) VALUES ('scheduled', now() + interval '1 h'), ('never', 'infinity');
     INSERT INTO notifyq.task (type, run_at, promoted) VALUES ('promoted', now() + interval '1 h', true);
@@ -318,10 +318,10 @@ ODD_STATES = {
 @pytest.mark.parametrize("odd", ODD_STATES)
 async def test_an_upgrade_of_odd_states(empty_dsn: str, conn: Any, odd: str) -> None:
     """It goes through, and beside it and after it tasks of every kind run."""
-    await install(conn, 1)
+    await install(conn)
     await conn.execute(ODD_STATES[odd])
     await conn.execute("INSERT INTO notifyq.task (type) VALUES ('Note')")
-    assert await schema.migrate(conn) == (1, SCHEMA_VERSION)
+    assert await schema.migrate(conn) == (SCHEMA_VERSION, NEXT)
     assert await conn.fetch(connection.SQL["list_findings"], False) == [], "an upgrade makes the triggers anew"
     seen = Seen()
     app = notifyq.App()
@@ -344,7 +344,7 @@ async def test_an_upgrade_of_odd_states(empty_dsn: str, conn: Any, odd: str) -> 
 
 async def test_an_owner_that_does_not_see_its_version_is_told(server: Server, empty_dsn: str, conn: Any) -> None:
     """Row level security that is forced on the owner hides the version: nothing is changed, and nothing to drop."""
-    await install(conn, 1)
+    await install(conn)
     await admin(server, "CREATE ROLE landlady LOGIN")
     try:
         await conn.execute(
@@ -355,7 +355,7 @@ async def test_an_owner_that_does_not_see_its_version_is_told(server: Server, em
         with pytest.raises(DatabaseError, match="row level security hides the rows of"):
             await schema.migrate(owner)
         owner.terminate()
-        assert await schema.installed_version(conn) == 1
+        assert await schema.installed_version(conn) == SCHEMA_VERSION
     finally:
         await conn.execute("REASSIGN OWNED BY landlady TO notifyq; DROP OWNED BY landlady")
         await admin(server, "DROP ROLE landlady")
@@ -368,37 +368,35 @@ async def test_code_of_one_version_before_works_on(conn: Any, monkeypatch: pytes
     """As the row of the newer version says: its workers may start, and their `migrate` has nothing to do."""
     await schema.migrate(conn)
     newer = "INSERT INTO notifyq.schema_version (version, serves) VALUES ($1, $2)"
-    await conn.execute(newer, SCHEMA_VERSION + 1, SCHEMA_VERSION)
-    assert await schema.check(conn) == SCHEMA_VERSION + 1
-    assert await schema.migrate(conn) == (SCHEMA_VERSION + 1, SCHEMA_VERSION + 1)
-    await conn.execute(newer, SCHEMA_VERSION + 2, SCHEMA_VERSION + 1)
+    await conn.execute(newer, NEXT + 1, NEXT)
+    assert await schema.check(conn) == NEXT + 1
+    assert await schema.migrate(conn) == (NEXT + 1, NEXT + 1)
+    await conn.execute(newer, NEXT + 2, NEXT + 1)
     for refuse in (schema.check, schema.migrate):
-        with pytest.raises(SchemaError, match=rf"is version {SCHEMA_VERSION + 2}, newer .*; upgrade notifyq"):
+        with pytest.raises(SchemaError, match=rf"is version {NEXT + 2}, newer .*; upgrade notifyq"):
             await refuse(conn)
 
 
 async def test_code_of_this_version_asks_for_an_upgrade(conn: Any) -> None:
-    await install(conn, SCHEMA_VERSION - 1)
-    with pytest.raises(
-        SchemaError, match=f"is version {SCHEMA_VERSION - 1}, this notifyq needs {SCHEMA_VERSION}; run: "
-    ):
+    await install(conn)
+    with pytest.raises(SchemaError, match=f"is version {SCHEMA_VERSION}, this notifyq needs {NEXT}; run: "):
         await schema.check(conn)
 
 
 async def test_a_pooler_is_no_way_to_upgrade(empty_dsn: str, conn: Any) -> None:
     """What outlives a transaction is in vain there. An installation is one transaction."""
     pooled: Any = await asyncpg.connect(empty_dsn, connection_class=connection.Pooled)
-    assert await schema.migrate(pooled) == (None, SCHEMA_VERSION)
+    assert await schema.migrate(pooled) == (None, NEXT)
     await drop(conn)
-    await install(conn, 1)
+    await install(conn)
     with pytest.raises(DatabaseError, match=r"is a pooler in transaction mode.*; name the server itself"):
         await schema.migrate(pooled)
-    assert await schema.installed_version(conn) == 1
+    assert await schema.installed_version(conn) == SCHEMA_VERSION
     pooled.terminate()
 
 
 async def test_a_standby_is_told_so(empty_dsn: str, conn: Any) -> None:
-    await install(conn, 1)
+    await install(conn)
     standby: Any = await connection.connect(empty_dsn, role="test", settings={"default_transaction_read_only": "on"})
     with pytest.raises(DatabaseError, match="read-only"):
         await schema.migrate(standby)
@@ -409,7 +407,7 @@ async def test_what_is_made_belongs_to_the_owner_and_serves_those_it_served(
     server: Server, empty_dsn: str, conn: Any
 ) -> None:
     """An owner who is nobody else's superuser, whose schema a superuser upgrades; and the roles that were granted what
-    version 1 asked for: they have what schema.sql asks for now."""
+    version before asked for: they have what the new schema.sql asks for."""
     roles = ("worker", "enqueuer", "reader")
     await admin(server, 'CREATE ROLE "The Owner" LOGIN', *(f"CREATE ROLE m_{role} LOGIN" for role in roles))
     try:
@@ -417,8 +415,8 @@ async def test_what_is_made_belongs_to_the_owner_and_serves_those_it_served(
             "GRANT CREATE ON DATABASE " + await conn.fetchval("SELECT current_database()") + ' TO "The Owner"'
         )
         await conn.execute('SET ROLE "The Owner"')
-        await install(conn, 1)
-        text = (SCHEMAS / "1.sql").read_text()
+        await install(conn)
+        text = installation(SCHEMA_VERSION)
         for role in roles:
             for grant in grants(role, text):
                 await conn.execute(grant.replace(f"TO {role};", f"TO m_{role};"))
@@ -427,7 +425,7 @@ async def test_what_is_made_belongs_to_the_owner_and_serves_those_it_served(
         with pytest.raises(DatabaseError, match="run it as the"):
             await schema.migrate(stranger)
         stranger.terminate()
-        assert await schema.migrate(conn) == (1, SCHEMA_VERSION)
+        assert await schema.migrate(conn) == (SCHEMA_VERSION, NEXT)
         assert await conn.fetchval("SELECT current_user") == "notifyq"
         owners = await conn.fetch(
             """SELECT DISTINCT relowner::regrole::text FROM pg_class WHERE relnamespace = 'notifyq'::regnamespace
@@ -436,7 +434,7 @@ async def test_what_is_made_belongs_to_the_owner_and_serves_those_it_served(
         assert [row[0] for row in owners] == ['"The Owner"']
         upgraded = await rights(conn)
         for role in roles:
-            for grant in grants(role):
+            for grant in grants(role, schema.schema_sql()):
                 await conn.execute(grant.replace(f"TO {role};", f"TO m_{role};"))
         assert await rights(conn) == upgraded
     finally:
@@ -461,7 +459,7 @@ async def rights(conn: Any) -> set[tuple[str, ...]]:
 
 async def test_functions_of_theirs_that_call_ours_go_on(conn: Any) -> None:
     """notifyq.enqueue has a new parameter, so it is another function. Theirs keeps the one it was made with."""
-    await install(conn, 1)
+    await install(conn)
     await conn.execute(
         "CREATE FUNCTION theirs() RETURNS bigint LANGUAGE sql"
         " BEGIN ATOMIC SELECT notifyq.enqueue('T', queue => 'q'); END;"
@@ -469,7 +467,7 @@ async def test_functions_of_theirs_that_call_ours_go_on(conn: Any) -> None:
     )
     await schema.migrate(conn)
     assert await conn.fetchval("SELECT theirs()") == 1
-    assert await conn.fetchval("""SELECT notifyq.enqueue('T', options => '{"order_key": "a"}')""") == 2
+    assert await conn.fetchval("""SELECT notifyq.enqueue('T', options => '{"order_key": "a"}', label => 'x')""") == 2
     assert await conn.fetch("SELECT * FROM public.also") == [(1, "ready"), (2, "ready")]
 
 
@@ -485,7 +483,7 @@ async def test_by_hand(conn: Any, fresh: dict[str, str], version: int) -> None:
         setting, _, rest = part.partition("\n")
         await conn.execute(setting)
         await conn.execute(rest)
-    assert await schema.installed_version(conn) == SCHEMA_VERSION
+    assert await schema.installed_version(conn) == NEXT
     await conn.execute("RESET search_path")
     assert differences(fresh, await catalogs(conn)) == []
 
@@ -493,29 +491,31 @@ async def test_by_hand(conn: Any, fresh: dict[str, str], version: int) -> None:
 # --- Old workers beside new ones
 
 
-def planned(version: int) -> list[str]:
-    """The statements that have a plan worth keeping: those of a worker."""
-    people = {"advance", "enqueued", "names", "queued", "ran", "runnable", "stats", "tally", "tasks", "django_result"}
-    return sorted(set(statements(version)) - people)
+def planned() -> dict[str, str]:
+    """The statements of workers and clients: their plans matter, and are kept."""
+    folder = Path(connection.__file__).parent / "sql"
+    files = [*folder.glob("client/*.sql"), *folder.glob("worker/*.sql")]
+    assert len(files) > 40
+    return {path.stem: SQL[path.stem] for path in sorted(files)}
 
 
-async def shapes(conn: Any, sql: dict[str, str]) -> dict[str, Any]:
+async def shapes(conn: Any) -> dict[str, Any]:
     """What each takes and returns."""
     found = {}
-    for name, text in sql.items():
+    for name, text in SQL.items():
         one = await conn.prepare(text)
         attributes = [(a.name, a.type.name) for a in one.get_attributes()]
         found[name] = ([p.name for p in one.get_parameters()], attributes)
     return found
 
 
-async def indexes(conn: Any, sql: dict[str, str], names: list[str]) -> dict[str, set[str]]:
+async def indexes(conn: Any) -> dict[str, set[str]]:
     """Which indexes the plans read; None among them: a table is read as a whole."""
     found = {}
-    for name in names:
-        count = len((await conn.prepare(sql[name])).get_parameters())
+    for name, text in planned().items():
+        count = len((await conn.prepare(text)).get_parameters())
         arguments = f"({', '.join(['NULL'] * count)})" if count else ""
-        await conn.execute(f"PREPARE planned AS {sql[name]}")
+        await conn.execute(f"PREPARE planned AS {text}")
         plan = await conn.fetchval(f"EXPLAIN (FORMAT JSON) EXECUTE planned{arguments}")
         await conn.execute("DEALLOCATE planned")
         found[name] = set(re.findall(r'"Index Name": "(\w+)"', plan))
@@ -525,21 +525,21 @@ async def indexes(conn: Any, sql: dict[str, str], names: list[str]) -> dict[str,
 
 async def test_an_old_workers_statements_mean_the_same_after_an_upgrade(empty_dsn: str, conn: Any) -> None:
     """Each takes and returns what it did, by the same indexes: none reads a whole table from then on."""
-    await install(conn, SCHEMA_VERSION - 1)
-    sql = statements(SCHEMA_VERSION - 1)
+    await install(conn)
     worker = await connection.connect_worker(empty_dsn, "test")
     try:
-        names = planned(SCHEMA_VERSION - 1)
-        before = await shapes(worker, sql), await indexes(worker, sql, names)
+        before = {"shapes": await shapes(worker), "indexes": await indexes(worker)}
         await schema.migrate(conn)
-        assert (await shapes(worker, sql), await indexes(worker, sql, names)) == before
+        after = {"shapes": await shapes(worker), "indexes": await indexes(worker)}
+        for what, of in before.items():
+            assert {name: after[what][name] for name in of if after[what][name] != of[name]} == {}, what
     finally:
         worker.terminate()
 
 
 async def test_old_and_new_workers_side_by_side(empty_dsn: str, conn: Any) -> None:
     """An old worker works while its schema is upgraded under it, and then beside a new one. Each task ends once."""
-    await install(conn, 1)
+    await install(conn)
     app, seen = notifyq.App(), Seen()
 
     class Quick(notifyq.Task):
@@ -566,7 +566,7 @@ async def test_old_and_new_workers_side_by_side(empty_dsn: str, conn: Any) -> No
         over = anyio.Event()
         group.start_soon(enqueue, over)
         await eventually(old.has_settled(500))
-        assert await schema.migrate(conn) == (1, SCHEMA_VERSION)
+        assert await schema.migrate(conn) == (SCHEMA_VERSION, NEXT)
         async with working(app, empty_dsn, concurrency=5):
             await seen.reach(500)
             await eventually(old.has_settled(len(old.settled) + 500))
@@ -602,10 +602,8 @@ async def test_real_workers_under_an_upgrade(
 
         group.start_soon(enqueue)
         for number in range(5):
-            await db.execute(
-                "DELETE FROM notifyq.schema_version; INSERT INTO notifyq.schema_version VALUES (1, now(), 1)"
-            )
-            assert await schema.migrate(await connect()) == (1, SCHEMA_VERSION)
+            await db.execute(f"DELETE FROM notifyq.schema_version WHERE version = {NEXT}")
+            assert await schema.migrate(await connect()) == (SCHEMA_VERSION, NEXT)
             if number == 2:
                 workers[0].process.signal(signal.SIGKILL)
         over.set()
@@ -654,7 +652,7 @@ async def test_a_step_locks_the_tables_that_it_says(conn: Any, version: int) -> 
 async def test_nobody_waits_for_an_upgrade_that_waits(empty_dsn: str, conn: Any, probe: Probe) -> None:
     """A transaction that has enqueued stays open for seconds, another that reads for longer. Meanwhile others enqueue,
     claim and settle: none of their statements waits for long, however long the upgrade must wait."""
-    await install(conn, 1)
+    await install(conn)
     said: list[str] = []
     told = anyio.Event()
 
@@ -695,7 +693,7 @@ async def test_nobody_waits_for_an_upgrade_that_waits(empty_dsn: str, conn: Any,
             await anyio.sleep(1)  # several of its tries
             assert not migrating.done()
             await session.execute("COMMIT")
-        assert await migrating == (1, SCHEMA_VERSION)
+        assert await migrating == (SCHEMA_VERSION, NEXT)
         upgraded.set()
         await eventually(lambda: conn.fetchval("SELECT count(*) FROM notifyq.task"), 0)
         stop.set()

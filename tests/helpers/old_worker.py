@@ -1,4 +1,4 @@
-"""A worker of an earlier version: the statements that it had, as tests/schemas keeps them, in the shortest of loops.
+"""A worker of the version before the made-up one: the statements of this notifyq, in the shortest of loops.
 
 It is strict where the real one is patient: an error of any statement is an error here.
 """
@@ -6,27 +6,22 @@ It is strict where the real one is patient: an error of any statement is an erro
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import anyio
 
 from notifyq.database import connection
+from notifyq.database.connection import SQL
 
-SCHEMAS = Path(__file__).parents[1] / "schemas"
-
-
-def statements(version: int) -> dict[str, str]:
-    return {path.stem: path.read_text(encoding="utf-8") for path in (SCHEMAS / str(version)).glob("*.sql")}
+LARGE = 1_000_000  # bytes of payload that a claim may return
 
 
 class OldWorker:
-    """Of version 1. It claims, and settles in each of the ways there are: every seventh task is tried twice, every
-    eleventh handed back once, every thirteenth dies."""
+    """It claims, and settles in each way: every seventh task is tried twice, every eleventh handed back once, every
+    thirteenth dies."""
 
     def __init__(self, dsn: str) -> None:
         self._dsn = dsn
-        self._sql = statements(1)
         self._seen: set[int] = set()
         self.settled: list[int] = []  # ids, each time that one ended here
         self.ticks = 0
@@ -42,24 +37,26 @@ class OldWorker:
         conn: Any = await connection.connect_worker(self._dsn, "old")
         door: Any = await connection.connect_worker(self._dsn, "old door")
         try:
-            me: int = await conn.fetchval(
-                self._sql["register_worker"], "old:1", ["default"], ["Quick"], [10], 100, 30.0
-            )
+            me: int = await conn.fetchval(SQL["register_worker"], "old:1", ["default"], ["Quick"], [10], 100, 30.0)
             while not stop.is_set():
-                rows = await conn.fetch(self._sql["claim"], me, ["default"], [50], 50, False)
-                await self._settle(conn, me, [(row["id"], row["attempts"]) for row in rows])
+                claimed = await self._claim_and_settle(conn, me)
                 held: list[Any] = [[], []]
-                tick = await conn.fetchrow(self._sql["send_heartbeat"], me, 0, "ok", *held, ["default"], ["Quick"])
+                tick = await conn.fetchrow(SQL["send_heartbeat"], me, 0, "ok", *held, ["default"], ["Quick"], False)
                 assert (tick["registered"], tick["lost"]) == (True, [])
                 self.ticks += 1
-                if not rows:
-                    await conn.fetchrow(self._sql["check_due"], ["default"], ["default"], 100, None, None)
+                if not claimed:
+                    await conn.fetchrow(SQL["check_due"], ["default"], ["default"], 100, None, None)
                     await self._sleep(door, conn, me)
-            assert await conn.fetchval(self._sql["hand_back_all"], me) == 0
-            await conn.execute(self._sql["unregister_worker"], me)
+            assert await conn.fetchval(SQL["hand_back_all"], me, None) == 0
+            await conn.execute(SQL["unregister_worker"], me)
         finally:
             conn.terminate()
             door.terminate()
+
+    async def _claim_and_settle(self, conn: Any, me: int) -> int:
+        rows = await conn.fetch(SQL["claim"], me, ["default"], [50], 50, LARGE)
+        await self._settle(conn, me, [(row["id"], row["attempts"]) for row in rows])
+        return len(rows)
 
     async def _settle(self, conn: Any, me: int, held: list[tuple[int, int]]) -> None:
         first = [(id, attempt) for id, attempt in held if id not in self._seen]
@@ -74,7 +71,7 @@ class OldWorker:
         ):
             if some:
                 args = [[id for id, _ in some], [attempt for _, attempt in some], *rest]
-                applied = [row[0] for row in await conn.fetch(self._sql[name], me, *args)]
+                applied = [row[0] for row in await conn.fetch(SQL[name], me, *args)]
                 assert sorted(applied) == sorted(id for id, _ in some), name
                 if name == "finish":
                     self.settled += applied
@@ -84,6 +81,5 @@ class OldWorker:
         async with door.transaction():
             if await door.fetchval("SELECT notifyq.fall_asleep(100)"):
                 self.sleeps += 1
-                rows = await conn.fetch(self._sql["claim"], me, ["default"], [50], 50, False)
+                await self._claim_and_settle(conn, me)
                 await anyio.sleep(0.02)
-                await self._settle(conn, me, [(row["id"], row["attempts"]) for row in rows])
