@@ -17,6 +17,7 @@ import pytest
 
 import notifyq
 from notifyq.database import connection
+from notifyq.database.connection import SQL
 from notifyq.worker import job as claims
 from notifyq.worker.outcome import Finished, HandedBack, RetryLater, Unhandled
 from notifyq.worker.settle import Settler
@@ -395,6 +396,21 @@ async def test_outcomes_of_all_kinds_are_one_transaction(s: Steps, w: Session, d
     xmins = "SELECT xmin FROM notifyq.task UNION SELECT xmin FROM notifyq.finished"
     assert len(await s.db.fetch(xmins)) == 1
     assert sorted((await states(s.db)).values()) == [("done", 1), ("ready", 0), ("ready", 0), ("scheduled", 1)]
+
+
+async def test_a_batch_of_two_kinds_and_the_admission_of_what_runs(s: Steps, w: Session, p: Session, dsn: str) -> None:
+    """They want the same rows in opposite orders. Settling gives up before PostgreSQL looks for a deadlock."""
+    first, second, third = await w(held, 3)
+    await p("BEGIN")
+    await p("SELECT FROM notifyq.task WHERE id = $1 FOR UPDATE", second.id)
+    admission = await s.worker("claims")
+    waiting = await admission.blocked_by(p, SQL["admit_running"], first.worker, ["default"])
+    async with Writing(dsn, [OUTCOMES["finish"](third), OUTCOMES["later"](first)]) as writing:
+        await until_blocked(s.db, "settle", admission)
+        await p("COMMIT")
+        await waiting
+    assert not writing.told.failures
+    assert await states(s.db) == {first.id: ("scheduled", 1), second.id: ("running", 1), third.id: ("done", 1)}
 
 
 async def test_a_batch_has_outcomes_of_before_and_after_a_new_id(
