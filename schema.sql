@@ -158,6 +158,36 @@ CREATE TABLE notifyq.task (
     vacuum_index_cleanup = on, vacuum_truncate = off
 );
 
+-- What a claim returns of a task. PostgreSQL inlines a function like these, whose body is one expression without a
+-- subquery: plans and costs are as if its callers had the expression.
+
+-- Not inlined, and called for compressed payloads only. The elements of an array aren't compressed. So payload is made
+-- an element once, to be measured and to be returned.
+CREATE FUNCTION notifyq.decompress_payload(payload jsonb, most integer) RETURNS jsonb STABLE LANGUAGE sql BEGIN ATOMIC
+    SELECT p.whole[1] FROM (SELECT ARRAY[payload] AS whole OFFSET 0) AS p WHERE pg_column_size(p.whole) <= most;
+END;
+
+-- payload if its text is short enough to come with a claim, else NULL: the runner fetches it later. most: in bytes.
+--
+-- pg_column_size is the size on disk. A compressed payload can be 87 times as large (pglz), or 255 times (lz4), so its
+-- whole size counts, unless it is small in any case: up to an eighth of most.
+CREATE FUNCTION notifyq.inline_payload(payload jsonb, most integer) RETURNS jsonb STABLE LANGUAGE sql BEGIN ATOMIC
+    SELECT CASE WHEN pg_column_size(payload) <= most / 8
+                  OR pg_column_size(payload) <= most AND pg_column_compression(payload) IS NULL THEN payload
+                WHEN pg_column_size(payload) <= most THEN notifyq.decompress_payload(payload, most) END;
+END;
+
+-- Whether a claimed task must be admitted before it runs: see "Limits and order" and "After".
+CREATE FUNCTION notifyq.needs_admission(limit_key text, order_key text, after bigint[]) RETURNS boolean IMMUTABLE
+LANGUAGE sql BEGIN ATOMIC
+    SELECT limit_key IS NOT NULL OR order_key IS NOT NULL OR after IS NOT NULL;
+END;
+
+-- moment, or the nearest time that Python's datetime has.
+CREATE FUNCTION notifyq.readable_time(moment timestamptz) RETURNS timestamptz IMMUTABLE LANGUAGE sql BEGIN ATOMIC
+    SELECT greatest(least(moment, '9999-12-30Z'), '0001-01-03Z');
+END;
+
 -- The claim's index: its order is the claim's ORDER BY, its predicate the claim's WHERE, word for word. id + 0, since
 -- no planner may take task_pkey for "from this id on, in the order of ids" and read all that isn't ready on the way.
 CREATE INDEX task_ready ON notifyq.task (queue, priority DESC, (id + 0))
@@ -171,10 +201,17 @@ CREATE INDEX task_unhandled ON notifyq.task (type, queue, priority DESC, id)
 -- order. No plain task is in any of them.
 CREATE INDEX task_admitted ON notifyq.task (limit_key, queue) WHERE admitted_at IS NOT NULL AND worker IS NOT NULL;
 CREATE INDEX task_parked ON notifyq.task (waiting_on, withheld, priority DESC, id) WHERE waiting_on IS NOT NULL;
--- Second column: 0 = may run next; a worker's id = running; NULL = not in the order yet. id + 0 as above.
+-- A task's place in its order: 0 = may run next; a worker's id = running; NULL = not in the order yet.
+CREATE FUNCTION notifyq.place_in_order(
+    attempts smallint, parked text, promoted boolean, run_at timestamptz, created_at timestamptz, worker integer
+) RETURNS integer IMMUTABLE LANGUAGE sql BEGIN ATOMIC
+    SELECT CASE WHEN attempts > 0 OR parked <> 'after' OR parked IS NULL AND (promoted OR run_at <= created_at)
+           THEN coalesce(worker, 0) END;
+END;
+
+-- id + 0 as above. The planner inlines the function here too.
 CREATE INDEX task_order ON notifyq.task (
-    order_key, (CASE WHEN attempts > 0 OR parked <> 'after' OR parked IS NULL AND (promoted OR run_at <= created_at)
-                THEN coalesce(worker, 0) END), (id + 0))
+    order_key, (notifyq.place_in_order(attempts, parked, promoted, run_at, created_at, worker)), (id + 0))
     WHERE order_key IS NOT NULL;
 
 -- Outcomes. Appended, read by people, pruned by age; the hot path never looks here.
@@ -700,14 +737,12 @@ BEGIN
     IF kind = 'order' THEN
         SELECT t.id, t.withheld AND t.waiting_on IS NOT DISTINCT FROM key AS waits INTO head FROM notifyq.task t
         WHERE t.order_key = name
-          AND (CASE WHEN t.attempts > 0 OR t.parked <> 'after' OR t.parked IS NULL AND (t.promoted OR t.run_at <= t.created_at)
-               THEN coalesce(t.worker, 0) END) = 0
+          AND notifyq.place_in_order(t.attempts, t.parked, t.promoted, t.run_at, t.created_at, t.worker) = 0
         ORDER BY t.id + 0 LIMIT 1;
         IF head.waits IS NOT TRUE OR EXISTS (
             SELECT FROM notifyq.task t
             WHERE t.order_key = name
-              AND (CASE WHEN t.attempts > 0 OR t.parked <> 'after' OR t.parked IS NULL AND (t.promoted OR t.run_at <= t.created_at)
-                   THEN coalesce(t.worker, 0) END) > 0
+              AND notifyq.place_in_order(t.attempts, t.parked, t.promoted, t.run_at, t.created_at, t.worker) > 0
               AND (t.id < head.id OR t.admitted_at = t.processing_at)) THEN
             RETURN 0;
         END IF;
@@ -852,14 +887,12 @@ BEGIN
         SELECT m.*, CASE WHEN m.id = ANY (waiting) THEN 'after' WHEN m.order_key IS NOT NULL AND EXISTS (
             SELECT FROM notifyq.task o
             WHERE o.order_key = m.order_key
-              AND (CASE WHEN o.attempts > 0 OR o.parked <> 'after' OR o.parked IS NULL AND (o.promoted OR o.run_at <= o.created_at)
-                   THEN coalesce(o.worker, 0) END) > 0
+              AND notifyq.place_in_order(o.attempts, o.parked, o.promoted, o.run_at, o.created_at, o.worker) > 0
               AND (o.id < m.id OR o.id <> m.id AND o.admitted_at = o.processing_at)
             UNION ALL
             SELECT FROM notifyq.task o
             WHERE o.order_key = m.order_key
-              AND (CASE WHEN o.attempts > 0 OR o.parked <> 'after' OR o.parked IS NULL AND (o.promoted OR o.run_at <= o.created_at)
-                   THEN coalesce(o.worker, 0) END) = 0
+              AND notifyq.place_in_order(o.attempts, o.parked, o.promoted, o.run_at, o.created_at, o.worker) = 0
               AND o.id + 0 < m.id) THEN 'order' END AS why
         FROM mine m
     ), queues AS MATERIALIZED (
@@ -1528,6 +1561,12 @@ COMMENT ON FUNCTION notifyq.take_turn(integer, integer) IS 'Internal: waits for 
 COMMENT ON FUNCTION notifyq.fall_asleep(integer) IS 'Internal: waits for SHARE on notifyq.bell.';
 COMMENT ON FUNCTION notifyq.bell_wanted() IS 'Internal: whether a statement waits for a lock on notifyq.bell.';
 COMMENT ON FUNCTION notifyq.lock_keys(text[]) IS 'Internal: locks the rows of notifyq.key_lock for keys.';
+COMMENT ON FUNCTION notifyq.inline_payload(jsonb, integer) IS 'Internal: a payload that is short enough for a claim.';
+COMMENT ON FUNCTION notifyq.decompress_payload(jsonb, integer) IS 'Internal: a compressed payload, if it is short enough.';
+COMMENT ON FUNCTION notifyq.needs_admission(text, text, bigint[]) IS 'Internal: whether a task has a key or predecessors.';
+COMMENT ON FUNCTION notifyq.readable_time(timestamptz) IS 'Internal: a time within the bounds of Python.';
+COMMENT ON FUNCTION notifyq.place_in_order(smallint, text, boolean, timestamptz, timestamptz, integer) IS
+    'Internal: whether a task may be the next of its order_key, runs, or has no place in the order yet.';
 COMMENT ON FUNCTION notifyq.grant_slots(text) IS 'Internal: grants the free slots of a key to tasks that wait at it.';
 COMMENT ON FUNCTION notifyq.grant_slots(text[]) IS 'Internal: grants the free slots of keys to tasks that wait at them.';
 COMMENT ON FUNCTION notifyq.parse_limits(jsonb) IS 'Internal: the limits in a task''s options.';

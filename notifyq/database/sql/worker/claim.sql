@@ -7,11 +7,9 @@
 -- * The inner WHERE and ORDER BY are index task_ready's, word for word: it reads as many entries as it takes,
 --   whatever else is in the table.
 -- * least, greatest and left: somebody's odd row must not fail a claim, nor have an answer that Python can't read or hold.
--- * pg_column_size is the size on disk. A compressed payload can be 87 times as large (pglz), or 255 times (lz4), so
---   its whole size counts, unless it is small in any case: up to an eighth of $5. The elements of an array aren't
---   compressed, so a larger one is made that, once, both to be measured and to be returned. The text is up to four
---   times as long as this size where it is made of digits. Numbers such as 1e131071 make it longer still; then the
---   claim fails or times out, and the next one leaves out all payloads.
+-- * inline_payload (schema.sql) measures the binary form. The text is up to four times as long where it is made of
+--   digits. Numbers such as 1e131071 make it longer still; then the claim fails or times out, and the next claim leaves
+--   out all payloads.
 -- * needs_admission is NULL where a BEFORE trigger of somebody's returned OLD: the row is returned, and its lease isn't written.
 -- * The EXISTS is for a worker that was given up for dead: what it claims now nobody would rescue.
 UPDATE notifyq.task t
@@ -31,12 +29,8 @@ WHERE t.id = ANY (ARRAY(
 ))
 AND EXISTS (SELECT FROM notifyq.worker w WHERE w.id = $1)
 RETURNING t.id, t.attempts, left(t.type, 201) AS type, t.queue, t.priority, t.max_attempts,
-          greatest(least(t.created_at, '9999-12-30Z'), '0001-01-03Z') AS created_at,
-          CASE WHEN pg_column_size(t.payload) <= $5::integer / 8
-                 OR pg_column_size(t.payload) <= $5 AND pg_column_compression(t.payload) IS NULL THEN t.payload
-               WHEN pg_column_size(t.payload) <= $5 THEN
-                    (SELECT p.whole[1] FROM (SELECT ARRAY[t.payload] AS whole OFFSET 0) AS p
-                     WHERE pg_column_size(p.whole) <= $5) END AS payload,
-          CASE WHEN t.worker = $1 THEN t.limit_key IS NOT NULL OR t.order_key IS NOT NULL OR t.after IS NOT NULL END
+          notifyq.readable_time(t.created_at) AS created_at,
+          notifyq.inline_payload(t.payload, $5) AS payload,
+          CASE WHEN t.worker = $1 THEN notifyq.needs_admission(t.limit_key, t.order_key, t.after) END
               AS needs_admission,
           t.crashes

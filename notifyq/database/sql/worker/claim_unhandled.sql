@@ -18,12 +18,8 @@ WHERE t.id = ANY (ARRAY(
 ))
 AND EXISTS (SELECT FROM notifyq.worker w WHERE w.id = $1)
 RETURNING t.id, t.attempts, t.type, t.queue, t.priority, t.max_attempts,
-          greatest(least(t.created_at, '9999-12-30Z'), '0001-01-03Z') AS created_at,
-          CASE WHEN pg_column_size(t.payload) <= $6::integer / 8
-                 OR pg_column_size(t.payload) <= $6 AND pg_column_compression(t.payload) IS NULL THEN t.payload
-               WHEN pg_column_size(t.payload) <= $6 THEN
-                    (SELECT p.whole[1] FROM (SELECT ARRAY[t.payload] AS whole OFFSET 0) AS p
-                     WHERE pg_column_size(p.whole) <= $6) END AS payload,
-          CASE WHEN t.worker = $1 THEN t.limit_key IS NOT NULL OR t.order_key IS NOT NULL OR t.after IS NOT NULL END
+          notifyq.readable_time(t.created_at) AS created_at,
+          notifyq.inline_payload(t.payload, $6) AS payload,
+          CASE WHEN t.worker = $1 THEN notifyq.needs_admission(t.limit_key, t.order_key, t.after) END
               AS needs_admission,
           t.crashes
