@@ -26,7 +26,8 @@ from notifyq.registry import Handler, Registry, awaited, is_awaitable
 from notifyq.task import Task, Verdict
 from notifyq.worker.job import Job
 from notifyq.worker.outcome import Finished, HandedBack, Outcome, RetryLater, Unhandled
-from notifyq.worker.runners import Runners, Services
+from notifyq.worker.runners import Runners
+from notifyq.worker.services import Services
 
 
 class Ran(msgspec.Struct, frozen=True, kw_only=True):
@@ -218,7 +219,7 @@ async def _run(registry: Registry, jobs: Sequence[Job], results: Sequence[Any]) 
     async with anyio.create_task_group() as group:
         group.start_soon(runners.run)
         await runners.ready.wait()
-        runners.feed(jobs)
+        runners.add_jobs(jobs)
         await sink.full.wait()
         runners.close()
     return [sink.outcomes[job] for job in jobs]

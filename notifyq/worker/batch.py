@@ -15,23 +15,24 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from typing import Any, cast
+from collections.abc import Awaitable, Sequence
+from typing import Any
 
 import anyio
 
 from .. import log
 from ..errors import ConfigError
 from ..registry import Handler, Registry
-from ..task import Context, Isolation, Progress, Run, Task, Transaction, Verdict
+from ..task import Context, Isolation, Progress, Task, Transaction
 from . import outcome
+from .calls import Calls, is_our_cancellation
+from .group import RunGroup
 from .job import Job
 from .outcome import Outcome
+from .services import Services
+from .slots import Slots
 
 logger = log.logger("notifyq.batch")
-
-Call = Callable[[Handler, Any, Any], Awaitable[object]]  # a handler, with the tasks and their contexts
-ReadResults = Callable[[int], Awaitable[list[Any]]]  # of the tasks that this one has waited for
 
 
 class Member:
@@ -48,12 +49,12 @@ class Member:
 class Batch:
     """Tasks for one call of their handler: gathered, then run, then `over`. A Run, to its handlers' Contexts."""
 
-    __slots__ = ("_reports", "_results", "_running", "handler", "limit", "members", "over", "scope", "task", "timer")
+    __slots__ = ("_running", "_services", "_slots", "handler", "limit", "members", "over", "scope", "task", "timer")
 
-    def __init__(self, handler: Handler, reports: dict[Job, Progress], results: ReadResults) -> None:
+    def __init__(self, handler: Handler, slots: Slots, services: Services) -> None:
         self.handler = handler
-        self._reports = reports
-        self._results = results
+        self._slots = slots
+        self._services = services
         self.members: dict[Job, Member] = {}
         self._running: dict[int, Job] = {}  # of these, by id, while it runs: those that haven't left
         self.over = asyncio.Event()
@@ -77,10 +78,10 @@ class Batch:
     def report(self, context: Context, progress: Progress) -> None:
         job = self._running.get(context.id)
         if job is not None and not self.is_cancelled(context):
-            self._reports[job] = progress
+            self._slots.reports[job] = progress
 
     def results(self, context: Context) -> Awaitable[list[Any]]:
-        return self._results(context.id)
+        return self._services.results(context.id)
 
     def start(self) -> None:
         """Nobody joins it any more."""
@@ -92,14 +93,14 @@ class Batch:
         if not self._running:
             self.scope.cancel()
 
-    async def run(self, call: Call) -> None:
+    async def run(self, calls: Calls) -> None:
         """Once; then each member has its outcome, or all have left."""
         self.task = me = asyncio.current_task()
         assert me is not None
         try:
             if not self.scope.cancel_called:  # all may have left before it began
                 with self.scope:
-                    for member, result in zip(self.members.values(), await self._outcomes(call), strict=True):
+                    for member, result in zip(self.members.values(), await self._outcomes(calls), strict=True):
                         member.outcome = result
         finally:
             self._running = {}
@@ -110,43 +111,41 @@ class Batch:
             except asyncio.CancelledError:
                 pass
 
-    async def _outcomes(self, call: Call) -> Sequence[Outcome]:
-        """Raises nothing but a cancellation of its scope; see Runners._attempt."""
+    async def _outcomes(self, calls: Calls) -> Sequence[Outcome]:
+        """Raises nothing but a cancellation of its scope; as Attempts.run does."""
         handler, jobs = self.handler, list(self.members)
         tasks = [member.task for member in self.members.values()]
         contexts = [member.context for member in self.members.values()]
         try:
             value = None
             with anyio.CancelScope(deadline=anyio.current_time() + (handler.timeout or math.inf)) as self.limit:
-                value = await call(handler, tasks, contexts)
+                value = await calls.call(handler, tasks, contexts)
             limit, self.limit = self.limit, None
             if limit.cancelled_caught:
                 return [outcome.timed_out(job, handler) for job in jobs]
         except BaseException as error:
-            if is_ours(error):
+            if is_our_cancellation(error):
                 raise
             return [outcome.raised(job, handler, error) for job in jobs]
-        return judged(handler, jobs, value)
+        return outcome.returned_by_batch(jobs, handler, value)
 
 
 class Batches:
-    """What runners gather. `start` starts a coroutine function beside them; `lost` is whose leases are lost."""
+    """The batches of a worker, which its runners gather."""
 
     def __init__(
         self,
         concurrency: int,
-        call: Call,
-        start: Callable[[Run, Callable[[Batch], Coroutine[Any, Any, None]], Batch], None],
-        lost: set[Job],
-        reports: dict[Job, Progress],
-        results: ReadResults,
+        slots: Slots,
+        calls: Calls,
+        group: RunGroup,
+        services: Services,
     ) -> None:
         self._concurrency = concurrency
-        self._call = call
-        self._start = start
-        self._lost = lost
-        self._reports = reports
-        self._results = results
+        self._slots = slots
+        self._calls = calls
+        self._group = group
+        self._services = services
         self._gathering: dict[str, Batch] = {}  # by type
         self._gathered: dict[Job, Batch] = {}  # of all types
         self._running: set[Batch] = set()
@@ -156,14 +155,14 @@ class Batches:
         and that not before the call has ended."""
         batch = self._gathering.get(handler.type)
         if batch is None:
-            batch = self._gathering[handler.type] = Batch(handler, self._reports, self._results)
+            batch = self._gathering[handler.type] = Batch(handler, self._slots, self._services)
             batch.timer = asyncio.get_running_loop().call_later(handler.linger, self._begin, batch)
         member = batch.members[job] = Member(task, context)
         self._gathered[job] = batch
         if len(batch.members) == handler.batch:
             self._begin(batch)
         elif len(self._gathered) == self._concurrency:
-            self.hurry()
+            self.start_all()
         try:
             await batch.over.wait()
         except asyncio.CancelledError:
@@ -172,7 +171,7 @@ class Batches:
             batch.leave(job)
             with anyio.CancelScope(shield=True):
                 await batch.over.wait()
-            if member.outcome is None or job in self._lost:
+            if member.outcome is None or job in self._slots.lost:
                 raise
         assert member.outcome is not None
         return member.outcome
@@ -187,12 +186,12 @@ class Batches:
             self._gathered_all(batch)
         return True
 
-    def hurry(self) -> None:
+    def start_all(self) -> None:
         """Nothing more will come for now: run what there is."""
         for batch in list(self._gathering.values()):
             self._begin(batch)
 
-    def whose(self, task: asyncio.Task[Any] | None) -> str | None:
+    def name_handler(self, task: asyncio.Task[Any] | None) -> str | None:
         """Of the batch that this asyncio task runs. Called from another thread."""
         for batch in list(self._running):
             if batch.task is task:
@@ -205,7 +204,7 @@ class Batches:
             del self._gathered[job]
         self._running.add(batch)
         batch.start()
-        self._start(batch, self._run, batch)
+        self._group.start(batch, self._run, batch)
 
     def _gathered_all(self, batch: Batch) -> None:
         assert batch.timer is not None
@@ -214,40 +213,12 @@ class Batches:
 
     async def _run(self, batch: Batch) -> None:
         try:
-            await batch.run(self._call)
+            await batch.run(self._calls)
         finally:
             self._running.discard(batch)
 
 
-def is_ours(error: BaseException) -> bool:
-    """Whether a handler was ended by our own cancellation, which comes from a scope.
-
-    Everything else it raises is its own failure, SystemExit and KeyboardInterrupt too, and so is a CancelledError of
-    something it waited for, or of its own doing.
-    """
-    return isinstance(error, asyncio.CancelledError) and anyio.current_effective_deadline() == -math.inf
-
-
-def judged(handler: Handler, jobs: Sequence[Job], value: object) -> Sequence[Outcome]:
-    """What a batch handler that returned has made of each task."""
-    if value is None or isinstance(value, Verdict) or outcome.is_verdict_class(value):
-        return [outcome.returned(job, handler, value) for job in jobs]
-    if not isinstance(value, list | tuple):
-        why = f"its batch handler returned a {type(value).__name__}"
-    elif len(items := cast("Sequence[object]", value)) != len(jobs):
-        why = f"its batch handler returned a list of {len(items)} for {len(jobs)} tasks"
-    else:
-        return [
-            outcome.raised(job, handler, item)
-            if isinstance(item, BaseException)
-            else outcome.returned(job, handler, item)
-            for job, item in zip(jobs, items, strict=True)
-        ]
-    why += "; expected None, or a list with one item for each task"
-    return [outcome.failed(job, handler, why) for job in jobs]
-
-
-def tell_clipped(registry: Registry, concurrency: int) -> None:
+def log_clipped_batches(registry: Registry, concurrency: int) -> None:
     """Say which batches can't get as large as they may."""
     for handler in registry.handlers:
         if handler.batch is not None and handler.batch > concurrency:

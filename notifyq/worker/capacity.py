@@ -22,7 +22,7 @@ from collections.abc import Mapping, Sequence, Set
 
 from ..config import WorkerConfig
 from .job import Job, Threads
-from .runners import Runners
+from .slots import Slots
 
 AHEAD_SECONDS = 0.010  # of work to claim ahead of the slots
 AHEAD_MOST = 500  # tasks of it
@@ -50,9 +50,9 @@ class Rate:
 class Room:
     """A worker's, as its runners have it."""
 
-    def __init__(self, config: WorkerConfig, runners: Runners) -> None:
+    def __init__(self, config: WorkerConfig, slots: Slots) -> None:
         self._config = config
-        self._runners = runners
+        self._slots = slots
         self._rate = Rate()
         self._plain_rate = Rate()
         self._plain_ahead = 0  # tasks of plain handlers that may wait for a thread
@@ -64,17 +64,17 @@ class Room:
     def now(self, now: float, paused: Set[str], unsettled: int) -> tuple[dict[str, int], int]:
         """By queue, and in all. None in a paused queue, but some in all, if that is all that keeps it from claiming: to
         hear of it when one is resumed."""
-        runners = self._runners
-        ahead = self._rate.ahead(now, runners.finished)
-        held = len(runners.held)
+        slots = self._slots
+        ahead = self._rate.ahead(now, slots.ended)
+        held = len(slots.held)
         room = self._config.concurrency + ahead - held
-        if room <= 0 or (runners.waiting > ahead // 2 and runners.waiting > 0) or unsettled > 4 * (held + room):
+        if room <= 0 or (len(slots.waiting) > ahead // 2 and slots.waiting) or unsettled > 4 * (held + room):
             return {}, 0
         plain_room = 0
-        if runners.plain:
-            self._plain_ahead = self._plain_rate.ahead(now, runners.plain_finished)
-            spare = self._spare(runners.plain_held)
-            plain_room = spare * max(runners.plain.values()) + runners.seats
+        if slots.plain:
+            self._plain_ahead = self._plain_rate.ahead(now, slots.plain_ended)
+            spare = self._spare(slots.plain_held)
+            plain_room = spare * max(slots.plain.values()) + slots.seats
             if spare > 0:
                 self._no_thread.clear()
         rooms: dict[str, int] = {}
@@ -82,8 +82,8 @@ class Room:
             if queue in paused or self.left_alone(queue, now):
                 continue
             limit = self._config.queues[queue]
-            free = room if limit is None else min(room, limit - runners.by_queue[queue])
-            if runners.plain:
+            free = room if limit is None else min(room, limit - slots.by_queue[queue])
+            if slots.plain:
                 free = min(free, max(plain_room or ASKED_LEAST, self._trust[queue]))
             if free > 0:
                 rooms[queue] = free
@@ -91,32 +91,32 @@ class Room:
             self.queues.append(self.queues.pop(0))
         if not rooms and any(queue in paused for queue in self.queues):
             return {}, room
-        if runners.plain and all(free <= plain_room for free in rooms.values()):
+        if slots.plain and all(free <= plain_room for free in rooms.values()):
             room = min(room, plain_room)
         return rooms, min(room, sum(rooms.values()))
 
     def is_bounded(self, queue: str) -> bool:
         """Whether a claim may leave tasks in it although there are slots."""
-        return bool(self._runners.plain) or self._config.queues[queue] is not None
+        return bool(self._slots.plain) or self._config.queues[queue] is not None
 
     # Threads.
 
     def _held(self, jobs: Sequence[Job]) -> Counter[str]:
         """How many tasks of each plain handler are held, with `jobs`, which aren't fed yet."""
-        held = self._runners.plain_held.copy()
+        held = self._slots.plain_held.copy()
         for job in jobs:
-            if job.type in self._runners.plain:
+            if job.type in self._slots.plain:
                 held[job.type] += 1
         return held
 
     def _spare(self, held: Mapping[str, int]) -> int:
         """How many threads are free, or will be when the tasks that may wait for one get to it."""
-        ahead = self._plain_ahead // max(self._runners.plain.values())
-        return max(0, self._config.most_threads + ahead - self._runners.threads_for(held))
+        ahead = self._plain_ahead // max(self._slots.plain.values())
+        return max(0, self._config.most_threads + ahead - self._slots.threads_for(held))
 
     def fitting(self, jobs: Sequence[Job] = ()) -> int:
         """How many more tasks fit beside `jobs`, whatever their types are."""
-        plain = self._runners.plain
+        plain = self._slots.plain
         if not plain:
             return TRUST_MOST
         held = self._held(jobs)
@@ -130,19 +130,19 @@ class Room:
 
     def fits(self, type: str) -> bool:
         """Whether one more task of that type does."""
-        share, held = self._runners.plain.get(type), self._runners.plain_held
+        share, held = self._slots.plain.get(type), self._slots.plain_held
         return share is None or held[type] % share > 0 or self._spare(held) > 0
 
     def threads(self, asked: int) -> Threads | None:
         """What a claim for so many has to count. None: nothing, as they fit, whatever their types are."""
-        plain, held = self._runners.plain, self._runners.plain_held
+        plain, held = self._slots.plain, self._slots.plain_held
         if asked <= self.fitting():
             return None
         return Threads(list(plain), list(plain.values()), [held[type] for type in plain], self._spare(held))
 
     def adoptable(self, types: Sequence[str], jobs: Sequence[Job], asked: int) -> list[tuple[list[str], int]]:
         """For which of these types, and how many tasks of them, there is room besides `jobs`."""
-        plain = self._runners.plain
+        plain = self._slots.plain
         if asked <= (fitting := self.fitting(jobs)):
             return [(list(types), asked)]
         parts = [([type for type in types if type not in plain], asked), (list(plain), fitting)]
@@ -169,7 +169,7 @@ class Room:
         self, jobs: Sequence[Job], rooms: Mapping[str, int], room: int, threads: Threads | None, now: float
     ) -> list[str]:
         """`jobs` came, and are fed. Returns the queues in which tasks may be left that didn't fit into `threads`."""
-        plain = self._runners.plain
+        plain = self._slots.plain
         if not plain:
             return []
         taken = Counter(job.queue for job in jobs)

@@ -74,7 +74,7 @@ class Claimer:
         self._admission = Admission(types, self._left_out)
         self._runners = runners
         self._settler = settler
-        self._room = Room(config, runners)
+        self._room = Room(config, runners.slots)
         self._queues = self._room.queues
         self._wake = asyncio.Event()
         self._stopping = False
@@ -333,7 +333,7 @@ class Claimer:
             rooms, room = self._rooms(clock())
             if room and await self._claim(conn, worker, rooms, room, front=not self._backlog):
                 continue
-            self._runners.hurry()
+            self._runners.start_batches()
             if room and not self._runners.held and not self._settler.pending:
                 # Only now, as a handler's last words may have been to enqueue something.
                 due = await self._due(conn, worker)
@@ -387,7 +387,7 @@ class Claimer:
             fed, locked = await self._admission.admit(conn, worker, jobs)
             if self._admission.unsure:
                 asyncio.get_running_loop().call_later(UNSURE_SECONDS, self.let_in)
-        self._runners.feed(fed)
+        self._runners.add_jobs(fed)
         for job in locked:
             self._settler.put(HandedBack(job))
         unfit = self._room.claimed(jobs, rooms, room, threads, now)
@@ -500,7 +500,7 @@ class Claimer:
         held = self._runners.held
         try:
             self._door.want(Place.AWAY)
-            self._runners.hurry()
+            self._runners.start_batches()
             alone = await self._until(conn, worker, lambda: not held and not self._settler.pending, patience)
             if self._stopping or self._failure is not None:
                 return 0
@@ -512,13 +512,13 @@ class Claimer:
                 jobs += await self._take_suspects(conn, worker, keys, crashes, most)
                 more, locked_rows = await self._admission.admit(conn, worker, jobs)
                 fed += more
-            self._runners.feed(fed)
+            self._runners.add_jobs(fed)
             for job in locked_rows:
                 self._settler.put(HandedBack(job))
             if fed:
                 fields = {"tasks": len(fed), "ids": [job.id for job in fed][:20], "alone": alone}
                 logger.info("running tasks isolated, as their workers have vanished", extra={"fields": fields})
-            self._runners.hurry()
+            self._runners.start_batches()
             if alone and fed:
                 ids = {job.id for job in fed}
                 await self._until(conn, worker, lambda: not (ids & held.keys()) and not self._settler.pending, patience)
@@ -636,7 +636,7 @@ class Claimer:
 
     def _work_enough(self, now: float) -> bool:
         runners, config = self._runners, self._config
-        enough = len(runners.held) * 2 > config.concurrency or runners.threads_needed * 2 > config.most_threads
+        enough = len(runners.held) * 2 > config.concurrency or runners.slots.threads_needed * 2 > config.most_threads
         return enough and now >= self._pass_after
 
     def _pass_on(self, now: float) -> None:

@@ -224,7 +224,7 @@ class Heartbeat:
                 next_beat = min(now + random.uniform(0.9, 1.0) * BEAT_SECONDS, self._silence.due)
             more = False
             for chore in CHORES:
-                if now >= self._due[chore] and not (chore is WRITE_PROGRESS and not self._runners.reports):
+                if now >= self._due[chore] and not (chore is WRITE_PROGRESS and not self._runners.slots.reports):
                     self._due[chore] = now + chore.next()
                     if await self._do(conn, chore):
                         self._due[chore] = 0.0

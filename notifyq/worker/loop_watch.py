@@ -97,7 +97,7 @@ class LoopWatch:
 
     def log_cause(self) -> None:
         """Name the handler that blocks the loop, as far as that can be seen."""
-        handler = self._runners.whose(asyncio.current_task(self._loop))
+        handler = self._runners.name_handler(asyncio.current_task(self._loop))
         computing = self._runners.computing
         if computing and (handler is None or self._others_compute()):
             logger.warning(

@@ -85,7 +85,7 @@ class Upkeep:
 
 async def write_progress(conn: Connection, upkeep: Upkeep) -> None:
     """Write what handlers have told of their progress, in one statement."""
-    reports = {job: p for job, p in upkeep.runners.take_reports().items() if job.worker == upkeep.worker}
+    reports = {job: p for job, p in upkeep.runners.slots.take_reports().items() if job.worker == upkeep.worker}
     keys = [job.id for job in reports], [job.attempt for job in reports]
     fractions = [p.fraction for p in reports.values()]
     notes = [None if p.note is None else storable(p.note[:NOTE_LENGTH]) for p in reports.values()]
@@ -97,7 +97,7 @@ async def write_progress(conn: Connection, upkeep: Upkeep) -> None:
     written = {row[0] for row in rows}
     for job, progress in reports.items():
         if job.id not in written:  # another session has locked its row, or its lease is lost
-            upkeep.runners.unwritten(job, progress)
+            upkeep.runners.slots.put_back_report(job, progress)
 
 
 async def find_problems(conn: Connection, upkeep: Upkeep) -> None:

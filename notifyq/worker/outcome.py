@@ -13,7 +13,7 @@ not begun, or cut short by a shutdown            HandedBack: the attempt doesn't
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Literal, TypeAlias, cast
 
 import msgspec
@@ -103,6 +103,23 @@ def returned(job: Job, handler: Handler, value: object) -> Outcome:
         )
         return Finished(job, "dead", error=encode_error(job.attempt, why))
     return Finished(job, "done", result)
+
+
+def returned_by_batch(jobs: Sequence[Job], handler: Handler, value: object) -> Sequence[Outcome]:
+    """Of a batch handler that returned: an outcome for each task."""
+    if value is None or isinstance(value, Verdict) or is_verdict_class(value):
+        return [returned(job, handler, value) for job in jobs]
+    if not isinstance(value, list | tuple):
+        why = f"its batch handler returned a {type(value).__name__}"
+    elif len(items := cast("Sequence[object]", value)) != len(jobs):
+        why = f"its batch handler returned a list of {len(items)} for {len(jobs)} tasks"
+    else:
+        return [
+            raised(job, handler, item) if isinstance(item, BaseException) else returned(job, handler, item)
+            for job, item in zip(jobs, items, strict=True)
+        ]
+    why += "; expected None, or a list with one item for each task"
+    return [failed(job, handler, why) for job in jobs]
 
 
 def _hint(value: object) -> str:

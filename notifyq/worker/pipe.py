@@ -11,7 +11,7 @@ from .outcome import Outcome
 class Sink(Protocol):
     """The runners tell it how each attempt ended."""
 
-    def settle(self, outcome: Outcome) -> None: ...
+    def settle(self, outcome: Outcome, /) -> None: ...
     def on_slot_released(self) -> None:
         """A slot is free, or outcomes were written: there may be capacity for another claim."""
 

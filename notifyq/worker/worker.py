@@ -27,16 +27,17 @@ from ..database import schema
 from ..database.connection import SQL, TRANSIENT, connect, connect_worker, server_version
 from ..errors import first_error
 from ..lifespan import within
-from .batch import tell_clipped
+from .batch import log_clipped_batches
 from .claim import Claimer
 from .heartbeat import Heartbeat
 from .job import Job
 from .large_payloads import LargePayloads
 from .left_out import STRAY, LeftOut
 from .outages import Outages
-from .outcome import HandedBack, Outcome
+from .outcome import HandedBack
 from .predecessors import Reader
-from .runners import CANCEL_SECONDS, Runners, Services
+from .runners import CANCEL_SECONDS, Runners
+from .services import Services
 from .settle import Settler
 from .transaction import Transactions
 
@@ -82,6 +83,7 @@ class Worker:
         keeps_history = config.history_seconds > 0
         self.outages = Outages(self)
         self._settler = Settler(dsn, keeps_history, self, self.outages)
+        self.settle = self._settler.put  # for each task, so without a call in between
         self._services = Services(Transactions(dsn, keeps_history, self), Reader(dsn), LargePayloads(dsn, self.outages))
         self._runners = Runners(registry, config.concurrency, config.most_threads, self, self._services)
         self._claimer = Claimer(dsn, config, registry.types, self._runners, self._settler)
@@ -102,7 +104,7 @@ class Worker:
         try:
             self._id = await self._heartbeat.start()
             self._settler.work_as(self._id)
-            tell_clipped(self._registry, self._config.concurrency)
+            log_clipped_batches(self._registry, self._config.concurrency)
             async with anyio.create_task_group() as group:
                 group.start_soon(self._runners.run, name="notifyq run")
                 group.start_soon(self._settler.run, name="notifyq settle")
@@ -262,9 +264,6 @@ class Worker:
 
     # What the stages tell: see pipe.py.
 
-    def settle(self, outcome: Outcome) -> None:
-        self._settler.put(outcome)
-
     def on_slot_released(self) -> None:
         self._claimer.freed()
         self._changed.set()
@@ -278,7 +277,7 @@ class Worker:
     def on_leases_lost(self, jobs: list[Job], cancelled: set[int]) -> None:
         # Compare jobs, not ids. A job that was held when the heartbeat was sent may have ended by the time of its
         # answer, and its task may be held again: as the same attempt too, if it was cancelled and retried.
-        lost = [job.id for job in jobs if self._runners.lost(job)]
+        lost = [job.id for job in jobs if self._runners.cancel_lost(job)]
         if was_cancelled := [id for id in lost if id in cancelled]:
             fields = {"ids": was_cancelled[:20], "tasks": len(was_cancelled)}
             logger.info("cancelled while it ran: its handler is cancelled", extra={"fields": fields})

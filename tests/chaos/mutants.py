@@ -87,11 +87,11 @@ MUTANTS: dict[str, list[Change]] = {
         ("worker/claim.py", "threads = self._room.threads(room)", "threads = None"),
         (
             "worker/claim.py",
-            "        self._runners.feed(fed)\n        for job in locked:\n",
+            "        self._runners.add_jobs(fed)\n        for job in locked:\n",
             """        surplus = []
         for job in fed:
             if self._room.fits(job.type):
-                self._runners.feed([job])
+                self._runners.add_jobs([job])
             else:
                 surplus.append(job)
                 self._room.leave_alone(job.queue, now)

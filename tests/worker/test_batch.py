@@ -20,6 +20,10 @@ from notifyq import Cancel, Context, Dead, Retry
 from notifyq.errors import ConfigError
 from notifyq.testing import Ran, drain, run_inline
 from notifyq.worker.batch import Batches
+from notifyq.worker.calls import Calls
+from notifyq.worker.group import RunGroup
+from notifyq.worker.services import Services
+from notifyq.worker.slots import Slots
 
 from ..helpers.logs import Logged, ids_of
 from ..helpers.machine import Probe, limit
@@ -505,7 +509,7 @@ async def test_a_cancel_of_one_that_is_gathered(
         assert (await bench.seen.reach(2))[1] == again, "the batch of one that was left empty is gone"
 
 
-async def test_all_leave_before_it_begins() -> None:
+async def test_all_leave_before_it_begins(monkeypatch: pytest.MonkeyPatch) -> None:
     """Between two steps of the loop. The handler, which might get far without waiting for anything, is never called."""
     app, began, numbers = notifyq.App(), Seen(), itertools.count()
     app.handler(batch=2, linger=0.01)(listed)
@@ -515,10 +519,10 @@ async def test_all_leave_before_it_begins() -> None:
     async def call(*_: Any) -> None:
         raise AssertionError("nobody is in it")
 
-    async def nothing(task: int) -> list[Any]:
-        return []
-
-    batches = Batches(2, call, lambda run, function, argument: began.add((function, argument)), set(), {}, nothing)
+    calls, group = Calls(1), RunGroup()
+    monkeypatch.setattr(calls, "call", call)
+    monkeypatch.setattr(group, "start", lambda run, function, argument: began.add((function, argument)))
+    batches = Batches(2, Slots(app.registry), calls, group, Services())
 
     async def join() -> tuple[Any, asyncio.Task[Any]]:
         job: Any = type("Claimed", (), {"id": next(numbers), "attempt": 1})()

@@ -272,7 +272,7 @@ async def test_news_of_an_attempt_that_is_over_cancels_no_other(dsn: str, db: An
     async with anyio.create_task_group() as group:
         group.start_soon(worker._runners.run)
         await worker._runners.ready.wait()
-        worker._runners.feed([job])
+        worker._runners.add_jobs([job])
         await began.reach(1)
         worker.on_leases_lost([copy.copy(job)], set())
         assert worker._runners.leases == [job]

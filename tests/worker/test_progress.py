@@ -161,7 +161,7 @@ async def test_only_the_latest_is_written_and_not_often(
     real = maintenance.WRITE_PROGRESS.run
 
     async def report(conn: Any, upkeep: maintenance.Upkeep) -> bool | None:
-        written.append(dict(upkeep.runners.reports))
+        written.append(dict(upkeep.runners.slots.reports))
         return await real(conn, upkeep)
 
     monkeypatch.setattr(maintenance.WRITE_PROGRESS, "run", report)
@@ -204,15 +204,15 @@ async def test_what_has_ended_before_it_was_written_is_not(db: Any) -> None:
     @app.handler
     async def known(task: Known, ctx: notifyq.Context) -> None:
         await ctx.progress(0.5)
-        assert len(runners.reports) == 1
+        assert len(runners.slots.reports) == 1
 
     runners = Runners(app.registry, 1, 1, Told(settled.add))
     async with anyio.create_task_group() as group:
         group.start_soon(runners.run)
         await runners.ready.wait()
-        runners.feed(await verbs.held(db))
+        runners.add_jobs(await verbs.held(db))
         [end] = await settled.reach(1)
-        assert (end.state, runners.reports) == ("done", {})
+        assert (end.state, runners.slots.reports) == ("done", {})
         group.cancel_scope.cancel()
 
 

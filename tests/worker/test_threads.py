@@ -19,11 +19,10 @@ from notifyq.config import WorkerConfig, default_threads
 from notifyq.worker.capacity import ASKED_LEAST, LOOK_LEAST, Room
 from notifyq.worker.job import Job
 from notifyq.worker.outcome import HandedBack, Outcome
-from notifyq.worker.runners import Runners
 from notifyq.worker.settle import Settler
+from notifyq.worker.slots import Slots
 
 from ..helpers.running import working
-from ..helpers.stages import Told
 from ..helpers.waiting import Seen, eventually
 
 pytestmark = pytest.mark.slow
@@ -237,8 +236,8 @@ def jobs(types: str) -> list[Job]:
 def test_how_much_is_asked_for(bench: Bench) -> None:
     """It grows while claims come full of async tasks. A queue whose next task needs a thread is left alone."""
     config = WorkerConfig(queues={"q": None, "r": None}, threads=2)
-    runners = Runners(bench.app.registry, 100, 2, Told())
-    room = Room(config, runners)
+    slots = Slots(bench.app.registry)
+    room = Room(config, slots)
     asked = []
     for _ in range(6):
         rooms, total = room.now(1.0, set(), 0)
@@ -250,7 +249,7 @@ def test_how_much_is_asked_for(bench: Bench) -> None:
     rooms, total = room.now(1.0, set(), 0)
     threads = room.threads(total)
     assert threads == (["Plain", "Compute"], [1, 1], [0, 0], 2)
-    runners.plain_held["Plain"] = 2
+    slots.plain_held["Plain"] = 2
     assert room.claimed(jobs("apap" + "a" * 20), rooms, total, threads, 1.0) == ["q", "r"], "some may be left in each"
     assert room.fits("Async")
     assert not room.fits("Plain")
@@ -267,7 +266,7 @@ def test_how_much_is_asked_for(bench: Bench) -> None:
     rooms, _ = room.now(2.0 + LOOK_LEAST, set(), 0)
     assert "q" in rooms, "not for longer, if async tasks came in between"
     room.leave_alone("q", 2.0 + LOOK_LEAST)
-    runners.plain_held["Plain"] = 1
+    slots.plain_held["Plain"] = 1
     rooms, total = room.now(2.0 + 2.5 * LOOK_LEAST, set(), 0)
     assert (rooms, total) == ({"q": 1, "r": 1}, 1)
     assert room.threads(total) is None
@@ -286,21 +285,21 @@ def test_what_fits_whatever_the_types_are(shares: list[int]) -> None:
 
         plain.__annotations__["task"], batch.__annotations__["tasks"] = type, list[type]  # type: ignore[valid-type]
         app.handler(plain) if share == 1 else app.handler(batch=share)(batch)
-    runners = Runners(app.registry, 100, 3, Told())
-    assert list(runners.plain.values()) == shares
-    room = Room(WorkerConfig(queues={"q": None}, threads=3), runners)
+    slots = Slots(app.registry)
+    assert list(slots.plain.values()) == shares
+    room = Room(WorkerConfig(queues={"q": None}, threads=3), slots)
     for held in itertools.product(*(range(share + 2) for share in shares)):
-        runners.plain_held.update(dict(zip(runners.plain, held, strict=True)))
+        slots.plain_held.update(dict(zip(slots.plain, held, strict=True)))
         fitting = room.fitting()
-        if runners.threads_needed <= 3:
-            assert most_threads(runners, fitting) <= 3
-            assert most_threads(runners, fitting + 1) > 3
-        runners.plain_held.clear()
+        if slots.threads_needed <= 3:
+            assert most_threads(slots, fitting) <= 3
+            assert most_threads(slots, fitting + 1) > 3
+        slots.plain_held.clear()
 
 
-def most_threads(runners: Runners, more: int) -> int:
+def most_threads(slots: Slots, more: int) -> int:
     """How many are needed at most, with so many more tasks of whatever types."""
-    share, held = list(runners.plain.values()), runners.plain_held.values()
+    share, held = list(slots.plain.values()), slots.plain_held.values()
     splits = (split for split in itertools.product(range(more + 1), repeat=len(share)) if sum(split) == more)
     return max(sum(-(-(h + m) // s) for h, m, s in zip(held, split, share, strict=True)) for split in splits)
 
