@@ -126,7 +126,7 @@ def _age(row: dict[str, Any], name: str = "oldest_ready_seconds") -> str:
 @option("--seconds", type=float, default=20.0, help="how long traffic runs")
 @option("--tasks", type=int, default=5000, help="about how many tasks in all")
 # Without the variables of other commands' --dsn: a demo leaves the database of NOTIFYQ_DSN alone.
-@option("--dsn", metavar="URL", help="run it on your server, not on an embedded one")
+@option("--dsn", metavar="URL", help="run it on your server, in a database that it creates and drops")
 def demo(*, seconds: float, tasks: int, dsn: str | None) -> int:
     """See it work: signups, mail, a worker that dies.
 
