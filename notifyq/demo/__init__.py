@@ -6,7 +6,7 @@ smtp       the mail server that the handlers talk to
 traffic    all clients that enqueue
 story      what happens, and when
 check      what must hold at the end
-stage      the database, and where all processes find it
+stage      the database, and the variables by which all processes find it
 processes  the child processes
 screen     what a person sees
 """

@@ -1,4 +1,4 @@
-"""Where the demo runs: in a database of its own, on an embedded PostgreSQL or on yours, until a signal at most."""
+"""Where the demo runs: in a database of its own, on an embedded PostgreSQL or on yours."""
 
 from __future__ import annotations
 
@@ -21,23 +21,21 @@ from .traffic import Plan
 
 
 async def run(plan: Plan, dsn: str | None) -> int:
-    """Returns the exit code."""
+    """The demo until its end, or until a signal. Returns the exit code."""
     failed, story_scope = 1, anyio.CancelScope()
     with ExitStack() as stack:
         screen = Screen()
         stack.enter_context(screen.live)
+        source = "yours"
         if dsn is None:
             server = stack.enter_context(Server())
-            dsn = server.dsn()
-            screen.event(f"PostgreSQL {server.binaries.version} ({server.binaries.source})")
-        else:
-            screen.event("your PostgreSQL, in a database that will be dropped")
+            dsn, source = server.dsn(), server.binaries.source
         async with anyio.create_task_group() as group:
             group.start_soon(cancel_at_signal, story_scope)
             async with Databases(dsn) as databases, databases.new() as url, MailServer().serve() as mail:
                 # A signal cancels the story only, so that the databases are dropped.
                 with story_scope, exported(url, mail.port):
-                    failed = await Story(mail, screen).tell(plan)
+                    failed = await Story(mail, screen).tell(plan, source)
             group.cancel_scope.cancel()
     if story_scope.cancelled_caught:
         print("interrupted; all processes are stopped", file=sys.stderr)

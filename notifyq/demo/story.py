@@ -42,13 +42,16 @@ class Story:
     children: Children = field(init=False)
     workers: list[Child] = field(init=False)
 
-    async def tell(self, plan: Plan) -> int:
+    async def tell(self, plan: Plan, source: str) -> int:
         """From the first task to the summary. Returns how many checks failed.
+
+        source  whose PostgreSQL it is, for the screen
 
         Raises NotifyqError when a child doesn't start, or ends by itself.
         """
         facts = Facts(received=self.mail.received, refused=self.mail.refused)
         async with asyncpg.create_pool(min_size=1) as self.pool, app.connect(), anyio.create_task_group() as group:
+            self.screen.event(f"PostgreSQL {await self.pool.fetchval('SHOW server_version')} ({source})")
             await self.pool.execute(USERS)
             self.children = Children(group)
             url = await self.start_web()
