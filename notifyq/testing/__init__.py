@@ -1,14 +1,15 @@
-"""For tests of an app: run a task by itself, drain a queue, move the clock, and see what was enqueued.
+"""For tests of an app: run one task, drain a queue, move the clock, and check what was enqueued.
 
-Nothing is mocked. A task is run by the code that runs it in a worker, and the rest works on a real database, which
-the pytest plugin makes for each test; nothing here but `notifyq.testing.plugin` imports pytest.
+Nothing is mocked. A task runs by the code that runs it in a worker. Everything else uses a real database, which the
+pytest plugin makes for each test. Only `notifyq.testing.plugin` imports pytest.
 
     inline     run one task: encoded, decoded, handled; no worker, no database
-    drain      run all that can be run, by a worker
-    clock      make it later
-    enqueued   what waits in the database, and what was expected there
+    drain      run every task that can run, by a worker
+    clock      let time pass
+    enqueued   list enqueued tasks, and assert that some are there
     databases  a database for each test
-    plugin     that one as fixtures of pytest
+    plugin     the same as fixtures of pytest
+    source     where the tasks of a test are: an app, a connection or a DSN
 """
 
 from .clock import advance

@@ -1,7 +1,7 @@
-"""A clock that can be moved. The clock that counts is the database's, and nobody can move that: so the rows are moved.
+"""Let time pass for the tasks of a test. The database's clock can't be moved, so the times in its rows are moved back.
 
-What is scheduled in an hour runs now, if all of it was an hour ago. Nothing is mocked, and what looks at a time in the
-database sees a later one: timers, backoff, the age of history. Python's clock isn't moved, nor is what runs just now.
+A task that was scheduled for in an hour runs now if all times are moved by an hour. Nothing is mocked. Timers, backoff
+and the age of history are read from the database, so they see the move. Python's clock and running tasks don't.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from .source import Source, connection
 
 
 async def advance(source: Source, seconds: float) -> int:
-    """Make it `seconds` later, for every task that isn't running; return how many became due by it.
+    """Let `seconds` pass for every task that isn't running, and return how many tasks became due.
 
     source  a connected app, a connection, or a DSN
 
-    They aren't run by it: `drain` does that, or a worker, which wakes. Raises ConfigError for what isn't a time.
+    It runs no task: `drain` does, or a worker, which is woken. Raises ConfigError for seconds below 0 or not finite.
     """
     if not (is_number(seconds) and math.isfinite(seconds) and seconds >= 0):
-        raise ConfigError(f"advance got {seconds!r}; expected seconds, 0 or more: what was can't be made to come")
+        raise ConfigError(f"advance got {seconds!r}; expected seconds, 0 or more: time can't be moved back")
     async with connection(source) as conn:
         due: int = await conn.fetchval(SQL["advance_clock"], float(seconds))
     return due

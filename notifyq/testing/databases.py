@@ -1,7 +1,7 @@
-"""A database for each test: a copy of one that was migrated once.
+"""A database for each test: a copy of a template that is migrated once.
 
-The server is your own, where the role may create databases, or an embedded one. Without a schema to install, a copy
-costs tens of ms, and nothing that a test does can be seen by another.
+The server is your own, with a role that may create databases, or an embedded one. A copy takes tens of ms, as no schema
+is installed, and no test sees what another one did.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ from notifyq.errors import DatabaseError
 class Databases:
     """`async with Databases(dsn) as databases, databases.new() as dsn: ...`
 
-    dsn  a database of the server, to connect to while others are created and dropped; in it nothing is changed
+    dsn  a database of the server, to connect to while databases are created and dropped; nothing is changed in it
     """
 
     def __init__(self, dsn: str) -> None:
         self._dsn = dsn
-        self._prefix = f"notifyq_test_{secrets.token_hex(4)}"  # others may test on the same server
+        self._prefix = f"notifyq_test_{secrets.token_hex(4)}"  # other test runs may use the same server
         self._number = 0
 
     @property
     def template(self) -> str:
-        """The name of the database that is copied."""
+        """The name of the database that each new one is a copy of."""
         return f"{self._prefix}_template"
 
     async def __aenter__(self) -> Self:
-        """Raises DatabaseError for a server that can't be reached, or a role that may not create databases."""
+        """Create the template. Raises DatabaseError if the server can't be reached, or the role may not do that."""
         await self._run(f"CREATE DATABASE {self.template} TEMPLATE template0")
         try:
             conn = await connect(self._url(self.template), role="test")
@@ -55,7 +55,7 @@ class Databases:
 
     @asynccontextmanager
     async def new(self) -> AsyncGenerator[str, None]:
-        """A database with the schema, and nothing in it: its DSN. Dropped in the end, whoever is connected."""
+        """The DSN of an empty database with the schema. It is dropped at the end, and its connections are closed."""
         self._number += 1
         name = f"{self._prefix}_{self._number}"
         await self._run(f"CREATE DATABASE {name} TEMPLATE {self.template}")
@@ -68,7 +68,7 @@ class Databases:
         return with_database(resolve_dsn(self._dsn)[0], database)
 
     async def _run(self, statement: str) -> None:
-        # A connection each, as one that is kept belongs to an event loop, and a test session may have many.
+        # A new connection each time: a connection belongs to an event loop, and a test session may have several.
         conn = await connect(self._dsn, role="test")
         try:
             await conn.execute(statement)

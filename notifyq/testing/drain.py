@@ -1,4 +1,4 @@
-"""Run all that can be run, on a real database, by a real worker, and say what came of it."""
+"""Run every task that can run, on a real database by a real worker, and count the outcomes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .source import connection
 
 
 class Drained(msgspec.Struct, frozen=True, kw_only=True):
-    """How many tasks ran, by where they stand now. `retry`: they failed, and are scheduled once more."""
+    """How many tasks ran, by their state now. `retry`: the task failed, and waits for its next attempt."""
 
     done: int = 0
     retry: int = 0
@@ -35,17 +35,18 @@ async def drain(
     concurrency: int = 100,
     timeout: float = 30.0,
 ) -> Drained:
-    """Run a worker until nothing is runnable any more, what handlers enqueue on the way included.
+    """Run a worker until no task can run, and return how the tasks ended. Tasks that handlers enqueue run too.
 
-    dsn             None: where the app is connected, else where the environment says
+    dsn             None: the database that the app is connected to, else the one that the environment names
     queues          None: all
-    with_scheduled  what is scheduled runs too: the clock is moved from one time to the next, until there is none.
-                    A retry is scheduled as well, so in the end every task is done, dead or cancelled
-    timeout         seconds after which it fails: tasks that enqueue themselves again have no end
+    with_scheduled  True: run scheduled tasks too. The clock is moved to the next task's time again and again, until
+                    none is scheduled. Retries are scheduled as well, so in the end each task is done, dead or cancelled
+    concurrency     how many handlers run at the same time
+    timeout         seconds after which it raises AssertionError: tasks that enqueue themselves again never end
 
-    Crons enqueue nothing meanwhile: just before a slot the same test would find one task more.
-    An app that isn't connected is, meanwhile, so that handlers can enqueue. Tasks of types that the app doesn't handle
-    stay. Raises AssertionError at the timeout, else what `run_worker` raises.
+    Crons enqueue nothing here, as a test's result would depend on the time. An app that isn't connected is connected
+    during the call, so that its handlers can enqueue. Tasks of types without a handler stay. Raises what `run_worker`
+    raises.
     """
     states: dict[int, str] = {}
     wanted = None if queues is None else list(queues)
@@ -55,10 +56,10 @@ async def drain(
             await stack.enter_async_context(app.connect(dsn))
         conn = await stack.enter_async_context(connection(dsn or app))
         with anyio.move_on_after(timeout) as late:
-            while (wait := await _runnable(app, dsn, conn, wanted, concurrency, states)) and with_scheduled:
+            while (wait := await _run_ready(app, dsn, conn, wanted, concurrency, states)) and with_scheduled:
                 await advance(conn, wait)
     if late.cancelled_caught:
-        raise AssertionError(f"after {timeout:g} s there is still something to run; what ran by then: {_count(states)}")
+        raise AssertionError(f"after {timeout:g} s there are still tasks to run; these ran by then: {_count(states)}")
     return _count(states)
 
 
@@ -71,10 +72,10 @@ def _without_crons(app: App) -> Generator[None, None, None]:
         app.registry.crons = crons
 
 
-async def _runnable(
+async def _run_ready(
     app: App, dsn: str | None, conn: Connection, wanted: list[str] | None, concurrency: int, states: dict[int, str]
 ) -> float | None:
-    """Run what is runnable, and note in `states` where it stands; the seconds until the next scheduled task is due."""
+    """Run the ready tasks, and note their states in `states`. Returns the seconds until the next scheduled task."""
     while True:
         row = await conn.fetchrow(SQL["find_runnable"], wanted)
         assert row is not None
@@ -82,11 +83,11 @@ async def _runnable(
         began: datetime = row["at"]
         if not row["queues"]:
             return next_seconds
-        # By itself it would serve queues that were known before, and handlers enqueue into others.
+        # The queues are named anew each time, as handlers may have enqueued into new ones.
         await app.run_worker(row["queues"], concurrency, dsn=dsn, poll_interval=1.0, history=366 * 86400, drain=True)
         ran: dict[int, str] = {row["id"]: row["state"] for row in await conn.fetch(SQL["list_ran"], began)}
         states |= ran
-        if not ran:  # of types that nobody here handles
+        if not ran:  # the ready tasks are of types without a handler here
             return next_seconds
 
 

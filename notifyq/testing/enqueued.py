@@ -1,7 +1,7 @@
-"""What waits in the database, as typed tasks; and assertions on it, by type and some of the fields.
+"""The enqueued tasks in the database, as instances of their class; and assertions by type and some of the fields.
 
-A task counts from its enqueue, seen from the connection that is asked (so in your open transaction it counts too),
-until it has ended. When an assertion fails it says what was there instead, the nearest first, and what is different.
+A task counts from its enqueue until it has ended, as the connection sees it: in your open transaction too. The message
+of a failed assertion lists the tasks that are there, the nearest first, and how each differs.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import asyncpg
 import msgspec
@@ -24,20 +24,29 @@ from .source import Source, connection
 T = TypeVar("T", bound=Task)
 
 SHOWN = 5  # tasks in a message
-DELAY_SECONDS = 1.0  # a delay within so much is the one that is meant
+DELAY_SECONDS = 1.0  # two delays are the same if they differ by less
 
 Fields = Mapping[str, Any]
 
 
-class _Found(Generic[T]):
-    """A task that waits, and how it differs from what was expected: [] for not at all."""
+class Wanted(NamedTuple):
+    """The options that a task is expected to have; None: any."""
 
-    def __init__(self, row: asyncpg.Record, task: T, expected: Fields, options: Fields) -> None:
+    queue: str | None
+    priority: int | None
+    delay: float | None
+    run_at: datetime | None
+
+
+class _Found(Generic[T]):
+    """An enqueued task, and how it differs from the expected one; no differences: it matches."""
+
+    def __init__(self, row: asyncpg.Record, task: T, expected: Fields, wanted: Wanted) -> None:
         self.id: int = row["id"]
         self.task = task
         self.differences = [
             f"{name} is {row[name]!r}, not {value!r}"
-            for name, value in options.items()
+            for name, value in wanted._asdict().items()
             if value is not None and not _same(name, value, row[name])
         ]
         self.differences += _differences("", expected, task)
@@ -58,17 +67,17 @@ async def enqueued(
     run_at: datetime | None = None,
     **more: Any,
 ) -> list[T]:
-    """The tasks of this type that haven't ended, the oldest first: those with these fields, queue, and so on.
+    """The tasks of this type that haven't ended and match, the oldest first.
 
-    source        a connected app, a connection (in a transaction it sees what was enqueued there), or a DSN
-    fields, more  fields and their values; of a nested Struct or dict, a dict with some of its fields is enough, and
-                  of a list each item is compared so. In `fields` those go that have the name of another parameter
-    delay         seconds between its enqueue and its time, to within a second
-    run_at        its time, exactly
+    source        a connected app, a connection (in a transaction it sees the tasks enqueued there), or a DSN
+    fields, more  fields and their values. A dict with some of its fields is enough for a nested Struct or dict, and for
+                  each item of a list. A field with the name of another parameter goes into `fields`
+    queue, priority, delay, run_at  None: any. `delay` is in seconds from the enqueue to the task's time, to within a
+                  second; `run_at` is that time exactly
 
     Raises ConfigError for a field that the type doesn't have, AssertionError for a payload that doesn't fit the type.
     """
-    found = await _find(source, task, fields, more, queue, priority, delay, run_at)
+    found = await _find(source, task, {**(fields or {}), **more}, Wanted(queue, priority, delay, run_at))
     return [one.task for one in found if not one.differences]
 
 
@@ -85,17 +94,18 @@ async def assert_enqueued(
     run_at: datetime | None = None,
     **more: Any,
 ) -> list[T]:
-    """Fail unless `enqueued` with the same arguments finds some, or exactly `count`; return them."""
+    """As `enqueued`, but raises AssertionError if there is no such task, or another number of them than `count`."""
     __tracebackhide__ = True  # pytest shows the test's line, and not this function's
-    found = await _find(source, task, fields, more, queue, priority, delay, run_at)
+    wanted = Wanted(queue, priority, delay, run_at)
+    found = await _find(source, task, {**(fields or {}), **more}, wanted)
     matches = [one for one in found if not one.differences]
     if len(matches) == count or (count is None and matches):
         return [one.task for one in matches]
-    what = _described(task, {**(fields or {}), **more}, queue, priority, delay, run_at)
+    what = _described(task, {**(fields or {}), **more}, wanted)
     if matches:
         raise AssertionError(f"{_count(len(matches), 'task')} enqueued, not {count}, as {what}:\n" + _list(matches))
     expected = "no task" if count is None else f"no task, instead of {count},"
-    raise AssertionError(f"{expected} is enqueued as {what}{await _instead(source, task, found)}")
+    raise AssertionError(f"{expected} is enqueued as {what}{await _list_others(source, task, found)}")
 
 
 async def refute_enqueued(
@@ -110,27 +120,18 @@ async def refute_enqueued(
     run_at: datetime | None = None,
     **more: Any,
 ) -> None:
-    """Fail if `enqueued` with the same arguments finds any."""
+    """Raise AssertionError if `enqueued` with the same arguments returns a task."""
     __tracebackhide__ = True
-    found = await _find(source, task, fields, more, queue, priority, delay, run_at)
+    wanted = Wanted(queue, priority, delay, run_at)
+    found = await _find(source, task, {**(fields or {}), **more}, wanted)
     if matches := [one for one in found if not one.differences]:
-        what = _described(task, {**(fields or {}), **more}, queue, priority, delay, run_at)
+        what = _described(task, {**(fields or {}), **more}, wanted)
         raise AssertionError(f"{_count(len(matches), 'task')} enqueued as {what}:\n" + _list(matches))
 
 
-async def _find(
-    source: Source,
-    task: type[T],
-    fields: Fields | None,
-    more: Fields,
-    queue: str | None,
-    priority: int | None,
-    delay: float | None,
-    run_at: datetime | None,
-) -> list[_Found[T]]:
+async def _find(source: Source, task: type[T], expected: Fields, wanted: Wanted) -> list[_Found[T]]:
     if not (isinstance(task, type) and issubclass(task, Task)):
         raise ConfigError(f"expected a subclass of notifyq.Task and some of its fields, not {task!r:.100}")
-    expected = {**(fields or {}), **more}
     _check_names(task, expected)
     name, decode = type_name(task), msgspec.json.Decoder(task).decode
     async with connection(source) as conn:
@@ -144,8 +145,7 @@ async def _find(
                 f"task {row['id']} is enqueued, but its payload doesn't fit {name}: {error}; "
                 f"it is {row['payload']:.300}"
             ) from error
-        options = {"queue": queue, "priority": priority, "delay": delay, "run_at": run_at}
-        found.append(_Found(row, decoded, expected, options))
+        found.append(_Found(row, decoded, expected, wanted))
     return found
 
 
@@ -156,7 +156,7 @@ def _same(name: str, expected: Any, actual: Any) -> bool:
 
 
 def _differences(path: str, expected: Any, actual: Any) -> list[str]:
-    """Where `actual` isn't as expected, with the way there; [] if it is."""
+    """Each place where `actual` isn't as expected, with its path."""
     pairs: Iterable[tuple[str, Any, Any]]
     if _is_a(expected, Mapping) and _is_a(actual, Mapping, msgspec.Struct):
         values = actual
@@ -173,7 +173,7 @@ def _differences(path: str, expected: Any, actual: Any) -> list[str]:
 
 
 def _is_a(value: Any, *types: type) -> bool:
-    """isinstance, which would turn an Any into an Unknown."""
+    """isinstance; called directly it would turn an Any into an Unknown for pyright."""
     return isinstance(value, types)
 
 
@@ -186,7 +186,7 @@ _MISSING = _Missing()
 
 
 def _check_names(cls: type[msgspec.Struct], expected: Iterable[Any]) -> None:
-    """A field that isn't there would never match, and a test that refutes it would never fail."""
+    """Raise ConfigError for a field that the class doesn't have: a test that refutes such a task would never fail."""
     for name in expected:
         if name not in cls.__struct_fields__:
             near = difflib.get_close_matches(str(name), cls.__struct_fields__, n=1)
@@ -194,14 +194,13 @@ def _check_names(cls: type[msgspec.Struct], expected: Iterable[Any]) -> None:
             raise ConfigError(f"{cls.__name__} has no field {name!r}; {known}")
 
 
-def _described(task: type[Task], expected: Fields, *options: object) -> str:
+def _described(task: type[Task], expected: Fields, wanted: Wanted) -> str:
     fields = ", ".join(f"{name}={value!r}" for name, value in expected.items())
-    named = zip(("queue", "priority", "delay", "run_at"), options, strict=True)
-    told = "".join(f", {name} {value!r}" for name, value in named if value is not None)
-    return f"{task.__name__}({fields}){told}"
+    options = "".join(f", {name} {value!r}" for name, value in wanted._asdict().items() if value is not None)
+    return f"{task.__name__}({fields}){options}"
 
 
-async def _instead(source: Source, task: type[T], found: Sequence[_Found[T]]) -> str:
+async def _list_others(source: Source, task: type[T], found: Sequence[_Found[T]]) -> str:
     if found:
         return ". There is, the nearest first:\n" + _list(sorted(found, key=lambda one: len(one.differences)))
     async with connection(source) as conn:

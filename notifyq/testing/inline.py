@@ -1,8 +1,8 @@
-"""Run one task by itself: encoded as `enqueue` does it, then decoded, run and judged as a worker does it.
+"""Run one task by itself: encoded as `enqueue` encodes it, then decoded and run as a worker does.
 
-The runner is a worker's (run.py), and so is what decides the outcome (outcome.py): a timeout cancels, a plain `def`
-runs in a thread, and context variables of the test are not the handler's. Only a database is missing, and with it what
-PostgreSQL itself may refuse: a NUL in a string.
+The task runs on a worker's runner (worker/runners.py), and a worker's code decides its outcome (worker/outcome.py). So
+a timeout cancels the handler, a plain `def` runs in a thread, and the handler doesn't see the test's context variables.
+There is no database, so what PostgreSQL refuses isn't noticed: a NUL in a string.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
-from typing import Any, Literal, assert_never, cast, overload
+from typing import Any, Literal, TypedDict, Unpack, assert_never, cast, overload
 
 import anyio
 import asyncpg
@@ -31,92 +31,60 @@ from notifyq.worker.services import Services
 
 
 class Ran(msgspec.Struct, frozen=True, kw_only=True):
-    """What came of a run: what a worker would write of it."""
+    """The outcome of a run, as a worker would write it.
+
+    result  what the handler returned, decoded from JSON as the type that the handler is annotated to return
+    reason  of a retry, a dead or a cancelled task: the error that the row gets
+    delay   of a retry: seconds until the next attempt
+    """
 
     state: Literal["done", "retry", "dead", "cancelled"]
-    result: Any = None  # what the handler returned, from JSON, as the type it is annotated with
-    reason: str | None = None  # of a retry, dead or cancelled: the row's error
-    delay: float | None = None  # of a retry: seconds until then
+    result: Any = None
+    reason: str | None = None
+    delay: float | None = None
 
 
-@overload
-async def run_inline(
-    app: App,
-    task: Task,
-    *,
-    attempt: int = 1,
-    max_attempts: int | None = None,
-    queue: str | None = None,
-    priority: int | None = None,
-    id: int = 1,
-    created_at: datetime | None = None,
-    raises: bool = False,
-    results: Sequence[Any] = (),
-) -> Ran: ...
-@overload
-async def run_inline(
-    app: App,
-    task: Sequence[Task],
-    *,
-    attempt: int = 1,
-    max_attempts: int | None = None,
-    queue: str | None = None,
-    priority: int | None = None,
-    id: int = 1,
-    created_at: datetime | None = None,
-    raises: bool = False,
-    results: Sequence[Any] = (),
-) -> list[Ran]: ...
-async def run_inline(
-    app: App,
-    task: Task | Sequence[Task],
-    *,
-    attempt: int = 1,
-    max_attempts: int | None = None,
-    queue: str | None = None,
-    priority: int | None = None,
-    id: int = 1,
-    created_at: datetime | None = None,
-    raises: bool = False,
-    results: Sequence[Any] = (),
-) -> Ran | list[Ran]:
-    """Run `task` with its handler, here, and return what came of it; of a list of tasks of one type, of each.
+class RunOptions(TypedDict, total=False):
+    """The options of `run_inline`. Those that aren't given are as for a first attempt that a worker claims now.
 
-    A batch handler runs once with all of the list, as far as its `batch` allows, or with the one task.
-
-    raises  True: what the handler raises, but for Retry, Cancel and Dead, is raised here
-    results what ctx.results() returns
-    else    what the handler's Context says, of the first; the others have the ids after it. None: what its type
-            says, of created_at now
-
-    It runs through the app's middleware, inside of its lifespan. Raises ConfigError for a task that `enqueue` would
-    refuse, or that no handler takes.
+    attempt       the number of the attempt, from 1
+    max_attempts  None: what the task's class says; so are queue and priority
+    id            of the first task; the others have the ids after it
+    created_at    None: now
+    raises        True: an error of the handler is raised here, unless it is Retry, Cancel or Dead
+    results       the return value of ctx.results()
     """
-    tasks = [task] if isinstance(task, Task) else task
-    if not isinstance(tasks, list | tuple) or not tasks:
-        tasks = [cast("Task", task)]  # which is none, and `validated_task` says so
-    rows = [validated_task(app.registry, one) for one in tasks]
-    type = rows[0][0]
-    if others := {name for name, _ in rows} - {type}:
-        raise ConfigError(f"run_inline got tasks of types {type} and {', '.join(sorted(others))}; expected one type")
-    options = options_for(queue, priority).for_task(tasks[0])
-    jobs: list[Job] = []
-    for number, (_, payload) in enumerate(rows, id):
-        app.registry.check(type, payload.encode())
-        at = created_at or datetime.now(UTC)
-        row = (
-            number,
-            attempt,
-            type,
-            options.columns.queue,
-            options.columns.priority,
-            max_attempts,
-            at,
-            payload.encode(),
-            False,
-            0,
-        )
-        jobs.append(Job(0, cast("asyncpg.Record", row)))
+
+    attempt: int
+    max_attempts: int | None
+    queue: str | None
+    priority: int | None
+    id: int
+    created_at: datetime | None
+    raises: bool
+    results: Sequence[Any]
+
+
+@overload
+async def run_inline(app: App, task: Task, **options: Unpack[RunOptions]) -> Ran: ...
+@overload
+async def run_inline(app: App, task: Sequence[Task], **options: Unpack[RunOptions]) -> list[Ran]: ...
+async def run_inline(app: App, task: Task | Sequence[Task], **options: Unpack[RunOptions]) -> Ran | list[Ran]:
+    """Run a task with its handler in this process, and return its outcome; of a list, the outcome of each task.
+
+    A list has tasks of one type. A batch handler takes as many of them at once as its `batch` allows; a single task is
+    a batch of one.
+
+    options  attempt, max_attempts, queue, priority, id, created_at, raises, results: see RunOptions
+
+    The task runs through the app's middleware, inside its lifespan. Raises ConfigError for an unknown option, a task
+    that `enqueue` would refuse, or a task without a handler.
+    """
+    if unknown := options.keys() - RunOptions.__annotations__.keys():
+        known = ", ".join(RunOptions.__annotations__)
+        raise ConfigError(f"run_inline has no option {min(unknown)!r}; it has {known}")
+    jobs = _claimed(app, task, options)
+    type = jobs[0].type
     handler = app.registry.get(type)
     assert handler is not None
     raised: list[BaseException] = []
@@ -127,13 +95,34 @@ async def run_inline(
         assert bound is not None
         many = bound.batch or len(jobs)
         for first in range(0, len(jobs), many):
-            outcomes.extend(await _run(_Only(bound, raised), jobs[first : first + many], results))
+            outcomes.extend(await _run(_Only(bound, raised), jobs[first : first + many], options.get("results", ())))
 
     await within(app.registry.lifespan, run)
-    if raises and raised and not isinstance(raised[0], Verdict):
+    if options.get("raises") and raised and not isinstance(raised[0], Verdict):
         raise raised[0]
     ran = [_ran(handler, outcome) for outcome in outcomes]
     return ran[0] if isinstance(task, Task) else ran
+
+
+def _claimed(app: App, task: Task | Sequence[Task], options: RunOptions) -> list[Job]:
+    """The tasks as a worker would have claimed them, with these options."""
+    tasks = [task] if isinstance(task, Task) else task
+    if not isinstance(tasks, list | tuple) or not tasks:
+        tasks = [cast("Task", task)]  # not a task: `validated_task` raises
+    rows = [validated_task(app.registry, one) for one in tasks]
+    type = rows[0][0]
+    if others := {name for name, _ in rows} - {type}:
+        raise ConfigError(f"run_inline got tasks of types {type} and {', '.join(sorted(others))}; expected one type")
+    columns = options_for(options.get("queue"), options.get("priority")).for_task(tasks[0]).columns
+    attempt, max_attempts = options.get("attempt", 1), options.get("max_attempts")
+    at = options.get("created_at") or datetime.now(UTC)
+    jobs: list[Job] = []
+    for id, (_, text) in enumerate(rows, options.get("id", 1)):
+        payload = text.encode()
+        app.registry.check(type, payload)
+        row = (id, attempt, type, columns.queue, columns.priority, max_attempts, at, payload, False, 0)
+        jobs.append(Job(0, cast("asyncpg.Record", row)))
+    return jobs
 
 
 def _ran(handler: Handler, outcome: Outcome) -> Ran:
@@ -144,43 +133,43 @@ def _ran(handler: Handler, outcome: Outcome) -> Ran:
         case RetryLater():
             return Ran(state="retry", reason=_reason(outcome.error), delay=outcome.delay)
         case HandedBack() | Unhandled():
-            raise AssertionError("handed back, though nobody stopped it")
+            raise AssertionError("handed back, though nothing stopped the run")
         case _:
             assert_never(outcome)
 
 
 class _Only(Registry):
-    """This handler, and what it raises is noted: an outcome has only its text."""
+    """A registry of one handler, whose errors go into `raised`: an outcome has only their text."""
 
     def __init__(self, handler: Handler, raised: list[BaseException]) -> None:
         super().__init__()
-        watched = copy.copy(handler)
-        watched.function = _noting(handler, raised)
-        self._handlers[handler.type] = watched
+        recorded = copy.copy(handler)
+        recorded.function = _record_errors(handler, raised)
+        self._handlers[handler.type] = recorded
 
 
-def _noting(handler: Handler, raised: list[BaseException]) -> Callable[..., Any]:
+def _record_errors(handler: Handler, raised: list[BaseException]) -> Callable[..., Any]:
     function = handler.function
 
-    async def waits(*args: Any) -> Any:
-        return await noted(function(*args))
+    async def run_async(*args: Any) -> Any:
+        return await record(function(*args))
 
-    def blocks(*args: Any) -> Any:
+    def run_plain(*args: Any) -> Any:
         try:
             value = function(*args)
         except BaseException as error:
             raised.append(error)
             raise
-        return noted(value) if is_awaitable(value) else value
+        return record(value) if is_awaitable(value) else value
 
-    async def noted(value: object) -> object:
+    async def record(value: object) -> object:
         try:
             return await awaited(value)
         except BaseException as error:
             raised.append(error)
             raise
 
-    return waits if handler.is_async else blocks
+    return run_async if handler.is_async else run_plain
 
 
 class _Sink:

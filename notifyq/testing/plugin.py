@@ -1,12 +1,12 @@
-"""Fixtures of pytest, for those who ask: `pytest_plugins = ["notifyq.testing.plugin"]`, or `-p notifyq.testing.plugin`.
+"""Fixtures of pytest: `pytest_plugins = ["notifyq.testing.plugin"]`, or `-p notifyq.testing.plugin`.
 
-    notifyq_dsn         a database with the schema for this test alone: its DSN
-    notifyq_databases   of the session: where that comes from
+    notifyq_dsn         the DSN of a database with the schema, for one test alone
+    notifyq_databases   of the session: makes these databases
     notifyq_server_dsn  of the session: the server. NOTIFYQ_TEST_DSN names one on which the role may create databases;
-                        without it an embedded one starts (the extra `embedded`). Yours, if you define the fixture
+                        without it an embedded one starts (the extra `embedded`). Define the fixture to use your own
 
-They are plain fixtures, so tests may be plain functions, or coroutines of anyio's or pytest-asyncio's plugin, whatever
-its mode and the scope of its loops: what is asynchronous here runs on an event loop in a thread of its own.
+They are plain fixtures, so a test may be a plain function, or a coroutine of anyio's or pytest-asyncio's plugin in any
+mode. The async code of the fixtures runs on an event loop in a thread of its own.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from .databases import Databases
 
 @pytest.fixture(scope="session")
 def notifyq_server_dsn() -> Generator[str, None, None]:
-    """A database of the server on which those of the tests are created."""
+    """The DSN of a database of the server on which the tests' databases are created."""
     if dsn := os.environ.get("NOTIFYQ_TEST_DSN"):
         yield dsn
         return
-    from notifyq.embedded import Server  # an extra, and not for every system
+    from notifyq.embedded import Server  # here, as it is an extra, and not for every system
 
     with Server() as server:
         yield server.dsn("postgres")
@@ -40,13 +40,13 @@ def _notifyq_portal() -> Generator[BlockingPortal, None, None]:  # pyright: igno
 
 @pytest.fixture(scope="session")
 def notifyq_databases(_notifyq_portal: BlockingPortal, notifyq_server_dsn: str) -> Generator[Databases, None, None]:
-    """Makes databases, for a test that wants more than one, and for fixtures of another scope."""
+    """Makes databases: for a test that needs several, and for fixtures of another scope."""
     with _notifyq_portal.wrap_async_context_manager(Databases(notifyq_server_dsn)) as databases:
         yield databases
 
 
 @pytest.fixture
 def notifyq_dsn(_notifyq_portal: BlockingPortal, notifyq_databases: Databases) -> Generator[str, None, None]:
-    """A database with the schema, and nothing in it, for this test alone: its DSN."""
+    """The DSN of an empty database with the schema, for this test alone."""
     with _notifyq_portal.wrap_async_context_manager(notifyq_databases.new()) as dsn:
         yield dsn

@@ -1,4 +1,4 @@
-"""Where a test's tasks are: a connected app, a connection of asyncpg (maybe in a transaction), or a DSN."""
+"""Where the tasks of a test are: a connected app, a connection of asyncpg (maybe in a transaction), or a DSN."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ else:
 
 @asynccontextmanager
 async def connection(source: Source) -> AsyncGenerator[Connection, None]:
-    """A connection to there. Raises ConfigError for an app that isn't connected, and for anything else."""
+    """A connection to the source. Raises ConfigError for an app that isn't connected, or another object."""
     if isinstance(source, App):
         source.check_loop("a helper of notifyq.testing", "connect the app on the test's own event loop, or pass a DSN")
         via = source._connected("this")  # pyright: ignore[reportPrivateUsage]

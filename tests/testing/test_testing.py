@@ -302,7 +302,7 @@ async def test_drain_goes_by_no_cron(notifyq_dsn: str) -> None:
 
 async def test_drain_that_has_no_end(connected: notifyq.App) -> None:
     await app.enqueue(Chain(left=1_000_000, delay=3600.0))
-    with pytest.raises(AssertionError, match=r"after [\d.]+ s there is still something to run; .*done=[1-9]"):
+    with pytest.raises(AssertionError, match=r"after [\d.]+ s there are still tasks to run; .*done=[1-9]"):
         await drain(app, with_scheduled=True, timeout=limit(0.5))
 
 
