@@ -1,4 +1,4 @@
-"""What can be set: the DSN, and a worker's dozen settings. Checked where it is made; units are in the names."""
+"""Settings: the DSN, and those of a worker. They are checked where they are made; units are in their names."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from .errors import ConfigError
 
 _Value = TypeVar("_Value")
 
-NAME_LENGTH = 200  # of a queue, a type or a key, in characters: schema.sql has it for keys
+NAME_LENGTH = 200  # characters of a queue, a type or a key; schema.sql has the same limit for keys
 
 _ENCODE = "write / as %2F, ? as %3F, # as %23, @ as %40, : as %3A, [ as %5B, ] as %5D and % as %25"
 
 
 class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """A worker's settings. `__post_init__` raises ConfigError, naming the field and what was expected."""
+    """A worker's settings. A wrong value raises ConfigError that names the field and what is expected."""
 
-    queues: dict[str, int | None]  # name -> how many may run at once in this worker
-    concurrency: int = 100  # handlers at once
-    threads: int | None = None  # of these, plain ones, which run in threads; None: default_threads()
-    shutdown_timeout_seconds: float = 25.0  # until running handlers are cancelled and handed back
-    poll_interval_seconds: float = 5.0  # the fallback for a bell that fails; 0 switches it off
-    lease_seconds: float = 30.0  # without a heartbeat for so long, a worker counts as dead
+    queues: dict[str, int | None]  # by name, at most how many of its tasks run at once in this worker; None: any number
+    concurrency: int = 100  # how many handlers run at the same time
+    threads: int | None = None  # how many of these may be plain handlers, in threads; None: default_threads()
+    shutdown_timeout_seconds: float = 25.0  # after it, running handlers are cancelled and their tasks handed back
+    poll_interval_seconds: float = 5.0  # between looks for tasks without a notification; 0: never
+    lease_seconds: float = 30.0  # after this time without a heartbeat, the worker counts as dead
     history_seconds: float = 86400.0  # how long done and cancelled tasks are kept; 0: not at all
-    drain: bool = False  # return when nothing is runnable
+    drain: bool = False  # return when no task is left that could run now
 
     def __post_init__(self) -> None:
         if not self.queues:
@@ -55,12 +55,12 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def most_threads(self) -> int:
-        """How many plain handlers run at the same time."""
+        """At most how many plain handlers run at the same time."""
         return min(self.concurrency, self.threads or default_threads())
 
 
 def default_threads() -> int:
-    """As many as Python's ThreadPoolExecutor has: 4 more than this process may use CPUs, at most 32."""
+    """4 more than the CPUs that this process may use, at most 32, as in Python's ThreadPoolExecutor."""
     affinity = getattr(os, "sched_getaffinity", None)
     return min(32, (len(affinity(0)) if affinity else os.cpu_count() or 1) + 4)
 
@@ -69,16 +69,16 @@ def check_name(what: str, name: str) -> None:
     """Raise ConfigError unless PostgreSQL can hold `name` and schema.sql allows it."""
     if not isinstance(name, str):
         raise ConfigError(f"{what} is {name!r}; expected its name, a str")
-    # A lone surrogate, which isn't a character, can't be written as UTF-8.
+    # A lone surrogate isn't a character, and can't be written as UTF-8.
     if not 1 <= len(name) <= NAME_LENGTH or "\x00" in name or any("\ud800" <= c <= "\udfff" for c in name):
         shown = name if len(name) <= 40 else name[:40] + "..."
         raise ConfigError(f"{what} {shown!r}: expected 1 to {NAME_LENGTH} characters, none of them NUL")
 
 
 def check_queue(what: str, name: str) -> None:
-    """Raise ConfigError for a queue's name that `notifyq worker -q` can't take: several names, or one with a limit.
+    """Raise ConfigError for a queue's name that `notifyq worker -q` would read as several names, or one with a limit.
 
-    An INSERT may name a queue so. run_worker can serve that: queues={name: None}.
+    Plain SQL may insert into a queue of such a name. run_worker can serve it: queues={name: None}.
     """
     check_name(what, name)
     if re.search(r"[\s,:]", name):
@@ -89,24 +89,24 @@ def check_queue(what: str, name: str) -> None:
 
 
 def is_int(value: object) -> TypeGuard[int]:
-    """Whether it is an int, and not True or False, which are ints too and mean something else."""
+    """Whether this is an int. True and False aren't, though Python says so: as a number they are a mistake."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def is_number(value: object) -> TypeGuard[int | float]:
-    """The same of an int or a float."""
+    """Whether this is an int or a float, but not True or False."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def in_seconds(value: _Value | timedelta) -> _Value | float:
-    """A timedelta as seconds; anything else as it is."""
+    """The seconds of a timedelta; any other value as it is."""
     return value.total_seconds() if isinstance(value, timedelta) else value
 
 
 def parse_queues(queues: Iterable[str] | Mapping[str, int | None]) -> dict[str, int | None]:
     """{"mail": 5, "default": None} from ["mail:5", "default"]; a mapping is taken as it is.
 
-    A name may hold colons; what follows the last one is the limit if it is a number.
+    A name may have colons: a number after the last one is the limit. Raises ConfigError.
     """
     if isinstance(queues, Mapping):
         return dict(cast("Mapping[str, int | None]", queues))
@@ -134,8 +134,9 @@ def parse_queues(queues: Iterable[str] | Mapping[str, int | None]) -> dict[str, 
 def resolve_dsn(dsn: str | None, environ: Mapping[str, str] = os.environ) -> tuple[str | None, str]:
     """The DSN to use and where it comes from: `dsn`, else NOTIFYQ_DSN, else DATABASE_URL, else libpq's PG*.
 
-    A "+driver" in the scheme, which SQLAlchemy's URLs have, is dropped, and a string of key=value becomes a URL. None
-    as a DSN leaves it to PG* and libpq's defaults. dsn.py says where each leads. Raises ConfigError for anything else.
+    The "+driver" in the scheme of SQLAlchemy's URLs is dropped, and a string of key=value becomes a URL. A DSN of None
+    means the PG* variables and libpq's defaults. database/dsn.py finds the server of each. Raises ConfigError for any
+    other text.
     """
     for text, source in (
         (dsn, "--dsn"),
@@ -159,23 +160,23 @@ def resolve_dsn(dsn: str | None, environ: Mapping[str, str] = os.environ) -> tup
 
 
 def _check_authority(rest: str, source: str) -> None:
-    """Raise ConfigError for a password that would be taken for something else, and be shown as such in a message."""
+    """Raise ConfigError for a password with characters that end it: its rest would be shown in messages as a host."""
     before, _, query = rest.partition("?")
     authority, _, path = before.partition("/")
     servers = authority.rpartition("@")[2]
     if authority.count("[") != authority.count("]") or not re.fullmatch(r"(\[[^\[\]]*\]|[^\[\]])*", servers):
         raise ConfigError(f"{source} is no URL; in a password, {_ENCODE}")
     ports = [host.partition(":")[2] for host in re.sub(r"\[[^\]]*\]", "", servers).split(",")]
-    # In front of an @ stands a user or a password, unless something else has begun before.
+    # A user or a password stands before an @, so an @ after the path or the query has begun is part of a password.
     astray = "@" in path or ("@" in query and "@" not in authority and "/" not in before)
     if astray or not all(port == "" or (port.isascii() and port.isdigit() and int(port) < 65536) for port in ports):
         raise ConfigError(f"{source} has no number for a port; in a password, {_ENCODE}")
 
 
 def redact(text: str) -> str:
-    """`text` with the password of every URL and `password=` in it replaced by ***, for people's eyes.
+    """`text` with the password of each URL and of each `password=` replaced by ***, to be shown in a message.
 
-    What might be one is: up to the last @, and up to the next &, in whatever text the URL stands.
+    It replaces too much rather than too little: up to the last @ of the text, and up to the next &.
     """
     text = re.sub(r"([?&]\w*password=)[^&]*", r"\1***", text, flags=re.IGNORECASE)
     text = re.sub(r"(://[^:]*):.*@", r"\1:***@", text, flags=re.DOTALL)

@@ -1,18 +1,20 @@
-"""The command line. Each command is in the file of what it deals with; what they share is in the first three.
+"""The command line. Each command is in the file of the thing that it is about. All commands share the first three.
 
-    options   flags and their environment variables, what a value may be, "did you mean"
+    options   flags and their environment variables, types of values, "did you mean"
     output    tables for people, plain text for pipes
-    session   a connection, and what can go wrong on it in words
+    session   a connection, and the translation of its errors
     database  migrate, dev, demo, stats: the database as a whole
-    tasks     enqueue, tasks, retry, cancel, prune
+    enqueue   enqueue: one task, with a flag for each option
+    tasks     tasks, retry, cancel, prune
+      served  why a ready task isn't started
     queues    queues, queue pause, resume, limit
     crons     cron, cron pause, resume, run, remove
-    show      show: one task, as it changes
-    schema    schema: what payloads are, and whether a change breaks queued tasks
-    worker    worker: load the app, say what it does, run it
-      load    MODULE:APP, and all that can be wrong with one
-      logs    how log records look
-      supervisor  --processes: a parent and its workers
+    show      show: one task, and its changes
+    schema    schema: the JSON Schema of payloads, and whether a change breaks queued tasks
+    worker    worker: load the app, print what it serves, run it
+      load    MODULE:APP, and everything that can be wrong with one
+      logs    the format of log records
+      supervisor  --processes: a parent process and its workers
 
 Exit codes: 0 clean, 1 forced or failed, 2 usage, import or configuration, 3 database unreachable, 4 schema
 missing or of another version (errors.py has them by class); 130 after Ctrl-C in anything but worker and dev.
@@ -41,7 +43,7 @@ COMMANDS: tuple[click.Command, ...] = (
 
 
 class Cli(click.Group):
-    """Lists the commands in the order in which they are met, and knows what a mistyped one may have meant."""
+    """Lists the commands in the order in which a user meets them, and suggests one for a mistyped name."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.commands)
@@ -75,7 +77,7 @@ def cli(ctx: click.Context) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command in `argv` (sys.argv's) and return its exit code; every error is a message on stderr."""
+    """Run the command in `argv`, else in sys.argv, and return its exit code. Every error is a message on stderr."""
     args = list(sys.argv[1:] if argv is None else argv)
     try:
         code = cli.main(args, prog_name="notifyq", standalone_mode=False, obj=args)
@@ -91,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return error.exit_code
     except NotifyqError as error:
         say(str(error))
-        for note in getattr(error, "__notes__", ()):  # a traceback of theirs
+        for note in getattr(error, "__notes__", ()):  # the traceback of the user's module
             click.echo(note, err=True)
         return error.exit_code
     except Exception as error:

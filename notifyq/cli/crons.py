@@ -1,4 +1,4 @@
-"""Crons: cron lists them, pauses and resumes them, runs one now, removes what no app has any more."""
+"""Crons: `cron` lists them, pauses and resumes them, runs one now, and removes one that no app declares."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ _names = click.argument("names", metavar="NAME...", nargs=-1, required=True)
 @dsn_option
 def pause(*, names: tuple[str, ...], dsn: str | None) -> None:
     """Pause crons, and cancel their tasks that haven't started."""
-    _each(names, dsn, lambda conn, name: _said(conn, "SELECT notifyq.cron_pause($1)", name, "paused"))
+    _each(names, dsn, lambda conn, name: _run_for(conn, "SELECT notifyq.cron_pause($1)", name, "paused"))
 
 
 @cron.command()
@@ -62,7 +62,7 @@ def pause(*, names: tuple[str, ...], dsn: str | None) -> None:
 @dsn_option
 def resume(*, names: tuple[str, ...], dsn: str | None) -> None:
     """Resume crons. Times that passed meanwhile are left out."""
-    _each(names, dsn, lambda conn, name: _said(conn, "SELECT notifyq.cron_resume($1)", name, "resumed"))
+    _each(names, dsn, lambda conn, name: _run_for(conn, "SELECT notifyq.cron_resume($1)", name, "resumed"))
 
 
 @cron.command("run")
@@ -98,12 +98,12 @@ def remove(*, names: tuple[str, ...], dsn: str | None) -> None:
     _each(names, dsn, run)
 
 
-async def _said(conn: Connection, statement: str, name: str, done: str) -> str | None:
+async def _run_for(conn: Connection, statement: str, name: str, done: str) -> str | None:
     return f"{name}: {done}" if await conn.fetchval(statement, name) else None
 
 
 def _each(names: tuple[str, ...], dsn: str | None, act: Callable[[Connection, str], Awaitable[str | None]]) -> None:
-    """Act on each, and say what came of it. Raises ConfigError for a name that there isn't, before any is acted on."""
+    """Act on each cron, and print the outcomes. Raises ConfigError for an unknown name, before it acts on any."""
 
     async def run() -> None:
         async with session(dsn) as conn:

@@ -1,4 +1,4 @@
-"""The database as a whole: migrate, stats, and the embedded one of demo and dev."""
+"""The database as a whole: migrate and stats, and demo and dev, which run an embedded PostgreSQL."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def migrate(*, sql: bool, since: int | None, dsn: str | None) -> None:
         click.echo(text if since is None else upgrade.script(since, text), nl=False)
         return
     if since is not None:
-        raise ConfigError("--from is for --sql; otherwise the database itself says which version it has")
+        raise ConfigError("--from goes with --sql; without --sql the database itself knows its version")
     database, before, after = asyncio.run(_migrate(dsn))
     if before is None:
         click.echo(f"installed schema notifyq, version {after}, in database {database}")
@@ -77,7 +77,8 @@ def stats(*, as_json: bool, dsn: str | None) -> None:
 
     async def run() -> dict[str, Any]:
         async with session(dsn) as conn, conn.transaction(readonly=True):
-            # The planner expects 200 values of the view's state, and would sort millions of rows with the default.
+            # The planner expects 200 values of the view's column `state`. With the default work_mem it would sort
+            # millions of rows.
             await conn.execute("SET LOCAL work_mem = '64MB'")
             text: str = await conn.fetchval(SQL["read_stats"], timeout=LONG_SECONDS)
             findings = [dict(row) for row in await conn.fetch(SQL["list_findings"], True)]
@@ -149,9 +150,9 @@ def dev(*, name: str | None, data_dir: Path | None, port: int | None) -> int:
     installed. Stdout has one line, the DSN.
     """
     if name is not None and data_dir is not None:
-        raise ConfigError(f"NAME {name!r} and --data-dir {data_dir} both say where the data are; give only one")
-    folder = data_dir or state_folder() / (project_name() if name is None else checked_name(name))
-    # The same for both signals; Server leaves nothing behind, at whatever point it is interrupted.
+        raise ConfigError(f"NAME {name!r} and --data-dir {data_dir} both name the folder of the data; give only one")
+    folder = data_dir or state_folder() / (project_name() if name is None else check_project_name(name))
+    # Both signals raise KeyboardInterrupt. Server cleans up, wherever the exception interrupts it.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
@@ -177,7 +178,9 @@ def _serve(data_dir: Path, port: int | None) -> int:
         whose = f"shares {shared}" if server.shares else server.binaries.source
         say(f"PostgreSQL {version} ({whose}), process {server.pid}, data in {data_dir}")
         stays = (
-            "" if server.is_stable else " (another at each start, as this folder's path is long; --port 5433 keeps it)"
+            ""
+            if server.is_stable
+            else " (another one at each start, as this folder's path is long; --port 5433 keeps it)"
         )
         say(f"use it: export NOTIFYQ_DSN='{dsn}'{stays}; end it: Ctrl-C")
         pid, log = server.pid, server.log_path
@@ -194,12 +197,16 @@ def _lives(pid: int) -> bool:
     except ProcessLookupError:
         return False
     except PermissionError:
-        pass  # somebody else's, to which we are attached
+        pass  # it runs as another user: this process only attached to its server
     return True
 
 
 def state_folder() -> Path:
-    """XDG's. Not for root without one: its home is closed to the account that runs PostgreSQL for it."""
+    """The folder for the data of all projects, as XDG has it.
+
+    For root it is in /var/lib, as root's home is closed to the account that runs PostgreSQL for root. Raises
+    ConfigError for a user without a home.
+    """
     named = Path(os.environ.get("XDG_STATE_HOME", ""))
     if named.is_absolute():
         return named / "notifyq" / "dev"
@@ -212,7 +219,7 @@ def state_folder() -> Path:
 
 
 def project_name(here: Path | None = None) -> str:
-    """Of the project that this folder belongs to: its name, and a few letters that tell it from its namesakes."""
+    """The name of the project that this folder belongs to, with a hash of its path, as two may have the same name."""
     here = Path(os.path.realpath(here or Path.cwd()))
     marked = (folder for folder in (here, *here.parents) if any((folder / it).exists() for it in PROJECT_MARKS))
     folder = next(marked, here)
@@ -220,8 +227,8 @@ def project_name(here: Path | None = None) -> str:
     return f"{name}-{hashlib.sha256(os.fsencode(folder)).hexdigest()[:6]}"
 
 
-def checked_name(name: str) -> str:
-    """Raises ConfigError for what would be another folder."""
+def check_project_name(name: str) -> str:
+    """Return `name`. Raises ConfigError for one that could lead out of the state folder."""
     if not re.fullmatch(r"\w[\w.-]{0,39}", name):
         raise ConfigError(f"NAME is {name!r:.50}; expected up to 40 letters, digits, - . and _; a folder is --data-dir")
     return name

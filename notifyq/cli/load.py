@@ -1,4 +1,4 @@
-"""MODULE:APP: import it, and say what is wrong with it. Everything here is exit code 2."""
+"""MODULE:APP: import the app, or say what is wrong with the name or the module. Every error has exit code 2."""
 
 from __future__ import annotations
 
@@ -17,15 +17,17 @@ from notifyq.loading import loading
 from .options import did_you_mean
 
 EXAMPLE = "MODULE:APP, such as myproject.tasks:app"
-
-
-PYTHONS = os.path.dirname(os.__file__) + os.sep
-OURS = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+PYTHONS = os.path.dirname(os.__file__) + os.sep  # the folder of Python's own modules
+OURS = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # the folder of notifyq
 
 
 def load_app(spec: str, *, to_run: bool = True) -> App:
-    """The App that `spec` names, imported with the current folder on the path. Raises ConfigError; to_run: for one
-    without handlers too."""
+    """Import the App that `spec` names, with the current folder on sys.path.
+
+    to_run  True: an app without handlers is an error
+
+    Raises ConfigError.
+    """
     name, _, path = spec.partition(":")
     is_file = name.endswith(".py") and os.path.exists(name)
     if is_file or not all(part.isidentifier() for part in [*name.split("."), *path.split(".")]):
@@ -52,7 +54,7 @@ def load_app(spec: str, *, to_run: bool = True) -> App:
 
 
 def _check_own(name: str, folder: str) -> None:
-    """Raise ConfigError if a module of Python's own was loaded before, so that the user's file can't have its name."""
+    """Raise ConfigError if the user's module has the name of a module of Python's own that is loaded already."""
     top = name.partition(".")[0]
     loaded = getattr(sys.modules.get(top), "__file__", None)
     if top in sys.stdlib_module_names and loaded and (own := _file_of(top, folder)) and not _same(loaded, own):
@@ -60,7 +62,7 @@ def _check_own(name: str, folder: str) -> None:
 
 
 def hidden_module(error: BaseException | None) -> str | None:
-    """The cure for an error that comes of a file with the name of a module of Python's own; else None."""
+    """The cure, if the error is caused by a user's file with the name of a module of Python's own; else None."""
     while error is not None:
         name = error.name if isinstance(error, ImportError) else None
         if isinstance(error, AttributeError) and isinstance(error.obj, ModuleType):
@@ -73,7 +75,7 @@ def hidden_module(error: BaseException | None) -> str | None:
 
 
 def _file_of(name: str, folder: str) -> str | None:
-    """The file of a module of this name in this folder."""
+    """The file of the module with this name in a folder; None if there is none."""
     places = (os.path.join(folder, f"{name}.py"), os.path.join(folder, name, "__init__.py"))
     return next((place for place in places if os.path.isfile(place)), None)
 
@@ -109,17 +111,20 @@ def _import(spec: str, name: str) -> ModuleType:
         if error.name is None or not f"{name}.".startswith(f"{error.name}."):
             _their_failure(name, error)
         parent = error.name.rpartition(".")[0]
-        # Beside where it was looked for: in the package, or in this folder.
+        # The modules beside the missing one: in its package, or in this folder.
         places = getattr(sys.modules.get(parent), "__path__", None) if parent else [os.getcwd()]
         known = [".".join(filter(None, [parent, m.name])) for m in pkgutil.iter_modules(places or [])]
         guess = did_you_mean(error.name, known) or f"; expected {EXAMPLE}, from this folder or installed"
         raise ConfigError(f"there is no module {error.name!r} for {spec} (in {os.getcwd()}){guess}") from error
-    except BaseException as error:  # SystemExit too: a script without its `if __name__ == "__main__":`
+    except BaseException as error:  # SystemExit too: of a script without `if __name__ == "__main__":`
         _their_failure(name, error)
 
 
 def _their_failure(name: str, error: BaseException) -> NoReturn:
-    """Three lines of ours, then their traceback; where notifyq itself found what is wrong, the place is enough."""
+    """Raise ConfigError with three lines: the import, the place and the error, the cure. The traceback is its note.
+
+    For an error that notifyq itself raised, the place is enough.
+    """
     trace = error.__traceback__
     while trace and _is_ours(trace.tb_frame.f_code.co_filename):
         trace = trace.tb_next
@@ -151,6 +156,6 @@ def _their_failure(name: str, error: BaseException) -> NoReturn:
 
 
 def _is_ours(file: str) -> bool:
-    """Or Python's: a place that the user didn't write."""
+    """Whether a file is notifyq's or Python's, and not the user's or another package's."""
     pythons = file.startswith(PYTHONS) and "site-packages" not in file
     return pythons or file.startswith((OURS + os.sep, "<frozen "))

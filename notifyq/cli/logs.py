@@ -1,4 +1,4 @@
-"""How a worker's log records look: a line of text with key=value fields, or of JSON. To stderr."""
+"""The format of a worker's log records on stderr: a line of text with key=value fields, or a line of JSON."""
 
 from __future__ import annotations
 
@@ -15,13 +15,16 @@ LEVELS = ("debug", "info", "warning", "error")
 
 
 def set_up(level: str, style: str, *, pid: bool) -> None:
-    """Show all records from `level` on, the app's too. An app that sets up handlers of its own replaces this."""
+    """Show all records from `level` on, the app's too. An app that sets up handlers of its own replaces these.
+
+    pid  True: show the process id in each line of text
+    """
     handler = logging.StreamHandler()
     handler.setFormatter(JsonLines() if style == "json" else TextLines(pid=pid))
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
-    # Its pool tells of every try to reach a lost database, with a traceback; the worker says it once.
+    # asyncpg's pool logs each failed try to reach a lost database, with a traceback. The worker logs it once.
     logging.getLogger("asyncpg.pool").setLevel(logging.ERROR)
-    # What a handler prints is seen at once, where stdout is no terminal too.
+    # So that output of a handler's print() appears at once, also where stdout isn't a terminal.
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(line_buffering=True)
@@ -32,12 +35,12 @@ class TextLines(logging.Formatter):
 
     def __init__(self, *, pid: bool) -> None:
         super().__init__()
-        self._pid = pid  # several processes write to one place
+        self._pid = pid
 
     def format(self, record: logging.LogRecord) -> str:
         when = datetime.fromtimestamp(record.created).astimezone().isoformat(timespec="milliseconds")
         who = f"{record.name}[{record.process}]" if self._pid else record.name
-        # One line a record, whatever is in it.
+        # A record is one line, even if its message has line breaks.
         line = f"{when} {record.levelname} {who}: {_one_line(_summary(record))}"
         line += "".join(f" {name}={text_of(value)}" for name, value in _fields(record).items())
         return "\n".join([line, *_trace(self, record)])
@@ -66,7 +69,7 @@ def _fields(record: logging.LogRecord) -> dict[str, Any]:
 
 
 def _summary(record: logging.LogRecord) -> str:
-    """The message without the fields, of one of ours."""
+    """The message, of a record of notifyq's without the fields."""
     return str(getattr(record, "summary", None) or record.getMessage())
 
 

@@ -1,4 +1,4 @@
-"""What the commands' flags have in common: which have an environment variable, and values a person can write."""
+"""What the flags of all commands share: their environment variables, and the types of their values."""
 
 from __future__ import annotations
 
@@ -24,21 +24,24 @@ OPTION = re.compile(rf"(?<!['\w])(?=\w*[_=])({'|'.join(OPTIONS)})\b(= ?)?")
 
 
 def option(*names: str, **settings: Any) -> Callable[[Command], Command]:
-    """click.option for one call of a command. It has no environment variable: a container has one environment for all
-    commands, and NOTIFYQ_QUEUE of its worker must not say where `notifyq enqueue` puts a task."""
+    """click.option without an environment variable, for one call of a command.
+
+    A container has one environment for all commands: NOTIFYQ_QUEUE of its worker must not name the queue into which
+    `notifyq enqueue` puts a task.
+    """
     settings.setdefault("show_default", "default" in settings)
     return click.option(*names, **settings)
 
 
 def setting(*names: str, **settings: Any) -> Callable[[Command], Command]:
-    """`option` for what configures a process. It has the variable NOTIFYQ_<FLAG>, which --help shows."""
+    """`option` with the environment variable NOTIFYQ_<FLAG>, which --help shows: for a setting of a whole process."""
     flag = next(name for name in names if name.startswith("--"))
     variable = "NOTIFYQ_" + flag[2:].replace("-", "_").upper()
     return option(*names, envvar=variable, show_envvar=True, **settings)
 
 
 def dsn_option(command: Command) -> Command:
-    """--dsn. Its variables are left to config.resolve_dsn, which can then say where a DSN came from."""
+    """The flag --dsn. config.resolve_dsn reads its environment variables, so a message can name the one in use."""
     variables = "env var: NOTIFYQ_DSN, else DATABASE_URL, else PG*"
     return click.option("--dsn", metavar="URL", help=f"postgresql://user:password@host/database  [{variables}]")(
         command
@@ -46,14 +49,14 @@ def dsn_option(command: Command) -> Command:
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """`; did you mean "this" or "that"?`, or nothing where nothing is close."""
+    """`; did you mean 'this' or 'that'?`, or "" if no known word is close."""
     close = difflib.get_close_matches(word.lower(), by_lower := {name.lower(): name for name in known}, n=3)
     return f"; did you mean {' or '.join(repr(by_lower[name]) for name in close)}?" if close else ""
 
 
 @contextmanager
 def as_flags() -> Generator[None, None, None]:
-    """What a ConfigError says of enqueue's options, said of flags: --limit-key for limit_key, --limit 3 for limit=3."""
+    """Rewrite a ConfigError about enqueue's options to name flags: --limit-key for limit_key, --limit 3 for limit=3."""
     try:
         yield
     except ConfigError as error:
@@ -61,7 +64,7 @@ def as_flags() -> Generator[None, None, None]:
         raise ConfigError(said) from error
 
 
-# Types of values: functions, for click to call. BadParameter gets the flag's name from click.
+# Types of values: functions that click calls. click adds the flag's name to a BadParameter.
 
 
 def word(*words: str) -> Callable[[str], str]:
@@ -100,7 +103,7 @@ def duration(value: str) -> float:
 
 
 def rate(value: str) -> str:
-    """How many in what time."""
+    """A count and a time, as 100/minute."""
     try:
         parse_rate(value)
     except ConfigError as error:

@@ -1,4 +1,4 @@
-"""What people and pipes get to see. Results go to stdout, everything else to stderr."""
+"""Output for people and for pipes. Results go to stdout, everything else to stderr."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ NUMBERS = (
 
 
 def our_version() -> str:
-    """Of the installed notifyq."""
+    """The version of the installed notifyq."""
     try:
         return version("notifyq")
     except PackageNotFoundError:
@@ -37,13 +37,13 @@ def our_version() -> str:
 
 
 def say(text: str) -> None:
-    """A message on stderr, each line with our name."""
+    """Print a message on stderr, each line after "notifyq: "."""
     for line in text.splitlines() or [""]:
         click.echo(f"notifyq: {line}", err=True)
 
 
 def span(seconds: float | None) -> str:
-    """5s, 12m, 3h, 2d: enough for a person."""
+    """A duration as a person reads it: 5s, 12m, 3h, 2d. None: ""."""
     if seconds is None:
         return ""
     for limit, unit, size in ((120, "s", 1), (7200, "m", 60), (172_800, "h", 3600)):
@@ -53,12 +53,12 @@ def span(seconds: float | None) -> str:
 
 
 def percent(task: Mapping[str, Any]) -> str:
-    """`40% resizing`, of a task that tells of its progress."""
+    """The progress of a task, as `40% resizing`; "" if its handler reports none."""
     return "" if task["progress"] is None else f"{task['progress']:.0%} {task['note'] or ''}".strip()
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Rows under their columns: with rich where a person looks and rich is there, aligned text elsewhere."""
+    """Print rows under their columns: by rich on a terminal, if rich is installed, else as aligned text."""
     cells = [[plain(cell) for cell in row] for row in rows]
     if sys.stdout.isatty() and importlib.util.find_spec("rich"):
         _rich(columns, cells)
@@ -89,12 +89,12 @@ def _rich(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         )
     styles = {"dead": "red", "running": "green", "scheduled": "cyan", "done": "dim", "cancelled": "dim"}
     for row in rows:
-        # Text, because a str would be read as markup: a queue may be called [red].
+        # A Text, as rich reads a str as markup, and a queue may be called [red].
         shown.add_row(*(Text(cell, style=styles.get(cell, "")) for cell in row))
     Console().print(shown)
 
 
 def plain(cell: object) -> str:
-    """One line, and nothing in it that a terminal would obey: the database holds what strangers wrote."""
+    """One line of printable characters: a value in the database may have control sequences for the terminal."""
     text = "" if cell is None else str(cell)
     return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)

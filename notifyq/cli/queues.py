@@ -1,4 +1,4 @@
-"""Queues at run time: queues lists them, queue pauses, resumes and limits them for every worker there is."""
+"""Queues at run time: `queues` lists them; `queue` pauses, resumes and limits them, for all workers."""
 
 from __future__ import annotations
 
@@ -93,14 +93,14 @@ def resume(*, names: tuple[str, ...], dsn: str | None) -> None:
 def limit(*, names: tuple[str, ...], running: int | None, rate: str | None, unlimited: bool, dsn: str | None) -> None:
     """Limit each of these queues, over all workers. A limit that isn't given is removed."""
     if unlimited is (running is not None or rate is not None):
-        raise click.UsageError("say --running N, --rate RATE or both; or --none, to take the limits away")
+        raise click.UsageError("give --running N, --rate RATE or both; or --none, to remove the limits")
     count, seconds = parse_rate(rate) if rate is not None else (None, None)
     done = "no limits" if unlimited else "limited"
     _each(names, "SELECT notifyq.limit_queue($1, $2, $3, $4) IS NOT NULL", done, "", dsn, running, count, seconds)
 
 
 def _each(names: tuple[str, ...], statement: str, done: str, already: str, dsn: str | None, *args: object) -> None:
-    """Apply to each queue, and say for each what came of it."""
+    """Run the statement for each queue, and print for each whether it changed something."""
     for name in names:
         check_name("queue", name)
 

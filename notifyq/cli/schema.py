@@ -1,4 +1,4 @@
-"""`notifyq schema`: what payloads look like, for other languages; and whether a change breaks what is queued."""
+"""`notifyq schema`: the JSON Schema of payloads, for other languages; and whether a change breaks queued tasks."""
 
 from __future__ import annotations
 
@@ -59,11 +59,11 @@ def _read(file: Path) -> document.Schema:
             f"--check can't read {file}: {error.strerror}; make it: notifyq schema ... > {file}"
         ) from error
     except ValueError as error:
-        raise ConfigError(f"--check {file} is nothing that `notifyq schema` printed: {error}") from error
+        raise ConfigError(f"--check {file} isn't an output of `notifyq schema`: {error}") from error
 
 
 async def _undecodable(registry: Registry, dsn: str | None) -> list[str]:
-    """A line for each kind of trouble, with how many tasks have it."""
+    """A line for each kind of error, with the ids of tasks that have it."""
     found: dict[str, list[int]] = {}
     async with session(dsn) as conn, conn.transaction(readonly=True):
         async for id, type, payload in conn.cursor(SQL["list_unfinished"], prefetch=500, timeout=LONG_SECONDS):

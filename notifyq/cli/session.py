@@ -1,4 +1,4 @@
-"""A connection for one command, and what can go wrong on it as one of our errors."""
+"""A connection for one command, and the translation of its errors."""
 
 from __future__ import annotations
 
@@ -11,19 +11,20 @@ from notifyq.database import schema
 from notifyq.database.connection import Connection, connect
 from notifyq.errors import ConfigError, DatabaseError, NotifyqError, SchemaError
 
-LONG_SECONDS = 3600.0  # for a statement that reads or deletes a lot; somebody waits, and can end it
+LONG_SECONDS = 3600.0  # for a statement that reads or deletes a lot: a person waits for it, and can end it
 
 
 @asynccontextmanager
 async def session(dsn: str | None, *, reads: bool = True, migrated: bool = True) -> AsyncGenerator[Connection, None]:
-    """Connect, and check the schema.
+    """Connect, and check the version of the schema.
 
-    migrated  False: don't check
-    reads     False: forgive a role that may not read the schema's version
+    migrated  False: don't check it
+    reads     False: go on without the check if the role may not read the version
 
-    Raises ConfigError, DatabaseError, SchemaError, or for the rest NotifyqError.
+    Raises ConfigError, DatabaseError or SchemaError, and NotifyqError for every other error of the database.
     """
-    # Whoever may create a function in public could have to_json(record) called by the administrator who looks.
+    # pg_catalog alone: with public in the search_path, a role that may create functions there could have its own
+    # to_json(record) run with the rights of the administrator who runs a command.
     conn = await connect(dsn, role="cli", settings={"TimeZone": "UTC", "search_path": "pg_catalog"})
     try:
         with _explained():

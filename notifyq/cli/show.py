@@ -1,4 +1,4 @@
-"""One task: show, all that is known of it; with --follow as it changes."""
+"""show: everything about one task; with --follow, each of its changes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .served import why_not_started
 from .session import session
 from .tasks import NO_TASK
 
-LOOK_SECONDS = 0.5
+LOOK_SECONDS = 0.5  # between two looks of --follow
 
 
 @click.command()
@@ -49,7 +49,7 @@ def show(*, id: int, as_json: bool, follow: bool, dsn: str | None) -> int:
 
 
 async def _changes(dsn: str | None, id: int, follow: bool) -> AsyncIterator[tuple[str, str]]:
-    """The task as JSON, and why it isn't started, each time that one of them has changed."""
+    """The task as JSON, and why it isn't started ("" if it may start), each time that one of the two has changed."""
     async with session(dsn) as conn:
         told = created = None
         while True:
@@ -70,7 +70,7 @@ async def _changes(dsn: str | None, id: int, follow: bool) -> AsyncIterator[tupl
 
 
 def _print(task: dict[str, Any]) -> None:
-    """A line for each thing there is to know, and each attempt that failed with its traceback."""
+    """Print a line for each column that has a value, and each failed attempt with its traceback."""
     hidden = {"progress": percent(task) or None, "note": None, "error": None, "errors": None}
     for name, value in {**task, **hidden}.items():
         if value is not None:

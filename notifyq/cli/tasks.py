@@ -37,7 +37,7 @@ def tasks(
         async with session(dsn) as conn, conn.transaction(readonly=True):
             rows: list[tuple[str, float]] = []
             count = 0
-            # A few at a time: payloads of 16 MB are printed as they come.
+            # A few rows at a time: --json prints payloads, of up to 16 MB each, as they arrive.
             args = (state, queue, type, limit, as_json)
             prefetch = 4 if as_json else 500
             async for text, seconds in conn.cursor(SQL["list_tasks"], *args, prefetch=prefetch, timeout=LONG_SECONDS):
@@ -113,7 +113,12 @@ def cancel(*, ids: tuple[int, ...], dsn: str | None) -> int:
 def _each(
     ids: tuple[int, ...], statement: str, done: str, failed: str, reasons: dict[str, str], dsn: str | None
 ) -> int:
-    """Apply to each id, say for each what came of it, and return 1 if for any nothing did."""
+    """Run the statement for each id, and print the outcomes. Returns 1 if it did nothing for one of them.
+
+    done     what to print of a task that the statement changed
+    failed   what to print of another one, before the reason
+    reasons  the reason, by the task's state
+    """
 
     async def run() -> list[tuple[int, str | None]]:
         outcomes: list[tuple[int, str | None]] = []
@@ -122,7 +127,7 @@ def _each(
                 why = None
                 if not await conn.fetchval(statement, id):
                     state = await conn.fetchval("SELECT state FROM notifyq.all_tasks WHERE id = $1", id)
-                    # It may have moved on in between.
+                    # The state may have changed since the statement.
                     why = reasons.get(state, f"it is {state} by now; try again") if state else NO_TASK
                 outcomes.append((id, why))
         return outcomes

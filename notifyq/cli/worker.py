@@ -1,4 +1,4 @@
-"""`notifyq worker`: load the app, say what it does, run it until a signal."""
+"""`notifyq worker`: load the app, run it until a signal, and print what it serves when it is ready."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ def _run(app: App, config: WorkerConfig, dsn: str | None, parent: socket.socket 
         stop, force = anyio.Event(), anyio.Event()
         watch = Watch(stop, force, config.shutdown_timeout_seconds, parent)
         try:
-            async with app.connect(dsn):  # for handlers that enqueue
+            async with app.connect(dsn):  # so that handlers can enqueue
                 started = Started(config, parent, log_format)
                 await work(app.registry, config, dsn, stop, force, started)
         finally:
@@ -185,7 +185,7 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
 
 
 class Started:
-    """A TaskStatus: told that the worker works, it tells the user and the parent."""
+    """A TaskStatus: when the worker is ready, it tells the user and the parent process."""
 
     def __init__(self, config: WorkerConfig, parent: socket.socket | None, log_format: str) -> None:
         self._config = config

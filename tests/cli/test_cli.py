@@ -279,7 +279,7 @@ async def test_migrate_sql_from(run: Run, monkeypatch: pytest.MonkeyPatch) -> No
     said = await run(f"migrate --sql --from {present}", dsn=NOWHERE)
     assert (said.code, said.out, said.err) == (0, upgrade.script(present, schema.schema_sql()), "")
     said = await run(f"migrate --from {present}", dsn=NOWHERE)
-    assert (said.code, "--from is for --sql" in said.err) == (2, True)
+    assert (said.code, "--from goes with --sql" in said.err) == (2, True)
 
 
 async def test_roles(run: Run, server: Server, dsn: str, db: Any) -> None:

@@ -80,7 +80,7 @@ async def test_dev_keeps_projects_apart(start: Start, open_folder: Path, folder:
     assert all(re.fullmatch(r"project-[0-9a-f]{6}", name) for name in names)
     for words, says in (
         ("dev ../x", "NAME is '../x'; expected up to 40 letters"),
-        ("dev x --data-dir y", "NAME 'x' and --data-dir y both say where the data are"),
+        ("dev x --data-dir y", "NAME 'x' and --data-dir y both name the folder"),
     ):
         said = await run(words)
         assert (said.code, said.out) == (2, "")

@@ -35,7 +35,7 @@ async def test_schema_with_no_document(run: Run, folder: Path) -> None:
     (folder / "old.json").write_text('{"a": 1}')
     said = await run("schema mailer:app --check old.json")
     assert (said.code, said.out) == (2, "")
-    assert "--check old.json is nothing that `notifyq schema` printed" in said.err
+    assert "--check old.json isn't an output of `notifyq schema`" in said.err
 
 
 async def test_schema_queued(run: Run, dsn: str, db: Any, folder: Path) -> None:

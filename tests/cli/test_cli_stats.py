@@ -93,8 +93,8 @@ async def test_queues(run: Run, dsn: str, db: Any) -> None:
     await db.execute("UPDATE notifyq.task SET withheld = true, parked = 'limit' WHERE queue = 'mail'")
     assert "scheduled  waits for limit" in (await run("tasks --queue mail", dsn=dsn)).out
     for words, why in (
-        ("queue limit mail", "say --running N"),
-        ("queue limit mail --none --running 3", "say --running N"),
+        ("queue limit mail", "give --running N"),
+        ("queue limit mail --none --running 3", "give --running N"),
         ("queue limit mail --rate often", "rate is 'often'; expected how many in what time"),
         ("queue limit mail --running 0", "is not a number from 1"),
         ("queue pause", "Missing argument"),
