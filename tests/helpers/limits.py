@@ -49,3 +49,22 @@ async def idle(db: Any) -> None:
     """Nothing waits, nothing runs, and nobody has to look at anything any more."""
     await eventually(lambda: db.fetchval("SELECT count(*) FROM notifyq.task"), 0)
     await eventually(lambda: db.fetchval("SELECT count(*) FROM notifyq.slot_released"), 0)
+
+
+# What notifyq.rate_log forgets with the time of a rate.
+STARTS = """
+    CREATE TABLE ledger (key text, at timestamptz, n integer);
+    CREATE FUNCTION note() RETURNS trigger LANGUAGE plpgsql AS $$
+    BEGIN INSERT INTO public.ledger VALUES (NEW.key, NEW.at, NEW.n); RETURN NULL; END $$;
+    CREATE TRIGGER note AFTER INSERT ON notifyq.rate_log FOR EACH ROW EXECUTE FUNCTION note()"""
+
+
+async def begun(db: Any, key: str) -> list[float]:
+    """When tasks of a key or a queue were admitted, by the database's clock."""
+    rows = await db.fetch("SELECT at, n FROM ledger WHERE key = $1 ORDER BY at", key)
+    return [row["at"].timestamp() for row in rows for _ in range(row["n"])]
+
+
+def closest(starts: list[float], count: int) -> float:
+    """The shortest time in which one more than `count` started."""
+    return min(later - first for first, later in zip(starts, starts[count:], strict=False))

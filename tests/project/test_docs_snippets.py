@@ -33,10 +33,10 @@ PAGES = [ROOT / "README.md", *sorted(set((ROOT / "docs").glob("*.md")) - {ROOT /
 # By page, the tests that run its python and its console blocks, and look at what they do.
 RUN = {
     "README.md": ("test_docs_snippets", "test_the_readme"),
-    "after.md": ("test_around", "test_the_example_of_after"),
+    "after.md": ("test_doc_apps", "test_the_example_of_after"),
     "connections.md": ("test_django", "test_the_examples_of_the_page"),
     "cron.md": ("test_docs_examples", "test_cron"),
-    "handlers.md": ("test_around", "test_the_example_of_handlers"),
+    "handlers.md": ("test_doc_apps", "test_the_example_of_handlers"),
     "limits.md": ("test_docs_examples", "test_limits"),
     "logging.md": ("test_logging", "test_the_examples_of_the_page"),
     "modules.md": ("test_docs_snippets", "test_modules"),
@@ -45,10 +45,10 @@ RUN = {
     "results.md": ("test_docs_examples", "test_results"),
     "schema.md": ("test_docs_examples", "test_schema"),
     "testing.md": ("test_docs_examples", "test_testing"),
-    "transactions.md": ("test_around", "test_the_example_of_transactions"),
+    "transactions.md": ("test_doc_apps", "test_the_example_of_transactions"),
     "unique.md": ("test_docs_examples", "test_unique"),
     "upgrades.md": ("test_migrations", "test_nobody_waits_for_an_upgrade_that_waits"),  # its lines, with other names
-    "web.md": ("test_around", "test_the_example_of_a_web_application"),
+    "web.md": ("test_doc_apps", "test_the_example_of_a_web_application"),
 }
 
 # Words of commands in the pages that stand for something.

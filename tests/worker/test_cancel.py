@@ -21,9 +21,9 @@ from notifyq.config import WorkerConfig
 from notifyq.worker import heartbeat, loop_watch
 from notifyq.worker.worker import Worker
 
-from ..client.test_results import GARBAGE
 from ..helpers import verbs
 from ..helpers.databases import Sessions
+from ..helpers.garbage import GARBAGE
 from ..helpers.machine import Probe, limit
 from ..helpers.processes import Process
 from ..helpers.running import working

@@ -18,9 +18,9 @@ from notifyq.testing import run_inline
 from notifyq.worker import maintenance
 from notifyq.worker.runners import Runners
 
-from ..client.test_results import GARBAGE
 from ..helpers import verbs
 from ..helpers.databases import Sessions
+from ..helpers.garbage import GARBAGE
 from ..helpers.machine import limit
 from ..helpers.running import working
 from ..helpers.stages import Told

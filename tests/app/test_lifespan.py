@@ -1,12 +1,11 @@
-"""Middleware and the lifespan: what is around handlers, and what they are given."""
+"""The lifespan: around all handlers, what it gives to them, and how it fails."""
 
 from __future__ import annotations
 
 import re
 import subprocess
 import sys
-import threading
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, Optional
@@ -16,26 +15,19 @@ import asyncpg
 import pytest
 
 import notifyq
-from notifyq import Context, Task, lifespan
+from notifyq import Context, lifespan
 from notifyq.errors import ConfigError, NotifyqError
-from notifyq.testing import drain, run_inline
 
 from ..helpers.logs import Logged
 from ..helpers.machine import limit
-from ..helpers.rows import ended, errors, state
+from ..helpers.rows import ended, state
 from ..helpers.running import working
 from ..helpers.waiting import Seen
-
-Call = Callable[[Task, Context], Awaitable[object]]
 
 
 class Note(notifyq.Task):
     max_attempts = 1
     name: str = ""
-
-
-class Plain(notifyq.Task):
-    max_attempts = 1
 
 
 class Pool:
@@ -53,120 +45,6 @@ class Mailer:
 class Both(NamedTuple):
     pool: Pool
     mailer: Mailer
-
-
-@pytest.fixture
-def app() -> notifyq.App:
-    return notifyq.App()
-
-
-def example(name: str) -> dict[str, Any]:
-    """The example of a page of docs/, run."""
-    text = (Path(__file__).parents[2] / "docs" / name).read_text()
-    space: dict[str, Any] = {"__name__": name}
-    for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
-        exec(compile(code, name, "exec", dont_inherit=True), space)
-    return space
-
-
-# --- Middleware
-
-
-async def test_the_first_is_the_outermost_and_may_change_what_passes(app: notifyq.App, db: Any, dsn: str) -> None:
-    seen: list[str] = []
-
-    @app.handler
-    async def note(task: Note, ctx: Context) -> str:
-        seen.append(f"note {task.name} {ctx.priority}")
-        return "result"
-
-    @app.middleware
-    async def outer(task: Task, ctx: Context, call: Call) -> object:
-        seen.append("outer")
-        result = await call(task, ctx)
-        seen.append("outer ends")
-        return f"{result}, seen by outer"
-
-    @app.handler
-    def plain(task: Plain) -> str:
-        seen.append("plain")
-        assert threading.current_thread() is not threading.main_thread()
-        return "result of a thread"
-
-    @app.middleware
-    async def inner(task: Task, ctx: Context, call: Call) -> object:
-        seen.append("inner")
-        if isinstance(task, Note) and task.name == "kept":
-            return "never run"
-        return f"{await call(Note('changed') if isinstance(task, Note) else task, ctx)}, by inner"
-
-    async with app.connect(dsn):
-        refs = [await app.enqueue(task) for task in (Note("a"), Note("kept"), Plain())]
-        async with working(app, dsn, concurrency=1, drain=True) as worker:
-            await worker.done.wait()
-    results = [(await ended(db, ref.id, "done"))["result"] for ref in refs]
-    assert results == [
-        b'"result, by inner, seen by outer"',
-        b'"never run, seen by outer"',
-        b'"result of a thread, by inner, seen by outer"',
-    ]
-    assert seen == [
-        *("outer", "inner", "note changed 0", "outer ends"),
-        *("outer", "inner", "outer ends"),
-        *("outer", "inner", "plain", "outer ends"),
-    ]
-
-
-async def test_what_it_raises_counts_as_the_handlers(app: notifyq.App, db: Any, dsn: str) -> None:
-    class Slow(notifyq.Task):
-        max_attempts = 1
-        timeout = 0.1
-
-    class Bad(notifyq.Task):
-        max_attempts = 1
-
-    @app.middleware
-    async def strict(task: Task, ctx: Context, call: Call) -> object:
-        if isinstance(task, Note):
-            raise notifyq.Cancel("not today")
-        if isinstance(task, Slow):
-            await anyio.sleep(60)
-        try:
-            return await call(task, ctx)
-        except ZeroDivisionError as error:
-            raise ValueError("as seen by the middleware") from error
-
-    @app.handler
-    async def note(task: Note) -> None: ...
-
-    @app.handler
-    async def slow(task: Slow) -> None: ...
-
-    @app.handler
-    def bad(task: Bad) -> float:
-        return 1 / 0
-
-    async with app.connect(dsn), working(app, dsn):
-        refs = [await app.enqueue(task) for task in (Note(), Slow(), Bad())]
-        states = ["cancelled", "dead", "dead"]
-        found = [(await ended(db, ref.id, state))["error"] for ref, state in zip(refs, states, strict=True)]
-    assert found == ["not today", "timed out after 0.1 s", "ValueError: as seen by the middleware"]
-    assert "ZeroDivisionError" in (await errors(db, refs[2].id))[0]["traceback"]
-
-
-async def two(task: Task, ctx: Context) -> None: ...
-def blocking(task: Task, ctx: Context, call: Call) -> None: ...
-async def yields(task: Task, ctx: Context, call: Call) -> AsyncIterator[int]:
-    yield 1
-
-
-@pytest.mark.parametrize("wrong", [two, blocking, yields, None, "timing"])
-def test_middleware_that_cannot_be(app: notifyq.App, wrong: Any) -> None:
-    with pytest.raises(ConfigError, match="expected: async def f\\(task, ctx, call\\)"):
-        app.middleware(wrong)
-
-
-# --- The lifespan
 
 
 async def test_it_is_around_all_handlers_and_around_the_middleware(app: notifyq.App, db: Any, dsn: str) -> None:
@@ -264,7 +142,7 @@ async def test_a_real_pool_as_its_stubs_have_it(app: notifyq.App, dsn: str, db: 
     [
         (None, "nothing of that type; this app has no lifespan, to yield one"),
         ((), "nothing of that type; the app's lifespan yields nothing"),
-        ((Mailer(), 5), "nothing of that type; the app's lifespan yields tests.app.test_around.Mailer, builtins.int"),
+        ((Mailer(), 5), "nothing of that type; the app's lifespan yields tests.app.test_lifespan.Mailer, builtins.int"),
         ((SpecialPool(), SpecialPool()), "2 things of that type; the app's lifespan yields"),
         ((Pool(), Pool(), SpecialPool()), "2 things of that type"),
     ],
@@ -283,7 +161,7 @@ async def test_what_is_missing_is_said_when_the_worker_starts(
             yield given
             left.add(1)
 
-    where = r"handler tests\.app\.test_around\..*note: its parameter 'pool' is a tests\.app\.test_around\.Pool: "
+    where = r"handler tests\.app\.test_lifespan\..*note: its parameter 'pool' is a tests\.app\.test_lifespan\.Pool: "
     with pytest.raises(ConfigError, match=where + re.escape(message)):
         await app.run_worker(dsn=dsn)
     assert not await db.fetchval("SELECT count(*) FROM notifyq.worker")
@@ -390,6 +268,8 @@ async def test_an_error_of_the_worker_is_raised_whatever_the_lifespan_makes_of_i
 
 
 async def no_yield() -> None: ...
+
+
 def blocking_one() -> Iterator[None]:
     yield
 
@@ -411,84 +291,3 @@ def test_one_lifespan(app: notifyq.App) -> None:
     assert app.lifespan(lifespan) is lifespan
     with pytest.raises(ConfigError, match="this app has a lifespan"):
         app.lifespan(lifespan)
-
-
-async def test_inline(app: notifyq.App) -> None:
-    @app.lifespan
-    async def lifespan() -> AsyncIterator[Mailer]:
-        yield Mailer()
-
-    @app.middleware
-    async def around(task: Task, ctx: Context, call: Call) -> object:
-        return f"{await call(task, ctx)}, by the middleware"
-
-    @app.handler
-    async def note(task: Note, mailer: Mailer) -> str:
-        return type(mailer).__name__
-
-    assert (await run_inline(app, Note())).result == "Mailer, by the middleware"
-
-
-# --- The examples
-
-
-async def test_the_example_of_handlers(dsn: str, capsys: pytest.CaptureFixture[str]) -> None:
-    space = example("handlers.md")
-    app: notifyq.App = space["app"]
-    async with app.connect(dsn):
-        await app.enqueue(space["SendMail"](to="a@b.c"))
-        await app.run_worker(drain=True)
-    sent, timed, closed = capsys.readouterr().out.splitlines()
-    assert (sent, closed) == ("sent to a@b.c", "closed")
-    assert re.fullmatch(r"SendMail 1 took 0\.\d\d\d s", timed)
-
-
-async def test_the_example_of_batches(dsn: str, db: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    space = example("handlers.md")
-    app: notifyq.App = space["app"]
-    async with app.connect(dsn):
-        await app.enqueue_many([space["Index"](document=n, text="x" * (n % 2)) for n in range(4)], max_attempts=1)
-        await app.run_worker(drain=True)
-    assert capsys.readouterr().out.splitlines()[0] == "indexing 4"
-    rows = await db.fetch("SELECT coalesce(result #>> '{}', error) FROM notifyq.all_tasks ORDER BY id")
-    assert [row[0] for row in rows] == ["ValueError: no text", "document 1", "ValueError: no text", "document 3"]
-
-
-async def test_the_example_of_after(dsn: str, capsys: pytest.CaptureFixture[str]) -> None:
-    space = example("after.md")
-    app: notifyq.App = space["app"]
-    async with app.connect(dsn):
-        await space["publish"]("Atlas")
-        await drain(app)
-    assert capsys.readouterr().out.splitlines() == ["Atlas: page 1, page 2, page 3", "Atlas is there, with 3 pages"]
-
-
-async def test_the_example_of_transactions(dsn: str, db: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    space = example("transactions.md")
-    app: notifyq.App = space["app"]
-    await db.execute("CREATE TABLE account (name text, cents bigint CHECK (cents >= 0))")
-    await db.execute("INSERT INTO account VALUES ('me', 100), ('you', 0)")
-    async with app.connect(dsn):
-        good = await app.enqueue(space["Transfer"](source="me", target="you", cents=70))
-        bad = await app.enqueue(space["Transfer"](source="me", target="you", cents=70), max_attempts=1)
-        await app.run_worker(drain=True, concurrency=1)
-    assert [await state(db, ref.id) for ref in (good, bad)] == ["done", "dead"]
-    assert [tuple(row) for row in await db.fetch("SELECT * FROM account ORDER BY name")] == [("me", 30), ("you", 70)]
-    assert capsys.readouterr().out == "you has more\n"
-
-
-async def test_the_example_of_a_web_application(dsn: str, db: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    httpx = pytest.importorskip("httpx")
-    monkeypatch.setenv("NOTIFYQ_DSN", dsn)
-    web = example("web.md")["web"]
-    async with (
-        web.router.lifespan_context(web),
-        httpx.AsyncClient(transport=httpx.ASGITransport(web), base_url="http://test") as client,
-    ):
-        answer = await client.post("/signup?to=a@b.c")
-        assert answer.status_code == 202
-        row = await ended(db, answer.json()["task"], "done")
-        assert row["result"] == b'"sent to a@b.c"'
-        late = (await client.post("/signup?to=d@e.f")).json()["task"]
-    assert await state(db, late) in ("ready", "done"), "stopped gracefully: nothing is left running"
-    assert not await db.fetchval("SELECT count(*) FROM notifyq.worker")

@@ -1,0 +1,41 @@
+"""Sessions that the tests of this folder step by hand."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+import pytest
+
+from ..helpers.steps import Session, Steps, steps
+
+
+@pytest.fixture
+async def s(dsn: str) -> AsyncIterator[Steps]:
+    async with steps(dsn) as s:
+        yield s
+
+
+@pytest.fixture
+async def w(s: Steps) -> Session:
+    """A worker."""
+    return await s.worker("w")
+
+
+@pytest.fixture
+async def p(s: Steps) -> Session:
+    """A person at psql."""
+    return await s.session("p")
+
+
+@pytest.fixture
+async def k(s: Steps) -> Session:
+    """The heartbeat of another worker."""
+    return await s.worker("heartbeat")
+
+
+@pytest.fixture
+async def door(s: Steps) -> Session:
+    """A worker's connection for the turn and the bell; in the transaction in which it will sleep."""
+    door = await s.worker("door")
+    await door("BEGIN")
+    return door

@@ -1,0 +1,92 @@
+"""Arming the bell and waiting for the turn, statement by statement: refused, cancelled, killed."""
+
+from __future__ import annotations
+
+import pytest
+
+from ..helpers.machine import limit
+from ..helpers.steps import Session, Steps, frozen
+from ..helpers.verbs import fall_asleep, insert, take_turn
+from .test_interleavings_bell import locks
+
+# --- Falling asleep and the turn: refused, cancelled, killed
+
+
+async def test_an_arming_that_gives_up(s: Steps, door: Session, p: Session) -> None:
+    """Sleep during enqueue, for 20 ms: refused, it holds nothing, and may ask again in the same transaction."""
+    await p("BEGIN")
+    await p(insert)
+    assert not await door(fall_asleep, 20)
+    assert await locks(s, door) == []
+    q = await s.session("q")
+    await q("BEGIN")
+    await q(insert)
+    assert await locks(s, q) == ["RowExclusiveLock"], "nobody waits any more"
+    await q("COMMIT")
+    await p("COMMIT")
+    assert await door(fall_asleep, 20)
+
+
+async def test_an_arming_that_is_cancelled(s: Steps, door: Session, p: Session) -> None:
+    """Sleep during enqueue, and a cancel request: it holds nothing, and its transaction goes on."""
+    await p("BEGIN")
+    await p(insert)
+    waiting = await door.blocked_by(p, fall_asleep)
+    await s.db.fetch("SELECT pg_cancel_backend($1)", door.pid)
+    assert await waiting is False
+    await p("COMMIT")
+    assert await locks(s, door) == []
+    assert await door(fall_asleep)
+
+
+async def late(s: Steps, why: str, waiter: Session, ms: int) -> None:
+    """While the waiter's backend is frozen: end its wait of `ms`, so that it finds it both granted and ended."""
+    if why == "cancelled":
+        await s.db.fetch("SELECT pg_cancel_backend($1)", waiter.pid)
+    else:
+        await s.db.fetch("SELECT pg_sleep($1)", ms / 1000 + 0.1)
+
+
+@pytest.mark.parametrize("why", ["cancelled", "timed out"])
+async def test_an_arming_that_is_granted_when_it_ends(s: Steps, door: Session, p: Session, why: str) -> None:
+    """Sleep, granted at the moment at which the wait ends: what it says is what it holds."""
+    await p("BEGIN")
+    await p(insert)
+    ms = int(limit(0.6) * 1000)  # it is frozen before that is over
+    waiting = await door.blocked_by(p, fall_asleep, ms)
+    with frozen(door):
+        await p("COMMIT")
+        await late(s, why, door, ms)
+    granted = await waiting
+    assert await locks(s, door) == (["ShareLock"] if granted else [])
+
+
+@pytest.mark.parametrize("why", ["cancelled", "timed out"])
+async def test_a_turn_that_is_granted_when_the_wait_ends(s: Steps, why: str) -> None:
+    """The turn, granted at the moment at which the wait ends: what it says is what it holds, and it is passed on."""
+    first, second, third = [await s.worker(f"door {n}") for n in range(3)]
+    assert await first(take_turn)
+    ms = int(limit(0.6) * 1000)
+    waiting = await second.blocked_by(first, take_turn, ms)
+    with frozen(second):
+        await first("SELECT pg_advisory_unlock(1852990836, 7)")
+        await late(s, why, second, ms)
+    took = await waiting
+    assert await locks(s, second) == (["turn"] if took else [])
+    assert took or await third(take_turn)
+
+
+async def test_the_turn_goes_round_in_order(s: Steps) -> None:
+    """Turn: first come, first served; at once when its holder steps back, or is killed; other fleets have their own."""
+    first, second, third, other = [await s.worker(f"door {n}") for n in range(4)]
+    assert await first(take_turn)
+    second_waits = await second.blocked_by(first, take_turn)
+    third_waits = await third.blocked_by(second, take_turn)
+    assert await other(take_turn, 5000, 8), "another fleet's"
+    await s.db.fetch("SELECT pg_terminate_backend($1)", first.pid)
+    assert await second_waits
+    assert not third_waits.over
+    await second("SELECT pg_advisory_unlock(1852990836, 7)")
+    assert await third_waits
+    assert not await second(take_turn, 20)
+    assert await locks(s, second) == []
