@@ -81,7 +81,7 @@ class App:
         """
         caller = inspect.currentframe()
         caller = caller.f_back if caller is not None else None
-        options = HandlerOptions.checked(batch, linger, middleware)
+        options = HandlerOptions.validated(batch, linger, middleware)
 
         def register(function: _Handler) -> _Handler:
             self.registry.add(function, caller.f_locals if caller is not None else {}, options)

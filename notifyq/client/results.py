@@ -40,7 +40,7 @@ from ..database.connection import (
 )
 from ..errors import ConfigError, DatabaseError, NotifyqError, SchemaError, failure
 from ..options import ENDED
-from ..registry import innermost
+from ..signature import innermost
 from ..task import Progress
 from .ref import check_same
 

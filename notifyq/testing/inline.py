@@ -22,7 +22,8 @@ from notifyq.client.options import options_for
 from notifyq.client.results import typed
 from notifyq.errors import ConfigError
 from notifyq.lifespan import within
-from notifyq.registry import Handler, Registry, awaited, is_awaitable
+from notifyq.loops import awaited, is_awaitable
+from notifyq.registry import Handler, Registry
 from notifyq.task import Task, Verdict
 from notifyq.worker.job import Job
 from notifyq.worker.outcome import Finished, HandedBack, Outcome, RetryLater, Unhandled

@@ -13,7 +13,8 @@ import msgspec
 from ..codec import PAYLOAD_LIMIT, describe
 from ..config import NAME_LENGTH
 from ..errors import ConfigError, LeaseLost
-from ..registry import Handler, Registry, awaited
+from ..loops import awaited
+from ..registry import Handler, Registry
 from ..task import Context, Isolation, Progress, Task, Transaction
 from . import outcome
 from .batch import Batches

@@ -19,7 +19,8 @@ import anyio.to_thread
 
 from .. import forked, log
 from ..errors import ConfigError
-from ..registry import Handler, awaited, is_awaitable
+from ..loops import awaited, is_awaitable
+from ..registry import Handler
 from ..task import Context, Isolation, Progress, Run, Task, Transaction, current_run
 
 logger = log.logger("notifyq.run")

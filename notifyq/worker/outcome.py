@@ -20,7 +20,8 @@ import msgspec
 
 from ..codec import RESULT_LIMIT, describe, encode_error, encode_result, text_of
 from ..config import in_seconds
-from ..registry import Handler, is_awaitable
+from ..loops import is_awaitable
+from ..registry import Handler
 from ..task import Cancel, Dead, Retry, Verdict, is_delay
 from .backoff import backoff_seconds
 from .job import Job

@@ -15,7 +15,6 @@ import asyncio
 import os
 import socket
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import anyio
 import msgspec
@@ -27,6 +26,7 @@ from ..database import schema
 from ..database.connection import SQL, TRANSIENT, connect, connect_worker, server_version
 from ..errors import first_error
 from ..lifespan import within
+from ..registry import Registry
 from .batch import log_clipped_batches
 from .claim import Claimer
 from .heartbeat import Heartbeat
@@ -40,9 +40,6 @@ from .runners import CANCEL_SECONDS, Runners
 from .services import Services
 from .settle import Settler
 from .transaction import Transactions
-
-if TYPE_CHECKING:
-    from ..registry import Registry
 
 logger = log.logger("notifyq.worker")
 
