@@ -26,7 +26,7 @@ from .client.ref import Ids, Ref, ref
 from .client.results import Results
 from .config import WorkerConfig, in_seconds, is_number, parse_queues, resolve_dsn
 from .cron import Cron, Missed
-from .database.connection import explained
+from .database.errors import translate_connect_errors
 from .errors import ConfigError
 from .loading import check_not_loading
 from .options import is_id
@@ -168,7 +168,7 @@ class App:
         if not (is_number(timeout) and 0 < timeout <= 3600):  # a NaN fails this too
             raise ConfigError(f"timeout is {timeout!r}; expected seconds above 0, up to an hour")
         url, source = resolve_dsn(dsn)
-        with explained(url, source):
+        with translate_connect_errors(url, source):
             pool = await AppPool.open(url, timeout)
         log.enable()
         results = Results(dsn, self.registry)

@@ -12,10 +12,11 @@ from typing import Any, cast
 import click
 
 from notifyq import App, EnqueueOptions
-from notifyq.client.enqueue import Explained, build_insert
+from notifyq.client.enqueue import build_insert
 from notifyq.client.options import Options
 from notifyq.codec import PAYLOAD_LIMIT, type_name
 from notifyq.config import check_name
+from notifyq.database.errors import translate_errors
 from notifyq.errors import ConfigError
 from notifyq.options import OPTIONS, Ids, Kind, Moment, OneOf, Rate, Seconds, SomeOf, Whole
 from notifyq.registry import decode_as
@@ -97,7 +98,7 @@ def enqueue(*, type: str, payload: str, app: str | None, dsn: str | None, **flag
 
     async def run() -> tuple[int, bool, str]:
         async with session(dsn, reads=False) as conn:
-            with Explained(type):
+            with translate_errors("enqueue", task=type):
                 [row] = await conn.fetch(query, *args)
             note = "" if app else await why_not_started(conn, type, options.columns.queue)
             return row[0], len(row) > 2 and row[2], note

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Generator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
 
 import asyncpg
 
 from notifyq.database import schema
 from notifyq.database.connection import Connection, connect
-from notifyq.errors import ConfigError, DatabaseError, NotifyqError, SchemaError
+from notifyq.database.errors import RULES_FOR_ALL, translate_errors
+from notifyq.errors import DatabaseError
 
 LONG_SECONDS = 3600.0  # for a statement that reads or deletes a lot: a person waits for it, and can end it
 
@@ -27,7 +28,7 @@ async def session(dsn: str | None, *, reads: bool = True, migrated: bool = True)
     # to_json(record) run with the rights of the administrator who runs a command.
     conn = await connect(dsn, role="cli", settings={"TimeZone": "UTC", "search_path": "pg_catalog"})
     try:
-        with _explained():
+        with translate_errors("do that", rules=RULES_FOR_ALL):
             if migrated:
                 try:
                     await schema.check(conn)
@@ -40,25 +41,3 @@ async def session(dsn: str | None, *, reads: bool = True, migrated: bool = True)
             await conn.close(timeout=2)
         except (TimeoutError, OSError, asyncpg.PostgresError, asyncpg.InterfaceError):
             conn.terminate()
-
-
-@contextmanager
-def _explained() -> Generator[None, None, None]:
-    try:
-        yield
-    except asyncpg.InsufficientPrivilegeError as error:
-        raise DatabaseError(
-            f"this user may not do that: {error}; schema.sql ends with the GRANTs, see: notifyq migrate --sql"
-        ) from error
-    except asyncpg.ReadOnlySQLTransactionError as error:
-        raise DatabaseError("this server is read-only (a standby?); name the primary") from error
-    except (asyncpg.UndefinedTableError, asyncpg.InvalidSchemaNameError) as error:
-        raise SchemaError("this database has no schema notifyq; install it: notifyq migrate") from error
-    except (asyncpg.DataError, asyncpg.IntegrityConstraintViolationError) as error:
-        raise ConfigError(f"PostgreSQL can't store this: {error}") from error
-    except (TimeoutError, asyncpg.QueryCanceledError) as error:
-        raise NotifyqError("the database took too long over it, and nothing was changed; try again") from error
-    except (asyncpg.PostgresConnectionError, asyncpg.InterfaceError, OSError) as error:
-        raise DatabaseError(f"lost the database in the middle: {error}; try again") from error
-    except asyncpg.PostgresError as error:
-        raise NotifyqError(f"the database refused: {error}") from error

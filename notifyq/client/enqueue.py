@@ -15,8 +15,9 @@ import msgspec
 
 from .. import settings
 from ..codec import encode_payload, type_name
-from ..database.connection import COMMAND_TIMEOUT_SECONDS, SLOWEST, SQL, bare
-from ..errors import ConfigError, DatabaseError, SchemaError, first_error
+from ..database.connection import COMMAND_TIMEOUT_SECONDS, SLOWEST, SQL
+from ..database.errors import translate_errors
+from ..errors import ConfigError, first_error
 from ..payloads import jsonable
 from ..registry import Registry
 from ..task import Task
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
 
 Via: TypeAlias = "Connection | asyncpg.Pool[asyncpg.Record] | DriverConnection | AppPool"
 
-ADVANCE = "SELECT setval('notifyq.task_id_seq', (SELECT max(id) FROM notifyq.all_tasks))"
 SLICE = 100  # tasks that are encoded before the event loop gets a turn: 0.2 ms
 
 
@@ -45,7 +45,7 @@ async def insert_one(via: Via, registry: Registry, task: Task, options: Options)
     type, payload = validated_task(registry, task)
     query, args = build_insert(type, payload, options.for_task(task), options.unique.for_task(task))
     row: Iterable[Any]
-    with Explained(type):
+    with translate_errors("enqueue", task=type):
         if isinstance(via, DriverConnection):
             [row] = await via.fetch(query, *args)
         else:
@@ -99,7 +99,7 @@ async def insert_group(
 ) -> tuple[list[int], tuple[int, int]]:
     """Insert tasks, and a task that waits for all of them, in one statement. Returns what `read_group_ids` does."""
     query, args = build_group_insert(registry, tasks, then, options)
-    with Explained("(one of a group)"):
+    with translate_errors("enqueue", task="(one of a group)"):
         if isinstance(via, DriverConnection):
             return read_group_ids(await via.fetch(query, *args))
         return read_group_ids(await via.fetch(query, *args, timeout=_timeout(sum(map(len, args[1])))))
@@ -164,7 +164,7 @@ async def _stream(
 
 async def _send(via: Via, bulk: Bulk, statement: Statement) -> None:
     query, args = statement
-    with explained_many(args[0]):
+    with translate_errors("enqueue", task=name_of(args[0])):
         if isinstance(via, DriverConnection):
             bulk.add_answer(await via.fetch(query, *args))
         else:
@@ -176,8 +176,9 @@ def _timeout(size: int) -> float | None:
     return None if size < CHUNK_SIZE // 8 else COMMAND_TIMEOUT_SECONDS + size / SLOWEST
 
 
-def explained_many(types: list[str]) -> Explained:
-    return Explained(types[0] if len(set(types)) == 1 else "(one of several)")
+def name_of(types: list[str]) -> str:
+    """The type of these tasks, for a message."""
+    return types[0] if len(set(types)) == 1 else "(one of several)"
 
 
 def validated_task(registry: Registry, task: Task) -> Row:
@@ -227,45 +228,3 @@ def _decoder(cls: type[Task]) -> Any:
         settings.check(cls)
         _decoders[cls] = jsonable.decoder(cls)
     return _decoders[cls]
-
-
-class Explained:
-    """What PostgreSQL may have against a task, with the task's name and the cure."""
-
-    def __init__(self, type: str) -> None:
-        self._type = type
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
-        state, message = _sqlstate(error)
-        if isinstance(error, UnicodeEncodeError):  # psycopg's, which encodes for `conn`
-            raise ConfigError(
-                f"task {self._type}: the client_encoding of `conn` is {error.encoding}, which doesn't have "
-                f"{error.object[error.start : error.end]!r}; connect with client_encoding=utf8"
-            ) from None
-        if state == "42P01" and error is not None:
-            raise SchemaError("this database has no schema notifyq; install it: notifyq migrate") from bare(error)
-        if state == "42501":
-            raise DatabaseError(f"this user may not enqueue: {message}; schema.sql ends with the GRANTs") from error
-        if state == "25006":
-            raise DatabaseError("this server, or this transaction, is read-only; enqueue on the primary") from error
-        if state == "23514" and message.startswith("notifyq.task: "):  # schema.sql's notifyq.apply_options()
-            raise ConfigError(f"task {self._type}: {message.removeprefix('notifyq.task: ')}") from error
-        if state == "23505" and "task_pkey" in message:
-            raise DatabaseError(
-                f"task {self._type}: another task has its id, as the sequence of ids is behind; run: {ADVANCE}"
-            ) from error
-        if state.startswith("22"):
-            raise ConfigError(f"task {self._type}: PostgreSQL can't store this payload: {message}") from error
-
-
-def _sqlstate(error: BaseException | None) -> tuple[str, str]:
-    """What PostgreSQL said, in the driver's exception, inside of whatever exceptions are around that."""
-    while isinstance(error, Exception):
-        state = getattr(error, "sqlstate", None) or getattr(error, "pgcode", None)  # psycopg2's name
-        if isinstance(state, str):
-            return state, str(error)
-        error = error.__cause__
-    return "", ""

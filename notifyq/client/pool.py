@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import anyio
 import asyncpg
 
-from ..database import connection
+from ..database import connection, errors
 from ..errors import DatabaseError
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ class AppPool:
 
     @classmethod
     async def open(cls, url: str | None, timeout: float) -> AppPool:
-        """To be called inside of connection.explained: it connects once, to see what is there.
+        """To be called inside of translate_connect_errors: it connects once, to see what is there.
 
         timeout  seconds for each statement, and for each wait for a connection
         """
@@ -63,7 +63,7 @@ class AppPool:
 
     async def close(self) -> None:
         """Say goodbye to the server, if it answers; `terminate` is for the rest."""
-        with suppress(*connection.TRANSIENT):
+        with suppress(*errors.TRANSIENT):
             await self._pool.close()
 
     def terminate(self) -> None:
@@ -96,7 +96,7 @@ class AppPool:
             with anyio.CancelScope(shield=True):
                 try:
                     await self._pool.release(conn, timeout=FREE_SECONDS)
-                except (*connection.TRANSIENT, asyncpg.InterfaceError):
+                except (*errors.TRANSIENT, asyncpg.InterfaceError):
                     self._cut_idle()
 
     def _cut_idle(self) -> None:
@@ -123,7 +123,7 @@ class AppPool:
 
     async def _roll_back(self, conn: Pooled, transaction: Transaction) -> None:
         """If that takes too long, cut the connection, and the idle ones with it, as `acquire` does."""
-        with anyio.move_on_after(FREE_SECONDS, shield=True) as limit, suppress(*connection.TRANSIENT):
+        with anyio.move_on_after(FREE_SECONDS, shield=True) as limit, suppress(*errors.TRANSIENT):
             await transaction.rollback()
             return
         conn.terminate()

@@ -28,17 +28,9 @@ import msgspec
 
 from .. import log
 from ..codec import describe
-from ..database.connection import (
-    SQL,
-    TRANSIENT,
-    UNREADABLE,
-    WORKER_TIMEOUT_SECONDS,
-    Connection,
-    connect_worker,
-    is_pooled,
-    notified_id,
-)
-from ..errors import ConfigError, DatabaseError, NotifyqError, SchemaError, failure
+from ..database.connection import SQL, WORKER_TIMEOUT_SECONDS, Connection, connect_worker, is_pooled, notified_id
+from ..database.errors import RULES_TO_READ, TRANSIENT, UNREADABLE, translate
+from ..errors import ConfigError, DatabaseError, NotifyqError, failure
 from ..options import ENDED
 from ..signature import innermost
 from ..task import Progress
@@ -311,13 +303,9 @@ _NO_TASK = (
 
 
 def _hopeless(error: BaseException) -> tuple[type[NotifyqError], str] | None:
-    """What trying again won't cure, in words; None of what it may."""
-    if isinstance(error, asyncpg.InsufficientPrivilegeError):
-        return DatabaseError, f"this user may not await results: {error}; schema.sql ends with the GRANTs"
-    if isinstance(error, asyncpg.ReadOnlySQLTransactionError):
-        return DatabaseError, "this server is read-only (a standby?); await results on the primary"
-    if isinstance(error, asyncpg.UndefinedTableError | asyncpg.UndefinedColumnError | asyncpg.InvalidSchemaNameError):
-        return SchemaError, "this database has no schema notifyq, or an older one; run: notifyq migrate"
+    """The error and message for what another try won't cure; None for what it may."""
+    if (found := translate(error, "await results", rules=RULES_TO_READ)) is not None:
+        return type(found), str(found)
     if isinstance(error, NotifyqError) and not isinstance(error, DatabaseError):
         return type(error), str(error)
     if isinstance(error, TRANSIENT):

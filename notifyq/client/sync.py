@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any, Self, Unpack, overload
 from .. import forked
 from ..config import redact, resolve_dsn
 from ..database.dsn import conninfo
+from ..database.errors import translate_errors
 from ..errors import ConfigError, DatabaseError
 from ..task import Task
 from . import drivers
 from .bulk import Bulk, Statement, build_bulk_insert, check_one_statement
-from .enqueue import Explained, build_group_insert, build_insert, explained_many, read_group_ids, validated_task
+from .enqueue import build_group_insert, build_insert, name_of, read_group_ids, validated_task
 from .options import EnqueueOptions, Options
 from .ref import Ids, Ref, ref
 
@@ -108,7 +109,7 @@ class SyncClient:
         checked_options = Options.check(**options)
         type, payload = validated_task(self._registry, task)
         query, args = build_insert(type, payload, checked_options.for_task(task), checked_options.unique.for_task(task))
-        with Explained(type):
+        with translate_errors("enqueue", task=type):
             [row] = self._fetch(conn, query, args)
         return ref(self._app, *row)
 
@@ -143,7 +144,7 @@ class SyncClient:
         checked_options = Options.check(**options, has_follower=then is not None)
         if then is not None:
             query, args = build_group_insert(self._registry, tasks, then, checked_options)
-            with Explained("(one of a group)"):
+            with translate_errors("enqueue", task="(one of a group)"):
                 ids, last = read_group_ids(self._fetch(conn, query, args))
             return ids, ref(self._app, *last)
         bulk = Bulk(partial(validated_task, self._registry), checked_options)
@@ -155,7 +156,7 @@ class SyncClient:
                 check_one_statement(bulk.size)
         if not bulk.has_more():
             for query, args in bulk.statements(first, whole=True):
-                with explained_many(args[0]):
+                with translate_errors("enqueue", task=name_of(args[0])):
                     bulk.add_answer(self._fetch(conn, query, args))
             return bulk.ids()
         with self._opened().connection() as own, own.transaction():
@@ -169,7 +170,7 @@ class SyncClient:
 
     def _send(self, own: Bounded, bulk: Bulk, statement: Statement) -> None:
         query, args = statement
-        with explained_many(args[0]):
+        with translate_errors("enqueue", task=name_of(args[0])):
             bulk.add_answer(own.run(query, args))
 
     def _fetch(self, conn: drivers.SyncConnection | None, query: str, args: Sequence[Any]) -> Sequence[Any]:

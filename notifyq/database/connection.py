@@ -7,18 +7,17 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import Generator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Final, TypeAlias, cast
 
 import asyncpg
 import asyncpg.exceptions
 
 from .. import forked
-from ..config import redact, resolve_dsn
-from ..errors import ConfigError, DatabaseError
-from .dsn import Attempt, attempts, where_of
+from ..config import resolve_dsn
+from .dsn import Attempt, attempts
+from .errors import translate_connect_errors
 
 if TYPE_CHECKING:
     from asyncpg.pool import PoolConnectionProxy
@@ -27,34 +26,9 @@ if TYPE_CHECKING:
 else:
     Connection = Any
 
-_Error = TypeVar("_Error", bound=BaseException)
-
 SQL: Final[Mapping[str, str]] = {
     path.stem: path.read_text(encoding="utf-8") for path in (Path(__file__).parent / "sql").glob("*/*.sql")
 }
-
-# What a hiccup of the database, or of the way to it, looks like: the write is tried again, nothing else is.
-# InterfaceError is what asyncpg raises on a connection that is gone, DatabaseError what `connect` makes of it all.
-TRANSIENT: Final = (
-    asyncpg.PostgresError,
-    asyncpg.InterfaceError,
-    OSError,
-    TimeoutError,
-    asyncpg.InternalClientError,
-    DatabaseError,
-)
-
-# SQLSTATE classes of errors that tell nothing about the rows of a statement: connection, authorisation, read-only
-# server, deadlock, resources, locks, shutdown, system, and plans and statements that a session has lost.
-PASSING: Final = frozenset({"08", "0A", "25", "26", "28", "34", "40", "53", "55", "57", "58", "F0"})
-
-# What one odd row can make of a claim, however often it is tried again.
-UNREADABLE: Final = (
-    asyncpg.ProgramLimitExceededError,
-    asyncpg.OutOfMemoryError,
-    asyncpg.InternalServerError,
-    asyncpg.DataError,
-)
 
 # A statement that carries large values carries this many bytes of them, or one value if that is larger.
 STATEMENT_BYTES = 4 * 1024 * 1024
@@ -93,22 +67,6 @@ WORKER_SETTINGS: Final[Mapping[str, str]] = {
 }
 
 
-def is_refusal(error: BaseException) -> bool:
-    """Whether PostgreSQL may have refused a statement for what is in its rows: a value that it can't store, a
-    constraint, a trigger that somebody added. Then trying again won't help, and writing the other rows will."""
-    return (
-        isinstance(error, asyncpg.PostgresError)
-        and isinstance(error.sqlstate, str)
-        and (error.sqlstate[:2] not in PASSING or isinstance(error, asyncpg.OutOfMemoryError))
-        and not isinstance(error, asyncpg.PostgresConnectionError)
-    )
-
-
-def is_answer(error: BaseException) -> bool:
-    """Whether the database is there, and refuses: for a row, or for what has been made of a whole table."""
-    return is_refusal(error) or type(error) is asyncpg.ObjectNotInPrerequisiteStateError
-
-
 def seconds_for(size: int) -> float:
     """The timeout of a worker's statement that carries `size` bytes, one way or the other."""
     return WORKER_TIMEOUT_SECONDS + size / SLOWEST
@@ -127,7 +85,7 @@ async def connect(
     Raises ConfigError for a DSN that can't be one, DatabaseError for a server that can't be reached or refuses.
     """
     url, source = resolve_dsn(dsn)
-    with explained(url, source):
+    with translate_connect_errors(url, source):
         conn = await open(url, role, settings or {}, timeout=timeout, command_timeout=command_timeout)
     try:
         keep_alive(conn)
@@ -210,27 +168,6 @@ async def open(
         server_settings=name,
         connection_class=Pooled,
     )
-
-
-@contextmanager
-def explained(url: str | None, source: str) -> Generator[None, None, None]:
-    """What goes wrong while connecting, as ConfigError or DatabaseError, with the cure and without the password."""
-    try:
-        yield
-    except asyncpg.exceptions.TargetServerAttributeNotMatched as error:
-        raise DatabaseError(f"no server of {source} will do: {redact(str(error))}") from None
-    except (asyncpg.PostgresError, OSError, TimeoutError) as error:
-        raise DatabaseError(_unreachable(url, source, error)) from bare(error)
-    except (asyncpg.ClientConfigurationError, asyncpg.UnsupportedClientFeatureError, ValueError) as error:
-        raise ConfigError(f"{source} can't be used: {redact(str(error))}") from None
-    except (asyncpg.InternalClientError, asyncpg.InterfaceError) as error:
-        raise DatabaseError(_unreachable(url, source, error)) from bare(error)
-
-
-def bare(error: _Error) -> _Error:
-    """Without its traceback and what came before: seventy lines of a driver's, under which nobody finds the message."""
-    error.__cause__ = error.__context__ = None
-    return error.with_traceback(None)
 
 
 async def connect_worker(
@@ -332,31 +269,6 @@ def keep_alive(conn: asyncpg.Connection[asyncpg.Record]) -> None:
     ):
         if hasattr(socket, name):
             sock.setsockopt(level, getattr(socket, name), value)
-
-
-def _unreachable(url: str | None, source: str, error: BaseException) -> str:
-    what = redact(str(error)) or type(error).__name__
-    where = f"{source}: {redact(url)}" if url else f"nothing names one; {source} and libpq's defaults: {where_of(url)}"
-    if isinstance(error, asyncpg.InvalidCatalogNameError):
-        cure = "create it with createdb, or name another"
-    elif isinstance(error, asyncpg.InvalidAuthorizationSpecificationError):
-        cure = "check the user and the password"
-    elif isinstance(error, asyncpg.TooManyConnectionsError):
-        cure = "the server is there, and its connections are used up; close some, or raise the limit that it names"
-    elif isinstance(error, asyncpg.CannotConnectNowError):
-        cure = "the server is there, and takes no connections now; try again soon"
-    elif isinstance(error, asyncpg.PostgresError):
-        cure = "the server is there, and refuses this connection"
-    elif url is None:
-        cure = "name a server with --dsn, NOTIFYQ_DSN or DATABASE_URL (to try one: notifyq dev)"
-    elif "SSL" in what or (isinstance(error, FileNotFoundError) and "sslrootcert" in where):
-        # ssl.SSLError, or asyncpg's ConnectionError where the server has none.
-        cure = "check sslmode and sslrootcert"
-    elif isinstance(error, TimeoutError):
-        what, cure = "no answer", "check the address, and what lies between"
-    else:
-        cure = "is the server running there?"
-    return f"can't connect to the database ({where}): {what}; {cure}"
 
 
 def notified_id(payload: object) -> int | None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
-from .connection import TRANSIENT, Connection
+from .connection import Connection
+from .errors import TRANSIENT
 
 T = TypeVar("T")
 

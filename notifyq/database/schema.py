@@ -16,7 +16,8 @@ import asyncpg
 
 from ..errors import DatabaseError, SchemaError
 from . import upgrade
-from .connection import is_pooled, is_refusal
+from .connection import is_pooled
+from .errors import ACCESS, translate_errors
 
 if TYPE_CHECKING:
     from .connection import Connection
@@ -96,19 +97,14 @@ async def migrate(conn: Connection, say: Callable[[str], None] = lambda line: No
 
     Raises SchemaError for a schema that is too new, DatabaseError where this user may not create one.
     """
-    try:
+    cure = "run it as the database's owner"
+    with translate_errors("create the schema, or change it", cure=cure, rules=ACCESS):
         before = await _install(conn)
         if before is not None and before < SCHEMA_VERSION:
             async with _turn(conn, say):
                 before = await installed_version(conn) or before  # another upgrade may have ended meanwhile
                 if before < SCHEMA_VERSION:
                     await upgrade.run(conn, before, schema_sql(), say)
-    except asyncpg.InsufficientPrivilegeError as error:
-        raise DatabaseError(
-            f"this user may not create the schema, or change it ({error}); run it as the database's owner"
-        ) from error
-    except asyncpg.ReadOnlySQLTransactionError as error:
-        raise DatabaseError("this server is read-only (a standby?); migrate the primary") from error
     return before, max(before or 0, SCHEMA_VERSION)
 
 
@@ -151,19 +147,6 @@ async def _turn(conn: Connection, say: Callable[[str], None]) -> AsyncGenerator[
     finally:
         if not conn.is_closed():
             await conn.execute("SELECT pg_catalog.pg_advisory_unlock(1852990817, 1)")
-
-
-def gone(error: BaseException) -> SchemaError | None:
-    """The error to raise if `error`, of a worker's statement, means that the schema was dropped; else None."""
-    # A trigger that a user added may miss a table of its own: the message then has another name in it.
-    if isinstance(error, asyncpg.UndefinedTableError | asyncpg.InvalidSchemaNameError) and "notifyq" in str(error):
-        return SchemaError("the schema notifyq has gone from under this worker; run: notifyq migrate")
-    return None
-
-
-def refuses(error: BaseException) -> bool:
-    """Whether PostgreSQL may have refused rows of a worker's statement, and may take others: the schema is there."""
-    return is_refusal(error) and gone(error) is None
 
 
 async def _refuse_newer(conn: Connection, version: int) -> None:

@@ -26,7 +26,8 @@ import asyncpg
 
 from .. import log
 from ..config import WorkerConfig
-from ..database.connection import PROOF_SECONDS, SQL, Connection, connect_worker, is_pooled, is_refusal
+from ..database.connection import PROOF_SECONDS, SQL, Connection, connect_worker, is_pooled
+from ..database.errors import is_refusal
 from .admission import Admission
 from .capacity import Room
 from .cursors import OWED_TIMES, SLOW_SECONDS, Marks, Usual

@@ -30,15 +30,12 @@ import threading
 import time
 from concurrent.futures import Future
 
-import asyncpg
-
 from .. import log
 from ..codec import first_line
 from ..config import WorkerConfig
-from ..database import schema
-from ..database.connection import SQL, Connection, connect_worker, is_answer, is_pooled, notified_id, prove_alive
+from ..database.connection import SQL, Connection, connect_worker, is_pooled, notified_id, prove_alive
+from ..database.errors import RULES_FOR_ALL, is_answer, schema_gone, translate
 from ..database.reconnect import reconnecting
-from ..errors import DatabaseError
 from ..pause import Pause
 from ..registry import Registry
 from .claim import Claimer
@@ -171,8 +168,10 @@ class Heartbeat:
         self._is_locked = False
         self._sent_at = -math.inf
         if not self._registered.done():
-            raise _explained(error) from error
-        if gone := schema.gone(error):
+            if (found := translate(error, "run a worker", rules=RULES_FOR_ALL)) is not None:
+                raise found from error
+            raise error
+        if gone := schema_gone(error):
             raise gone from error
         if self._stop.is_set():
             if not self._is_last_try:
@@ -347,13 +346,3 @@ class Heartbeat:
         if tasks := await LeftOut().take_back(conn, id, hand_back, NOT_HANDED_BACK):
             logger.info("handed back tasks", extra={"fields": {"tasks": tasks}})
         await conn.execute(SQL["unregister_worker"], id)
-
-
-def _explained(error: BaseException) -> BaseException:
-    if isinstance(error, asyncpg.InsufficientPrivilegeError):
-        return DatabaseError(f"this user may not work here: {error}; schema.sql ends with the GRANTs a worker needs")
-    if isinstance(error, asyncpg.ReadOnlySQLTransactionError):
-        return DatabaseError("this server is read-only (a standby?); a worker needs the primary")
-    if isinstance(error, asyncpg.PostgresError):
-        return DatabaseError(f"the database refused: {error}")
-    return error

@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 import asyncpg
 
-from ..database.connection import SQL, UNREADABLE, Connection
+from ..database.connection import SQL, Connection
+from ..database.errors import UNREADABLE
 
 # The answer to a claim has about CLAIM_BYTES of payloads. A payload that is larger than INLINE_MOST bytes is fetched
 # later by its runner; of a claim of thousands of tasks, one that is larger than INLINE_LEAST is, too.

@@ -19,7 +19,8 @@ from itertools import islice
 from typing import TypeAlias
 
 from ..codec import PAYLOAD_LIMIT
-from ..database.connection import SQL, STATEMENT_BYTES, TRANSIENT, UNREADABLE, Connection, connect_worker, seconds_for
+from ..database.connection import SQL, STATEMENT_BYTES, Connection, connect_worker, seconds_for
+from ..database.errors import TRANSIENT, UNREADABLE
 from .job import Job
 from .pipe import Recovery
 

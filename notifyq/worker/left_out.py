@@ -26,8 +26,8 @@ import asyncpg
 
 from .. import log
 from ..codec import first_line
-from ..database import schema
 from ..database.connection import SQL, Connection
+from ..database.errors import is_refusal
 from ..pause import Pause
 from .job import Job, claim_these, put_in_order
 
@@ -188,7 +188,7 @@ class LeftOut:
             try:
                 ready += await conn.fetchval(SQL["release_waiters"], 1)
             except asyncpg.PostgresError as error:
-                if not schema.refuses(error):
+                if not is_refusal(error):
                     raise
                 later = await conn.fetch(SQL["postpone_release"])
                 if len(later) > 1:
@@ -295,7 +295,7 @@ async def unless_refused(statement: Awaitable[_Item]) -> _Item | None:
     try:
         return await statement
     except asyncpg.PostgresError as error:
-        if not schema.refuses(error):
+        if not is_refusal(error):
             raise
         return None
 
@@ -314,7 +314,7 @@ async def _in_halves(
         try:
             await take(part)
         except asyncpg.PostgresError as error:
-            if not schema.refuses(error):
+            if not is_refusal(error):
                 raise
             if len(part) > 1:
                 half = len(part) // 2

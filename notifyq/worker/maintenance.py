@@ -20,8 +20,8 @@ import asyncpg
 
 from .. import log
 from ..codec import NOTE_LENGTH, first_line, storable
-from ..database import schema
 from ..database.connection import SQL
+from ..database.errors import schema_gone
 from .crons import Schedule
 from .left_out import NOT_TAKEN_BACK, LeftOut
 from .server_clock import ServerClock
@@ -69,7 +69,7 @@ class Upkeep:
         try:
             more = bool(await work)
         except asyncpg.PostgresError as error:
-            if isinstance(error, ENDED) or conn.is_closed() or schema.gone(error):
+            if isinstance(error, ENDED) or conn.is_closed() or schema_gone(error):
                 raise
             if what not in self._refused:
                 self._refused[what] = first_line(error)

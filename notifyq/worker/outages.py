@@ -14,8 +14,7 @@ import anyio
 
 from .. import log
 from ..codec import describe, first_line
-from ..database import schema
-from ..database.connection import is_answer
+from ..database.errors import is_answer, schema_gone
 from ..errors import first_error
 from .pipe import Host
 
@@ -45,7 +44,7 @@ class Outages:
 
     async def back_off(self, stage: str, error: BaseException) -> None:
         error = first_error(error)
-        if gone := schema.gone(error):
+        if gone := schema_gone(error):
             self._host.on_failure(gone)
             return
         if self._host.loop_was_blocked:

@@ -13,7 +13,8 @@ import asyncpg
 import msgspec
 
 from .. import loops
-from ..database.connection import SQL, STATEMENT_BYTES, TRANSIENT, connect_worker, seconds_for
+from ..database.connection import SQL, STATEMENT_BYTES, connect_worker, seconds_for
+from ..database.errors import TRANSIENT
 from ..errors import failure
 
 

@@ -26,16 +26,8 @@ import asyncio
 import asyncpg
 
 from ..codec import first_line
-from ..database import schema
-from ..database.connection import (
-    SQL,
-    TRANSIENT,
-    Connection,
-    connect_worker,
-    is_pooled,
-    prove_alive,
-    seconds_for,
-)
+from ..database.connection import SQL, Connection, connect_worker, is_pooled, prove_alive, seconds_for
+from ..database.errors import TRANSIENT, is_refusal
 from .job import Job
 from .outcome import Finished, Outcome
 from .outcome_writer import KEPT, OutcomeWriter
@@ -191,7 +183,7 @@ class Settler:
                 await self._wait_for_locks(conn, patient=True)
             self._held_up = True
         except TRANSIENT as error:
-            if not schema.refuses(error):
+            if not is_refusal(error):
                 self._disconnect()
                 await self._recovery.back_off("settle", error)
             elif len(batch) > 1:

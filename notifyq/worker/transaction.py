@@ -24,16 +24,8 @@ import asyncpg
 
 from .. import loops
 from ..config import resolve_dsn
-from ..database.connection import (
-    COMMAND_TIMEOUT_SECONDS,
-    GONE_SETTINGS,
-    SQL,
-    TRANSIENT,
-    connect,
-    dial_for_pool,
-    explained,
-    keep_alive,
-)
+from ..database.connection import COMMAND_TIMEOUT_SECONDS, GONE_SETTINGS, SQL, connect, dial_for_pool, keep_alive
+from ..database.errors import TRANSIENT, translate_connect_errors
 from ..errors import ConfigError, DatabaseError, LeaseLost
 from ..task import Isolation
 from .outcome_writer import KEPT
@@ -116,7 +108,7 @@ class Transactions:
                 url, source = resolve_dsn(self._dsn)
                 # A type that asyncpg's pool has, and its stubs don't.
                 options: dict[str, Any] = {"connect": dial_for_pool}
-                with explained(url, source):
+                with translate_connect_errors(url, source):
                     self._pool = await asyncpg.create_pool(
                         url,
                         min_size=0,

@@ -23,7 +23,8 @@ from anyio.abc import TaskStatus
 from .. import forked, log
 from ..config import WorkerConfig
 from ..database import schema
-from ..database.connection import SQL, TRANSIENT, connect, connect_worker, server_version
+from ..database.connection import SQL, connect, connect_worker, server_version
+from ..database.errors import TRANSIENT
 from ..errors import first_error
 from ..lifespan import within
 from ..registry import Registry

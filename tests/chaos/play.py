@@ -12,7 +12,7 @@ from pathlib import Path
 
 import asyncpg
 
-from notifyq.database import connection
+from notifyq.database import errors
 from notifyq.embedded import Server
 
 from ..helpers.machine import limit
@@ -118,7 +118,7 @@ async def _inject(stage: Stage, number: int, fault: Fault, delay: float) -> None
         return
     except asyncpg.SyntaxOrAccessError:
         raise  # a mistake of ours
-    except connection.TRANSIENT as error:
+    except errors.TRANSIENT as error:
         # The other fault of a pair got in its way; it has begun, so it counts as one.
         stage.say(f"  {fault.name}: cut short, {type(error).__name__}")
     who = None if fault.everybody else hit.who

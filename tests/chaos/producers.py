@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import notifyq
-from notifyq.database import connection
+from notifyq.database import connection, errors
 
 from . import app as tempers
 from .history import Batch
@@ -22,7 +22,7 @@ from .history import Batch
 TIDE_SECONDS = 5.0
 KEYS = 4
 RATE = "20/2s"
-LOST = (*connection.TRANSIENT, notifyq.NotifyqError, OSError)
+LOST = (*errors.TRANSIENT, notifyq.NotifyqError, OSError)
 
 
 class Producer:

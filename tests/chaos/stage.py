@@ -14,7 +14,7 @@ from typing import Any
 
 import asyncpg
 
-from notifyq.database import connection
+from notifyq.database import errors
 from notifyq.demo.traffic import find_psql
 from notifyq.embedded import Server
 
@@ -64,7 +64,7 @@ class Stage:
             try:
                 if (await self.sql(query))[0][0]:
                     return True
-            except connection.TRANSIENT:
+            except errors.TRANSIENT:
                 pass  # it is away
             await asyncio.sleep(0.1)
         return False
@@ -111,5 +111,5 @@ class Stage:
                 if not await self.sql("SELECT FROM pg_roles WHERE rolname = $1", who):
                     await self.sql(f"CREATE ROLE {who} LOGIN IN ROLE chaos_worker")
                 return
-            except connection.TRANSIENT:
+            except errors.TRANSIENT:
                 await asyncio.sleep(0.2)

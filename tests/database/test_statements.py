@@ -16,7 +16,7 @@ import asyncpg
 import pytest
 
 from notifyq.client.options import Options
-from notifyq.database import connection, schema
+from notifyq.database import connection, errors, schema
 from notifyq.database.connection import SQL
 from notifyq.embedded import Server
 from notifyq.worker import job as claims
@@ -1183,7 +1183,7 @@ async def test_a_rescuer_ends_the_door_of_that_worker_and_no_other(worker: Any, 
     doors = [await connection.connect_worker(dsn, role) for role in ("door 7", "door 77", "claims 7")]
     assert await worker.fetchrow(SQL["end_backends"], 7, ["door"], 0) == (1, 0)
     assert await worker.fetchrow(SQL["end_backends"], 8, ["door"], 0) == (0, 0)
-    with pytest.raises(connection.TRANSIENT):
+    with pytest.raises(errors.TRANSIENT):
         await doors[0].fetchval("SELECT 1")
     assert [await door.fetchval("SELECT 1") for door in doors[1:]] == [1, 1]
     for door in doors:

@@ -23,7 +23,7 @@ from asyncpg.transaction import Transaction
 
 import notifyq
 from notifyq.client import sync_pool
-from notifyq.database import connection, schema
+from notifyq.database import connection, errors, schema
 from notifyq.embedded import Server
 from notifyq.errors import DatabaseError
 
@@ -36,7 +36,7 @@ from ..helpers.waiting import Seen, eventually
 pytestmark = pytest.mark.slow
 
 ROLES = ("claims *", "door *", "settle", "heartbeat*", "app")
-LOST = connection.TRANSIENT
+LOST = errors.TRANSIENT
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ import asyncpg
 import pytest
 
 import notifyq
-from notifyq.database import connection, schema
+from notifyq.database import connection, errors, schema
 from notifyq.embedded import Binaries, Server
 from notifyq.embedded.account import find_account
 
@@ -35,7 +35,7 @@ from ..helpers.waiting import Seen, eventually
 pytestmark = pytest.mark.servers
 
 DEBIAN = Path("/usr/lib/postgresql/15/bin")
-LOST = connection.TRANSIENT
+LOST = errors.TRANSIENT
 
 
 def debian(data_dir: Path | None = None, **settings: str) -> Server:

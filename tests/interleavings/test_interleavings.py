@@ -15,7 +15,7 @@ import asyncpg
 import pytest
 
 import notifyq
-from notifyq.database import connection
+from notifyq.database import errors
 from notifyq.worker import job as claims
 
 from ..helpers.machine import limit
@@ -137,7 +137,7 @@ async def test_a_claim_that_is_ended_half_way(s: Steps, w: Session, p: Session, 
         waiting = await w.blocked_by(p, take, me, 3)
         assert await other(take, me, 3) == [], "its rows are locked"
         await s.db.fetch(f"SELECT {end}($1)", w.pid)
-        with pytest.raises((asyncpg.QueryCanceledError, *connection.TRANSIENT)):
+        with pytest.raises((asyncpg.QueryCanceledError, *errors.TRANSIENT)):
             await waiting
     assert [job.attempt for job in await other(take, me, 3)] == [1, 1, 1]
 
