@@ -188,6 +188,38 @@ CREATE FUNCTION notifyq.readable_time(moment timestamptz) RETURNS timestamptz IM
     SELECT greatest(least(moment, '9999-12-30Z'), '0001-01-03Z');
 END;
 
+-- Of claimable tasks, in their order, those that fit into the free threads of a worker. PL/pgSQL keeps the plan.
+--
+--     ids, types        the tasks
+--     plain             types that have plain handlers: a task of another type needs no thread
+--     shares, held      how many tasks of each of these share a thread, and how many the worker holds
+--     spare             how many threads are free
+--
+-- seat is the task's place in the threads of its type, from 0 on; NULL: it needs no thread. begun: held tasks have left
+-- places in the first of them. opened: how many threads the tasks up to this one take. A task fits if it has a place in
+-- that first thread, or if the task that opens its thread is among the first spare ones.
+CREATE FUNCTION notifyq.choose_fitting(
+    ids bigint[], types text[], plain text[], shares integer[], held integer[], spare integer
+) RETURNS bigint[] STABLE LANGUAGE plpgsql SET search_path = pg_catalog AS $$
+BEGIN
+    RETURN ARRAY(
+        SELECT f.id
+        FROM (
+            SELECT o.id, o.seat IS NULL OR o.begun AND o.seat < o.share
+                         OR min(o.opened) OVER (PARTITION BY o.type, o.seat / o.share) <= spare AS fits
+            FROM (
+                SELECT s.*, sum((s.seat % s.share = 0)::integer) OVER (ORDER BY s.place) AS opened
+                FROM (
+                    SELECT p.id, p.type, p.place, k.share, k.held % k.share > 0 AS begun,
+                           k.held % k.share + row_number() OVER (PARTITION BY p.type ORDER BY p.place) - 1 AS seat
+                    FROM unnest(ids, types) WITH ORDINALITY AS p (id, type, place)
+                    LEFT JOIN unnest(plain, shares, choose_fitting.held) AS k (type, share, held) ON k.type = p.type
+                ) AS s
+            ) AS o
+        ) AS f
+        WHERE f.fits);
+END $$;
+
 -- The claim's index: its order is the claim's ORDER BY, its predicate the claim's WHERE, word for word. id + 0, since
 -- no planner may take task_pkey for "from this id on, in the order of ids" and read all that isn't ready on the way.
 CREATE INDEX task_ready ON notifyq.task (queue, priority DESC, (id + 0))
@@ -1561,6 +1593,8 @@ COMMENT ON FUNCTION notifyq.take_turn(integer, integer) IS 'Internal: waits for 
 COMMENT ON FUNCTION notifyq.fall_asleep(integer) IS 'Internal: waits for SHARE on notifyq.bell.';
 COMMENT ON FUNCTION notifyq.bell_wanted() IS 'Internal: whether a statement waits for a lock on notifyq.bell.';
 COMMENT ON FUNCTION notifyq.lock_keys(text[]) IS 'Internal: locks the rows of notifyq.key_lock for keys.';
+COMMENT ON FUNCTION notifyq.choose_fitting(bigint[], text[], text[], integer[], integer[], integer) IS
+    'Internal: which claimable tasks fit into the free threads of a worker.';
 COMMENT ON FUNCTION notifyq.inline_payload(jsonb, integer) IS 'Internal: a payload that is short enough for a claim.';
 COMMENT ON FUNCTION notifyq.decompress_payload(jsonb, integer) IS 'Internal: a compressed payload, if it is short enough.';
 COMMENT ON FUNCTION notifyq.needs_admission(text, text, bigint[]) IS 'Internal: whether a task has a key or predecessors.';

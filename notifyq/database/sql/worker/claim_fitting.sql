@@ -1,44 +1,29 @@
--- As claim.sql, for a worker whose free threads may be fewer than the tasks that it asks for (room.py). The types $6 have
--- plain handlers: $7 tasks of a type share a thread, and $8 are held already. At most $9 more threads are taken. A task
--- that doesn't fit into them is locked until this statement ends, and stays.
+-- As claim.sql, for a worker whose free threads may be fewer than the tasks that it asks for (capacity.py): it takes only
+-- tasks that fit into its threads. A task that doesn't fit is locked until this statement ends, and stays ready.
 --
--- * seat     the task's place in its type's threads, from 0 on; NULL: it needs no thread
--- * begun    whether held tasks have left places in the type's first thread
--- * opened   how many threads the tasks up to this one take
---
--- A task fits if it has a place in that first thread, or if the task that opens its thread is within $9.
+--     $6   types that have plain handlers
+--     $7   how many tasks of each of these types share a thread
+--     $8   how many tasks of each of these types the worker holds
+--     $9   how many threads are free
 UPDATE notifyq.task t
 SET worker = $1, attempts = least(t.attempts, 32766) + 1, processing_at = clock_timestamp()
-WHERE t.id = ANY (ARRAY(
-    SELECT f.id
+WHERE t.id = ANY ((
+    SELECT notifyq.choose_fitting(array_agg(found.id), array_agg(found.type), $6::text[], $7::integer[], $8::integer[],
+                                  $9::integer)
     FROM (
-        SELECT o.id, o.seat IS NULL OR o.begun AND o.seat < o.share
-                     OR min(o.opened) OVER (PARTITION BY o.type, o.seat / o.share) <= $9::integer AS fits
-        FROM (
-            SELECT s.*, sum((s.seat % s.share = 0)::integer) OVER (ORDER BY s.place) AS opened
-            FROM (
-                SELECT p.id, p.type, p.place, k.share, k.held % k.share > 0 AS begun,
-                       k.held % k.share + row_number() OVER (PARTITION BY p.type ORDER BY p.place) - 1 AS seat
-                FROM (
-                    SELECT ready.id, ready.type, row_number() OVER () AS place
-                    FROM unnest($2::text[], $3::integer[]) AS q (queue, room)
-                    CROSS JOIN LATERAL (
-                        SELECT r.id, r.type
-                        FROM notifyq.task r
-                        WHERE r.queue = q.queue AND r.worker IS NULL AND NOT r.withheld
-                          AND (r.run_at <= r.created_at OR r.promoted)
-                        ORDER BY r.priority DESC, r.id + 0
-                        LIMIT q.room
-                        FOR UPDATE SKIP LOCKED
-                    ) AS ready
-                    LIMIT $4::integer
-                ) AS p
-                LEFT JOIN unnest($6::text[], $7::integer[], $8::integer[]) AS k (type, share, held) ON k.type = p.type
-            ) AS s
-        ) AS o
-    ) AS f
-    WHERE f.fits
-))
+        SELECT ready.id, ready.type
+        FROM unnest($2::text[], $3::integer[]) AS q (queue, room)
+        CROSS JOIN LATERAL (
+            SELECT r.id, r.type
+            FROM notifyq.task r
+            WHERE r.queue = q.queue AND r.worker IS NULL AND NOT r.withheld AND (r.run_at <= r.created_at OR r.promoted)
+            ORDER BY r.priority DESC, r.id + 0
+            LIMIT q.room
+            FOR UPDATE SKIP LOCKED
+        ) AS ready
+        LIMIT $4::integer
+    ) AS found
+)::bigint[])
 AND EXISTS (SELECT FROM notifyq.worker w WHERE w.id = $1)
 RETURNING t.id, t.attempts, left(t.type, 201) AS type, t.queue, t.priority, t.max_attempts,
           notifyq.readable_time(t.created_at) AS created_at,

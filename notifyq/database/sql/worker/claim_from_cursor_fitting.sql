@@ -1,42 +1,31 @@
--- As claim_from_cursor.sql, with the threads that claim_fitting.sql tells of in $9 to $12.
+-- As claim_from_cursor.sql, for a worker whose free threads may be fewer than the tasks that it asks for: $9 to $12 are
+-- $6 to $9 of claim_fitting.sql.
 UPDATE notifyq.task t
 SET worker = $1, attempts = least(t.attempts, 32766) + 1, processing_at = clock_timestamp()
-WHERE t.id = ANY (ARRAY(
-    SELECT f.id
+WHERE t.id = ANY ((
+    SELECT notifyq.choose_fitting(array_agg(found.id), array_agg(found.type), $9::text[], $10::integer[],
+                                  $11::integer[], $12::integer)
     FROM (
-        SELECT o.id, o.seat IS NULL OR o.begun AND o.seat < o.share
-                     OR min(o.opened) OVER (PARTITION BY o.type, o.seat / o.share) <= $12::integer AS fits
-        FROM (
-            SELECT s.*, sum((s.seat % s.share = 0)::integer) OVER (ORDER BY s.place) AS opened
-            FROM (
-                SELECT p.id, p.type, p.place, k.share, k.held % k.share > 0 AS begun,
-                       k.held % k.share + row_number() OVER (PARTITION BY p.type ORDER BY p.place) - 1 AS seat
-                FROM (
-                    SELECT ready.id, ready.type, row_number() OVER () AS place
-                    FROM unnest($2::text[], $3::integer[]) AS q (queue, room)
-                    CROSS JOIN LATERAL (
-                        SELECT level.id, level.type
-                        FROM unnest($5::text[], $6::smallint[], $7::bigint[]) AS m (queue, priority, mark)
-                        CROSS JOIN LATERAL (
-                            SELECT r.id, r.type
-                            FROM notifyq.task r
-                            WHERE r.queue = m.queue AND r.priority = m.priority AND r.id + 0 >= m.mark
-                              AND r.worker IS NULL AND NOT r.withheld AND (r.run_at <= r.created_at OR r.promoted)
-                            ORDER BY r.id + 0
-                            LIMIT q.room
-                            FOR UPDATE SKIP LOCKED
-                        ) AS level
-                        WHERE m.queue = q.queue
-                        LIMIT q.room
-                    ) AS ready
-                    LIMIT $4::integer
-                ) AS p
-                LEFT JOIN unnest($9::text[], $10::integer[], $11::integer[]) AS k (type, share, held) ON k.type = p.type
-            ) AS s
-        ) AS o
-    ) AS f
-    WHERE f.fits
-))
+        SELECT ready.id, ready.type
+        FROM unnest($2::text[], $3::integer[]) AS q (queue, room)
+        CROSS JOIN LATERAL (
+            SELECT level.id, level.type
+            FROM unnest($5::text[], $6::smallint[], $7::bigint[]) AS m (queue, priority, mark)
+            CROSS JOIN LATERAL (
+                SELECT r.id, r.type
+                FROM notifyq.task r
+                WHERE r.queue = m.queue AND r.priority = m.priority AND r.id + 0 >= m.mark
+                  AND r.worker IS NULL AND NOT r.withheld AND (r.run_at <= r.created_at OR r.promoted)
+                ORDER BY r.id + 0
+                LIMIT q.room
+                FOR UPDATE SKIP LOCKED
+            ) AS level
+            WHERE m.queue = q.queue
+            LIMIT q.room
+        ) AS ready
+        LIMIT $4::integer
+    ) AS found
+)::bigint[])
 AND EXISTS (SELECT FROM notifyq.worker w WHERE w.id = $1)
 RETURNING t.id, t.attempts, left(t.type, 201) AS type, t.queue, t.priority, t.max_attempts,
           notifyq.readable_time(t.created_at) AS created_at,
