@@ -8,7 +8,7 @@ import random
 import re
 from collections import Counter
 from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from typing import Self
 
 from aiosmtpd.smtp import SMTP, Envelope, Session
@@ -45,5 +45,5 @@ class MailServer:
         # With a hostname given, aiosmtpd doesn't ask the DNS for one.
         listener = await loop.create_server(lambda: SMTP(self, hostname="localhost"), "127.0.0.1", 0)
         self.port = listener.sockets[0].getsockname()[1]
-        async with listener:
+        with closing(listener):  # it waits for no connection that a killed worker has left
             yield self
