@@ -2,7 +2,9 @@
 
 worker.py is the pipe; it starts and stops the others, in order:
 
-    claim, doorbell, cursors, capacity, admission, left_out    what to take, and when
+    claim, decide, state, moderation, doorbell, listen         when to claim: the loop, its table, the bell
+    intake, capacity, cursors, admission, due, isolate,
+    left_out, waiting                                          what to claim, and what else the loop does
     runners, batch, large_payloads, transaction, predecessors  one task, or many, while it runs
     outcome, backoff                                           how a task ended: decided
     settle, unwritten, outcome_writer                          and written down

@@ -1,102 +1,121 @@
-"""Marks: where a claim may begin to read, so that it doesn't step over the dead. Pure: told times, keeps none.
+"""Cursors: where a claim begins to read, so that it steps over no dead index entries. Pure: given times, keeps none.
 
-While anybody holds an old snapshot (a backup, an analytics query) vacuum can't remove the index entries of tasks that
-are gone, and a claim that begins at the front of its index steps over all of them, 60 ns each: after 300,000 tasks
-18 ms, five times what the claim itself takes. So a worker remembers, by queue and priority, the highest id it has
+While a session holds an old snapshot (a backup, an analytics query), vacuum can't remove the index entries of tasks
+that are gone. A claim that begins at the head of its index steps over all of them, at 60 ns each: after 300,000 tasks
+18 ms, five times what the claim itself takes. So a worker remembers, by queue and priority, the highest id that it has
 claimed a moment ago, and begins there.
 
-What lies before a mark isn't seen: tasks whose transactions stayed open for long, that are ready again, or of a
-priority that wasn't there before. That is for claims from the front, which look at everything:
+A claim doesn't see the tasks before a cursor: those whose transactions stayed open for long, those that are ready
+again, and those of a priority that wasn't there before. Claims from the head, which see all tasks, find them:
 
-    * under a backlog one every 0.1 s, or so rarely that they take 3 % of the time: no slot waits for what they find;
-    * without a backlog every claim is one, unless the last was slow and a mark helps. Then the marks answer first, and
-      a claim from the front is owed, after 8 times as long as the last one took.
+    * Under a backlog, one claim in 0.1 s is from the head, or one so rarely that they take 3 % of the time. No slot
+      waits for what they find.
+    * Without a backlog, every claim is from the head, unless the last one was slow and a cursor helps. Then a claim
+      from the cursors answers first. One from the head follows, after 8 times as long as the last one took.
 
-So a mark is a hint: it decides what is found first, and nothing is found by marks alone.
+So a cursor is a hint: it decides what is found first, and no task is found by cursors alone.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple, Protocol
 
-from .job import Job, Onward
-
-LAG_SECONDS = 0.025  # a mark is from 1 to 2 of these old: ids become visible in about their order, not quite
-BUSY_SECONDS, BUSY_TIMES = 0.1, 32  # from one claim from the front to the next, under a backlog: so long, and so many
-OWED_TIMES = 8  # times as long as it took; and this many when there is none
-SLOW_SECONDS, SLOW_EACH = 0.003, 0.000_02  # a claim that takes longer, and as much for each task, is slow
-PATIENCE_SECONDS = 5.0  # until marks that didn't help may be tried again
-LEVELS = 100  # more priorities and queues than that aren't kept apart: claims are from the front
+LAG_SECONDS = 0.025  # a cursor is 1 to 2 of these old: ids become visible in about their order, not quite
+BUSY_SECONDS, BUSY_TIMES = 0.1, 32  # between claims from the head under a backlog: at least; times as long as one takes
+HEAD_SCAN_TIMES = 8  # the same without a backlog: times as long as one takes
+SLOW_SECONDS, SLOW_EACH = 0.003, 0.000_02  # a claim is slow if it takes longer than this, and this for each task
+PATIENCE_SECONDS = 5.0  # until cursors that didn't help may be tried again
+LEVELS = 100  # with more priorities and queues than that, all claims are from the head
 
 Level = tuple[str, int]  # queue, priority
 
 
+class Claimed(Protocol):
+    """What a cursor needs to know of a claimed task."""
+
+    @property
+    def id(self) -> int: ...
+    @property
+    def queue(self) -> str: ...
+    @property
+    def priority(self) -> int: ...
+
+
+class FromCursor(NamedTuple):
+    """Where a claim begins to read, as claim_from_cursor.sql wants it: parallel lists; the highest priority first."""
+
+    queues: list[str]
+    priorities: list[int]
+    ids: list[int]
+
+
 class Usual:
-    """How long something takes: the shorter time of the last two. One that waited for somebody's lock, or for a server
-    that was frozen, says nothing of the next."""
+    """How long something takes: the shorter time of the last two. One that waited for a lock, or for a server that was
+    frozen, says nothing about the next."""
 
     def __init__(self) -> None:
         self._last = 0.0
 
     def of(self, seconds: float) -> float:
-        """Now that it took so long."""
+        """Note that it took so long now, and return how long it takes."""
         usual, self._last = min(seconds, self._last), seconds
         return usual
 
 
-class Marks:
-    """Asked before each claim where to begin, and told after it what came."""
+class Cursors:
+    """Asked before each claim where to begin, and told after it which tasks came."""
 
     def __init__(self) -> None:
-        self._highest: dict[Level, int] = {}  # of this LAG_SECONDS
+        self._highest: dict[Level, int] = {}  # ids of the current LAG_SECONDS
         self._recent: dict[Level, int] = {}  # of the one before
-        self._marks: dict[Level, int] = {}  # of all before that
+        self._ids: dict[Level, int] = {}  # of all before that
         self._turned = -math.inf
-        self._onward: Onward | None = None
-        self._front_at = -math.inf  # when the last claim from the front was made,
-        self._front_usual = Usual()
-        self._front_seconds = 0.0  # how long it takes,
+        self._from_cursor: FromCursor | None = None
+        self._from_head_at = -math.inf  # when the last claim from the head was made
+        self._usual = Usual()
+        self._head_seconds = 0.0  # how long a claim from the head takes,
         self._slow = False  # and whether that is long
         self._not_before = -math.inf
-        self.owed_at = math.inf  # when to claim from the front even if nothing happens
+        self.head_scan_at = math.inf  # when to claim from the head even if nothing happens
 
-    def onward(self, now: float, backlog: bool) -> Onward | None:
-        """Where to begin; None: at the front."""
+    def from_cursor(self, now: float, backlog: bool) -> FromCursor | None:
+        """Where to begin; None: at the head."""
         if backlog:
-            rest = max(BUSY_SECONDS, BUSY_TIMES * self._front_seconds)
+            rest = max(BUSY_SECONDS, BUSY_TIMES * self._head_seconds)
         else:
-            rest = OWED_TIMES * self._front_seconds if self._slow else 0.0
-        return self._onward if now < self._front_at + rest else None
+            rest = HEAD_SCAN_TIMES * self._head_seconds if self._slow else 0.0
+        return self._from_cursor if now < self._from_head_at + rest else None
 
-    def claimed(self, jobs: Sequence[Job], onward: bool, seconds: float, now: float) -> None:
-        """`jobs` came at `now`, of a claim that took so long."""
-        for job in jobs:  # as `claim` sorts them: the last one of a level has its highest id
-            self._highest[job.queue, job.priority] = job.id
-        if not onward:
-            self._front_at, self._front_seconds = now, self._front_usual.of(seconds)
-            self._slow = self._front_seconds > SLOW_SECONDS + SLOW_EACH * len(jobs) and now >= self._not_before
-            self.owed_at = math.inf
+    def claimed(self, tasks: Sequence[Claimed], from_cursor: bool, seconds: float, now: float) -> None:
+        """`tasks` came at `now`, by a claim that took so many seconds."""
+        for task in tasks:  # as `claim` sorts them: the last one of a level has its highest id
+            self._highest[task.queue, task.priority] = task.id
+        if not from_cursor:
+            self._from_head_at, self._head_seconds = now, self._usual.of(seconds)
+            self._slow = self._head_seconds > SLOW_SECONDS + SLOW_EACH * len(tasks) and now >= self._not_before
+            self.head_scan_at = math.inf
         else:
-            if self._slow and seconds * 2 > self._front_seconds:
+            if self._slow and seconds * 2 > self._head_seconds:
                 self._slow = False  # something else takes the time
                 self._not_before = now + PATIENCE_SECONDS
-            self.owed_at = self._front_at + OWED_TIMES * self._front_seconds if self._slow else now
+            self.head_scan_at = self._from_head_at + HEAD_SCAN_TIMES * self._head_seconds if self._slow else now
         if now - self._turned >= LAG_SECONDS:
             self._turned = now
-            self._marks = _later(self._marks, self._recent)
+            self._ids = _later(self._ids, self._recent)
             self._recent, self._highest = self._highest, {}
-            self._onward = _beside(self._marks) if 0 < len(self._marks) <= LEVELS else None
-            if len(self._marks) > LEVELS:
-                self._marks = {}
+            self._from_cursor = _in_parallel(self._ids) if 0 < len(self._ids) <= LEVELS else None
+            if len(self._ids) > LEVELS:
+                self._ids = {}
 
 
 def _later(old: Mapping[Level, int], new: Mapping[Level, int]) -> dict[Level, int]:
     return {level: max(new.get(level, 0), old.get(level, 0)) for level in {*old, *new}}
 
 
-def _beside(marks: Mapping[Level, int]) -> Onward:
-    levels = sorted(marks, key=lambda level: -level[1])
-    return Onward(
-        [queue for queue, _ in levels], [priority for _, priority in levels], [marks[level] for level in levels]
+def _in_parallel(ids: Mapping[Level, int]) -> FromCursor:
+    levels = sorted(ids, key=lambda level: -level[1])
+    return FromCursor(
+        [queue for queue, _ in levels], [priority for _, priority in levels], [ids[level] for level in levels]
     )

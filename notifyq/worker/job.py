@@ -12,19 +12,12 @@ import asyncpg
 
 from ..database.connection import SQL, Connection
 from ..database.errors import UNREADABLE
+from .cursors import FromCursor
 
 # The answer to a claim has about CLAIM_BYTES of payloads. A payload that is larger than INLINE_MOST bytes is fetched
 # later by its runner; of a claim of thousands of tasks, one that is larger than INLINE_LEAST is, too.
 CLAIM_BYTES = 4 * 1024 * 1024
 INLINE_LEAST, INLINE_MOST = 2 * 1024, 16 * 1024
-
-
-class Onward(NamedTuple):
-    """Where a claim begins to read, as claim_from_cursor.sql wants it: parallel lists; the highest priority first."""
-
-    queues: list[str]
-    priorities: list[int]
-    ids: list[int]
 
 
 class Job:
@@ -80,25 +73,26 @@ class Threads(NamedTuple):
 async def claim(
     conn: Connection,
     worker: int,
-    rooms: Mapping[str, int],
+    free: Mapping[str, int],
     limit: int,
     *,
-    onward: Onward | None = None,
-    aside: Sequence[str] | None = None,
+    from_cursor: FromCursor | None = None,
+    unhandled: Sequence[str] | None = None,
     threads: Threads | None = None,
     blind: bool = False,
 ) -> list[Job]:
-    """Up to `limit` ready tasks, from each queue at most its room, in the order to run them.
+    """Up to `limit` ready tasks, at most `free` of each queue, in the order to run them.
 
-    With `onward`, only from those marks; with `aside`, of these types those that somebody set aside; with `threads`,
-    without the tasks that don't fit into these. `blind`: without any payload.
+    With `from_cursor`, only tasks from there on. With `unhandled`, of these types those that other workers released as
+    they have no handler for them. With `threads`, without the tasks that don't fit into these. `blind`: without any
+    payload.
     """
     inline = 0 if blind else _inline(limit)
     try:
-        jobs = await _claim(conn, worker, rooms, limit, onward, aside, threads, inline)
+        jobs = await _claim(conn, worker, free, limit, from_cursor, unhandled, threads, inline)
     except UNREADABLE:
         # A payload that was stored, and can't be sent: 1400 times 1e131071 is 16 kB, and 180 MB as text.
-        jobs = await _claim(conn, worker, rooms, limit, onward, aside, threads, 0)
+        jobs = await _claim(conn, worker, free, limit, from_cursor, unhandled, threads, 0)
     put_in_order(jobs)
     return jobs
 
@@ -134,22 +128,22 @@ async def claim_these(conn: Connection, worker: int, ids: list[int], limit: int,
 async def _claim(
     conn: Connection,
     worker: int,
-    rooms: Mapping[str, int],
+    free: Mapping[str, int],
     limit: int,
-    onward: Onward | None,
-    aside: Sequence[str] | None,
+    from_cursor: FromCursor | None,
+    unhandled: Sequence[str] | None,
     threads: Threads | None,
     inline: int,
 ) -> list[Job]:
-    args = (worker, list(rooms), list(rooms.values()), limit)
-    if aside is not None:
-        rows = await conn.fetch(SQL["claim_unhandled"], *args, aside, inline)
-    elif threads is not None and onward is not None:
-        rows = await conn.fetch(SQL["claim_from_cursor_fitting"], *args, *onward, inline, *threads)
+    args = (worker, list(free), list(free.values()), limit)
+    if unhandled is not None:
+        rows = await conn.fetch(SQL["claim_unhandled"], *args, unhandled, inline)
+    elif threads is not None and from_cursor is not None:
+        rows = await conn.fetch(SQL["claim_from_cursor_fitting"], *args, *from_cursor, inline, *threads)
     elif threads is not None:
         rows = await conn.fetch(SQL["claim_fitting"], *args, inline, *threads)
-    elif onward is not None:
-        rows = await conn.fetch(SQL["claim_from_cursor"], *args, *onward, inline)
+    elif from_cursor is not None:
+        rows = await conn.fetch(SQL["claim_from_cursor"], *args, *from_cursor, inline)
     else:
         rows = await conn.fetch(SQL["claim"], *args, inline)
     return [Job(worker, row) for row in rows]

@@ -1,19 +1,18 @@
-"""Tasks that PostgreSQL doesn't let a worker take, beside others that it does: somebody has added a CHECK or a trigger
-to notifyq.task.
+"""Tasks that PostgreSQL refuses to let a worker take, while it lets it take others: a CHECK or a trigger was added to
+notifyq.task.
 
-A claim takes many rows with one statement, and so does the promotion of due tasks. One row that is refused fails it,
-and comes first again the next time. So after a refusal the worker asks what the statement would have taken, and takes
-halves of that, down to one row. One that is refused alone is left out for a pause, which doubles each time; then it is
-tried again, as what was in its way may be gone. So is one that the statement returns without the worker's lease. While
-any is left out, all is taken in this way. Before, that costs nothing.
+A claim takes many rows with one statement, and so does the promotion of due tasks. One row that is refused fails the
+statement, and comes first again the next time. So after a refusal the worker asks which rows the statement would have
+taken, and takes halves of them, down to one row. A row that is refused alone is left out for a pause, which doubles
+each time. Then it is tried again, since the cause may be gone. The same goes for a row that the statement returns
+without the worker's lease. While any task is left out, all tasks are taken in this way. Until then, it costs nothing.
 
-Two more statements write rows of tasks: admit parks claimed tasks that may not run yet, and release_waiters makes
-parked ones ready. After a refusal admit is asked for halves too; a task that is refused alone is handed back, and left
-out. release_waiters is asked for one row of notifyq.slot_released at a time, and one that is refused is put last: the
-tasks that wait at its keys, or for its task's end, go on waiting, and all others are released.
+Two more statements write rows of tasks. `admit` parks claimed tasks that may not run yet. After a refusal it too is
+given halves, and a task that is refused alone is handed back and left out. `release_waiters` makes parked tasks ready.
+After a refusal it is given one row of notifyq.slot_released at a time, and a row that is refused is put last: the tasks
+that wait at its keys, or for its task's end, go on waiting, and all others are released.
 
-Tasks that a worker holds are taken back from it in the same way when it is dead, when it stops, or when the answer to
-its claim was lost.
+Tasks are taken back in the same way from a worker that is dead, that stops, or that lost the answer to its claim.
 """
 
 from __future__ import annotations
@@ -33,27 +32,25 @@ from .job import Job, claim_these, put_in_order
 
 logger = log.logger("notifyq.claim")
 
-MOST = 10_000  # left out at once; what is refused beyond them keeps those behind it waiting
+MOST = 10_000  # tasks left out at once; those that are refused beyond them keep the tasks behind them waiting
 PAUSE_LEAST, PAUSE_MOST = 1.0, 300.0  # seconds
-FREED_AT_ONCE = 1000  # rows of notifyq.slot_released
-GONE_SECONDS = 60.0  # for which one wasn't there to be tried
+RELEASED_AT_ONCE = 1000  # rows of notifyq.slot_released
+GONE_SECONDS = 60.0  # for which a task was due to be tried again, and wasn't there
 
 REFUSED = (
     "PostgreSQL doesn't let these tasks be taken: they stay as they are, and are tried again; is there a constraint or "
     "a trigger on notifyq.task?"
 )
-
 UNDONE = (
     "a trigger undid it, though it raises nothing: a BEFORE trigger on notifyq.task must return NEW on UPDATE, and "
     "leave notifyq's columns as they are"
 )
-
 NOT_PARKED = (
-    "PostgreSQL doesn't let these tasks be parked, or others at their keys be let in: they are ready again, and are "
+    "PostgreSQL doesn't let these tasks be parked, or others at their keys be released: they are ready again, and are "
     "tried again; is there a constraint or a trigger on notifyq.task?"
 )
-NOT_LET_IN = (
-    "PostgreSQL doesn't let tasks be let in that wait here: they stay parked, and are tried again; is there a "
+NOT_RELEASED = (
+    "PostgreSQL doesn't let tasks be released that wait here: they stay parked, and are tried again; is there a "
     "constraint or a trigger on notifyq.task?"
 )
 NOT_TAKEN_BACK = (
@@ -68,7 +65,7 @@ STRAY = (
     "PostgreSQL doesn't let this worker hand back tasks whose claim went unanswered: they stay `running`, and are "
     "tried again when its connection is lost, or when it stops; is there a constraint or a trigger on notifyq.task?"
 )
-REFUSALS = 20  # of free, in one go
+REFUSALS = 20  # of release_waiters, in one go
 REFUSALS_BACK = 100  # where tasks are taken back from a worker: the next heartbeat is due soon
 HELD = "SELECT t.id FROM notifyq.task t WHERE t.worker = $1 ORDER BY t.id"
 
@@ -80,9 +77,9 @@ class LeftOut:
 
     def __init__(self) -> None:
         self._pauses: dict[int, Pause] = {}
-        self._not_parked: dict[int, Pause] = {}  # that can be claimed, and not be parked
-        self._undone: set[int] = set()  # of the last claim
-        self._not_let_in: set[str] = set()  # what tasks wait for, in words
+        self._not_parked: dict[int, Pause] = {}  # these can be claimed, but not parked
+        self._undone: set[int] = set()  # tasks of the last claim that a trigger has undone
+        self._not_released: set[str] = set()  # what tasks wait for that can't be released, in words
         self._refusals = 0
 
     def __bool__(self) -> bool:
@@ -93,50 +90,56 @@ class LeftOut:
         """What is degraded, in words."""
         if self:
             return f"PostgreSQL doesn't let {len(self._pauses) + len(self._not_parked)} tasks be taken"
-        return f"PostgreSQL doesn't let tasks in at {len(self._not_let_in)} keys" if self._not_let_in else ""
+        return (
+            f"PostgreSQL doesn't let tasks be released at {len(self._not_released)} keys" if self._not_released else ""
+        )
 
     @property
     def ids(self) -> list[int]:
-        """Those whose pauses aren't over."""
+        """The tasks whose pauses aren't over."""
         now = time.monotonic()
         pauses = (*self._pauses.items(), *self._not_parked.items())
         return [id for id, pause in pauses if pause.due > now]
 
     def taken(self, jobs: list[Job]) -> list[Job]:
-        """Those that a claim has taken. The others are left out: a trigger has undone the claim."""
+        """Those of the rows of a claim that it has taken. A trigger has undone the others: leave them out."""
         if None not in [job.needs_admission for job in jobs]:
             return jobs
         self._leave_out({job.id for job in jobs if job.needs_admission is None})
         return [job for job in jobs if job.needs_admission is not None]
 
     def _leave_out(self, undone: set[int]) -> None:
-        """These were written, and stayed as they were."""
+        """The statement wrote these tasks, and a trigger has undone it."""
         self._undone = undone
         self._refusals += len(undone)
         if first := [id for id in sorted(undone) if _pause(self._pauses, id)]:
-            _tell(REFUSED, {UNDONE: first})
+            _log_refused(REFUSED, {UNDONE: first})
 
     async def claim(
         self,
         conn: Connection,
         worker: int,
-        rooms: Mapping[str, int],
+        free: Mapping[str, int],
         limit: int,
         *,
-        aside: Sequence[str] | None = None,
+        unhandled: Sequence[str] | None = None,
         without: Sequence[str] = (),
         blind: bool = False,
     ) -> list[Job]:
-        """As store.claim, from the front. Tasks of the types `without` are left, with the room that they would take."""
-        args = list(rooms), list(rooms.values()), limit
+        """As job.claim, from the head. It leaves tasks of types `without`, and the capacity that they would take."""
+        args = list(free), list(free.values()), limit
         return await self._claim_these(
-            conn, worker, limit, lambda ids: conn.fetch(SQL["list_claimable"], *args, ids, aside, without), blind=blind
+            conn,
+            worker,
+            limit,
+            lambda ids: conn.fetch(SQL["list_claimable"], *args, ids, unhandled, without),
+            blind=blind,
         )
 
     async def claim_suspects(
         self, conn: Connection, worker: int, keys: list[str], types: Sequence[str], crashes: int, limit: int
     ) -> list[Job]:
-        """As store.claim_suspects."""
+        """As job.claim_suspects."""
         args = keys, types, crashes, limit
         return await self._claim_these(conn, worker, limit, lambda ids: conn.fetch(SQL["list_crashed"], *args, ids))
 
@@ -153,7 +156,7 @@ class LeftOut:
         return len(await self._each([row[0] for row in rows], promote_these))
 
     async def admit(self, conn: Connection, worker: int, jobs: Sequence[Job]) -> list[asyncpg.Record]:
-        """What admit.sql says of claimed tasks. Of one that is refused it says nothing."""
+        """The rows that admit.sql returns for claimed tasks. It returns none for a task that is refused."""
         rows: list[asyncpg.Record] = []
         refused: dict[str, list[int]] = {}
 
@@ -168,21 +171,21 @@ class LeftOut:
                 refused.setdefault(why, []).append(job.id)
 
         await _in_halves(jobs, these, alone)
-        _tell(NOT_PARKED, refused)
+        _log_refused(NOT_PARKED, refused)
         return rows
 
-    async def free(self, conn: Connection) -> int:
-        """Let in what waits for what has ended. Returns how many."""
-        if not self._not_let_in:
-            all_ready: int | None = await unless_refused(conn.fetchval(SQL["release_waiters"], FREED_AT_ONCE))
+    async def release_waiters(self, conn: Connection) -> int:
+        """Make ready the tasks that waited for ended ones. Returns how many."""
+        if not self._not_released:
+            all_ready: int | None = await unless_refused(conn.fetchval(SQL["release_waiters"], RELEASED_AT_ONCE))
             if all_ready is not None:
                 return all_ready
         ready = 0
         refused: dict[str, str] = {}
         rows = await conn.fetchval(
-            "SELECT count(*) FROM (SELECT FROM notifyq.slot_released LIMIT $1) AS f", FREED_AT_ONCE
+            "SELECT count(*) FROM (SELECT FROM notifyq.slot_released LIMIT $1) AS f", RELEASED_AT_ONCE
         )
-        left = max(1, rows)  # even if there is none, a task may have been parked as the one ended that it waits for
+        left = max(1, rows)  # one at least: a task may have been parked while the one ended that it waits for
         while left and len(refused) < REFUSALS:
             left -= 1
             try:
@@ -197,25 +200,25 @@ class LeftOut:
                     where = dict(later[0]).items() if later else ()
                     said = " ".join(f"{name}={value}" for name, value in where if value is not None)
                     refused[said] = first_line(error)
-        for said in refused.keys() - self._not_let_in:
-            logger.error(NOT_LET_IN, extra={"fields": {"where": said, "error": refused[said]}})
-        if self._not_let_in and not refused:
-            logger.info("what waits is let in again")
-        self._not_let_in = set(refused)
+        for said in refused.keys() - self._not_released:
+            logger.error(NOT_RELEASED, extra={"fields": {"where": said, "error": refused[said]}})
+        if self._not_released and not refused:
+            logger.info("waiting tasks are released again")
+        self._not_released = set(refused)
         return ready
 
     async def take_back(
         self, conn: Connection, worker: int, take: Callable[[list[int] | None], Awaitable[int]], message: str
     ) -> int:
-        """Take all from `worker` that it holds and that can be taken. Returns how many.
+        """Take back from `worker` all tasks that it holds and that can be taken. Returns how many.
 
-        `take` is told the ids, or None for all, and returns how many it took."""
+        `take` is given ids, or None for all tasks, and returns how many it took."""
         if not self and (taken := await unless_refused(take(None))) is not None:
             return taken
         left = set(self.ids)
         ids = [row[0] for row in await conn.fetch(HELD, worker) if row[0] not in left]
         if not ids:
-            return await take([])  # it does more than that
+            return await take([])  # its statement does more than taking tasks
 
         async def these(ids: list[int]) -> list[None]:
             return [None] * await take(ids)
@@ -223,7 +226,7 @@ class LeftOut:
         return len(await self._each(ids, these, message))
 
     async def take_orphans(self, conn: Connection) -> int:
-        """Those of workers that aren't registered any more. Returns how many."""
+        """Take the tasks of workers that aren't registered any more. Returns how many."""
 
         async def these(ids: list[int]) -> list[None]:
             return [None] * await conn.fetchval(SQL["reclaim_unowned"], ids)
@@ -245,19 +248,16 @@ class LeftOut:
 
         refusals = self._refusals
         jobs = await self._each([row[0] for row in await look(self.ids)], these)
-        while not jobs and refusals < self._refusals:  # else those behind a crowd of refused ones would wait
+        while not jobs and refusals < self._refusals:  # or the tasks behind many refused ones would wait
             refusals = self._refusals
             jobs = await self._each([row[0] for row in await look([*self._pauses, *self._not_parked])], these)
         put_in_order(jobs)
         return jobs
 
     async def _each(
-        self,
-        ids: list[int],
-        take: Callable[[list[int]], Awaitable[list[_Item]]],
-        back: str = "",
+        self, ids: list[int], take: Callable[[list[int]], Awaitable[list[_Item]]], back: str = ""
     ) -> list[_Item]:
-        """Take all of these that can be taken. `back`: they are taken from a worker, and that is said of the others."""
+        """Take all of these that can be taken. `back`: take them from a worker, and log this for the others."""
         taken: list[_Item] = []
         refused: dict[str, list[int]] = {}  # for the first time, by reason
         known = bool(self._pauses)
@@ -268,11 +268,11 @@ class LeftOut:
             self._undone = set()
             rows = await take([*part])
             taken.extend(rows)
-            # Of a worker that another is rescuing just now, nothing is taken: that says nothing of these.
+            # While another worker rescues a worker's tasks, none is taken: that says nothing about these.
             tried = [id for id in part if id not in self._undone] if not back or len(rows) >= len(part) else []
             if known and [id for id in tried if self._pauses.pop(id, None)]:
                 for pause in self._pauses.values():
-                    pause.due = min(pause.due, now)  # what is in the way of these may be gone too
+                    pause.due = min(pause.due, now)  # the cause may be gone for these too
 
         def alone(id: int, why: str) -> None:
             self._refusals += 1
@@ -280,18 +280,18 @@ class LeftOut:
                 refused.setdefault(why, []).append(id)
 
         await _in_halves(ids, these, alone, lambda: len(self._pauses) < MOST and self._refusals < until)
-        # What was due for so long, and wasn't there to be tried, has gone.
+        # A task that was due for so long, and wasn't there to be tried, is gone.
         for pauses in (self._pauses, self._not_parked):
             for id in [id for id, pause in pauses.items() if pause.due < now - GONE_SECONDS]:
                 del pauses[id]
-        _tell(back or REFUSED, refused)
+        _log_refused(back or REFUSED, refused)
         if known and not self._pauses:
             logger.info("no task is refused any more")
         return taken
 
 
 async def unless_refused(statement: Awaitable[_Item]) -> _Item | None:
-    """What it answers; None if PostgreSQL refuses rows of it."""
+    """Its answer; None if PostgreSQL refuses rows of it."""
     try:
         return await statement
     except asyncpg.PostgresError as error:
@@ -306,8 +306,8 @@ async def _in_halves(
     alone: Callable[[_Item, str], None],
     more: Callable[[], bool] = lambda: True,
 ) -> None:
-    """`take` all of them, and halves of what PostgreSQL refuses, as long as there may be `more`. `alone` is told which
-    ones are refused by themselves, and why."""
+    """`take` all of them, and halves of those that PostgreSQL refuses, as long as there may be `more`. Call `alone` for
+    each item that is refused by itself, with the reason."""
     parts = [items] if items else []
     while parts and more():
         part = parts.pop()
@@ -324,13 +324,13 @@ async def _in_halves(
 
 
 def _pause(pauses: dict[int, Pause], id: int) -> bool:
-    """Leave it out, or for longer than the last time. Whether this is the first time."""
+    """Leave it out, for longer than the last time. Returns whether this is the first time."""
     is_first = id not in pauses
     pauses.setdefault(id, Pause(PAUSE_LEAST, PAUSE_MOST)).lengthen()
     return is_first
 
 
-def _tell(message: str, refused: Mapping[str, Sequence[int]]) -> None:
-    """A line for each reason, and not for each task."""
+def _log_refused(message: str, refused: Mapping[str, Sequence[int]]) -> None:
+    """One line for each reason, not for each task."""
     for why, ids in refused.items():
         logger.error(message, extra={"fields": {"ids": ids[:20], "tasks": len(ids), "error": why}})

@@ -1,4 +1,4 @@
-"""The chores of a worker's heartbeat thread: a table of what to do and how often, and the functions that do it.
+"""The chores of a worker's heartbeat's thread: a table of what to do and how often, and the functions that do it.
 
 Each function gets the thread's connection and the worker's Upkeep, and does a bounded piece of work. It returns True if
 more is left: then it is called again 0.05 s later, with a heartbeat in between if one is due. A statement that

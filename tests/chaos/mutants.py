@@ -26,15 +26,11 @@ MUTANTS: dict[str, list[Change]] = {
     # The one that chance seldom finds: one of four runs of half a minute did. The doorbell's model always does.
     "final claim": [
         (
-            "worker/claim.py",
-            "self._look = True  # the claim that follows getting the turn, and falling asleep",
-            "self._look |= self._door.place is Place.TURN",
+            "worker/state.py",
+            "self.look = True  # the claim that follows getting the turn, and falling asleep",
+            "self.look |= position is TURN",
         ),
-        (
-            "worker/claim.py",
-            "await self._wait(until)\n                    self._look = True",
-            "await self._wait(until)\n                    self._look |= self._door.place is Place.TURN",
-        ),
+        ("worker/state.py", "self.look |= looks", "self.look |= looks and self.position is TURN"),
     ],
     # The others are dead, whatever their lock and their heartbeat say.
     "liveness": [
@@ -84,17 +80,17 @@ MUTANTS: dict[str, list[Change]] = {
     ],
     # Claims don't count threads, and what was claimed beyond them is handed back.
     "threads": [
-        ("worker/claim.py", "threads = self._room.threads(room)", "threads = None"),
+        ("worker/intake.py", "threads = self._capacity.threads(limit)", "threads = None"),
         (
-            "worker/claim.py",
-            "        self._runners.add_jobs(fed)\n        for job in locked:\n",
-            """        surplus = []
-        for job in fed:
-            if self._room.fits(job.type):
+            "worker/intake.py",
+            "        self._runners.add_jobs(ready)\n        for job in locked:\n",
+            """        surplus, now = [], asyncio.get_running_loop().time()
+        for job in ready:
+            if self._capacity.fits(job.type):
                 self._runners.add_jobs([job])
             else:
                 surplus.append(job)
-                self._room.leave_alone(job.queue, now)
+                self._capacity.leave_alone(job.queue, now)
         for job in (*locked, *surplus):
 """,
         ),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator, Callable
+from functools import partial
 from random import Random
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ from notifyq.database import connection, errors, schema
 from notifyq.database.connection import SQL
 from notifyq.embedded import Server
 from notifyq.worker import job as claims
-from notifyq.worker.job import Onward
+from notifyq.worker.cursors import FromCursor
 
 from ..helpers.databases import Sessions, admin, overload
 from ..helpers.machine import limit
@@ -314,11 +315,11 @@ async def test_nothing_reads_more_than_it_returns(sessions: dict[str, Any], mome
             args = [[job.id for job in jobs], [job.attempt for job in jobs], *rest]
             rows, most[name] = await touched(conn, lambda name=name, args=args: conn.fetch(SQL[name], 1, *args))  # type: ignore[misc]
             assert len(jobs) == len(rows) == 10
-        for beside, onward in {"": None, "_onward": claims.Onward(["default"], [0], [1])}.items():
+        for beside, from_cursor in {"": None, "_onward": FromCursor(["default"], [0], [1])}.items():
             threads = claims.Threads(["Other", "Known"], [1, 4], [0, 2], 1)
             jobs, most[f"claim{beside}_fitting"] = await touched(
                 conn,
-                lambda onward=onward, threads=threads: claims.claim(conn, 1, rooms, 10, onward=onward, threads=threads),  # type: ignore[misc]
+                partial(claims.claim, conn, 1, rooms, 10, from_cursor=from_cursor, threads=threads),
             )
             assert len(jobs) == 6
         rows, most["list_next_types"] = await touched(
@@ -326,7 +327,7 @@ async def test_nothing_reads_more_than_it_returns(sessions: dict[str, Any], mome
         )
         assert [tuple(row) for row in rows] == [("default", "Known")]
         jobs, most["claim_unhandled"] = await touched(
-            conn, lambda: claims.claim(conn, 1, rooms, 10, aside=["Strange", "Other"])
+            conn, lambda: claims.claim(conn, 1, rooms, 10, unhandled=["Strange", "Other"])
         )
         assert len(jobs) == 10
         args = [len(jobs), "ok", [job.id for job in jobs], [job.attempt for job in jobs]]
@@ -385,15 +386,15 @@ async def test_marks_step_over_nothing_that_is_dead(worker: Any, connect: Sessio
         SQL["finish"], me, [j.id for j in jobs], [j.attempt for j in jobs], ["done"] * 2000, [], [], True
     )
     later = await db.fetchval("SELECT min(run_at) FROM notifyq.task WHERE run_at > created_at AND NOT promoted")
-    for name, run, onward in (
-        ("claim", lambda mark: claims.claim(worker, me, {"default": 5}, 5, onward=mark),
-         claims.Onward(["default"], [0], [max(job.id for job in jobs)])),
+    for name, run, from_cursor in (
+        ("claim", lambda mark: claims.claim(worker, me, {"default": 5}, 5, from_cursor=mark),
+         FromCursor(["default"], [0], [max(job.id for job in jobs)])),
         ("check_due", lambda mark: worker.fetch(SQL["check_due"], ["default"], [], 5, None, mark), later),
     ):  # fmt: skip
         async with rolled_back(worker):
             _, front = await touched(worker, lambda run=run: run(None))  # type: ignore[misc]
         async with rolled_back(worker):
-            rows, marked = await touched(worker, lambda run=run, onward=onward: run(onward))  # type: ignore[misc]
+            rows, marked = await touched(worker, lambda run=run, from_cursor=from_cursor: run(from_cursor))  # type: ignore[misc]
         assert rows
         assert marked < 50, (name, marked)
         assert front >= 1000, (name, front)
@@ -507,11 +508,11 @@ async def test_a_claim_from_marks_sees_nothing_before_them(worker: Any) -> None:
     a = [await insert(worker, 4, queue="a", priority=priority) for priority in (0, 5)]
     b = await insert(worker, 4, queue="b")
     await insert(worker, 4, queue="b", priority=1)
-    onward = claims.Onward(["a", "a", "b"], [5, 0, 0], [a[1][2], a[0][1], b[1]])
-    jobs = await claims.claim(worker, me, {"a": 3, "b": 2}, 9, onward=onward)
+    from_cursor = FromCursor(["a", "a", "b"], [5, 0, 0], [a[1][2], a[0][1], b[1]])
+    jobs = await claims.claim(worker, me, {"a": 3, "b": 2}, 9, from_cursor=from_cursor)
     assert [job.id for job in jobs if job.queue == "a"] == [*a[1][2:], a[0][1]]
     assert [job.id for job in jobs if job.queue == "b"] == b[1:3]
-    assert len(await claims.claim(worker, me, {"a": 9, "b": 9}, 2, onward=onward)) == 2
+    assert len(await claims.claim(worker, me, {"a": 9, "b": 9}, 2, from_cursor=from_cursor)) == 2
     assert [job.id for job in await claims.claim(worker, me, {"a": 9}, 9)] == [*a[1][:2], a[0][0]]
 
 
@@ -550,8 +551,8 @@ async def test_a_claim_leaves_what_finds_no_thread(worker: Any, connect: Session
                     spare -= 1
                 held[type] += 1
             want.append(id)
-        onward = random.choice([None, claims.Onward(["default"] * 2, [1, 0], [1, 1])])
-        jobs = await claims.claim(worker, me, {"default": limit}, limit, onward=onward, threads=threads)
+        from_cursor = random.choice([None, FromCursor(["default"] * 2, [1, 0], [1, 1])])
+        jobs = await claims.claim(worker, me, {"default": limit}, limit, from_cursor=from_cursor, threads=threads)
         assert [job.id for job in jobs] == want, (threads, chosen, levels)
         assert threads.opened(jobs) == threads.spare - spare
         left = [id for id, _, _ in rows if id not in want]
@@ -598,8 +599,8 @@ async def test_a_worker_that_was_given_up_claims_nothing(worker: Any) -> None:
     (id,) = await insert(worker)
     await insert(worker, withheld=True)
     assert await claims.claim(worker, 99, {"default": 9}, 9) == []
-    assert await claims.claim(worker, 99, {"default": 9}, 9, onward=Onward(["default"], [0], [1])) == []
-    assert await claims.claim(worker, 99, {"default": 9}, 9, aside=["Known"]) == []
+    assert await claims.claim(worker, 99, {"default": 9}, 9, from_cursor=FromCursor(["default"], [0], [1])) == []
+    assert await claims.claim(worker, 99, {"default": 9}, 9, unhandled=["Known"]) == []
     assert (await task(worker, id))["attempts"] == 0
 
 
@@ -611,7 +612,7 @@ async def test_an_odd_created_at_is_claimed_all_the_same(worker: Any, at: str) -
     await insert(worker, created_at=at, run_at="-infinity")
     await insert(worker, created_at=at, withheld=True)
     assert len(await claims.claim(worker, me, {"default": 9}, 9)) == 3
-    assert len(await claims.claim(worker, me, {"default": 9}, 9, aside=["Known"])) == 1
+    assert len(await claims.claim(worker, me, {"default": 9}, 9, unhandled=["Known"])) == 1
 
 
 @pytest.mark.parametrize("attempts", [-32768, -1, 32766, 32767])
@@ -635,16 +636,18 @@ async def test_a_claim_leaves_out_large_payloads(worker: Any) -> None:
         all_ids = [row[0] for row in await worker.fetch(insert_one, statement == "claim_unhandled")]
         stored = "SELECT pg_column_size(payload) < 16000 FROM notifyq.task WHERE id = $1"
         assert await worker.fetchval(stored, all_ids[1]), "compressed"
-        onward = claims.Onward(["default"], [0], [1]) if "onward" in statement else None
+        from_cursor = FromCursor(["default"], [0], [1]) if "onward" in statement else None
         aside = ["Known"] if statement == "claim_unhandled" else None
         threads = claims.Threads([], [], [], 0) if "fitting" in statement else None
-        jobs = await claims.claim(worker, me, {"default": 9}, 9, onward=onward, aside=aside, threads=threads)
+        jobs = await claims.claim(
+            worker, me, {"default": 9}, 9, from_cursor=from_cursor, unhandled=aside, threads=threads
+        )
         assert [job.id for job in jobs] == all_ids
         assert [job.payload is None for job in jobs] == [False, True, True], statement
         assert jobs[0].payload == b'"' + b"x" * 3000 + b'"'
         await worker.execute("UPDATE notifyq.task SET worker = NULL, withheld = $1", statement == "claim_unhandled")
         jobs = await claims.claim(
-            worker, me, {"default": 9}, 9, onward=onward, aside=aside, threads=threads, blind=True
+            worker, me, {"default": 9}, 9, from_cursor=from_cursor, unhandled=aside, threads=threads, blind=True
         )
         assert [job.payload for job in jobs] == [None] * 3
         await worker.execute("DELETE FROM notifyq.task")
@@ -705,7 +708,7 @@ async def test_hostile_names_of_queues_and_types(worker: Any, name: str) -> None
     assert {(job.queue, job.type) for job in jobs} == {(name, name)}
     assert len(await worker.fetch(SQL["release_unhandled"], me, *keys)) == 2
     assert (await worker.fetchrow(SQL["send_heartbeat"], me, 0, "ok", [], [], [name], [name], False))["unhandled"]
-    assert len(await claims.claim(worker, me, {name: 9}, 9, aside=[name])) == 2
+    assert len(await claims.claim(worker, me, {name: 9}, 9, unhandled=[name])) == 2
     assert len(await worker.fetch(SQL["finish"], me, *keys, ["done"] * 2, [], [], True)) == 2
     assert await worker.fetchval("SELECT count(*) FROM notifyq.all_tasks WHERE queue = $1 AND type = $1", name) == 2
 
@@ -715,8 +718,8 @@ async def test_a_type_that_is_too_long_to_be_one_is_claimed_cut(worker: Any, len
     """201 characters of it tell that it is, and are all that a worker has to hold. The row keeps it whole."""
     me = await register(worker)
     (id,) = await insert(worker, type="x" * length)
-    for onward in (None, claims.Onward(["default"], [0], [id])):
-        (job,) = await claims.claim(worker, me, {"default": 9}, 9, onward=onward)
+    for from_cursor in (None, FromCursor(["default"], [0], [id])):
+        (job,) = await claims.claim(worker, me, {"default": 9}, 9, from_cursor=from_cursor)
         assert (job.id, job.type) == (id, "x" * 201)
         assert len(await worker.fetch(SQL["hand_back"], me, [id], [1])) == 1
     assert await worker.fetchval("SELECT length(type) FROM notifyq.task WHERE id = $1", id) == length
@@ -738,10 +741,10 @@ async def test_adopt_takes_only_what_is_aside_and_known(worker: Any) -> None:
     await insert(worker, withheld=True, type="Strange")
     await insert(worker, withheld=True, queue="mail")
     low, high = (await insert(worker, withheld=True))[0], (await insert(worker, withheld=True, priority=1))[0]
-    jobs = await claims.claim(worker, me, {"default": 9}, 9, aside=["Known", "Other"])
+    jobs = await claims.claim(worker, me, {"default": 9}, 9, unhandled=["Known", "Other"])
     assert [job.id for job in jobs] == [high, low]
     assert await worker.fetchval("SELECT count(*) FROM notifyq.task WHERE withheld") == 2
-    assert await claims.claim(worker, me, {"default": 1, "mail": 0}, 9, aside=["Strange"]) != []
+    assert await claims.claim(worker, me, {"default": 1, "mail": 0}, 9, unhandled=["Strange"]) != []
 
 
 async def test_due_promotes_and_tells_the_next(worker: Any) -> None:
@@ -922,7 +925,7 @@ async def test_set_aside_keeps_out_of_the_way(worker: Any) -> None:
     row = await task(worker, id)
     assert (row["state"], row["attempts"]) == ("ready", 0)
     assert await claims.claim(worker, me, {"default": 1}, 1) == []
-    (job,) = await claims.claim(worker, me, {"default": 1}, 1, aside=["Known"])
+    (job,) = await claims.claim(worker, me, {"default": 1}, 1, unhandled=["Known"])
     assert (job.id, job.attempt) == (id, 1)
 
 

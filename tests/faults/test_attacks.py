@@ -29,8 +29,7 @@ from notifyq.codec import PAYLOAD_LIMIT
 from notifyq.database import connection, schema
 from notifyq.database.connection import SQL
 from notifyq.embedded import Server
-from notifyq.worker import claim as claiming
-from notifyq.worker import doorbell
+from notifyq.worker import doorbell, intake
 from notifyq.worker import job as claims
 
 from ..helpers.databases import Sessions
@@ -109,7 +108,7 @@ async def test_a_stranger_who_keeps_everybody_awake(
         calls += 1
         return await claims.claim(*args, **options)
 
-    monkeypatch.setattr(claiming, "claim", counted)
+    monkeypatch.setattr(intake, "claim", counted)
     stranger, enqueuer = await as_role("enqueuer"), await as_role("enqueuer")
     async with working(bench.app, roles("worker")):
         await stranger.execute("BEGIN; LOCK TABLE notifyq.bell IN ROW EXCLUSIVE MODE")

@@ -19,7 +19,7 @@ from ..helpers.databases import Sessions
 from ..helpers.machine import Probe
 from ..helpers.running import working
 from ..helpers.waiting import eventually
-from ..worker.test_marks import force
+from ..worker.test_cursors import force
 
 SEED = os.environ.get("NOTIFYQ_SEED")
 LATE_SECONDS = 1.5  # and what the machine adds

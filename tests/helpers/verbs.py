@@ -10,7 +10,8 @@ from typing import Any
 
 from notifyq.database.connection import SQL
 from notifyq.worker import job as claims
-from notifyq.worker.job import Job, Onward
+from notifyq.worker.cursors import FromCursor
+from notifyq.worker.job import Job
 
 KNOWN = "Known"  # the type that workers here know
 ERROR = b'{"attempt": 1, "error": "oh"}'
@@ -41,13 +42,13 @@ async def claim(conn: Any, worker: int, count: int = 9) -> list[Job]:
     return await claims.claim(conn, worker, {"default": count}, count)
 
 
-async def claim_onward(conn: Any, worker: int, count: int = 9) -> list[Job]:
+async def claim_from_cursor(conn: Any, worker: int, count: int = 9) -> list[Job]:
     """From a mark, as under a backlog; here one that hides nothing."""
-    return await claims.claim(conn, worker, {"default": count}, count, onward=Onward(["default"], [0], [1]))
+    return await claims.claim(conn, worker, {"default": count}, count, from_cursor=FromCursor(["default"], [0], [1]))
 
 
 async def adopt(conn: Any, worker: int, count: int = 9) -> list[Job]:
-    return await claims.claim(conn, worker, {"default": count}, count, aside=[KNOWN])
+    return await claims.claim(conn, worker, {"default": count}, count, unhandled=[KNOWN])
 
 
 async def held(conn: Any, count: int = 1, **columns: Any) -> list[Job]:

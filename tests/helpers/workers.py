@@ -18,7 +18,7 @@ from typing import Any
 import anyio
 
 import notifyq
-from notifyq.worker import claim
+from notifyq.worker import isolate
 
 app = notifyq.App()
 
@@ -125,7 +125,7 @@ async def die(task: Die, ctx: notifyq.Context) -> None:
 
 
 async def main(dsn: str, options: dict[str, Any]) -> None:
-    claim.PATIENCE_SECONDS = float(os.environ.get("NOTIFYQ_TEST_PATIENCE", claim.PATIENCE_SECONDS))
+    isolate.PATIENCE_SECONDS = float(os.environ.get("NOTIFYQ_TEST_PATIENCE", isolate.PATIENCE_SECONDS))
     stop, force = anyio.Event(), anyio.Event()
 
     def stopping() -> None:

@@ -26,7 +26,7 @@ from ..helpers.verbs import (
     adopt,
     cancel,
     claim,
-    claim_onward,
+    claim_from_cursor,
     finish,
     held,
     insert,
@@ -38,7 +38,7 @@ from ..helpers.verbs import (
 from ..helpers.waiting import Seen, eventually
 
 settle = pytest.mark.parametrize("settle", SETTLES)
-take = pytest.mark.parametrize("take", [claim, claim_onward])
+take = pytest.mark.parametrize("take", [claim, claim_from_cursor])
 
 
 async def test_a_step_that_should_wait_and_does_not_is_found(w: Session, p: Session) -> None:

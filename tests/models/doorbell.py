@@ -1,35 +1,47 @@
-"""The doorbell: schema.sql's enqueuers, doorbell.py's and claim.py's workers, a step for each statement.
+"""The doorbell: schema.sql's enqueuers, and workers that decide by the very table of notifyq/worker/decide.py.
 
 An enqueuer is one transaction: INSERT with trigger ring(), then COMMIT, whenever it likes, or ROLLBACK. A worker is its
-door (Door.run: the turn, SHARE on the bell) and its loop (Claimer._serve), which run side by side. PostgreSQL's part:
-a SHARE that waits refuses ROW EXCLUSIVE ... NOWAIT; the turn's queue is first come first served; rows can be seen
-before the locks of their transaction are released; who listens at a commit hears its NOTIFY, at any time after it.
+connection at the bell (BellConnection.run: the turn, SHARE on the bell) and its loop (Claimer), which run side by side.
+What the loop does next is `decide.next_action`, and what happens changes its State by State's own methods. The model
+calls both. Its own part of the loop is what each action leads to. PostgreSQL's part: a SHARE that waits refuses ROW
+EXCLUSIVE ... NOWAIT; the turn's queue is first come first served; rows are visible before the locks of their
+transaction are released; a session that listens at a commit hears its NOTIFY, at any time after it.
 
 What is merged or left out, and why that hides nothing:
 
-* What the loop only decides (`door.want`) happens together with what it decides from. Its door alone reads it, and a
-  door that acts late looks the same as a loop that decides late.
-* A claim is one step: clearing `_look`, the statement's snapshot, and its answer. What is rung for in between is
-  delivered at the statement's end and sets `_look` again, as it does a moment later; what is committed in between
-  rings, or keeps SHARE away. What the answer changes, only the loop reads.
-* A lock that is granted and the client's hearing of it are one step: meanwhile nobody is treated otherwise than
-  while it waits. So are BEGIN and fall_asleep, and `place = AWAY` and pg_advisory_unlock.
-* Time isn't modelled: a timer may go off whenever its wait lasts, and `Moderation` may say anything after a claim.
-* Handlers end when they like. The fallback poll is off; timers, echoes, set-asides and queues' limits are other stories
-  that end in `_look`, as a ring does. A session that fails is a worker killed and another that starts.
+* The position that an action asks for (`bell`) is wanted together with what it is decided from. Only the connection at
+  the bell reads it, and one that acts late looks the same as a loop that decides late.
+* A claim is one step: its begin, the statement's snapshot, and its answer. A ring in between is delivered at the
+  statement's end and sets `look` again, as it does a moment later; a task that is committed in between rings, or keeps
+  SHARE away. Only the loop reads what the answer changes.
+* A lock that is granted and the client's hearing of it are one step: meanwhile no other session is treated otherwise
+  than while it waits. So are BEGIN and fall_asleep, and `position = AWAY` and pg_advisory_unlock.
+* Time isn't modelled: a wait's timer may go off whenever the wait lasts, and `Moderation` may say anything after a
+  claim. A wait of less than a second comes soon, a longer one maybe never.
+* Handlers end when they like. Of the table's rows, those stay out of reach that a failure, the heartbeat, a timer, an
+  echo, the fallback poll, a set-aside, a setting or a queue's limit leads to (OUT_OF_REACH): other stories, that end in
+  `look`, as a ring does, or in the end of the session. So a claim and the due check after it are one step. A session
+  that fails is a worker killed and another that starts.
 * Two rings that a worker hasn't heard yet are one; and one that comes while it is away is heard at once, as nothing
-  comes of it: `_look` is set with the turn.
+  comes of it: `look` is set with the turn.
 * What a worker ran when it was killed is the other model's story.
-* Claims see all that is ready. With marks (marks.py) they may overlook a task until the next claim from the front,
-  which a timer owes: that this comes in time is for tests/worker/test_marks.py to show, and not shown here.
+* Claims see all that is ready. From a cursor (cursors.py) they may overlook a task until the next claim from the head,
+  which has a timer: tests/worker/test_cursors.py shows that it comes in time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+import math
+from collections.abc import Callable, Hashable, Iterator
 from enum import IntEnum
 from functools import cache
 from typing import NamedTuple
+
+from notifyq.worker import decide, state
+from notifyq.worker.capacity import Free
+from notifyq.worker.decide import TABLE, Action, Row
+from notifyq.worker.moderation import Moderation
+from notifyq.worker.state import Position
 
 from .explore import Comes, Promise, Step
 
@@ -52,7 +64,7 @@ class Enqueuer(IntEnum):
 
 
 class Door(IntEnum):
-    """Where a worker's door connection is. The place is what the loop knows of it."""
+    """Where a worker's connection at the bell is. Its position is what the loop knows of it."""
 
     __hash__ = int.__hash__
 
@@ -65,15 +77,16 @@ class Door(IntEnum):
     ASLEEP = 6
 
 
-PLACE = {Door.TURN: Door.TURN, Door.ARMING: Door.TURN, Door.REFUSED: Door.TURN, Door.ASLEEP: Door.ASLEEP}
+TURN, ASLEEP, AWAY = Position.TURN, Position.ASLEEP, Position.AWAY
+POSITION = {Door.TURN: TURN, Door.ARMING: TURN, Door.REFUSED: TURN, Door.ASLEEP: ASLEEP}
 
 
 class Worker(NamedTuple):
-    """Its door, and what of the loop's state decides what it does next."""
+    """Its connection at the bell, and what of the loop's State differs between the states of the model."""
 
     fleet: int
     door: Door = Door.AWAY
-    wanted: Door = Door.TURN
+    wanted: int = 1  # a Position, but hashed faster
     queued: int = 0  # rank in the turn's queue; 0: not in it
     listening: bool = True
     rung: bool = False  # a NOTIFY that isn't delivered yet
@@ -85,7 +98,46 @@ class Worker(NamedTuple):
     held: int = 0  # tasks it runs
 
 
-class State(NamedTuple):
+class Says(Moderation):
+    """Says what the model wants it to say."""
+
+    def __init__(self, awake: bool) -> None:
+        super().__init__()
+        self.says = awake
+
+    def is_awake(self, now: float) -> bool:
+        return self.says
+
+    def update(self, now: float) -> bool:
+        return self.says
+
+
+def to_state(worker: Worker) -> state.State:
+    """The worker's State, at time 0. No poll, no echo, nothing due: their times are never."""
+    made = state.State(
+        position=POSITION.get(worker.door, AWAY),
+        wanted=Position(worker.wanted),
+        listening=worker.listening,
+        look=worker.look,
+        backlog=worker.backlog,
+        moderation=Says(worker.awake),
+    )
+    made.turn.passing = worker.passing
+    return made
+
+
+def from_state(worker: Worker, now: state.State) -> Worker:
+    return worker._replace(
+        wanted=int(now.wanted),
+        listening=now.listening,
+        look=now.look,
+        backlog=now.backlog,
+        passing=now.turn.passing,
+        awake=now.moderation.is_awake(0.0),
+    )
+
+
+class All(NamedTuple):
     enqueuers: tuple[Enqueuer, ...]
     workers: tuple[Worker, ...]
     rung: int = 0  # committed, ready tasks that somebody rang for
@@ -115,7 +167,7 @@ REFUSES = {Door.ARMING, Door.ASLEEP}  # SHARE, held or waited for
 
 # Each a change that looks harmless, and isn't.
 WRONG = {
-    "late flag": "`_look` is cleared after the claim instead of before",
+    "late flag": "`look` is cleared after the claim instead of before",
     "no last claim": "falling asleep isn't followed by a claim",
     "no share": "an enqueuer that is told nobody sleeps doesn't keep its lock until commit",
     "late listen": "LISTEN after falling asleep instead of before",
@@ -131,15 +183,45 @@ WRONG = {
 }
 
 
+def drop(name: str) -> tuple[Row, ...]:
+    """The table without a row."""
+    return tuple(row for row in TABLE if row.name != name)
+
+
+def change(name: str, holds: Callable[[state.State, float, Free], bool]) -> tuple[Row, ...]:
+    """The table with another condition in a row."""
+    return tuple(row._replace(holds=holds) if row.name == name else row for row in TABLE)
+
+
+def _waits_for_share(s: state.State, now: float) -> Action:
+    return decide.Wait(s.wakes_at, bell=ASLEEP)
+
+
+# The wrong variants that are another table.
+WRONG_TABLES = {
+    "late listen": change("deaf", lambda s, now, free: s.position is ASLEEP and not s.listening and not s.look),
+    "never again": drop("deaf"),
+    "no arming look": tuple(row._replace(action=_waits_for_share) if row.name == "arming" else row for row in TABLE),
+}
+# Rows that no state of the model reaches: see above.
+OUT_OF_REACH = {
+    "failed", "heartbeat", "release", "isolate", "timer unknown", "settings", "backlog, due", "poll found", "poll",
+    "echo lost", "due", "echo",
+}  # fmt: skip
+
+
 class Doorbell:
     """`fleets`: that of each worker. `slots`: tasks that one runs at a time. `wrong`: a key of WRONG."""
 
     def __init__(self, enqueuers: int, fleets: tuple[int, ...], slots: int, wrong: str = "") -> None:
         self.slots = slots
+        self.decided: dict[str, set[Worker]] = {}  # by row: the workers that it held for
         self._wrong = wrong
+        self._table = tuple(self._noted(row) for row in WRONG_TABLES.get(wrong, TABLE))
+        self._decided = cache(self._decide)
         workers = tuple(Worker(fleet, listening=wrong != "late listen") for fleet in fleets)
-        self.start = State((Enqueuer.IDLE,) * enqueuers, workers)
-        self.promises: list[Promise[State]] = [
+        self.start = All((Enqueuer.IDLE,) * enqueuers, workers)
+        self.promises: list[Promise[All]] = [
             Promise(
                 "a task that somebody rang for is never claimed, though a worker has a free slot",
                 NOW,
@@ -153,12 +235,12 @@ class Doorbell:
         elif wrong == "locks first":
             self._says_nothing = {Enqueuer.SILENT}
         self._moves = cache(
-            lambda worker, sees: [*self._hears(worker), *self._loop(worker, sees), *self._door(worker, sees)]
+            lambda worker, sees: [*self._hears(worker), *self._loop(worker, sees), *self._bell(worker, sees)]
         )
 
     # What must hold.
 
-    def wrong(self, state: State) -> str | None:
+    def wrong(self, state: All) -> str | None:
         if Enqueuer.NEEDLESS in state.enqueuers:
             return "an enqueuer rings though nobody sleeps or is about to"
         holders = [worker.fleet for worker in state.workers if worker.door in HOLDS_TURN]
@@ -166,21 +248,21 @@ class Doorbell:
             return "two workers of a fleet have the turn: one ring wakes both"
         return None
 
-    def _free(self, state: State) -> bool:
+    def _free(self, state: All) -> bool:
         return any(worker.door is not Door.DEAD and worker.held < self.slots for worker in state.workers)
 
-    def _served(self, state: State) -> bool:
+    def _served(self, state: All) -> bool:
         return not (state.rung or state.silent) or not self._free(state)
 
-    def _rung_served(self, state: State) -> bool:
+    def _rung_served(self, state: All) -> bool:
         return not state.rung or not self._free(state)
 
-    def same(self, state: State) -> Hashable:
+    def same(self, state: All) -> Hashable:
         return (*sorted(state.enqueuers), *sorted(state.workers), state.rung, state.silent)
 
     # What can happen.
 
-    def steps(self, state: State) -> Iterator[Step[State]]:
+    def steps(self, state: All) -> Iterator[Step[All]]:
         share_free = not self._says_nothing.intersection(state.enqueuers)
         for n in range(len(state.enqueuers)):
             yield from self._enqueuer(state, n)
@@ -196,15 +278,15 @@ class Doorbell:
                 if worker.queued and not moved.queued:
                     workers = [_up(other, worker) for other in workers]
                 workers[n] = moved
-                after = State(state.enqueuers, tuple(workers), state.rung - rung, state.silent - silent)
+                after = All(state.enqueuers, tuple(workers), state.rung - rung, state.silent - silent)
                 yield Step(f"worker {n + 1}: {text}", after, comes)
 
-    def _enqueuer(self, state: State, n: int) -> Iterator[Step[State]]:
-        def step(text: str, now: Enqueuer, comes: Comes, rung: int = 0, silent: int = 0) -> Step[State]:
+    def _enqueuer(self, state: All, n: int) -> Iterator[Step[All]]:
+        def step(text: str, now: Enqueuer, comes: Comes, rung: int = 0, silent: int = 0) -> Step[All]:
             enqueuers = (*state.enqueuers[:n], now, *state.enqueuers[n + 1 :])
             workers = tuple(_told(worker) for worker in state.workers) if rung else state.workers
             return Step(
-                f"enqueuer {n + 1}: {text}", State(enqueuers, workers, state.rung + rung, state.silent + silent), comes
+                f"enqueuer {n + 1}: {text}", All(enqueuers, workers, state.rung + rung, state.silent + silent), comes
             )
 
         here = state.enqueuers[n]
@@ -237,115 +319,146 @@ class Doorbell:
     def _hears(self, worker: Worker) -> Iterator[Move]:
         """What comes from outside."""
         if worker.rung and not (self._wrong == "deaf" and worker.door in {Door.QUEUED, Door.ARMING}):
-            yield self._move("hears the bell (_rung)", worker._replace(rung=False, look=True), NOW)
+            heard = self._event(worker._replace(rung=False), lambda s: s.notified())
+            yield self._move("hears the bell (State.notified)", heard, NOW)
         if worker.held:
-            yield self._move("a handler ends (freed)", worker._replace(held=worker.held - 1), MAYBE)
+            yield self._move("a handler ends", worker._replace(held=worker.held - 1), MAYBE)
         # Its sessions end, and with them its locks and its place in the queue. What it ran is another model's story.
         survives = self._wrong == "turn survives" and worker.door in HOLDS_TURN
         yield Move("is killed", Worker(worker.fleet, Door.DEAD, queued=-1 if survives else 0), MAYBE)
 
     def _loop(self, worker: Worker, sees: Sees) -> Iterator[Move]:
-        """Claimer._serve, from one of its awaits to the next."""
-        place = PLACE.get(worker.door, Door.AWAY)
+        """What comes of the action that Claimer carries out."""
         if worker.clearing:
             cleared = worker._replace(clearing=False, look=False)
-            yield self._move("has the claim's answer, and clears _look", cleared, NOW)
-        elif worker.held >= self.slots:
+            yield self._move("has the claim's answer, and clears `look`", cleared, NOW)
             return
-        elif place is not Door.AWAY and not worker.listening and self._listens(worker):
-            listens = worker._replace(listening=True, look=worker.look or self._wrong != "late listen")
-            yield self._move("LISTEN, and will look (_listen)", listens, NOW)
-        elif worker.backlog:
-            yield from self._claim(worker, sees, "claims again, as the last came back full")
-        elif worker.passing:
-            return
-        elif place is Door.AWAY:
-            if worker.listening:
-                yield self._move("UNLISTEN, away for a second (_unlisten)", worker._replace(listening=False), MAYBE)
-        elif worker.look:
-            yield from self._claim(worker, sees, "clears _look and claims")
-        elif worker.awake:
-            yield self._move("stays awake, and will look (Moderation.gap)", worker._replace(look=True), NOW)
-            late = worker._replace(passing=True, wanted=Door.AWAY)
-            yield self._move("wakes up late, so passes the turn on (_pass_on)", late, MAYBE)
-        elif place is Door.TURN and self._wrong != "no arming look":
-            yield self._move("will look, while it waits for SHARE (ARMING_SHARE)", worker._replace(look=True), SOON)
+        match self._action(worker, 0.0):
+            case decide.Wait() as wait:
+                yield from self._waits(worker, wait)
+            case decide.Listen():
+                yield self._move("LISTEN, and will look", self._event(worker, self._listens), NOW)
+            case decide.Claim() as claim:
+                text = "clears `look` and claims" if claim.looks else "claims again, as the last came back full"
+                yield from self._claim(worker, sees, claim.looks, text)
+            case decide.Sleep():
+                looks = self._event(worker, lambda s: s.slept(False, 0.0))
+                yield self._move("stays awake, and will look", looks, NOW)
+                late = self._event(worker, lambda s: s.slept(True, 0.0))
+                yield self._move("wakes up late, so passes the turn on", late._replace(look=False), MAYBE)
+            case action:
+                raise AssertionError(f"{action} is none that the model knows")
 
-    def _listens(self, worker: Worker) -> bool:
+    def _waits(self, worker: Worker, wait: decide.Wait) -> Iterator[Move]:
+        """The timer goes off."""
+        if wait.until == math.inf:
+            return
+        if wait.looks:
+            looks = self._event(worker, lambda s: s.waited(wait.looks))
+            yield self._move("looks again, while it waits for SHARE", looks, SOON if wait.until < 1.0 else MAYBE)
+            return
+        action = self._action(worker, wait.until)
+        assert isinstance(action, decide.Unlisten), action
+        yield self._move("UNLISTEN, away for a second", self._event(worker, lambda s: s.unlistened()), MAYBE)
+
+    def _listens(self, s: state.State) -> None:
+        look = s.look
+        s.listens()
         if self._wrong == "late listen":
-            return worker.door is Door.ASLEEP and not worker.look
-        return self._wrong != "never again"
+            s.look = look
 
-    def _claim(self, worker: Worker, sees: Sees, text: str) -> Iterator[Move]:
-        room = self.slots - worker.held
-        taken = min(room, sees.rung + sees.silent)
-        looks, full = not worker.backlog, taken >= room
-        after = worker._replace(backlog=full, held=worker.held + taken, awake=False)
-        if looks and self._wrong == "late flag":
-            after = after._replace(clearing=True)
-        elif looks:
-            after = after._replace(look=False)
-        elif full:
-            after = after._replace(wanted=Door.AWAY)
+    def _claim(self, worker: Worker, sees: Sees, looks: bool, text: str) -> Iterator[Move]:
+        free = self.slots - worker.held
+        taken = min(free, sees.rung + sees.silent)
         text = f"{text} (claim.sql: {taken or 'nothing'})"
         for rung in range(max(0, taken - sees.silent), min(taken, sees.rung) + 1):
+            after = self._claimed(worker, looks, taken, awake=False, enough=False)
             yield self._move(text, after, NOW, rung, taken - rung)
-            yield self._move(f"{text}; more may come", after._replace(awake=True), NOW, rung, taken - rung)
-            if taken and looks and after.held * 2 > self.slots:
-                passes = after._replace(passing=True, wanted=Door.AWAY)
-                yield self._move(f"{text}; that is work enough (_pass_on)", passes, NOW, rung, taken - rung)
+            after = self._claimed(worker, looks, taken, awake=True, enough=False)
+            yield self._move(f"{text}; more may come", after, NOW, rung, taken - rung)
+            if taken and looks and (worker.held + taken) * 2 > self.slots:
+                after = self._claimed(worker, looks, taken, awake=False, enough=True)
+                yield self._move(f"{text}; that is work enough", after, NOW, rung, taken - rung)
 
-    def _door(self, worker: Worker, sees: Sees) -> Iterator[Move]:
-        """Door.run. `_door_moved` sets `_look` with each new place but AWAY."""
+    def _claimed(self, worker: Worker, looks: bool, taken: int, *, awake: bool, enough: bool) -> Worker:
+        full = taken >= self.slots - worker.held
+
+        def claim(s: state.State) -> None:
+            if self._wrong != "late flag":
+                s.claim_begins(looks)
+            s.moderation = Says(awake)
+            s.claimed(taken, 0.0, looks=looks, full=full, enough=enough)
+
+        after = self._event(worker._replace(held=worker.held + taken), claim)
+        return after._replace(clearing=looks and self._wrong == "late flag")
+
+    def _bell(self, worker: Worker, sees: Sees) -> Iterator[Move]:
+        """BellConnection.run. State.bell_moved sets `look` with each new position but AWAY."""
         here, wanted = worker.door, worker.wanted
-        look = worker._replace(look=True)
-        if here is Door.AWAY and wanted is not Door.AWAY:
+        if here is Door.AWAY and wanted != AWAY:
             queued = worker._replace(door=Door.QUEUED, queued=max(0, sees.last) + 1)
             yield self._move("take_turn: queues for the turn", queued, NOW)
         elif here is Door.QUEUED:
             if (worker.queued == 1 and sees.turn_free) or self._wrong == "no turn":
-                yield self._move("take_turn: has the turn", look._replace(door=Door.TURN, queued=0), NOW)
+                has_turn = self._arrives(worker._replace(queued=0), Door.TURN)
+                yield self._move("take_turn: has the turn", has_turn, NOW)
             yield self._move("take_turn: 5 s are over", worker._replace(door=Door.AWAY, queued=0), MAYBE)
-        elif here is Door.TURN and wanted is Door.AWAY:
-            yield self._move("pg_advisory_unlock: passes the turn on", worker._replace(door=Door.AWAY), NOW)
-        elif here in {Door.TURN, Door.REFUSED} and wanted is Door.ASLEEP:
+        elif here is Door.TURN and wanted == AWAY:
+            yield self._move("pg_advisory_unlock: passes the turn on", self._arrives(worker, Door.AWAY), NOW)
+        elif here in {Door.TURN, Door.REFUSED} and wanted == ASLEEP:
             yield self._move("fall_asleep: waits for SHARE", worker._replace(door=Door.ARMING), NOW)
         elif here is Door.REFUSED:
-            yield self._move("ROLLBACK: doesn't fall asleep", look._replace(door=Door.TURN), NOW)
+            yield self._move("ROLLBACK: doesn't fall asleep", self._arrives(worker, Door.TURN), NOW)
         elif here is Door.ARMING:
             if sees.share_free:
-                asleep = worker if self._wrong == "no last claim" else look
-                yield self._move("fall_asleep: has SHARE", asleep._replace(door=Door.ASLEEP), NOW)
+                yield self._move("fall_asleep: has SHARE", self._arrives(worker, Door.ASLEEP), NOW)
             yield self._move("fall_asleep: its wait is over", worker._replace(door=Door.REFUSED), MAYBE)
-            if wanted is not Door.ASLEEP and self._wrong != "long wait":
+            if wanted != ASLEEP and self._wrong != "long wait":
                 yield self._move("fall_asleep: its wait is cancelled (want)", worker._replace(door=Door.REFUSED), NOW)
-        elif here is Door.ASLEEP and wanted is not Door.ASLEEP:
-            yield self._move("ROLLBACK: wakes up", look._replace(door=Door.TURN), NOW)
+        elif here is Door.ASLEEP and wanted != ASLEEP:
+            yield self._move("ROLLBACK: wakes up", self._arrives(worker, Door.TURN), NOW)
         elif here is Door.ASLEEP:
-            yield self._move("ROLLBACK: to fall asleep anew (turn_over)", look._replace(door=Door.TURN), MAYBE)
+            yield self._move("ROLLBACK: to fall asleep anew (turn_over)", self._arrives(worker, Door.TURN), MAYBE)
+
+    # The code.
+
+    def _arrives(self, worker: Worker, door: Door) -> Worker:
+        if self._wrong == "no last claim" and door is Door.ASLEEP:
+            return worker._replace(door=door)
+        return self._event(worker, lambda s: s.bell_moved(POSITION.get(door, AWAY), 0.0))._replace(door=door)
+
+    def _event(self, worker: Worker, event: Callable[[state.State], None]) -> Worker:
+        s = to_state(worker)
+        event(s)
+        return from_state(worker, s)
+
+    def _action(self, worker: Worker, now: float) -> Action:
+        free = self.slots - worker.held
+        self._deciding = worker
+        return decide.next_action(to_state(worker), now, Free({"q": free} if free else {}, free), self._table)
+
+    def _noted(self, row: Row) -> Row:
+        """A row that notes for which workers it held."""
+
+        def holds(s: state.State, now: float, free: Free) -> bool:
+            if held := row.holds(s, now, free):
+                self.decided.setdefault(row.name, set()).add(self._deciding)
+            return held
+
+        return row._replace(holds=holds)
 
     def _move(self, text: str, worker: Worker, comes: Comes, rung: int = 0, silent: int = 0) -> Move:
         return Move(text, self._decided(worker), comes, rung, silent)
 
-    def _decided(self, worker: Worker) -> Worker:
-        """What Claimer._serve makes of it before its next await: only what it wants of its door."""
-        place = PLACE.get(worker.door, Door.AWAY)
-        if place is Door.AWAY:
+    def _decide(self, worker: Worker) -> Worker:
+        """With the position that the next action asks for."""
+        if worker.door not in POSITION:
             # Nothing of this is read before it is set again, with the turn, and by the first claim.
             worker = worker._replace(look=False, awake=False, rung=worker.rung and self._wrong == "deaf")
-        if worker.held >= self.slots:
-            return worker._replace(wanted=Door.AWAY)
-        if place is Door.AWAY:
-            worker = worker._replace(passing=False)
-        elif not worker.listening and self._listens(worker):
+        if worker.clearing:
             return worker
-        if worker.backlog or worker.passing:
-            return worker
-        if place is Door.AWAY:
-            return worker._replace(wanted=Door.TURN)
-        if worker.look or worker.clearing:
-            return worker
-        return worker._replace(wanted=Door.TURN if worker.awake else Door.ASLEEP)
+        bell = self._action(worker, 0.0).bell
+        return worker if bell is None else worker._replace(wanted=int(bell))
 
 
 @cache

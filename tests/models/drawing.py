@@ -7,7 +7,7 @@ from collections import Counter
 from html import escape
 from typing import Any
 
-from .doorbell import Door, Doorbell, State
+from .doorbell import All, Door, Doorbell
 from .explore import Explored, Step, explore
 from .runs import Run
 
@@ -38,11 +38,11 @@ BOW = {  # how far a line bows out, to the left of its way
 }
 
 
-def pictured() -> tuple[Counter[tuple[Door, Door, str]], Explored[State]]:
+def pictured() -> tuple[Counter[tuple[Door, Door, str]], Explored[All]]:
     """Every move of a door between places, by what makes it, and how many steps were one."""
     moves: Counter[tuple[Door, Door, str]] = Counter()
 
-    def seen(before: State, step: Step[State]) -> None:
+    def seen(before: All, step: Step[All]) -> None:
         for worker, after in zip(before.workers, step.state.workers, strict=True):
             if worker.door is not after.door:
                 moves[worker.door, after.door, step.label.partition(": ")[2] or "is killed"] += 1

@@ -11,10 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from notifyq.worker.doorbell import Place
+from notifyq.worker.capacity import Free
+from notifyq.worker.decide import TABLE, next_action
+from notifyq.worker.state import Position
 
 from . import drawing
-from .doorbell import PLACE
+from .doorbell import OUT_OF_REACH, POSITION, Doorbell, from_state, to_state
 from .explore import Comes, Promise, Step, explore
 from .runs import RUNS, WRONG, Run
 
@@ -55,8 +57,23 @@ def test_the_picture_is_what_was_explored() -> None:
     assert (DOCS / "doorbell.svg").read_text(encoding="utf-8") == drawing.draw()
 
 
-def test_the_places_are_those_of_the_code() -> None:
-    assert {door.name for door in PLACE.values()} | {"AWAY"} == {place.name for place in Place}
+def test_the_positions_are_those_of_the_code() -> None:
+    assert {*POSITION.values(), Position.AWAY} == {*Position}
+
+
+def test_the_code_decides_in_every_state_that_the_model_reaches() -> None:
+    """The model reaches all rows of the table but those that it names. In each state in which a row held, the code
+    takes that row, and changes nothing."""
+    model = Doorbell(2, (0, 0), 2)
+    explore(model)
+    assert set(model.decided) == {row.name for row in TABLE} - OUT_OF_REACH
+    rows = {row.name: row for row in TABLE}
+    for name, workers in model.decided.items():
+        for worker in workers:
+            state, free = to_state(worker), Free({"q": 2 - worker.held}, 2 - worker.held)
+            taken = {now for now in (0.0, 1.01) if next_action(state, now, free) == rows[name].action(state, now)}
+            assert taken, (name, worker)
+            assert from_state(worker, state) == worker
 
 
 class Countdown:

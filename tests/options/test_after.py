@@ -615,7 +615,7 @@ async def test_it_ends_a_moment_after_somebody_began_to_wait(
 
     async def admit(self: Admission, *args: Any) -> Any:
         answer = await judged(self, *args)
-        if self.unsure and someone.is_in_transaction():
+        if self.recheck and someone.is_in_transaction():
             await someone.execute("COMMIT")
         return answer
 

@@ -6,6 +6,7 @@ holds a transaction open at the moment that matters, and nothing else happens th
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
 from collections.abc import Callable
@@ -16,17 +17,16 @@ import anyio
 import pytest
 
 import notifyq
-from notifyq.config import WorkerConfig
 from notifyq.database import connection
-from notifyq.worker import claim, doorbell
-from notifyq.worker.doorbell import BURST, WINDOW_SECONDS, Door, Moderation, Place, fleet_key
-from notifyq.worker.runners import Runners
-from notifyq.worker.settle import Settler
+from notifyq.worker import decide, doorbell, moderation
+from notifyq.worker.doorbell import BellConnection, fleet_key
+from notifyq.worker.listen import Listener
+from notifyq.worker.moderation import BURST, WINDOW_SECONDS, Moderation
+from notifyq.worker.state import Position, State
 
 from ..helpers.databases import Sessions
 from ..helpers.machine import limit
 from ..helpers.running import working
-from ..helpers.stages import Told
 from ..helpers.waiting import Seen, asleep, eventually
 
 INSERT = "INSERT INTO notifyq.task (type, payload) VALUES ('Mark', $1::text::jsonb) RETURNING id"
@@ -313,7 +313,7 @@ async def test_only_who_has_the_turn_listens(
 ) -> None:
     """The other stops listening, so a ring wakes one worker. When it gets the turn, it finds out what was said
     meanwhile: its queue was paused, so it runs nothing."""
-    monkeypatch.setattr(claim, "UNLISTEN_SECONDS", 0.01)
+    monkeypatch.setattr(decide, "UNLISTEN_SECONDS", 0.01)
     async with working(app, dsn) as first:
         await asleep(db)
         async with working(app, dsn):
@@ -373,30 +373,30 @@ async def test_the_turn_is_waited_for_in_few_statements(app: notifyq.App, db: An
 async def test_who_sleeps_for_long_falls_asleep_anew(dsn: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A transaction that is open for hours looks like a mistake."""
     conn, places = await connection.connect_worker(dsn, "door 1"), Seen()
-    door = Door(7, lambda: places.add(door.place))
+    bell = BellConnection(7, lambda: places.add(bell.position))
     async with anyio.create_task_group() as group:
-        group.start_soon(door.run, conn)
-        door.want(Place.ASLEEP)
+        group.start_soon(bell.run, conn)
+        bell.want(Position.ASLEEP)
         await places.reach(3)
         monkeypatch.setattr(doorbell, "DOUBT_SECONDS", -1.0)
-        door.turn_over()
+        bell.turn_over()
         assert len(places.items) == 3, "not yet"
         monkeypatch.setattr(doorbell, "ASLEEP_SECONDS", -1.0)
-        door.turn_over()
-        assert await places.reach(5) == [Place.AWAY, Place.TURN, Place.ASLEEP, Place.TURN, Place.ASLEEP]
+        bell.turn_over()
+        assert await places.reach(5) == [Position.AWAY, Position.TURN, Position.ASLEEP, Position.TURN, Position.ASLEEP]
         group.cancel_scope.cancel()
     conn.terminate()
 
 
 async def test_an_echo_that_was_sent_before_is_not_waited_for(app: notifyq.App, dsn: str) -> None:
     """A worker stops listening before an echo is heard. It must not miss that echo when it listens again."""
-    runners, settler = Runners(app.registry, 1, 1, Told()), Settler(dsn, True, Told(), Told())
-    claimer = claim.Claimer(dsn, WorkerConfig(queues={"default": None}), ["Mark"], runners, settler)
+    state = State()
+    listener = Listener(state, asyncio.Event(), 5.0)
     conn = await connection.connect_worker(dsn, "claims 1")
-    await claimer._listen(conn)
-    assert claimer._new_echo(0.0) == claimer._echo
-    await claimer._unlisten(conn)
-    assert claimer._echo == ""
+    await listener.listen(conn)
+    assert listener.new_echo(0.0) == state.echo.text
+    await listener.unlisten(conn)
+    assert state.echo.text == ""
     conn.terminate()
 
 
@@ -412,7 +412,7 @@ async def test_silent_under_load(
 
     What is a burst on a quiet machine, 250 a second, may not be one on a busy one, so here it is one a second.
     """
-    monkeypatch.setattr(doorbell, "WINDOW_SECONDS", 5.0)
+    monkeypatch.setattr(moderation, "WINDOW_SECONDS", 5.0)
     async with working(app, dsn):
         await asleep(db)
         rang = 0
@@ -589,16 +589,16 @@ def test_moderation_lets_an_isolated_task_ring() -> None:
     m = Moderation()
     for n in range(100):
         m.arrived(1, n * 0.05)
-        assert not m.awake(n * 0.05)
+        assert not m.update(n * 0.05)
 
 
 def test_moderation_stays_awake_for_a_burst_and_sleeps_after_it() -> None:
     m = Moderation()
     for n in range(200):
         m.arrived(1, n * 0.001)
-    assert m.awake(0.2)
-    assert m.awake(0.2 + WINDOW_SECONDS - 0.006)
-    assert not m.awake(0.2 + 2 * WINDOW_SECONDS)
+    assert m.update(0.2)
+    assert m.update(0.2 + WINDOW_SECONDS - 0.006)
+    assert not m.update(0.2 + 2 * WINDOW_SECONDS)
 
 
 def test_moderation_does_not_poll_for_a_hundred_a_second() -> None:
@@ -607,6 +607,6 @@ def test_moderation_does_not_poll_for_a_hundred_a_second() -> None:
     for ms in range(2000):
         if ms % 10 == 0:
             m.arrived(1, ms / 1000)
-        awake += m.awake(ms / 1000)
+        awake += m.update(ms / 1000)
     assert awake < 150, f"{awake} ms of 2000 awake"
     assert BURST > 2

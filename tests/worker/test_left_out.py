@@ -228,8 +228,8 @@ async def test_what_is_not_admitted_is_not_claimed_again_at_once(db: Any) -> Non
     assert not out
 
 
-async def test_tasks_that_cannot_be_let_in(db: Any, dsn: str, logged: Logged) -> None:
-    """They stay parked where they are; what waits at other keys, or for the end of a task, is let in."""
+async def test_tasks_that_cannot_be_released(db: Any, dsn: str, logged: Logged) -> None:
+    """They stay parked where they are; what waits at other keys, or for the end of a task, is released."""
     bench = Bench()
     release = holding(bench)
     async with working(bench.app, dsn):
@@ -246,7 +246,8 @@ async def test_tasks_that_cannot_be_let_in(db: Any, dsn: str, logged: Logged) ->
         ends = {("Hold", "done"): 2, ("Good", "done"): 3, ("Bad", "scheduled"): 2}
         await eventually(lambda: states(db), ends)
         await eventually(
-            lambda: db.fetchval("SELECT status FROM notifyq.worker"), "PostgreSQL doesn't let tasks in at 1 keys"
+            lambda: db.fetchval("SELECT status FROM notifyq.worker"),
+            "PostgreSQL doesn't let tasks be released at 1 keys",
         )
         await insert(db, 1, type="Good")
         await eventually(lambda: states(db), ends | {("Good", "done"): 4})
@@ -254,10 +255,10 @@ async def test_tasks_that_cannot_be_let_in(db: Any, dsn: str, logged: Logged) ->
         await insert(db, 1, type="Good")
         await eventually(lambda: states(db), {("Hold", "done"): 2, ("Good", "done"): 5, ("Bad", "done"): 2})
         await eventually(lambda: db.fetchval("SELECT status FROM notifyq.worker"), "ok")
-    [line] = logged("doesn't let tasks be let in")
+    [line] = logged("doesn't let tasks be released")
     assert line["where"] == "queue=default limit_key=k"
     assert "the auditors say no" in line["error"]
-    assert len(logged("what waits is let in again")) == 1
+    assert len(logged("waiting tasks are released again")) == 1
     assert not logged("lost the database")
 
 

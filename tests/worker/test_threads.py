@@ -8,6 +8,7 @@ import itertools
 import threading
 import time
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import anyio
@@ -16,7 +17,7 @@ import pytest
 
 import notifyq
 from notifyq.config import WorkerConfig, default_threads
-from notifyq.worker.capacity import ASKED_LEAST, LOOK_LEAST, Room
+from notifyq.worker.capacity import ASKED_LEAST, LOOK_LEAST, Capacity
 from notifyq.worker.job import Job
 from notifyq.worker.outcome import HandedBack, Outcome
 from notifyq.worker.settle import Settler
@@ -223,6 +224,9 @@ def test_what_is_set() -> None:
             WorkerConfig(queues={"q": None}, threads=wrong)  # type: ignore[arg-type]
 
 
+SETTLED: Any = SimpleNamespace(pending=0, full=False)  # all outcomes are written
+
+
 def jobs(types: str) -> list[Job]:
     """All that is asked of them."""
     made = []
@@ -237,39 +241,39 @@ def test_how_much_is_asked_for(bench: Bench) -> None:
     """It grows while claims come full of async tasks. A queue whose next task needs a thread is left alone."""
     config = WorkerConfig(queues={"q": None, "r": None}, threads=2)
     slots = Slots(bench.app.registry)
-    room = Room(config, slots)
+    capacity = Capacity(config, slots, SETTLED)
     asked = []
     for _ in range(6):
-        rooms, total = room.now(1.0, set(), 0)
-        asked.append(rooms["q"])
-        threads = room.threads(total)
+        free, total = capacity.now(1.0, set())
+        asked.append(free["q"])
+        threads = capacity.threads(total)
         assert (threads is None) is (total <= 2), "an ordinary claim takes no more than there are threads"
-        assert room.claimed(jobs("a" * rooms["q"]), rooms, total, threads, 1.0) == []
+        assert capacity.claimed(jobs("a" * free["q"]), free, total, threads, 1.0) == []
     assert asked == [2, 4, 8, 16, 32, 64]
-    rooms, total = room.now(1.0, set(), 0)
-    threads = room.threads(total)
+    free, total = capacity.now(1.0, set())
+    threads = capacity.threads(total)
     assert threads == (["Plain", "Compute"], [1, 1], [0, 0], 2)
     slots.plain_held["Plain"] = 2
-    assert room.claimed(jobs("apap" + "a" * 20), rooms, total, threads, 1.0) == ["q", "r"], "some may be left in each"
-    assert room.fits("Async")
-    assert not room.fits("Plain")
-    room.leave_alone("q", 1.0)
-    rooms, _ = room.now(1.0, set(), 0)
-    assert rooms == {"r": ASKED_LEAST}, "the next of q waits for a thread"
-    rooms, _ = room.now(1.0 + LOOK_LEAST, set(), 0)
-    assert rooms["q"] == ASKED_LEAST, "another worker may have taken that one"
-    room.leave_alone("q", 1.0 + LOOK_LEAST)
-    rooms, _ = room.now(1.0 + 2.5 * LOOK_LEAST, set(), 0)
-    assert list(rooms) == ["r"], "it is left alone for twice as long"
-    room.go_on("q")
-    room.leave_alone("q", 2.0)
-    rooms, _ = room.now(2.0 + LOOK_LEAST, set(), 0)
-    assert "q" in rooms, "not for longer, if async tasks came in between"
-    room.leave_alone("q", 2.0 + LOOK_LEAST)
+    assert capacity.claimed(jobs("apap" + "a" * 20), free, total, threads, 1.0) == ["q", "r"], "each may have some left"
+    assert capacity.fits("Async")
+    assert not capacity.fits("Plain")
+    capacity.leave_alone("q", 1.0)
+    free, _ = capacity.now(1.0, set())
+    assert free == {"r": ASKED_LEAST}, "the next of q waits for a thread"
+    free, _ = capacity.now(1.0 + LOOK_LEAST, set())
+    assert free["q"] == ASKED_LEAST, "another worker may have taken that one"
+    capacity.leave_alone("q", 1.0 + LOOK_LEAST)
+    free, _ = capacity.now(1.0 + 2.5 * LOOK_LEAST, set())
+    assert list(free) == ["r"], "it is left alone for twice as long"
+    capacity.go_on("q")
+    capacity.leave_alone("q", 2.0)
+    free, _ = capacity.now(2.0 + LOOK_LEAST, set())
+    assert "q" in free, "not for longer, if async tasks came in between"
+    capacity.leave_alone("q", 2.0 + LOOK_LEAST)
     slots.plain_held["Plain"] = 1
-    rooms, total = room.now(2.0 + 2.5 * LOOK_LEAST, set(), 0)
-    assert (rooms, total) == ({"q": 1, "r": 1}, 1)
-    assert room.threads(total) is None
+    free, total = capacity.now(2.0 + 2.5 * LOOK_LEAST, set())
+    assert (free, total) == ({"q": 1, "r": 1}, 1)
+    assert capacity.threads(total) is None
 
 
 @pytest.mark.parametrize("shares", [[1], [1, 1], [4], [4, 1], [3, 5], [2, 3, 1]])
@@ -287,10 +291,10 @@ def test_what_fits_whatever_the_types_are(shares: list[int]) -> None:
         app.handler(plain) if share == 1 else app.handler(batch=share)(batch)
     slots = Slots(app.registry)
     assert list(slots.plain.values()) == shares
-    room = Room(WorkerConfig(queues={"q": None}, threads=3), slots)
+    capacity = Capacity(WorkerConfig(queues={"q": None}, threads=3), slots, SETTLED)
     for held in itertools.product(*(range(share + 2) for share in shares)):
         slots.plain_held.update(dict(zip(slots.plain, held, strict=True)))
-        fitting = room.fitting()
+        fitting = capacity.fitting()
         if slots.threads_needed <= 3:
             assert most_threads(slots, fitting) <= 3
             assert most_threads(slots, fitting + 1) > 3

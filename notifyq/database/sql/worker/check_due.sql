@@ -10,7 +10,7 @@
 --
 -- With $4 it sends an echo, which proves that the bell works. With $5 it looks only for tasks that are due from that
 -- time on, and so skips index entries of tasks that were promoted earlier and that VACUUM may not remove yet
--- (marks.py).
+-- (cursors.py).
 --
 -- statement_timestamp(), as clock_timestamp() can't be an index condition. The second scan's snapshot is the first
 -- one's, so "next" leaves out what is due by the clock rather than by state. Two epochs are subtracted, as before

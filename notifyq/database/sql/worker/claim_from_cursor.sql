@@ -1,6 +1,6 @@
 -- As claim.sql, but only from the marks: of queue $5 and priority $6 the tasks from id $7 on, the highest priority of a
 -- queue first. The priority is compared with =, since only then the scan begins at the mark and skips the dead index
--- entries before it. marks.py says why that matters, and which claim finds the tasks before the marks. $8 is
+-- entries before it. cursors.py says why that matters, and which claim finds the tasks before the marks. $8 is
 -- claim.sql's $5.
 UPDATE notifyq.task t
 SET worker = $1, attempts = least(t.attempts, 32766) + 1, processing_at = clock_timestamp()

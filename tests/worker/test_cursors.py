@@ -9,108 +9,117 @@ import anyio
 import pytest
 
 import notifyq
-from notifyq.worker import claim, cursors
-from notifyq.worker.cursors import BUSY_SECONDS, BUSY_TIMES, LAG_SECONDS, LEVELS, OWED_TIMES, PATIENCE_SECONDS, Marks
-from notifyq.worker.job import Job, Onward
+from notifyq.worker import cursors, state
+from notifyq.worker.cursors import (
+    BUSY_SECONDS,
+    BUSY_TIMES,
+    HEAD_SCAN_TIMES,
+    LAG_SECONDS,
+    LEVELS,
+    PATIENCE_SECONDS,
+    Cursors,
+    FromCursor,
+)
+from notifyq.worker.job import Job
 
 from ..helpers.databases import Sessions
 from ..helpers.machine import Probe, limit
 from ..helpers.running import working
 from ..helpers.waiting import Seen, asleep, eventually
 
-FRONT, ONWARD = False, True
+HEAD, CURSOR = False, True
 
 
 def job(id: int, queue: str = "q", priority: int = 0) -> Job:
     return Job(1, (id, 1, "T", queue, priority, None, datetime.now(UTC), b"{}", False, None))  # type: ignore[arg-type]
 
 
-def told(*jobs: Job, slow: bool) -> tuple[Marks, float]:
-    """Marks that a claim from the front has told of these jobs, long enough ago; and the time."""
-    m = Marks()
-    m.claimed(jobs, FRONT, 0.001, 10.0)
-    m.claimed([], FRONT, 0.001, 10.0 + LAG_SECONDS)
+def told(*jobs: Job, slow: bool) -> tuple[Cursors, float]:
+    """Cursors that a claim from the front has told of these jobs, long enough ago; and the time."""
+    m = Cursors()
+    m.claimed(jobs, HEAD, 0.001, 10.0)
+    m.claimed([], HEAD, 0.001, 10.0 + LAG_SECONDS)
     now = 10.0 + 2 * LAG_SECONDS
     for _ in range(2):
-        m.claimed([], FRONT, 1.0 if slow else 0.001, now)
+        m.claimed([], HEAD, 1.0 if slow else 0.001, now)
     return m, now
 
 
 def test_a_healthy_claim_without_a_backlog_is_from_the_front() -> None:
     m, now = told(job(7), slow=False)
-    assert m.onward(now, backlog=False) is None
-    assert m.owed_at == float("inf")
+    assert m.from_cursor(now, backlog=False) is None
+    assert m.head_scan_at == float("inf")
 
 
 def test_under_a_backlog_most_claims_begin_at_a_mark() -> None:
     m, now = told(job(7), slow=False)
-    assert m.onward(now, backlog=True) == Onward(["q"], [0], [7])
-    assert m.onward(now + BUSY_SECONDS, backlog=True) is None, "one from the front, now and then"
+    assert m.from_cursor(now, backlog=True) == FromCursor(["q"], [0], [7])
+    assert m.from_cursor(now + BUSY_SECONDS, backlog=True) is None, "one from the front, now and then"
     m, now = told(job(7), slow=True)
-    assert m.onward(now + BUSY_TIMES - 0.1, backlog=True), "which took a second: not so soon again"
-    assert m.onward(now + BUSY_TIMES, backlog=True) is None
+    assert m.from_cursor(now + BUSY_TIMES - 0.1, backlog=True), "which took a second: not so soon again"
+    assert m.from_cursor(now + BUSY_TIMES, backlog=True) is None
 
 
 def test_after_a_slow_claim_marks_answer_first_and_one_from_the_front_is_owed() -> None:
     m, now = told(job(7), slow=True)
-    assert m.onward(now, backlog=False) == Onward(["q"], [0], [7])
-    m.claimed([job(8)], ONWARD, 0.001, now)
-    assert m.owed_at == now + OWED_TIMES
-    assert m.onward(m.owed_at, backlog=False) is None
-    m.claimed([], FRONT, 0.001, m.owed_at)
-    assert m.owed_at == float("inf"), "that was it"
+    assert m.from_cursor(now, backlog=False) == FromCursor(["q"], [0], [7])
+    m.claimed([job(8)], CURSOR, 0.001, now)
+    assert m.head_scan_at == now + HEAD_SCAN_TIMES
+    assert m.from_cursor(m.head_scan_at, backlog=False) is None
+    m.claimed([], HEAD, 0.001, m.head_scan_at)
+    assert m.head_scan_at == float("inf"), "that was it"
 
 
 def test_a_claim_that_was_held_up_once_is_no_sign() -> None:
     m, now = told(job(7), slow=False)
-    m.claimed([], FRONT, 2.5, now)
-    assert m.onward(now, backlog=False) is None
-    assert m.onward(now + BUSY_SECONDS, backlog=True) is None
-    m.claimed([], FRONT, 0.5, now)
-    assert m.onward(now, backlog=False), "so it is slow, and half a second of it"
-    assert m.onward(now + OWED_TIMES / 2, backlog=False) is None
+    m.claimed([], HEAD, 2.5, now)
+    assert m.from_cursor(now, backlog=False) is None
+    assert m.from_cursor(now + BUSY_SECONDS, backlog=True) is None
+    m.claimed([], HEAD, 0.5, now)
+    assert m.from_cursor(now, backlog=False), "so it is slow, and half a second of it"
+    assert m.from_cursor(now + HEAD_SCAN_TIMES / 2, backlog=False) is None
 
 
 def test_marks_that_do_not_help_are_left_alone_for_a_while() -> None:
     m, now = told(job(7), slow=True)
-    m.claimed([], ONWARD, 0.9, now)  # as slow as from the front: it is the network
-    assert m.onward(now, backlog=False) is None
-    assert m.owed_at == now
-    m.claimed([], FRONT, 1.0, now + 1)
-    assert m.onward(now + 1, backlog=False) is None
-    m.claimed([], FRONT, 1.0, now + PATIENCE_SECONDS)
-    assert m.onward(now + PATIENCE_SECONDS, backlog=False)
+    m.claimed([], CURSOR, 0.9, now)  # as slow as from the front: it is the network
+    assert m.from_cursor(now, backlog=False) is None
+    assert m.head_scan_at == now
+    m.claimed([], HEAD, 1.0, now + 1)
+    assert m.from_cursor(now + 1, backlog=False) is None
+    m.claimed([], HEAD, 1.0, now + PATIENCE_SECONDS)
+    assert m.from_cursor(now + PATIENCE_SECONDS, backlog=False)
 
 
 def test_a_mark_is_behind_by_a_moment() -> None:
     """Ids become visible in about their order, not quite: what was claimed just now marks nothing yet."""
     m, now = told(job(7), slow=False)
-    m.claimed([job(20)], ONWARD, 0.001, now + LAG_SECONDS / 2)
+    m.claimed([job(20)], CURSOR, 0.001, now + LAG_SECONDS / 2)
     for _ in range(2):
-        assert m.onward(now, backlog=True) == Onward(["q"], [0], [7])
+        assert m.from_cursor(now, backlog=True) == FromCursor(["q"], [0], [7])
         now += LAG_SECONDS
-        m.claimed([], ONWARD, 0.001, now)
+        m.claimed([], CURSOR, 0.001, now)
     now += LAG_SECONDS
-    m.claimed([], ONWARD, 0.001, now)
-    m.claimed([], FRONT, 0.001, now)
-    assert m.onward(now, backlog=True) == Onward(["q"], [0], [20])
+    m.claimed([], CURSOR, 0.001, now)
+    m.claimed([], HEAD, 0.001, now)
+    assert m.from_cursor(now, backlog=True) == FromCursor(["q"], [0], [20])
 
 
 def test_levels_are_apart_and_the_highest_priority_comes_first() -> None:
     m, now = told(job(9, priority=5), job(3), job(4), job(2, "other", 7), slow=False)
-    assert m.onward(now, backlog=True) == Onward(["other", "q", "q"], [7, 5, 0], [2, 9, 4])
+    assert m.from_cursor(now, backlog=True) == FromCursor(["other", "q", "q"], [7, 5, 0], [2, 9, 4])
 
 
 def test_more_levels_than_can_be_kept_apart_are_not() -> None:
     m, now = told(*(job(n, priority=n) for n in range(LEVELS + 1)), slow=False)
-    assert m.onward(now, backlog=True) is None
+    assert m.from_cursor(now, backlog=True) is None
 
 
 def force(monkeypatch: pytest.MonkeyPatch, times: float) -> None:
-    """Marks as soon and as often as can be: each claim from the front counts as slow, and rests for `times` as long."""
-    for module in (cursors, claim):
+    """Cursors as soon and as often as can be: a claim from the head counts as slow, and rests for `times` as long."""
+    for module in (cursors, state):
         monkeypatch.setattr(module, "SLOW_SECONDS", -1.0)
-        monkeypatch.setattr(module, "OWED_TIMES", times)
+        monkeypatch.setattr(module, "HEAD_SCAN_TIMES", times)
     monkeypatch.setattr(cursors, "PATIENCE_SECONDS", 0.0)
     monkeypatch.setattr(cursors, "LAG_SECONDS", 0.0)
 
@@ -158,7 +167,7 @@ async def test_a_timed_task_that_is_seen_late_is_found(
     """It was inserted in a transaction that stayed open until long after its time. The timers have a mark of their own
     by then, and look before that mark again although no bell and no poll tells them to."""
     force(monkeypatch, 300.0)
-    monkeypatch.setattr(claim, "ECHO_SECONDS", 3600.0)
+    monkeypatch.setattr(state, "ECHO_SECONDS", 3600.0)
     app, seen = notifyq.App(), Seen()
 
     class Mark(notifyq.Task):

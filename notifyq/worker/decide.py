@@ -1,0 +1,282 @@
+"""Decide: what a claimer does next, as one table. Pure: no clock, no connection, no event loop.
+
+`next_action` returns the action of the first row of TABLE that holds in a State (state.py). claim.py carries it out.
+
+The doorbell's model (tests/models/doorbell.py) explores this very table and the State's events: docs/protocol.md tells
+what holds. After a change of either, `python -m tests.models` explores them anew.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+from .state import ASLEEP, AWAY, TURN, Position, State
+
+if TYPE_CHECKING:
+    from .capacity import Free
+
+DUE_BUSY_SECONDS = 0.25  # from one due check to the next under a backlog, where due tasks queue up behind the others
+UNLISTEN_SECONDS = 1.0  # for which a worker without the turn listens on: it mostly has the turn again soon
+ARMING_SHARE, ARMING_LEAST, ARMING_MOST = 0.02, 0.002, 0.05  # of the time spent arming; seconds, seconds
+
+
+class BellSilent(ConnectionError):
+    """An echo that should have come by the bell didn't."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fail:
+    """End the session with this error."""
+
+    error: BaseException
+    bell: Position | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class WriteHeartbeat:
+    bell: Position | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ReleaseWaiters:
+    """Make ready the tasks that waited for one that has ended."""
+
+    bell: Position | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Isolate:
+    """Run tasks whose workers have vanished, with no other task beside them."""
+
+    bell: Position | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Listen:
+    bell: Position | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Unlisten:
+    bell: Position | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class CheckDue:
+    """Promote due tasks and set the timer for the next. `poll`: also look for ready tasks in all queues."""
+
+    poll: bool = False
+    bell: Position | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """`looks`: it answers all that has happened so far, so `look` is cleared first."""
+
+    looks: bool = False
+    without_turn: bool = False
+    bell: Position | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Sleep:
+    """Do nothing for so long, whatever happens, and then look."""
+
+    seconds: float
+    bell: Position | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """Until something happens, or until that time. `looks`: then look."""
+
+    until: float
+    looks: bool = False
+    bell: Position | None = None
+
+
+# `bell` is the position that is wanted from now on; None: the same as before.
+Action = Fail | WriteHeartbeat | ReleaseWaiters | Isolate | Listen | Unlisten | CheckDue | Claim | Sleep | Wait
+
+
+class Row(NamedTuple):
+    name: str
+    holds: Callable[[State, float, Free], bool]
+    action: Callable[[State, float], Action]
+    why: str
+
+
+def _failure(s: State, now: float) -> Action:
+    assert s.failure is not None
+    return Fail(s.failure)
+
+
+def _leaves_tasks(s: State, free: Free) -> bool:
+    return s.backlog or (bool(s.left) and not s.left.isdisjoint(free.by_queue))
+
+
+def _waits_away(s: State, now: float) -> Action:
+    unlisten_at = s.away_since + UNLISTEN_SECONDS + 0.01 if s.listening else math.inf
+    return Wait(min(s.poll_at, unlisten_at), bell=TURN)
+
+
+def _waits_for_share(s: State, now: float) -> Action:
+    armed = now - s.arming_since if s.wanted is ASLEEP else 0.0
+    gap = min(max(armed * ARMING_SHARE, ARMING_LEAST), ARMING_MOST)
+    return Wait(min(s.wakes_at, now + gap), looks=True, bell=ASLEEP)
+
+
+def _always(action: Action) -> Callable[[State, float], Action]:
+    return lambda s, now: action
+
+
+CHECK_DUE = _always(CheckDue())
+
+
+# The first row that holds is what happens next. Later rows may rely on the earlier ones not to hold.
+TABLE: tuple[Row, ...] = (
+    Row(
+        "failed",
+        lambda s, now, free: s.failure is not None,
+        _failure,
+        "A connection is lost, or the worker has a new id: end the session.",
+    ),
+    Row(
+        "heartbeat",
+        lambda s, now, free: s.heartbeat_wanted,
+        _always(WriteHeartbeat()),
+        "The heartbeat's thread can't write it at the moment, and a late heartbeat has this worker taken for dead.",
+    ),
+    Row(
+        "release",
+        lambda s, now, free: s.release_wanted,
+        _always(ReleaseWaiters()),
+        "What waits for an ended task is ready only after this, so it comes before any claim.",
+    ),
+    Row(
+        "isolate",
+        lambda s, now, free: s.suspects,
+        _always(Isolate()),
+        "Claims don't take tasks whose workers have vanished: they wait for this.",
+    ),
+    Row(
+        "timer unknown",
+        lambda s, now, free: s.timer_unknown,
+        CHECK_DUE,
+        "The last claim left slots free, so the worker may fall asleep: it must know when the next task is due.",
+    ),
+    Row(
+        "no capacity",
+        lambda s, now, free: not free.total,
+        _always(Wait(math.inf, bell=AWAY)),
+        "It can't claim: another worker may have use for the turn.",
+    ),
+    Row(
+        "deaf",
+        lambda s, now, free: s.position is not AWAY and not s.listening,
+        _always(Listen()),
+        "LISTEN comes before the claim that comes before falling asleep, or a ring in between is lost.",
+    ),
+    Row(
+        "settings",
+        lambda s, now, free: s.settings_changed,
+        CHECK_DUE,
+        "The bell said that a queue was paused, resumed or limited: the answer has the queues' settings.",
+    ),
+    Row(
+        "backlog, due",
+        lambda s, now, free: _leaves_tasks(s, free) and now - s.due.checked_at > DUE_BUSY_SECONDS,
+        CHECK_DUE,
+        "Without this, no task would come due under a backlog.",
+    ),
+    Row(
+        "backlog",
+        lambda s, now, free: _leaves_tasks(s, free),
+        _always(Claim()),
+        "More is ready, and known to be: no other worker needs the turn meanwhile.",
+    ),
+    Row(
+        "passing",
+        lambda s, now, free: s.turn.passing,
+        _always(Wait(math.inf)),
+        "The turn is on its way to another worker, and a claim here would take that one's tasks.",
+    ),
+    Row(
+        "poll found",
+        lambda s, now, free: s.poll_found and s.position is AWAY,
+        _always(Claim(looks=True, without_turn=True)),
+        "The holder of the turn should have claimed this: it may be a session that is no worker.",
+    ),
+    Row(
+        "poll",
+        lambda s, now, free: now >= s.poll_at,
+        _always(CheckDue(poll=True)),
+        "The fallback for whatever the bell doesn't tell. In good health it finds nothing.",
+    ),
+    Row(
+        "away, listening",
+        lambda s, now, free: s.position is AWAY and s.listening and now - s.away_since > UNLISTEN_SECONDS,
+        _always(Unlisten(bell=TURN)),
+        "Rings would wake it in vain. Not at once: two round trips for each time that it has the turn again.",
+    ),
+    Row(
+        "away",
+        lambda s, now, free: s.position is AWAY,
+        _waits_away,
+        "Only the holder of the turn claims when nothing is known to be ready: one task wakes one worker.",
+    ),
+    Row(
+        "echo lost",
+        lambda s, now, free: s.echo.is_lost(now),
+        lambda s, now: Fail(BellSilent("LISTEN no longer hears what NOTIFY sends")),
+        "The connection is open and hears nothing: begin a new session.",
+    ),
+    Row(
+        "due",
+        lambda s, now, free: now >= s.due.next_at,
+        CHECK_DUE,
+        "A scheduled task is due.",
+    ),
+    Row(
+        "look",
+        lambda s, now, free: s.look or now >= s.head_scan_at or now >= s.due.again_at,
+        _always(Claim(looks=True)),
+        "Something happened, or a claim from the head, or of what was locked, is due.",
+    ),
+    Row(
+        "awake",
+        lambda s, now, free: s.moderation.is_awake(now),
+        lambda s, now: Sleep(s.moderation.gap(), bell=TURN),
+        "Tasks come in numbers: polling every 1 to 2 ms is cheaper than a ring for each.",
+    ),
+    Row(
+        "echo",
+        lambda s, now, free: s.echo.is_due(now),
+        CHECK_DUE,
+        "The due check sends the next echo.",
+    ),
+    Row(
+        "arming",
+        lambda s, now, free: s.position is TURN,
+        _waits_for_share,
+        "Transactions that didn't ring are open, or it would be asleep. The first of them to commit notifies no worker "
+        "either, and SHARE waits for the last. So look, each time after 2 % of the wait so far.",
+    ),
+    Row(
+        "asleep",
+        lambda s, now, free: True,
+        lambda s, now: Wait(s.wakes_at, bell=ASLEEP),
+        "Each enqueue rings from now on.",
+    ),
+)
+
+
+def next_action(state: State, now: float, free: Free, table: tuple[Row, ...] = TABLE) -> Action:
+    """What to do at `now` (the event loop's time), if that much can be claimed."""
+    for row in table:
+        if row.holds(state, now, free):
+            return row.action(state, now)
+    raise AssertionError("the last row always holds")

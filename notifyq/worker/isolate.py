@@ -1,0 +1,89 @@
+"""Isolate: run tasks whose workers have vanished, with no other task beside them, to find the one that kills workers.
+
+schema.sql tells the rules, under "Tasks whose worker vanished". Only the holder of an advisory lock isolates.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+from .. import log
+from ..database.connection import SQL, Connection, is_pooled
+from .admission import Admission
+from .capacity import Capacity
+from .doorbell import BellConnection
+from .intake import Intake
+from .runners import Runners
+from .state import Position, State
+from .waiting import Waiting
+
+logger = log.logger("notifyq.claim")
+
+AT_ONCE = {2: 16, 3: 4}  # tasks, by how often they have crashed; of those that have more often, one
+PATIENCE_SECONDS = 30.0  # to wait until nothing else runs, and to let it run alone; doubles with each crash up to
+PATIENCE_MOST = 600.0
+REFUSED_SECONDS = 600.0  # for which another session may have the lock; then this worker isolates without it
+
+
+class Isolation:
+    def __init__(
+        self, capacity: Capacity, admission: Admission, intake: Intake, runners: Runners, waiting: Waiting, state: State
+    ) -> None:
+        self._capacity = capacity
+        self._admission = admission
+        self._intake = intake
+        self._runners = runners
+        self._waiting = waiting
+        self._state = state
+        self._refused_since: float | None = None  # another session has the lock
+
+    async def run(self, conn: Connection, worker: int, bell: BellConnection) -> int:
+        """Isolate some tasks, if there are any. Returns how many it has begun."""
+        clock = asyncio.get_running_loop().time
+        self._state.suspects = False
+        keys = [f"crashed:{queue}" for queue in self._capacity.queues if queue not in self._admission.paused]
+        crashes = await conn.fetchval(
+            SQL["find_fewest_crashes"], keys, self._admission.types, self._admission.left_out.ids
+        )
+        if crashes is None:
+            self._refused_since = None
+            return 0
+        locked = False
+        if not is_pooled(conn):
+            locked = await conn.fetchval("SELECT pg_try_advisory_lock(1852990835, 0)")
+            if not locked:
+                # The holder isolates tasks, or is frozen, or is no worker. So don't wait for it for ever.
+                self._refused_since = self._refused_since or clock()
+                if clock() - self._refused_since < REFUSED_SECONDS:
+                    return 0
+        self._refused_since = None
+        try:
+            self._state.want(Position.AWAY, clock())
+            bell.want(Position.AWAY)
+            count = await self._run_alone(conn, worker, keys, crashes)
+        finally:
+            if locked and not conn.is_closed():
+                await conn.execute("SELECT pg_advisory_unlock(1852990835, 0)")
+        self._state.look |= count is not None
+        return count or 0
+
+    async def _run_alone(self, conn: Connection, worker: int, keys: list[str], crashes: int) -> int | None:
+        """None: it can't claim."""
+        state, capacity = self._state, self._capacity
+        patience = min(PATIENCE_SECONDS * 2 ** min(crashes - 2, 10), PATIENCE_MOST)
+        self._runners.start_batches()
+        alone = await self._waiting.wait_until(conn, worker, lambda: capacity.is_idle, patience)
+        if state.stopping or state.failure is not None:
+            return None
+        free = capacity.now(asyncio.get_running_loop().time(), self._admission.paused).total
+        if free <= 0:
+            return None  # it waits for a slot, as others do
+        jobs = await self._intake.claim_crashed(conn, worker, keys, crashes, min(free, AT_ONCE.get(crashes, 1)))
+        if jobs:
+            fields = {"tasks": len(jobs), "ids": [job.id for job in jobs][:20], "alone": alone}
+            logger.info("running tasks isolated, as their workers have vanished", extra={"fields": fields})
+        self._runners.start_batches()
+        if alone and jobs:
+            ids = {job.id for job in jobs}
+            await self._waiting.wait_until(conn, worker, lambda: capacity.has_written(ids), patience)
+        return len(jobs)

@@ -1,0 +1,284 @@
+"""State: all that decides what a claimer does next, as values. Pure: no clock, no connection, no event loop.
+
+decide.py reads a State and never changes it. Only the events do, which are methods here. The claimer and its parts call
+them, all on the worker's event loop.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from enum import IntEnum
+from typing import NamedTuple
+
+from .cursors import HEAD_SCAN_TIMES, SLOW_SECONDS, Usual
+from .moderation import Moderation
+
+ECHO_SECONDS = 10.0  # from one echo to the next, if no due check comes in between
+ECHO_LIMIT_SECONDS = 3.0  # an echo that isn't heard for longer is lost
+DUE_AWAKE_SECONDS = 0.010  # from one due check to the next while awake
+PASS_SECONDS, PASS_MOST = 0.05, 1.0  # between two times that the turn is passed on; doubles for a queue that stays full
+PASS_FORGET_SECONDS = 5.0  # after which it begins at PASS_SECONDS again
+AGAIN_LEAST, AGAIN_MOST = 0.002, 0.5  # until a claim of what another session had locked; doubles
+PROMOTED_AT_ONCE = 1000  # due tasks of a queue
+
+
+class Position(IntEnum):
+    """Where a worker stands at the bell (doorbell.py)."""
+
+    AWAY = 0
+    TURN = 1
+    ASLEEP = 2
+
+
+AWAY, TURN, ASLEEP = Position  # quicker than an attribute of the class
+
+
+@dataclass(slots=True)
+class Echo:
+    """The notification that a worker sends to itself, to prove that it still hears the bell."""
+
+    on: bool = False  # the bell was heard here: echoes are sent
+    text: str = ""  # of the one that was sent and not heard yet
+    sent_at: float = 0.0
+
+    def sent(self, text: str, now: float) -> None:
+        self.text, self.sent_at = text, now
+
+    def may_be_sent(self, now: float) -> bool:
+        return self.on and not self.text and now - self.sent_at > ECHO_SECONDS / 3
+
+    def is_due(self, now: float) -> bool:
+        return self.on and now - self.sent_at > ECHO_SECONDS
+
+    def is_lost(self, now: float) -> bool:
+        return self.text != "" and now - self.sent_at > ECHO_LIMIT_SECONDS
+
+    @property
+    def next_at(self) -> float:
+        """When one of the two above holds next."""
+        if not self.on:
+            return math.inf
+        return self.sent_at + (ECHO_LIMIT_SECONDS if self.text else ECHO_SECONDS) + 0.001
+
+
+@dataclass(slots=True)
+class TurnPassing:
+    """Passing the turn on: leaving it to another worker, and queueing for it again."""
+
+    passing: bool = False  # until the worker is away
+    not_before: float = 0.0
+    wait: float = PASS_SECONDS
+
+    def pass_on(self, now: float) -> bool:
+        """This worker has work enough. Returns whether it passes the turn on."""
+        if now < self.not_before:
+            return False
+        self.not_before = now + PASS_SECONDS
+        self.passing = True
+        return True
+
+    def pass_on_for_full_queue(self, now: float) -> bool:
+        """Tasks are ready in a queue that is full here. Returns whether it passes the turn on."""
+        if now < self.not_before:
+            return False
+        self.wait = PASS_SECONDS if now > self.not_before + PASS_FORGET_SECONDS else min(PASS_MOST, self.wait * 2)
+        self.not_before = now + self.wait
+        self.passing = True
+        return True
+
+
+class Found(NamedTuple):
+    """What a look for due tasks found."""
+
+    promoted: int
+    seconds: float | None  # until the next one is due; None: there is none
+    ready: bool  # tasks are ready in the queues that it was asked about
+    inserted: int  # into these queues, ever
+    cursor: datetime | None  # no task is scheduled for an earlier time
+
+
+@dataclass(slots=True)
+class DueTimer:
+    """When the next task is due, and from which time on a look for due tasks needs to read."""
+
+    next_at: float = math.inf
+    checked_at: float = 0.0
+    again_at: float = math.inf  # when to claim what another session had locked
+    again_wait: float = 0.0
+    cursor: datetime | None = None  # tasks that were due before it are promoted, or become visible very late
+    head_scan_at: float = 0.0  # when to look for those
+    usual: Usual = field(default_factory=Usual)
+
+    def reads_from_cursor(self, now: float) -> bool:
+        return now < self.head_scan_at
+
+    def checked(self, found: Found, now: float, *, seconds: float, from_cursor: bool) -> None:
+        """A look for due tasks was answered at `now`, after so many seconds."""
+        self.checked_at = now
+        self.next_at = math.inf if found.seconds is None else now + max(0.0, found.seconds)
+        if found.promoted < PROMOTED_AT_ONCE:
+            self.cursor = found.cursor
+        if from_cursor:
+            self.next_at = min(self.next_at, self.head_scan_at)
+        else:
+            takes = self.usual.of(seconds)
+            self.head_scan_at = now + (HEAD_SCAN_TIMES * takes if takes > SLOW_SECONDS else 0.0)
+        if found.promoted >= PROMOTED_AT_ONCE:
+            self.next_at = now
+        self.again_at = math.inf
+
+    def claim_again(self, now: float) -> None:
+        self.again_wait = min(AGAIN_MOST, max(AGAIN_LEAST, self.again_wait * 2))
+        self.again_at = now + self.again_wait
+
+
+@dataclass(slots=True)
+class State:
+    """All that decides what a claimer does next; times are the event loop's. Its methods are the events."""
+
+    position: Position = AWAY
+    wanted: Position = AWAY
+    listening: bool = False
+    look: bool = False  # something happened: claim
+    backlog: bool = False  # the last claim came back full
+    left: set[str] = field(default_factory=set)  # queues with a limit in which it may have left tasks
+    timer_unknown: bool = False  # due tasks weren't looked for since the last claim
+    poll_found: bool = False  # the poll found tasks, and another worker has the turn
+    unhandled: bool = False  # tasks that other workers have no handler for may be ours
+    unhandled_plain: bool = False  # so may be some of plain handlers, when a thread is free
+    release_wanted: bool = False  # tasks may wait for one that has ended
+    heartbeat_wanted: bool = False
+    suspects: bool = False  # there may be tasks to isolate
+    settings_changed: bool = False  # of the queues
+    stopping: bool = False
+    failure: BaseException | None = None
+    poll_at: float = math.inf
+    head_scan_at: float = math.inf  # when to claim from the head even if nothing happens (cursors.py)
+    away_since: float = 0.0
+    arming_since: float = 0.0
+    inserted: int = -1  # tasks, ever, when it last looked; -1: it hasn't
+    claimed_since: int = 0
+    echo: Echo = field(default_factory=Echo)
+    turn: TurnPassing = field(default_factory=TurnPassing)
+    due: DueTimer = field(default_factory=DueTimer)
+    moderation: Moderation = field(default_factory=Moderation)
+
+    def session_began(self, poll_at: float) -> None:
+        self.position = self.wanted = AWAY
+        self.failure = None
+        self.backlog = self.listening = self.turn.passing = self.timer_unknown = self.poll_found = False
+        self.look = self.unhandled = self.release_wanted = True
+        self.echo.text = ""
+        self.due.next_at, self.due.checked_at = math.inf, 0.0
+        self.poll_at = poll_at
+
+    # The bell.
+
+    def want(self, position: Position, now: float) -> None:
+        if position is ASLEEP:
+            self.moderation.update(now)
+            if self.wanted is not position:
+                self.arming_since = now
+        self.wanted = position
+
+    def bell_moved(self, position: Position, now: float) -> None:
+        self.position = position
+        if position is AWAY:
+            self.away_since = now
+            self.turn.passing = False
+        else:
+            self.look = True  # the claim that follows getting the turn, and falling asleep
+
+    def listens(self) -> None:
+        # What was said before wasn't heard.
+        self.listening = self.look = self.unhandled = self.settings_changed = True
+
+    def unlistened(self) -> None:
+        self.listening = False
+        self.echo.text = ""
+
+    def notified(self, *, unhandled: bool = False, settings: bool = False) -> None:
+        self.look = True
+        self.unhandled |= unhandled
+        self.settings_changed |= settings
+
+    # Claims.
+
+    def claim_begins(self, looks: bool) -> None:
+        """Before the statement: what happens from here on asks for another claim."""
+        if looks:
+            self.look = self.poll_found = False
+
+    def claimed(
+        self, count: int, now: float, *, looks: bool, without_turn: bool = False, full: bool, enough: bool
+    ) -> None:
+        """`count` tasks came. `full`: as many as were asked for. `enough`: they keep this worker busy."""
+        self.backlog = full
+        self.claimed_since += count
+        self.moderation.arrived(count, now)
+        if not looks:
+            if full:
+                self.wanted = AWAY
+        elif not without_turn:
+            if count and enough:
+                self.pass_on(now)
+            if not full and (now - self.due.checked_at > DUE_AWAKE_SECONDS or not self.moderation.update(now)):
+                self.timer_unknown = True
+
+    def pass_on(self, now: float) -> None:
+        """Let another worker have the turn, and queue for it again."""
+        if self.position is not AWAY and self.turn.pass_on(now):
+            self.wanted = AWAY
+
+    def slept(self, late: bool, now: float) -> None:
+        """`late`: the event loop has so much to do that another worker should have the turn."""
+        self.moderation.update(now)
+        if late:
+            self.pass_on(now)
+        self.look = True
+
+    def waited(self, looks: bool) -> None:
+        self.look |= looks
+
+    # Due tasks.
+
+    def due_check_begins(self) -> None:
+        self.settings_changed = self.timer_unknown = False  # before they are read
+
+    def due_checked(
+        self, found: Found, now: float, *, seconds: float, from_cursor: bool, full: Sequence[str], poll: bool
+    ) -> None:
+        """A look for due tasks was answered at `now`. `full`: queues that it can't claim from, of those not paused."""
+        self.due.checked(found, now, seconds=seconds, from_cursor=from_cursor)
+        if found.promoted:
+            self.look = True
+        if self.inserted >= 0:
+            # Arrivals in other workers' queues too: while those come in numbers, don't make them ring either.
+            self.moderation.arrived(max(0, found.inserted - self.inserted - self.claimed_since), now)
+        self.inserted, self.claimed_since = found.inserted, 0
+        if found.ready and not poll and not full:
+            # It wasn't claimed, though there is capacity: it has just come, or another session has locked it, which
+            # doesn't ring when it unlocks it.
+            self.due.claim_again(now)
+            return
+        self.due.again_wait = 0.0
+        if poll:
+            self.look |= found.ready
+        elif found.ready and self.position is not AWAY:
+            if self.turn.pass_on_for_full_queue(now):
+                self.wanted = AWAY
+            else:
+                self.due.next_at = min(self.due.next_at, self.turn.not_before)
+
+    def polled(self, next_at: float) -> None:
+        self.poll_at = next_at
+        self.poll_found = self.look and self.position is AWAY
+
+    @property
+    def wakes_at(self) -> float:
+        """When a worker with the turn has something to do, if nothing happens before."""
+        due = self.due
+        return min(due.next_at, self.poll_at, self.head_scan_at, due.again_at, self.echo.next_at)

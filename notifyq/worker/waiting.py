@@ -1,0 +1,69 @@
+"""Waiting, and what a claimer goes on doing on its connection while it waits for something else."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Callable
+
+import anyio
+import asyncpg
+
+from ..database.connection import SQL, Connection
+from ..database.errors import is_refusal
+from .left_out import LeftOut
+from .state import State
+
+
+class Waiting:
+    """A claimer's: what it does whether it waits for a task, or for others to end."""
+
+    def __init__(self, state: State, wake: asyncio.Event, left_out: LeftOut) -> None:
+        self._state = state
+        self._wake = wake
+        self._left_out = left_out
+
+    async def write_heartbeat(self, conn: Connection, worker: int) -> None:
+        """In place of the heartbeat's thread, which can't at the moment."""
+        self._state.heartbeat_wanted = False
+        try:
+            await conn.execute(SQL["send_heartbeat_only"], worker)
+        except asyncpg.PostgresError as error:
+            if not is_refusal(error):  # the heartbeat's thread, which is refused it too, logs it
+                raise
+
+    async def release_waiters(self, conn: Connection) -> int:
+        """Make ready the tasks that waited for ended ones. Returns how many. The bell may ring for another worker."""
+        self._state.release_wanted = False  # before the statement: more may end meanwhile
+        with anyio.CancelScope(shield=True):
+            ready = await self._left_out.release_waiters(conn)
+        self._state.look |= ready > 0
+        return ready
+
+    async def wait_until(self, conn: Connection, worker: int, done: Callable[[], bool], seconds: float) -> bool:
+        """Wait for `done`, for so long at most, and claim nothing meanwhile. Returns whether it has come true."""
+        clock = asyncio.get_running_loop().time
+        until = clock() + seconds
+        while not self._state.stopping and self._state.failure is None:
+            self._wake.clear()
+            if self._state.heartbeat_wanted:
+                await self.write_heartbeat(conn, worker)
+            if self._state.release_wanted:
+                await self.release_waiters(conn)
+            if done():
+                return True
+            if clock() >= until:
+                break
+            await self.wait(until)
+        return False
+
+    async def wait(self, until: float) -> None:
+        """Until something happens, or that loop time."""
+        if until == math.inf:
+            await self._wake.wait()
+            return
+        timer = asyncio.get_running_loop().call_at(until, self._wake.set)
+        try:
+            await self._wake.wait()
+        finally:
+            timer.cancel()
