@@ -30,8 +30,10 @@ from .. import log
 from ..codec import describe
 from ..database.connection import SQL, WORKER_TIMEOUT_SECONDS, Connection, connect_worker, is_pooled, notified_id
 from ..database.errors import RULES_TO_READ, TRANSIENT, UNREADABLE, translate
+from ..database.reconnect import reconnecting
 from ..errors import ConfigError, DatabaseError, NotifyqError, failure
 from ..options import ENDED
+from ..pause import Pause
 from ..signature import innermost
 from ..task import Progress
 from .ref import check_same
@@ -92,6 +94,7 @@ class Results:
         self._wake = asyncio.Event()
         self._cut = False
         self._down = False
+        self._pause = Pause(0.05, 2.0)
         self._task: asyncio.Task[None] | None = None
 
     async def result(self, id: int, type: Any, timeout: float | None, created_at: datetime | None = None) -> Any:
@@ -165,39 +168,40 @@ class Results:
     # The one who asks.
 
     async def _run(self) -> None:
-        wait = 0.05
         while True:
-            self._wake.clear()
-            if not self._waiting:
-                await self._wake.wait()
-                continue
-            conn: asyncpg.Connection[asyncpg.Record] | None = None
-            try:
-                conn = await connect_worker(self._dsn, "results", relaxed=True)
-                wait = 0.05
-                await self._serve(conn)
-            except Exception as error:
-                if (why := _hopeless(error)) is not None:
-                    self._fail(*why)
-                elif not self._down:
-                    self._down = True
-                    logger.warning(
-                        "lost the database, trying again",
-                        extra={"fields": {"stage": "results", "error": describe(error)}},
-                    )
-                await asyncio.sleep(random.uniform(0.5, 1.0) * wait)
-                wait = min(2.0, wait * 2)
-            finally:
-                if conn is not None:
-                    conn.remove_termination_listener(self._was_cut)
-                    conn.terminate()
+            await reconnecting(self._connect, self._serve, self._failed, (Exception,))
 
-    async def _serve(self, conn: asyncpg.Connection[asyncpg.Record]) -> None:
-        """Until nobody has waited for a while, or the connection fails."""
-        clock = asyncio.get_running_loop().time
-        pooled, watches = is_pooled(conn), False
+    async def _connect(self) -> Connection:
+        while not self._waiting:
+            self._wake.clear()
+            await self._wake.wait()
+        conn = await connect_worker(self._dsn, "results", relaxed=True)
+        self._pause.reset()
+        return conn
+
+    async def _failed(self, error: Exception) -> None:
+        if (why := _hopeless(error)) is not None:
+            self._fail(*why)
+        elif not self._down:
+            self._down = True
+            logger.warning(
+                "lost the database, trying again",
+                extra={"fields": {"stage": "results", "error": describe(error)}},
+            )
+        await asyncio.sleep(self._pause.jittered())
+
+    async def _serve(self, conn: Connection) -> None:
         self._cut = False
         conn.add_termination_listener(self._was_cut)
+        try:
+            await self._answer(conn)
+        finally:
+            conn.remove_termination_listener(self._was_cut)
+
+    async def _answer(self, conn: Connection) -> None:
+        """Until nothing was waited for during IDLE_SECONDS, or the connection fails."""
+        clock = asyncio.get_running_loop().time
+        pooled, watches = is_pooled(conn), False
         if not pooled:
             await conn.add_listener(DONE, self._heard)
         look_at, again_at, again_wait = 0.0, 0.0, AGAIN_LEAST

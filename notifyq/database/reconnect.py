@@ -15,8 +15,9 @@ async def reconnecting(
     connect: Callable[[], Awaitable[Connection]],
     serve: Callable[[Connection], Awaitable[T]],
     failed: Callable[[Exception], Awaitable[object]],
+    errors: tuple[type[Exception], ...] = TRANSIENT,
 ) -> T:
-    """Return what `serve` returns, on a new connection after each TRANSIENT failure.
+    """Return what `serve` returns. After each failure with one of `errors`, call it again with a new connection.
 
     failed  is awaited between two tries: it logs, and waits. It raises for what no new connection cures
     """
@@ -25,7 +26,7 @@ async def reconnecting(
         try:
             conn = await connect()
             return await serve(conn)
-        except TRANSIENT as error:
+        except errors as error:
             failure = error
         finally:
             if conn is not None:

@@ -24,9 +24,19 @@ import asyncpg
 
 from .. import loops
 from ..config import resolve_dsn
-from ..database.connection import COMMAND_TIMEOUT_SECONDS, GONE_SETTINGS, SQL, connect, dial_for_pool, keep_alive
+from ..database.connection import (
+    COMMAND_TIMEOUT_SECONDS,
+    GONE_SETTINGS,
+    SQL,
+    Connection,
+    connect,
+    dial_for_pool,
+    keep_alive,
+)
 from ..database.errors import TRANSIENT, translate_connect_errors
+from ..database.reconnect import reconnecting
 from ..errors import ConfigError, DatabaseError, LeaseLost
+from ..pause import Pause
 from ..task import Isolation
 from .outcome_writer import KEPT
 from .pipe import Waiters
@@ -162,21 +172,20 @@ class Transactions:
 
     async def _became(self, xid: str) -> bool:
         """Whether that transaction was committed; asked for as long as it takes."""
-        wait = 0.05
-        while True:
+        pause = Pause(0.05, 2.0)
+
+        async def ask(conn: Connection) -> bool:
             try:
-                conn = await connect(self._dsn, role="handler's commit")
-                try:
-                    while (status := await conn.fetchval(SQL["read_transaction_status"], xid)) == "in progress":  # noqa: ASYNC110
-                        await asyncio.sleep(0.05)  # nobody tells
-                    return bool(status == "committed")
-                finally:
-                    conn.terminate()
+                while (status := await conn.fetchval(SQL["read_transaction_status"], xid)) == "in progress":  # noqa: ASYNC110
+                    await asyncio.sleep(0.05)  # PostgreSQL announces no commit
             except asyncpg.InvalidParameterValueError:  # in the future: this server took over, and never heard of it
                 return False
-            except TRANSIENT:
-                await asyncio.sleep(wait)
-                wait = min(2.0, wait * 2)
+            return bool(status == "committed")
+
+        async def wait(_: Exception) -> None:
+            await asyncio.sleep(pause.lengthen())
+
+        return await reconnecting(lambda: connect(self._dsn, role="handler's commit"), ask, wait)
 
 
 async def _roll_back(conn: Pooled, transaction: Transaction) -> None:
