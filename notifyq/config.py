@@ -135,8 +135,8 @@ def resolve_dsn(dsn: str | None, environ: Mapping[str, str] = os.environ) -> tup
     """The DSN to use and where it comes from: `dsn`, else NOTIFYQ_DSN, else DATABASE_URL, else libpq's PG*.
 
     The "+driver" in the scheme of SQLAlchemy's URLs is dropped, and a string of key=value becomes a URL. A DSN of None
-    means the PG* variables and libpq's defaults. database/dsn.py finds the server of each. Raises ConfigError for any
-    other text.
+    means the PG* variables and libpq's defaults. database/hosts.py finds the servers of each. Raises ConfigError for
+    any other text.
     """
     for text, source in (
         (dsn, "--dsn"),

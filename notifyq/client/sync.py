@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, Self, Unpack, overload
 
 from .. import forked
 from ..config import redact, resolve_dsn
-from ..database.dsn import conninfo
 from ..database.errors import translate_errors
+from ..database.hosts import conninfo
 from ..errors import ConfigError, DatabaseError
 from ..task import Task
 from . import drivers

@@ -1,6 +1,10 @@
-"""Connections and statements: the only module that speaks SQL, beside schema.py. The statements are in sql/*.sql.
+"""Connections, and the text of the statements that run on them: sql/WING/NAME.sql is SQL["NAME"].
 
-A statement is text, run with parameters; asyncpg keeps it prepared. Nothing is ever glued into one.
+A statement is constant text with parameters, and asyncpg keeps it prepared. No statement is ever glued together.
+
+    connect            to where the DSN leads (hosts.py), jsonb as bytes, dead peers noticed
+    connect_worker     with a worker's settings, and the lock that proves that the worker lives
+    open               a bare connection, for the pool of a connected app; dial_for_pool makes the pool's others
 """
 
 from __future__ import annotations
@@ -16,8 +20,8 @@ import asyncpg.exceptions
 
 from .. import forked
 from ..config import resolve_dsn
-from .dsn import Attempt, attempts
 from .errors import translate_connect_errors
+from .hosts import Attempt, attempts
 
 if TYPE_CHECKING:
     from asyncpg.pool import PoolConnectionProxy
@@ -30,26 +34,26 @@ SQL: Final[Mapping[str, str]] = {
     path.stem: path.read_text(encoding="utf-8") for path in (Path(__file__).parent / "sql").glob("*/*.sql")
 }
 
-# A statement that carries large values carries this many bytes of them, or one value if that is larger.
+# A statement carries at most this many bytes of large values, or one value if that is larger.
 STATEMENT_BYTES = 4 * 1024 * 1024
 SLOWEST = 512 * 1024  # bytes a second: a statement that carries many bytes is given the time they take at this rate
 
-COMMAND_TIMEOUT_SECONDS = 30.0  # and asyncpg bounds with it how long it waits for a cancelled statement
-# A worker's statements take milliseconds, or 5 s where they wait for the turn. One that isn't answered for longer went
-# where bytes vanish though some kernel on the way acknowledges them: no keepalive tells.
+COMMAND_TIMEOUT_SECONDS = 30.0  # asyncpg waits for the end of a cancelled statement for at most as long again
+# A worker's statements take milliseconds, or 5 s where they wait for the turn. No answer for longer means a half-open
+# connection that keepalives can't detect: bytes vanish, though some kernel on the way acknowledges them.
 WORKER_TIMEOUT_SECONDS = 8.0
-HOST_SECONDS = 3.0  # for each of several hosts to answer in, but the last
-PROOF_SECONDS = 3.0  # for a statement that is sent to see whether somebody is there
+HOST_SECONDS = 3.0  # in which each of several hosts must answer, except the last one
+PROOF_SECONDS = 3.0  # for a statement that only proves that the server answers
 
-# A backend whose worker is gone must go soon too, with its locks.
+# The backend of a worker that is gone must end soon too, and release its locks.
 GONE_SETTINGS: Final[Mapping[str, str]] = {
     "tcp_keepalives_idle": "5",
     "tcp_keepalives_interval": "2",
     "tcp_keepalives_count": "3",
 }
 
-# A queue's statistics are always of another moment, so its statements don't ask the planner: the index that each
-# names in its comment is the way, and the plan is made once.
+# A queue changes faster than its statistics, so the planner can't choose by them: these settings leave it only the
+# index that each statement names in its comment, and the plan is made once.
 WORKER_SETTINGS: Final[Mapping[str, str]] = {
     "plan_cache_mode": "force_generic_plan",
     "enable_seqscan": "off",
@@ -57,11 +61,12 @@ WORKER_SETTINGS: Final[Mapping[str, str]] = {
     "enable_mergejoin": "off",
     "jit": "off",
     **GONE_SETTINGS,
-    # The sleeper keeps a transaction open, without a snapshot; limits meant for people's sessions would end it.
+    # A worker that sleeps at the bell keeps a transaction open, without a snapshot. Limits that are meant for people's
+    # sessions would end it.
     "idle_in_transaction_session_timeout": "0",
     "statement_timeout": "0",
     "lock_timeout": "0",
-    # Whatever is the default there: in a stricter transaction a sleeper would hold a snapshot, and with it vacuum.
+    # Whatever the database's default is: in a stricter transaction a sleeper would hold a snapshot, and hold up vacuum.
     "default_transaction_isolation": "read committed",
     "search_path": "pg_catalog",
 }
@@ -80,7 +85,7 @@ async def connect(
     command_timeout: float = COMMAND_TIMEOUT_SECONDS,
     settings: Mapping[str, str] | None = None,
 ) -> asyncpg.Connection[asyncpg.Record]:
-    """A connection to `dsn`, or to where the environment says. jsonb is bytes on it, both ways.
+    """Connect to `dsn`, or to where the environment says. jsonb is bytes on the connection, both ways.
 
     Raises ConfigError for a DSN that can't be one, DatabaseError for a server that can't be reached or refuses.
     """
@@ -97,18 +102,20 @@ async def connect(
 
 
 class Pooled(asyncpg.Connection):
-    """Through a pooler in transaction mode: each transaction may be another backend's. What outlives one is in vain
-    there or in somebody else's way: LISTEN, locks and settings of a session, statements that stay prepared."""
+    """A connection through a pooler in transaction mode: each transaction may run on another backend. So what belongs
+    to a session (LISTEN, advisory locks, settings, prepared statements) is lost, or hinders another client."""
 
 
 def is_pooled(conn: Connection) -> bool:
-    """Not isinstance, which asyncpg answers with yes for every connection."""
+    """Whether it leads through a pooler. By its type, since asyncpg makes isinstance true for every connection."""
     return type(conn) is Pooled
 
 
 async def dial(url: str | None, *, timeout: float = 10.0, **options: Any) -> asyncpg.Connection[asyncpg.Record]:
-    """asyncpg.connect, host after host, to where the DSN leads (dsn.py). Its own timeout is for all hosts together: one
-    that has vanished without a word would be the only one that is ever tried."""
+    """asyncpg.connect, to one host of the DSN after the other (hosts.py).
+
+    asyncpg's own timeout is for all hosts together: a host that gives no answer would be the only one that is tried.
+    """
     *others, last = attempts(url)
     for attempt in others:
         try:
@@ -138,7 +145,8 @@ async def _connect(attempt: Attempt, timeout: float, options: Mapping[str, Any])
 async def open(
     url: str | None, role: str, settings: Mapping[str, str], *, timeout: float, command_timeout: float
 ) -> asyncpg.Connection[asyncpg.Record]:
-    """A bare connection, Pooled where it is one. Its backend's process id tells: a pooler makes up one of its own."""
+    """A bare connection: a Pooled one behind a pooler, which is recognized by the process id of the backend that it
+    makes up."""
     name = {"application_name": f"notifyq {role}"}
     try:
         conn = await dial(
@@ -149,7 +157,7 @@ async def open(
             server_settings={**name, **settings},
         )
     except asyncpg.ProtocolViolationError:
-        pass  # pgbouncer, of settings that it doesn't know
+        pass  # pgbouncer refuses settings that it doesn't know
     else:
         try:
             async with conn.transaction():
@@ -173,10 +181,11 @@ async def open(
 async def connect_worker(
     dsn: str | None, role: str, *, worker: int | None = None, relaxed: bool = False, lock_seconds: float = 0.0
 ) -> asyncpg.Connection[asyncpg.Record]:
-    """`connect`, with the settings of a worker. While the connection lasts, it proves that `worker` lives.
+    """`connect`, with the settings of a worker.
 
-    relaxed: its commits don't wait for the disk. That is for claims alone: if the server crashes, one that is lost is
-    a task still ready. lock_seconds: how long its statements wait for a lock; 0: as long as for anything.
+    worker        while the connection lasts, it proves that this worker lives
+    relaxed       its commits don't wait for the disk: if the server crashes, a lost claim is a task that is still ready
+    lock_seconds  how long its statements wait for a lock; 0: as long as for anything else
     """
     settings = {**WORKER_SETTINGS, "lock_timeout": f"{lock_seconds * 1000:.0f}"}
     if relaxed:
@@ -186,13 +195,13 @@ async def connect_worker(
         return conn
     try:
         await conn.execute(
-            # Not every version has them, and at the start of a session an unknown name is fatal.
+            # Not every version of PostgreSQL has these, and a connection that starts with an unknown setting fails.
             "SELECT set_config(name, value, false) FROM (VALUES ('client_connection_check_interval', '1s'),"
             " ('transaction_timeout', '0'), ('idle_session_timeout', '0')) AS s (name, value)"
             " WHERE name IN (SELECT name FROM pg_catalog.pg_settings)"
         )
     except asyncpg.PostgresError:
-        pass  # some systems refuse client_connection_check_interval; then keepalives do it, later
+        pass  # some systems refuse client_connection_check_interval; keepalives notice a dead client there, later
     except BaseException:
         conn.terminate()
         raise
@@ -206,20 +215,20 @@ async def connect_worker(
 
 
 async def prove_alive(conn: Connection, worker: int) -> bool:
-    """Take, shared, the advisory lock of `worker`, which keeps rescuers away as long as one session of it is left.
+    """Share the advisory lock of `worker`, which keeps rescuers away while the worker has a session left.
 
-    False if the lock is with somebody: with a rescuer, who has found that no session was left, or with a stranger.
+    Returns False if another session has the lock: a rescuer that has found no session left, or a stranger.
     """
     return bool(await conn.fetchval("SELECT pg_try_advisory_lock_shared(1852990827, $1::integer)", worker))
 
 
 async def set_codecs(conn: Connection) -> None:
-    """jsonb as bytes of JSON. Its binary form is that text after one version byte; no str in between.
+    """Read and write jsonb as bytes of JSON: its binary form is a version byte and that text.
 
     A database with the encoding SQL_ASCII holds any bytes, and refuses to send what isn't UTF-8 to a client that
     expects UTF-8: one odd name would fail each claim that meets it. To a client that expects LATIN1, in which every
-    byte is valid, it sends all as it is. What isn't UTF-8 then reads as U+FFFD. (Statements, which are sent in LATIN1
-    too, are plain ASCII.)
+    byte is valid, it sends all bytes as they are. What isn't UTF-8 then reads as U+FFFD. (Statements, which are sent in
+    LATIN1 too, are plain ASCII.)
     """
     if conn.get_settings().server_encoding == "SQL_ASCII":
         await conn.execute("SET client_encoding = 'LATIN1'")
@@ -249,9 +258,9 @@ def _jsonb_decode(binary: bytes) -> bytes:
 
 
 def keep_alive(conn: asyncpg.Connection[asyncpg.Record]) -> None:
-    """A peer that vanished is noticed within 15 s. asyncpg sets only TCP_NODELAY (its issue 519).
+    """Notice within 15 s that the server vanished. asyncpg sets only TCP_NODELAY (its issue 519).
 
-    And the server notices that this process is gone, even if a child that it has forked lives on.
+    And let the server notice that this process is gone, even if a child that it forked lives on.
     """
     transport = cast("asyncio.Transport | None", getattr(conn, "_transport", None))
     sock = transport.get_extra_info("socket") if transport is not None else None
@@ -272,7 +281,7 @@ def keep_alive(conn: asyncpg.Connection[asyncpg.Record]) -> None:
 
 
 def notified_id(payload: object) -> int | None:
-    """The id that a notification tells of; None for anything else, since any role can send what it likes."""
+    """The id in a notification's payload; None for anything else, since any role can send any payload."""
     text = str(payload)
     return int(text) if len(text) <= 19 and text.isascii() and text.isdigit() else None
 

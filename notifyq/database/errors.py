@@ -14,7 +14,7 @@ import asyncpg.exceptions
 
 from ..config import redact
 from ..errors import ConfigError, DatabaseError, NotifyqError, SchemaError
-from .dsn import where_of
+from .hosts import where_of
 
 _Error = TypeVar("_Error", bound=BaseException)
 

@@ -20,7 +20,7 @@ import pytest
 
 import notifyq
 from notifyq.config import resolve_dsn
-from notifyq.database import connection
+from notifyq.database import connection, hosts
 from notifyq.database import dsn as dsns
 from notifyq.embedded import Server, find_binaries
 from notifyq.errors import ConfigError, DatabaseError
@@ -278,15 +278,15 @@ def test_random_order_and_timeouts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each host is tried once; connect_timeout is of each, from 2 seconds; a password is of its host."""
     url = "postgresql://u@a,b,c/d?load_balance_hosts=random&connect_timeout=1"
     for _ in range(5):
-        found = dsns.attempts(url, {})
+        found = hosts.attempts(url, {})
         assert sorted(attempt.arguments["host"] for attempt in found) == ["a", "b", "c"]
         assert {attempt.timeout for attempt in found} == {2.0}
-    orders = {tuple(attempt.arguments["host"] for attempt in dsns.attempts(url, {})) for _ in range(200)}
+    orders = {tuple(attempt.arguments["host"] for attempt in hosts.attempts(url, {})) for _ in range(200)}
     assert len(orders) > 1
-    assert dsns.attempts("postgresql://u@a/d?connect_timeout=0", {})[0].timeout is None
+    assert hosts.attempts("postgresql://u@a/d?connect_timeout=0", {})[0].timeout is None
     kinds = [
         attempt.arguments["target_session_attrs"]
-        for attempt in dsns.attempts(url, {"PGTARGETSESSIONATTRS": "prefer-standby"})
+        for attempt in hosts.attempts(url, {"PGTARGETSESSIONATTRS": "prefer-standby"})
     ]
     assert kinds == ["standby"] * 3 + ["any"] * 3
 
