@@ -170,6 +170,36 @@ async def test_a_worker_that_waits_for_the_turn_or_the_bell_holds_no_more_than_t
     assert ("relation", None, "ShareLock") in await locks(s, w)
 
 
+async def test_two_that_postpone_the_same_release(s: Steps, w: Session, p: Session) -> None:
+    """Neither waits for the rows of the other, of which each wants all."""
+    other = await s.worker("other")
+    await s.db.execute(
+        "INSERT INTO notifyq.slot_released (task, ended, queue, limit_key)"
+        " SELECT 0, false, '', 'k3' FROM generate_series(1, 5)"
+    )
+    await p("BEGIN")
+    await p("SELECT FROM notifyq.slot_released WHERE n = 2 FOR UPDATE")
+    await w("BEGIN")
+    assert len(await w(SQL["postpone_release"])) == 1
+    assert await other(SQL["postpone_release"]) == []
+    await w("COMMIT")
+    await p("COMMIT")
+    assert await s.db.fetchval("SELECT count(*) FROM notifyq.slot_released") == 2
+
+
+async def test_forgetting_keys_waits_for_no_enqueuer(s: Steps, w: Session, p: Session) -> None:
+    """It would hold some keys meanwhile, for which that enqueuer could then wait."""
+    await s.db.execute(
+        "INSERT INTO notifyq.unique_key SELECT key, 1000, now(), now() FROM unnest('{first,second}'::text[]) AS key"
+    )
+    await p("BEGIN")
+    await p("""INSERT INTO notifyq.task (type, options) VALUES ('x', '{"unique_key": "second"}')""")
+    await w(SQL["forget_keys_of_future_ids"])
+    assert [row[0] for row in await s.db.fetch("SELECT key FROM notifyq.unique_key")] == ["second"]
+    await p("""INSERT INTO notifyq.task (type, options) VALUES ('x', '{"unique_key": "first"}')""")
+    await p("COMMIT")
+
+
 async def locks(s: Steps, session: Session) -> list[tuple[Any, ...]]:
     """What it has been granted, but for the locks on its own transaction's id and those that reading takes."""
     rows = await s.db.fetch(

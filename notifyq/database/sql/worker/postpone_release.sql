@@ -4,12 +4,15 @@
 -- and then. Returns the new rows: a task that has ended, or keys. No row: another worker has it.
 WITH first AS MATERIALIZED (
     SELECT f.* FROM notifyq.slot_released f ORDER BY f.n LIMIT 1 FOR UPDATE SKIP LOCKED
+), same AS MATERIALIZED (
+    SELECT f.n
+    FROM notifyq.slot_released f, first s
+    WHERE NOT f.ended AND NOT s.ended AND f.queue = s.queue
+      AND f.order_key IS NOT DISTINCT FROM s.order_key AND f.limit_key IS NOT DISTINCT FROM s.limit_key
+    FOR UPDATE OF f SKIP LOCKED  -- what another worker has locked is its own: two that waited for each other's would deadlock
 ), gone AS (
     DELETE FROM notifyq.slot_released f
-    USING first s
-    WHERE f.n = s.n
-       OR NOT f.ended AND NOT s.ended AND f.queue = s.queue
-          AND f.order_key IS NOT DISTINCT FROM s.order_key AND f.limit_key IS NOT DISTINCT FROM s.limit_key
+    WHERE f.n = ANY (ARRAY(SELECT s.n FROM first s UNION ALL SELECT s.n FROM same s))
 )
 INSERT INTO notifyq.slot_released (task, ended, queue, order_key, limit_key)
 SELECT s.task, true, '', NULL, NULL FROM first s WHERE s.ended
