@@ -59,8 +59,15 @@ class Slots:
 
     def take_reports(self) -> dict[Job, Progress]:
         """Take the latest progress of each job that isn't written yet. Called in the heartbeat's thread: each step is
-        whole, whatever handlers report meanwhile."""
-        return dict(self.reports.popitem() for _ in range(len(self.reports)))
+        whole, whatever handlers report meanwhile, and whichever jobs end."""
+        taken: dict[Job, Progress] = {}
+        for _ in range(len(self.reports)):
+            try:
+                job, progress = self.reports.popitem()
+            except KeyError:  # the loop has dropped the rest, as those jobs have ended
+                break
+            taken[job] = progress
+        return taken
 
     def put_back_report(self, job: Job, progress: Progress) -> None:
         """It could not be written: keep it for the next time, unless there is a newer one or the job has ended."""

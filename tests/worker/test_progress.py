@@ -17,6 +17,7 @@ from notifyq.database.connection import SQL
 from notifyq.testing import run_inline
 from notifyq.worker import maintenance
 from notifyq.worker.runners import Runners
+from notifyq.worker.slots import Slots
 
 from ..helpers import verbs
 from ..helpers.databases import Sessions
@@ -321,3 +322,17 @@ async def test_an_older_schema_is_told(bench: Bench, db: Any) -> None:
     await db.execute("ALTER TABLE notifyq.task RENAME awaited TO awaited_no_more")
     with pytest.raises(notifyq.SchemaError, match="notifyq migrate"):
         await bench.app.ref(1).result(timeout=limit())
+
+
+def test_jobs_that_end_while_reports_are_taken() -> None:
+    """The loop drops the report of a job that ends, while the heartbeat's thread takes them one by one."""
+
+    class Dropping(dict[Any, Any]):
+        def popitem(self) -> tuple[Any, Any]:
+            item = super().popitem()
+            self.clear()  # what the other thread does at this moment
+            return item
+
+    slots = Slots(notifyq.App().registry)
+    slots.reports = Dropping({1: STEPS[0], 2: STEPS[1]})
+    assert list(slots.take_reports().values()) == [STEPS[1]]
