@@ -1,11 +1,12 @@
-"""Cron: what is enqueued by the clock, when its next slot comes, and how a worker sees to it.
+"""Crons: tasks that are enqueued by the clock, and when the next slot of a schedule comes.
 
-Slots are reckoned by cronsim, in the time zone of the schedule, from one slot to the next. When the clocks are changed
-its rules are those of Debian's cron: of a schedule with fixed hours and minutes, what falls into the hour that is left
-out runs once, right after it, and what falls into the hour that comes twice runs once, the first time. Schedules with a
-* in one of the two, or with a field for seconds, go on in real time.
+cronsim computes the slots in the time zone of the schedule, each from the one before. When the clocks change it follows
+Debian's cron. In a schedule with fixed hours and minutes, a slot in the skipped hour runs once, right after that hour,
+and a slot in the repeated hour runs once, the first time. A schedule with a * for hours or minutes, or with a field
+for seconds, goes on in real time.
 
-Who looks when, and why each slot has one task, schema.sql tells ("Cron"). What time it is, the database says.
+The chapter "Cron" of schema.sql says which worker enqueues a slot, and why each slot has one task. The time is the
+database's.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ Missed: TypeAlias = Literal["once", "skip"]
 
 
 class Cron(NamedTuple):
-    """One schedule, as its row of notifyq.cron has it."""
+    """One schedule and the task of its slots: a row of notifyq.cron."""
 
     name: str
     expression: str
@@ -32,11 +33,11 @@ class Cron(NamedTuple):
     queue: str = "default"
     priority: int = 0
     missed: Missed = "once"
-    options: str | None = None  # JSON
+    options: str | None = None  # JSON, as in notifyq.task
 
 
 def check_schedule(expression: str, tz: str) -> None:
-    """Raises ConfigError for what has no slots."""
+    """Raise ConfigError for an expression that isn't one or never comes, or for an unknown time zone."""
     zone = _zone(tz)
     try:
         next(CronSim(expression, datetime.now(zone)))
@@ -49,8 +50,8 @@ def check_schedule(expression: str, tz: str) -> None:
 
 
 def next_slot(expression: str, tz: str, after: datetime) -> datetime:
-    """The first slot after that time, in UTC. Raises CronSimError, ValueError or OverflowError where there is none."""
-    # In the hour that comes twice, cronsim takes the second time for the first, whose slots are over.
+    """The first slot after a time, in UTC. Raises CronSimError, ValueError or OverflowError if there is none."""
+    # In the second of two repeated hours, cronsim returns slots of the first, which have passed: skip those.
     for slot in CronSim(expression, after.astimezone(_zone(tz))):
         if (found := slot.astimezone(UTC)) > after:
             return found
@@ -58,11 +59,11 @@ def next_slot(expression: str, tz: str, after: datetime) -> datetime:
 
 
 def _zone(tz: str) -> tzinfo:
-    if tz == "UTC":  # the default, which needs no data: slim images and Windows have none
+    if tz == "UTC":  # works without time zone data, which slim images and Windows lack
         return UTC
     try:
         return ZoneInfo(tz)
-    except (ZoneInfoNotFoundError, ValueError, TypeError, OSError):  # OSError: a folder of the package tzdata
+    except (ZoneInfoNotFoundError, ValueError, TypeError, OSError):  # OSError: the name of a folder in tzdata
         raise ConfigError(
             f"tz is {tz!r}, which isn't known here; expected a name such as 'Europe/Berlin' (on systems without time "
             "zones: pip install tzdata)"

@@ -1,8 +1,8 @@
-"""Calls that must be awaited, and on which event loop.
+"""Checks of async calls, made when a function is called: that an event loop runs, and that it is the right one.
 
-A call that nobody awaits does nothing, and Python only warns of it. A connection that two event loops use breaks for
-both. So both are checked when the function is called: a plain function can't await, and runs in a thread that has no
-event loop, or one of its own.
+A coroutine that isn't awaited does nothing, and Python only warns of it. A connection that two event loops use breaks
+for both. Both mistakes are made in plain functions: they can't await, and run in a thread without an event loop or with
+one of its own. There the call itself raises.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ _Function = TypeVar("_Function", bound=Callable[..., Coroutine[Any, Any, Any]])
 
 
 def checked_at_call(check: Callable[..., object]) -> Callable[[_Function], _Function]:
-    """For an `async def`: call `check` with the same arguments when the function is called, not when it is awaited.
+    """Decorate an `async def`: `check` gets the same arguments when it is called, before it is awaited.
 
-    Type checkers, frameworks and asyncio still see a coroutine function.
+    The result is still a coroutine function to type checkers, frameworks and asyncio.
     """
 
     def decorate(function: _Function) -> _Function:
@@ -41,7 +41,7 @@ def checked_at_call(check: Callable[..., object]) -> Callable[[_Function], _Func
 
 
 def running(what: str, cure: str) -> asyncio.AbstractEventLoop:
-    """The event loop that runs here. Raises ConfigError if none does.
+    """The event loop that runs in this thread. Raises ConfigError if none does.
 
     what  the call, for the message
     cure  what to write instead
@@ -56,13 +56,13 @@ def running(what: str, cure: str) -> asyncio.AbstractEventLoop:
 
 
 def same(home: object, what: str, whose: str, cure: str) -> None:
-    """Raise ConfigError unless `home`, the event loop of some connections, is the one that runs here.
+    """Raise ConfigError unless `home`, the event loop of some connections, is the one that runs in this thread.
 
-    whose  who opened those connections, for the message
+    whose  what opened those connections, for the message
     """
     if running(what, cure) is not home:
         raise ConfigError(
-            f"{what}: this is another event loop than that of {whose}, whose connections would break for everybody; "
+            f"{what}: this is another event loop than that of {whose}, whose connections would break for all users; "
             f"{cure}"
         )
 

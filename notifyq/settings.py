@@ -1,8 +1,8 @@
-"""What a Task class says about itself, told apart from the payload's fields and from constants of its author's.
+"""The settings of a Task class, told apart from fields of the payload and from constants of the author's own.
 
-A setting is a class attribute without an annotation: `max_attempts = 5`. With an annotation and a value it would be a
-field, and under another library's name (`max_retries = 3`) nothing at all: both did something else than they said, and
-nobody heard of it. So a class is looked at when its handler is registered, or else when it is first enqueued.
+A setting is a class attribute without an annotation: `max_attempts = 5`. With an annotation and a value it is a field
+of the payload, and under another library's name (`max_retries = 3`) it has no effect. Both are silent mistakes. So a
+class is checked when its handler is registered, or else when a task of it is first enqueued.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .options import OPTIONS
 SETTINGS: Final = ("backoff", "timeout", *(name for name, option in OPTIONS.items() if option.of_class))
 # Without `after`, which is a common name for a field of a payload.
 ENQUEUE_ONLY: Final = tuple(name for name, option in OPTIONS.items() if not option.of_class and name != "after")
-# What they are called elsewhere: in Celery, RQ, arq, dramatiq, taskiq, Oban, Sidekiq.
+# Names of the same in other libraries: Celery, RQ, arq, dramatiq, taskiq, Oban, Sidekiq.
 ALIASES: Final[Mapping[str, str]] = {
     **dict.fromkeys(
         (
@@ -44,7 +44,7 @@ ALIASES: Final[Mapping[str, str]] = {
 }
 MISSING: Final = ("expires", "expires_in", "expiry", "ttl", "job_ttl", "max_age")
 NO_EXPIRY = "notifyq has no such setting; a handler can compare ctx.created_at with the time, and return notifyq.Cancel"
-# Which errors are tried again, elsewhere a list of exceptions, is said by the handler.
+# Other libraries list the exceptions that are tried again. Here the handler decides.
 BY_ERROR: Final = (
     *("autoretry_for", "dont_autoretry_for", "retry_for", "retry_on", "retry_when", "no_retry_on", "dont_retry_on"),
     *("dead_on", "discard_on", "throws"),
@@ -53,12 +53,12 @@ NO_LIST = (
     "notifyq has no such setting; a handler's error is tried again, unless the handler catches it and returns "
     "notifyq.Dead(error)"
 )
-NEAR = 0.85  # how similar a misspelt name is
-LONG = 7  # letters of a name that is looked for among fields too: short words have too many neighbours
+NEAR = 0.85  # how similar a misspelt name is to the right one
+LONG = 7  # letters: a misspelt field is compared with settings of this length only, as short words are often similar
 
 
-def meant(name: str, known: tuple[str, ...] = (*SETTINGS, *ENQUEUE_ONLY)) -> str | None:
-    """The setting, or the option of enqueue, that somebody who writes this name means; None: none."""
+def find_meant(name: str, known: tuple[str, ...] = (*SETTINGS, *ENQUEUE_ONLY)) -> str | None:
+    """The setting, or the option of enqueue, that an author who writes this name means; None: none of them."""
     if name in known or (name in MISSING and known[: len(SETTINGS)] == SETTINGS):
         return name
     if name in ALIASES and ALIASES[name] in known:
@@ -69,25 +69,25 @@ def meant(name: str, known: tuple[str, ...] = (*SETTINGS, *ENQUEUE_ONLY)) -> str
 
 @dataclass_transform(field_specifiers=(msgspec.field,))
 class StructMeta(msgspec.StructMeta):
-    """The class of Task and its subclasses: a Struct's, with a better message for one mistake."""
+    """The metaclass of Task and its subclasses: msgspec's, with a better message for one mistake."""
 
     def __new__(mcls, name: str, bases: tuple[type, ...], namespace: dict[str, Any], **config: Any) -> Any:
         if "__slots__" in namespace and "__qualname__" not in namespace:
-            # msgspec.defstruct, in the middle of making a class: it has `type` make it, which leaves that to this
-            # metaclass, and then fills in by itself what the fields are.
+            # The call comes from msgspec.defstruct: it lets `type` make the class, which calls this metaclass, and
+            # fills in the fields afterwards.
             rest = {key: value for key, value in namespace.items() if key != "__slots__"}
             return super().__new__(mcls, name, bases, rest, kw_only=True)
         try:
             return super().__new__(mcls, name, bases, namespace, **config)
         except TypeError:
-            # `timeout: float = 30.0` before a field: msgspec complains of an optional field before a required one.
+            # `timeout: float = 30.0` before a required field: msgspec would name that field and not the setting.
             for field in namespace.get("__annotations__", {}):
                 _check_field(name, field, namespace.get(field))
             raise
 
 
 def check(cls: Any) -> None:
-    """Raise ConfigError for what looks like a setting of this Task class, and is none."""
+    """Raise ConfigError for a field or attribute of this Task class that looks like a setting, and isn't one."""
     for name, value in _defaults(cls):
         _check_field(cls.__name__, name, value)
     for name, value in _attributes(cls):
@@ -99,7 +99,7 @@ def _defaults(cls: Any) -> Iterator[tuple[str, object]]:
 
 
 def _attributes(cls: Any) -> Iterator[tuple[str, object]]:
-    """Those without an annotation, and ClassVars; inherited ones and those of mixins too."""
+    """The class attributes without an annotation, and ClassVars; those of base classes and mixins too."""
     for base in cls.__mro__:
         if base.__module__ not in (f"{__package__}.task", "builtins", "typing", "msgspec", "msgspec._core"):
             for name, value in cast("dict[str, object]", vars(base)).items():
@@ -108,7 +108,7 @@ def _attributes(cls: Any) -> Iterator[tuple[str, object]]:
 
 
 def _is_setting(value: object) -> bool:
-    """Whether it could be meant as the value of a setting: 0, "", None, a list or a function says nothing."""
+    """Whether a setting may have this value: 0, "", None, a list and a function aren't meant as one."""
     return bool(value) and isinstance(value, int | float | str | tuple | timedelta)
 
 
@@ -116,7 +116,7 @@ def _check_field(task: str, name: str, value: object) -> None:
     if name in BY_ERROR and value:
         raise ConfigError(f"task {task}: {name!r}: {NO_LIST}")
     known = (*SETTINGS, *ENQUEUE_ONLY)
-    if not _is_setting(value) or (setting := meant(name)) is None:
+    if not _is_setting(value) or (setting := find_meant(name)) is None:
         return
     if name not in (*known, *ALIASES, *MISSING) and len(setting) < LONG:
         return
@@ -135,7 +135,7 @@ def _check_field(task: str, name: str, value: object) -> None:
 def _check_attribute(task: str, name: str, value: object) -> None:
     if name in BY_ERROR and value and not callable(getattr(value, "__get__", None)):
         raise ConfigError(f"task {task}: {name!r}: {NO_LIST}; a constant of your own: name it _{name}")
-    if not _is_setting(value) or (setting := meant(name)) is None or (name == setting and setting in SETTINGS):
+    if not _is_setting(value) or (setting := find_meant(name)) is None or (name == setting and setting in SETTINGS):
         return
     if setting in SETTINGS:
         raise ConfigError(
@@ -149,6 +149,6 @@ def _no_setting(task: str, name: str, meant: str) -> str:
     if meant in MISSING:
         return f"task {task}: {name!r}: {NO_EXPIRY}"
     return (
-        f"task {task}: {name!r} is no setting of a class; it is said of each task when that is enqueued: "
+        f"task {task}: {name!r} is no setting of a class; it is an option of each enqueue: "
         f"app.enqueue(task, {meant}=...)"
     )

@@ -1,4 +1,4 @@
-"""Cancel a task, by its Ref."""
+"""Cancel a task by its Ref."""
 
 from __future__ import annotations
 

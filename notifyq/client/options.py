@@ -159,7 +159,7 @@ def _unknown_option(name: str) -> ConfigError:
     elif name in settings.SETTINGS:
         hint = f"it is a setting of the task's class: write `{name} = ...` there"
     else:
-        near = settings.meant(name, tuple(OPTIONS))
+        near = settings.find_meant(name, tuple(OPTIONS))
         hint = f"did you mean {near}?" if near else f"it has {', '.join(OPTIONS)}"
     return ConfigError(f"enqueue has no option {name!r}; {hint}")
 

@@ -1,9 +1,9 @@
-"""The connections of a connected app, and how long one of its calls may wait for them.
+"""The connections of a connected app, with a limit on the time that a call waits for them.
 
-A server that is frozen, or a host that vanished, says nothing. asyncpg gives a statement up at its timeout, and then
-waits as long again for an answer to its request to cancel it, before the pool has the connection back; each of the
-others goes the same way. So a connection whose statement wasn't answered is cut, one whose call was cancelled has a
-second to be free again, and after either the pool opens its connections anew.
+A frozen server, or a host that vanished, answers nothing. asyncpg gives up a statement at its timeout. It then waits as
+long again for an answer to its cancel request before the pool gets the connection back, and so for each connection. So
+a connection whose statement isn't answered in time is cut, and one whose call is cancelled has a second to be free
+again. After either, the idle connections are cut too, and the pool opens new ones.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ if TYPE_CHECKING:
 
 SIZE = 10
 CONNECT_SECONDS = 10.0
-FREE_SECONDS = 1.0  # for a connection whose call was cancelled
+FREE_SECONDS = 1.0  # until a connection whose call was cancelled must be free
 
 
 class AppPool:
-    """On one event loop."""
+    """An app's pool of connections, on one event loop."""
 
     def __init__(self, pool: asyncpg.Pool[asyncpg.Record], timeout: float) -> None:
         self._pool = pool
@@ -38,7 +38,9 @@ class AppPool:
 
     @classmethod
     async def open(cls, url: str | None, timeout: float) -> AppPool:
-        """To be called inside of translate_connect_errors: it connects once, to see what is there.
+        """Connect once, to see that there is a server, and make the pool.
+
+        Call it inside translate_connect_errors, which translates the errors.
 
         timeout  seconds for each statement, and for each wait for a connection
         """
@@ -56,13 +58,13 @@ class AppPool:
             timeout=connecting,
             server_settings={"application_name": "notifyq app"},
             init=_keep_alive,
-            reset=_nothing,  # one statement each, which leaves nothing behind: saves a round trip
+            reset=_do_nothing,  # a call leaves nothing to reset on its connection: saves a round trip
             **options,
         )
         return cls(pool, timeout)
 
     async def close(self) -> None:
-        """Say goodbye to the server, if it answers; `terminate` is for the rest."""
+        """Close the connections in order, if the server answers. `terminate` cuts those that are left."""
         with suppress(*errors.TRANSIENT):
             await self._pool.close()
 
@@ -79,7 +81,7 @@ class AppPool:
 
     @asynccontextmanager
     async def acquire(self) -> AsyncGenerator[Pooled, None]:
-        """A connection. Raises DatabaseError if there is none in time, or if it doesn't answer in time."""
+        """A connection. Raises DatabaseError if none is free in time, or if the server doesn't answer in time."""
         try:
             conn = await self._pool.acquire(timeout=self._timeout)
         except TimeoutError:
@@ -100,8 +102,10 @@ class AppPool:
                     self._cut_idle()
 
     def _cut_idle(self) -> None:
-        """Cut the connections that nobody uses: they lead to the same host. asyncpg's expire_connections would say
-        goodbye to each, in a task that nobody looks after, and which fails where there is no answer."""
+        """Cut the idle connections, as they lead to the same host.
+
+        asyncpg's expire_connections would close each in order in a task of its own, which fails without an answer.
+        """
         for holder in list(getattr(self._pool, "_holders", ())):
             if holder._con is not None and holder._in_use is None:
                 holder._con.terminate()
@@ -122,7 +126,7 @@ class AppPool:
                 raise
 
     async def _roll_back(self, conn: Pooled, transaction: Transaction) -> None:
-        """If that takes too long, cut the connection, and the idle ones with it, as `acquire` does."""
+        """Roll back; if that takes too long, cut the connection and the idle ones, as `acquire` does."""
         with anyio.move_on_after(FREE_SECONDS, shield=True) as limit, suppress(*errors.TRANSIENT):
             await transaction.rollback()
             return
@@ -135,5 +139,5 @@ async def _keep_alive(conn: asyncpg.Connection[asyncpg.Record]) -> None:
     connection.keep_alive(conn)
 
 
-async def _nothing(_: object) -> None:
+async def _do_nothing(_: object) -> None:
     pass

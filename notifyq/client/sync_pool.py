@@ -1,9 +1,8 @@
-"""SyncClient's connections: psycopg's pool, and a bound for everything that waits for the server.
+"""SyncClient's connections: psycopg's pool, with a limit on every wait for the server.
 
-A host that vanished says nothing more, and libpq waits for it: for ever, or for as long as some kernel on the way
-acknowledges what is sent. So keepalives and tcp_user_timeout are as short as those of the app's own connections, each
-statement has a time by which it is given up, and the first connection that is found dead takes those along that were
-opened before: they lead to the same host.
+A host that vanished answers nothing, and libpq waits forever, or as long as a kernel on the way acknowledges the data.
+So keepalives and tcp_user_timeout are as short as those of the app's own connections, and each statement has a
+deadline. When one connection is found dead, all that were opened before are closed too, as they lead to the same host.
 """
 
 from __future__ import annotations
@@ -28,10 +27,10 @@ SIZE = 10
 WAIT_SECONDS = 10.0  # for a connection
 TRY_SECONDS = 1.0  # between attempts to open one
 
-# As libpq names them. What the DSN says of a timeout wins.
+# libpq's parameters. Those of the DSN win, but for the first two.
 SETTINGS: dict[str, Any] = {
     "application_name": "notifyq client",
-    "client_encoding": "UTF8",  # whatever PGCLIENTENCODING says: payloads may hold any character
+    "client_encoding": "UTF8",  # overrides PGCLIENTENCODING, as payloads may have any character
     "connect_timeout": round(HOST_SECONDS),  # for each host
     "keepalives": 1,
     "keepalives_idle": 5,
@@ -42,13 +41,13 @@ SETTINGS: dict[str, Any] = {
 
 
 class Bounded(psycopg.Connection[Any]):
-    """A connection on which nothing waits for the server longer than `seconds`."""
+    """A connection that waits for the server at most `seconds`."""
 
     seconds = COMMAND_TIMEOUT_SECONDS
     opened_at = 0.0  # by time.monotonic
 
     def run(self, query: str, args: Sequence[Any]) -> Sequence[Any]:
-        """A statement, whose second parameter, if it has any, is a payload, or several: large ones take longer."""
+        """Run a statement and return its rows. Payloads, its second parameter, add time to the deadline if large."""
         payloads: str | list[str] = args[1] if args else ""
         size = len(payloads) if isinstance(payloads, str) else sum(map(len, payloads))
         self.seconds = COMMAND_TIMEOUT_SECONDS + size / SLOWEST
@@ -59,7 +58,7 @@ class Bounded(psycopg.Connection[Any]):
 
 
 def _until(deadline: float, seconds: float, gen: Generator[Any, Any, _Result]) -> Generator[Any, Any, _Result]:
-    """psycopg's generator, which is sent a false value ten times a second while there is no answer."""
+    """psycopg's generator, which gets a false value ten times a second until the answer arrives, with a deadline."""
     try:
         wanted = next(gen)
         while True:
@@ -74,12 +73,12 @@ def _until(deadline: float, seconds: float, gen: Generator[Any, Any, _Result]) -
 
 
 def connect(dsn: str) -> psycopg.Connection[Any]:
-    """A connection by itself, to see whether there is a server."""
+    """A connection outside of the pool, to see whether there is a server."""
     return Bounded.connect(dsn, **_settings(dsn))
 
 
 class Pool:
-    """The connections of one process. `where` is how a message names the server."""
+    """The connections of one process. `where` is the server's name for messages."""
 
     def __init__(self, dsn: str, where: str) -> None:
         self._where = where
@@ -90,8 +89,8 @@ class Pool:
             min_size=0,
             max_size=SIZE,
             timeout=WAIT_SECONDS,
-            # An attempt is given up soon, and each that waits for a connection begins another: with psycopg's own times
-            # a server that is back would be found up to 16 s later.
+            # A failed attempt is given up soon, and each call that waits begins another one. With psycopg's own times,
+            # the pool would notice up to 16 s late that the server is back.
             reconnect_timeout=TRY_SECONDS,
             open=True,
             configure=self._opened,
@@ -99,14 +98,14 @@ class Pool:
             name="notifyq",
             kwargs={
                 "autocommit": True,  # each statement is its own transaction, in one round trip
-                "prepare_threshold": None,  # behind a pooler it would fail
+                "prepare_threshold": None,  # prepared statements fail behind a pooler
                 **_settings(dsn),
             },
         )
 
     @contextmanager
     def connection(self) -> Generator[Bounded]:
-        """One that answers. Raises DatabaseError if there is none in time, or if it is lost meanwhile."""
+        """A connection that answers. Raises DatabaseError if none does in time, or if it is lost inside the block."""
         conn = self._get()
         try:
             yield conn
@@ -137,7 +136,7 @@ class Pool:
         forked.keep_from_children(conn.fileno())
 
     def _check(self, conn: Bounded) -> None:
-        """Before each use. Raises if it is dead, and another is opened."""
+        """The pool calls this before each use. It raises if the connection is dead, and the pool opens another."""
         if conn.opened_at <= self._dead_at:
             conn.close()
             raise psycopg.OperationalError("opened before another one was found dead")
@@ -158,5 +157,5 @@ def _settings(dsn: str) -> dict[str, Any]:
 
 
 def _is_lost(conn: psycopg.Connection[Any], error: psycopg.OperationalError) -> bool:
-    """Whether it was the connection that failed: no answer, closed by the server, the server shut down."""
+    """Whether the connection itself failed: no answer, closed by the server, or the server shut down."""
     return error.sqlstate is None or conn.closed or error.sqlstate.startswith(("08", "57P"))

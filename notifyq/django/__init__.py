@@ -1,10 +1,10 @@
 """Django Tasks on notifyq: `TASKS = {"default": {"BACKEND": "notifyq.django.TaskBackend"}}`.
 
-framework  Django's own words, from Django 6 or from django-tasks
-declared   the tasks that are declared for the backend: what may be run, each with a type of its own
-backend    enqueue, on Django's connection, and results
-handlers   what a worker does with one
-worker     notifyq.django.worker:app, for `notifyq worker`; the only one that imports a project
+framework  Django's names, from Django 6 or from django-tasks
+declared   the tasks that are declared for the backend, each with a type of its own
+backend    enqueues on Django's connection, and reads results
+handlers   runs a declared task in a worker
+worker     notifyq.django.worker:app, for `notifyq worker`; only this module imports the project
 """
 
 from .backend import TaskBackend

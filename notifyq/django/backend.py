@@ -1,4 +1,4 @@
-"""The backend: a Django task is enqueued on Django's connection, in its transaction, and its result read from there."""
+"""The backend: it enqueues Django tasks on Django's connection, in its transaction, and reads their results there."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from .framework import (
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
-_client = SyncClient(App())  # on Django's connections, so it has none of its own
+_client = SyncClient(App())  # not connected: it only enqueues on Django's connections
 
 _STATUS = {
     "scheduled": TaskResultStatus.READY,
@@ -51,8 +51,12 @@ SETTINGS = ("max_attempts", "backoff", "timeout")
 
 
 class TaskBackend(BaseTaskBackend):
-    """OPTIONS: `database`, the alias of the database ("default"); and the settings that notifyq's task classes have,
-    for each task that is declared for this backend: `max_attempts` (10), `backoff` (2 s), `timeout` (None)."""
+    """The backend that TASKS names. Its OPTIONS:
+
+    database      the alias of the database; default: "default"
+    max_attempts, backoff, timeout  settings of each task that is declared for this backend, as a Task class has them;
+                  defaults: 10, 2 s, None
+    """
 
     supports_defer = True
     supports_async_task = True
@@ -79,7 +83,7 @@ class TaskBackend(BaseTaskBackend):
         declare(task, self._settings)
 
     def enqueue(self, task: Task[_P, _R], args: Any, kwargs: Any) -> TaskResult[_P, _R]:
-        """In the transaction that is open on Django's connection; the result's id is the row's."""
+        """Enqueue in the transaction that is open on Django's connection. The result's id is the row's id."""
         self.validate_task(task)
         result = TaskResult(
             task=task,
@@ -106,13 +110,16 @@ class TaskBackend(BaseTaskBackend):
             max_attempts=self._max_attempts,
             conn=connections[self._database],
         )
-        object.__setattr__(result, "id", str(ref.id))  # frozen; Django's own backends do it so
+        object.__setattr__(result, "id", str(ref.id))  # it is frozen; Django's own backends set it so
         object.__setattr__(result, "enqueued_at", timezone.now())
         task_enqueued.send(type(self), task_result=result)
         return result
 
     def get_result(self, result_id: str) -> TaskResult[..., Any]:
-        """As notifyq.all_tasks has it, and for as long. Of attempts before the last, only their errors are known."""
+        """The result as notifyq.all_tasks has it, until the task is pruned. Of earlier attempts, only errors are known.
+
+        Raises TaskResultDoesNotExist for an id without a row, or a task of another type than Django's.
+        """
         id = int(result_id) if re.fullmatch("[0-9]{1,18}", str(result_id)) else 0
         rows = drivers.fetch(connections[self._database], SQL["read_django_result"], (id,))
         if not rows or (known := BY_TYPE.get(rows[0][0])) is None:
@@ -142,7 +149,7 @@ class TaskBackend(BaseTaskBackend):
         return result
 
     def check(self, **kwargs: Any) -> list[Any]:
-        """What `manage.py check` says."""
+        """The errors for `manage.py check`."""
         found = list(super().check(**kwargs))
         if (vendor := connections[self._database].vendor) != "postgresql":
             message = f"TASKS[{self.alias!r}] is notifyq's, and its database {self._database!r} is {vendor}."
@@ -154,7 +161,7 @@ class TaskBackend(BaseTaskBackend):
 def as_sent(
     task: Task[..., Any], queue: str, priority: int, run_after: datetime | None, backend: str
 ) -> Task[..., Any]:
-    """The task with its row's options, as far as Django allows them; plain SQL may say more."""
+    """The task with the options of its row, if Django allows them: plain SQL may have set others."""
     try:
         return task.using(queue_name=queue, priority=priority, run_after=run_after, backend=backend)
     except InvalidTask:
@@ -162,12 +169,12 @@ def as_sent(
 
 
 def worker_ids(attempts: int, last: str) -> list[str]:
-    """One an attempt, since Django counts them; who made those before the last isn't kept."""
+    """An id for each attempt, as Django counts attempts by them. Only the last attempt's worker is known."""
     return ["unknown"] * (attempts - 1) + [last] * min(attempts, 1)
 
 
 class RowError(TaskError):
-    """An error as a row has it. Django would import whatever class is named there; here it must be imported already."""
+    """An error in a row. Django imports the class that the row names; here it must be imported already."""
 
     __slots__ = ()
 
@@ -181,7 +188,7 @@ class RowError(TaskError):
 
 
 def _error(entry: dict[str, Any]) -> TaskError:
-    """The traceback's last lines have the exception's whole name; without one, it is what notifyq says."""
+    """The exception's full name is in the last lines of its traceback. Without one, the error is notifyq's own."""
     text, trace = str(entry.get("error", "")), cast("str | None", entry.get("traceback"))
     path = "notifyq.errors.NotifyqError"
     if trace is not None:

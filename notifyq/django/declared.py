@@ -1,8 +1,8 @@
-"""The Django tasks that code has declared for the backend, each under a notifyq type of its own, its module path.
+"""The Django tasks that are declared for the backend. The notifyq type of each is its module path.
 
-Nothing that a row says is ever imported. Django has the backend validate a task when its decorator is run: that is
-where it gets in here. A row's type is looked up among these as any type is among the handlers, and one that this
-process doesn't know is left for a worker that does.
+A task gets in here when its decorator runs, as Django has the backend validate it then. A row's type is only looked up
+among these, so no name in a row is ever imported. A task of a type that this process doesn't know is left for a worker
+that does.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from . import framework
 
 
 class Call(Task):
-    """The payload: what the function is called with."""
+    """The payload: the arguments of the function."""
 
     args: list[Any] = msgspec.field(default_factory=list[Any])
     kwargs: dict[str, Any] = msgspec.field(default_factory=dict[str, Any])
@@ -37,19 +37,21 @@ BY_TYPE: Final[Mapping[str, Declared]] = MappingProxyType(_by_type)
 
 
 def call_class(name: str, module: str | None, tag: str, settings: Mapping[str, Any]) -> type[Call]:
-    """A task class with these class settings."""
+    """A Task class for one Django task, with these class settings."""
     made = msgspec.defstruct(name, [], bases=(Call,), tag=tag, module=module, namespace=dict(settings))
     return cast("type[Call]", made)
 
 
 def declare(task: framework.Task[..., Any], settings: Mapping[str, Any] = MappingProxyType({})) -> Declared:
-    """The one that this is, or is a copy of with other options. Raises InvalidTask for a path that is no type.
+    """The declared task that this one is, or is a copy of with other options; declared now if it wasn't.
 
-    settings  of the backend that the task was first declared for: class settings of its type
+    settings  class settings of its type, from the backend that it is first declared for
+
+    Raises InvalidTask for a module path that can't be a type.
     """
     path = task.module_path
     known = _by_type.get(path)
-    if known is None or known.task.func is not task.func:  # a module that was reloaded
+    if known is None or known.task.func is not task.func:  # new, or its module was reloaded
         try:
             check_name("type", path)
         except ConfigError as error:

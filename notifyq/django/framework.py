@@ -1,7 +1,7 @@
-"""Django Tasks: part of Django from 6.0 on, and for those before, the same in a package of its own, django-tasks."""
+"""The words of Django Tasks: from Django 6 or later, else from the package django-tasks."""
 
 # pyright: reportMissingModuleSource=false
-# The types are known everywhere, the code only from Django 6 on.
+# The stubs have these types for every version; the code is in Django 6 and later.
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a worker does with Django tasks: a handler for each that is declared, which runs it in a thread."""
+"""A handler for each declared Django task, which runs it in a thread."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .framework import TaskContext, TaskError, TaskResult, TaskResultStatus, tas
 
 
 def add_tasks(app: App) -> None:
-    """Give `app` a handler for each Django task that is declared by now. Raises ConfigError if there is none."""
+    """Register a handler in `app` for each Django task that is declared by now. Raises ConfigError if none is."""
     if not BY_TYPE:
         raise ConfigError(
             "no Django task is declared for notifyq; expected an @task in a module that is imported by now, and "
@@ -31,7 +31,7 @@ def add_tasks(app: App) -> None:
 
 def _handler(declared: Declared) -> Callable[[Call, Context], object]:
     def run(call: Call, ctx: Context) -> object:
-        close_old_connections()  # as before and after a request
+        close_old_connections()  # as Django does before and after a request
         try:
             return _run(declared, call, ctx)
         finally:
@@ -74,7 +74,7 @@ def _run(declared: Declared, call: Call, ctx: Context) -> object:
                 traceback="".join(format_exception(error)),
             )
         )
-        if isinstance(error, Dead | Cancel) or ctx.attempt >= ctx.max_attempts:  # otherwise it isn't over
+        if isinstance(error, Dead | Cancel) or ctx.attempt >= ctx.max_attempts:  # else it is tried again
             _end(result, TaskResultStatus.FAILED)
             task_finished.send(sender, task_result=result)
         raise

@@ -1,6 +1,6 @@
-"""An app of a Django project's tasks: `DJANGO_SETTINGS_MODULE=site.settings notifyq worker notifyq.django.worker:app`.
+"""The app of a Django project: `DJANGO_SETTINGS_MODULE=site.settings notifyq worker notifyq.django.worker:app`.
 
-They are looked for where Django projects have them, in the module `tasks` of each of INSTALLED_APPS.
+It imports the module `tasks` of each of INSTALLED_APPS, where Django projects declare their tasks.
 """
 
 from __future__ import annotations

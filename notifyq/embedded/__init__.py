@@ -1,11 +1,11 @@
-"""A PostgreSQL of our own for `notifyq demo`, `notifyq dev` and the tests: found, started, never left behind.
+"""An embedded PostgreSQL for `notifyq demo`, `notifyq dev` and tests: found on this machine, started, and cleaned up.
 
-Nothing else in notifyq imports this; production has a server already. It is a folder in a flat package, being
-the one part that has nothing to do with tasks, and that can be read, or replaced, by itself:
+Only those and the pytest plugin import it, as production has a server already. It knows nothing of tasks, and can be
+read by itself:
 
     binaries  which PostgreSQL of this machine to run
-    account   who runs it: not root, whom PostgreSQL refuses
-    folders   what is on disk, whose it is, and what the dead left there
+    account   the account that runs it: not root, which PostgreSQL refuses
+    folders   the files on disk, their owners, and the cleanup after killed processes
     server    start, stop, restart
 """
 

@@ -1,6 +1,6 @@
-"""Who runs the embedded PostgreSQL: we do, unless we are root, whom PostgreSQL refuses.
+"""The account that runs the embedded PostgreSQL: the user's own, unless that is root, which PostgreSQL refuses.
 
-Root has an account that is there already run it; none is added, and no folder is opened to it but our own.
+For root an existing account runs it. No account is added, and only the server's own folders are opened to it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ CURE = f"run as an ordinary user, or {OWN_SERVER}"
 
 @dataclass(frozen=True)
 class Account:
-    """Who the server runs as; `switch` is false where that is us already."""
+    """The account that the server runs as. `switch`: it isn't the account of this process."""
 
     name: str
     uid: int
@@ -31,7 +31,7 @@ class Account:
     switch: bool
 
     def run(self, argv: Sequence[str | Path], stdin: str = "") -> subprocess.CompletedProcess[str]:
-        """Run a program to its end, stderr within stdout. In /, as our folder may be closed to it."""
+        """Run a program to its end, with stderr in stdout; in /, as the current folder may be closed to the account."""
         switch: dict[str, Any] = {}
         if self.switch:
             switch = {"user": self.uid, "group": self.gid, "extra_groups": []}
@@ -48,16 +48,16 @@ class Account:
         )
 
     def can_run(self, bin_dir: Path) -> bool:
-        """Whether PostgreSQL's programs in this folder work for the account."""
+        """Whether the account can run PostgreSQL's programs in this folder."""
         try:
             return all(self.run([bin_dir / name, "--version"]).returncode == 0 for name in ("initdb", "postgres"))
         except PermissionError:
             return False
 
     def first_closed(self, folder: Path) -> Path | None:
-        """The first folder on the way to this one that the account may not pass.
+        """The first folder on the path to this one that the account may not pass; None if there is none.
 
-        It is asked itself, as the bits of the mode are not all that decides: there are ACLs.
+        A program tries it as the account, as ACLs decide too and not only the bits of the mode.
         """
         if not self.switch:
             return None
@@ -65,21 +65,21 @@ class Account:
         script = 'for d in "$@"; do [ -x "$d" ] || { echo "$d"; exit; }; done'
         try:
             closed = self.run(["/bin/sh", "-c", script, "sh", *way]).stdout.strip()
-        except OSError as error:  # a "root" of a sandbox, who is nobody else
+        except OSError as error:  # root in a sandbox, which can't become another user
             raise EmbeddedError(f"root can't run programs as {self.name} here ({error}); {CURE}") from error
         return Path(closed) if closed else None
 
     def own(self, folder: Path) -> None:
-        """Make a folder that is the account's alone."""
+        """Make a folder that only the account may use."""
         folder.mkdir(mode=0o700)
         if self.switch:
             os.chown(folder, self.uid, self.gid, follow_symlinks=False)
 
 
 def find_account(data: Path | None) -> Account:
-    """Ourselves; for root the owner of the data, if there are any yet, else `postgres`, else `nobody`.
+    """This process's account; for root the owner of the data if there are data, else `postgres`, else `nobody`.
 
-    Raises EmbeddedError if that is nobody with a name, as initdb insists on one.
+    Raises EmbeddedError if the account has no name, which initdb needs.
     """
     uid = os.geteuid()
     owner = uid or (data.stat().st_uid if data and data.exists() else 0)

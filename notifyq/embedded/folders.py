@@ -1,17 +1,17 @@
-"""What an embedded server has on disk, whose it is, and what the dead left there.
+"""The files of an embedded server on disk, their owners, and the cleanup after killed processes.
 
-    /tmp/notifyq-pg-XXXXXXXX/  a server's run folder, removed when it stops
-        lock                   held by flock while its owner lives; later starts sweep the dead's folders
-        sock/                  the unix socket, whose path may have 103 bytes: of a temporary server, and of a kept
-                               one that lies too deep
+    /tmp/notifyq-pg-XXXXXXXX/  a server's run folder, removed when the server stops
+        lock                   held by flock while its owner lives; later starts remove the folders of dead owners
+        sock/                  the unix socket of a temporary server, or of a kept one whose folder's path is too long:
+                               a socket's path may have 103 bytes
         data/  postgres.log    of a temporary server
-    DATA_DIR/                  of a kept server
-        lock                   held by the owner, with its process id; whoever comes second attaches to its server
-        sock/                  the unix socket, here, so that the DSN stays from start to start
+    DATA_DIR/                  the folder of a kept server
+        lock                   held by the owner, with its process id in it; a second process attaches to the server
+        sock/                  the unix socket; it is here so that the DSN stays the same
         data/  postgres.log
 
-When we are root only data/ and sock/ belong to the account that runs the server, and the folders around them
-to us: root must not write where somebody else could have put a link.
+For root, only data/ and sock/ belong to the account that runs the server. The folders around them belong to root: it
+must not write into a folder where another user could have put a link.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ from notifyq.errors import EmbeddedError
 from .account import Account
 
 PREFIX = "notifyq-pg-"
-LONGEST_BASE = 60  # bytes; what remains is for /notifyq-pg-XXXXXXXX/sock/.s.PGSQL.65535, in macOS's 103
+LONGEST_BASE = 60  # bytes: with /notifyq-pg-XXXXXXXX/sock/.s.PGSQL.65535 it stays within the 103 of macOS
 LEFTOVER_TIMEOUT_SECONDS = 30.0
 
 
 def lock_file(path: Path) -> int | None:
-    """An open file that holds the lock, or None while another has it. The kernel frees what the dead held."""
+    """An open file that holds the lock; None while another process holds it. A dead process holds no lock."""
     lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -51,7 +51,7 @@ def lock_file(path: Path) -> int | None:
 
 
 def new_run_dir(account: Account) -> tuple[Path, int]:
-    """A run folder and its lock, in the first temporary folder with a short path and open to the account."""
+    """A new run folder and its lock, in the first temporary folder that has a short path and is open to the account."""
     bases = [Path(path) for path in (tempfile.gettempdir(), "/tmp", "/var/tmp")]
     fitting = (path for path in bases if len(os.fsencode(path)) <= LONGEST_BASE)
     base = next((path for path in fitting if not account.first_closed(path)), None)
@@ -62,7 +62,7 @@ def new_run_dir(account: Account) -> tuple[Path, int]:
     run_dir = Path(tempfile.mkdtemp(prefix=PREFIX, dir=base))
     run_dir.chmod(0o711 if account.switch else 0o700)
     account.own(run_dir / "sock")
-    # Locked first and named then: no sweeper may see the lock of a living owner free.
+    # Locked before it gets its name, so that no sweep sees the lock of a living owner free.
     lock = lock_file(run_dir / "lock.new")
     assert lock is not None
     os.rename(run_dir / "lock.new", run_dir / "lock")
@@ -70,14 +70,14 @@ def new_run_dir(account: Account) -> tuple[Path, int]:
 
 
 def sweep(base: Path) -> None:
-    """Remove the run folders whose owners were killed: ours by name and by owner, and their lock is free."""
+    """Remove the run folders of killed owners: they have the prefix, belong to this user, and their lock is free."""
     for folder in base.glob(PREFIX + "*"):
         try:
             status = folder.lstat()
             if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
                 continue
             if not (folder / "lock").exists():
-                # Its owner is in the middle of new_run_dir, or died there.
+                # Its owner is inside new_run_dir, or died there.
                 if time.time() - status.st_mtime > 3600:
                     shutil.rmtree(folder, ignore_errors=True)
                 continue
@@ -90,12 +90,12 @@ def sweep(base: Path) -> None:
             finally:
                 os.close(lock)
         except (OSError, EmbeddedError):
-            continue  # another sweeper was faster, or the next will manage
+            continue  # another process was faster, or a later sweep succeeds
 
 
 @dataclass(frozen=True)
 class Postmaster:
-    """What a running server says of itself in postmaster.pid."""
+    """A running server, by its file postmaster.pid."""
 
     pid: int
     port: int
@@ -105,36 +105,36 @@ class Postmaster:
 
 
 def running_postmaster(data: Path) -> Postmaster | None:
-    """The server that runs on these data, if one does. The file alone proves nothing: it outlives a kill."""
+    """The server that runs on these data; None if none does. The file alone proves nothing, as it outlives a kill."""
     try:
         lines = (data / "postmaster.pid").read_text().splitlines()
         pid, _, _, port, socket_dir, address, _, status, *_ = lines
     except (FileNotFoundError, ValueError):
-        return None  # absent, or not all written
-    # The pid may be anybody's by now: in a container they are small, and soon used again.
+        return None  # it doesn't exist, or isn't complete yet
+    # Another process may have the pid by now: in a container pids are small, and soon used again.
     if f"-D {data} " not in _command_line(int(pid)):
         return None
     return Postmaster(int(pid), int(port), Path(socket_dir), bool(address), status.strip() == "ready")
 
 
 def _command_line(pid: int) -> str:
-    """Of a process; empty for one that is gone, or a zombie."""
+    """The command line of a process; "" if it has ended or is a zombie."""
     if sys.platform != "linux":
         command = ["ps", "-ww", "-o", "command=", "-p", str(pid)]
         return subprocess.run(command, capture_output=True, text=True, check=False).stdout
-    try:  # slim images of Linux have no ps
+    try:  # not by ps, which slim images of Linux lack
         return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
     except (FileNotFoundError, ProcessLookupError):
         return ""
 
 
 def end_leftover(data: Path) -> None:
-    """End a server whose owner is dead; the caller holds the lock. On Linux it is on its way out already."""
+    """End the server of a dead owner, whose lock the caller holds. On Linux the kernel has told it to stop already."""
     deadline = time.monotonic() + LEFTOVER_TIMEOUT_SECONDS
     while left := running_postmaster(data):
         if time.monotonic() > deadline:
             raise EmbeddedError(f"the server on {data} (pid {left.pid}) has no owner and doesn't stop; kill it")
         os.kill(left.pid, signal.SIGINT)
         time.sleep(0.01)
-    # PostgreSQL would refuse to start if the pid in there lives again as any other process of the account.
+    # PostgreSQL would refuse to start if another process of the account had the pid in this file.
     (data / "postmaster.pid").unlink(missing_ok=True)

@@ -27,19 +27,19 @@ from .folders import Postmaster, end_leftover, lock_file, new_run_dir, running_p
 
 NO_SPACE = "make room on that disk, or choose a folder on another (--data-dir)"
 USER = DATABASE = "notifyq"
-LONGEST_SOCKET = 103  # bytes of a path, macOS's limit
-DEFAULT_PORT = 5432  # without TCP too: it is part of the socket's name
-START_TIMEOUT_SECONDS = 60.0  # for the crash recovery of kept data; a fresh start takes 0.5 s
-STOP_TIMEOUT_SECONDS = 30.0  # then less polite signals
+LONGEST_SOCKET = 103  # bytes of a socket's path, the limit of macOS
+DEFAULT_PORT = 5432  # the socket's name has it, without TCP too
+START_TIMEOUT_SECONDS = 60.0  # long, for the crash recovery of kept data; a fresh start takes 0.5 s
+STOP_TIMEOUT_SECONDS = 30.0  # before stronger signals
 
 StopMode = Literal["fast", "immediate"]
 SIGNALS = {"fast": signal.SIGINT, "immediate": signal.SIGQUIT}
 
-# The server's process begins as this script and becomes `postgres` by exec. It asks Linux for SIGINT (a fast
-# shutdown) when its parent dies, however that dies. Not in a `preexec_fn`, which runs Python in a fork of a
-# process with threads (3.12 warns of it). It asks after the change of user, which would undo it, but imports
-# before, as this Python may lie in a home closed to the account; and then looks whether its parent has died
-# in the meantime. With -I -S all that takes 15 ms.
+# The server's process begins as this script and becomes `postgres` by exec. It asks Linux for SIGINT, a fast shutdown,
+# when its parent dies in any way. A `preexec_fn` could do that too, but it runs Python in a fork of a process with
+# threads, of which 3.12 warns. The order matters: it imports first, as this Python may lie in a home that is closed to the
+# account; it asks after the change of user, which would undo the request; then it checks that its parent hasn't died
+# meanwhile. With -I -S this takes 15 ms.
 BECOME_POSTGRES = """
 import ctypes, os, signal, sys
 owner, uid, gid = map(int, sys.argv[1:4])
@@ -49,7 +49,7 @@ if sys.platform == "linux":
     ctypes.CDLL(None).prctl(1, ctypes.c_ulong(signal.SIGINT))  # PR_SET_PDEATHSIG
 if os.getppid() != owner:
     sys.exit("the owner of this server has gone")
-signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # Python ignores it, and exec would hand that down
+signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # Python ignores SIGPIPE, and exec would pass that on
 os.execv(sys.argv[4], sys.argv[4:])
 """
 
@@ -57,18 +57,18 @@ os.execv(sys.argv[4], sys.argv[4:])
 class Server:
     """An embedded PostgreSQL with superuser `notifyq` and database `notifyq`, running from `start` to `stop`.
 
-    data_dir  a folder to keep the data in; None makes a temporary server, whose data go when it stops. Of two
-              on one folder, in one process or two, the second attaches to the first's server, never stops it.
-    durable   False, for demos and tests, turns off fsync and full_page_writes: PostgreSQL's semantics without
-              the disk's. A killed server loses nothing; a machine that loses power may lose the data.
-    port      listens on 127.0.0.1 as well. There is no password, so any user of this machine can then come
-              in; without it there is only a unix socket, in a folder closed to others.
-    settings  configuration parameters, given to the server as `-c name=value`.
+    data_dir  the folder for the data; None: a temporary server, whose data are removed when it stops. A second Server
+              on a folder, in this process or another, attaches to the first one's server, and never stops it
+    durable   False, for demos and tests, turns off fsync and full_page_writes. A killed server loses nothing; a machine
+              that loses power may lose the data
+    port      listen on this port of 127.0.0.1 too. There is no password, so any user of this machine can connect;
+              without it there is only a unix socket, in a folder closed to other users
+    settings  configuration parameters, given to the server as `-c name=value`
+    binaries  the programs to run; None: those that find_binaries() finds
 
-    Synchronous, as a start takes 0.5 s, and of kept data 0.1 s; async code has `anyio.to_thread.run_sync`.
-    The server ends with this process, also if that is killed: on Linux at once, by the kernel; elsewhere a
-    normal exit stops it, and after a kill the next start does. Every failure is an EmbeddedError that names
-    its cure.
+    It blocks: a start takes 0.5 s, or 0.1 s on kept data; async code calls it by `anyio.to_thread.run_sync`. The server
+    ends with this process, even if that is killed: on Linux the kernel ends it at once; elsewhere a normal exit stops
+    it, and after a kill the next start does. Every failure is an EmbeddedError that names the cure.
     """
 
     def __init__(
@@ -85,15 +85,15 @@ class Server:
         self._port = port
         self._settings = dict(settings or {})
         self._binaries = binaries
-        self._owner = 0  # our pid while we own a server: a fork gets a copy of this, and must not stop it
-        self._undo = ExitStack()  # what start did, undone from the last to the first
+        self._owner = 0  # this process's pid while it owns a server: a forked child, with a copy, must not stop it
+        self._undo = ExitStack()  # undoes what `start` did
         self._process: _Process | None = None
         self._attached: Postmaster | None = None
         self._home = self._run_dir = self._sock = self._bin_dir = Path()
         self._account = Account("", 0, 0, switch=False)
 
     def start(self) -> Self:
-        """Start, or attach to the server another runs on this folder; on return it takes connections."""
+        """Start a server, or attach to the running one of this folder. On return it takes connections."""
         if self._owner or self._attached:
             return self
         self._owner = os.getpid()
@@ -110,9 +110,9 @@ class Server:
         return self
 
     def stop(self, mode: StopMode = "fast") -> None:
-        """Stop the server, "fast" (cuts clients off, saves all) or "immediate" (a crash); temporary data go.
+        """Stop the server, "fast" (it closes connections and saves all) or "immediate" (a crash). Temporary data go.
 
-        Does nothing if it is stopped already, and nothing to a server that it only attached to.
+        It does nothing if the server is stopped already, or if this Server only attached to it.
         """
         self._attached = None
         if self._owner == os.getpid():
@@ -121,9 +121,9 @@ class Server:
             self._owner = 0
 
     def restart(self, mode: StopMode = "fast") -> None:
-        """Stop, and start on the same data, socket and port; "immediate" is a crash and its recovery.
+        """Stop, and start on the same data, socket and port. "immediate": a crash and its recovery.
 
-        A server that was killed from outside is started again. Raises EmbeddedError if it isn't ours.
+        A server that was killed from outside is started again. Raises EmbeddedError for another process's server.
         """
         if self._owner != os.getpid():
             raise EmbeddedError("only the process that started an embedded PostgreSQL can restart it")
@@ -141,7 +141,7 @@ class Server:
         self.stop()
 
     def dsn(self, database: str = DATABASE) -> str:
-        """A postgresql:// URL for asyncpg, psycopg and psql; it leaves no gap for a PG* variable to fill."""
+        """A postgresql:// URL for asyncpg, psycopg and psql. No PG* variable changes where it leads."""
         if self._port is not None:
             return f"postgresql://{USER}@127.0.0.1:{self._port}/{quote(database)}?sslmode=disable"
         port = self._attached.port if self._attached else DEFAULT_PORT
@@ -158,14 +158,14 @@ class Server:
 
     @property
     def binaries(self) -> Binaries:
-        """What it runs, or would run. Raises EmbeddedError if this machine has nothing to run."""
+        """The programs that it runs, or would run. Raises EmbeddedError if this machine has none."""
         if self._binaries is None:
             self._binaries = find_binaries()
         return self._binaries
 
     @property
     def log_path(self) -> Path:
-        """The server's log; that of a kept folder goes on from start to start."""
+        """The server's log. A kept folder has one log for all starts."""
         return self._home / "postgres.log"
 
     @property
@@ -180,12 +180,12 @@ class Server:
 
     @property
     def shares(self) -> bool:
-        """Whether another process runs this server, and ends it when it likes."""
+        """Whether another process owns this server, and may end it at any time."""
         return self._attached is not None
 
     @property
     def owner_pid(self) -> int | None:
-        """The process that runs this server and ends it; None if that can't be known here."""
+        """The id of the process that owns this server; None if it isn't known."""
         if not self.shares:
             return os.getpid()
         try:
@@ -220,14 +220,14 @@ class Server:
         self._launch()
 
     def _take(self, folder: Path) -> bool:
-        """Own the kept folder (True), or attach to the server of the process that does (False)."""
+        """Lock the kept folder, and return True; or attach to the server of the process that has the lock: False."""
         deadline = time.monotonic() + START_TIMEOUT_SECONDS
         try:
             try:
                 folder.mkdir(parents=True)
                 folder.chmod(0o711 if self._account.switch else 0o700)
             except FileExistsError:
-                pass  # as its maker wants it
+                pass  # its permissions stay as they are
             while (lock := lock_file(folder / "lock")) is None:
                 running = running_postmaster(folder / "data")
                 if running and running.ready:
@@ -244,7 +244,7 @@ class Server:
             raise EmbeddedError(f"can't use {folder}: {error.strerror}; {cure}") from error
         self._undo.callback(os.close, lock)
         os.truncate(lock, 0)
-        os.write(lock, str(os.getpid()).encode())  # for those that attach
+        os.write(lock, str(os.getpid()).encode())  # read by processes that attach
         if closed := self._account.first_closed(folder):
             raise EmbeddedError(
                 f"root runs PostgreSQL as {self._account.name}, and that account may not pass {closed}; "
@@ -259,7 +259,7 @@ class Server:
         self._attached, self._home, self._owner = running, folder, 0
 
     def _socket_folder(self) -> Path:
-        """In the kept folder, where the DSN stays from start to start; in the run folder if its path is too long."""
+        """The folder of the socket: the kept folder, so that the DSN stays; the run folder if that path is too long."""
         if self._data_dir is None or len(os.fsencode(self._data_dir / "sock/.s.PGSQL.65535")) > LONGEST_SOCKET:
             return self._run_dir / "sock"
         folder = self._data_dir / "sock"
@@ -271,11 +271,11 @@ class Server:
         return folder
 
     def _reachable(self, bin_dir: Path) -> Path:
-        """The programs where the account can run them: a copy, if they lie in a home that is closed to it."""
+        """The folder where the account can run the programs: a copy, if they lie in a home that is closed to it."""
         if not self._account.switch or self._account.can_run(bin_dir):
             return bin_dir
-        # Opening the home is not ours to do. bin/ finds ../lib and ../share by itself, and the libraries of a
-        # wheel as ../../../NAME.libs: all keep their places to each other. 0.4 s; gone at stop.
+        # The home isn't opened, as it is the user's. The programs find ../lib and ../share, and the libraries of a
+        # wheel as ../../../NAME.libs, so all are copied with their relative places. It takes 0.4 s; `stop` removes it.
         home = bin_dir.parent
         copies = self._run_dir / "programs"
         copy = copies / home.parent.name / home.name
@@ -292,32 +292,32 @@ class Server:
         return copy / "bin"
 
     def _initdb(self, data: Path) -> None:
-        """Make the cluster and its database, all or nothing: it gets its name when it is complete."""
+        """Create the cluster and its database, under another name until they are complete."""
         new = data.with_name("data.new")
         shutil.rmtree(new, ignore_errors=True)  # of a start that was killed
         self._account.own(new)
         words = f"-U {USER} --auth=trust --encoding=UTF8 --locale=C --no-instructions"
         words += "" if self._durable else " --no-sync"
         self._must_run("initdb", "-D", str(new), *words.split())
-        # Not psql or createdb, which some sets of programs lack; and nothing listens yet to a driver.
+        # By a single-user server: some sets of programs lack psql and createdb, and no driver can connect yet.
         fsync = f"fsync={'on' if self._durable else 'off'}"
-        # The user is called as notifyq's schema is, and "$user" comes first in a search_path: the tables that people
-        # make here would land in there.
+        # The user has the name of notifyq's schema, and "$user" is first in the default search_path: without this, the
+        # tables that people create would land in that schema.
         create = f"CREATE DATABASE {DATABASE}\nALTER ROLE {USER} SET search_path = public\n"
         self._must_run("postgres", "--single", "-D", str(new), "-c", fsync, "postgres", stdin=create)
         os.rename(new, data)
 
     def _must_run(self, program: str, *args: str, stdin: str = "") -> None:
         done = self._account.run([self._bin_dir / program, *args], stdin)
-        # The status alone won't do: a single-user server is content with a statement that failed.
+        # The exit code isn't enough: a single-user server exits with 0 after a statement that failed.
         if done.returncode or re.search("ERROR:|FATAL:|PANIC:", done.stdout):
             cure = _cure(done.stdout, "choose another folder")
             raise EmbeddedError(f"{program} failed in {self._home}:\n{last_lines(done.stdout)}\n{cure}")
 
     def _launch(self) -> None:
-        """Run `postgres`, on return ready."""
+        """Run `postgres`. On return it is ready."""
         deadline = time.monotonic() + START_TIMEOUT_SECONDS
-        # The backends of a postmaster that was killed do notice, and need a moment to leave.
+        # The backends of a killed postmaster need a moment to notice and exit.
         while "pre-existing shared memory block" in (said := self._run_postgres(deadline)):
             if time.monotonic() > deadline:
                 break
@@ -335,7 +335,7 @@ class Server:
         raise EmbeddedError(f"{what} didn't start:\n{last_lines(said)}\n{cure}")
 
     def _run_postgres(self, deadline: float) -> str:
-        """One try: nothing once it is ready, or what it said before it ended."""
+        """Try once. Returns "" when the server is ready, or its log if it ended before."""
         data = self._home / "data"
         log = os.open(self.log_path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o600)
         try:
@@ -373,22 +373,22 @@ class Server:
 
 
 class _Process:
-    """A child that lives until it is ended or this process dies, and the thread that waits for it.
+    """A child process that runs until it is ended or this process dies, and the thread that started it.
 
-    The thread is for Linux, to which "my parent died" means the *thread* that forked. Were that the caller of
-    `start` (a worker thread of an event loop, say), the server would go when that thread does.
+    The thread is needed on Linux, where a child is told of the death of the *thread* that forked it. Without it the
+    server would end with the thread that called `start`, which may be a worker thread of an event loop.
     """
 
     def __init__(self, argv: Sequence[str], log: int) -> None:
         self.ended = threading.Event()
         self._born: Future[subprocess.Popen[bytes]] = Future()
-        # A daemon, as Python joins all other threads before it runs atexit, where the server is stopped.
-        keeper = threading.Thread(target=self._keep, args=(argv, log), name="notifyq-postgres", daemon=True)
-        keeper.start()
+        # A daemon thread: Python joins all others before it runs atexit, which stops the server.
+        thread = threading.Thread(target=self._run, args=(argv, log), name="notifyq-postgres", daemon=True)
+        thread.start()
         self._popen = self._born.result()
         self.pid = self._popen.pid
 
-    def _keep(self, argv: Sequence[str], log: int) -> None:
+    def _run(self, argv: Sequence[str], log: int) -> None:
         try:
             child = subprocess.Popen(
                 argv,
@@ -397,7 +397,7 @@ class _Process:
                 stderr=log,
                 env=environment(),
                 cwd="/",
-                start_new_session=True,  # Ctrl-C in a terminal is for us, who then stop the server in order
+                start_new_session=True,  # so that Ctrl-C in a terminal goes to this process, which stops the server
             )
         except BaseException as error:
             self._born.set_exception(error)
@@ -407,6 +407,7 @@ class _Process:
         self.ended.set()
 
     def end(self, first: signal.Signals) -> None:
+        """Send signals, each stronger than the one before, until the child has ended."""
         for sig, seconds in ((first, STOP_TIMEOUT_SECONDS), (signal.SIGQUIT, 6.0), (signal.SIGKILL, 6.0)):
             self._popen.send_signal(sig)
             if self.ended.wait(seconds):

@@ -1,8 +1,9 @@
-"""Whether what was enqueued under an earlier schema of the payloads still decodes: a comparison of two documents.
+"""Whether payloads that were enqueued under an earlier schema still decode: a comparison of two documents.
 
-It asks of each type whether everything that its earlier schema allows is allowed by the present one, and says each
-thing that isn't, with the way there. What it can't tell it takes for a break. Two assumptions: a field that a type
-didn't have isn't in its payloads; and what a schema allows decodes, so a __post_init__ that refuses more isn't seen.
+For each type, the present schema must allow every payload that the earlier one allows. Each payload that it doesn't
+allow is a break, reported with its path in the payload. A case that can't be decided counts as a break. It assumes that
+a payload has no field which its type didn't have, and that a payload which the schema allows decodes: a __post_init__
+that refuses more isn't seen.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ ANYTHING: Schema = {}
 
 
 class Break(NamedTuple):
-    """One thing that breaks queued tasks."""
+    """A change that breaks queued tasks."""
 
     type: str
-    path: str  # as msgspec writes it: $.user.email, $.items[...]
+    path: str  # in msgspec's notation: $.user.email, $.items[...]
     what: str
     cure: str
 
@@ -31,11 +32,11 @@ class Break(NamedTuple):
 
 
 class Rule(NamedTuple):
-    """A rule of a schema that allows less the more it says."""
+    """A limit that a schema may set on a value."""
 
     name: str
-    get: Callable[[Schema], Any]  # None: there is none
-    keeps: Callable[[Any, Any], bool]  # (old, new): what the old one allows, the new one allows
+    get: Callable[[Schema], Any]  # the limit that a schema sets; None: it sets none
+    keeps: Callable[[Any, Any], bool]  # (old, new): whether the new limit allows each value that the old one allows
 
 
 def _least(schema: Schema) -> tuple[float, int] | None:
@@ -113,7 +114,7 @@ CHOICE_GONE = "keep it until no such task is left"
 
 
 def breaks(old: Schema, new: Schema) -> list[Break]:
-    """What breaks tasks that were enqueued under `old` for an app whose schema is `new`: in order of type and field."""
+    """The changes that break tasks enqueued under `old` for an app whose schema is `new`, by type and field."""
     found: list[Break] = []
     for type, schema in sorted(old["properties"].items()):
         if type not in new["properties"]:
@@ -124,8 +125,11 @@ def breaks(old: Schema, new: Schema) -> list[Break]:
 
 
 class _Comparison:
-    """Of one type's schemas. `within` holds the pairs that are being compared further up, for types that refer to
-    themselves: what has no break but through itself has none."""
+    """Compares the two schemas of one type.
+
+    `within` has the pairs that are being compared further up. Types may refer to themselves, and such a pair has no
+    breaks but those that are found further up.
+    """
 
     def __init__(self, type: str, old: Schema, new: Schema) -> None:
         self._type = type
@@ -137,7 +141,7 @@ class _Comparison:
             return []
         within |= {(id(old), id(new))}
         olds, news = list(_choices(old, self._old)), list(_choices(new, self._new))
-        # Where there is one class on each side, it is the same, whatever its name.
+        # If there is one class on each side, the new one replaces the old one, even if its name differs.
         named = max(sum(_kind(one) == "object" for one in each) for each in (olds, news)) > 1
         found: list[Break] = []
         for one in olds:
@@ -151,7 +155,7 @@ class _Comparison:
         return found
 
     def _single(self, path: str, old: Schema, new: Schema, within: frozenset[tuple[int, int]]) -> list[Break]:
-        """Neither is a union."""
+        """Compare two schemas that aren't unions."""
         kind, other = _kind(old), _kind(new)
         if other == "anything":
             return []
@@ -175,7 +179,7 @@ class _Comparison:
         return found
 
     def _object(self, path: str, old: Schema, new: Schema, within: frozenset[tuple[int, int]]) -> list[Break]:
-        """Classes, which have `properties`, and dicts, which have not."""
+        """Compare classes, which have `properties`, and dicts, which have none."""
         found: list[Break] = []
         fields: Schema = old.get("properties", {})
         news: Schema = new.get("properties", {})
@@ -210,7 +214,10 @@ class _Comparison:
         return found
 
     def _array(self, path: str, old: Schema, new: Schema, within: frozenset[tuple[int, int]]) -> list[Break]:
-        """Lists, which have `items`; tuples and array-like classes, which have `prefixItems`. Lengths are rules."""
+        """Compare lists, which have `items`, and tuples and array-like classes, which have `prefixItems`.
+
+        RULES has the limits on their lengths.
+        """
         found: list[Break] = []
         firsts: list[Schema] = old.get("prefixItems", [])
         news: list[Schema] = new.get("prefixItems", [])
@@ -234,14 +241,14 @@ _ALIKE = 2
 
 
 def _likeness(old: Schema, new: Schema, named: bool) -> int:
-    """How much one looks like what became of the other."""
+    """How likely `new` replaces `old`: 0 to _ALIKE."""
     if "const" in old or "const" in new or _kind(old) != _kind(new):
         return 0
     return 1 if named and _kind(old) == "object" and old.get("title") != new.get("title") else _ALIKE
 
 
 def _choices(schema: Schema, defs: Schema) -> Iterator[Schema]:
-    """The members of a union, the values of an enum; else the schema itself, found."""
+    """The members of a union or the values of an enum as schemas; else the schema itself. References are followed."""
     if (ref := schema.get("$ref")) is not None:
         yield from _choices(defs[ref.removeprefix(DEFS)], defs)
     elif "anyOf" in schema:
@@ -255,7 +262,7 @@ def _choices(schema: Schema, defs: Schema) -> Iterator[Schema]:
 
 
 def _constant(value: Any) -> Schema:
-    """A schema of one value, with the tightest limits, so that the rules can tell where it fits."""
+    """The schema of one value, with the tightest limits, so that RULES can decide whether another schema allows it."""
     match value:
         case None:
             return {"type": "null", "const": value}

@@ -2,11 +2,11 @@
 
     {"$schema": ..., "type": "object", "properties": {"SEND_MAIL": {the payload's schema}, ...}, "$defs": {...}}
 
-By type, as it is stored: without the tag, which is in the row's `type` column. So #/properties/SEND_MAIL is what a
-payload is validated against, and a generator of code makes of it one type with a member for each.
+A payload is described as it is stored: by its type, and without the tag, which is in the row's column `type`. So
+#/properties/SEND_MAIL validates a payload of that type, and a code generator makes one class with a member for each.
 
-It is msgspec's schema, and what that leaves out but compatible.py must know: a datetime without a rule for its zone is
-just a string there, keys of a dict that aren't str are just keys, and lengths of bytes are rounded to base64's.
+It is msgspec's schema, with three facts added that msgspec leaves out and compatible.py needs: the format of a datetime
+without a rule for its zone, which keys a dict may have if they aren't str, and the exact lengths of bytes.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Schema: TypeAlias = dict[str, Any]
 
 
 def document(registry: Registry) -> Schema:
-    """The schema of an app's tasks. The same for the same tasks. Raises ConfigError for what JSON Schema can't say."""
+    """The schema of an app's tasks, the same for the same tasks. Raises ConfigError for types that have no schema."""
     handlers = [handler for type in registry.types if (handler := registry.get(type))]
     tasks = [handler.task for handler in handlers]
     try:
@@ -36,7 +36,7 @@ def document(registry: Registry) -> Schema:
     except TypeError as error:
         why = " ".join(str(error).split())
         raise ConfigError(f"no JSON Schema can be made of these tasks: {why}") from error
-    except KeyError as error:  # msgspec's way to say it
+    except KeyError as error:  # msgspec raises it for two classes of the same name
         raise ConfigError(f"no JSON Schema can be made: another class has the name of {error} in its module") from error
     names = dict(zip(infos, (ref["$ref"].removeprefix(DEFS) for ref in refs), strict=True))
     for cls, info in infos.items():
@@ -49,19 +49,19 @@ def document(registry: Registry) -> Schema:
         "description": "The payload of each type of task.",
         "type": "object",
         "properties": payloads,
-        "required": list(payloads),  # of a type with a member for each, none is optional
+        "required": list(payloads),  # so that a generated class has no optional members
         "additionalProperties": False,
         "$defs": {name: defs[name] for name in sorted(used)},
     }
 
 
 def render(schema: Schema) -> str:
-    """As it is printed."""
+    """The text that `notifyq schema` prints."""
     return msgspec.json.format(msgspec.json.encode(schema), indent=2).decode() + "\n"
 
 
 def parse(text: bytes) -> Schema:
-    """What `render` made. Raises ValueError."""
+    """The schema of a text that `render` made. Raises ValueError for another text."""
     schema = msgspec.json.decode(text, type=dict[str, Any])
     if schema.get("$schema") != DIALECT or not isinstance(schema.get("properties"), dict):
         raise ValueError("it has no $schema, or no properties")
@@ -69,14 +69,14 @@ def parse(text: bytes) -> Schema:
 
 
 def _payload(task: Schema) -> Schema:
-    """Without the tag. A task that is a field of another one has its own."""
+    """The schema of a task without its tag. A task in a field of another one keeps its tag."""
     properties = {name: schema for name, schema in task["properties"].items() if name != "$type"}
     required = [name for name in task["required"] if name != "$type"]
     return {**task, "properties": properties, "required": required}
 
 
 def _classes(value: Any, seen: set[Any]) -> Iterator[Any]:
-    """What has a definition of its own, wherever in these types it is."""
+    """The types inside these types that have a definition of their own in the schema."""
     if isinstance(value, mi.Type | mi.Field):
         cls = getattr(value, "cls", None)
         if cls in seen:
@@ -92,7 +92,7 @@ def _classes(value: Any, seen: set[Any]) -> Iterator[Any]:
 
 
 def _used(payloads: Schema, defs: Schema) -> set[str]:
-    """The names of the definitions that are referred to, from the payloads on."""
+    """The names of the definitions that the payloads refer to, directly or through others."""
     used: set[str] = set()
     waiting: list[Any] = [payloads]
     while waiting:
@@ -118,7 +118,7 @@ def _refs(value: Any) -> Iterator[str]:
 def _mark_class(schema: Schema, info: mi.Type) -> None:
     match info:
         case mi.StructType(array_like=True) | mi.NamedTupleType():
-            # From the end, as a tag comes first.
+            # Paired from the end, as a tag may come first.
             for part, field in zip(reversed(schema["prefixItems"]), reversed(info.fields), strict=False):
                 _mark(part, field.type)
         case mi.StructType() | mi.DataclassType() | mi.TypedDictType():
@@ -129,7 +129,7 @@ def _mark_class(schema: Schema, info: mi.Type) -> None:
 
 
 def _mark(schema: Schema, info: mi.Type) -> None:
-    """Add to msgspec's schema of this type what it leaves out. Classes are marked by themselves."""
+    """Add the facts that msgspec leaves out to its schema of this type. `_mark_class` does so for classes."""
     while isinstance(info, mi.Metadata):
         info = info.type
     match info:
@@ -143,7 +143,7 @@ def _mark(schema: Schema, info: mi.Type) -> None:
             sizes = {"x-minBytes": info.min_length, "x-maxBytes": info.max_length}
             schema.update({name: size for name, size in sizes.items() if size is not None})
         case mi.UnionType():
-            # msgspec puts its members in another order; of what can be marked it allows one each of these kinds.
+            # msgspec sorts the members. A union has at most one member of each kind that can be marked.
             for member in info.types:
                 kind = _kind(member)
                 for branch in schema["anyOf"]:
@@ -179,7 +179,7 @@ def _kind(info: mi.Type) -> str | None:
 
 
 def _keys(info: mi.Type) -> Schema | None:
-    """What keys of a dict must be, where they aren't str, whose rules msgspec writes down."""
+    """The schema of a dict's keys if they aren't str. msgspec writes the rules of str keys itself."""
     while isinstance(info, mi.Metadata):
         info = info.type
     match info:
@@ -192,4 +192,4 @@ def _keys(info: mi.Type) -> Schema | None:
         case mi.IntType(gt=None, ge=None, lt=None, le=None, multiple_of=None):
             return {"format": "integer"}
         case _:
-            return {"format": repr(info)}  # nobody else knows it, but a change shows
+            return {"format": repr(info)}  # no validator knows this format, but compatible.py sees a change of it

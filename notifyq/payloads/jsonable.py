@@ -1,8 +1,8 @@
-"""Which types JSON can hold: those of a payload's fields, and those of results.
+"""Which types JSON can hold, for the fields of payloads and for results.
 
-msgspec takes every class for a type of field, since a program could give it hooks for that class. Without hooks, which
-notifyq doesn't have, each task with such a field would be refused when it is enqueued, and each such result would end
-its task as dead. So both are refused where the handler is registered.
+msgspec accepts every class as the type of a field, since a program may give it hooks for the class. notifyq has no
+hooks. Each task with such a field would be refused at its enqueue, and each such result would end its task as dead. So
+both types are refused when the handler is registered.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from ..errors import ConfigError
 from ..task import Task
 
 CURE = "make it a msgspec.Struct, a dataclass or a TypedDict"
-# What JSON is decoded to. A field's class that has one of these as an instance, as object and Iterable have, can be
-# filled.
+# A value of each type that JSON is decoded to. A class can be decoded if one of these is an instance of it: object and
+# Iterable, for example.
 DECODED: tuple[object, ...] = (None, True, 1, 1.0, "", [], {})
 ENCODED = (bool, int, float, str, bytes, list, tuple, dict, set, frozenset)
-SUBCLASSES_ENCODED = (list, tuple, dict, set, frozenset)  # by msgspec, as what they are subclasses of
+SUBCLASSES_ENCODED = (list, tuple, dict, set, frozenset)  # msgspec encodes a subclass as its base class
 
 _Decode = Callable[[bytes], Task]
 
 
 def decoder(task: type[Task]) -> _Decode:
-    """Decodes a payload. Raises ConfigError for a class that has a field of which that can't be done."""
+    """The function that decodes payloads of a task class. Raises ConfigError for a field that JSON can't hold."""
     name = f"task {task.__module__}.{task.__qualname__}"
     try:
         decode = msgspec.json.Decoder(task).decode
@@ -49,7 +49,7 @@ def decoder(task: type[Task]) -> _Decode:
 
 
 def check_result(whose: str, annotation: object) -> None:
-    """Raise ConfigError if nothing of this type can be written as JSON."""
+    """Raise ConfigError if no value of this type can be written as JSON. `whose` is the handler, for the message."""
     for part in _parts(annotation):
         for where, cls in [("", part), *_custom(part)]:
             if isinstance(cls, type) and not _can_be_encoded(cls):
@@ -58,7 +58,7 @@ def check_result(whose: str, annotation: object) -> None:
 
 
 def _custom(cls: object) -> Iterator[tuple[str, type]]:
-    """The classes that msgspec would need hooks for, among the types of the fields of a class, and where they are."""
+    """The classes inside a type for which msgspec needs hooks; before each, the field that it is in."""
     import msgspec.inspect as mi
 
     def walk(value: Any, where: str) -> Iterator[tuple[str, type]]:
@@ -85,7 +85,7 @@ def _custom(cls: object) -> Iterator[tuple[str, type]]:
     seen: set[object] = set()
     try:
         info = mi.type_info(cls)
-    except Exception:  # it is no type that msgspec can decode, or names one that can't be looked up
+    except Exception:  # msgspec can't decode the type, or can't look up a name in it
         return
     if not isinstance(info, mi.CustomType):
         yield from walk(info, "")
@@ -99,7 +99,7 @@ def _can_be_decoded(cls: type) -> bool:
 
 
 def _can_be_encoded(cls: type) -> bool:
-    """Whether an instance of it, or of a subclass, may be."""
+    """Whether instances of this class, or of a subclass, can be written as JSON."""
     import msgspec.inspect as mi
 
     below: list[type] = type.__subclasses__(cls)
@@ -116,7 +116,7 @@ def _can_be_encoded(cls: type) -> bool:
 
 
 def _parts(annotation: Any) -> Iterator[object]:
-    """The classes in an annotation: of a union, and of what a list or a dict holds."""
+    """The classes in an annotation: the members of a union, and the types inside a list or a dict."""
     origin = get_origin(annotation)
     if origin is Annotated:
         yield from _parts(get_args(annotation)[0])
@@ -137,7 +137,7 @@ def _parts(annotation: Any) -> Iterator[object]:
 def _cure(cls: type) -> str:
     if hasattr(cls, "__pydantic_fields__") or hasattr(cls, "model_dump"):
         return f"{CURE}, or a dict: model_dump(mode='json') of the pydantic model, and model_validate() back"
-    return f"{CURE}, or what JSON has (a str, a number, a list, a dict)"
+    return f"{CURE}, or a type that JSON has (a str, a number, a list, a dict)"
 
 
 def _shown(cls: type) -> str:
