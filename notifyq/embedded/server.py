@@ -37,8 +37,8 @@ SIGNALS = {"fast": signal.SIGINT, "immediate": signal.SIGQUIT}
 
 # The server's process begins as this script and becomes `postgres` by exec. It asks Linux for SIGINT, a fast shutdown,
 # when its parent dies in any way. A `preexec_fn` could do that too, but it runs Python in a fork of a process with
-# threads, of which 3.12 warns. The order matters: it imports first, as this Python may lie in a home that is closed to the
-# account; it asks after the change of user, which would undo the request; then it checks that its parent hasn't died
+# threads, of which 3.12 warns. The order matters: it imports first, as this Python may lie in a home that is closed to
+# the account; it asks after the change of user, which would undo the request; then it checks whether its parent died
 # meanwhile. With -I -S this takes 15 ms.
 BECOME_POSTGRES = """
 import ctypes, os, signal, sys
