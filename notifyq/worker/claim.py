@@ -57,7 +57,7 @@ class Claimer:
         self._isolation = Isolation(self._capacity, self._admission, self._intake, runners, self._waiting, state)
         self._bell = BellConnection(fleet_key(config.queues, types), self._bell_moved)
         self._connections: list[Connection] = []
-        self.door_pid: int | None = None  # of the backend that keeps the turn
+        self.bell_pid: int | None = None  # of the backend that keeps the turn
 
     # Called by others on this loop.
 
@@ -83,7 +83,7 @@ class Claimer:
         self._state.stopping = True
         self._wake.set()
 
-    def freed(self) -> None:
+    def note_slot_released(self) -> None:
         """A slot is free, or outcomes were written."""
         state = self._state
         if state.unhandled_plain and self._capacity.fitting():
@@ -91,7 +91,7 @@ class Claimer:
             state.unhandled = state.look = True
         self._wake.set()
 
-    def look_aside(self) -> None:
+    def look_for_unhandled(self) -> None:
         """Other workers have released tasks that this one has a handler for."""
         self._state.notified(unhandled=True)
         self._wake.set()
@@ -101,24 +101,24 @@ class Claimer:
         self._state.suspects = True
         self._wake.set()
 
-    def let_in(self) -> None:
+    def release_waiters(self) -> None:
         """A task has ended that others may wait for."""
         self._state.release_wanted = True
         self._wake.set()
 
-    def beat(self) -> None:
+    def write_heartbeat(self) -> None:
         """The heartbeat's thread can't write the heartbeat at the moment: write one here."""
         self._state.heartbeat_wanted = True
         self._wake.set()
 
     @property
-    def asleep(self) -> bool:
-        return self.door_pid is not None and self._bell.position is Position.ASLEEP
+    def is_asleep(self) -> bool:
+        return self.bell_pid is not None and self._bell.position is Position.ASLEEP
 
-    def let_go(self) -> None:
+    def release_bell(self) -> None:
         """A statement of another session waits for the lock that this sleeping worker holds."""
-        if self.asleep:
-            self._bell.let_go()
+        if self.is_asleep:
+            self._bell.release_share()
 
     def fail(self, error: BaseException) -> None:
         """End this session with `error`."""
@@ -148,7 +148,7 @@ class Claimer:
             # end_backends.sql finds it by this name, to end it when its worker is frozen.
             bell = await connect_worker(self._dsn, f"door {worker}", worker=worker)
             self._connections.append(bell)
-            self.door_pid = bell.get_server_pid()
+            self.bell_pid = bell.get_server_pid()
             for connection in self._connections:
                 connection.add_termination_listener(self._cut)
             await self._listener.listen(conn)
@@ -160,7 +160,7 @@ class Claimer:
                 await self._work(conn, worker)
                 group.cancel_scope.cancel()
         finally:
-            self.door_pid = None
+            self.bell_pid = None
             await self._disconnect()
 
     async def _disconnect(self) -> None:

@@ -101,7 +101,7 @@ class BellConnection:
             self._doubted = True
         self._changed.set()
 
-    def let_go(self) -> None:
+    def release_share(self) -> None:
         """Asleep, fall asleep anew, behind the statements that wait for a lock on notifyq.bell by now."""
         if self.position is Position.ASLEEP:
             self._refresh = True

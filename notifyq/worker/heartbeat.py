@@ -295,10 +295,10 @@ class Heartbeat:
             cancelled = {id for id, state in states if state == "cancelled"}
             watch.call(self._worker.on_leases_lost, [job for job in held if job.id in ids], cancelled)
         for is_so, tell in (
-            (unhandled, self._claimer.look_aside),
+            (unhandled, self._claimer.look_for_unhandled),
             (suspects, self._claimer.isolate),
-            (released, self._claimer.let_in),
-            (bell_wanted, self._claimer.let_go),
+            (released, self._claimer.release_waiters),
+            (bell_wanted, self._claimer.release_bell),
         ):
             if is_so:
                 watch.call(tell)
@@ -321,7 +321,7 @@ class Heartbeat:
         watch, since = self._watch, self._watch.seen_at
         watch.blocked = True
         watch.log_cause()
-        if (pid := self._claimer.door_pid) is not None:
+        if (pid := self._claimer.bell_pid) is not None:
             await conn.fetchval("SELECT pg_terminate_backend($1::integer, 0::bigint)", pid)
         try:
             while watch.seen_at == since:

@@ -60,7 +60,7 @@ class LoopWatch:
         self._first_seen = {job: self._first_seen.get(job, now) for job in held}
         self.runs_long = bool(held) and min(self._first_seen.values()) <= now - LONG_SECONDS
         self.status = self._worker.trouble
-        self.asleep = self._claimer.asleep
+        self.asleep = self._claimer.is_asleep
         now = time.monotonic()
         if self.seen_at < self._asked_at < now - BLOCKED_SECONDS:
             self._blocked_until = now

@@ -258,16 +258,16 @@ class Worker:
         while True:
             await asyncio.sleep(STAND_IN_SECONDS)
             if self._heartbeat.late:
-                self._claimer.beat()
+                self._claimer.write_heartbeat()
 
     # What the stages tell: see pipe.py.
 
     def on_slot_released(self) -> None:
-        self._claimer.freed()
+        self._claimer.note_slot_released()
         self._changed.set()
 
     def on_released(self) -> None:
-        self._claimer.let_in()
+        self._claimer.release_waiters()
 
     def on_ids_reused(self) -> None:
         self._heartbeat.compare_ids()
