@@ -98,7 +98,7 @@ class Claimer:
 
     def isolate(self) -> None:
         """There are tasks to run isolated, since their workers have vanished."""
-        self._state.suspects = True
+        self._state.isolation_wanted = True
         self._wake.set()
 
     def release_waiters(self) -> None:

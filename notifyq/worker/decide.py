@@ -158,7 +158,7 @@ TABLE: tuple[Row, ...] = (
     ),
     Row(
         "isolate",
-        lambda s, now, free: s.suspects,
+        lambda s, now, free: s.isolation_wanted,
         _always(Isolate()),
         "Claims don't take tasks whose workers have vanished: they wait for this.",
     ),

@@ -16,7 +16,7 @@ from ..database.connection import SQL, Connection
 from .admission import Admission
 from .capacity import Capacity, Free
 from .cursors import Cursors, FromCursor
-from .job import Job, Threads, claim, claim_suspects
+from .job import Job, Threads, claim, claim_crashed
 from .left_out import unless_refused
 from .outcome import HandedBack
 from .runners import Runners
@@ -24,7 +24,7 @@ from .settle import Settler
 from .state import State
 
 BLIND_SECONDS = 60.0  # after a claim that timed out, in which claims take no payloads with them
-RECHECK_SECONDS = 0.02  # until it looks for the ends of tasks that came while others were parked to wait for them
+RECHECK_SECONDS = 0.02  # until it looks for tasks that ended while others were parked to wait for them
 
 
 class Taken(NamedTuple):
@@ -52,8 +52,8 @@ class Intake:
         self._state = state
         self._wake = wake
         self._cursors = Cursors()
-        self._blind_until = 0.0  # a claim had timed out: claim without payloads
-        self._most: int | None = None  # at most so many at once, after claims that timed out
+        self._blind_until = 0.0  # until then, claim without payloads
+        self._most: int | None = None  # tasks at once, after claims that timed out
 
     async def claim(self, conn: Connection, worker: int, free: Free, *, from_head: bool = False) -> tuple[int, bool]:
         """Claim and feed. Returns how many tasks came, and whether these were as many as it asked for."""
@@ -116,7 +116,7 @@ class Intake:
         return Taken(jobs, by_queue, limit, threads, from_cursor is None)
 
     async def _take_unhandled(self, conn: Connection, worker: int, free: Free, jobs: list[Job], blind: bool) -> None:
-        """Add to `jobs` tasks that other workers had no handler for, as many as there is capacity left for."""
+        """Add to `jobs` tasks that other workers have no handler for, up to the capacity that is left."""
         state = self._state
         for types, count in self._capacity.by_types(self._admission.types, jobs, free.total - len(jobs)):
             # How much capacity is left in each queue, counted on the safe side.
@@ -154,10 +154,10 @@ class Intake:
     async def _take_crashed(self, conn: Connection, worker: int, keys: list[str], crashes: int, most: int) -> list[Job]:
         types = self._admission.types
         if not self._left_out:
-            jobs = await unless_refused(claim_suspects(conn, worker, keys, types, crashes, most))
+            jobs = await unless_refused(claim_crashed(conn, worker, keys, types, crashes, most))
             if jobs is not None:
                 return self._left_out.taken(jobs)
-        return await self._left_out.claim_suspects(conn, worker, keys, types, crashes, most)
+        return await self._left_out.claim_crashed(conn, worker, keys, types, crashes, most)
 
     # What is noted of a claim.
 

@@ -40,7 +40,7 @@ class Isolation:
     async def run(self, conn: Connection, worker: int, bell: BellConnection) -> int:
         """Isolate some tasks, if there are any. Returns how many it has begun."""
         clock = asyncio.get_running_loop().time
-        self._state.suspects = False
+        self._state.isolation_wanted = False
         keys = [f"crashed:{queue}" for queue in self._capacity.queues if queue not in self._admission.paused]
         crashes = await conn.fetchval(
             SQL["find_fewest_crashes"], keys, self._admission.types, self._admission.left_out.ids

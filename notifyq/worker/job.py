@@ -14,8 +14,8 @@ from ..database.connection import SQL, Connection
 from ..database.errors import UNREADABLE
 from .cursors import FromCursor
 
-# The answer to a claim has about CLAIM_BYTES of payloads. A payload that is larger than INLINE_MOST bytes is fetched
-# later by its runner; of a claim of thousands of tasks, one that is larger than INLINE_LEAST is, too.
+# The answer to a claim has about CLAIM_BYTES of payloads. A runner fetches a payload later if it is larger than
+# INLINE_MOST bytes. The more tasks a claim asks for, the lower this bound: INLINE_LEAST for 2,048 tasks or more.
 CLAIM_BYTES = 4 * 1024 * 1024
 INLINE_LEAST, INLINE_MOST = 2 * 1024, 16 * 1024
 
@@ -48,7 +48,7 @@ class Job:
         self.priority: int = priority
         self.max_attempts: int | None = max_attempts
         self.created_at: datetime = created_at
-        # Whether it is to be admitted before it runs. None: a trigger undid the claim, see claim.sql.
+        # Whether it needs admission before it runs. None: a trigger undid the claim, see claim.sql.
         self.needs_admission: bool | None = needs_admission
         self.excused: int = excused or 0  # attempts that don't count, as another task may have killed their worker
         self.payload: bytes | None = payload  # None: large, its runner fetches it (large_payloads.py)
@@ -56,7 +56,7 @@ class Job:
 
 
 class Threads(NamedTuple):
-    """What a claim counts of plain handlers' tasks, as claim_fitting.sql wants it: their types beside each other."""
+    """What a claim counts of plain handlers' tasks, as claim_fitting.sql wants it: parallel lists, by type."""
 
     types: list[str]
     shares: list[int]  # how many tasks of the type share a thread
@@ -64,7 +64,7 @@ class Threads(NamedTuple):
     spare: int  # how many threads are free
 
     def opened(self, jobs: Iterable[Job]) -> int:
-        """How many of these threads `jobs` take."""
+        """How many free threads `jobs` take."""
         counts = Counter(job.type for job in jobs)
         each = zip(self.types, self.shares, self.held, strict=True)
         return sum(-(-(held + counts[type]) // share) + -held // share for type, share, held in each)
@@ -98,14 +98,14 @@ async def claim(
 
 
 def _inline(limit: int) -> int:
-    """How many bytes a payload may have that comes with a claim of up to so many tasks."""
+    """How many bytes a payload may have to come with a claim of up to `limit` tasks."""
     return max(INLINE_LEAST, min(INLINE_MOST, CLAIM_BYTES // max(limit, 1)))
 
 
-async def claim_suspects(
+async def claim_crashed(
     conn: Connection, worker: int, keys: list[str], types: Sequence[str], crashes: int, limit: int
 ) -> list[Job]:
-    """Up to `limit` of the tasks whose workers have vanished so often: see find_fewest_crashes.sql."""
+    """Up to `limit` of the tasks whose workers have vanished `crashes` times: see find_fewest_crashes.sql."""
     args = (worker, keys, types, crashes, limit)
     try:
         rows = await conn.fetch(SQL["claim_crashed"], *args, _inline(limit))
@@ -116,8 +116,8 @@ async def claim_suspects(
     return jobs
 
 
-async def claim_these(conn: Connection, worker: int, ids: list[int], limit: int, *, blind: bool = False) -> list[Job]:
-    """Those of these tasks that can still be claimed, in no order; `limit` bounds their payloads, as in `claim`."""
+async def claim_by_id(conn: Connection, worker: int, ids: list[int], limit: int, *, blind: bool = False) -> list[Job]:
+    """Claim those of the tasks that can still be claimed, in no order. `limit` bounds their payloads, as in `claim`."""
     try:
         rows = await conn.fetch(SQL["claim_by_id"], worker, ids, 0 if blind else _inline(limit))
     except UNREADABLE:
@@ -150,6 +150,6 @@ async def _claim(
 
 
 def put_in_order(jobs: list[Job]) -> None:
-    """The order to run them in, which RETURNING doesn't keep: by priority, and equals by id."""
+    """Sort by priority, and within a priority by id: the order to run them in, which RETURNING doesn't keep."""
     jobs.sort(key=attrgetter("id"))
     jobs.sort(key=attrgetter("priority"), reverse=True)  # equals stay as they are

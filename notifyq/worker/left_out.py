@@ -28,7 +28,7 @@ from ..codec import first_line
 from ..database.connection import SQL, Connection
 from ..database.errors import is_refusal
 from ..pause import Pause
-from .job import Job, claim_these, put_in_order
+from .job import Job, claim_by_id, put_in_order
 
 logger = log.logger("notifyq.claim")
 
@@ -61,7 +61,7 @@ NOT_HANDED_BACK = (
     "PostgreSQL doesn't let this worker hand these tasks back: they stay `running` when it has stopped, and other "
     "workers try to take them back; is there a constraint or a trigger on notifyq.task?"
 )
-STRAY = (
+NOT_RECLAIMED = (
     "PostgreSQL doesn't let this worker hand back tasks whose claim went unanswered: they stay `running`, and are "
     "tried again when its connection is lost, or when it stops; is there a constraint or a trigger on notifyq.task?"
 )
@@ -136,10 +136,10 @@ class LeftOut:
             blind=blind,
         )
 
-    async def claim_suspects(
+    async def claim_crashed(
         self, conn: Connection, worker: int, keys: list[str], types: Sequence[str], crashes: int, limit: int
     ) -> list[Job]:
-        """As job.claim_suspects."""
+        """As job.claim_crashed."""
         args = keys, types, crashes, limit
         return await self._claim_these(conn, worker, limit, lambda ids: conn.fetch(SQL["list_crashed"], *args, ids))
 
@@ -225,7 +225,7 @@ class LeftOut:
 
         return len(await self._each(ids, these, message))
 
-    async def take_orphans(self, conn: Connection) -> int:
+    async def reclaim_unowned(self, conn: Connection) -> int:
         """Take the tasks of workers that aren't registered any more. Returns how many."""
 
         async def these(ids: list[int]) -> list[None]:
@@ -244,7 +244,7 @@ class LeftOut:
         blind: bool = False,
     ) -> list[Job]:
         async def these(ids: list[int]) -> list[Job]:
-            return self.taken(await claim_these(conn, worker, ids, limit, blind=blind))
+            return self.taken(await claim_by_id(conn, worker, ids, limit, blind=blind))
 
         refusals = self._refusals
         jobs = await self._each([row[0] for row in await look(self.ids)], these)

@@ -151,7 +151,7 @@ class State:
     unhandled_plain: bool = False  # so may be some of plain handlers, when a thread is free
     release_wanted: bool = False  # tasks may wait for one that has ended
     heartbeat_wanted: bool = False
-    suspects: bool = False  # there may be tasks to isolate
+    isolation_wanted: bool = False  # there may be tasks to isolate
     settings_changed: bool = False  # of the queues
     stopping: bool = False
     failure: BaseException | None = None

@@ -33,7 +33,7 @@ from .claim import Claimer
 from .heartbeat import Heartbeat
 from .job import Job
 from .large_payloads import LargePayloads
-from .left_out import STRAY, LeftOut
+from .left_out import NOT_RECLAIMED, LeftOut
 from .outages import Outages
 from .outcome import HandedBack
 from .predecessors import Reader
@@ -248,7 +248,7 @@ class Worker:
             async def reclaim(ids: list[int] | None) -> int:
                 return int(await conn.fetchval(SQL["reclaim_unanswered"], worker, *leases, ids))
 
-            if reclaimed := await LeftOut().take_back(conn, worker, reclaim, STRAY):
+            if reclaimed := await LeftOut().take_back(conn, worker, reclaim, NOT_RECLAIMED):
                 logger.warning("took back tasks whose claim went unanswered", extra={"fields": {"tasks": reclaimed}})
         finally:
             conn.terminate()

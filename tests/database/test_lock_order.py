@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from notifyq.database.connection import SQL, prove_alive
-from notifyq.worker.job import claim_these
+from notifyq.worker.job import claim_by_id
 
 from ..helpers.steps import Session, Steps, steps
 from ..helpers.verbs import (
@@ -133,7 +133,7 @@ async def test_no_claim_and_no_chore_waits_for_the_row_of_a_task(s: Steps, w: Se
     me = await w(register)
     for take in (claim, claim_from_cursor, adopt):
         assert await w(take, me) == []
-    assert await w(claim_these, me, [ready], 9) == []
+    assert await w(claim_by_id, me, [ready], 9) == []
     assert await w(admit, [job]) == await w(admit, [after]) == []
     assert await w(free) == 0
     assert await w(promote) == 0

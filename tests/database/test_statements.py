@@ -1055,8 +1055,8 @@ async def test_a_crash_beside_others_is_no_failure(worker: Any) -> None:
                 jobs = await claims.claim(worker, me, {"default": 9}, 9)
             else:
                 assert await claims.claim(worker, me, {"default": 9}, 9) == []
-                assert await claims.claim_suspects(worker, me, ["crashed:default"], ["Known"], 3, 9) == []
-                jobs = await claims.claim_suspects(worker, me, ["crashed:default"], ["Known"], 2, 2)
+                assert await claims.claim_crashed(worker, me, ["crashed:default"], ["Known"], 3, 9) == []
+                jobs = await claims.claim_crashed(worker, me, ["crashed:default"], ["Known"], 2, 2)
                 assert len(jobs) == 2
             assert {(job.attempt, job.excused) for job in jobs} == {(crash, crash - 1)}
         await silent(worker, me, 5)
@@ -1077,7 +1077,7 @@ async def test_three_crashes_alone_are_the_end(worker: Any) -> None:
         if crash < 3:
             assert tuple(await worker.fetchrow(CRASHES, id)) == (7, crash, "crashed", 7 + crash)
             me = await register(worker)
-            [job] = await claims.claim_suspects(worker, me, ["crashed:default"], ["Known"], 7 + crash, 9)
+            [job] = await claims.claim_crashed(worker, me, ["crashed:default"], ["Known"], 7 + crash, 9)
             assert (job.id, job.attempt, job.excused) == (id, 8 + crash, 7)
     row = await task(worker, id)
     assert (row["state"], row["error"]) == (

@@ -84,7 +84,7 @@ MAKES: dict[str, Callable[[State], object]] = {
     "deaf": lambda s: s.unlistened(),
     "no capacity": lambda s: None,
     "timer unknown": lambda s: setattr(s, "timer_unknown", True),
-    "isolate": lambda s: setattr(s, "suspects", True),
+    "isolate": lambda s: setattr(s, "isolation_wanted", True),
     "release": lambda s: setattr(s, "release_wanted", True),
     "heartbeat": lambda s: setattr(s, "heartbeat_wanted", True),
     "failed": lambda s: setattr(s, "failure", ConnectionError("cut")),
