@@ -148,19 +148,19 @@ TABLE: tuple[Row, ...] = (
         "heartbeat",
         lambda s, now, free: s.heartbeat_wanted,
         _always(WriteHeartbeat()),
-        "The heartbeat's thread can't write it at the moment, and a late heartbeat has this worker taken for dead.",
+        "The heartbeat's thread can't write it at the moment. Other workers give up a worker that stays silent.",
     ),
     Row(
         "release",
         lambda s, now, free: s.release_wanted,
         _always(ReleaseWaiters()),
-        "What waits for an ended task is ready only after this, so it comes before any claim.",
+        "A task that waits for an ended one is ready only after this, so it comes before any claim.",
     ),
     Row(
         "isolate",
         lambda s, now, free: s.isolation_wanted,
         _always(Isolate()),
-        "Claims don't take tasks whose workers have vanished: they wait for this.",
+        "A task whose workers vanished twice, while they ran others too, is parked until a worker runs it isolated.",
     ),
     Row(
         "timer unknown",
@@ -184,7 +184,7 @@ TABLE: tuple[Row, ...] = (
         "settings",
         lambda s, now, free: s.settings_changed,
         CHECK_DUE,
-        "The bell said that a queue was paused, resumed or limited: the answer has the queues' settings.",
+        "A queue was paused, resumed or limited, or may have been while this worker heard nothing. The answer tells.",
     ),
     Row(
         "backlog, due",
@@ -214,13 +214,13 @@ TABLE: tuple[Row, ...] = (
         "poll",
         lambda s, now, free: now >= s.poll_at,
         _always(CheckDue(poll=True)),
-        "The fallback for whatever the bell doesn't tell. In good health it finds nothing.",
+        "The fallback, should the bell fail. In good health it finds nothing.",
     ),
     Row(
         "away, listening",
         lambda s, now, free: s.position is AWAY and s.listening and now - s.away_since > UNLISTEN_SECONDS,
         _always(Unlisten(bell=TURN)),
-        "Rings would wake it in vain. Not at once: two round trips for each time that it has the turn again.",
+        "Rings would wake it in vain. Not at once: it mostly has the turn again soon, and would have to LISTEN again.",
     ),
     Row(
         "away",
@@ -244,7 +244,7 @@ TABLE: tuple[Row, ...] = (
         "look",
         lambda s, now, free: s.look or now >= s.head_scan_at or now >= s.due.again_at,
         _always(Claim(looks=True)),
-        "Something happened, or a claim from the head, or of what was locked, is due.",
+        "Something happened. Or a claim is due: from the head, or of tasks that another session had locked.",
     ),
     Row(
         "awake",
