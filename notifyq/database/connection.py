@@ -198,7 +198,7 @@ async def connect_worker(
             # Not every version of PostgreSQL has these, and a connection that starts with an unknown setting fails.
             "SELECT set_config(name, value, false) FROM (VALUES ('client_connection_check_interval', '1s'),"
             " ('transaction_timeout', '0'), ('idle_session_timeout', '0')) AS s (name, value)"
-            " WHERE name IN (SELECT name FROM pg_catalog.pg_settings)"
+            " WHERE pg_catalog.current_setting(name, true) IS NOT NULL"
         )
     except asyncpg.PostgresError:
         pass  # some systems refuse client_connection_check_interval; keepalives notice a dead client there, later
