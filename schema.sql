@@ -288,6 +288,12 @@ CREATE TABLE notifyq.worker (
     crons         text[]      NOT NULL DEFAULT '{}'    -- the names of the crons that it serves
 ) WITH (fillfactor = 50, autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 500);
 
+-- Whether a worker's last heartbeat is no older than its lease. After a step of the server's clock it may lie in the
+-- future, so that is bounded too.
+CREATE FUNCTION notifyq.is_alive(seen_at timestamptz, lease interval) RETURNS boolean STABLE LANGUAGE sql BEGIN ATOMIC
+    SELECT seen_at BETWEEN statement_timestamp() - lease AND statement_timestamp() + lease;
+END;
+
 CREATE TABLE notifyq.bell (nothing boolean CHECK (false)) WITH (autovacuum_enabled = false);
 
 -- The enqueuer's side of the doorbell. Whatever goes wrong here (no privilege on bell, no bell at all) must not abort
@@ -1366,7 +1372,7 @@ WITH RECURSIVE ready AS (  -- from one queue's first entry of index task_ready t
     SELECT t.queue, count(*) AS n FROM notifyq.task t WHERE t.worker IS NOT NULL GROUP BY t.queue
 ), served AS MATERIALIZED (
     SELECT u.queue, count(*) AS n FROM notifyq.worker w CROSS JOIN LATERAL unnest(w.queues) AS u (queue)
-    WHERE w.seen_at BETWEEN statement_timestamp() - w.lease AND statement_timestamp() + w.lease GROUP BY u.queue
+    WHERE notifyq.is_alive(w.seen_at, w.lease) GROUP BY u.queue
 )
 SELECT k.name, coalesce(q.paused, false) AS paused, q.limit_running, q.limit_rate, q.limit_seconds,
        coalesce(r.n, 0) AS running,
@@ -1595,6 +1601,7 @@ COMMENT ON FUNCTION notifyq.bell_wanted() IS 'Internal: whether a statement wait
 COMMENT ON FUNCTION notifyq.lock_keys(text[]) IS 'Internal: locks the rows of notifyq.key_lock for keys.';
 COMMENT ON FUNCTION notifyq.choose_fitting(bigint[], text[], text[], integer[], integer[], integer) IS
     'Internal: which claimable tasks fit into the free threads of a worker.';
+COMMENT ON FUNCTION notifyq.is_alive(timestamptz, interval) IS 'Internal: whether a worker is alive, by its heartbeat.';
 COMMENT ON FUNCTION notifyq.inline_payload(jsonb, integer) IS 'Internal: a payload that is short enough for a claim.';
 COMMENT ON FUNCTION notifyq.decompress_payload(jsonb, integer) IS 'Internal: a compressed payload, if it is short enough.';
 COMMENT ON FUNCTION notifyq.needs_admission(text, text, bigint[]) IS 'Internal: whether a task has a key or predecessors.';

@@ -1,4 +1,4 @@
--- As enqueue.sql, for arrays of types and payloads. One statement, and the bell rings at most once for all.
+-- Enqueue as enqueue.sql does, arrays of types and payloads: one statement, so the bell rings at most once.
 INSERT INTO notifyq.task (type, payload, queue, run_at, priority, max_attempts, options)
 SELECT t.type, t.payload::jsonb, $3, coalesce($5, clock_timestamp() + make_interval(secs => $4::float8), now()), $6, $7,
        $8::text::jsonb

@@ -1,5 +1,5 @@
--- As enqueue_many.sql, for tasks of which each has a queue, a priority and options of its own: $3, $6 and $8 are arrays
--- too.
+-- Enqueue as enqueue_many.sql does, but each task has a queue, a priority and options of its own: $3, $6 and $8 are
+-- arrays too.
 INSERT INTO notifyq.task (type, payload, queue, run_at, priority, max_attempts, options)
 SELECT t.type, t.payload::jsonb, t.queue, coalesce($5, clock_timestamp() + make_interval(secs => $4::float8), now()),
        t.priority, $7, t.options::jsonb

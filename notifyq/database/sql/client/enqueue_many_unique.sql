@@ -1,14 +1,14 @@
--- As enqueue_many_placed.sql, for tasks of which some are unique. Send the rows sorted by key, so that concurrent calls
--- can't deadlock. Returns the id of each task with a key, and whether it existed before; then the ids of the tasks
--- without a key, in their order. enqueue_unique.sql explains find_unique_task.
+-- Enqueue as enqueue_many_placed.sql does, if some of the tasks are unique. Send the rows sorted by key, so that
+-- concurrent calls can't deadlock. Returns the id of each task with a key, and whether it existed before; then the ids
+-- of the tasks without a key, in their order. enqueue_unique.sql explains find_unique_task.
 WITH given AS (
     SELECT t.type, t.payload, t.queue, t.priority, t.options::jsonb AS options
     FROM unnest($1::text[], $2::text[], $3::text[], $6::smallint[], $8::text[])
         AS t (type, payload, queue, priority, options)
 ), new AS (
     INSERT INTO notifyq.task (type, payload, queue, run_at, priority, max_attempts, options)
-    SELECT g.type, g.payload::jsonb, g.queue, coalesce($5, clock_timestamp() + make_interval(secs => $4::float8), now()),
-           g.priority, $7, g.options
+    SELECT g.type, g.payload::jsonb, g.queue,
+           coalesce($5, clock_timestamp() + make_interval(secs => $4::float8), now()), g.priority, $7, g.options
     FROM given g
     RETURNING id, options ->> 'unique_key' AS key
 )

@@ -1,9 +1,11 @@
--- As enqueue.sql, for a task with a unique_key in its options. Returns
---   id       that of the new task, or of the existing task which is in the way
---   created  the created_at of the same task, as enqueue.sql returns it. NULL if the existing task has ended, or was
---            inserted after this statement began, or its created_at was set to what is no time of Python's
---   existed  whether the id is that of an existing task
--- find_unique_task is called after the INSERT, and takes a new snapshot: this statement's own may be older than the existing
+-- Enqueue as enqueue.sql does, a task with a unique_key in its options. Returns:
+--
+--     id       of the new task, or of the existing task that is in the way
+--     created  created_at of the same task, as enqueue.sql returns it. NULL if the existing task has ended, or was
+--              inserted after this statement began, or its created_at is out of the bounds of Python's datetime
+--     existed  whether the id is that of an existing task
+--
+-- find_unique_task runs after the INSERT, and takes a new snapshot: this statement's own may be older than the existing
 -- task.
 WITH new AS (
     INSERT INTO notifyq.task (type, payload, queue, run_at, priority, max_attempts, options)
@@ -19,4 +21,6 @@ SELECT f.id,
             FROM notifyq.task t WHERE t.id = f.id)
        ) AS created,
        NOT EXISTS (SELECT FROM new) AS existed
-FROM (SELECT coalesce((SELECT id FROM new), notifyq.find_unique_task($8::text::jsonb ->> 'unique_key')) AS id OFFSET 0) AS f
+FROM (
+    SELECT coalesce((SELECT id FROM new), notifyq.find_unique_task($8::text::jsonb ->> 'unique_key')) AS id OFFSET 0
+) AS f

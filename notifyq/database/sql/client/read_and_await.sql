@@ -1,6 +1,7 @@
--- Of the tasks $1, which somebody waits for: what is known of each, and mark those that live, so that whoever ends one
--- tells (schema.sql: on_task_deleted). "marked" is true of those that were ended or are marked; if it isn't, somebody has locked
--- the row at this moment, and has to be asked about again. No row: there is no such task, in this statement's snapshot.
+-- Of the tasks $1, which somebody waits for: what is known of each, and mark those that live, so that whoever ends
+-- one tells (schema.sql: on_task_deleted). "marked" is true of those that were ended or are marked; if it isn't,
+-- somebody has locked the row at this moment, and has to be asked about again. No row: there is no such task, in this
+-- statement's snapshot.
 --
 -- Results that are more than 4 MB together, as they are stored, come in several answers: "later" is true of those whose
 -- result isn't in this one.

@@ -1,12 +1,14 @@
 -- For people: the session whose transaction has held a lock on one of notifyq's tables $1 for longest, in words; NULL
 -- if there is none.
-SELECT coalesce(nullif(a.application_name, ''), a.backend_type) || ' (process ' || a.pid || coalesce(', user ' || a.usename, '')
+SELECT coalesce(nullif(a.application_name, ''), a.backend_type) || ' (process ' || a.pid
+       || coalesce(', user ' || a.usename, '')
        || coalesce(', ' || a.state, '') || ', open for '
        || round(extract(epoch FROM clock_timestamp() - a.xact_start)::numeric, 1) || ' s)' AS holder
 FROM pg_locks l
 JOIN pg_class c ON c.oid = l.relation
 JOIN pg_stat_activity a ON a.pid = l.pid
-WHERE c.relnamespace = 'notifyq'::regnamespace AND c.relname = ANY ($1::text[]) AND l.granted AND l.pid <> pg_backend_pid()
+WHERE c.relnamespace = 'notifyq'::regnamespace AND c.relname = ANY ($1::text[])
+  AND l.granted AND l.pid <> pg_backend_pid()
   AND l.database = (SELECT d.oid FROM pg_database d WHERE d.datname = current_database())
 ORDER BY a.xact_start
 LIMIT 1

@@ -62,8 +62,8 @@ UNION ALL
 -- Somebody's BEFORE trigger that may keep a row from being written. Only the source of the function tells, and only in
 -- PL/pgSQL can it be read here: what a RETURN says, without the comments.
 SELECT format('trigger %I on notifyq.%I', t.tgname, c.relname),
-       format('trigger %I on notifyq.%I runs before each row is written, and %s: where it does, notifyq''s write doesn''t '
-              'happen, and nothing says so', t.tgname, c.relname, k.fault),
+       format('trigger %I on notifyq.%I runs before each row is written, and %s: where it does, notifyq''s write '
+              'doesn''t happen, and nothing says so', t.tgname, c.relname, k.fault),
        format('let %s.%I() return NEW, or OLD on DELETE; or make it an AFTER trigger',
               p.pronamespace::regnamespace, p.proname)
 FROM pg_trigger t

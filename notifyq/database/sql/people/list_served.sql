@@ -2,6 +2,6 @@
 -- those live workers that serve the queue. It reads a few rows and counts nothing.
 SELECT EXISTS (SELECT FROM notifyq.queue WHERE name = $1::text AND paused) AS paused,
        ARRAY(SELECT DISTINCT unnest(queues) FROM notifyq.worker
-             WHERE seen_at > statement_timestamp() - lease) AS queues,
+             WHERE notifyq.is_alive(seen_at, lease)) AS queues,
        ARRAY(SELECT DISTINCT unnest(types) FROM notifyq.worker
-             WHERE seen_at > statement_timestamp() - lease AND $1::text = ANY (queues)) AS types
+             WHERE notifyq.is_alive(seen_at, lease) AND $1::text = ANY (queues)) AS types

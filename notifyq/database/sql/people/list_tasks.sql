@@ -9,7 +9,8 @@ SELECT to_json(t)::text AS task,
 FROM (
     SELECT id, queue, type, state, priority, attempts, max_attempts, created_at, run_at, processing_at, processed_at,
            CASE WHEN $5 THEN payload END AS payload, error,
-           CASE WHEN $5 THEN result END AS result, worker, waits_for, CASE WHEN $5 THEN errors END AS errors, progress, note
+           CASE WHEN $5 THEN result END AS result, worker, waits_for,
+           CASE WHEN $5 THEN errors END AS errors, progress, note
     FROM notifyq.all_tasks
     WHERE ($1::text IS NULL OR state = $1) AND ($2::text IS NULL OR queue = $2) AND ($3::text IS NULL OR type = $3)
     ORDER BY id DESC

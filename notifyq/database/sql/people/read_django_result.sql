@@ -11,4 +11,5 @@ CROSS JOIN LATERAL (  -- within the times that Python knows
                 THEN least(greatest(t.processed_at, '0001-01-03Z'), '9999-12-30Z') END AS processed_at
 ) AS c
 WHERE t.id = $1
-ORDER BY t.state IN ('done', 'dead', 'cancelled') LIMIT 1  -- an older task may have had the same id: see read_highest_ids.sql
+-- An older task may have had the same id: see read_highest_ids.sql.
+ORDER BY t.state IN ('done', 'dead', 'cancelled') LIMIT 1

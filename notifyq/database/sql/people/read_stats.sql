@@ -1,8 +1,9 @@
--- For people and monitors: everything at a glance, as one JSON document. The counts are counted, in one scan of all
--- that is known; half a second a million, if work_mem lets it hash. It reads only what the role that may read can (see
--- schema.sql). So what nobody serves is told from the workers' own words, and not from task.withheld: ready tasks of a
--- queue or a type that no live worker has. What is ready in a paused queue waits for a person, and is late for nobody.
--- Times are kept within those that can be subtracted; before version 17 infinity can't.
+-- For people and monitors: queues, workers and tasks that no worker takes, as one JSON document.
+--
+-- It counts all tasks that are still known, in one scan: half a second per million, if work_mem allows it to hash. It
+-- reads only what the role "may read" can. So it computes what no worker takes from the workers' own rows, not from
+-- task.withheld: ready tasks of a queue or a type that no live worker has. A ready task of a paused queue waits for a
+-- person, and isn't late. Times are kept within what can be subtracted; before version 17 infinity can't.
 WITH counted AS MATERIALIZED (
     SELECT queue, type, state, count(*) AS n,
            min(least(greatest(created_at, run_at, '0001-01-03Z'), statement_timestamp())) FILTER (
@@ -30,9 +31,9 @@ WITH counted AS MATERIALIZED (
     WHERE c.state = 'ready' AND c.since IS NOT NULL
       AND NOT EXISTS (SELECT FROM notifyq.worker w
                       WHERE c.queue = ANY (w.queues) AND c.type = ANY (w.types)
-                        AND w.seen_at BETWEEN statement_timestamp() - w.lease AND statement_timestamp() + w.lease)
+                        AND notifyq.is_alive(w.seen_at, w.lease))
 ), workers AS (
-    SELECT id, name, CASE WHEN seen_at BETWEEN statement_timestamp() - lease AND statement_timestamp() + lease THEN status
+    SELECT id, name, CASE WHEN notifyq.is_alive(seen_at, lease) THEN status
                           ELSE 'silent' END AS status,
            CASE WHEN isfinite(seen_at) THEN round(extract(epoch FROM statement_timestamp() - seen_at)::numeric, 3)
                 END AS seen_seconds,

@@ -1,7 +1,7 @@
 -- Delete cron $1, unless a live worker serves it. Returns that worker, or no row if there is no such cron.
 WITH found AS (
     SELECT c.name, (SELECT w.name FROM notifyq.worker w
-                    WHERE c.name = ANY (w.crons) AND w.seen_at BETWEEN statement_timestamp() - w.lease AND statement_timestamp() + w.lease LIMIT 1) AS worker
+                    WHERE c.name = ANY (w.crons) AND notifyq.is_alive(w.seen_at, w.lease) LIMIT 1) AS worker
     FROM notifyq.cron c
     WHERE c.name = $1
 ), gone AS (

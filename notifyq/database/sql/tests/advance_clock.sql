@@ -1,7 +1,6 @@
--- For tests: as if all that isn't running had happened $1 seconds earlier. Every time of a row moves by the same, so
--- that what was between them stays: a scheduled task is still scheduled, and merely due. It names run_at, so it rings,
--- and a worker that sleeps wakes. What keeps a time of its own in another table belongs here too. Returns how many
--- tasks became due.
+-- For tests: move all that isn't running $1 seconds into the past. Each time of a row moves by the same, so a
+-- scheduled task is still scheduled, and merely due. It sets run_at, so the bell rings, and a worker that sleeps
+-- wakes. A table that keeps times of its own belongs here too. Returns how many tasks became due.
 WITH live AS (
     UPDATE notifyq.task t
     SET created_at = t.created_at - p.past, run_at = t.run_at - p.past,

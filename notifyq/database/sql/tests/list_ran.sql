@@ -1,2 +1,2 @@
--- For tests: the tasks of which an attempt ended, or that were cancelled, since $1; and their state now.
+-- For tests: the tasks that had an attempt end, or that were cancelled, since $1; and their state now.
 SELECT id, state FROM notifyq.all_tasks WHERE processed_at >= $1::timestamptz

@@ -1,20 +1,21 @@
--- What a worker asks before it sleeps. It makes up to $3 due tasks of each queue of $1 ready, and returns:
+-- What a worker runs before it sleeps. It makes up to $3 due tasks of each queue of $1 ready, and returns:
 --
---   promoted      how many tasks it made ready; NULL: a BEFORE trigger of somebody's has undone that for some of them
---   next_seconds  when the next scheduled task is due
---   blocked       whether another transaction locks a ready task of the queues $2, or a due one of the queues $1
---   inserted      how many tasks were ever inserted, rolled back or not
---   slot_released whether notifyq.slot_released has a row: a slot was released, or a task that others wait for has ended
---   settings      which queues are paused or limited, as JSON, or NULL for none: the worker goes by them from now on
---   mark          what to give as $5 next time: a moment ago, as rows become visible a little after their time
+--     promoted      how many tasks it made ready; NULL: a BEFORE trigger has undone that for some of them
+--     next_seconds  when the next scheduled task is due
+--     blocked       whether another transaction locks a ready task of the queues $2, or a due one of the queues $1
+--     inserted      how many tasks were ever inserted, rolled back or not
+--     slot_released whether notifyq.slot_released has a row: a slot was released, or a task that others wait for has
+--                   ended
+--     settings      which queues are paused or limited, as JSON, or NULL for none
+--     mark          the next $5: a moment ago, as rows become visible a little after their time
 --
 -- With $4 it sends an echo, which proves that the bell works. With $5 it looks only for tasks that are due from that
--- time on, and so skips index entries of tasks that were promoted earlier and that VACUUM may not remove yet
+-- time on. So it skips the index entries of tasks that were promoted earlier and that VACUUM may not remove yet
 -- (cursors.py).
 --
--- statement_timestamp(), as clock_timestamp() can't be an index condition. The second scan's snapshot is the first
--- one's, so "next" leaves out what is due by the clock rather than by state. Two epochs are subtracted, as before
--- version 17 a time that is infinity can't be.
+-- statement_timestamp() can be an index condition, clock_timestamp() can't. Both scans have one snapshot, so the second
+-- still sees the promoted tasks as scheduled, and leaves out what is due by the clock. It subtracts two epochs: before
+-- version 17 a time that is infinity can't be subtracted.
 WITH due AS MATERIALIZED (
     SELECT s.id
     FROM unnest($1::text[]) AS q (queue)
@@ -47,7 +48,8 @@ SELECT (SELECT CASE WHEN bool_and(p.promoted) IS NOT FALSE THEN count(*) END FRO
             CROSS JOIN LATERAL (
                 SELECT
                 FROM notifyq.task r
-                WHERE r.queue = q.queue AND r.worker IS NULL AND NOT r.withheld AND (r.run_at <= r.created_at OR r.promoted)
+                WHERE r.queue = q.queue AND r.worker IS NULL AND NOT r.withheld
+                  AND (r.run_at <= r.created_at OR r.promoted)
                 ORDER BY r.priority DESC, r.id + 0
                 LIMIT 1
             ) AS s)
@@ -64,7 +66,8 @@ SELECT (SELECT CASE WHEN bool_and(p.promoted) IS NOT FALSE THEN count(*) END FRO
             ) AS s) AS blocked,
        (SELECT last_value FROM notifyq.task_id_seq) AS inserted,
        EXISTS (SELECT FROM notifyq.slot_released) AS slot_released,
-       (SELECT json_object_agg(q.name, json_build_array(q.paused, coalesce(q.limit_running, q.limit_rate) IS NOT NULL))::text
+       (SELECT json_object_agg(
+                   q.name, json_build_array(q.paused, coalesce(q.limit_running, q.limit_rate) IS NOT NULL))::text
         FROM notifyq.queue q WHERE q.name = ANY ($1)) AS settings,
        statement_timestamp() - interval '50 ms' AS mark,
        CASE WHEN $4::text IS NOT NULL THEN notifyq.notify_unless_full('notifyq', $4)::text END AS echo

@@ -1,17 +1,21 @@
--- Take up to $4 ready tasks under the lease of worker $1: from each queue of $2 at most its room in $3. Returns what a
--- handler needs. A payload of more than $5 bytes is left out (NULL): the runner that gets to the task fetches it, see
--- large_payloads.py. So an answer is a few MB at most, whatever was enqueued.
+-- Claim: put ready tasks under the lease of worker $1, and return what their handlers need.
 --
--- * = ANY(ARRAY(...)) is run once, before the UPDATE. As a join or an IN the planner may run the LIMIT again
---   for each outer row and so claim more than asked for; and a CTE costs twice as much for a single row.
--- * The inner WHERE and ORDER BY are index task_ready's, word for word: it reads as many entries as it takes,
---   whatever else is in the table.
--- * least, greatest and left: somebody's odd row must not fail a claim, nor have an answer that Python can't read or hold.
+--     $2, $3   queues, and how many tasks to take from each at most
+--     $4       how many tasks to take in all at most
+--     $5       a payload of more bytes is NULL in the answer; the task's runner fetches it (large_payloads.py)
+--
+-- So an answer is a few MB at most, whatever was enqueued. needs_admission is NULL where a BEFORE trigger returned OLD:
+-- then the row is returned, and its lease wasn't written.
+--
+-- * = ANY (ARRAY(...)) runs once, before the UPDATE. With a join or an IN the planner may run the LIMIT again for each
+--   outer row, and so claim more than it should. A CTE costs twice as much for a single row.
+-- * The inner WHERE and ORDER BY are those of index task_ready, word for word. So the scan reads as many entries as it
+--   takes, whatever else is in the table.
+-- * least, readable_time and left: one odd row must not make a claim fail, nor its answer unreadable for Python.
 -- * inline_payload (schema.sql) measures the binary form. The text is up to four times as long where it is made of
---   digits. Numbers such as 1e131071 make it longer still; then the claim fails or times out, and the next claim leaves
+--   digits. Numbers such as 1e131071 make it longer still. Then the claim fails or times out, and the next claim leaves
 --   out all payloads.
--- * needs_admission is NULL where a BEFORE trigger of somebody's returned OLD: the row is returned, and its lease isn't written.
--- * The EXISTS is for a worker that was given up for dead: what it claims now nobody would rescue.
+-- * EXISTS: a worker that was given up for dead claims nothing, since nothing would rescue what it claims.
 UPDATE notifyq.task t
 SET worker = $1, attempts = least(t.attempts, 32766) + 1, processing_at = clock_timestamp()
 WHERE t.id = ANY (ARRAY(

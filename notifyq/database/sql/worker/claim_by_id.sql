@@ -1,5 +1,5 @@
--- As claim.sql, of the tasks $2, which list_claimable.sql or list_crashed.sql has found, those that are still there and that nobody
--- has locked. $3 is claim.sql's $5. Of the lookup by id: finish.sql.
+-- Claim, as claim.sql does, those of the tasks $2 that can still be claimed and that no other transaction has locked.
+-- list_claimable.sql or list_crashed.sql has found them. $3 is claim.sql's $5. finish.sql explains the lookup by id.
 UPDATE notifyq.task t
 SET worker = $1, attempts = least(t.attempts, 32766) + 1, processing_at = clock_timestamp(),
     withheld = false, parked = NULL, waiting_on = NULL

@@ -1,5 +1,5 @@
--- As claim.sql, for a worker whose free threads may be fewer than the tasks that it asks for (capacity.py): it takes only
--- tasks that fit into its threads. A task that doesn't fit is locked until this statement ends, and stays ready.
+-- As claim.sql, for a worker whose free threads may be fewer than the tasks that it asks for (capacity.py): it takes
+-- only tasks that fit into its threads. A task that doesn't fit is locked until this statement ends, and stays ready.
 --
 --     $6   types that have plain handlers
 --     $7   how many tasks of each of these types share a thread

@@ -1,7 +1,8 @@
--- As claim.sql, but only from the marks: of queue $5 and priority $6 the tasks from id $7 on, the highest priority of a
--- queue first. The priority is compared with =, since only then the scan begins at the mark and skips the dead index
--- entries before it. cursors.py says why that matters, and which claim finds the tasks before the marks. $8 is
--- claim.sql's $5.
+-- Claim, as claim.sql does, but only from the cursors on: of queue $5 and priority $6 the tasks from id $7 on. The
+-- cursors of a queue come with its highest priority first. $8 is claim.sql's $5.
+--
+-- The priority is compared with =, since only then the scan begins at the cursor and skips the dead index entries
+-- before it. cursors.py says why that matters, and which claim finds the tasks before the cursors.
 UPDATE notifyq.task t
 SET worker = $1, attempts = least(t.attempts, 32766) + 1, processing_at = clock_timestamp()
 WHERE t.id = ANY (ARRAY(

@@ -1,5 +1,5 @@
--- As claim.sql, but from the tasks that other workers set aside because they had no handler for the type: those of the
--- types $5. $6 is claim.sql's $5.
+-- Claim, as claim.sql does, tasks of the types $5 that other workers released because they had no handler for the type.
+-- $6 is claim.sql's $5.
 UPDATE notifyq.task t
 SET worker = $1, attempts = least(t.attempts, 32766) + 1, processing_at = clock_timestamp(), withheld = false
 WHERE t.id = ANY (ARRAY(

@@ -1,5 +1,5 @@
--- Correct the tasks that list_misdated.sql found: the failed ones $1 are tried again as long from now as was planned; the
--- granted ones $2 wait again, for another grant. Returns how many of them still existed and weren't locked.
+-- Correct the tasks that list_misdated.sql found: the failed ones $1 are tried again as long from now as was planned;
+-- the granted ones $2 wait again, for another grant. Returns how many of them still existed and weren't locked.
 WITH failed AS (
     UPDATE notifyq.task t
     SET run_at = t.run_at - (t.processed_at - statement_timestamp()), processed_at = statement_timestamp()

@@ -1,13 +1,17 @@
--- Settle: write the outcomes of worker $1. Parallel arrays: ids $2, attempts $3, states $4, results $5, errors $6; the
--- last two may be empty. Done and cancelled tasks are kept if $7, or if they are awaited.
+-- Settle: write final outcomes of worker $1 into the history.
 --
--- Returns the ids of the tasks that it settled, and for each whether other tasks may wait for its end (slot_released). The
--- worker had lost the lease of the others: nothing of them is written.
+--     $2, $3   ids and attempts
+--     $4       states: done, dead or cancelled
+--     $5, $6   results and errors; both may be empty arrays
+--     $7       whether done and cancelled tasks are kept at all; awaited tasks and predecessors are kept in any case
 --
--- Each row is looked up by its id, whatever the planner believes. It plans once, with the statistics of some moment: if
--- nobody was running then, index task_running looks like the way to "worker = $1", and a batch of 1000 takes 150 ms
--- instead of 8; if the table was empty then, so does reading all of task_pkey. IS NOT DISTINCT FROM keeps it from the
--- first, = ANY (ARRAY[...]) from the second. So do the other statements that settle.
+-- Returns the ids of the tasks that it settled, and for each whether other tasks may wait for its end (slot_released).
+-- The worker had lost the leases of the others, and nothing is written for them.
+--
+-- Each row is looked up by its id, whatever the planner believes. The plan is made once, with the statistics of some
+-- moment. If nothing ran at that moment, index task_running looks like the way to "worker = $1", and a batch of 1000
+-- takes 150 ms instead of 8. If the table was empty then, reading all of task_pkey looks as good. IS NOT DISTINCT FROM
+-- prevents the first, = ANY (ARRAY[...]) the second. The other statements that settle do the same.
 WITH outcome AS MATERIALIZED (
     SELECT * FROM unnest($2::bigint[], $3::smallint[], $4::text[], $5::jsonb[], $6::jsonb[])
         AS o (id, attempt, state, result, error)
@@ -16,8 +20,8 @@ WITH outcome AS MATERIALIZED (
     USING outcome o
     WHERE t.id = ANY (ARRAY[o.id]) AND t.worker IS NOT DISTINCT FROM $1 AND t.attempts = o.attempt
     -- Not t.*: a column that nobody needs costs 0.5 % of all this.
-    RETURNING t.id, t.created_at, t.run_at, t.processing_at, t.priority, t.attempts, t.max_attempts, t.queue, t.type, t.payload,
-              t.errors, t.options, t.watched, t.awaited, o.state, o.result, o.error
+    RETURNING t.id, t.created_at, t.run_at, t.processing_at, t.priority, t.attempts, t.max_attempts, t.queue, t.type,
+              t.payload, t.errors, t.options, t.watched, t.awaited, o.state, o.result, o.error
 ), kept AS (
     INSERT INTO notifyq.finished (id, created_at, run_at, processing_at, processed_at, priority, attempts, max_attempts,
                                   state, queue, type, worker, payload, result, errors, options)
@@ -26,6 +30,7 @@ WITH outcome AS MATERIALIZED (
            CASE WHEN error IS NULL THEN errors
                 ELSE notifyq.append_error(errors, jsonb_set(error, '{at}', to_jsonb(clock_timestamp()))) END, options
     FROM gone
-    WHERE $7 OR state = 'dead' OR awaited OR watched AND EXISTS (SELECT FROM notifyq.dependency d WHERE d.needs = gone.id)
+    WHERE $7 OR state = 'dead' OR awaited
+       OR watched AND EXISTS (SELECT FROM notifyq.dependency d WHERE d.needs = gone.id)
 )
 SELECT id, watched AS slot_released FROM gone

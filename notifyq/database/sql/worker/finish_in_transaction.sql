@@ -1,8 +1,8 @@
--- Settle: task $2 of worker $1, its attempt $3, is done; in the transaction of its handler, which then commits. It is
--- kept if $4. Returns the transaction's id, for read_transaction_status.sql, and whether others may wait for its end; no row: the lease
--- was lost, and nothing is written.
+-- Settle task $2, attempt $3, of worker $1 as done, in the transaction of its handler, which commits next. $4:
+-- whether done tasks are kept. Returns the transaction's id, for read_transaction_status.sql, and whether others may
+-- wait for the task's end. No row: the lease was lost, and nothing is written.
 --
--- It runs on a connection with the user's settings, not a worker's. Of the fence: finish.sql.
+-- It runs on a connection with the user's settings, not a worker's. finish.sql explains the comparison with the lease.
 WITH gone AS (
     DELETE FROM notifyq.task t
     WHERE t.id = $2::bigint AND t.worker IS NOT DISTINCT FROM $1::integer AND t.attempts = $3::smallint

@@ -1,6 +1,5 @@
--- The history has rows with the ids of tasks $2, attempts $3, that worker $1 runs: of older tasks, whose ids were given
--- a second time. Forget those, so that the new ones' outcomes can be written. Returns their ids. Of the lookup by id:
--- finish.sql.
+-- Delete outcomes of older tasks whose ids were given a second time, to the tasks $2, attempts $3, that worker $1 runs.
+-- Otherwise the new outcomes couldn't be written. Returns the ids. finish.sql explains the lookup by id.
 DELETE FROM notifyq.finished f
 USING unnest($2::bigint[], $3::smallint[]) AS o (id, attempt)
 WHERE f.id = ANY (ARRAY[o.id])

@@ -1,6 +1,6 @@
--- The last statement of a worker: all tasks that $1 still holds, as far as the database knows, are ready again, and the
--- attempts don't count. That includes tasks of a claim whose answer never came. With $2, of those tasks only
--- (left_out.py). Returns how many.
+-- Hand back all tasks that worker $1 still holds as far as the database knows: its last statement. The attempts don't
+-- count. These include tasks of a claim whose answer never came. With $2, only these tasks (left_out.py). Returns how
+-- many.
 WITH held AS MATERIALIZED (
     SELECT t.id FROM notifyq.task t
     WHERE t.worker = $1 AND ($2::bigint[] IS NULL OR t.id = ANY ($2))

@@ -1,6 +1,10 @@
--- After a claim that PostgreSQL refused (left_out.py): what the next one would take from each of the queues $1, at most its
--- room in $2 and $3 in all, without the tasks $4. With $5, of those types what others set aside, as in claim_unhandled.sql. Of
--- those found it leaves out the types $6. It locks nothing. Returns ids.
+-- List what the next claim would take, after PostgreSQL refused a claim (left_out.py). It locks nothing. Returns ids.
+--
+--     $1, $2   queues, and how many tasks of each at most
+--     $3       how many tasks in all at most
+--     $4       ids of tasks to leave out
+--     $5       NULL: ready tasks, as claim.sql; or types: of these the unhandled tasks, as claim_unhandled.sql
+--     $6       types to leave out of what was found
 SELECT ready.id
 FROM (
     SELECT ready.id, ready.type

@@ -1,5 +1,5 @@
--- After a claim of suspects that PostgreSQL refused (left_out.py): up to $4 of those of types $2 at the keys $1 that have
--- crashed $3 times, without the tasks $5. Returns ids.
+-- After a claim of suspects that PostgreSQL refused (left_out.py): up to $4 of those of types $2 at the keys $1 that
+-- have crashed $3 times, without the tasks $5. Returns ids.
 SELECT s.id
 FROM unnest($1::text[]) AS q (key)
 CROSS JOIN LATERAL (

@@ -8,7 +8,7 @@ JOIN notifyq.cron c ON c.name = n.name
 CROSS JOIN LATERAL (
     SELECT w.name FROM notifyq.worker w
     WHERE c.name = ANY (w.crons) AND w.id <> $10::integer
-      AND w.seen_at BETWEEN statement_timestamp() - w.lease AND statement_timestamp() + w.lease
+      AND notifyq.is_alive(w.seen_at, w.lease)
     LIMIT 1
 ) AS w
 WHERE (c.expression, c.tz, c.type, c.payload, c.queue, c.priority, c.missed, c.options)

@@ -1,5 +1,5 @@
--- After a promotion that PostgreSQL refused (left_out.py): up to $2 due tasks of each of the queues $1, without the tasks $3.
--- Returns ids.
+-- List up to $2 due tasks of each of the queues $1, without the tasks $3, after PostgreSQL refused a promotion
+-- (left_out.py). Returns ids.
 SELECT s.id
 FROM unnest($1::text[]) AS q (queue)
 CROSS JOIN LATERAL (

@@ -1,4 +1,4 @@
--- Of the tasks $1, those whose rows another transaction has locked. It waits for none of them.
+-- List those of the tasks $1 whose rows another transaction has locked. It waits for none of them.
 WITH free AS MATERIALIZED (
     SELECT t.id FROM notifyq.task t WHERE t.id = ANY ($1::bigint[]) FOR UPDATE SKIP LOCKED
 )

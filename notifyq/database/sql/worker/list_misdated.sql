@@ -1,9 +1,9 @@
--- After the server's clock was set back: which tasks of queue $1 wait for a time that was computed while the clock was
--- ahead? It looks at those 1000 scheduled tasks that are to run last. correct_misdated.sql gets the answer; its UPDATE rings
--- even if it changes no row.
+-- List tasks of queue $1 that wait for a time which was computed while the server's clock was ahead. It looks at those
+-- 1000 scheduled tasks that are to run last. Its answer goes to correct_misdated.sql, whose UPDATE rings even if it
+-- changes no row.
 --
---   failed     they failed at a time that is now in the future
---   granted    they were granted a slot of a rate further ahead than that rate's window
+--     failed     tasks that failed at a time that is now in the future
+--     granted    tasks that were granted a slot of a rate further ahead than that rate's window
 --
 -- The first run_at of a task is left alone: nothing tells a delay from a time that an enqueuer chose.
 WITH latest AS MATERIALIZED (

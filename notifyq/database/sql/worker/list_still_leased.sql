@@ -1,6 +1,6 @@
--- Which of the tasks $2, attempts $3, still have the lease of worker $1, though a statement has just written their
--- outcomes and returned nothing of them. A row that is there as it was has been kept by a BEFORE trigger that returned
--- NULL, or by a policy. Of the lookup by id: finish.sql.
+-- List those of the tasks $2, attempts $3, that worker $1 still holds, though a statement has just written their
+-- outcomes and returned nothing for them. A BEFORE trigger that returned NULL, or a policy, has kept such a row as it
+-- was. finish.sql explains the lookup by id.
 SELECT t.id
 FROM unnest($2::bigint[], $3::smallint[]) AS o (id, attempt)
 JOIN notifyq.task t ON t.id = ANY (ARRAY[o.id])

@@ -1,6 +1,7 @@
--- What is there for reclaim_unowned.sql, without the tasks $1? Asked first, since its UPDATE rings even for no row. Returns ids.
+-- List up to 10,000 tasks for reclaim_unowned.sql, without the tasks $1. It runs first, since an UPDATE rings even if
+-- it changes no row. Returns ids.
 --
--- No ORDER BY: by id, the planner might read all of task_pkey to save a sort.
+-- No ORDER BY: the planner might read all of task_pkey to save a sort by id.
 SELECT t.id
 FROM notifyq.task t
 WHERE t.worker IS NOT NULL AND NOT EXISTS (SELECT FROM notifyq.worker w WHERE w.id = t.worker)

@@ -1,7 +1,10 @@
--- After release_waiters.sql was refused for the first row of notifyq.slot_released (left_out.py): put that row last, so that the others come
--- before it. One that tells both of a task's end and of its keys becomes two, since what waits for the one isn't in the
--- way of what waits for the others. Rows that only tell of the same keys become one, as recheck_waiting adds such a row every now
--- and then. Returns the new rows: a task that has ended, or keys. No row: another worker has it.
+-- Put the first row of notifyq.slot_released last, after PostgreSQL refused release_waiters.sql because of it
+-- (left_out.py), so that the others come before it. Returns the new rows: each names a task that has ended, or keys. No
+-- row: another worker has it.
+--
+-- A row that records both the end of a task and the release of its keys becomes two, since the waiters of the one
+-- aren't in the way of the others'. Rows that record only the same keys become one: recheck_waiting adds such rows
+-- again and again.
 WITH first AS MATERIALIZED (
     SELECT f.* FROM notifyq.slot_released f ORDER BY f.n LIMIT 1 FOR UPDATE SKIP LOCKED
 ), same AS MATERIALIZED (

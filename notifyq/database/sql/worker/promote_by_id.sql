@@ -1,4 +1,4 @@
--- Make those of the tasks $1 ready that are due, as check_due.sql does. Of the lookup by id: finish.sql.
+-- Make those of the tasks $1 ready that are due, as check_due.sql does. finish.sql explains the lookup by id.
 UPDATE notifyq.task t SET promoted = true
 WHERE t.id = ANY (ARRAY(
     SELECT r.id

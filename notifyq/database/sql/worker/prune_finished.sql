@@ -1,7 +1,9 @@
--- Forget what ended long ago: done and cancelled tasks after $1 seconds, dead ones after $2; at most $3 of each.
--- Returns how many. What time it is, the server's clock says, but not more than $4 (NULL: that alone): a step of that
--- clock into a wrong future must not forget what is young. Two indexes, so that the dead, kept longer, are not stepped
--- over each time.
+-- Delete done and cancelled tasks from the history after $1 seconds, dead ones after $2; at most $3 of each. Returns
+-- how many.
+--
+-- Ages count from the server's clock, or from $4 if that is earlier (NULL: the clock alone). So a clock that is
+-- stepped into a wrong future deletes nothing too early. Two indexes: dead tasks are kept longer, and a scan for the
+-- others would step over them each time.
 WITH old AS MATERIALIZED (
     (SELECT id FROM notifyq.finished
      WHERE state <> 'dead'

@@ -1,5 +1,5 @@
--- Forget up to $1 starts that no rate asks for any more. Returns how many. A statement of its own: each table is pruned
--- whatever is wrong with another.
+-- Delete up to $1 starts that no rate counts any more. Returns how many. It is a statement of its own, so that an error
+-- in one table doesn't keep the others from being pruned.
 WITH old AS MATERIALIZED (
     SELECT s.key, s.at
     FROM notifyq.rate_log s

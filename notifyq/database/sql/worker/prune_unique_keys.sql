@@ -1,9 +1,9 @@
--- Forget up to $1 keys of unique tasks that are over, and whose unique_for has passed. Of those whose task lives on,
--- look again in an hour. Returns how many it looked at. Of the 1000 that would be kept longest, those that were
--- enqueued by a clock which was set back since count as enqueued now.
+-- Delete up to $1 keys whose task has ended and whose unique_for has passed. A key whose task still lives is looked at
+-- again in an hour. Returns how many keys it looked at. Of the 1000 keys that would be kept longest, those with an
+-- enqueued_at in the future count as enqueued now: the clock was set back since.
 --
--- It waits for no enqueuer (SKIP LOCKED), and what one has locked in the meantime is not of the task that was looked
--- up: then the row that is locked in the end names another, and "k.task = o.task" leaves it alone.
+-- It waits for no enqueuer (SKIP LOCKED). A key that an enqueuer locked in between may name another task by now; then
+-- "k.task = o.task" leaves it alone.
 WITH old AS MATERIALIZED (
     SELECT k.key, k.task, EXISTS (SELECT FROM notifyq.task t WHERE t.id = ANY (ARRAY[k.task])) AS lives
     FROM notifyq.unique_key k

@@ -1,11 +1,12 @@
--- The outcomes of the tasks that task $1 waited for, in their order, from position $2 on (the first is 1). It returns
--- up to 4 MB of results, as they are stored, or a single larger one; "left" is how many tasks there are from that
--- position on. Of a task that was deleted, or that runs again after a retry, it returns only the id.
+-- Read the outcomes of the tasks that task $1 waited for, in their order, from position $2 on (the first is 1). It
+-- returns up to 4 MB of results, as they are stored, or a single larger one. "left" is how many tasks there are from
+-- that position on. For a task that was deleted, or that runs again after a retry, only the id is returned.
 SELECT r.id, r.type, r.state, r.result, r.error, r.left
 FROM (
     SELECT a.id, left(f.type, 200) AS type, f.state, f.result, f.errors -> -1 ->> 'error' AS error, o.n,
            count(*) OVER () AS left,
-           sum(coalesce(pg_column_size(f.result), 0)) OVER (ORDER BY o.n) - coalesce(pg_column_size(f.result), 0) AS before
+           sum(coalesce(pg_column_size(f.result), 0)) OVER (ORDER BY o.n)
+               - coalesce(pg_column_size(f.result), 0) AS before
     FROM notifyq.task t
     CROSS JOIN jsonb_array_elements(t.options -> 'after') WITH ORDINALITY AS o (id, n)
     CROSS JOIN LATERAL (SELECT o.id::bigint) AS a (id)

@@ -1,2 +1,3 @@
--- The safety net under release_waiters.sql: check again some keys at which tasks wait, from $1 on. Returns the key to go on with.
+-- Check some keys again at which tasks wait, from key $1 on: the safety net under release_waiters.sql. Returns the key
+-- to go on with.
 SELECT notifyq.recheck_waiting($1::text) AS last

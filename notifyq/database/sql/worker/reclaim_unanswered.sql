@@ -1,8 +1,11 @@
--- After worker $1 lost the connection on which it claims, and before it claims on another one: tasks of a claim whose
--- answer never came are ready again, and the attempt doesn't count. end_claims.sql runs first, since a claim may still
--- be under way. $2 and $3 are the ids and attempts of the leases that the worker knows. Both are compared, since a task
--- may have been taken from the worker and claimed by it again while the old handler still ends. With $4, of
--- those tasks only (left_out.py). Returns how many.
+-- Make tasks ready again that worker $1 claimed on a connection which it lost before the answer came. The attempts
+-- don't count. end_backends.sql runs first, since that claim may still be under way.
+--
+--     $2, $3   ids and attempts of the leases that the worker knows. Both are compared: a task may have been taken from
+--              the worker, and claimed by it again while the old handler still ends
+--     $4       of these tasks only (left_out.py); NULL: of all
+--
+-- Returns how many.
 WITH back AS (
     UPDATE notifyq.task t
     SET worker = NULL, attempts = t.attempts - 1, run_at = t.run_at

@@ -1,9 +1,10 @@
--- The safety net under rescue: tasks under the lease of a worker that isn't registered any more, which a worker that
--- was frozen in the middle of a claim can leave behind. Those of $1, which list_unowned.sql found, are ready again. Returns
--- how many. Under row level security a worker that isn't seen may live.
+-- Make those of the tasks $1 ready again whose lease is of a worker that isn't registered any more. list_unowned.sql
+-- found them. It is the safety net under rescue.sql: a worker that was frozen in the middle of a claim can leave such
+-- tasks behind. Returns how many. Under row level security a worker that this session can't see may live, so nothing is
+-- done then.
 --
 -- No ORDER BY: SKIP LOCKED never waits, so the order doesn't matter. num_nonnulls says "IS NOT NULL" where the planner
--- doesn't see it: else it might read all that is running, and not these.
+-- doesn't see it. Otherwise the planner might read all running tasks instead of these.
 WITH held AS MATERIALIZED (
     SELECT t.id
     FROM notifyq.task t

@@ -1,7 +1,8 @@
--- Take back up to $2 tasks of worker $1 if it is dead. Its last heartbeat is still $3, as send_heartbeat.sql told it, and that
--- hasn't changed for $4 seconds by the rescuer's own clock: for 2 seconds, while its advisory lock is free, or for the
--- length of its lease, lock or no lock. The server's clock isn't asked, as it may be stepped: a step forward would make
--- all workers look silent, and after a step back a dead one's last heartbeat would lie in the future.
+-- Take back up to $2 tasks of worker $1 if it is dead. Its last heartbeat is still $3, as send_heartbeat.sql told it,
+-- and that hasn't changed for $4 seconds by the rescuer's own clock: for 2 seconds, while its advisory lock is free,
+-- or for the length of its lease, lock or no lock. The server's clock isn't asked, as it may be stepped: a step
+-- forward would make all workers look silent, and after a step back a dead one's last heartbeat would lie in the
+-- future.
 --
 -- With $5, of those tasks only: left_out.py passes it after a refusal. What counts a crash as alone is all that the
 -- worker held.

@@ -1,13 +1,13 @@
--- The heartbeat of worker $1, which runs $2 tasks and is in status $3. Returns:
+-- Send the heartbeat of worker $1, which runs $2 tasks and is in status $3. Returns:
 --
---     registered   whether the worker is still registered
---     lost         which of its tasks (ids $4, attempts $5) it has lost
---     others       which other workers there are
---     seen         their last heartbeats, as numbers: the receiver checks only whether they change
---     aside        whether tasks were set aside that this worker could run (queues $6, types $7)
---     suspects     whether tasks whose workers vanished wait to run isolated
+--     registered     whether the worker is still registered
+--     lost           which of its tasks (ids $4, attempts $5) it has lost
+--     others         which other workers there are
+--     seen           their last heartbeats, as numbers: the receiver checks only whether they change
+--     unhandled      whether other workers released tasks that this worker could run (queues $6, types $7)
+--     suspects       whether tasks whose workers vanished wait to run isolated
 --     slot_released  whether notifyq.slot_released has a row that no worker has handled, or a dependency isn't confirmed
---     wanted       if this worker sleeps ($8): whether another session waits for the bell's lock
+--     wanted         if this worker sleeps ($8): whether another session waits for the bell's lock
 --
 -- finish.sql explains the lookup by id.
 WITH beat AS (
@@ -45,5 +45,6 @@ SELECT EXISTS (SELECT FROM beat) AS registered,
                    WHERE r.waiting_on = 'crashed:' || q.queue AND r.withheld AND r.type = ANY ($7::text[])
                    LIMIT 1
                ) AS s) AS suspects,
-       EXISTS (SELECT FROM notifyq.slot_released) OR EXISTS (SELECT FROM notifyq.dependency d WHERE NOT d.confirmed) AS slot_released,
+       EXISTS (SELECT FROM notifyq.slot_released)
+       OR EXISTS (SELECT FROM notifyq.dependency d WHERE NOT d.confirmed) AS slot_released,
        CASE WHEN $8::boolean THEN notifyq.bell_wanted() ELSE false END AS wanted
