@@ -252,7 +252,7 @@ class Heartbeat:
             id = await conn.fetchval(SQL["register_worker"], *args)
         self._sent_at = time.monotonic()
         self._is_locked = await prove_alive(conn, id)  # if not, after the next heartbeat
-        await self._upkeep.crons.begin(conn, id)
+        await self._upkeep.crons.register(conn, id)
         self._id = self._upkeep.worker = id
         if not self._registered.done():
             self._registered.set_result(id)
@@ -263,7 +263,7 @@ class Heartbeat:
         cancel_heard, self._cancel_heard = self._cancel_heard, False  # before it: another may come meanwhile
         if not await self._send(conn) and cancel_heard:
             self._ignore_until = time.monotonic() + IGNORE_SECONDS
-        await self._upkeep.attempt(conn, "enqueue what crons are due for", self._upkeep.crons.look(conn))
+        await self._upkeep.attempt(conn, "enqueue what crons are due for", self._upkeep.crons.enqueue_due(conn))
 
     async def _send(self, conn: Connection) -> bool:
         """Send a heartbeat, and pass its answer on. Returns whether leases were lost."""

@@ -22,7 +22,7 @@ from .. import log
 from ..codec import NOTE_LENGTH, first_line, storable
 from ..database.connection import SQL
 from ..database.errors import schema_gone
-from .crons import Schedule
+from .crons import Crons
 from .left_out import NOT_TAKEN_BACK, LeftOut
 from .server_clock import ServerClock
 
@@ -49,7 +49,7 @@ class Upkeep:
         self.config = config
         self.runners = runners
         self.worker = 0  # its id; 0: not registered yet
-        self.crons = Schedule(registry.crons)
+        self.crons = Crons(registry.crons)
         self.left_out = LeftOut()  # tasks of other workers, as PostgreSQL refuses to have them taken back
         self.clock = ServerClock()
         self.findings: dict[str, tuple[str, str]] = {}  # what is wrong with the database: about what, problem and cure
@@ -110,7 +110,7 @@ async def find_problems(conn: Connection, upkeep: Upkeep) -> None:
         logger.info("mended: %s", about, extra={"fields": {"about": about}})
     upkeep.findings = found
     if upkeep.worker:
-        await upkeep.crons.compare(conn, upkeep.worker)
+        await upkeep.crons.log_conflicts(conn, upkeep.worker)
 
 
 async def compare_ids(conn: Connection, upkeep: Upkeep) -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import math
-import random
 import time
 
 import anyio
@@ -16,6 +15,7 @@ from .. import log
 from ..codec import describe, first_line
 from ..database.errors import is_answer, schema_gone
 from ..errors import first_error
+from ..pause import Pause
 from .pipe import Host
 
 logger = log.logger("notifyq.worker")
@@ -29,7 +29,7 @@ class Outages:
     def __init__(self, host: Host) -> None:
         self._host = host
         self._down: set[str] = set()  # stages without a connection
-        self._waits: dict[str, float] = {}  # seconds, of the latest wait
+        self._pauses: dict[str, Pause] = {}  # by stage
         self._refused: dict[str, tuple[float, str]] = {}  # stages whose statements PostgreSQL refuses: when, and why
         self._stopping = asyncio.Event()
 
@@ -59,11 +59,11 @@ class Outages:
                     "lost the database, trying again",
                     extra={"fields": {"stage": stage, "error": describe(error)}},
                 )
-        wait = self._waits[stage] = min(5.0, self._waits.get(stage, 0.05) * 2)
+        pause = self._pauses.setdefault(stage, Pause(0.1, 5.0))
         if self._stopping.is_set():  # the time to stop is bounded, and there is nothing more to claim
-            await asyncio.sleep(min(0.1, wait))
+            await asyncio.sleep(min(0.1, pause.lengthen()))
             return
-        with anyio.move_on_after(random.uniform(0.5, 1.0) * wait):
+        with anyio.move_on_after(pause.jittered()):
             await self._stopping.wait()
 
     def note_success(self, stage: str) -> None:
@@ -71,7 +71,7 @@ class Outages:
             if time.monotonic() - self._refused[stage][0] < REFUSED_SECONDS:
                 return  # each new session begins well, so its success proves nothing for a while
             del self._refused[stage]
-        self._waits.pop(stage, None)
+        self._pauses.pop(stage, None)
         if stage in self._down:
             self._down.discard(stage)
             logger.info("the database is back", extra={"fields": {"stage": stage}})

@@ -28,7 +28,7 @@ class Reader:
         self._lock = asyncio.Lock()
 
     async def results(self, task: int) -> list[Any]:
-        """In the order of its `after`. Raises one of store.TRANSIENT."""
+        """In the order of its `after`. Raises one of TRANSIENT."""
         cure = "in a plain `def` handler, call anyio.from_thread.run(ctx.results)"
         loops.same(self._loop, "ctx.results()", "the worker", cure)
         async with self._lock:

@@ -16,7 +16,7 @@ import notifyq
 from notifyq.cron import next_slot
 from notifyq.database.connection import SQL
 from notifyq.worker import maintenance, server_clock
-from notifyq.worker.crons import Schedule
+from notifyq.worker.crons import Crons
 
 from ..helpers.crons import CRON, known, made
 from ..helpers.limits import Bench, idle
@@ -56,13 +56,13 @@ async def test_a_slot_from_a_wrong_clock_is_computed_anew(
 async def test_slots_that_were_put_ahead_are_not_put_again(db: Any) -> None:
     """The next seconds' slots were enqueued before the clock was wrong: the one computed anew comes after them."""
     app = made(Seen(), "* * * * * *")
-    schedule = Schedule(app.registry.crons)
-    await schedule.begin(db, await register(db))
-    await schedule.look(db)
+    schedule = Crons(app.registry.crons)
+    await schedule.register(db, await register(db))
+    await schedule.enqueue_due(db)
     for _ in range(2):
         await db.execute("UPDATE notifyq.cron SET next_at = next_at + interval '5 hours'")
-        await schedule.look(db)
-        await schedule.look(db)
+        await schedule.enqueue_due(db)
+        await schedule.enqueue_due(db)
     slots = [row[0] for row in await db.fetch("SELECT run_at FROM notifyq.task ORDER BY run_at")]
     assert len(slots) >= 3
     assert slots == [slots[0] + timedelta(seconds=n) for n in range(len(slots))]
@@ -73,8 +73,8 @@ async def test_a_plausible_slot_is_looked_at_once(dsn: str, db: Any, logged: Log
     app = made(Seen(), "0 3 * * *")
     async with working(app, dsn):
         right = await known(db)
-    schedule = Schedule(app.registry.crons)
-    await schedule.look(db)
+    schedule = Crons(app.registry.crons)
+    await schedule.enqueue_due(db)
     args = ["Nightly"], 3.0, ["Nightly"], [right]
     now = await db.fetchval("SELECT clock_timestamp()")
     assert await db.fetch(SQL["list_due_crons"], *args, now) == []

@@ -30,79 +30,11 @@ What is merged or left out, and why that hides nothing:
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator
-from enum import IntEnum
-from typing import NamedTuple
 
 from .explore import Comes, Promise, Step
+from .lease_state import REGISTRATIONS, Job, Life, Says, State, Task, Worker, killed, outdated, put, renamed, sort_key
 
 NOW, SOON, MAYBE = Comes.NOW, Comes.SOON, Comes.MAYBE
-REGISTRATIONS = 2
-
-
-class Task(IntEnum):
-    __hash__ = int.__hash__  # an Enum's own is slow
-
-    READY = 0
-    SCHEDULED = 1
-    RUNNING = 2
-    DONE = 3
-    DEAD = 4
-    CANCELLED = 5
-
-
-class Life(IntEnum):
-    __hash__ = int.__hash__
-
-    UP = 0
-    STOPPING = 1
-    FROZEN = 2
-    OVER = 3
-
-
-class Says(IntEnum):
-    """An outcome."""
-
-    __hash__ = int.__hash__
-
-    FINISH = 0
-    LATER = 1
-    HAND_BACK = 2
-
-
-class Job(NamedTuple):
-    id: int  # of the worker that claimed it: which registration of its process
-    attempt: int
-    current: bool = True  # the claim that it comes from is the last one of the task
-    lost: bool = False  # the handler was cancelled, as the lease is gone
-    says: Says = Says.FINISH  # once it is an outcome
-
-
-class Worker(NamedTuple):
-    """A process, and what the database holds of it."""
-
-    life: Life = Life.UP
-    id: int = 1
-    registered: bool = True  # notifyq.worker has a row for this id
-    locked: bool = True  # its heartbeat's session is there, and shares the advisory lock
-    silent: int = 0  # without a heartbeat: 1: over 2 s; 2: over its lease
-    owns: int = 0  # the id that the task's row names, if it is one of this process; 0: it isn't
-    sent: int = 0  # claim.sql runs for this id; negative: its client is gone; 0: none runs
-    connected: bool = True  # its connection for claims, whose session shares the lock
-    answer: Job | None = None  # of claim.sql, on its way
-    held: Job | None = None
-    behind: Job | None = None  # claimed again, while the handler of `held` winds up
-    outcomes: tuple[Job, ...] = ()
-
-
-class State(NamedTuple):
-    workers: tuple[Worker, ...]
-    task: Task = Task.READY
-    attempts: int = 0
-    relaxed: bool = False  # the last thing that was done to the row is a claim, not flushed yet
-    faults: int = 0  # that may still come
-    cancels: int = 0
-    orphaned: int = 0  # times that the task was taken back as unowned: that attempt counts, whether it ran or not
-    bad: str = ""
 
 
 # Each is a change that looks harmless, and isn't.
@@ -146,7 +78,7 @@ class Lease:
 
     def same(self, state: State) -> Hashable:
         # None can't be compared with a job: sort by a key that can.
-        return (tuple(sorted(state.workers, key=_key)), *state[1:])
+        return (tuple(sorted(state.workers, key=sort_key)), *state[1:])
 
     def steps(self, state: State) -> Iterator[Step[State]]:
         yield from self._sql(state)
@@ -166,7 +98,7 @@ class Lease:
 
     def _free(self, state: State, task: Task, attempts: int) -> State:
         """No worker holds the row any more: every job that comes from it is of a past claim."""
-        workers = tuple(_outdated(worker._replace(owns=0)) for worker in state.workers)
+        workers = tuple(outdated(worker._replace(owns=0)) for worker in state.workers)
         return state._replace(workers=workers, task=task, attempts=attempts, relaxed=False)
 
     def _sql(self, state: State) -> Iterator[Step[State]]:
@@ -185,43 +117,43 @@ class Lease:
             if state.task is Task.READY:
                 attempt = state.attempts + 1
                 answer = Job(worker.sent, attempt) if worker.sent > 0 else None
-                taken = _put(state, n, **_renamed(worker, attempt)._asdict())
-                taken = _put(taken, n, owns=abs(worker.sent), sent=0, answer=answer)
+                taken = put(state, n, **renamed(worker, attempt)._asdict())
+                taken = put(taken, n, owns=abs(worker.sent), sent=0, answer=answer)
                 after = taken._replace(task=Task.RUNNING, attempts=attempt, relaxed=True)
                 yield f"claim.sql takes the task, attempt {attempt}", after, NOW
             else:
-                yield "claim.sql finds nothing", _put(state, n, sent=0), NOW
+                yield "claim.sql finds nothing", put(state, n, sent=0), NOW
         silent = worker.life >= Life.FROZEN or not worker.locked
         if worker.registered and silent and worker.silent < 2:
             passed = "2 s without a heartbeat" if worker.silent == 0 else "its lease's length without a heartbeat"
-            yield passed, _put(state, n, silent=worker.silent + 1), SOON if worker.life >= Life.FROZEN else MAYBE
+            yield passed, put(state, n, silent=worker.silent + 1), SOON if worker.life >= Life.FROZEN else MAYBE
 
     def _faults(self, state: State, n: int, worker: Worker) -> Iterator[tuple[str, State, Comes]]:
         if worker.life is Life.OVER:
             if not worker.registered and not worker.owns and not worker.sent:
                 # With its old id, which no row has any more.
-                yield "is started again", _put(state, n, **Worker()._asdict()), NOW if self._kills else MAYBE
+                yield "is started again", put(state, n, **Worker()._asdict()), NOW if self._kills else MAYBE
             return
         left = state._replace(faults=state.faults - 1)
         if worker.life is Life.FROZEN:
-            yield "goes on (SIGCONT)", _put(state, n, life=Life.UP), MAYBE
+            yield "goes on (SIGCONT)", put(state, n, life=Life.UP), MAYBE
         elif state.faults:
-            yield "is frozen (SIGSTOP)", _put(left, n, life=Life.FROZEN), MAYBE
+            yield "is frozen (SIGSTOP)", put(left, n, life=Life.FROZEN), MAYBE
         if state.faults:
-            yield "is killed", _killed(left, n), MAYBE
+            yield "is killed", killed(left, n), MAYBE
             if worker.life is Life.UP:
-                yield "is told to stop (SIGTERM)", _put(left, n, life=Life.STOPPING), MAYBE
+                yield "is told to stop (SIGTERM)", put(left, n, life=Life.STOPPING), MAYBE
             if worker.connected:
-                cut = _put(left, n, connected=False, sent=-abs(worker.sent), answer=None)
+                cut = put(left, n, connected=False, sent=-abs(worker.sent), answer=None)
                 yield "loses its connection for claims", cut, MAYBE
             if worker.locked:
-                yield "loses its heartbeat's connection, and the lock", _put(left, n, locked=False), MAYBE
+                yield "loses its heartbeat's connection, and the lock", put(left, n, locked=False), MAYBE
             if n == 0:
                 crashed = left
                 for m, other in enumerate(left.workers):
-                    crashed = _put(crashed, m, locked=False, connected=False, sent=0, answer=None)
+                    crashed = put(crashed, m, locked=False, connected=False, sent=0, answer=None)
                     if other.life is Life.OVER:
-                        crashed = _put(crashed, m, connected=True)
+                        crashed = put(crashed, m, connected=True)
                 yield "sees the server crash, and restart", crashed._replace(relaxed=False), MAYBE
                 if state.relaxed:
                     undone = self._free(crashed, Task.READY, state.attempts - 1)
@@ -235,25 +167,25 @@ class Lease:
             job, text = worker.answer, "has the claim's answer"
             if worker.life is Life.STOPPING:
                 job = job._replace(says=Says.HAND_BACK)
-                yield f"{text}; too late (feed)", _put(state, n, answer=None, outcomes=(*worker.outcomes, job)), NOW
+                yield f"{text}; too late (feed)", put(state, n, answer=None, outcomes=(*worker.outcomes, job)), NOW
             elif worker.held is None:
-                yield f"{text}, and runs it", _put(state, n, answer=None, held=job), NOW
+                yield f"{text}, and runs it", put(state, n, answer=None, held=job), NOW
             elif worker.behind is None:
-                yield f"{text}; its old handler still winds up (feed)", _put(state, n, answer=None, behind=job), NOW
+                yield f"{text}; its old handler still winds up (feed)", put(state, n, answer=None, behind=job), NOW
         elif not worker.connected:
             if worker.life is Life.STOPPING:
                 return
             if worker.sent > 0:
                 return  # under its old id: it is answered first
             ended = worker.sent == -worker.id and self._wrong != "early strays"
-            after = _put(state, n, sent=0) if ended else state
+            after = put(state, n, sent=0) if ended else state
             text = "end_backends.sql; reclaim_unanswered.sql"
             if worker.owns == worker.id and not self._knows(state, worker) and self._wrong != "no strays":
                 after = self._free(after, Task.READY, state.attempts - 1)
                 text += " takes back the task"
-            yield f"{text}; claims on a new connection", _put(after, n, connected=True), NOW
+            yield f"{text}; claims on a new connection", put(after, n, connected=True), NOW
         elif not worker.sent and worker.life is Life.UP and worker.registered and state.task is Task.READY:
-            yield "claim.sql begins, and sees it is registered", _put(state, n, sent=worker.id), NOW
+            yield "claim.sql begins, and sees it is registered", put(state, n, sent=worker.id), NOW
 
     def _knows(self, state: State, worker: Worker) -> bool:
         """Whether the worker knows of the lease that the row says it has."""
@@ -267,20 +199,20 @@ class Lease:
         if (job := worker.held) is None:
             return
         if self._kills:
-            yield "is killed by the handler", _killed(state, n), NOW
+            yield "is killed by the handler", killed(state, n), NOW
             return
         next_ = {"held": worker.behind, "behind": None}
         if len(worker.outcomes) < 2:
             for says in [Says.FINISH, Says.LATER] if job.attempt < self.max_attempts else [Says.FINISH]:
                 text = "the handler returns" if says is Says.FINISH else "the handler raises, to be tried later"
                 outcomes = (*worker.outcomes, job._replace(says=says, lost=False))
-                yield text, _put(state, n, outcomes=outcomes, **next_), NOW
+                yield text, put(state, n, outcomes=outcomes, **next_), NOW
         if worker.life is Life.STOPPING:
             back = tuple(job._replace(says=Says.HAND_BACK, lost=False) for job in (job, worker.behind) if job)
-            after = _put(state, n, outcomes=worker.outcomes + back, held=None, behind=None)
+            after = put(state, n, outcomes=worker.outcomes + back, held=None, behind=None)
             yield "the handler is cancelled, to hand its task back", after, NOW
         elif job.lost:
-            yield "the handler has ended, cancelled: nothing to write", _put(state, n, **next_), NOW
+            yield "the handler has ended, cancelled: nothing to write", put(state, n, **next_), NOW
 
     def _settles(self, state: State, n: int, worker: Worker) -> Iterator[tuple[str, State, Comes]]:
         """Settler: finish.sql, retry_later.sql, hand_back.sql."""
@@ -293,7 +225,7 @@ class Lease:
         if self._wrong == "bare hand-back" and job.says is Says.HAND_BACK:
             owner = attempt = True
         if state.task is not Task.RUNNING or not owner or not attempt:
-            yield f"{text}: refused by the fence", _put(state, n, outcomes=worker.outcomes[1:]), NOW
+            yield f"{text}: refused by the fence", put(state, n, outcomes=worker.outcomes[1:]), NOW
             return
         after = {
             Says.FINISH: (Task.DONE, state.attempts),
@@ -303,7 +235,7 @@ class Lease:
         applied = self._free(state, *after)
         if not job.current:
             applied = applied._replace(bad=f"{text} was applied by a worker that hasn't the lease any more")
-        done = _put(applied, n, outcomes=applied.workers[n].outcomes[1:])
+        done = put(applied, n, outcomes=applied.workers[n].outcomes[1:])
         yield f"{text} is applied", done, NOW
         if state.faults:
             yield f"{text} is applied, but its answer lost", applied._replace(faults=state.faults - 1), MAYBE
@@ -312,17 +244,17 @@ class Lease:
         """Heartbeat: send_heartbeat.sql; and the end."""
         if worker.life is Life.STOPPING and worker.held is None and worker.behind is None:
             # Outcomes that couldn't be written in time are given up.
-            over = _put(state, n, life=Life.OVER, registered=False, locked=False, silent=0, answer=None, outcomes=())
+            over = put(state, n, life=Life.OVER, registered=False, locked=False, silent=0, answer=None, outcomes=())
             if worker.owns == worker.id:
                 over = self._free(over, Task.READY, state.attempts - 1)
             yield "hand_back_all.sql; unregister_worker.sql; ends", over, NOW
         if not worker.registered:
             if worker.id == REGISTRATIONS:
-                yield "is given up for dead once more, and has had enough", _killed(state, n), NOW
+                yield "is given up for dead once more, and has had enough", killed(state, n), NOW
                 return
             held = None if worker.held is None else worker.held._replace(lost=True)
             # Its session for claims ends too, but for a claim that is under way: that is answered first.
-            after = _put(state, n, id=worker.id + 1, registered=True, locked=True, silent=0, held=held, connected=False)
+            after = put(state, n, id=worker.id + 1, registered=True, locked=True, silent=0, held=held, connected=False)
             yield "send_heartbeat.sql: isn't registered; register_worker.sql: comes back under a new id", after, NOW
             return
         held = worker.held
@@ -330,7 +262,7 @@ class Lease:
             held = held._replace(lost=True)
         if (worker.silent, worker.locked, worker.held) != (0, True, held):
             text = "send_heartbeat.sql: the heartbeat" + ("; its lease is lost" if held != worker.held else "")
-            yield text, _put(state, n, silent=0, locked=True, held=held), NOW
+            yield text, put(state, n, silent=0, locked=True, held=held), NOW
 
     def _rescues(self, state: State, n: int) -> Iterator[Step[State]]:
         """Heartbeat: rescue.sql and reclaim_unowned.sql, for the other workers."""
@@ -343,7 +275,7 @@ class Lease:
                     alive = other.locked
                 dead = other.silent == 2 or (other.silent == 1 and not alive)
                 if dead or self._wrong == "no liveness":
-                    buried = _put(state, m, registered=False, silent=0)
+                    buried = put(state, m, registered=False, silent=0)
                     if other.owns == other.id:
                         spent = state.attempts >= self.max_attempts
                         attempts = state.attempts - (self._wrong == "free rescue")
@@ -356,38 +288,3 @@ class Lease:
             if other.owns and not (other.registered and other.owns == other.id) and self._wrong != "no orphans":
                 again = self._free(state, Task.READY, state.attempts)._replace(orphaned=state.orphaned + 1)
                 yield Step(f"worker {n + 1}: reclaim_unowned.sql takes back the task of worker {m + 1}", again, SOON)
-
-
-def _put(state: State, n: int, **fields: object) -> State:
-    worker = state.workers[n]._replace(**fields)  # type: ignore[arg-type]
-    return state._replace(workers=(*state.workers[:n], worker, *state.workers[n + 1 :]))
-
-
-def _killed(state: State, n: int) -> State:
-    """Only its row is left, and the statement that its backend still runs."""
-    was = state.workers[n]
-    left = Worker(Life.OVER, was.id, was.registered, False, was.silent, was.owns, -abs(was.sent), False)
-    return _put(state, n, **left._asdict())
-
-
-def _outdated(worker: Worker) -> Worker:
-    def old(job: Job | None) -> Job | None:
-        return job._replace(current=False) if job else None
-
-    answer, held, behind = old(worker.answer), old(worker.held), old(worker.behind)
-    outcomes = tuple(job._replace(current=False) for job in worker.outcomes)
-    return worker._replace(answer=answer, held=held, behind=behind, outcomes=outcomes)
-
-
-def _renamed(worker: Worker, attempt: int) -> Worker:
-    """A job of it with the same id and attempt as the new claim is of the current lease again."""
-
-    def again(job: Job | None) -> Job | None:
-        return job and job._replace(current=job.current or (job.id, job.attempt) == (abs(worker.sent), attempt))
-
-    outcomes = tuple(job for job in map(again, worker.outcomes) if job)
-    return worker._replace(held=again(worker.held), behind=again(worker.behind), outcomes=outcomes)
-
-
-def _key(worker: Worker) -> tuple[object, ...]:
-    return tuple(field or () if field is None or isinstance(field, tuple) else field for field in worker)

@@ -23,7 +23,7 @@ from notifyq.database.connection import SQL
 from notifyq.errors import ConfigError
 from notifyq.testing import advance
 from notifyq.worker import maintenance
-from notifyq.worker.crons import Schedule
+from notifyq.worker.crons import Crons
 
 from ..helpers.crons import CRON, Nightly, known, made
 from ..helpers.databases import Sessions
@@ -217,11 +217,11 @@ async def test_a_schedule_that_is_changed(dsn: str, db: Any) -> None:
 async def test_a_change_when_slots_were_put_ahead(dsn: str, db: Any) -> None:
     """They aren't enqueued once more, if the new schedule has them too; those that a pause has cancelled are."""
     cron = Cron("n", "* * * * * *", "UTC", "T", "{}", "default", 0, "once")
-    schedule = Schedule({"n": cron})
+    schedule = Crons({"n": cron})
     for changed in (cron, cron._replace(tz="Europe/Berlin")):
         await db.execute(SQL["register_crons"], *([column] for column in changed))
-        await schedule.look(db)
-        await schedule.look(db)  # without a next slot, the first only reckons it
+        await schedule.enqueue_due(db)
+        await schedule.enqueue_due(db)  # without a next slot, the first only computes it
     times = "SELECT run_at FROM notifyq.task ORDER BY run_at"
     put = [row["run_at"] for row in await db.fetch(times)]
     assert len(put) >= 2
@@ -229,7 +229,7 @@ async def test_a_change_when_slots_were_put_ahead(dsn: str, db: Any) -> None:
     await db.fetchval("SELECT notifyq.cron_pause('n'), notifyq.cron_resume('n')")
     assert await db.fetch(times) == []
     now = await db.fetchval("SELECT clock_timestamp()")
-    await schedule.look(db)
+    await schedule.enqueue_due(db)
     first = (await db.fetch(times))[0]["run_at"]
     assert now < first <= await db.fetchval("SELECT clock_timestamp()") + timedelta(seconds=1)
 
@@ -280,7 +280,7 @@ async def test_a_worker_that_saw_the_slot_before_the_pause_enqueues_nothing(db: 
 
 
 async def told(logged: Logged) -> bool:
-    return len(logged("a cron that can't be reckoned")) == 1
+    return len(logged("a cron whose next slot can't be computed")) == 1
 
 
 @pytest.mark.parametrize(
@@ -306,7 +306,7 @@ async def test_a_row_that_makes_no_sense(dsn: str, db: Any, logged: Logged, chan
         await eventually(lambda: told(logged))
         await db.execute("UPDATE notifyq.cron SET next_at = clock_timestamp() WHERE name = 'Nightly'")
         await seen.reach(1)
-    [said] = logged("a cron that can't be reckoned")
+    [said] = logged("a cron whose next slot can't be computed")
     assert said["cron"] == "odd"
     assert said["error"].startswith(error)
 
