@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from .state import ASLEEP, AWAY, TURN, Position, State
 
@@ -102,7 +102,8 @@ class Wait:
 Action = Fail | WriteHeartbeat | ReleaseWaiters | Isolate | Listen | Unlisten | CheckDue | Claim | Sleep | Wait
 
 
-class Row(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Row:
     name: str
     holds: Callable[[State, float, Free], bool]
     action: Callable[[State, float], Action]

@@ -61,6 +61,9 @@ class Intake:
         if not free.by_queue:  # all are paused
             self._note_claim([], True, 0.0, clock())
             return 0, False
+        ready: list[Job] = []
+        locked: list[Job] = []
+        taken = Taken([], *free, None, True)
         with anyio.CancelScope(shield=True):
             taken = await self._take_all(conn, worker, free, from_head)
             ready, locked = await self._admission.admit(conn, worker, taken.jobs)
@@ -76,6 +79,8 @@ class Intake:
 
     async def claim_crashed(self, conn: Connection, worker: int, keys: list[str], crashes: int, most: int) -> list[Job]:
         """Up to `most` tasks whose workers have vanished `crashes` times. Returns those that run now."""
+        ready: list[Job] = []
+        locked: list[Job] = []
         with anyio.CancelScope(shield=True):
             jobs = await self._take_crashed(conn, worker, keys, crashes, most)
             ready, locked = await self._admission.admit(conn, worker, jobs)

@@ -144,7 +144,7 @@ class State:
     listening: bool = False
     look: bool = False  # something happened: claim
     backlog: bool = False  # the last claim came back full
-    left: set[str] = field(default_factory=set)  # queues with a limit in which it may have left tasks
+    left: set[str] = field(default_factory=set[str])  # queues with a limit in which it may have left tasks
     timer_unknown: bool = False  # due tasks weren't looked for since the last claim
     poll_found: bool = False  # the poll found tasks, and another worker has the turn
     unhandled: bool = False  # tasks that other workers have no handler for may be ours

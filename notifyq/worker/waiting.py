@@ -35,6 +35,7 @@ class Waiting:
     async def release_waiters(self, conn: Connection) -> int:
         """Make ready the tasks that waited for ended ones. Returns how many. The bell may ring for another worker."""
         self._state.release_wanted = False  # before the statement: more may end meanwhile
+        ready = 0
         with anyio.CancelScope(shield=True):
             ready = await self._left_out.release_waiters(conn)
         self._state.look |= ready > 0

@@ -33,6 +33,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Iterator
+from dataclasses import replace
 from enum import IntEnum
 from functools import cache
 from typing import NamedTuple
@@ -190,7 +191,7 @@ def drop(name: str) -> tuple[Row, ...]:
 
 def change(name: str, holds: Callable[[state.State, float, Free], bool]) -> tuple[Row, ...]:
     """The table with another condition in a row."""
-    return tuple(row._replace(holds=holds) if row.name == name else row for row in TABLE)
+    return tuple(replace(row, holds=holds) if row.name == name else row for row in TABLE)
 
 
 def _waits_for_share(s: state.State, now: float) -> Action:
@@ -201,7 +202,7 @@ def _waits_for_share(s: state.State, now: float) -> Action:
 WRONG_TABLES = {
     "late listen": change("deaf", lambda s, now, free: s.position is ASLEEP and not s.listening and not s.look),
     "never again": drop("deaf"),
-    "no arming look": tuple(row._replace(action=_waits_for_share) if row.name == "arming" else row for row in TABLE),
+    "no arming look": tuple(replace(row, action=_waits_for_share) if row.name == "arming" else row for row in TABLE),
 }
 # Rows that no state of the model reaches: see above.
 OUT_OF_REACH = {
@@ -445,7 +446,7 @@ class Doorbell:
                 self.decided.setdefault(row.name, set()).add(self._deciding)
             return held
 
-        return row._replace(holds=holds)
+        return replace(row, holds=holds)
 
     def _move(self, text: str, worker: Worker, comes: Comes, rung: int = 0, silent: int = 0) -> Move:
         return Move(text, self._decided(worker), comes, rung, silent)
