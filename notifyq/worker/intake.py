@@ -16,7 +16,7 @@ from ..database.connection import SQL, Connection
 from .admission import Admission
 from .capacity import Capacity, Free
 from .cursors import Cursors, FromCursor
-from .job import Job, Threads, claim, claim_crashed
+from .job import Job, Threads, claim
 from .left_out import unless_refused
 from .outcome import HandedBack
 from .runners import Runners
@@ -82,7 +82,7 @@ class Intake:
         ready: list[Job] = []
         locked: list[Job] = []
         with anyio.CancelScope(shield=True):
-            jobs = await self._take_crashed(conn, worker, keys, crashes, most)
+            jobs = await self._left_out.claim_crashed(conn, worker, keys, self._admission.types, crashes, most)
             ready, locked = await self._admission.admit(conn, worker, jobs)
         self.feed(ready, locked)
         return ready
@@ -155,14 +155,6 @@ class Intake:
                 return jobs
         without = threads.types if threads else []
         return await self._left_out.claim(conn, worker, *free, unhandled=unhandled, without=without, blind=blind)
-
-    async def _take_crashed(self, conn: Connection, worker: int, keys: list[str], crashes: int, most: int) -> list[Job]:
-        types = self._admission.types
-        if not self._left_out:
-            jobs = await unless_refused(claim_crashed(conn, worker, keys, types, crashes, most))
-            if jobs is not None:
-                return self._left_out.taken(jobs)
-        return await self._left_out.claim_crashed(conn, worker, keys, types, crashes, most)
 
     # What is noted of a claim.
 

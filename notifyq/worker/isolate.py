@@ -42,10 +42,8 @@ class Isolation:
         clock = asyncio.get_running_loop().time
         self._state.isolation_wanted = False
         keys = [f"crashed:{queue}" for queue in self._capacity.queues if queue not in self._admission.paused]
-        crashes = await conn.fetchval(
-            SQL["find_fewest_crashes"], keys, self._admission.types, self._admission.left_out.ids
-        )
-        if crashes is None:
+        first = await conn.fetchrow(SQL["list_crashed"], keys, self._admission.types, self._admission.left_out.ids, 1)
+        if first is None:
             self._refused_since = None
             return 0
         locked = False
@@ -60,7 +58,7 @@ class Isolation:
         try:
             self._state.want(Position.AWAY, clock())
             bell.want(Position.AWAY)
-            count = await self._run_alone(conn, worker, keys, crashes)
+            count = await self._run_alone(conn, worker, keys, first["crashes"])
         finally:
             if locked and not conn.is_closed():
                 await conn.execute("SELECT pg_advisory_unlock(1852990835, 0)")

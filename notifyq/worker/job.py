@@ -102,20 +102,6 @@ def _inline(limit: int) -> int:
     return max(INLINE_LEAST, min(INLINE_MOST, CLAIM_BYTES // max(limit, 1)))
 
 
-async def claim_crashed(
-    conn: Connection, worker: int, keys: list[str], types: Sequence[str], crashes: int, limit: int
-) -> list[Job]:
-    """Up to `limit` of the tasks whose workers have vanished `crashes` times: see find_fewest_crashes.sql."""
-    args = (worker, keys, types, crashes, limit)
-    try:
-        rows = await conn.fetch(SQL["claim_crashed"], *args, _inline(limit))
-    except UNREADABLE:
-        rows = await conn.fetch(SQL["claim_crashed"], *args, 0)
-    jobs = [Job(worker, row) for row in rows]
-    put_in_order(jobs)
-    return jobs
-
-
 async def claim_by_id(conn: Connection, worker: int, ids: list[int], limit: int, *, blind: bool = False) -> list[Job]:
     """Claim those of the tasks that can still be claimed, in no order. `limit` bounds their payloads, as in `claim`."""
     try:

@@ -139,9 +139,13 @@ class LeftOut:
     async def claim_crashed(
         self, conn: Connection, worker: int, keys: list[str], types: Sequence[str], crashes: int, limit: int
     ) -> list[Job]:
-        """As job.claim_crashed."""
-        args = keys, types, crashes, limit
-        return await self._claim_these(conn, worker, limit, lambda ids: conn.fetch(SQL["list_crashed"], *args, ids))
+        """Claim up to `limit` tasks whose workers have vanished `crashes` times. Their `keys` say in which queues."""
+
+        async def crashed(without: list[int]) -> list[asyncpg.Record]:
+            rows = await conn.fetch(SQL["list_crashed"], keys, types, without, limit)
+            return [row for row in rows if row["crashes"] == crashes]
+
+        return await self._claim_these(conn, worker, limit, crashed)
 
     async def promote(self, conn: Connection, queues: Sequence[str], most: int) -> int:
         """Make up to `most` due tasks of each queue ready. Returns how many."""

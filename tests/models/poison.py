@@ -1,6 +1,7 @@
 """Tasks whose worker vanished: a culprit kills each worker that runs it, and those beside it are innocent.
 
-The rules are schema.sql's, under "Tasks whose worker vanished"; the statements are rescue.sql and claim_crashed.sql.
+The rules are schema.sql's, under "Tasks whose worker vanished"; the statements are rescue.sql, list_crashed.sql and
+claim_by_id.sql.
 
 What is merged or left out, and why that hides nothing:
 

@@ -1,14 +1,9 @@
--- After a claim of suspects that PostgreSQL refused (left_out.py): up to $4 of those of types $2 at the keys $1 that
--- have crashed $3 times, without the tasks $5. Returns ids.
-SELECT s.id
+-- List up to $4 tasks of types $2 that wait to run isolated at the keys $1 ('crashed:' and a queue), without the tasks
+-- $3. Returns their ids and how often each has crashed; those that have crashed least come first. It locks nothing. See
+-- "Tasks whose worker vanished" in schema.sql.
+SELECT r.id, coalesce(r.crashes, 0) + coalesce(r.crashes_alone, 0) AS crashes
 FROM unnest($1::text[]) AS q (key)
-CROSS JOIN LATERAL (
-    SELECT r.id
-    FROM notifyq.task r
-    WHERE r.waiting_on = q.key AND r.withheld AND r.worker IS NULL AND r.type = ANY ($2::text[])
-      AND coalesce(r.crashes, 0) + coalesce(r.crashes_alone, 0) = $3::integer
-      AND r.id <> ALL ($5::bigint[])
-    ORDER BY r.priority DESC, r.id
-    LIMIT $4::integer
-) AS s
-LIMIT $4
+JOIN notifyq.task r ON r.waiting_on = q.key AND r.withheld
+WHERE r.worker IS NULL AND r.type = ANY ($2::text[]) AND r.id <> ALL ($3::bigint[])
+ORDER BY crashes, r.priority DESC, r.id
+LIMIT $4::integer
