@@ -1,4 +1,4 @@
-"""Where a DSN leads: whatever its form, to the database that psql reaches with it, or to a message that says why."""
+"""A DSN of any form leads to the database that psql reaches with it, or to a message that says why not."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ HBA = "host all locked all scram-sha-256\nlocal all locked scram-sha-256\nlocal 
 
 
 class There:
-    """A server with databases and roles of several names, on a unix socket, 127.0.0.1 and, if there is one, ::1."""
+    """A server with databases and roles of several names, on a unix socket, 127.0.0.1 and ::1 (where there is one)."""
 
     def __init__(self, server: Server, port: int, folder: Path) -> None:
         self.port = port
@@ -79,7 +79,7 @@ def bare_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def find_psql() -> str:
-    """Debian's, or another of the system; the embedded one where it has none."""
+    """Debian's psql, or another one of the system; the embedded server's if there is none."""
     psql = shutil.which("psql") or str(find_binaries().bin_dir / "psql")
     if not Path(psql).exists():
         pytest.skip("no psql here")
@@ -87,7 +87,7 @@ def find_psql() -> str:
 
 
 def by_psql(dsn: str | None) -> tuple[str, ...] | str:
-    """What it reaches, or what it says."""
+    """What psql reaches, or its message."""
     argv = [find_psql(), "-XAtc", WHO, *([] if dsn is None else ["-d", dsn])]
     done = subprocess.run(argv, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
     return tuple(done.stdout.strip().split("|")) if done.returncode == 0 else done.stderr
@@ -120,7 +120,7 @@ def by_psycopg(dsn: str | None) -> tuple[str, ...]:
 
 
 async def everywhere(dsn: str | None) -> tuple[str, ...]:
-    """By each way that notifyq has; they must agree."""
+    """What each driver of notifyq reaches. All must agree."""
     found = {await by_asyncpg(dsn), await by_app(dsn), await asyncio.to_thread(by_psycopg, dsn)}
     assert len(found) == 1
     return found.pop()
@@ -137,7 +137,7 @@ FORMS: list[tuple[str, dict[str, str]]] = [
     ("postgresql://shop@127.0.0.1:{port}", {}),
     ("postgresql://shop@127.0.0.1:{port}/", {"PGDATABASE": "postgres"}),
     ("postgresql://shop@127.0.0.1:{port}/?dbname=", {"PGDATABASE": "postgres"}),
-    # Which host and user; what follows the ? goes before what stands in front.
+    # Which host and user; a parameter after the ? wins.
     ("postgresql://nobody@nowhere.invalid:1/shop?host=127.0.0.1&port={port}&user=shop", {}),
     ("postgresql://shop@nowhere.invalid:{port}/shop?hostaddr=127.0.0.1", {}),
     ("postgresql://127.0.0.1:{port}/shop?user=me%40corp", {}),
@@ -149,7 +149,7 @@ FORMS: list[tuple[str, dict[str, str]]] = [
     ("postgresql://shop@127.0.0.1:1,127.0.0.1:{port}/shop?target_session_attrs=read-write", {}),
     ("postgresql://shop@127.0.0.1:1,127.0.0.1:{port}/shop", {"PGTARGETSESSIONATTRS": "prefer-standby"}),
     ("postgresql://shop@/shop?host=127.0.0.1,{sock}&port=1,{port}", {}),
-    # What a connection is like.
+    # Settings of the connection.
     (TCP + "?options=-c%20statement_timeout%3D5s", {}),
     (TCP + "?connect_timeout=10&keepalives=1&keepalives_idle=30&tcp_user_timeout=9", {}),
     (TCP + "?application_name=a&fallback_application_name=b&client_encoding=latin1", {}),
@@ -206,7 +206,7 @@ async def test_without_a_dsn(there: There, environ: dict[str, str], monkeypatch:
 
 
 async def test_what_only_sqlalchemy_says(there: There) -> None:
-    """psql doesn't take these; they lead where the rest of the URL does."""
+    """psql refuses these parameters; here such a URL leads where the rest of it says."""
     expected = await asyncio.to_thread(by_psql, there(TCP))
     for form in (
         TCP.replace("://", "+asyncpg://") + "?ssl=prefer&prepared_statement_cache_size=0",
@@ -220,7 +220,7 @@ async def test_what_only_sqlalchemy_says(there: There) -> None:
 
 
 async def test_in_tests_and_by_the_command_line(there: There) -> None:
-    """With the database in the query: each test's database is another, and commands find the same one."""
+    """The database is in the query: each test still gets a database of its own, and commands find the same one."""
     dsn = there("postgresql+asyncpg://notifyq@/?host={sock}&port={port}&dbname=postgres&ssl=disable")
     async with Databases(dsn) as databases, databases.new() as new:
         assert (await by_asyncpg(new))[0].startswith("notifyq_test_")
@@ -261,7 +261,7 @@ async def test_in_tests_and_by_the_command_line(there: There) -> None:
     ],
 )
 async def test_what_asyncpg_cannot_do_is_said(there: There, form: str, says: str) -> None:
-    """Before anything is connected."""
+    """The message comes before any connection is tried."""
     with pytest.raises(ConfigError, match=f"^--dsn can't be used: .*{re.escape(says)}"):
         await by_asyncpg(there(form))
     with pytest.raises(ConfigError, match=f"^--dsn can't be used: .*{re.escape(says)}"):
@@ -275,7 +275,7 @@ def test_what_psycopg_cannot_do_is_said(there: There) -> None:
 
 
 def test_random_order_and_timeouts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each host is tried once; connect_timeout is of each, from 2 seconds; a password is of its host."""
+    """Each host is tried once, with a connect_timeout of its own, at least 2 s, and the password for it."""
     url = "postgresql://u@a,b,c/d?load_balance_hosts=random&connect_timeout=1"
     for _ in range(5):
         found = hosts.attempts(url, {})
@@ -292,7 +292,7 @@ def test_random_order_and_timeouts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_user_is_the_systems(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As psql has it: not what the variable USER says."""
+    """The user is the system's, as for psql, and not the variable USER."""
     import pwd
 
     for name in ("USER", "LOGNAME", "LNAME", "USERNAME"):
@@ -301,7 +301,7 @@ def test_the_user_is_the_systems(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 async def test_a_user_id_without_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in containers that run under a random one: a message, and nothing is wrong where a user is named."""
+    """As in containers that run under a random user id: a message, unless the DSN names a user."""
     monkeypatch.setattr(os, "geteuid", lambda: 1234567)
     monkeypatch.delenv("HOME")
     monkeypatch.setattr(os, "getuid", lambda: 1234567)
@@ -322,7 +322,7 @@ async def test_where_nothing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 async def test_a_server_that_is_there_and_refuses(there: There) -> None:
-    """It isn't asked whether it runs."""
+    """The message doesn't ask whether the server runs."""
     with psycopg.connect(there.dsn, autocommit=True) as conn:
         conn.execute(b"ALTER ROLE shop CONNECTION LIMIT 0")
         try:
@@ -337,7 +337,7 @@ async def test_a_server_that_is_there_and_refuses(there: There) -> None:
 
 
 def test_what_is_shown_of_pairs() -> None:
-    """A password in quotes, with spaces, is one value and isn't shown."""
+    """A quoted password with spaces is one value, and isn't shown."""
     from notifyq.config import redact
 
     url, _ = resolve_dsn("host=h password='top secret & more' user=u", {})
@@ -347,7 +347,7 @@ def test_what_is_shown_of_pairs() -> None:
 
 
 async def test_the_message_isnt_buried() -> None:
-    """Under the traceback of the driver, seventy lines of it."""
+    """No traceback of the driver, seventy lines long, comes before it."""
     with pytest.raises(DatabaseError) as caught:
         await by_asyncpg("postgresql://u@127.0.0.1:1/x")
     lines = traceback.format_exception(caught.value)

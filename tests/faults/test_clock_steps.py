@@ -1,6 +1,6 @@
 """The server's clock was wrong for a while, and was set right: nothing waits for a time that only the wrong clock knew.
 
-Nobody can set the clock of a server that tests share. So rows are given the times that such a clock would give them.
+The tests share a server, so they can't set its clock. They give rows the times that a wrong clock would give instead.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ YEAR = timedelta(days=365)
 async def test_a_slot_from_a_wrong_clock_is_computed_anew(
     dsn: str, db: Any, logged: Logged, expression: str, ahead: timedelta
 ) -> None:
-    """By a worker that was there at the time, and by one that starts later."""
+    """A worker that was there at the time does it, and so does one that starts later."""
     app = made(Seen(), expression)
     async with working(app, dsn):
         right = await known(db)
@@ -54,7 +54,7 @@ async def test_a_slot_from_a_wrong_clock_is_computed_anew(
 
 
 async def test_slots_that_were_put_ahead_are_not_put_again(db: Any) -> None:
-    """The next seconds' slots were enqueued before the clock was wrong: the one computed anew comes after them."""
+    """The slots of the next seconds were enqueued before the clock was wrong. The new slot comes after them."""
     app = made(Seen(), "* * * * * *")
     schedule = Crons(app.registry.crons)
     await schedule.register(db, await register(db))
@@ -69,7 +69,7 @@ async def test_slots_that_were_put_ahead_are_not_put_again(db: Any) -> None:
 
 
 async def test_a_plausible_slot_is_looked_at_once(dsn: str, db: Any, logged: Logged) -> None:
-    """While nothing changes, a look at the crons returns no row; a clock that went back makes all doubtful again."""
+    """While nothing changes, a look at the crons returns no row. After the clock went back, all are checked again."""
     app = made(Seen(), "0 3 * * *")
     async with working(app, dsn):
         right = await known(db)
@@ -97,7 +97,7 @@ async def rated(db: Any, count: int, key: str = "k", limit: int = 2, seconds: fl
 
 
 async def test_starts_in_the_future_count_as_of_now(db: Any) -> None:
-    """They neither block the key for a year, nor are they forgotten: the rate holds."""
+    """Such starts neither block the key for a year nor are forgotten: the rate holds."""
     me = await register(db)
     await rated(db, 5)
     await admit(db, await claim(db, me, 2))
@@ -124,7 +124,7 @@ async def test_starts_of_several_times_become_one(db: Any) -> None:
 
 
 async def test_a_slot_that_was_granted_for_next_year(dsn: str, db: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is granted anew, though nothing else comes to that key; and it keeps no other waiting."""
+    """The task is granted another slot, though no other task comes to that key, and it keeps no other waiting."""
     for chore in maintenance.PRUNING:
         monkeypatch.setattr(chore, "every", 0.3)
     bench = Bench()
@@ -214,7 +214,7 @@ async def unique(db: Any, seconds: float | None = None) -> int:
 
 
 async def test_a_key_from_a_wrong_clock_is_free_after_its_time(db: Any) -> None:
-    """It counts as enqueued when the clock was found right."""
+    """Its task counts as enqueued when the clock was found right."""
     first = await unique(db, 3600)
     await db.execute("SELECT notifyq.cancel($1)", first)
     await db.execute("UPDATE notifyq.finished SET state = 'done'")
@@ -287,7 +287,7 @@ async def said(logged: Callable[[str], list[dict[str, Any]]], text: str) -> int:
 
 
 async def test_prune_by_a_time_that_is_given(db: Any) -> None:
-    """The earlier one of the server's and the worker's counts."""
+    """The earlier of the server's time and the worker's counts."""
     await db.execute("INSERT INTO notifyq.task (type) VALUES ('a')")
     await db.execute("SELECT notifyq.cancel(id) FROM notifyq.task")
     await db.execute("UPDATE notifyq.finished SET processed_at = now() - interval '2 hours'")

@@ -50,7 +50,7 @@ def noting(seen: Seen) -> notifyq.App:
 
 
 async def test_every_table_but_the_bell_has_a_key(db: Any) -> None:
-    """The bell, whose lock is all that is used, never has a row."""
+    """The bell never has a row: only its lock is used."""
     assert [row[0] for row in await db.fetch(WITHOUT_KEY)] == []
     await db.execute("CREATE TABLE notifyq.another (n integer)")
     assert [row[0] for row in await db.fetch(WITHOUT_KEY)] == ["another"], "a table without a key is found"
@@ -97,7 +97,7 @@ async def _missing(seen: Seen, want: set[str]) -> set[str]:
 async def test_one_table_that_refuses_keeps_no_other_from_being_pruned(
     dsn: str, db: Any, logged: Logged, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is said once, and once more when it is over; the heartbeat keeps its connection."""
+    """The refusal is logged once, and its end once; the heartbeat keeps its connection."""
     for chore in maintenance.PRUNING:
         monkeypatch.setattr(chore, "every", 0.2)
     await db.execute(
@@ -134,7 +134,7 @@ async def _count(logged: Logged, text: str) -> int:
 
 
 async def test_one_cron_that_is_refused_keeps_no_other_back(dsn: str, db: Any, logged: Logged) -> None:
-    """Nor the heartbeat, nor anything else of the worker."""
+    """It keeps neither the heartbeat back, nor anything else of the worker."""
     await db.execute(
         """CREATE FUNCTION no() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE 'none of these'; END $$;
            CREATE TRIGGER no BEFORE INSERT ON notifyq.task FOR EACH ROW WHEN (NEW.payload ->> 'text' = 'a')
@@ -162,8 +162,8 @@ def test_prune_is_a_statement_for_each_table() -> None:
 
 
 async def test_rows_that_nothing_identifies(dsn: str, db: Any, logged: Logged, monkeypatch: pytest.MonkeyPatch) -> None:
-    """REPLICA IDENTITY NOTHING: PostgreSQL refuses to claim at all. It says so, once, and how to mend it; when that is
-    done, all goes on."""
+    """REPLICA IDENTITY NOTHING: PostgreSQL refuses every claim. The worker logs that once, with the cure; when it is
+    mended, all goes on."""
     tries = Seen()
     back_off = outages.Outages.back_off
 

@@ -1,4 +1,5 @@
-"""Cancel: what waits ends at once, what runs is stopped within milliseconds, and nobody listens who needn't."""
+"""Cancel: a waiting task ends at once, a running one is stopped within milliseconds, and a worker listens for cancels
+only while it must."""
 
 from __future__ import annotations
 
@@ -58,7 +59,7 @@ class Known(notifyq.Task):
 
 
 class Bench:
-    """An app whose handlers say when they begin and how they end."""
+    """An app whose handlers record when they begin and how they end."""
 
     def __init__(self) -> None:
         self.app = notifyq.App()
@@ -115,7 +116,7 @@ async def bench(dsn: str) -> AsyncIterator[Bench]:
 
 @pytest.fixture
 def listened(monkeypatch: pytest.MonkeyPatch) -> Seen:
-    """What is listened to, and no more, in this process: ("LISTEN", channel)."""
+    """The LISTEN and UNLISTEN commands of this process: ("LISTEN", channel)."""
     seen = Seen()
     for name, word in (("add_listener", "LISTEN"), ("remove_listener", "UNLISTEN")):
 
@@ -141,7 +142,7 @@ async def listening(seen: Seen, count: int = 1) -> None:
 
 @pytest.fixture
 def slow_heart(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No heartbeat comes in time to find what a notification tells of. Below the 2 s after which others look."""
+    """No heartbeat comes in time to find what a notification announces."""
     monkeypatch.setattr(heartbeat, "BEAT_SECONDS", 60.0)
 
 
@@ -152,7 +153,7 @@ def slow_heart(monkeypatch: pytest.MonkeyPatch) -> None:
 async def test_a_running_handler(
     bench: Bench, dsn: str, db: Any, listened: Seen, slow_heart: None, kind: type[notifyq.Task], probe: Probe
 ) -> None:
-    """Within milliseconds; its clean-up runs; the outcome is kept, and told to who waits for it."""
+    """It is stopped within milliseconds, and its clean-up runs. A caller that waits for the task is told."""
     took, first = [], time.monotonic()
     async with working(bench.app, dsn, threads=CANCELS):
         refs = [await bench.app.enqueue(kind()) for _ in range(CANCELS)]
@@ -173,7 +174,7 @@ async def test_a_running_handler(
 
 
 async def test_wherever_it_runs(spawn: Callable[..., Process], dsn: str, db: Any) -> None:
-    """Of two workers in processes of their own, the one that has it."""
+    """Two workers are processes of their own; the one that runs the task stops it."""
     spawned = [spawn("concurrency=1"), spawn("concurrency=1")]
     for process in spawned:
         await process.line("started")
@@ -196,7 +197,7 @@ async def test_soon_after_its_start_it_is_the_heartbeat(bench: Bench, dsn: str, 
 
 
 async def test_it_may_be_retried_at_once(bench: Bench, dsn: str, db: Any, listened: Seen) -> None:
-    """The old handler winds up, the new one begins, both of attempt 1."""
+    """The old handler winds up while the new one begins, both of attempt 1."""
     async with working(bench.app, dsn):
         ref = await bench.app.enqueue(Sleep())
         await bench.began.reach(1)
@@ -214,7 +215,7 @@ async def test_it_may_be_retried_at_once(bench: Bench, dsn: str, db: Any, listen
 
 @pytest.mark.parametrize("delay", [None, 3600])
 async def test_what_waits(bench: Bench, db: Any, delay: float | None) -> None:
-    """Ready or scheduled, without any worker; and nobody is told of it, as nobody runs it."""
+    """A ready or scheduled task, without any worker. No notification is sent, since no worker runs it."""
     heard: list[Any] = []
     await db.add_listener(heartbeat.CANCELS, lambda *args: heard.append(args[3]))
     ref = await bench.app.enqueue(Sleep(), delay=delay)
@@ -249,7 +250,7 @@ async def test_the_flag_at_a_shutdown(bench: Bench, dsn: str, kind: type[notifyq
 
 @pytest.mark.parametrize("kind", [Sleep, Block])
 async def test_the_flag_when_the_lease_is_lost(bench: Bench, dsn: str, db: Any, kind: type[notifyq.Task]) -> None:
-    """To another worker, which has it once more while the first still runs."""
+    """Another worker runs the task again while the first handler still runs."""
     async with working(bench.app, dsn):
         ref = await bench.app.enqueue(kind())
         await bench.began.reach(1)
@@ -258,8 +259,8 @@ async def test_the_flag_when_the_lease_is_lost(bench: Bench, dsn: str, db: Any, 
 
 
 async def test_news_of_an_attempt_that_is_over_cancels_no_other(dsn: str, db: Any) -> None:
-    """A heartbeat asks about a job. Before the answer comes, that one has ended, and the task is claimed again: as the
-    next attempt, or as the same if it was cancelled and retried."""
+    """A heartbeat asks about a job. Before the answer comes, the job has ended, and the task is claimed again: as the
+    next attempt, or as the same one if it was cancelled and retried."""
     app, began = notifyq.App(), Seen()
 
     @app.handler
@@ -282,8 +283,8 @@ async def test_news_of_an_attempt_that_is_over_cancels_no_other(dsn: str, db: An
 
 
 async def test_a_run_whose_lease_was_lost_settles_nothing(dsn: str, db: Any) -> None:
-    """The task was handed back, and this worker has claimed the same attempt once more, so its lease looks the same.
-    The first run ends without minding its cancellation: what it returns is dropped, and the second run counts."""
+    """The task was handed back, and this worker has claimed the same attempt again, so its lease looks the same. The
+    first run ignores its cancellation and returns: its result is dropped, and the second run counts."""
     app, began, runs = notifyq.App(), Seen(), itertools.count(1)
 
     @app.handler
@@ -316,7 +317,7 @@ def test_outside_of_a_worker_it_is_false() -> None:
 @pytest.mark.slow
 async def test_it_listens_only_while_something_runs_for_long(bench: Bench, dsn: str, listened: Seen) -> None:
     async with working(bench.app, dsn):
-        for _ in range(3):  # idle, and with many short ones, for longer than it takes to begin
+        for _ in range(3):  # idle, and with many short tasks, for longer than it takes to begin
             for _ in range(100):
                 await bench.app.enqueue(Quick())
             await anyio.sleep(loop_watch.LONG_SECONDS)
@@ -336,7 +337,8 @@ async def test_it_listens_only_while_something_runs_for_long(bench: Bench, dsn: 
 async def test_cancels_that_nobody_meant(
     bench: Bench, dsn: str, connect: Sessions, db: Any, listened: Seen, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Any role can NOTIFY. A handler goes on, the worker does not run after each, and a cancel is still a cancel."""
+    """Any role can NOTIFY. A handler goes on, the worker sends no heartbeat for each forgery, and a real cancel still
+    works."""
     ticks: list[float] = []
     real = heartbeat.Heartbeat._send
 

@@ -1,4 +1,4 @@
-"""Tasks by the clock: one for each slot, whoever looks and whoever dies."""
+"""Tasks by the clock: one for each slot, whichever workers look and whichever die."""
 
 from __future__ import annotations
 
@@ -54,17 +54,17 @@ def slots(expression: str, tz: str, after: str, count: int) -> list[str]:
 @pytest.mark.parametrize(
     ("expression", "tz", "after", "want"),
     [
-        # 02:30 is left out on 29 March, and comes twice on 25 October: once, both days.
+        # 02:30 is left out on 29 March, and comes twice on 25 October: one slot on both days.
         ("30 2 * * *", "Europe/Berlin", "2026-03-28T00:00Z", ["03-28 01:30", "03-29 01:00", "03-30 00:30"]),
         ("30 2 * * *", "Europe/Berlin", "2026-10-24T00:00Z", ["10-24 00:30", "10-25 00:30", "10-26 01:30"]),
-        # From within the hour that comes twice, the second time: the slot of the first is over.
+        # From within the second of the two hours: the slot in the first one is over.
         ("30 2 * * *", "Europe/Berlin", "2026-10-25T01:10Z", ["10-26 01:30"]),
         ("30 1 * * *", "America/New_York", "2026-11-01T06:10Z", ["11-02 06:30"]),
         ("30 2 * * *", "America/New_York", "2026-03-07T00:00Z", ["03-07 07:30", "03-08 07:00", "03-09 06:30"]),
         ("30 1 * * *", "America/New_York", "2026-10-31T00:00Z", ["10-31 05:30", "11-01 05:30", "11-02 06:30"]),
         # 02:15 is left out: the clocks go forward by half an hour at 02:00.
         ("15 2 * * *", "Australia/Lord_Howe", "2026-10-02T16:00Z", ["10-03 15:30", "10-04 15:15"]),
-        # With a *, in real time: each hour of the day, 23 or 25 of them.
+        # A * means real time: each hour of the day, 23 or 25 of them.
         ("0 * * * *", "Europe/Berlin", "2026-03-29T00:00Z", ["03-29 01:00", "03-29 02:00"]),
         ("0 3 * * MON", "UTC", "2026-11-25T00:00Z", ["11-30 03:00", "12-07 03:00"]),
     ],
@@ -77,7 +77,7 @@ def test_slots(expression: str, tz: str, after: str, want: list[str]) -> None:
 
 
 async def test_a_slot_has_one_task(dsn: str, db: Any, probe: Probe) -> None:
-    """Of three workers, at its time; and the next slot is that of the day after, in Berlin's time."""
+    """One of three workers enqueues it, at its time. The next slot is that of the day after, in Berlin's time."""
     seen = Seen()
     app = made(seen, tz="Europe/Berlin", task=Nightly(region="de"), queue="night", priority=3)
     async with working(app, dsn, queues=["night"]), working(app, dsn, queues=["night"]):
@@ -102,7 +102,7 @@ async def test_a_slot_has_one_task(dsn: str, db: Any, probe: Probe) -> None:
 async def test_two_services_with_one_name_are_told(
     dsn: str, db: Any, logged: Logged, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Both of them, once; not workers of one app, and not one whose other version has ended."""
+    """Both log it once. Workers of one app don't, nor does one whose other version has ended."""
     monkeypatch.setattr(maintenance.FIND_PROBLEMS, "every", 0.2)
     shop, blog = made(Seen(), queue="shop"), made(Seen(), "0 4 * * *", queue="blog")
     async with working(shop, dsn, queues=["shop"]), working(shop, dsn, queues=["shop"]):
@@ -123,7 +123,7 @@ async def counted(logged: Logged, text: str) -> int:
 
 
 async def test_two_who_have_seen_the_same_slot(dsn: str, db: Any, connect: Sessions) -> None:
-    """The second waits for the first, and finds that it has been done."""
+    """The second worker waits for the first, and finds the slot enqueued."""
     await db.execute("INSERT INTO notifyq.cron (name, expression, type, next_at) VALUES ('n', '* * * * *', 'T', now())")
     slot = await db.fetchval("SELECT next_at FROM notifyq.cron")
     args = ("n", slot, slot + timedelta(minutes=1), True)
@@ -163,7 +163,7 @@ async def beat(task: Beat) -> None:
 
 @pytest.mark.slow
 async def test_every_second_while_workers_are_killed(tmp_path: Path, dsn: str, db: Any) -> None:
-    """Each second has one task: none is left out, none comes twice."""
+    """Each second has one task: none is missing, none comes twice."""
     (tmp_path / "beats.py").write_text(APP)
     argv = [sys.executable, "-m", "notifyq", "worker", "beats:app"]
     env = {**os.environ, "NOTIFYQ_DSN": dsn}
@@ -186,7 +186,7 @@ async def test_every_second_while_workers_are_killed(tmp_path: Path, dsn: str, d
 
 @pytest.mark.parametrize(("missed", "runs"), [("once", 1), ("skip", 0)])
 async def test_missed(dsn: str, db: Any, missed: str, runs: int) -> None:
-    """Three slots while nobody ran: one run for all, or none; then it goes on."""
+    """Three slots pass without a worker: one run for all of them, or none; then the cron goes on."""
     seen = Seen()
     app = made(seen, missed=missed)
     async with working(app, dsn):
@@ -202,7 +202,7 @@ async def test_missed(dsn: str, db: Any, missed: str, runs: int) -> None:
 
 
 async def test_a_schedule_that_is_changed(dsn: str, db: Any) -> None:
-    """By the next deploy: it counts from then on. The same one again changes nothing."""
+    """The next deploy changes it, and it counts from then on. The same schedule again changes nothing."""
     seen = Seen()
     async with working(made(seen), dsn):
         first = await known(db)
@@ -215,7 +215,8 @@ async def test_a_schedule_that_is_changed(dsn: str, db: Any) -> None:
 
 
 async def test_a_change_when_slots_were_put_ahead(dsn: str, db: Any) -> None:
-    """They aren't enqueued once more, if the new schedule has them too; those that a pause has cancelled are."""
+    """Slots that were enqueued ahead are not enqueued again if the new schedule has them too. Those that a pause has
+    cancelled are."""
     cron = Cron("n", "* * * * * *", "UTC", "T", "{}", "default", 0, "once")
     schedule = Crons({"n": cron})
     for changed in (cron, cron._replace(tz="Europe/Berlin")):
@@ -238,7 +239,7 @@ async def test_a_change_when_slots_were_put_ahead(dsn: str, db: Any) -> None:
 
 
 async def test_pause_resume_run(dsn: str, db: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Paused, what was put ahead is taken back; resumed, it goes on with the next slot; run now is beside all that."""
+    """A pause cancels slots enqueued ahead; resumed, the cron goes on with the next slot. Run now changes neither."""
     monkeypatch.setattr("notifyq.worker.crons.AHEAD_SECONDS", 600.0)
     seen, far = Seen(), f"0 {(datetime.now(UTC).hour + 12) % 24} * * *"
     async with working(made(seen, far), dsn):
@@ -270,7 +271,7 @@ async def test_run_now_is_enqueued_as_the_row_says(db: Any) -> None:
 
 
 async def test_a_worker_that_saw_the_slot_before_the_pause_enqueues_nothing(db: Any) -> None:
-    """It has read the row, the cron is paused, and then the worker writes."""
+    """The worker reads the row, the cron is paused, and then the worker writes."""
     await db.execute("INSERT INTO notifyq.cron (name, expression, type, next_at) VALUES ('n', '* * * * *', 'T', now())")
     slot = await db.fetchval("SELECT next_at FROM notifyq.cron")
     assert await db.fetchval("SELECT notifyq.cron_pause('n')")
@@ -292,7 +293,7 @@ async def told(logged: Logged) -> bool:
     ],
 )
 async def test_a_row_that_makes_no_sense(dsn: str, db: Any, logged: Logged, change: str, error: str) -> None:
-    """Said once; the other cron, and the heartbeat, go on."""
+    """It is logged once; the other cron and the heartbeat go on."""
     seen = Seen()
     app = made(seen)
 
@@ -313,7 +314,7 @@ async def test_a_row_that_makes_no_sense(dsn: str, db: Any, logged: Logged, chan
 
 @pytest.mark.parametrize("never", ["-infinity", "infinity", "4000-01-01 BC", "10000-01-01"])
 async def test_a_time_that_workers_cannot_read_is_refused(dsn: str, db: Any, never: str) -> None:
-    """Where it is written: a worker that looks for what is due would end by it."""
+    """The database refuses it when it is written: a worker that looks for due crons would fail on it."""
     insert = f"INSERT INTO notifyq.cron (name, expression, type, next_at) VALUES ('x', '* * * * *', 'X', '{never}')"
     with pytest.raises(asyncpg.CheckViolationError):
         await db.execute(insert)
@@ -355,7 +356,8 @@ def test_what_cannot_be(args: dict[str, Any], message: str) -> None:
 
 
 def test_utc_needs_no_time_zones() -> None:
-    """As in a slim image: no folder of time zones, no package tzdata. Others are refused there, with the cure."""
+    """As in a slim image, without a folder of time zones or the package tzdata. Other zones are refused there, with the
+    cure."""
     code = """if True:
         import sys, zoneinfo
         zoneinfo.reset_tzpath([])

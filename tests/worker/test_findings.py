@@ -1,4 +1,4 @@
-"""What is wrong with a database and raises no error is found, said with its cure, and said to be over."""
+"""Problems of a database that raise no error: a worker finds them, logs each with its cure, and logs its end."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ async def findings(conn: Any, others: bool = False) -> dict[str, tuple[str, str]
 
 @pytest.fixture
 async def hand(server: Server, dsn: str, db: Any) -> AsyncIterator[str]:
-    """The DSN of a user that has what a worker needs, and owns nothing."""
+    """The DSN of a user that has a worker's privileges, and owns nothing."""
     await admin(server, "CREATE ROLE hand LOGIN")
     for grant in grants("worker"):
         await db.execute(grant.replace("TO worker", "TO hand"))
@@ -85,7 +85,7 @@ async def test_a_version_that_was_deleted_is_no_reason_to_drop_anything(db: Any)
 async def test_a_worker_that_does_not_see_its_tasks_says_so(
     dsn: str, db: Any, hand: str, logged: Logged, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In the log and in its status; and once they are shown, it runs them, and says that too."""
+    """It says so in the log and in its status. Once it sees them, it runs them, and logs that too."""
     monkeypatch.setattr(maintenance.FIND_PROBLEMS, "every", 0.2)
     await secure(db, "task", "finished")
     seen = Seen()
@@ -152,7 +152,7 @@ async def test_row_level_security_that_is_forced_on_the_owner(
 
 
 async def test_a_hidden_worker_is_not_robbed(dsn: str, db: Any, connect: Sessions, hand: str) -> None:
-    """A worker that another doesn't see is no worker that is gone: its tasks are not taken as orphans."""
+    """A worker that another one doesn't see isn't gone: its tasks are not taken back as unowned."""
     me = await db.fetchval(SQL["register_worker"], "host:1", ["default"], ["Say"], [10], 1, 30.0)
     await db.execute(
         "INSERT INTO notifyq.task (type, worker, attempts, processing_at) VALUES ('Say', $1, 1, now())", me
@@ -174,7 +174,7 @@ async def test_a_hidden_worker_is_not_robbed(dsn: str, db: Any, connect: Session
 @pytest.mark.parametrize("trigger", ["apply_options", "on_task_deleted", "ring"])
 @pytest.mark.parametrize("what", ["DISABLE TRIGGER {}", "ENABLE REPLICA TRIGGER {}", "DROP"])
 async def test_triggers(db: Any, trigger: str, what: str) -> None:
-    """Disabled, for replicas only, or missing; the cure that is told cures it."""
+    """A trigger is disabled, for replicas only, or missing. The cure in the message works."""
     if what == "DROP":
         await db.execute(f"DROP TRIGGER {trigger} ON notifyq.task")
         [(problem, cure)] = (await findings(db)).values()
@@ -213,7 +213,8 @@ def audit(table: str, when: str, events: str, body: str) -> str:
 
 @pytest.mark.parametrize("table", ["task", "finished", "worker"])
 async def test_a_trigger_that_keeps_rows_from_being_written(db: Any, table: str) -> None:
-    """It is named, and so is what is wrong with it. One that lets rows through, or comes after them, is no problem."""
+    """The message names the trigger and what is wrong with it. A trigger that lets rows through, or fires after them,
+    is no problem."""
     for body, among in SWALLOWS.items():
         for events in among:
             await db.execute(audit(table, "BEFORE", events, body))
@@ -248,7 +249,7 @@ async def test_a_worker_says_which_triggers_do_not_fire(dsn: str, db: Any, logge
 async def test_a_role_or_database_in_which_no_trigger_fires(
     dsn: str, db: Any, connect: Sessions, hand: str, server: Server
 ) -> None:
-    """Of the session that asks, and of those that may enqueue; not of one that has nothing to do with tasks."""
+    """A setting of the session that asks, and of roles that may enqueue, is found; one of other roles is not."""
     name = await db.fetchval("SELECT current_database()")
     await admin(server, "CREATE ROLE copier; ALTER ROLE copier SET session_replication_role = replica")
     assert await findings(db) == {}
@@ -263,17 +264,17 @@ async def test_a_role_or_database_in_which_no_trigger_fires(
         assert await findings(db) == {}
 
 
-# --- Who keeps everybody awake
+# --- Transactions that keep all workers awake
 
 
 async def old(db: Any, seconds: int) -> dict[str, tuple[str, str]]:
-    """The findings, as if transactions had begun so many seconds earlier."""
+    """The findings, as if transactions had begun `seconds` earlier."""
     text = SQL["list_findings"].replace("x.seconds >= 60", f"x.seconds + {seconds} >= 60")
     return {row["about"]: (row["problem"], row["cure"]) for row in await db.fetch(text, False)}
 
 
 async def test_a_transaction_that_keeps_everybody_awake(dsn: str, db: Any) -> None:
-    """Prepared, or left open by a session; once it is old. Both cures are SQL."""
+    """The transaction is prepared, or a session left it open, and it is old. Both cures are SQL."""
     async with steps(dsn) as s:
         a, b, c = [await s.session(name) for name in "abc"]
         for session in (a, b):
@@ -298,7 +299,7 @@ async def test_a_transaction_that_keeps_everybody_awake(dsn: str, db: Any) -> No
 
 
 async def test_locks_that_were_truncated_are_made_again(dsn: str, db: Any) -> None:
-    """A limit holds although somebody has emptied the table of locks; so does what waits for others."""
+    """A limit holds although somebody has emptied the table of locks, and so does the order of waiting tasks."""
     await db.execute("TRUNCATE notifyq.key_lock")
     seen, running, most = Seen(), 0, 0
     app = notifyq.App()
@@ -321,7 +322,7 @@ async def test_locks_that_were_truncated_are_made_again(dsn: str, db: Any) -> No
 
 
 async def test_gates_are_made_by_who_locks_them(dsn: str) -> None:
-    """Two at once: the second waits for the first, though neither found the row."""
+    """Two sessions at the same time: the second waits for the first, though neither found the row."""
     async with steps(dsn) as s:
         a, b = await s.session("a"), await s.session("b")
         await a("TRUNCATE notifyq.key_lock")

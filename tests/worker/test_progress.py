@@ -1,4 +1,5 @@
-"""Progress: what a handler tells is seen, by who looks and by who waits; and costs who tells nothing, nothing."""
+"""Progress: what a handler reports can be read in the view, and is pushed to callers that wait. A handler that reports
+nothing pays nothing."""
 
 from __future__ import annotations
 
@@ -31,13 +32,13 @@ STEPS = [notifyq.Progress(0.25, "a"), notifyq.Progress(0.5), notifyq.Progress(0.
 
 
 class Walk(notifyq.Task):
-    """A step each time it is let."""
+    """A handler that reports a step each time the test lets it."""
 
     backoff = 0.0
 
 
 class March(Walk):
-    """The same in a thread."""
+    """A plain handler that does the same, in a thread."""
 
 
 class Race(notifyq.Task):
@@ -99,14 +100,14 @@ async def bench(dsn: str) -> AsyncIterator[Bench]:
 
 
 async def told(db: Any) -> Any:
-    """What all_tasks says of the first task."""
+    """The progress of the first task in all_tasks."""
     row = await db.fetchrow("SELECT state, progress, note FROM notifyq.all_tasks ORDER BY id LIMIT 1")
     return tuple(row)
 
 
 @pytest.mark.parametrize("kind", [Walk, March])
 async def test_who_waits_sees_each_step(bench: Bench, dsn: str, db: Any, kind: type[notifyq.Task]) -> None:
-    """Pushed, from both kinds of handlers, until the task ends; and it is in the view meanwhile."""
+    """Steps of both kinds of handlers are pushed until the task ends, and are in the view meanwhile."""
     async with working(bench.app, dsn):
         ref = await bench.app.enqueue(kind())
         seen = []
@@ -122,7 +123,7 @@ async def test_who_waits_sees_each_step(bench: Bench, dsn: str, db: Any, kind: t
 
 
 async def test_it_is_pushed(bench: Bench, dsn: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without the slow look, and to several."""
+    """Several callers get it, without the slow look."""
     monkeypatch.setattr(results, "LOOK_SECONDS", 3600.0)
     seen = Seen()
 
@@ -157,7 +158,7 @@ async def test_who_stops_watching_leaves_nothing(bench: Bench, dsn: str) -> None
 async def test_only_the_latest_is_written_and_not_often(
     bench: Bench, dsn: str, db: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """However often a handler tells; and of those that tell nothing, nothing is written."""
+    """However often a handler reports. For handlers that report nothing, nothing is written."""
     written: list[dict[Any, Any]] = []
     real = maintenance.WRITE_PROGRESS.run
 
@@ -199,7 +200,7 @@ async def test_what_ends_an_attempt_ends_its_progress(db: Any, how: str) -> None
 
 
 async def test_what_has_ended_before_it_was_written_is_not(db: Any) -> None:
-    """A handler tells of its progress and ends: there is nothing left for the next heartbeat to write."""
+    """A handler reports its progress and ends: the heartbeat has nothing left to write."""
     app, settled = notifyq.App(), Seen()
 
     @app.handler
@@ -218,7 +219,7 @@ async def test_what_has_ended_before_it_was_written_is_not(db: Any) -> None:
 
 
 async def test_it_is_fenced(db: Any) -> None:
-    """Of an attempt that isn't the worker's any more nothing is written, and nothing of others'."""
+    """Nothing is written for an attempt whose lease the worker has lost, nor for another worker's."""
     mine, lost = await verbs.held(db, 2)
     (other,) = await verbs.held(db)
     jobs = [mine, lost, other]
@@ -231,7 +232,7 @@ async def test_it_is_fenced(db: Any) -> None:
 async def test_a_locked_row_keeps_no_heartbeat(
     bench: Bench, dsn: str, db: Any, connect: Sessions, quick_heart: None
 ) -> None:
-    """What it had to tell is told when the row is free again."""
+    """The report is written when the row is unlocked again."""
     async with working(bench.app, dsn) as worker:
         ref = await bench.app.enqueue(Walk())
         await eventually(lambda: told(db), ("running", 0.25, "a"))
@@ -290,7 +291,7 @@ async def test_outside_of_a_worker_it_does_nothing(bench: Bench) -> None:
 
 
 async def test_awaiting_it_lets_a_cancellation_in() -> None:
-    """A loop that only tells can be cancelled."""
+    """A loop that does nothing but report can be cancelled."""
     with anyio.move_on_after(0.05) as scope:
         while True:
             await CONTEXT.progress(0.5)
@@ -298,7 +299,7 @@ async def test_awaiting_it_lets_a_cancellation_in() -> None:
 
 
 async def test_notifications_that_nobody_meant(bench: Bench, dsn: str, connect: Sessions) -> None:
-    """They carry no progress, only ids; so whoever forges one makes nobody believe anything."""
+    """Notifications carry ids and no progress, so a forged one tells no caller anything false."""
     stranger, seen = await connect(), Seen()
 
     async def watch() -> None:

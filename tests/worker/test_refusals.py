@@ -1,5 +1,5 @@
-"""Outcomes that PostgreSQL doesn't take: the others of their batch are written at once, each culprit in a smaller form,
-or later, after a pause; and `errors` has an end."""
+"""Outcomes that PostgreSQL refuses. The others of their batch are written at once. A refused outcome is written in a
+smaller form, or later, after a pause. And `errors` is bounded."""
 
 from __future__ import annotations
 
@@ -116,8 +116,8 @@ HOW = {
 async def test_the_others_are_written_at_once(
     bench: Bench, db: Any, dsn: str, how: str, logged: Logged, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And the culprits when nothing is in their way any more, as they were decided. They ran once, their leases are
-    held meanwhile, there is one line for all of them, and not a try without a pause."""
+    """The refused outcomes are written as they were decided, once nothing is in their way. Their tasks ran once, their
+    leases are held meanwhile, one log line names all of them, and there is a pause before each try."""
     refuse, relent = HOW[how]
     monkeypatch.setattr(unwritten, "PAUSE_LEAST", 0.5)
     tries: list[int] = []
@@ -141,7 +141,7 @@ async def test_the_others_are_written_at_once(
         await eventually(
             lambda: db.fetchval("SELECT status FROM notifyq.worker"), "PostgreSQL refuses the outcomes of 2 tasks"
         )
-        # A claimer that comes back takes back what the worker doesn't know of: these it knows.
+        # A claimer that reconnects takes back tasks that the worker doesn't know of. It knows these.
         cut = """SELECT pg_terminate_backend(pid) FROM pg_stat_activity
                  WHERE application_name LIKE 'notifyq claims %' AND datname = current_database()"""
         assert len(await db.fetch(cut)) == 1
@@ -172,8 +172,8 @@ MENDED = """
 async def test_a_trigger_that_keeps_a_row_and_says_nothing(
     bench: Bench, db: Any, dsn: str, logged: Logged, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It returns NEW, which is NULL on DELETE. Each task runs once, and its outcome waits until the trigger is mended.
-    Another outcome, which the trigger lets through, is written at once."""
+    """The trigger returns NEW, which is NULL on DELETE. Each task runs once, and its outcome waits until the trigger is
+    mended. An outcome of another kind, which the trigger lets through, is written at once."""
     monkeypatch.setattr(unwritten, "PAUSE_MOST", 0.5)
     monkeypatch.setattr(unwritten, "PAUSE_LEAST", 0.5)
     monkeypatch.setattr(maintenance.FIND_PROBLEMS, "every", 0.2)
@@ -200,7 +200,7 @@ async def test_a_trigger_that_keeps_a_row_and_says_nothing(
 async def test_a_locked_row_keeps_no_other(
     bench: Bench, db: Any, dsn: str, connect: Sessions, logged: Logged, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Somebody's transaction has locked the row of a task that ends, and stays open. That one waits for it."""
+    """A stranger's transaction has locked the row of a task that ends, and stays open. Only that outcome waits."""
     monkeypatch.setattr(connection, "WORKER_TIMEOUT_SECONDS", 3600.0)
     monkeypatch.setattr(unwritten, "PAUSE_LEAST", 0.1)
     other = await connect()
@@ -227,7 +227,7 @@ async def test_a_locked_row_keeps_no_other(
 async def test_a_stop_waits_for_a_locked_row(
     bench: Bench, db: Any, dsn: str, connect: Sessions, logged: Logged
 ) -> None:
-    """As long as for any outcome that isn't written yet."""
+    """It waits as long as for any outcome that isn't written yet."""
     other = await connect()
     [bad] = await insert(db, "Bad", how="wait")
     async with working(bench.app, dsn) as worker:
@@ -253,7 +253,7 @@ async def test_a_stop_waits_for_a_locked_row(
 async def test_a_heartbeat_that_is_refused(
     bench: Bench, db: Any, dsn: str, quick_heart: None, logged: Logged, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is said once, however often it is tried, and once when it is over. The worker works on meanwhile."""
+    """It is logged once, however often it is tried, and once when it is over. The worker works on meanwhile."""
     tries = Seen()
     connect_worker = connection.connect_worker
 
@@ -282,8 +282,8 @@ async def test_a_heartbeat_that_is_refused(
 async def test_a_change_between_two_forms(
     bench: Bench, db: Any, dsn: str, connect: Sessions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What is in the way goes when the outcome as it was decided has just been refused once more, which is when an
-    ALTER TABLE that waited for that statement goes on. PostgreSQL would take the smaller form; the first is written."""
+    """PostgreSQL refuses the outcome as it was decided once more. Then an ALTER TABLE, which waited for that statement,
+    removes what was in its way. PostgreSQL would take the smaller form now, but the decided form is written."""
     refuse, relent = HOW["a check"]
     monkeypatch.setattr(unwritten, "PAUSE_LEAST", 0.1)
     write, other, refused = OutcomeWriter.write, await connect(), 0
@@ -315,7 +315,7 @@ async def test_a_change_between_two_forms(
     ],
 )
 async def test_in_a_smaller_form(bench: Bench, db: Any, dsn: str, how: str, ends: str, logged: Logged) -> None:
-    """A result is refused, and so are tracebacks: dead, with the reason, at once."""
+    """A result is refused, and so are tracebacks: the task is dead at once, with the reason."""
     await db.execute(
         trigger(
             "finished",
@@ -336,7 +336,7 @@ async def test_in_a_smaller_form(bench: Bench, db: Any, dsn: str, how: str, ends
 
 
 async def test_a_retry_that_is_refused(bench: Bench, db: Any, dsn: str) -> None:
-    """Errors that can't grow any more: those of the attempts before are left out, and the task goes on."""
+    """The errors can't grow any more: those of earlier attempts are left out, and the task is tried again."""
     await db.execute(
         trigger("task", "jsonb_array_length(NEW.errors) > 1 AND NOT NEW.errors -> 0 ? 'left_out'", "54000", "UPDATE")
     )
@@ -354,7 +354,7 @@ async def test_a_retry_that_is_refused(bench: Bench, db: Any, dsn: str) -> None:
 async def test_a_hand_back_that_is_refused_does_not_hold_up_a_stop(
     bench: Bench, db: Any, dsn: str, logged: Logged
 ) -> None:
-    """It is tried again for as long as a stop waits for outcomes, and said."""
+    """It is tried again for as long as a stop waits for outcomes, and logged."""
     (id,) = await insert(db, "Bad", how="wait")
     async with working(bench.app, dsn, shutdown_timeout=0.1) as worker:
         await bench.ran.reach(1)
@@ -382,7 +382,7 @@ async def test_a_stop_tries_postponed_outcomes_once_more(
 async def test_too_many_postponed_outcomes_stop_the_claims(
     bench: Bench, db: Any, dsn: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """They are held in memory."""
+    """Postponed outcomes are held in memory, so there is a limit."""
     monkeypatch.setattr(unwritten, "MOST_POSTPONED", 2)
     await db.execute("ALTER TABLE notifyq.finished ADD CONSTRAINT no CHECK (type <> 'Bad')")
     await insert(db, "Bad", 3)
@@ -417,7 +417,7 @@ def job(size: int = 0) -> Job:
 
 
 def test_every_outcome_gets_smaller_and_ends() -> None:
-    """At each step, until there is nothing less to be said."""
+    """At each step, until there is no smaller form."""
     for first, kinds in (
         (returned(job(), None, {"a": 1}), ["dead", "dead"]),  # type: ignore[arg-type]
         (RetryLater(job(), 5.0, '{"attempt":2,"error":"e\U0001f40d\\nmore"}'.encode()), [5.0, "dead"]),
@@ -453,7 +453,7 @@ def test_the_pauses_of_postponed_outcomes() -> None:
 
 
 async def test_a_result_that_is_too_large(db: Any, dsn: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Dead with a clear message; one that fits is kept."""
+    """The task is dead with a clear message; a result that fits is kept."""
     monkeypatch.setattr("notifyq.worker.outcome.RESULT_LIMIT", 1000)
     app = notifyq.App()
 
@@ -476,7 +476,7 @@ async def test_a_result_that_is_too_large(db: Any, dsn: str, monkeypatch: pytest
 
 
 async def test_errors_keep_the_first_and_the_last_hundred(db: Any) -> None:
-    """And say how many are left out between them, whatever was there before."""
+    """They also say how many are left out between them, whatever the column held before."""
     add = "SELECT notifyq.append_error($1, $2)"
     errors: bytes | None = None
     for n in range(1, 251):
@@ -492,7 +492,7 @@ async def test_errors_keep_the_first_and_the_last_hundred(db: Any) -> None:
 
 
 async def test_errors_that_are_long_or_large_already(db: Any) -> None:
-    """Those of before there was an end to them, and what a person may have made of them."""
+    """Errors from the time before they were bounded, and what a person may have made of the column."""
     add = "SELECT notifyq.append_error({}, '{{\"attempt\": 0}}')"
     long = "(SELECT jsonb_agg(jsonb_build_object('attempt', n)) FROM generate_series(1, 5000) n)"
     found = json.loads(await db.fetchval(add.format(long)))
@@ -511,7 +511,7 @@ async def test_errors_that_are_long_or_large_already(db: Any) -> None:
 
 
 async def test_every_statement_that_adds_an_error_keeps_to_it(db: Any) -> None:
-    """A retry, a last attempt, a rescue, and a task whose predecessor is dead."""
+    """The statements of a retry, a last attempt, a rescue, and a task whose predecessor is dead."""
     for name in ("finish", "retry_later", "rescue"):
         assert "notifyq.append_error(" in SQL[name]
     assert not [name for name, text in SQL.items() if "errors, '[]'" in text]
@@ -520,7 +520,7 @@ async def test_every_statement_that_adds_an_error_keeps_to_it(db: Any) -> None:
 
 
 async def test_a_task_that_fails_hundreds_of_times(db: Any, dsn: str) -> None:
-    """Each failure is written by the worker, and what it writes is bounded."""
+    """The worker writes each failure, and what it writes is bounded."""
     app = notifyq.App()
     done = asyncio.Event()
 
