@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import os
 import random
+from contextlib import AsyncExitStack
 from typing import Any
 
 import anyio
 import pytest
 
 import notifyq
+from notifyq.embedded import Server
 
-from ..helpers.databases import Sessions
+from ..helpers.databases import Sessions, database
 from ..helpers.machine import Probe
 from ..helpers.running import working
 from ..helpers.waiting import eventually
@@ -150,26 +152,32 @@ async def one(seed: int, dsn: str, connect: Sessions, db: Any, probe: Probe) -> 
         raise
 
 
-SEEDS = [int(SEED)] if SEED else list(range(24))
+def seeds(fast: int, slow: int) -> list[Any]:
+    """The seeds from 0: so many for `make test`, the rest for `make test-slow`. NOTIFYQ_SEED is the only one if set."""
+    if SEED:
+        return [int(SEED)]
+    return [*range(fast), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(fast, fast + slow))]
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("seed", seeds(fast=12, slow=12))
 async def test_schedule(seed: int, dsn: str, connect: Sessions, db: Any, probe: Probe) -> None:
     """One random schedule for each seed."""
     await one(seed, dsn, connect, db, probe)
 
 
-@pytest.mark.parametrize("seed", SEEDS[:8])
+@pytest.mark.parametrize("seed", seeds(fast=4, slow=4))
 async def test_schedule_with_every_fast_path(
     monkeypatch: pytest.MonkeyPatch, seed: int, dsn: str, connect: Sessions, db: Any, probe: Probe
 ) -> None:
-    """The same, and whatever may begin at a mark does."""
+    """Each claim that may begin at a cursor does."""
     force(monkeypatch, 20.0)
     await one(seed, dsn, connect, db, probe)
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("seed", range(1000, 4000))
-async def test_many_schedules(seed: int, dsn: str, connect: Sessions, db: Any, probe: Probe) -> None:
-    """The same, thousands."""
-    await one(seed, dsn, connect, db, probe)
+async def test_thousands_of_schedules(server: Server, template: str, probe: Probe) -> None:
+    """One test rather than 3,000, which each run of the tests would collect."""
+    for seed in range(1000, 4000):
+        async with database(server, template) as dsn, AsyncExitStack() as stack:
+            connect = Sessions(dsn, stack)
+            await one(seed, dsn, connect, await connect(), probe)

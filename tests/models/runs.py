@@ -20,7 +20,8 @@ from .poison import Poison
 class Run(NamedTuple):
     text: str
     model: Callable[[], Model[Any]]
-    long: bool = False  # takes more than some seconds
+    slow: bool = False  # takes seconds; `make test` explores a smaller size of the same model
+    long: bool = False  # takes minutes
 
 
 ONE_KEY = ((0,), (0,), (0,))
@@ -28,8 +29,8 @@ TWO_KEYS = ((0,), (0, 1), (1,))
 
 RUNS = [
     Run("doorbell: 3 enqueuers, 1 worker", lambda: Doorbell(3, (0,), 1)),
-    Run("doorbell: 3 enqueuers, 2 workers", lambda: Doorbell(3, (0, 0), 1)),
-    Run("doorbell: 2 enqueuers, 3 workers", lambda: Doorbell(2, (0, 0, 0), 1)),
+    Run("doorbell: 3 enqueuers, 2 workers", lambda: Doorbell(3, (0, 0), 1), slow=True),
+    Run("doorbell: 2 enqueuers, 3 workers", lambda: Doorbell(2, (0, 0, 0), 1), slow=True),
     Run("doorbell: 2 enqueuers, 2 workers with 2 slots", lambda: Doorbell(2, (0, 0), 2)),
     Run("doorbell: 2 enqueuers, 2 workers with 3 slots", lambda: Doorbell(2, (0, 0), 3)),
     Run("doorbell: 3 enqueuers, 3 workers", lambda: Doorbell(3, (0, 0, 0), 1), long=True),
@@ -37,15 +38,19 @@ RUNS = [
     Run("doorbell: 3 enqueuers, 2 workers of two fleets", lambda: Doorbell(3, (0, 1), 1), long=True),
     Run("doorbell: 2 enqueuers, 3 workers of two fleets", lambda: Doorbell(2, (0, 0, 1), 1), long=True),
     Run("lease: 1 worker, 3 faults, a cancel and retries", lambda: Lease(1, 2, faults=3, cancels=1)),
-    Run("lease: 2 workers, 1 fault", lambda: Lease(2, 2, faults=1, cancels=0)),
+    Run("lease: 2 workers, 1 fault", lambda: Lease(2, 2, faults=1, cancels=0), slow=True),
     Run("lease: 3 workers, each killed by the task", lambda: Lease(3, 2, faults=0, cancels=0, kills=True)),
     Run("lease: 2 workers, 1 fault, a cancel and retries", lambda: Lease(2, 2, faults=1, cancels=1), long=True),
     Run("poison: 2 workers, a culprit and 2 innocents, 2 kills", lambda: Poison(2, 2, kills=2)),
     Run("poison: 2 workers, a culprit and 3 innocents", lambda: Poison(3, 2)),
     Run("gate: 2 workers, 3 tasks of a key, limit 1, a kill", lambda: Gate(2, ONE_KEY, (1,), kills=1)),
-    Run("gate: 2 workers, 3 tasks of a key, limit 2, a kill", lambda: Gate(2, ONE_KEY, (2,), kills=1)),
+    Run("gate: 2 workers, 3 tasks of a key, limit 2, a kill", lambda: Gate(2, ONE_KEY, (2,), kills=1), slow=True),
     Run("gate: 2 workers, 3 tasks of a key, a retry or a cancel", lambda: Gate(2, ONE_KEY, (1,), others=1)),
-    Run("gate: 2 workers, 3 tasks of two keys, a retry or a cancel", lambda: Gate(2, TWO_KEYS, (1, 1), others=1)),
+    Run(
+        "gate: 2 workers, 3 tasks of two keys, a retry or a cancel",
+        lambda: Gate(2, TWO_KEYS, (1, 1), others=1),
+        slow=True,
+    ),
     Run("gate: 1 worker, 3 tasks of a key, a paused queue", lambda: Gate(1, ONE_KEY, (1,), others=1, paused=True)),
     Run("gate: 2 workers, 3 tasks of two keys, all faults", lambda: Gate(2, TWO_KEYS, (2, 1), 1, 1), long=True),
 ]

@@ -36,9 +36,11 @@ def page() -> list[str]:
     return (DOCS / "protocol.md").read_text(encoding="utf-8").splitlines()
 
 
-@pytest.mark.parametrize(
-    "run", [pytest.param(run, id=run.text, marks=[pytest.mark.long] if run.long else []) for run in RUNS]
-)
+def marks(run: Run) -> list[pytest.MarkDecorator]:
+    return [pytest.mark.long] if run.long else [pytest.mark.slow] if run.slow else []
+
+
+@pytest.mark.parametrize("run", [pytest.param(run, id=run.text, marks=marks(run)) for run in RUNS])
 def test_it_holds_in_every_state(run: Run, page: list[str]) -> None:
     explored = explore(run.model())
     assert not explored.problem, str(explored)

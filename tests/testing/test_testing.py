@@ -132,8 +132,8 @@ async def chain(task: Chain) -> None:
 
 
 @pytest.fixture
-async def connected(notifyq_dsn: str) -> AsyncIterator[notifyq.App]:
-    async with app.connect(notifyq_dsn):
+async def connected(dsn: str) -> AsyncIterator[notifyq.App]:
+    async with app.connect(dsn):
         yield app
 
 
@@ -154,7 +154,7 @@ OUTCOMES = {
 
 
 @pytest.mark.parametrize("how", OUTCOMES)
-async def test_inline_is_what_a_worker_does(how: str, connected: notifyq.App, notifyq_dsn: str) -> None:
+async def test_inline_is_what_a_worker_does(how: str, connected: notifyq.App, dsn: str) -> None:
     """The same outcome and the same words as in the row, from the same handler."""
     state, reason = OUTCOMES[how]
     ran = await run_inline(app, Act(how=how))
@@ -163,7 +163,7 @@ async def test_inline_is_what_a_worker_does(how: str, connected: notifyq.App, no
     assert ran.reason.startswith(reason)
     await app.enqueue(Act(how=how))
     assert await drain(app) == Drained(**{state: 1})
-    db = await connection.connect(notifyq_dsn)
+    db = await connection.connect(dsn)
     assert await db.fetchval("SELECT error FROM notifyq.all_tasks") == ran.reason
     await db.close()
     last = await run_inline(app, Act(how=how), attempt=3)
@@ -278,13 +278,13 @@ async def test_drain_with_scheduled(connected: notifyq.App) -> None:
     assert [ctx.attempt for ctx in contexts] == [2, 3, 1, 2]
 
 
-async def test_drain_connects_for_handlers(notifyq_dsn: str) -> None:
-    async with app.connect(notifyq_dsn):
+async def test_drain_connects_for_handlers(dsn: str) -> None:
+    async with app.connect(dsn):
         await app.enqueue(Chain(left=1))
-    assert await drain(app, notifyq_dsn) == Drained(done=2)
+    assert await drain(app, dsn) == Drained(done=2)
 
 
-async def test_drain_goes_by_no_cron(notifyq_dsn: str) -> None:
+async def test_drain_goes_by_no_cron(dsn: str) -> None:
     """There is a slot each second, and each one that was put ahead would be one more to run."""
     own, seen = notifyq.App(), Seen()
 
@@ -293,10 +293,10 @@ async def test_drain_goes_by_no_cron(notifyq_dsn: str) -> None:
     async def act(task: Act) -> None:
         seen.add(task)
 
-    async with own.connect(notifyq_dsn):
+    async with own.connect(dsn):
         await own.enqueue(Act())
         assert await drain(own, with_scheduled=True) == Drained(done=1)
-        async with working(own, notifyq_dsn):
+        async with working(own, dsn):
             await seen.reach(2)
 
 
@@ -321,16 +321,16 @@ async def test_advance_makes_due_what_would_be(connected: notifyq.App) -> None:
     assert await drain(app) == Drained(done=2)
 
 
-async def test_advance_keeps_the_time_between(connected: notifyq.App, notifyq_dsn: str) -> None:
+async def test_advance_keeps_the_time_between(connected: notifyq.App, dsn: str) -> None:
     """All of a row's times move alike, of what has ended too."""
     await app.enqueue(Act(how="dead"))
     await app.enqueue(Act(how="raise"))
     await drain(app)
     await app.enqueue(Act(), run_at=NOW, queue="later")
-    db = await connection.connect(notifyq_dsn)
+    db = await connection.connect(dsn)
     times = "SELECT id, created_at, run_at, processing_at, processed_at, state FROM notifyq.all_tasks ORDER BY id"
     before = await db.fetch(times)
-    await advance(notifyq_dsn, 1000)
+    await advance(dsn, 1000)
     after = await db.fetch(times)
     await db.close()
     assert len(after) == 3
@@ -341,7 +341,7 @@ async def test_advance_keeps_the_time_between(connected: notifyq.App, notifyq_ds
     assert len(await enqueued(app, Act, queue="later", delay=(NOW - before[2]["created_at"]).total_seconds())) == 1
 
 
-async def test_advance_wakes_a_worker(connected: notifyq.App, notifyq_dsn: str) -> None:
+async def test_advance_wakes_a_worker(connected: notifyq.App, dsn: str) -> None:
     """By the bell: the fallback poll is off."""
     seen, own = Seen(), notifyq.App()
 
@@ -349,7 +349,7 @@ async def test_advance_wakes_a_worker(connected: notifyq.App, notifyq_dsn: str) 
     async def act(task: Act) -> None:
         seen.add(task)
 
-    async with working(own, notifyq_dsn):
+    async with working(own, dsn):
         await app.enqueue(Act(), delay=3600)
         assert await advance(app, 3601) == 1
         await seen.reach(1)
@@ -465,8 +465,8 @@ async def test_a_field_that_is_not_there(connected: notifyq.App) -> None:
         await enqueued(app, Mail(to="x"))  # type: ignore[arg-type]
 
 
-async def test_a_payload_that_does_not_fit(connected: notifyq.App, notifyq_dsn: str) -> None:
-    db = await connection.connect(notifyq_dsn)
+async def test_a_payload_that_does_not_fit(connected: notifyq.App, dsn: str) -> None:
+    db = await connection.connect(dsn)
     await db.execute("INSERT INTO notifyq.task (type, payload) VALUES ('MAIL', '{\"to\": 5}')")
     for look in (enqueued, assert_enqueued, refute_enqueued):
         with pytest.raises(
@@ -476,15 +476,15 @@ async def test_a_payload_that_does_not_fit(connected: notifyq.App, notifyq_dsn: 
     await db.close()
 
 
-async def test_in_a_transaction(connected: notifyq.App, notifyq_dsn: str) -> None:
+async def test_in_a_transaction(connected: notifyq.App, dsn: str) -> None:
     """Of a user's connection, with whatever codec it has for jsonb; others don't see it yet."""
-    conn = await asyncpg.connect(notifyq_dsn)
+    conn = await asyncpg.connect(dsn)
     await conn.set_type_codec("jsonb", schema="pg_catalog", encoder=json.dumps, decoder=json.loads)
     async with conn.transaction():
         await app.enqueue(Mail(to="ann"), conn=conn)
         await assert_enqueued(conn, Mail, to="ann", count=1)
         await refute_enqueued(app, Mail)
-    await assert_enqueued(notifyq_dsn, Mail, to="ann")
+    await assert_enqueued(dsn, Mail, to="ann")
     await conn.close()
 
 

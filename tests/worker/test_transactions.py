@@ -6,7 +6,7 @@ import asyncio
 import random
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime
 from typing import Any
 
@@ -92,6 +92,8 @@ async def books(dsn: str, db: Any) -> AsyncIterator[Books]:
     books = Books()
     async with books.app.connect(dsn):
         yield books
+    with suppress(asyncpg.PostgresError, asyncpg.InterfaceError):  # without the table, the database serves other tests
+        await db.execute("SET lock_timeout = '1s'; DROP TABLE ledger")
 
 
 async def booked(books: Books, db: Any, dsn: str) -> int:
