@@ -21,8 +21,8 @@ from ..helpers.verbs import (
     hand_back,
     held,
     insert,
-    orphans,
     promote,
+    reclaim_unowned,
     register,
     rescue,
     silent,
@@ -121,8 +121,8 @@ async def test_no_claim_and_no_chore_waits_for_the_row_of_a_task(s: Steps, w: Se
     [after] = await w(held, options=f'{{"after": [{needed}]}}')
     [lost] = await w(held)
     await w(silent, lost.worker)
-    [orphan] = await w(held)
-    await w("DELETE FROM notifyq.worker WHERE id = $1", orphan.worker)
+    [unowned] = await w(held)
+    await w("DELETE FROM notifyq.worker WHERE id = $1", unowned.worker)
     [ready] = await insert(s.db)
     await insert(s.db, withheld=True)
     await insert(s.db, withheld=True, parked="limit", waiting_on="limit:k3", options=LOW)
@@ -143,7 +143,7 @@ async def test_no_claim_and_no_chore_waits_for_the_row_of_a_task(s: Steps, w: Se
     assert [row["marked"] for row in await w(SQL["read_and_await"], [job.id])] == [False]
     await w(SQL["correct_misdated"], [due], [job.id])
     assert await w(rescue, lost.worker) == ("host:1", 0, 0)
-    assert await w(orphans) == 0
+    assert await w(reclaim_unowned) == 0
     await w("SELECT notifyq.recheck_waiting('', 9)")
     waiting = await w.blocked_by(p, hand_back, [job])  # as settling does
     await p("COMMIT")

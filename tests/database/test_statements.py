@@ -27,7 +27,7 @@ from notifyq.worker.left_out import LeftOut
 from ..helpers.databases import Sessions, admin, overload
 from ..helpers.machine import limit
 from ..helpers.plans import MOMENTS, rolled_back, touched
-from ..helpers.verbs import orphans, rescue, unseen
+from ..helpers.verbs import reclaim_unowned, rescue, unseen
 
 ROW = (
     "id:int8 attempts:int2 type:text queue:text priority:int2 max_attempts:int2 created_at:timestamptz payload:jsonb"
@@ -263,7 +263,7 @@ def assert_plan(name: str, nodes: list[dict[str, Any]]) -> None:
         relation, index = node.get("Relation Name"), node.get("Index Name", "")
         if index.startswith(("task_", "finished_")):
             used.add(index)
-            # All that is running is what `orphaned` asks of, and the last entry is all that `ids` reads.
+            # list_unowned.sql asks about all that is running, and read_highest_ids.sql reads only the last entry.
             assert "Index Cond" in node or name in ("list_unowned", "read_highest_ids"), (
                 f"{name} reads all of {index}: {node}"
             )
@@ -1137,13 +1137,13 @@ async def test_rescue_leaves_what_is_being_settled(worker: Any, dsn: str) -> Non
     settler.terminate()
 
 
-async def test_orphans_are_ready_again(worker: Any) -> None:
+async def test_unowned_tasks_are_ready_again(worker: Any) -> None:
     _, (mine,) = await held(worker)
-    gone, (orphan,) = await held(worker, worker=await register(worker, "gone:1"))
+    gone, (unowned,) = await held(worker, worker=await register(worker, "gone:1"))
     await worker.execute("DELETE FROM notifyq.worker WHERE id = $1", gone)
-    assert await orphans(worker) == 1
-    assert await states(worker) == {mine: "running", orphan: "ready"}
-    assert await orphans(worker) == 0
+    assert await reclaim_unowned(worker) == 1
+    assert await states(worker) == {mine: "running", unowned: "ready"}
+    assert await reclaim_unowned(worker) == 0
 
 
 async def test_prune_by_age_each_state_by_its_own(worker: Any) -> None:
@@ -1203,13 +1203,13 @@ async def test_a_worker_ends_its_own_backends_and_no_others(worker: Any, dsn: st
         conn.terminate()
 
 
-async def test_strays_are_what_the_worker_does_not_know_of(worker: Any) -> None:
+async def test_an_unanswered_claim_took_what_the_worker_does_not_know_of(worker: Any) -> None:
     me, mine = await held(worker, 3)
     _, (other,) = await held(worker, worker=await register(worker, "other:1"))
     assert await worker.fetchval(SQL["reclaim_unanswered"], me, mine[:1], [1], None) == 2
     assert await states(worker) == {mine[0]: "running", mine[1]: "ready", mine[2]: "ready", other: "running"}
     assert await worker.fetchval("SELECT max(attempts) FROM notifyq.task WHERE worker IS NULL") == 0
-    # Of the one that is left it knows an attempt before: that was lost, so this is a stray all the same.
+    # Of the remaining task it knows an earlier attempt. That one was lost, so the claim of this one is unanswered.
     assert await worker.fetchval(SQL["reclaim_unanswered"], me, mine[:1], [0], None) == 1
 
 

@@ -1,4 +1,4 @@
-"""What dies, freezes or goes away, and what must hold then: nothing lost, nothing run twice except by the fault."""
+"""A process or connection dies, freezes or goes away: no task is lost, and none runs twice but for the fault itself."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ INSERT = "INSERT INTO notifyq.task (type, payload) VALUES ($1, $2::text::jsonb) 
 
 
 async def test_killed(spawn: Spawn, db: Any, probe: Probe) -> None:
-    """A killed worker's 50 tasks run in another within 5 s; and a task that kills its worker each time ends dead."""
+    """A killed worker's 50 tasks run in another worker within 5 s. A task that kills its worker each time ends dead."""
     mortal = [spawn('queues=["die"]') for _ in range(2)]
     # That no lease ends meanwhile shows that its death was seen.
     workers = [await started(spawn, 'queues=["default"]', "lease=3600") for _ in range(2)]
@@ -67,7 +67,7 @@ async def test_killed(spawn: Spawn, db: Any, probe: Probe) -> None:
 
 
 async def test_a_poison_task_takes_no_innocent_with_it(spawn: Spawn, db: Any) -> None:
-    """It kills each worker that runs it. Those beside it may run only once, and are done in the end; it is dead."""
+    """It kills each worker that runs it, and ends dead. Tasks beside it are done, though they may run only once."""
     workers = [spawn("concurrency=20") for _ in range(2)]
     async with db.transaction():
         [fatal] = await insert(db, "Die")
@@ -91,7 +91,7 @@ async def test_a_poison_task_takes_no_innocent_with_it(spawn: Spawn, db: Any) ->
 
 
 async def test_a_suspect_beside_a_handler_that_runs_on(spawn: Spawn, db: Any, monkeypatch: Any) -> None:
-    """A worker that isn't empty in time runs a suspect beside what it holds."""
+    """A worker that doesn't become empty in time runs a suspect beside the tasks that it holds."""
     monkeypatch.setenv("NOTIFYQ_TEST_PATIENCE", "0.5")
     worker = await started(spawn)
     [long] = await insert(db, "Sleep")
@@ -107,7 +107,7 @@ async def test_a_suspect_beside_a_handler_that_runs_on(spawn: Spawn, db: Any, mo
 
 
 async def test_a_drain_runs_suspects(db: Any, dsn: str) -> None:
-    """Those of its queues; and of a queue that is paused none."""
+    """It runs the suspects of its queues, but none of a paused queue."""
     bench = Bench()
     park = """INSERT INTO notifyq.task (type, queue, attempts, crashes, withheld, parked, waiting_on)
               SELECT 'Note', $1, 2, 2, true, 'crashed', 'crashed:' || $1 FROM generate_series(1, $2::integer)
@@ -174,7 +174,7 @@ async def test_not_all_of_its_connections_are_lost(dsn: str, spawn: Spawn, db: A
 
 
 async def test_killed_while_its_connections_wait(spawn: Spawn, db: Any, connect: Sessions, probe: Probe) -> None:
-    """One backend of a killed worker waits for the turn, another for a row: its tasks are rescued all the same."""
+    """One backend of a killed worker waits for the turn, another for a row. Its tasks are rescued nevertheless."""
     victim, rescuer = await started(spawn, 'queues=["a"]'), await started(spawn, 'queues=["none"]')
     ids = await insert(db, "Sleep", 5, "a")
     [locked] = await insert(db, "Sleep", 1, "a", seconds=limit(2))
@@ -206,7 +206,7 @@ async def test_killed_while_its_connections_wait(spawn: Spawn, db: Any, connect:
 
 @pytest.mark.parametrize("step", ["1 hour", "-1 hour"])
 async def test_the_servers_clock_is_stepped(spawn: Spawn, db: Any, step: str) -> None:
-    """By as much as stored heartbeats are wrong from now on: nobody who is well is robbed, who is killed is rescued."""
+    """Stored heartbeats are wrong by that much. A live worker keeps its tasks; a killed one's are rescued."""
     well, mortal, rescuer = [await started(spawn, f'queues=["{queue}"]') for queue in ("a", "b", "none")]
     ids, dying = await insert(db, "Sleep", 5, "a"), await insert(db, "Sleep", 5, "b")
     await well.reach(5, "ran")
@@ -229,8 +229,8 @@ async def test_the_servers_clock_is_stepped(spawn: Spawn, db: Any, step: str) ->
 
 
 async def test_frozen_past_its_lease(spawn: Spawn, db: Any, probe: Probe) -> None:
-    """Frozen with the turn: another takes that soon, and after the lease the tasks. Thawed, it settles nothing, says
-    so, cancels its handlers, and comes back as somebody new."""
+    """A worker is frozen with the turn. Another worker takes the turn soon, and the tasks after the lease. Thawed, the
+    first settles nothing, logs that, cancels its handlers, and registers again."""
     workers = [await started(spawn, "lease=6", "shutdown_timeout=0.1") for _ in range(2)]
     async with db.transaction():
         long = await insert(db, "Sleep", 5, seconds=3600)
@@ -278,12 +278,12 @@ async def test_frozen_past_its_lease(spawn: Spawn, db: Any, probe: Probe) -> Non
 
 
 async def settled_nothing(story: Story) -> int:
-    """How many outcomes it could not write, since the leases were others'."""
+    """How many outcomes it could not write, since other workers had the leases."""
     return sum(fields["tasks"] for fields in story.logged("settled nothing"))
 
 
 async def test_a_failover_that_lost_its_registration(spawn: Spawn, db: Any) -> None:
-    """The database is as it was before a worker registered; another worker registers there. Then the first goes on."""
+    """The database is as it was before a worker registered, and another worker registers. Then the first goes on."""
     first = await started(spawn)
     first.process.signal(signal.SIGSTOP)
     for role in CONNECTIONS:  # first, as one of them may hold locks
@@ -297,7 +297,7 @@ async def test_a_failover_that_lost_its_registration(spawn: Spawn, db: Any) -> N
     await first.reach(1, "log", message="this worker had been given up for dead; it comes back under a new id")
     [new] = [fields["new"] for fields in first.logged("comes back under a new id")]
     claims = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'notifyq claims ' || $1::integer"
-    await eventually(lambda: db.fetchval(claims, new), 1)  # so it has taken back its strays
+    await eventually(lambda: db.fetchval(claims, new), 1)  # so it has taken back the tasks of its unanswered claim
     assert await states(db, ids) == {("running", 1): 10}
     assert not first.of("ran")
     assert not second.logged("lease lost")
@@ -311,7 +311,8 @@ async def test_a_failover_that_lost_its_registration(spawn: Spawn, db: Any) -> N
 
 
 async def test_a_blocked_event_loop(spawn: Spawn, db: Any) -> None:
-    """It has the turn, a handler sleeps without `await`: another goes on, the log says who it was, no lease goes."""
+    """The worker has the turn, and a handler sleeps without `await`. Another worker goes on, the log names the handler,
+    and no lease is lost."""
     workers = [await started(spawn) for _ in range(2)]
     seconds = limit(3)
     [block] = await insert(db, "Block", seconds=seconds)
@@ -342,7 +343,7 @@ async def test_an_id_that_another_worker_has_is_drawn_anew(db: Any, dsn: str) ->
 
 
 async def test_functions_that_an_extension_overloads(spawn: Spawn, db: Any) -> None:
-    """A worker and its rescuer call PostgreSQL's own all the same, and no heartbeat loses its connection."""
+    """A worker and its rescuer call PostgreSQL's own functions, and no heartbeat loses its connection."""
     await overload(db)
     workers = [await started(spawn) for _ in range(2)]
     [block] = await insert(db, "Block", seconds=limit(3))
@@ -391,7 +392,7 @@ class Bench:
             await release.wait()
 
     async def ran(self, id: int) -> float:
-        """Wait until task `id` has begun; how long that took."""
+        """Wait until task `id` has begun. Returns how long that took."""
         began = time.monotonic()
         with anyio.fail_after(limit()):
             while id not in self.seen.items:
@@ -432,7 +433,7 @@ async def end_both(db: Any, role: str, over: set[int]) -> None:
 
 
 async def test_each_connection_is_ended_while_idle(db: Any, dsn: str, logged: Logged, probe: Probe) -> None:
-    """The next task runs soon all the same, and both workers say once that something was lost and is back."""
+    """The next task runs soon nevertheless, and both workers log once that the connection was lost and is back."""
     bench, over = Bench(), set[int]()
     async with working(bench.app, dsn) as worker, working(bench.app, dsn):
         ids = await insert(db, "Hold", 3)
@@ -485,23 +486,23 @@ async def test_each_connection_is_ended_under_load(db: Any, dsn: str, connect: S
 
 
 async def test_a_claim_whose_answer_never_came(db: Any, dsn: str, logged: Logged, probe: Probe) -> None:
-    """It was committed, and the connection was cut before the worker heard of it: the worker finds its stray tasks."""
+    """The claim was committed, and the connection was cut before its answer: the worker finds the tasks."""
     bench = Bench()
     async with working(bench.app, dsn) as worker:
         [held] = await insert(db, "Hold")
         await bench.held.reach(1)
-        [stray] = await db.fetch(
+        [taken] = await db.fetch(
             "INSERT INTO notifyq.task (type, worker, attempts) VALUES ('Note', $1, 1) RETURNING id", worker.info.id
         )
         assert await terminate(db, "claims %") == 1
         with probe.within(4):
-            await bench.ran(stray[0])
+            await bench.ran(taken[0])
         bench.release.set()
-        await eventually(lambda: states(db, [held, stray[0]]), {("done", 1): 2})
+        await eventually(lambda: states(db, [held, taken[0]]), {("done", 1): 2})
     assert len(bench.held.items) == 1
 
 
-async def test_an_outcome_that_is_being_written_is_no_stray(db: Any, dsn: str, connect: Sessions) -> None:
+async def test_an_outcome_that_is_being_written_is_not_reclaimed(db: Any, dsn: str, connect: Sessions) -> None:
     """A session has locked the row, so the outcome waits, while the connection for claims is lost: the worker leaves
     that task alone, and neither waits for it nor runs it again."""
     bench, someone = Bench(), await connect()
@@ -522,7 +523,7 @@ async def test_an_outcome_that_is_being_written_is_no_stray(db: Any, dsn: str, c
 
 
 async def test_a_database_out_of_reach(db: Any, dsn: str, connect: Sessions, logged: Logged, probe: Probe) -> None:
-    """For more than the 2 s after which a worker looks dead: both come back, and none takes the other's tasks."""
+    """For longer than the 2 s after which workers look dead. Both come back, and neither takes tasks of the other."""
     bench = Bench()
     async with working(bench.app, dsn), working(bench.app, dsn):
         ids = await insert(db, "Hold", 5)
@@ -564,7 +565,7 @@ async def own() -> AsyncIterator[Server]:
 
 
 async def test_a_server_that_crashes_under_load(own: Server, logged: Logged, probe: Probe) -> None:
-    """Everything whose commit was acknowledged is done; only what ran when it crashed may have run twice."""
+    """Each task whose commit was acknowledged is done. Only tasks that ran during the crash may have run twice."""
     bench, acknowledged, over = Bench(), list[int](), anyio.Event()
     begun: dict[int, float] = {}
 

@@ -129,16 +129,16 @@ async def silent(conn: Any, worker: int) -> None:
     await conn.execute("UPDATE notifyq.worker SET seen_at = now() - interval '5 s' WHERE id = $1", worker)
 
 
-async def orphans(conn: Any) -> int:
+async def reclaim_unowned(conn: Any) -> int:
     ids = [row[0] for row in await conn.fetch(SQL["list_unowned"], [])]
     return int(await conn.fetchval(SQL["reclaim_unowned"], ids))
 
 
-async def release(conn: Any, worker: int) -> int:
+async def hand_back_all(conn: Any, worker: int) -> int:
     return int(await conn.fetchval(SQL["hand_back_all"], worker, None))
 
 
-async def strays(conn: Any, worker: int, known: Sequence[Job]) -> int:
+async def reclaim_unanswered(conn: Any, worker: int, known: Sequence[Job]) -> int:
     keys = [job.id for job in known], [job.attempt for job in known]
     return int(await conn.fetchval(SQL["reclaim_unanswered"], worker, *keys, None))
 

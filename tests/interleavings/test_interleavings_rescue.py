@@ -1,7 +1,10 @@
-"""Rescue, heartbeats, orphans, strays, hand-overs and prune against whatever else is under way, statement by statement.
+"""Rescue and heartbeats against whatever else is under way, statement by statement.
 
-A worker that is given up for dead may be alive, may have a claim or an outcome on its way, may come back. Whatever the
-order: its tasks have one lease, end once, count each attempt once, and don't stay behind under a name nobody has.
+A worker that is given up for dead may be alive. It may have a claim or an outcome under way, and it may come back.
+Whatever the order: its tasks have one lease, end once, count each attempt once, and never stay under the name of a
+worker that is gone.
+
+In each docstring, "X during Y" means that statement X begins while Y is not committed yet; "it" is X.
 """
 
 from __future__ import annotations
@@ -16,14 +19,14 @@ from ..helpers.verbs import (
     cancel,
     claim,
     finish,
+    hand_back_all,
     held,
-    orphans,
+    reclaim_unanswered,
+    reclaim_unowned,
     register,
-    release,
     rescue,
     silent,
     states,
-    strays,
     tick,
     unregister,
 )
@@ -54,7 +57,7 @@ async def test_settled_while_it_is_being_rescued(s: Steps, w: Session, k: Sessio
 
 @settle
 async def test_settled_while_a_rescuer_dies(s: Steps, w: Session, k: Session, settle: Any) -> None:
-    """Settle during rescue: the rescuer is killed, and what the worker says stands."""
+    """Settle during rescue: the rescuer is killed, and the outcome that the worker writes stands."""
     [job] = await w(held)
     await silent(s.db, job.worker)
     await k("BEGIN")
@@ -67,7 +70,7 @@ async def test_settled_while_a_rescuer_dies(s: Steps, w: Session, k: Session, se
 
 @settle
 async def test_rescued_while_it_settles(s: Steps, w: Session, k: Session, settle: Any) -> None:
-    """Rescue during settle: it steps over the task, and buries the worker only when that is written."""
+    """Rescue during settle: it skips the task, and deletes the worker only when the outcome is written."""
     [job] = await w(held)
     await silent(s.db, job.worker)
     await w("BEGIN")
@@ -94,7 +97,7 @@ async def test_rescued_while_its_last_words_are_lost(s: Steps, w: Session, k: Se
 
 
 async def test_done_by_its_worker_and_dead_by_its_rescuer(s: Steps, w: Session, k: Session) -> None:
-    """Finish during the rescue of a task without attempts left: it is over once, as the first of both said."""
+    """Finish during the rescue of a task without attempts left: the task ends once, as the first of both says."""
     [job] = await w(held, max_attempts=1)
     await silent(s.db, job.worker)
     await k("BEGIN")
@@ -106,7 +109,7 @@ async def test_done_by_its_worker_and_dead_by_its_rescuer(s: Steps, w: Session, 
 
 
 async def test_dead_by_its_rescuer_and_done_by_its_worker(s: Steps, w: Session, k: Session) -> None:
-    """Rescue of a task without attempts left during its finish: it is done, and not dead too."""
+    """Rescue of a task without attempts left during its finish: the task is done, and not dead too."""
     [job] = await w(held, max_attempts=1)
     await silent(s.db, job.worker)
     await w("BEGIN")
@@ -118,7 +121,7 @@ async def test_dead_by_its_rescuer_and_done_by_its_worker(s: Steps, w: Session, 
 
 
 async def test_a_dead_worker_comes_back_and_says_everything_twice(s: Steps, w: Session, k: Session) -> None:
-    """Late words after rescue and another's claim: none of them touches the new lease."""
+    """Late statements after rescue and another worker's claim: none of them changes the new lease."""
     jobs = await w(held)
     me = jobs[0].worker
     await silent(s.db, me)
@@ -128,7 +131,7 @@ async def test_a_dead_worker_comes_back_and_says_everything_twice(s: Steps, w: S
     before = await s.db.fetch("SELECT * FROM notifyq.task")
     for verb in SETTLES:
         assert await w(verb, jobs) == []
-    assert await w(release, me) == await w(strays, me, []) == await w(orphans) == 0
+    assert await w(hand_back_all, me) == await w(reclaim_unanswered, me, []) == await w(reclaim_unowned) == 0
     assert await w(claim, me) == []
     assert await w(tick, me, jobs) == (False, [again.id], [again.worker])
     assert not await w(unregister, me)
@@ -140,7 +143,7 @@ async def test_a_dead_worker_comes_back_and_says_everything_twice(s: Steps, w: S
 
 
 async def test_a_rescuer_dies_and_another_takes_over(s: Steps, w: Session, k: Session) -> None:
-    """Rescue during rescue: it doesn't wait; when the first is killed it does all, and counts the attempt once."""
+    """Rescue during rescue: it doesn't wait. If the first is killed, it rescues all, and counts the attempt once."""
     jobs = await w(held, 2)
     await silent(s.db, jobs[0].worker)
     other = await s.worker("heartbeat 2")
@@ -169,7 +172,7 @@ async def test_a_heartbeat_while_its_worker_is_buried(s: Steps, w: Session, k: S
 
 
 async def test_a_heartbeat_while_its_worker_is_rescued_in_pieces(s: Steps, w: Session, k: Session) -> None:
-    """Heartbeat during rescue: in time for the rest; by the next one the worker knows what it has lost."""
+    """Heartbeat during rescue: in time to keep the rest. The next one tells the worker which leases it has lost."""
     first, second = jobs = await w(held, 2)
     await silent(s.db, first.worker)
     await k("BEGIN")
@@ -185,7 +188,7 @@ async def test_a_heartbeat_while_its_worker_is_rescued_in_pieces(s: Steps, w: Se
 
 
 async def test_a_rescue_while_a_heartbeat_is_on_its_way(s: Steps, w: Session, k: Session) -> None:
-    """Rescue during heartbeat: it doesn't wait and takes nothing; the worker was alive after all."""
+    """Rescue during heartbeat: it doesn't wait and takes nothing, since the worker is alive."""
     jobs = await w(held)
     me = jobs[0].worker
     await silent(s.db, me)
@@ -198,7 +201,7 @@ async def test_a_rescue_while_a_heartbeat_is_on_its_way(s: Steps, w: Session, k:
 
 
 async def test_a_heartbeat_that_reconnects_while_its_worker_is_rescued(s: Steps, w: Session, k: Session) -> None:
-    """Its lock during rescue: refused without waiting, so it tries again later, and has it if the rescue failed."""
+    """Its advisory lock during rescue: it is refused at once. It asks again later, and gets it if the rescue failed."""
     [job] = await w(held)
     await silent(s.db, job.worker)
     await k("BEGIN")
@@ -210,7 +213,7 @@ async def test_a_heartbeat_that_reconnects_while_its_worker_is_rescued(s: Steps,
 
 
 async def test_a_heartbeats_session_ends_while_another_asks(s: Steps, w: Session, k: Session) -> None:
-    """Rescue and the end of the dead worker's session: not before, and at once after."""
+    """Rescue and the end of the dead worker's session: nothing is rescued before it, and all at once after it."""
     [job] = await w(held)
     await silent(s.db, job.worker)
     await w(LOCK, job.worker)
@@ -223,7 +226,7 @@ async def test_a_heartbeats_session_ends_while_another_asks(s: Steps, w: Session
 
 
 async def test_claimed_while_it_is_being_rescued(s: Steps, w: Session, k: Session) -> None:
-    """Claim during rescue: it steps over, and has the task with its next attempt after the commit."""
+    """Claim during rescue: it skips the task, and gets it with its next attempt after the commit."""
     [job] = await w(held)
     await silent(s.db, job.worker)
     other = await s.worker("claims 2")
@@ -248,7 +251,7 @@ async def test_cancelled_while_it_is_being_rescued(s: Steps, w: Session, k: Sess
 
 
 async def test_cancelled_while_its_rescuer_says_dead(s: Steps, w: Session, k: Session, p: Session) -> None:
-    """Cancel during the rescue of a task without attempts left: it was dead before, and stays so."""
+    """Cancel during the rescue of a task without attempts left: the task is dead before, and stays dead."""
     [job] = await w(held, max_attempts=1)
     await silent(s.db, job.worker)
     await k("BEGIN")
@@ -260,7 +263,7 @@ async def test_cancelled_while_its_rescuer_says_dead(s: Steps, w: Session, k: Se
 
 
 async def test_rescued_while_it_is_being_cancelled(s: Steps, w: Session, k: Session, p: Session) -> None:
-    """Rescue during cancel: it steps over, leaves the worker registered, and finds the rest in its next round."""
+    """Rescue during cancel: it skips the task, leaves the worker registered, and finds the rest in its next round."""
     first, second = await w(held, 2)
     await silent(s.db, first.worker)
     await p("BEGIN")

@@ -51,7 +51,7 @@ async def test_settled_while_it_is_being_cancelled(s: Steps, w: Session, p: Sess
 
 @settle
 async def test_settled_while_a_cancel_fails(s: Steps, w: Session, p: Session, settle: Any) -> None:
-    """Settle during cancel: rolled back, what the worker says stands."""
+    """Settle during cancel: the cancel is rolled back, and the outcome stands."""
     [job] = await w(held)
     await p("BEGIN")
     await p(cancel, job.id)
@@ -63,7 +63,7 @@ async def test_settled_while_a_cancel_fails(s: Steps, w: Session, p: Session, se
 
 @settle
 async def test_cancelled_while_it_is_being_settled(s: Steps, w: Session, p: Session, settle: Any) -> None:
-    """Cancel during settle: too late if that ended the task; else it ends what the worker had given back."""
+    """Cancel during settle: it is too late if the task ended; else it ends the task that the worker gave back."""
     [job] = await w(held)
     await w("BEGIN")
     assert await w(settle, [job]) == [job.id]
@@ -76,7 +76,7 @@ async def test_cancelled_while_it_is_being_settled(s: Steps, w: Session, p: Sess
 
 
 async def test_a_cancel_in_a_savepoint_that_is_rolled_back(s: Steps, w: Session, p: Session) -> None:
-    """Settle during cancel: the savepoint's end lets it go on, though the transaction stays open."""
+    """Settle during cancel: it goes on when the savepoint ends, though the transaction stays open."""
     [job] = await w(held)
     await p("BEGIN")
     await p("SAVEPOINT here")
@@ -89,8 +89,8 @@ async def test_a_cancel_in_a_savepoint_that_is_rolled_back(s: Steps, w: Session,
 
 
 async def test_a_prepared_change(s: Steps, w: Session, p: Session) -> None:
-    """Settle while somebody's change of the row is prepared and belongs to no session: it waits for that all the same.
-    (A transaction that has cancelled what runs has notified, so PostgreSQL doesn't prepare it.)"""
+    """Settle while a change of the row is prepared, and belongs to no session: it waits for that too. (PostgreSQL
+    doesn't prepare a transaction that has cancelled a running task, since that has sent a notification.)"""
     [job] = await w(held)
     await p("BEGIN")
     await p("UPDATE notifyq.task SET priority = 1")
@@ -102,7 +102,7 @@ async def test_a_prepared_change(s: Steps, w: Session, p: Session) -> None:
 
 
 async def test_a_reader_that_locks_rows_only_delays(s: Steps, w: Session, p: Session) -> None:
-    """Settle during somebody's SELECT FOR SHARE: it waits, and then applies."""
+    """Settle during a stranger's SELECT FOR SHARE: it waits, and then applies."""
     [job] = await w(held)
     await p("BEGIN")
     await p("SELECT FROM notifyq.task FOR SHARE")
@@ -112,7 +112,7 @@ async def test_a_reader_that_locks_rows_only_delays(s: Steps, w: Session, p: Ses
 
 
 async def test_two_cancels(s: Steps, p: Session) -> None:
-    """Cancel and cancel: the second waits, and says that it did nothing."""
+    """Cancel during cancel: the second waits, and returns that it did nothing."""
     [id] = await insert(s.db)
     q = await s.session("q")
     await p("BEGIN")
@@ -124,7 +124,7 @@ async def test_two_cancels(s: Steps, p: Session) -> None:
 
 
 async def test_two_retries(s: Steps, p: Session) -> None:
-    """Retry and retry of a cancelled task: it comes back once."""
+    """Retry during retry of a cancelled task: the task comes back once."""
     [id] = await insert(s.db)
     await cancel(s.db, id)
     q = await s.session("q")
@@ -137,7 +137,7 @@ async def test_two_retries(s: Steps, p: Session) -> None:
 
 
 async def test_a_retry_and_a_cancel_that_do_not_see_each_other(s: Steps, p: Session) -> None:
-    """Cancel during retry, retry during cancel: the second finds nothing to do; the task is there, once."""
+    """Cancel during retry, and retry during cancel: the second finds nothing to do; the task exists once."""
     [id] = await insert(s.db)
     q = await s.session("q")
     await p("BEGIN")
@@ -156,7 +156,7 @@ async def test_a_retry_and_a_cancel_that_do_not_see_each_other(s: Steps, p: Sess
 
 @settle
 async def test_a_batch_is_sent_again_while_the_first_is_on_its_way(s: Steps, w: Session, settle: Any) -> None:
-    """Settle and the same after a lost connection, whose backend still writes: applied once."""
+    """Settle, and the same batch again after a lost connection whose backend still writes: it is applied once."""
     jobs = await w(held, 2)
     again = await s.worker("settle again")
     await w("BEGIN")
@@ -168,7 +168,7 @@ async def test_a_batch_is_sent_again_while_the_first_is_on_its_way(s: Steps, w: 
 
 
 async def test_a_batch_is_cancelled_half_way(s: Steps, w: Session, p: Session) -> None:
-    """Settle and the end of its statement: none of the batch is settled, and again, all of it."""
+    """Settle, and its statement is cancelled: nothing of the batch is written. Sent again, all of it is."""
     jobs = await w(held, 3)
     await p("BEGIN")
     await p("SELECT FROM notifyq.task WHERE id = $1 FOR UPDATE", jobs[1].id)
@@ -182,7 +182,7 @@ async def test_a_batch_is_cancelled_half_way(s: Steps, w: Session, p: Session) -
 
 
 async def test_a_settle_whose_await_is_cancelled(s: Steps, w: Session, p: Session) -> None:
-    """Settle and a cancelled await: whatever the server made of it, to say it again is right."""
+    """Settle, and its await is cancelled: whether the server wrote the batch or not, it is right to send it again."""
     [job] = await w(held)
     await p("BEGIN")
     await p("SELECT FROM notifyq.task FOR UPDATE")
@@ -202,7 +202,7 @@ OUTCOMES: dict[str, Any] = {
 
 
 class Writing:
-    """A settler that has been given these outcomes, and writes."""
+    """A settler that writes these outcomes."""
 
     def __init__(self, dsn: str, outcomes: list[Any]) -> None:
         self.told = Told()
@@ -222,7 +222,7 @@ class Writing:
 
 @pytest.mark.parametrize("kind", OUTCOMES)
 async def test_rows_are_locked_in_the_order_of_their_ids(s: Steps, w: Session, p: Session, dsn: str, kind: str) -> None:
-    """Settle and settle: two that would lock the same rows in opposite orders would wait for each other for ever."""
+    """Settle and settle: both lock rows in the order of ids. In opposite orders they would deadlock."""
     jobs = await w(held, 3)
     await p("BEGIN")
     await p("SELECT FROM notifyq.task WHERE id = $1 FOR UPDATE", jobs[1].id)
@@ -234,7 +234,7 @@ async def test_rows_are_locked_in_the_order_of_their_ids(s: Steps, w: Session, p
 
 
 async def test_outcomes_of_all_kinds_are_one_transaction(s: Steps, w: Session, dsn: str) -> None:
-    """Of a batch all is written or nothing, and it costs one commit."""
+    """Either all of a batch is written or nothing, and it costs one commit."""
     jobs = await w(held, len(OUTCOMES))
     async with Writing(dsn, [make(job) for make, job in zip(OUTCOMES.values(), jobs, strict=True)]):
         pass
@@ -244,7 +244,7 @@ async def test_outcomes_of_all_kinds_are_one_transaction(s: Steps, w: Session, d
 
 
 async def test_a_batch_of_two_kinds_and_the_admission_of_what_runs(s: Steps, w: Session, p: Session, dsn: str) -> None:
-    """They want the same rows in opposite orders. Settling gives up before PostgreSQL looks for a deadlock."""
+    """Both want the same rows, in opposite orders. Settling gives up before PostgreSQL looks for a deadlock."""
     first, second, third = await w(held, 3)
     await p("BEGIN")
     await p("SELECT FROM notifyq.task WHERE id = $1 FOR UPDATE", second.id)
@@ -273,7 +273,7 @@ async def test_a_batch_has_outcomes_of_before_and_after_a_new_id(
 
 @pytest.fixture
 async def impatient(s: Steps) -> AsyncIterator[None]:
-    """Who waits in a new session looks for a deadlock at once, others after a minute; who does is its victim."""
+    """A new session looks for a deadlock at once, others after a minute; the session that finds one is its victim."""
     await s.db.execute("ALTER ROLE CURRENT_USER SET deadlock_timeout = '10ms'")
     yield
     await s.db.execute("ALTER ROLE CURRENT_USER RESET deadlock_timeout")
@@ -281,7 +281,7 @@ async def impatient(s: Steps) -> AsyncIterator[None]:
 
 @pytest.mark.usefixtures("impatient")
 async def test_a_deadlock_of_which_a_worker_is_the_victim(s: Steps, w: Session, p: Session, dsn: str) -> None:
-    """Settle and cancels in one transaction, in the other order: written again, and each task ends once."""
+    """Settle, and cancels in one transaction in the other order: the batch is written again, each task ends once."""
     first, second, third = jobs = await w(held, 3)
     other = await s.session("other")
     await p("SET deadlock_timeout = '1min'")
@@ -300,7 +300,7 @@ async def test_a_deadlock_of_which_a_worker_is_the_victim(s: Steps, w: Session, 
 
 
 async def test_a_deadlock_of_which_a_person_is_the_victim(s: Steps, w: Session, p: Session, dsn: str) -> None:
-    """The same, and the worker doesn't notice."""
+    """The person's transaction fails, and the worker doesn't notice."""
     first, second = jobs = await w(held, 2)
     await p("SET deadlock_timeout = '10ms'")
     await p("BEGIN")

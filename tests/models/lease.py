@@ -45,9 +45,9 @@ WRONG = {
     "heartbeat's lock": "rescue asks for the lock of the heartbeat's session, not of all the worker's sessions",
     "bare hand-back": "hand_back.sql isn't fenced",
     "known ids": "reclaim_unanswered.sql goes by the ids of the tasks that are known, not by their leases",
-    "early strays": "reclaim_unanswered.sql doesn't wait for the end of the backend that claims",
-    "no strays": "a claim whose answer was lost is left as it is",
-    "no orphans": "what a claim took for a worker that was given up meanwhile is left as it is",
+    "early reclaim": "reclaim_unanswered.sql doesn't wait for the end of the backend that claims",
+    "no reclaim": "a claim whose answer was lost is left as it is",
+    "unowned stay": "what a claim took for a worker that was given up meanwhile is left as it is",
     "free rescue": "a rescue gives the attempt back",
 }
 
@@ -72,7 +72,7 @@ class Lease:
         return state.task >= Task.DONE or not any(worker.life is Life.UP for worker in state.workers)
 
     def wrong(self, state: State) -> str | None:
-        if not 0 <= state.attempts <= self.max_attempts + state.orphaned:
+        if not 0 <= state.attempts <= self.max_attempts + state.reclaimed:
             return f"{state.attempts} attempts of a task that is allowed {self.max_attempts}"
         return state.bad or None
 
@@ -108,7 +108,7 @@ class Lease:
             gone = self._free(state, Task.CANCELLED, state.attempts)
             yield Step("psql: notifyq.cancel", gone._replace(cancels=state.cancels - 1), MAYBE)
         if state.cancels and state.task in {Task.CANCELLED, Task.DEAD}:
-            again = state._replace(task=Task.READY, attempts=0, orphaned=0)
+            again = state._replace(task=Task.READY, attempts=0, reclaimed=0)
             yield Step("psql: notifyq.retry", again, MAYBE)
 
     def _server(self, state: State, n: int, worker: Worker) -> Iterator[tuple[str, State, Comes]]:
@@ -177,10 +177,10 @@ class Lease:
                 return
             if worker.sent > 0:
                 return  # under its old id: it is answered first
-            ended = worker.sent == -worker.id and self._wrong != "early strays"
+            ended = worker.sent == -worker.id and self._wrong != "early reclaim"
             after = put(state, n, sent=0) if ended else state
             text = "end_backends.sql; reclaim_unanswered.sql"
-            if worker.owns == worker.id and not self._knows(state, worker) and self._wrong != "no strays":
+            if worker.owns == worker.id and not self._knows(state, worker) and self._wrong != "no reclaim":
                 after = self._free(after, Task.READY, state.attempts - 1)
                 text += " takes back the task"
             yield f"{text}; claims on a new connection", put(after, n, connected=True), NOW
@@ -285,6 +285,6 @@ class Lease:
                     if well:
                         buried = buried._replace(bad="a worker that is well was robbed of what it runs")
                     yield Step(f"worker {n + 1}: rescue.sql, of worker {m + 1}", buried, NOW)
-            if other.owns and not (other.registered and other.owns == other.id) and self._wrong != "no orphans":
-                again = self._free(state, Task.READY, state.attempts)._replace(orphaned=state.orphaned + 1)
+            if other.owns and not (other.registered and other.owns == other.id) and self._wrong != "unowned stay":
+                again = self._free(state, Task.READY, state.attempts)._replace(reclaimed=state.reclaimed + 1)
                 yield Step(f"worker {n + 1}: reclaim_unowned.sql takes back the task of worker {m + 1}", again, SOON)

@@ -70,7 +70,7 @@ class State(NamedTuple):
     relaxed: bool = False  # the last thing that was done to the row is a claim, not flushed yet
     faults: int = 0  # that may still come
     cancels: int = 0
-    orphaned: int = 0  # times that the task was taken back as unowned: that attempt counts, whether it ran or not
+    reclaimed: int = 0  # times that the task was taken back as unowned: that attempt counts, whether it ran or not
     bad: str = ""
 
 

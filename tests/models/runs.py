@@ -66,7 +66,7 @@ def wrong_doorbell(name: str) -> Doorbell:
 def wrong_lease(name: str) -> Lease:
     if name == "free rescue":
         return Lease(3, 2, faults=0, cancels=0, kills=True, wrong=name)
-    two = name in {"no worker", "no liveness", "heartbeat's lock", "no orphans"}
+    two = name in {"no worker", "no liveness", "heartbeat's lock", "unowned stay"}
     return Lease(2 if two else 1, 2, faults=1 if two else 2, cancels=0, wrong=name)
 
 

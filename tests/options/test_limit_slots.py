@@ -148,9 +148,7 @@ async def test_a_slot_is_kept_for_who_was_granted_it(db: Any, worker: int) -> No
     assert await admit(db, await verbs.claim(db, worker)) == [(second, "limit")]
 
 
-@pytest.mark.parametrize(
-    "how", ["done", "to be tried again", "cancelled", "deleted", "released", "rescued", "orphaned"]
-)
+@pytest.mark.parametrize("how", ["done", "to be tried again", "cancelled", "deleted", "released", "rescued", "unowned"])
 async def test_a_slot_is_left(db: Any, worker: int, how: str) -> None:
     """However an attempt ends, whoever ends it: the next one is let in, though the first may come back."""
     first, second = await verbs.insert(db, 2, **ONE)
@@ -166,13 +164,13 @@ async def test_a_slot_is_left(db: Any, worker: int, how: str) -> None:
         case "deleted":
             await db.execute("DELETE FROM notifyq.task WHERE id = $1", first)
         case "released":
-            assert await verbs.release(db, worker) == 1
+            assert await verbs.hand_back_all(db, worker) == 1
         case "rescued":
             await verbs.silent(db, worker)
             assert (await verbs.rescue(db, worker))[1] == 1
         case _:
             await db.execute("DELETE FROM notifyq.worker")
-            assert await verbs.orphans(db) == 1
+            assert await verbs.reclaim_unowned(db) == 1
     assert await free(db) == 1
     jobs = await verbs.claim(db, await verbs.register(db))
     ready = (

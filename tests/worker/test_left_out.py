@@ -329,7 +329,7 @@ async def test_a_task_that_was_alone_and_is_refused_was_alone(db: Any) -> None:
     assert await db.fetchval("SELECT crashes_alone FROM notifyq.task") == 1
 
 
-async def test_the_other_orphans_are_taken_back(
+async def test_the_other_unowned_tasks_are_taken_back(
     db: Any, dsn: str, logged: Logged, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(maintenance.RECLAIM_UNOWNED, "every", 0.2)
@@ -363,8 +363,8 @@ async def test_a_worker_that_stops_hands_the_others_back(db: Any, dsn: str, logg
     assert not logged("stopping")
 
 
-async def test_the_other_strays_are_taken_back(db: Any, dsn: str, logged: Logged) -> None:
-    """A stray that is refused keeps the worker from claiming no longer than it takes to say so."""
+async def test_the_others_of_an_unanswered_claim_are_taken_back(db: Any, dsn: str, logged: Logged) -> None:
+    """A refused task keeps the worker from claiming no longer than it takes to log that."""
     bench = Bench()
     async with working(bench.app, dsn):
         me = await db.fetchval("SELECT id FROM notifyq.worker")

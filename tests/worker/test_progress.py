@@ -192,7 +192,7 @@ async def test_what_ends_an_attempt_ends_its_progress(db: Any, how: str) -> None
     if how in SETTLES:
         await SETTLES[how](db, [job])
     elif how == "release":
-        await verbs.release(db, job.worker)
+        await verbs.hand_back_all(db, job.worker)
     else:
         await verbs.silent(db, job.worker)
         await verbs.rescue(db, job.worker)
