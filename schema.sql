@@ -1,171 +1,377 @@
 -- notifyq: background tasks in PostgreSQL 14 to 18. No extension, no superuser, one fixed schema.
 --
--- The story of a task
--- -------------------
--- A task is a row of notifyq.task from its INSERT until its outcome is written; then it is a row of
--- notifyq.finished. While it lives, three columns say where it stands:
---
---     worker set                                         running: that worker holds the lease
---     worker null, run_at <= created_at or promoted      ready: in the index claims read
---     worker null, run_at > created_at, not promoted     scheduled: in the index timers read
---     withheld, parked null                              ready, but the worker that claimed it has no handler for its
---                                                        type: left to a worker that has one
---     withheld, parked set                               waits: parked says for what. Both kinds have indexes of
---                                                        their own, so that claims needn't step over them
---
--- So a plain INSERT decides by itself whether its row is ready (run_at and created_at have defaults), without
--- a row trigger, and the claim's index never holds a future, a running or a finished task: what a claim costs
--- depends on none of them.
+-- The life of a task
+-- ------------------
+-- A task is a row of notifyq.task from its INSERT until its outcome is written; then it is a row of notifyq.finished.
 --
 --     INSERT --> ready --claim--> running --settle--> finished (done, dead, cancelled)
 --       `-> scheduled --promote-> ready     `- retry --> scheduled      `- hand back, rescue --> ready
 --
--- The lease is (worker, attempts): every claim raises attempts, and every later write names both and says
--- whether it applied. A worker that was given up for dead can therefore never settle what runs elsewhere.
+-- A few workers claim ready tasks, run their handlers, and settle them: they write how the attempt ended. The lease of
+-- a running task is (worker, attempts): every claim raises attempts, and every later write names both and says whether
+-- it applied. So a worker that was given up for dead can never settle a task that runs elsewhere.
 --
--- The doorbell
--- ------------
--- A transaction that has called pg_notify serialises its commit with every other one that did. So the insert
--- trigger rings only while some worker sleeps. notifyq.bell is an empty table that nobody writes; its lock
--- modes are the protocol. An enqueuer tries ROW EXCLUSIVE, which many can hold at once. A worker holds SHARE
--- while it sleeps, which many can hold at once too, but never beside an enqueuer:
+-- Chapters
+-- --------
+--     1 Tasks               the tables task and finished; where a task stands; enqueue; errors
+--     2 Workers             the table worker; tasks whose worker vanished
+--     3 The bell            how an INSERT wakes a worker, and why no wake-up is lost
+--     4 Cancel, retry       by a person or a program
+--     5 Options and unique  the column options; one task with a unique_key
+--     6 Limits and order    at most N tasks with a limit_key or in a queue; one at a time with an order_key
+--     7 After               tasks that wait for the ends of others
+--     8 Queues              pause, resume, limit
+--     9 Cron                tasks that are enqueued by the clock
+--    10 Views               all_tasks and all_queues: the stable way to read
+--    11 Roles               the GRANTs
 --
---   * refused: a worker sleeps or is about to. Ring.
---   * granted: no worker sleeps. Don't ring, and keep the lock until commit: a worker that wants to sleep waits
---     for it, and PostgreSQL releases locks after the rows are visible. So the worker's last claim, made once SHARE
---     is granted, sees the rows of all transactions that didn't ring. No wake-up can be lost, however long a
---     transaction stays open and in whatever order they commit.
---
--- notifyq/worker/doorbell.py has the worker's side.
---
--- Tasks that wait
--- ---------------
--- Some tasks must wait for more than a free slot: for others with the same limit_key, order_key or fleet-wide limited
--- queue, or for the ends of the tasks in `after`. They are inserted as ready, like any task, so their INSERT costs
--- nothing more and locks nothing, and claims find them in their order. After the claim, notifyq.admit decides whether
--- they run:
---
---     claimed --admit--> runs                      the slot is the row itself: a row with a worker counts
---                `-----> parked (and withheld)     not looked at again until something frees
---     its end, or its worker's loss of it --> a row in notifyq.slot_released --free--> as many parked as fit are ready again
---
--- There are no counters, which could become wrong: the number of running tasks is counted from the rows. A session that
--- admits or frees tasks of a key first locks a row of notifyq.key_lock, by the key's hash, then takes a fresh snapshot, and
--- counts in that. Rows that are claimed and not yet admitted count too, on the safe side. So limits hold whatever
--- process dies, and a dead process holds no slot that it would have to give back.
---
--- The transaction that ends an attempt writes the row in notifyq.slot_released: by a trigger if the task has ended, otherwise
--- in the statement that gives up the lease. The next worker that settles, is about to sleep or sends a heartbeat
--- handles it.
---
--- A task that uses none of this has NULL in those columns, skips admit, and touches none of these tables.
---
--- Tasks whose worker vanished
--- ---------------------------
--- A worker that vanishes (killed, out of memory) takes down all tasks that it runs, and at most one of them is the
--- cause. So a crash counts as a failed attempt only if the task was the only one that its worker held:
---
---     crash beside others, the first   ready again at once. The attempt doesn't count (crashes)
---     crash beside others, a later one parked ('crashed'), out of the claims' way, until a worker runs it isolated
---     crash alone                      the attempt counts (crashes_alone). After the third such crash, or at
---                                      max_attempts, the task is dead
---
--- To run such tasks isolated, a worker stops claiming until it holds no task, then runs 16 of them, or 4 that have
--- crashed three times, or one that has crashed more often, and then claims as usual. One worker at a time does that.
--- The tasks don't wait for that for ever: after a time that doubles with each crash they run beside others, which a
--- further crash would make start again.
---
--- Options
--- -------
--- Features that few tasks use are given in one column, options, a JSON object: unique_key, order_key, limit_key, after
--- and their settings; see notifyq.apply_options(). For all other tasks it is NULL, and costs their INSERT one short WHEN. It
--- must be short: PostgreSQL parses a CHECK or a trigger's WHEN anew for every statement, at 4 000 to 5 000 instructions
--- for each column, operator and constant in it. A whole INSERT takes 170 000.
---
--- Unique
--- ------
--- No unique index enforces keys: a rescue, a retry or a cancel would fail because of it, long after the enqueue. Only
--- an INSERT with a unique_key is checked, by a trigger, which leaves the row out if an existing task is in its way:
---
---   1. The trigger creates or locks the key's row of notifyq.unique_key, which names the newest task with the key.
---      Other enqueuers of the key wait here until this transaction ends, and then see its outcome.
---   2. With a snapshot taken under that lock it checks whether the newest task is in the way: by its state
---      (unique_states) and by how long ago it was enqueued (unique_for). If not, the new task is inserted, and the
---      key's row names it.
---   3. If the existing task is in the way and waits to be run, its row is locked too, until the enqueuer's transaction
---      ends, and claims step over it. So it begins only when the enqueuer's other writes can be seen. If it had begun
---      before, and 'running' isn't among the states, a new task is inserted. In both cases some run sees those writes.
---      The statement rings even if it inserts no row, so a worker that stepped over the existing task looks again.
---
--- A rollback, also of a savepoint, undoes all of that. Under REPEATABLE READ and SERIALIZABLE the snapshot is the
--- caller's: a change of the key or of the task since then is a serialization failure (40001), never a second task.
+-- The first four chapters concern every task. Chapters 5 to 7 concern tasks with options only: other tasks have NULL in
+-- those columns, and touch none of those tables.
 --
 -- What a user of the database may call: enqueue, cancel, retry; pause, resume and limit_queue of queues; cron_pause,
--- cron_resume and cron_run. All other functions are internal. Each has a comment: \df+ notifyq.*
+-- cron_resume and cron_run. All other functions are internal. Each object has a comment: \dt+, \dv+, \df+ notifyq.*,
+-- and \d+ notifyq.task for its columns.
 --
--- Roles: see the GRANTs at the end.
+-- Three conventions hold in all chapters:
+--
+--   * Every table whose rows are updated or deleted has a primary key. In a publication, which may be one FOR ALL
+--     TABLES that was not made for notifyq, PostgreSQL refuses the UPDATE or DELETE of a table without one.
+--   * No function takes a name from its caller's search_path. BEGIN ATOMIC has names looked up when the function is
+--     created, which costs a call nothing; other functions set search_path, or qualify every name.
+--   * A statement looks up rows by `id = ANY (ARRAY[...])` where the planner might otherwise take another index, for
+--     which statistics of another moment speak.
 
 CREATE SCHEMA notifyq;
+COMMENT ON SCHEMA notifyq IS
+    'Background tasks: see notifyq.task, notifyq.enqueue and notifyq.all_tasks. The functions that are not internal'
+    ' are for everybody.';
 
--- Every table that rows are updated in or deleted from has a primary key: in a publication, which may be one FOR ALL
--- TABLES that nobody made for us, PostgreSQL refuses the UPDATE or DELETE of a table without one.
 CREATE TABLE notifyq.schema_version (
     version      integer     NOT NULL PRIMARY KEY,
     installed_at timestamptz NOT NULL DEFAULT now(),
-    serves       integer     NOT NULL                  -- the version of the oldest code that can work with it
+    serves       integer     NOT NULL
 );
 INSERT INTO notifyq.schema_version (version, serves) VALUES (1, 1);
 
--- Live tasks. A row with a payload that doesn't fit its type, or with an impossible type, can be inserted: the worker
--- finds it, and the task ends dead with a message. A constraint would abort the enqueuer's whole transaction instead,
--- and would cost every INSERT (see "Options"). Only wrong options are refused.
+COMMENT ON TABLE notifyq.schema_version IS
+    'The version of this schema: one row for each version that was installed or upgraded to.';
+COMMENT ON COLUMN notifyq.schema_version.version IS 'The version; the highest one counts.';
+COMMENT ON COLUMN notifyq.schema_version.installed_at IS 'When it was installed.';
+COMMENT ON COLUMN notifyq.schema_version.serves IS 'The version of the oldest notifyq that can work with it.';
+
+-- =====================================================================================================================
+-- 1 Tasks
+-- =====================================================================================================================
+--
+-- Six columns of a live task say where it stands:
+--
+--     worker set                                         running: that worker holds the lease
+--     worker null, run_at <= created_at or promoted      ready: in the index that claims read
+--     worker null, run_at > created_at, not promoted     scheduled: in the index that timers read
+--     withheld, parked null                              ready, but a worker that claimed it had no handler for its
+--                                                        type: left to a worker that has one
+--     withheld, parked set                               parked: `parked` says what it waits for (chapters 2, 6, 7)
+--
+-- Withheld tasks have indexes of their own, so that claims needn't step over them.
+--
+-- A plain INSERT decides by itself whether its row is ready, since run_at and created_at have defaults; that needs no
+-- row trigger. The claims' index never holds a future, a running or a finished task, so what a claim costs depends on
+-- none of them.
+--
+-- A row whose payload doesn't fit its type, or whose type is impossible, can be inserted: a worker finds it, and the
+-- task ends dead with a message. A constraint would abort the enqueuer's whole transaction instead, and would cost
+-- every INSERT: PostgreSQL parses a CHECK or a trigger's WHEN anew for every statement, at 4 000 to 5 000
+-- instructions for each column, operator and constant in it, and a whole INSERT takes 170 000. Only wrong options are
+-- refused.
+
 CREATE TABLE notifyq.task (
     id            bigint      GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
     created_at    timestamptz NOT NULL DEFAULT clock_timestamp(),
     run_at        timestamptz NOT NULL DEFAULT now(),  -- now(), the transaction's start, is never after created_at
-    processing_at timestamptz,                         -- when the last attempt was claimed
-    processed_at  timestamptz,                         -- when the last attempt ended
-    worker        integer,                             -- who holds the lease
-    priority      smallint    NOT NULL DEFAULT 0,      -- higher runs first
-    attempts      smallint    NOT NULL DEFAULT 0,      -- claims so far; with worker, the fencing token
-    max_attempts  smallint,                            -- null: what the task's type says, else 10; below 1 is 1
-    promoted      boolean     NOT NULL DEFAULT false,  -- was scheduled, and its time has come
+    processing_at timestamptz,
+    processed_at  timestamptz,
+    worker        integer,
+    priority      smallint    NOT NULL DEFAULT 0,
+    attempts      smallint    NOT NULL DEFAULT 0,
+    max_attempts  smallint,                            -- below 1 is 1
+    promoted      boolean     NOT NULL DEFAULT false,
     withheld      boolean     NOT NULL DEFAULT false,
     queue         text        NOT NULL DEFAULT 'default',
     type          text        NOT NULL,
     payload       jsonb       NOT NULL DEFAULT '{}',
-    errors        jsonb,                               -- one object for each attempt that failed: see append_error()
-    options       jsonb,                               -- see "Options"; these three are taken from it by notifyq.apply_options():
-    order_key     text,                                -- one at a time, in the order of ids
-    limit_key     text,                                -- at most N at the same time, of all tasks with this key
-    after         bigint[],                            -- the tasks whose ends it waits for, until they have come
-    parked        text,                                -- if withheld: what it waits for: limit, rate, queue, order, after,
-    waiting_on    text,                                -- and the key; both, not withheld: granted, the next of that key
-    admitted_at   timestamptz,                         -- = processing_at: this attempt was admitted, and holds its slots
-    watched       boolean     NOT NULL DEFAULT false,  -- others may wait for its end: it writes a row into slot_released
-    awaited       boolean     NOT NULL DEFAULT false,  -- a client waits for its end: it sends a NOTIFY
+    errors        jsonb,                               -- see append_error()
+    options       jsonb,                               -- apply_options() takes the next three columns from it
+    order_key     text,
+    limit_key     text,
+    after         bigint[],
+    parked        text,                                -- limit, rate, queue, order, after or crashed
+    waiting_on    text,                                -- the key, for all of these but after
+    admitted_at   timestamptz,
+    watched       boolean     NOT NULL DEFAULT false,
+    awaited       boolean     NOT NULL DEFAULT false,
     progress      real,
     note          text,
-    crashes       smallint,                            -- how often its worker vanished while it ran beside others,
-    crashes_alone smallint                             -- and while it ran alone: see "Tasks whose worker vanished"
+    crashes       smallint,
+    crashes_alone smallint
 ) WITH (
     fillfactor = 90,
-    -- A queue turns its rows over in seconds: vacuum early, at full speed, indexes included, and never
-    -- truncate (that takes an exclusive lock to give back pages the next burst needs).
+    -- A queue replaces all its rows within seconds. So vacuum early, at full speed, indexes included. Never truncate:
+    -- that takes an exclusive lock to give back pages which the next burst needs.
     autovacuum_vacuum_scale_factor = 0.01, autovacuum_vacuum_threshold = 1000,
     autovacuum_vacuum_insert_scale_factor = 0.1, autovacuum_vacuum_cost_delay = 0,
     autovacuum_analyze_scale_factor = 0.5, autovacuum_analyze_threshold = 10000,
     vacuum_index_cleanup = on, vacuum_truncate = off
 );
 
--- What a claim returns of a task. PostgreSQL inlines a function like these, whose body is one expression without a
--- subquery: plans and costs are as if its callers had the expression.
+COMMENT ON TABLE notifyq.task IS
+    'Live tasks: a row from the INSERT until the outcome is written. To enqueue, INSERT here, or call '
+    'notifyq.enqueue. To read, use notifyq.all_tasks.';
+COMMENT ON COLUMN notifyq.task.id IS 'Given by the database, in the order of INSERTs.';
+COMMENT ON COLUMN notifyq.task.created_at IS 'When it was inserted.';
+COMMENT ON COLUMN notifyq.task.run_at IS 'The earliest time to run it; the default is now. You may set it.';
+COMMENT ON COLUMN notifyq.task.processing_at IS 'When its latest attempt was claimed.';
+COMMENT ON COLUMN notifyq.task.processed_at IS 'When its latest attempt ended.';
+COMMENT ON COLUMN notifyq.task.worker IS 'The id of the worker that runs it; NULL: no worker runs it.';
+COMMENT ON COLUMN notifyq.task.priority IS 'Higher runs first, within a queue; the default is 0. You may set it.';
+COMMENT ON COLUMN notifyq.task.attempts IS 'How often it was claimed. With worker, it identifies the lease.';
+COMMENT ON COLUMN notifyq.task.max_attempts IS
+    'After this many failed attempts it is dead; NULL: as many as its type says, else 10. You may set it.';
+COMMENT ON COLUMN notifyq.task.promoted IS 'It was scheduled, and its time has come.';
+COMMENT ON COLUMN notifyq.task.withheld IS
+    'Claims leave it alone: a worker had no handler for its type, or it waits for what parked says.';
+COMMENT ON COLUMN notifyq.task.queue IS 'Its queue; the default is default. You may set it.';
+COMMENT ON COLUMN notifyq.task.type IS 'The name of the kind of task, by which a handler is found. You set it.';
+COMMENT ON COLUMN notifyq.task.payload IS 'The input of its handler, a JSON object. You may set it.';
+COMMENT ON COLUMN notifyq.task.errors IS 'A JSON array with one object for each failed attempt.';
+COMMENT ON COLUMN notifyq.task.options IS
+    'A JSON object with unique_key, order_key, limit_key, after and the settings of these; NULL for most. You may set'
+    ' it.';
+COMMENT ON COLUMN notifyq.task.order_key IS
+    'From options: of tasks with the same key one runs at a time, in the order of ids.';
+COMMENT ON COLUMN notifyq.task.limit_key IS 'From options: limits count all tasks with the same key.';
+COMMENT ON COLUMN notifyq.task.after IS 'From options: the ids of tasks whose ends it still waits for.';
+COMMENT ON COLUMN notifyq.task.parked IS
+    'If withheld, what it waits for: limit, rate, queue, order, after, or crashed, which is until a worker runs it'
+    ' isolated. If not withheld, what it was granted.';
+COMMENT ON COLUMN notifyq.task.waiting_on IS 'The key at which it waits, or of which a slot is reserved for it.';
+COMMENT ON COLUMN notifyq.task.admitted_at IS 'Equal to processing_at: this attempt holds slots of its keys.';
+COMMENT ON COLUMN notifyq.task.watched IS
+    'Other tasks may wait for its end, so its end adds a row to notifyq.slot_released.';
+COMMENT ON COLUMN notifyq.task.awaited IS 'A client waits for its end, so its end sends a NOTIFY.';
+COMMENT ON COLUMN notifyq.task.progress IS 'How far its handler says it is, from 0 to 1.';
+COMMENT ON COLUMN notifyq.task.note IS 'Its handler''s own words about its progress.';
+COMMENT ON COLUMN notifyq.task.crashes IS
+    'How often its worker vanished while it ran beside other tasks. These attempts don''t count against max_attempts.';
+COMMENT ON COLUMN notifyq.task.crashes_alone IS
+    'How often its worker vanished while it ran nothing else. These attempts count, and the third is the last.';
+
+-- The claims' index: its order is the claim's ORDER BY, its predicate the claim's WHERE, word for word. It has id +
+-- 0, so that no planner uses task_pkey for "from this id on, in the order of ids", and reads all tasks that aren't
+-- ready.
+CREATE INDEX task_ready ON notifyq.task (queue, priority DESC, (id + 0))
+    WHERE worker IS NULL AND NOT withheld AND (run_at <= created_at OR promoted);
+CREATE INDEX task_scheduled ON notifyq.task (queue, run_at)
+    WHERE worker IS NULL AND run_at > created_at AND NOT promoted;
+CREATE INDEX task_running ON notifyq.task (worker) WHERE worker IS NOT NULL;
+CREATE INDEX task_unhandled ON notifyq.task (type, queue, priority DESC, id)
+    WHERE worker IS NULL AND withheld AND parked IS NULL;
+
+-- Three indexes for chapter 6: the tasks that hold a slot of a key or a queue, the tasks that wait at a key, and the
+-- tasks in an order. No plain task is in any of them.
+CREATE INDEX task_admitted ON notifyq.task (limit_key, queue) WHERE admitted_at IS NOT NULL AND worker IS NOT NULL;
+CREATE INDEX task_parked ON notifyq.task (waiting_on, withheld, priority DESC, id) WHERE waiting_on IS NOT NULL;
+-- A task's place in its order: 0 = may run next; a worker's id = running; NULL = not in the order yet.
+CREATE FUNCTION notifyq.place_in_order(
+    attempts smallint, parked text, promoted boolean, run_at timestamptz, created_at timestamptz, worker integer
+) RETURNS integer IMMUTABLE LANGUAGE sql BEGIN ATOMIC
+    SELECT CASE WHEN attempts > 0 OR parked <> 'after' OR parked IS NULL AND (promoted OR run_at <= created_at)
+           THEN coalesce(worker, 0) END;
+END;
+COMMENT ON FUNCTION notifyq.place_in_order(smallint, text, boolean, timestamptz, timestamptz, integer) IS
+    'Internal: whether a task may be the next of its order_key, runs, or has no place in the order yet.';
+
+-- id + 0 as above. The planner inlines the function here too.
+CREATE INDEX task_order ON notifyq.task (
+    order_key, (notifyq.place_in_order(attempts, parked, promoted, run_at, created_at, worker)), (id + 0))
+    WHERE order_key IS NOT NULL;
+
+-- Outcomes. Workers append them, people read them, and workers prune them by age; no claim ever looks here.
+CREATE TABLE notifyq.finished (
+    id            bigint      NOT NULL PRIMARY KEY,
+    created_at    timestamptz NOT NULL,
+    run_at        timestamptz NOT NULL,
+    processing_at timestamptz,
+    processed_at  timestamptz NOT NULL,
+    priority      smallint    NOT NULL,
+    attempts      smallint    NOT NULL,
+    max_attempts  smallint,
+    state         text        NOT NULL CHECK (state IN ('done', 'dead', 'cancelled')),
+    queue         text        NOT NULL,
+    type          text        NOT NULL,
+    worker        text,
+    payload       jsonb       NOT NULL,
+    result        jsonb,
+    errors        jsonb,
+    options       jsonb
+) WITH (autovacuum_vacuum_insert_scale_factor = 0.5, vacuum_truncate = off);
+-- For pruning: dead tasks are kept longer than the others. An insert finds its page at once, at the right edge.
+CREATE INDEX finished_old ON notifyq.finished (processed_at) WHERE state <> 'dead';
+CREATE INDEX finished_dead ON notifyq.finished (processed_at) WHERE state = 'dead';
+
+COMMENT ON TABLE notifyq.finished IS
+    'Finished tasks. Workers delete them when they are older than their retention. To read, use notifyq.all_tasks.';
+COMMENT ON COLUMN notifyq.finished.id IS 'The id of the task.';
+COMMENT ON COLUMN notifyq.finished.created_at IS 'When it was inserted.';
+COMMENT ON COLUMN notifyq.finished.run_at IS 'The earliest time at which it was to run.';
+COMMENT ON COLUMN notifyq.finished.processing_at IS 'When its last attempt was claimed.';
+COMMENT ON COLUMN notifyq.finished.processed_at IS 'When it ended.';
+COMMENT ON COLUMN notifyq.finished.priority IS 'Its priority.';
+COMMENT ON COLUMN notifyq.finished.attempts IS 'How many attempts there were.';
+COMMENT ON COLUMN notifyq.finished.max_attempts IS 'How many were allowed; NULL: what its type says, else 10.';
+COMMENT ON COLUMN notifyq.finished.state IS 'done, dead or cancelled.';
+COMMENT ON COLUMN notifyq.finished.queue IS 'Its queue.';
+COMMENT ON COLUMN notifyq.finished.type IS 'The name of the kind of task.';
+COMMENT ON COLUMN notifyq.finished.worker IS 'host:pid of the worker that ran it last.';
+COMMENT ON COLUMN notifyq.finished.payload IS 'What its handler got.';
+COMMENT ON COLUMN notifyq.finished.result IS 'What its handler returned.';
+COMMENT ON COLUMN notifyq.finished.errors IS 'A JSON array with one object for each failed attempt.';
+COMMENT ON COLUMN notifyq.finished.options IS 'The options it was enqueued with.';
+
+-- Enqueue by a function, for users who prefer that to an INSERT. The defaults are the table's own. NULL means the
+-- default too: a caller with named parameters often has a NULL for each.
+CREATE FUNCTION notifyq.enqueue(
+    type text, payload jsonb DEFAULT '{}', queue text DEFAULT 'default', run_at timestamptz DEFAULT now(),
+    priority integer DEFAULT 0, max_attempts integer DEFAULT NULL, options jsonb DEFAULT NULL
+) RETURNS bigint LANGUAGE plpgsql AS $$
+DECLARE
+    new_id bigint;
+BEGIN
+    INSERT INTO notifyq.task (type, payload, queue, run_at, priority, max_attempts, options)
+    VALUES ($1, coalesce($2, '{}'), coalesce($3, 'default'), coalesce($4, pg_catalog.now()), coalesce($5, 0), $6, $7)
+    RETURNING id INTO new_id;
+    RETURN coalesce(new_id, notifyq.find_unique_task($7 OPERATOR(pg_catalog.->>) 'unique_key'));
+END $$;
+COMMENT ON FUNCTION notifyq.enqueue(text, jsonb, text, timestamptz, integer, integer, jsonb) IS
+    'Enqueue a task. Returns its id; for a unique task that is not inserted, the id of the existing one. NULL means '
+    'the default, for all but type. It cannot be in a transaction that is to be prepared for two-phase commit; see '
+    'notifyq.two_phase in docs/transactions.md.';
+
+-- `errors` with one more entry. It keeps the first hundred and the last hundred entries. One entry between them says
+-- how many were left out, so each failure of a task that fails thousands of times costs the same. If the errors take
+-- more than 8 MB on disk, only the new entry is kept. The same holds if the new entry has a left_out itself: it could
+-- not be stored beside the others.
+CREATE FUNCTION notifyq.append_error(errors jsonb, error jsonb) RETURNS jsonb STABLE LANGUAGE plpgsql AS $$
+DECLARE
+    first CONSTANT integer := 100;
+    last CONSTANT integer := 100;
+    length integer;
+    omitted numeric;
+BEGIN
+    IF errors IS NULL OR jsonb_typeof(errors) = 'null' THEN
+        RETURN jsonb_build_array(error);
+    ELSIF jsonb_typeof(errors) <> 'array' THEN
+        RETURN jsonb_build_array(errors, error);
+    END IF;
+    length := jsonb_array_length(errors);
+    IF pg_column_size(errors) > 8388608 OR error ? 'left_out' THEN
+        RETURN jsonb_build_array(
+            jsonb_build_object('left_out', length,
+                               'error', 'entries that were left out, as they are too large: ' || length),
+            error - 'left_out');
+    ELSIF length < first + last THEN
+        RETURN errors || jsonb_build_array(error);
+    END IF;
+    SELECT sum(CASE WHEN jsonb_typeof(e.entry -> 'left_out') = 'number'
+                    THEN (e.entry ->> 'left_out')::numeric ELSE 1 END)
+    INTO omitted
+    FROM jsonb_array_elements(errors) WITH ORDINALITY AS e (entry, n)
+    WHERE e.n > first AND e.n <= length - last + 1;
+    RETURN jsonb_path_query_array(errors, '$[0 to 99]')
+        || jsonb_build_array(jsonb_build_object(
+               'left_out', omitted, 'error', 'entries that were left out here: ' || omitted))
+        || jsonb_path_query_array(errors, '$[last - 98 to last]') || jsonb_build_array(error);
+END $$;
+COMMENT ON FUNCTION notifyq.append_error(jsonb, jsonb) IS
+    'Internal: adds an entry to a task''s errors, and keeps them bounded.';
+
+-- =====================================================================================================================
+-- 2 Workers
+-- =====================================================================================================================
+--
+-- A worker has one row here, and one heartbeat for all its tasks. Besides, all its sessions share the session-level
+-- advisory lock (1852990827, id), which is free the moment the last of their backends is gone. A worker is dead when
+-- its heartbeat has not changed for 2 seconds and that lock is free, or when its heartbeat has not changed for the
+-- length of its lease. Another worker then rescues its tasks (sql/worker/rescue.sql).
+--
+-- Tasks whose worker vanished --------------------------- A worker that vanishes (killed, out of memory) takes all
+-- tasks down that it runs, and at most one of them is the cause. So a crash counts as a failed attempt only if the
+-- task was the only one that its worker held:
+--
+--     crash beside others   the attempt doesn't count (column crashes)
+--     crash alone           the attempt counts (crashes_alone). After the third such crash, or at max_attempts, the
+--                           task is dead
+--
+-- After its first crash a task is ready again at once. After a later one it is parked ('crashed') until a worker runs
+-- it isolated.
+--
+-- To run such tasks isolated, a worker stops claiming until it holds no task. Then it runs 16 of them, or 4 that have
+-- crashed three times, or one that has crashed more often. Then it claims as usual. One worker at a time does that,
+-- by an advisory lock; a worker that is refused the lock for ten minutes goes ahead. A worker also waits only for a
+-- time, which doubles with each crash, until it holds no task: then it runs them beside others, and a further crash
+-- starts this again.
+
+-- An id is drawn at random, not from a sequence. After a failover that lost a worker's row, or after a restore, a
+-- sequence would give the id of a living worker to another one, and no fence could tell the two apart.
+CREATE TABLE notifyq.worker (
+    id            integer     NOT NULL DEFAULT 1 + floor(random() * 2147483647) PRIMARY KEY,
+    name          text        NOT NULL,
+    queues        text[]      NOT NULL,
+    types         text[]      NOT NULL,
+    max_attempts  smallint[]  NOT NULL,
+    concurrency   integer     NOT NULL,
+    lease         interval    NOT NULL,
+    started_at    timestamptz NOT NULL DEFAULT clock_timestamp(),
+    seen_at       timestamptz NOT NULL DEFAULT clock_timestamp(),
+    running       integer     NOT NULL DEFAULT 0,
+    status        text        NOT NULL DEFAULT 'ok',
+    crons         text[]      NOT NULL DEFAULT '{}'
+) WITH (fillfactor = 50, autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 500);
+
+COMMENT ON TABLE notifyq.worker IS 'Workers that live, or lived a moment ago: one row and one heartbeat for each.';
+COMMENT ON COLUMN notifyq.worker.id IS 'Its id, as in task.worker.';
+COMMENT ON COLUMN notifyq.worker.name IS 'host:pid.';
+COMMENT ON COLUMN notifyq.worker.queues IS 'The queues that it takes tasks from.';
+COMMENT ON COLUMN notifyq.worker.types IS 'The task types that it has handlers for.';
+COMMENT ON COLUMN notifyq.worker.max_attempts IS
+    'Parallel to types: how many attempts each type allows, for tasks without a max_attempts of their own.';
+COMMENT ON COLUMN notifyq.worker.concurrency IS 'How many handlers it runs at the same time.';
+COMMENT ON COLUMN notifyq.worker.lease IS
+    'After this time without a heartbeat it counts as dead, whatever its lock says.';
+COMMENT ON COLUMN notifyq.worker.started_at IS 'When it started.';
+COMMENT ON COLUMN notifyq.worker.seen_at IS 'When its last heartbeat came.';
+COMMENT ON COLUMN notifyq.worker.running IS 'How many tasks it runs.';
+COMMENT ON COLUMN notifyq.worker.status IS 'ok, or a description of a problem.';
+COMMENT ON COLUMN notifyq.worker.crons IS 'The names of the crons that it looks after.';
+
+-- Whether a worker's last heartbeat is no older than its lease. After a step of the server's clock it may lie in the
+-- future, so that is bounded too.
+CREATE FUNCTION notifyq.is_alive(seen_at timestamptz, lease interval) RETURNS boolean STABLE LANGUAGE sql BEGIN ATOMIC
+    SELECT seen_at BETWEEN statement_timestamp() - lease AND statement_timestamp() + lease;
+END;
+COMMENT ON FUNCTION notifyq.is_alive(timestamptz, interval) IS 'Internal: whether a worker is alive, by its heartbeat.';
+
+-- What a claim returns of a task
+-- ------------------------------
+-- PostgreSQL inlines a function whose body is one expression without a subquery: plans and costs are as if its callers
+-- had the expression.
 
 -- Not inlined, and called for compressed payloads only. The elements of an array aren't compressed. So payload is made
 -- an element once, to be measured and to be returned.
 CREATE FUNCTION notifyq.decompress_payload(payload jsonb, most integer) RETURNS jsonb STABLE LANGUAGE sql BEGIN ATOMIC
     SELECT p.whole[1] FROM (SELECT ARRAY[payload] AS whole OFFSET 0) AS p WHERE pg_column_size(p.whole) <= most;
 END;
+COMMENT ON FUNCTION notifyq.decompress_payload(jsonb, integer) IS
+    'Internal: a compressed payload, if it is short enough.';
 
 -- payload if its text is short enough to come with a claim, else NULL: the runner fetches it later. most: in bytes.
 --
@@ -176,17 +382,21 @@ CREATE FUNCTION notifyq.inline_payload(payload jsonb, most integer) RETURNS json
                   OR pg_column_size(payload) <= most AND pg_column_compression(payload) IS NULL THEN payload
                 WHEN pg_column_size(payload) <= most THEN notifyq.decompress_payload(payload, most) END;
 END;
+COMMENT ON FUNCTION notifyq.inline_payload(jsonb, integer) IS 'Internal: a payload that is short enough for a claim.';
 
--- Whether a claimed task must be admitted before it runs: see "Limits and order" and "After".
+-- Whether a claimed task must be admitted before it runs: see chapters 6 and 7.
 CREATE FUNCTION notifyq.needs_admission(limit_key text, order_key text, after bigint[]) RETURNS boolean IMMUTABLE
 LANGUAGE sql BEGIN ATOMIC
     SELECT limit_key IS NOT NULL OR order_key IS NOT NULL OR after IS NOT NULL;
 END;
+COMMENT ON FUNCTION notifyq.needs_admission(text, text, bigint[]) IS
+    'Internal: whether a task has a key or predecessors.';
 
 -- moment, or the nearest time that Python's datetime has.
 CREATE FUNCTION notifyq.readable_time(moment timestamptz) RETURNS timestamptz IMMUTABLE LANGUAGE sql BEGIN ATOMIC
     SELECT greatest(least(moment, '9999-12-30Z'), '0001-01-03Z');
 END;
+COMMENT ON FUNCTION notifyq.readable_time(timestamptz) IS 'Internal: a time within the bounds of Python.';
 
 -- Of claimable tasks, in their order, those that fit into the free threads of a worker. PL/pgSQL keeps the plan.
 --
@@ -219,279 +429,295 @@ BEGIN
         ) AS f
         WHERE f.fits);
 END $$;
+COMMENT ON FUNCTION notifyq.choose_fitting(bigint[], text[], text[], integer[], integer[], integer) IS
+    'Internal: which claimable tasks fit into the free threads of a worker.';
 
--- The claim's index: its order is the claim's ORDER BY, its predicate the claim's WHERE, word for word. id + 0, since
--- no planner may take task_pkey for "from this id on, in the order of ids" and read all that isn't ready on the way.
-CREATE INDEX task_ready ON notifyq.task (queue, priority DESC, (id + 0))
-    WHERE worker IS NULL AND NOT withheld AND (run_at <= created_at OR promoted);
-CREATE INDEX task_scheduled ON notifyq.task (queue, run_at)
-    WHERE worker IS NULL AND run_at > created_at AND NOT promoted;
-CREATE INDEX task_running ON notifyq.task (worker) WHERE worker IS NOT NULL;
-CREATE INDEX task_unhandled ON notifyq.task (type, queue, priority DESC, id)
-    WHERE worker IS NULL AND withheld AND parked IS NULL;
--- For "Limits and order": the tasks that hold a slot of a key or a queue, those that wait at a key, and those in an
--- order. No plain task is in any of them.
-CREATE INDEX task_admitted ON notifyq.task (limit_key, queue) WHERE admitted_at IS NOT NULL AND worker IS NOT NULL;
-CREATE INDEX task_parked ON notifyq.task (waiting_on, withheld, priority DESC, id) WHERE waiting_on IS NOT NULL;
--- A task's place in its order: 0 = may run next; a worker's id = running; NULL = not in the order yet.
-CREATE FUNCTION notifyq.place_in_order(
-    attempts smallint, parked text, promoted boolean, run_at timestamptz, created_at timestamptz, worker integer
-) RETURNS integer IMMUTABLE LANGUAGE sql BEGIN ATOMIC
-    SELECT CASE WHEN attempts > 0 OR parked <> 'after' OR parked IS NULL AND (promoted OR run_at <= created_at)
-           THEN coalesce(worker, 0) END;
-END;
-
--- id + 0 as above. The planner inlines the function here too.
-CREATE INDEX task_order ON notifyq.task (
-    order_key, (notifyq.place_in_order(attempts, parked, promoted, run_at, created_at, worker)), (id + 0))
-    WHERE order_key IS NOT NULL;
-
--- Outcomes. Appended, read by people, pruned by age; the hot path never looks here.
-CREATE TABLE notifyq.finished (
-    id            bigint      NOT NULL PRIMARY KEY,
-    created_at    timestamptz NOT NULL,
-    run_at        timestamptz NOT NULL,
-    processing_at timestamptz,
-    processed_at  timestamptz NOT NULL,
-    priority      smallint    NOT NULL,
-    attempts      smallint    NOT NULL,
-    max_attempts  smallint,
-    state         text        NOT NULL CHECK (state IN ('done', 'dead', 'cancelled')),
-    queue         text        NOT NULL,
-    type          text        NOT NULL,
-    worker        text,
-    payload       jsonb       NOT NULL,
-    result        jsonb,
-    errors        jsonb,
-    options       jsonb
-) WITH (autovacuum_vacuum_insert_scale_factor = 0.5, vacuum_truncate = off);
--- For pruning, each by its own age. Appended at the right edge, so an insert finds its page at once.
-CREATE INDEX finished_old ON notifyq.finished (processed_at) WHERE state <> 'dead';
-CREATE INDEX finished_dead ON notifyq.finished (processed_at) WHERE state = 'dead';
-
--- Workers that are alive, or were a moment ago. A heartbeat is per worker, not per task. Besides, all sessions of a
--- worker share the session-level advisory lock (1852990827, id), which is free the moment the last of their backends is
--- gone. An id is drawn at random, and not from a sequence: after a failover that lost a worker's row, or a restore, a
--- sequence would give the id of a worker that lives to another one, and no fence could tell the two apart.
-CREATE TABLE notifyq.worker (
-    id            integer     NOT NULL DEFAULT 1 + floor(random() * 2147483647) PRIMARY KEY,
-    name          text        NOT NULL,                -- host:pid
-    queues        text[]      NOT NULL,
-    types         text[]      NOT NULL,
-    max_attempts  smallint[]  NOT NULL,                -- parallel to types: for tasks without their own
-    concurrency   integer     NOT NULL,
-    lease         interval    NOT NULL,                -- after so long without a heartbeat it is dead, lock or not
-    started_at    timestamptz NOT NULL DEFAULT clock_timestamp(),
-    seen_at       timestamptz NOT NULL DEFAULT clock_timestamp(),
-    running       integer     NOT NULL DEFAULT 0,
-    status        text        NOT NULL DEFAULT 'ok',   -- or what is degraded, in words
-    crons         text[]      NOT NULL DEFAULT '{}'    -- the names of the crons that it serves
-) WITH (fillfactor = 50, autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 500);
-
--- Whether a worker's last heartbeat is no older than its lease. After a step of the server's clock it may lie in the
--- future, so that is bounded too.
-CREATE FUNCTION notifyq.is_alive(seen_at timestamptz, lease interval) RETURNS boolean STABLE LANGUAGE sql BEGIN ATOMIC
-    SELECT seen_at BETWEEN statement_timestamp() - lease AND statement_timestamp() + lease;
-END;
+-- =====================================================================================================================
+-- 3 The bell
+-- =====================================================================================================================
+--
+-- A transaction that has called pg_notify serialises its commit with every other one that did. So the insert trigger
+-- rings (calls pg_notify) only while some worker sleeps. notifyq.bell is an empty table that is never written; its
+-- lock modes are the protocol. An enqueuer tries ROW EXCLUSIVE, which many sessions can hold at the same time. A
+-- worker holds SHARE while it sleeps: many workers can hold it at the same time too, but never while an enqueuer
+-- holds its lock.
+--
+--   * The enqueuer is refused: a worker sleeps or is about to. It rings.
+--   * The lock is granted: no worker sleeps. The enqueuer doesn't ring, and keeps the lock until it commits. A worker
+--     that wants to sleep waits for that, and PostgreSQL releases locks after the rows are visible. So the worker's
+--     last claim, made once SHARE is granted, sees the rows of all transactions that didn't ring. No wake-up can be
+--     lost, however long a transaction stays open, and in whatever order transactions commit.
+--
+-- notifyq/worker/doorbell.py is the worker's side. Of the workers of a fleet one has the turn, an advisory lock: it
+-- claims, and sleeps at the bell.
 
 CREATE TABLE notifyq.bell (nothing boolean CHECK (false)) WITH (autovacuum_enabled = false);
 
--- The enqueuer's side of the doorbell. Whatever goes wrong here (no privilege on bell, no bell at all) must not abort
--- somebody's INSERT: every error means "ring". Names are qualified, so search_path has no say.
+COMMENT ON TABLE notifyq.bell IS
+    'Always empty. A worker holds SHARE on it while it sleeps, and lets go when another statement waits. An '
+    'enqueuer that cannot get ROW EXCLUSIVE at once sends a NOTIFY.';
+COMMENT ON COLUMN notifyq.bell.nothing IS 'No row is ever stored.';
+
+-- The enqueuer's side. No error here (no privilege on bell, no bell at all) may abort a user's INSERT: every error
+-- means "ring".
 CREATE FUNCTION notifyq.ring() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
     LOCK TABLE notifyq.bell IN ROW EXCLUSIVE MODE NOWAIT;
     RETURN NULL;
 EXCEPTION WHEN OTHERS THEN
-    -- Any role can fill the notification queue (LISTEN, BEGIN, and wait while it notifies): then the commit of whoever
-    -- rings would fail. So nobody rings, and workers find out by their echoes, and poll. Nor does a transaction ring that is
-    -- to be prepared for two-phase commit, and says so by SET LOCAL notifyq.two_phase = on: PostgreSQL refuses to prepare
-    -- one that has notified. (It asks here, since a transaction that doesn't ring need not ask.)
+    -- Two cases in which it doesn't ring. Workers then find out by their echoes, and poll.
+    -- 1. The notification queue is nearly full: the commit of a transaction that notifies would fail. Any role can fill
+    --    the queue (LISTEN, BEGIN, and wait while others notify).
+    -- 2. The transaction is to be prepared for two-phase commit, and says so by SET LOCAL notifyq.two_phase = on:
+    --    PostgreSQL refuses to prepare one that has notified. This is asked here, where it rings, and nowhere else.
     IF pg_catalog.pg_notification_queue_usage() OPERATOR(pg_catalog.<) 0.9
        AND coalesce(pg_catalog.current_setting('notifyq.two_phase', true), '') OPERATOR(pg_catalog.<>) 'on' THEN
         PERFORM pg_catalog.pg_notify('notifyq', '');
     END IF;
     RETURN NULL;
 END $$;
+COMMENT ON FUNCTION notifyq.ring() IS 'Internal: trigger ring, which wakes a worker if one sleeps.';
 
--- Notify, except when the queue of notifications is nearly full, or in two-phase commit: see ring, which does it by
--- itself, being on everybody's way.
+-- It fires once for a statement, however many rows that has; for COPY and INSERT ... SELECT too. UPDATE OF run_at is
+-- how a retry, a hand-back, a rescue, or a person at psql says "look again". Claims and promotions don't name run_at.
+CREATE TRIGGER ring AFTER INSERT OR UPDATE OF run_at ON notifyq.task
+    FOR EACH STATEMENT EXECUTE FUNCTION notifyq.ring();
+
+-- For all other notifications: in the two cases in which ring() doesn't ring, don't notify.
 CREATE FUNCTION notifyq.notify_unless_full(channel text, payload text) RETURNS void LANGUAGE sql BEGIN ATOMIC
     SELECT pg_notify($1, $2)
     WHERE pg_notification_queue_usage() < 0.9 AND coalesce(current_setting('notifyq.two_phase', true), '') <> 'on';
 END;
+COMMENT ON FUNCTION notifyq.notify_unless_full(text, text) IS
+    'Internal: NOTIFY, unless the queue of notifications is nearly full.';
 
--- Ended attempts of tasks that others may wait for: see "Tasks that wait". A row stays until a worker has handled it,
--- so the table is mostly empty.
-CREATE TABLE notifyq.slot_released (
-    n             bigint      GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
-    task          bigint      NOT NULL,
-    ended         boolean     NOT NULL,                -- it is over; else it only gave up its slot
-    queue         text        NOT NULL,
-    order_key     text,
-    limit_key     text
-) WITH (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 500, vacuum_truncate = off);
+-- The worker's side. A blocked SELECT holds a snapshot, and so holds back vacuum: each wait is bounded, and repeated. A
+-- wait that ends without the lock, or because the worker stops, returns false: it is no error for the server's log.
 
--- Locks for keys, by hash. They are rows, as any role could take and keep an advisory lock.
-CREATE TABLE notifyq.key_lock (n smallint NOT NULL PRIMARY KEY) WITH (fillfactor = 50);
-INSERT INTO notifyq.key_lock (n) SELECT generate_series(-1, 255);  -- -1 is of notifyq.release_dependents
-
--- Parked tasks with `after`, and the tasks that they wait for.
-CREATE TABLE notifyq.dependency (
-    needs         bigint      NOT NULL,                -- the task that must end
-    task          bigint      NOT NULL,                -- the task that waits for it
-    confirmed     boolean     NOT NULL,                -- the end will be recorded: `needs` is watched, or was at its end
-    PRIMARY KEY (needs, task)
-) WITH (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 500, vacuum_truncate = off);
-CREATE INDEX dependency_task ON notifyq.dependency (task);
-CREATE INDEX dependency_unconfirmed ON notifyq.dependency (needs) WHERE NOT confirmed;
-
--- Queues that were paused or limited for all workers.
-CREATE TABLE notifyq.queue (
-    name          text        NOT NULL PRIMARY KEY CHECK (length(name) <= 200),
-    paused        boolean     NOT NULL DEFAULT false,
-    limit_running integer     CHECK (limit_running >= 1),
-    limit_rate    integer     CHECK (limit_rate >= 1),
-    limit_seconds float8      CHECK (limit_seconds > 0 AND limit_seconds <= 1e9)
-);
-
--- How many tasks (n) of a key with a rate started at a time. A row is kept for the longest window that was asked for.
-CREATE TABLE notifyq.rate_log (
-    key           text        NOT NULL,
-    at            timestamptz NOT NULL,
-    n             integer     NOT NULL,
-    seconds       float8      NOT NULL,
-    PRIMARY KEY (key, at)
-) WITH (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 500, vacuum_truncate = off);
-
-CREATE FUNCTION notifyq.on_task_deleted() RETURNS trigger LANGUAGE plpgsql AS $$
+-- Wait for the turn of a fleet, at most wait_ms.
+CREATE FUNCTION notifyq.take_turn(fleet integer, wait_ms integer) RETURNS boolean LANGUAGE plpgsql AS $$
 BEGIN
-    IF OLD.watched THEN
-        INSERT INTO notifyq.slot_released (task, ended, queue, order_key, limit_key)
-        VALUES (OLD.id, true, OLD.queue, OLD.order_key, OLD.limit_key);
-    END IF;
-    IF OLD.awaited THEN
-        PERFORM notifyq.notify_unless_full('notifyq_done', OLD.id::text);
-    END IF;
-    RETURN NULL;
-END $$;
-
--- 0.14 us for a row that nobody waits for, and for each statement, INSERTs too, as much as the words after WHEN are
--- long. Not for UPDATE OF run_at too: each row that is claimed would be fetched once more, though claims don't name
--- that column.
-CREATE TRIGGER on_task_deleted AFTER DELETE ON notifyq.task FOR EACH ROW
-    WHEN (OLD.watched OR OLD.awaited) EXECUTE FUNCTION notifyq.on_task_deleted();
-
--- `errors` with one more entry. It keeps the first hundred and the last hundred entries. One between them says how many
--- were left out, so a task that fails thousands of times costs each time the same. Of errors that take more than 8 MB
--- on disk, only the new entry is kept, as it is when that has a left_out itself: it could not be stored beside the
--- others.
-CREATE FUNCTION notifyq.append_error(errors jsonb, error jsonb) RETURNS jsonb STABLE LANGUAGE plpgsql AS $$
-DECLARE
-    first CONSTANT integer := 100;
-    last CONSTANT integer := 100;
-    length integer;
-    omitted numeric;
-BEGIN
-    IF errors IS NULL OR jsonb_typeof(errors) = 'null' THEN
-        RETURN jsonb_build_array(error);
-    ELSIF jsonb_typeof(errors) <> 'array' THEN
-        RETURN jsonb_build_array(errors, error);
-    END IF;
-    length := jsonb_array_length(errors);
-    IF pg_column_size(errors) > 8388608 OR error ? 'left_out' THEN
-        RETURN jsonb_build_array(
-            jsonb_build_object('left_out', length, 'error', 'entries that were left out, as they are too large: ' || length), error - 'left_out');
-    ELSIF length < first + last THEN
-        RETURN errors || jsonb_build_array(error);
-    END IF;
-    SELECT sum(CASE WHEN jsonb_typeof(e.entry -> 'left_out') = 'number' THEN (e.entry ->> 'left_out')::numeric ELSE 1 END)
-    INTO omitted
-    FROM jsonb_array_elements(errors) WITH ORDINALITY AS e (entry, n)
-    WHERE e.n > first AND e.n <= length - last + 1;
-    RETURN jsonb_path_query_array(errors, '$[0 to 99]')
-        || jsonb_build_array(jsonb_build_object('left_out', omitted, 'error', 'entries that were left out here: ' || omitted))
-        || jsonb_path_query_array(errors, '$[last - 98 to last]') || jsonb_build_array(error);
-END $$;
-
--- For whoever sets worker = NULL, in RETURNING, of a watched task: it lives, and has given up its slot. Returns true.
-CREATE FUNCTION notifyq.note_lease_given_up(t notifyq.task) RETURNS boolean LANGUAGE plpgsql AS $$
-BEGIN
-    INSERT INTO notifyq.slot_released (task, ended, queue, order_key, limit_key)
-    VALUES (t.id, false, t.queue, t.order_key, t.limit_key);
+    PERFORM pg_catalog.set_config('lock_timeout', wait_ms::text, true);
+    PERFORM pg_catalog.pg_advisory_lock(1852990836, fleet);
     RETURN true;
+EXCEPTION WHEN lock_not_available OR query_canceled THEN
+    -- The lock may have been granted in the very moment in which the wait ended, and a session's lock outlives the
+    -- error: this session would keep a turn that its worker doesn't know of. So release it, however many times this
+    -- session holds it. Not by pg_advisory_unlock_all: the session's other advisory lock proves that its worker
+    -- lives.
+    IF pg_catalog.pg_try_advisory_lock(1852990836, fleet) THEN
+        LOOP
+            PERFORM pg_catalog.pg_advisory_unlock(1852990836, fleet);
+            EXIT WHEN NOT EXISTS (
+                SELECT FROM pg_catalog.pg_locks l
+                WHERE l.pid OPERATOR(pg_catalog.=) pg_catalog.pg_backend_pid()
+                  AND l.locktype OPERATOR(pg_catalog.=) 'advisory'
+                  AND l.classid OPERATOR(pg_catalog.=) 1852990836::pg_catalog.oid);
+        END LOOP;
+    END IF;
+    RETURN false;
 END $$;
+COMMENT ON FUNCTION notifyq.take_turn(integer, integer) IS 'Internal: waits for the turn of a fleet of workers.';
 
--- Once for a statement, however many rows it has: for COPY and INSERT ... SELECT too. UPDATE OF run_at is how a
--- retry, a hand-back, a rescue, or a person at psql says "look again"; claims and promotions don't name run_at.
-CREATE TRIGGER ring AFTER INSERT OR UPDATE OF run_at ON notifyq.task
-    FOR EACH STATEMENT EXECUTE FUNCTION notifyq.ring();
+-- Wait for SHARE on the bell, at most wait_ms.
+CREATE FUNCTION notifyq.fall_asleep(wait_ms integer) RETURNS boolean LANGUAGE plpgsql AS $$
+BEGIN
+    PERFORM pg_catalog.set_config('lock_timeout', wait_ms::text, true);
+    LOCK TABLE notifyq.bell IN SHARE MODE;
+    RETURN true;
+EXCEPTION WHEN lock_not_available OR query_canceled THEN
+    RETURN false;
+END $$;
+COMMENT ON FUNCTION notifyq.fall_asleep(integer) IS 'Internal: waits for SHARE on notifyq.bell.';
 
--- The newest task with a key. Rows go, some time after it is over and `until` has passed: prune_unique_keys.sql.
+-- Whether a statement (VACUUM, ANALYZE, ALTER PUBLICATION, ...) waits for a lock on the bell that conflicts with a
+-- sleeper's SHARE. It is asked while a worker sleeps. PostgreSQL grants no SHARE ahead of such a waiter, so NOWAIT
+-- tells, at a fraction of what pg_locks costs. The exception releases at once a lock that was granted.
+CREATE FUNCTION notifyq.bell_wanted() RETURNS boolean LANGUAGE plpgsql AS $$
+BEGIN
+    LOCK TABLE notifyq.bell IN SHARE MODE NOWAIT;
+    RAISE EXCEPTION USING ERRCODE = 'P0001';
+EXCEPTION
+    WHEN lock_not_available THEN RETURN true;
+    WHEN OTHERS THEN RETURN false;
+END $$;
+COMMENT ON FUNCTION notifyq.bell_wanted() IS 'Internal: whether a statement waits for a lock on notifyq.bell.';
+
+-- =====================================================================================================================
+-- 4 Cancel, retry
+-- =====================================================================================================================
+
+-- Cancel a live task: move it to finished. Returns whether it was live. A running task is taken from its worker: the
+-- worker listens while it runs something for long, and is told to look; its next heartbeat finds the lease gone in any
+-- case, and cancels the handler.
+CREATE FUNCTION notifyq.cancel(id bigint) RETURNS boolean LANGUAGE sql BEGIN ATOMIC
+    -- An older task may have had the same id: see read_highest_ids.sql.
+    DELETE FROM notifyq.finished f WHERE f.id = $1 AND EXISTS (SELECT FROM notifyq.task t WHERE t.id = $1);
+    WITH gone AS (
+        DELETE FROM notifyq.task t WHERE t.id = $1 RETURNING t.*
+    ), outcome AS (
+        INSERT INTO notifyq.finished (id, created_at, run_at, processing_at, processed_at, priority, attempts,
+                                      max_attempts, state, queue, type, worker, payload, result, errors, options)
+        SELECT g.id, g.created_at, g.run_at, g.processing_at, clock_timestamp(), g.priority, g.attempts,
+               g.max_attempts, 'cancelled', g.queue, g.type, w.name, g.payload, NULL, g.errors, g.options
+        FROM gone g LEFT JOIN notifyq.worker w ON w.id = g.worker
+        RETURNING 1
+    ), told AS MATERIALIZED (
+        SELECT notifyq.notify_unless_full('notifyq_cancel', g.id::text) FROM gone g WHERE g.worker IS NOT NULL
+        UNION ALL
+        -- Other tasks may wait for its end, and a DELETE doesn't ring.
+        SELECT notifyq.notify_unless_full('notifyq', '') FROM gone g WHERE g.watched
+    )
+    SELECT EXISTS (SELECT FROM outcome) FROM (SELECT count(*) FROM told) AS t;
+END;
+COMMENT ON FUNCTION notifyq.cancel(bigint) IS 'Cancel a live task, a running one too. Returns whether it was live.';
+
+-- Run a task again, now. A dead or cancelled task starts over with all its attempts; a scheduled one is due at once. A
+-- running, ready or done task is left alone. Returns whether it applied.
+CREATE FUNCTION notifyq.retry(id bigint) RETURNS boolean LANGUAGE sql BEGIN ATOMIC
+    WITH again AS (
+        DELETE FROM notifyq.finished f
+        WHERE f.id = $1 AND f.state IN ('dead', 'cancelled') AND NOT EXISTS (SELECT FROM notifyq.task t WHERE t.id = $1)
+        RETURNING f.*
+    ), back AS (
+        INSERT INTO notifyq.task (id, created_at, run_at, priority, max_attempts, promoted, queue, type, payload,
+                                  errors, options)
+        OVERRIDING SYSTEM VALUE
+        SELECT a.id, a.created_at, now(), a.priority, a.max_attempts, true, a.queue, a.type, a.payload, a.errors,
+               -- No task with its unique_key is in its way any more; and it runs, whatever became of its predecessors.
+               a.options - '{unique_key,unique_states,unique_for,on_conflict}'::text[]
+               || CASE WHEN a.options ? 'after' THEN '{"on_dead": "run"}' ELSE '{}' END::jsonb
+        FROM again a
+        RETURNING 1
+    ), due AS (
+        UPDATE notifyq.task t SET run_at = now(), promoted = true
+        -- CASE, so that the planner sees one way, the id. With statistics from when the table was empty it took
+        -- task_scheduled, whose predicate these conditions are, and read a million entries.
+        WHERE t.id = $1 AND CASE WHEN t.worker IS NULL THEN t.run_at > t.created_at AND NOT t.promoted END
+        RETURNING 1
+    )
+    SELECT EXISTS (SELECT FROM back) OR EXISTS (SELECT FROM due);
+END;
+COMMENT ON FUNCTION notifyq.retry(bigint) IS
+    'Run a task again, now: a dead or cancelled one with all its attempts, a scheduled one at once. Returns whether'
+    ' it did.';
+
+-- =====================================================================================================================
+-- 5 Options and unique
+-- =====================================================================================================================
+--
+-- Features that few tasks use are given in one column, options, a JSON object. For all other tasks it is NULL, and
+-- costs their INSERT one short WHEN.
+--
+--     unique_key       a task with this key isn't inserted while another task with it
+--     unique_states      is in one of these states
+--     unique_for         and was enqueued in the last unique_for seconds;
+--     on_conflict        the other one is left as it is (keep), or gets the new payload (replace) or run_at (move)
+--     order_key        tasks with the same key run one at a time, in the order of ids
+--     limit_key        of tasks with the same key, over all workers,
+--     limit_running      at most limit_running run at the same time,
+--     limit_rate         and at most limit_rate start
+--     limit_seconds      in any limit_seconds seconds
+--     after            ids of tasks, its predecessors; it waits for their ends, and
+--     on_dead            is cancelled (cancel), or runs all the same (run), if one of these isn't done
+--
+-- Unique ------ No unique index enforces keys: a rescue, a retry or a cancel would fail because of it, long after the
+-- enqueue. Only an INSERT with a unique_key is checked, by a trigger, which leaves the row out if an existing task is
+-- in its way:
+--
+--   1. The trigger creates or locks the key's row of notifyq.unique_key, which names the newest task with the key.
+--      Other enqueuers of the key wait here until this transaction ends, and then see its outcome.
+--   2. With a snapshot taken under that lock it checks whether the newest task is in the way: by its state
+--      (unique_states) and by how long ago it was enqueued (unique_for). If not, the new task is inserted, and the
+--      key's row names it.
+--   3. If the existing task is in the way and waits to be run, its row is locked too, until the enqueuer's transaction
+--      ends, and claims step over it. So it begins only when the enqueuer's other writes can be seen. If it had begun
+--      before, and 'running' isn't among the states, a new task is inserted. In both cases some run sees those writes.
+--      The statement rings even if it inserts no row, so a worker that stepped over the existing task looks again.
+--
+-- A rollback, also of a savepoint, undoes all of that. Under REPEATABLE READ and SERIALIZABLE the snapshot is the
+-- caller's: a change of the key or of the task since then is a serialization failure (40001), never a second task.
+
 CREATE TABLE notifyq.unique_key (
     key           text        NOT NULL PRIMARY KEY,
     task          bigint      NOT NULL,
     enqueued_at   timestamptz NOT NULL,
-    until         timestamptz NOT NULL                 -- the end of the longest unique_for that was asked with
-) WITH (fillfactor = 80, autovacuum_vacuum_scale_factor = 0.05, autovacuum_vacuum_threshold = 1000, vacuum_truncate = off);
+    until         timestamptz NOT NULL
+) WITH (
+    fillfactor = 80, vacuum_truncate = off,
+    autovacuum_vacuum_scale_factor = 0.05, autovacuum_vacuum_threshold = 1000
+);
 CREATE INDEX unique_key_until ON notifyq.unique_key (until);
 
--- See "Unique": whether this task, which is about to be inserted, is the only one with its key.
+COMMENT ON TABLE notifyq.unique_key IS
+    'The newest task with each unique_key. Workers delete a row some time after the task is over and until has '
+    'passed.';
+COMMENT ON COLUMN notifyq.unique_key.key IS 'The unique_key.';
+COMMENT ON COLUMN notifyq.unique_key.task IS 'The id of the newest task with it.';
+COMMENT ON COLUMN notifyq.unique_key.enqueued_at IS 'When that task was enqueued.';
+COMMENT ON COLUMN notifyq.unique_key.until IS 'The end of the longest unique_for that was asked for.';
+
+-- Whether this task, which is about to be inserted, is the only one with its unique_key; if so, the key's row names it.
 CREATE FUNCTION notifyq.claim_unique_key(mine notifyq.task) RETURNS boolean LANGUAGE plpgsql AS $$
 DECLARE
     waiting CONSTANT text[] := ARRAY['scheduled', 'ready'];
     my_key CONSTANT text := mine.options ->> 'unique_key';
     on_conflict CONSTANT text := mine.options ->> 'on_conflict';
     period CONSTANT interval := make_interval(secs => (mine.options -> 'unique_for')::float8);
-    -- What replaces or moves means the one that waits. "Once an hour" means: done counts too.
+    -- Replace and move concern a task that waits. "Once an hour" means that a done task counts too.
     states CONSTANT text[] := CASE
-        WHEN mine.options ? 'unique_states' THEN ARRAY(SELECT jsonb_array_elements_text(mine.options -> 'unique_states'))
+        WHEN mine.options ? 'unique_states'
+            THEN ARRAY(SELECT jsonb_array_elements_text(mine.options -> 'unique_states'))
         WHEN on_conflict IN ('replace', 'move') THEN waiting
         WHEN period IS NULL THEN waiting || '{running}'
         ELSE waiting || '{running,done}' END;
     old bigint;
     since timestamptz;
-    held boolean;
+    locked boolean;
     state text;
 BEGIN
     INSERT INTO notifyq.unique_key AS k (key, task, enqueued_at, until)
     VALUES (my_key, mine.id, clock_timestamp(), clock_timestamp() + coalesce(period, '0'))
     ON CONFLICT (key) DO UPDATE SET until = k.enqueued_at + period
-        WHERE k.until < k.enqueued_at + period  -- mostly not: then it is locked, and no dead row is left
+        WHERE k.until < k.enqueued_at + period  -- mostly false: then the row is locked, and no dead row is left
     RETURNING k.task, k.enqueued_at INTO old, since;
     IF old = mine.id THEN
-        RETURN true;  -- the first with its key
+        RETURN true;  -- the first task with its key
     ELSIF old IS NULL THEN
         SELECT k.task, k.enqueued_at INTO old, since FROM notifyq.unique_key k WHERE k.key = my_key;
     END IF;
     IF since > clock_timestamp() THEN
-        -- The clock was set back since. It counts as enqueued now: else the key would be taken until that time comes.
+        -- The clock was set back since. The old task counts as enqueued now: else the key would be taken until that
+        -- time.
         since := clock_timestamp();
         UPDATE notifyq.unique_key k
-        SET enqueued_at = since, until = since + greatest(
-            CASE WHEN isfinite(k.until) AND isfinite(k.enqueued_at) THEN k.until - k.enqueued_at END, coalesce(period, '0'))
+        SET enqueued_at = since,
+            until = since + greatest(
+                CASE WHEN isfinite(k.until) AND isfinite(k.enqueued_at) THEN k.until - k.enqueued_at END,
+                coalesce(period, '0'))
         WHERE k.key = my_key;
     END IF;
     LOOP
-        -- KEY SHARE, as it hinders nothing but claims. Not one that runs: its worker would wait to settle it.
-        -- Ids may have been given twice, to a task of another key.
+        -- KEY SHARE, as it hinders nothing but claims. A running task is not locked: its worker would wait to settle
+        -- it. The id may have been given twice, and be that of a task with another key.
         PERFORM FROM notifyq.task t
         WHERE t.id = old AND t.worker IS NULL AND t.options ->> 'unique_key' = my_key
         FOR KEY SHARE;
-        held := FOUND;
+        locked := FOUND;
         state := (SELECT a.state FROM notifyq.all_tasks a
                   WHERE a.id = old AND NOT EXISTS (
                       SELECT FROM notifyq.task t
                       WHERE t.id = old AND t.options ->> 'unique_key' IS DISTINCT FROM my_key)
                   ORDER BY a.state IN ('done', 'dead', 'cancelled') LIMIT 1);
-        EXIT WHEN held OR state IS NULL OR state <> ALL (waiting);  -- else it was handed back in between
+        EXIT WHEN locked OR state IS NULL OR state <> ALL (waiting);  -- else it was handed back in between: look again
     END LOOP;
-    -- What isn't known any more was done, and isn't kept.
+    -- A task that isn't known any more counts as done: it was pruned, or wasn't kept.
     IF coalesce(state, 'done') = ANY (states) AND (period IS NULL OR since + period > clock_timestamp()) THEN
-        IF held AND on_conflict = 'replace' THEN
+        IF locked AND on_conflict = 'replace' THEN
             UPDATE notifyq.task t SET type = mine.type, payload = mine.payload WHERE t.id = old;
-        ELSIF held AND on_conflict = 'move' THEN
-            -- Not one whose time has come, and that waits for a limit, its turn, or others: who lets it in sets run_at.
+        ELSIF locked AND on_conflict = 'move' THEN
+            -- Not a task whose time has come and that waits for a limit, its turn or its predecessors: its release sets
+            -- run_at.
             UPDATE notifyq.task t SET run_at = mine.run_at, promoted = mine.run_at <= clock_timestamp()
             WHERE t.id = old AND NOT t.withheld AND t.waiting_on IS NULL;
         END IF;
@@ -502,22 +728,14 @@ BEGIN
     WHERE k.key = my_key;
     RETURN true;
 END $$;
+COMMENT ON FUNCTION notifyq.claim_unique_key(notifyq.task) IS
+    'Internal: whether a new task may be inserted, by its unique_key.';
 
--- See "Options". What is wrong with them is said where they are written. Settings, and not OPERATOR(pg_catalog.=) everywhere,
--- for claim_unique_key too: what they cost, only tasks with options pay. A plan may be kept for hours, and one that was made while the
--- tables were empty would read them whole.
+-- Check the options of a new task, and apply them. Wrong options are refused here, where they are written.
 --
---     unique_key       of tasks with the same, there is one: a new one isn't inserted while another
---     unique_states      is in one of these states
---     unique_for         and was enqueued less than so many seconds ago;
---     on_conflict        the other is left as it is (keep), or given the payload (replace) or the run_at (move)
---     order_key        of tasks with the same, one runs at a time, in the order of ids
---     limit_key        of tasks with the same, over all workers,
---     limit_running      at most so many run at once,
---     limit_rate         and at most so many start
---     limit_seconds      in any so many seconds
---     after            ids of tasks; it waits for their ends, and
---     on_dead            is cancelled (cancel) or run all the same (run) if one of these isn't done
+-- It sets search_path instead of qualifying each operator, also for claim_unique_key, which it calls: only tasks with
+-- options pay for that. A plan may be kept for hours, and one that was made while the tables were empty would read them
+-- whole: hence enable_seqscan.
 CREATE FUNCTION notifyq.apply_options() RETURNS trigger LANGUAGE plpgsql
 SET search_path = pg_catalog SET enable_seqscan = off AS $$
 DECLARE
@@ -583,171 +801,174 @@ BEGIN
     END IF;
     RETURN NEW;
 END $$;
+COMMENT ON FUNCTION notifyq.apply_options() IS
+    'Internal: trigger apply_options, which checks the options of a new task and applies them.';
 
 CREATE TRIGGER apply_options BEFORE INSERT ON notifyq.task FOR EACH ROW WHEN (NEW.options IS NOT NULL)
     EXECUTE FUNCTION notifyq.apply_options();
 
--- The newest task with this key, by a snapshot of its own: so the statement that has inserted nothing learns what is there.
+-- The newest task with this key, by a snapshot of its own: a statement that has inserted no row learns of the
+-- existing task.
 CREATE FUNCTION notifyq.find_unique_task(key text) RETURNS bigint LANGUAGE sql BEGIN ATOMIC
     SELECT k.task FROM notifyq.unique_key k WHERE k.key = $1;
 END;
+COMMENT ON FUNCTION notifyq.find_unique_task(text) IS 'Internal: the newest task with a unique_key.';
 
--- The worker's side. A blocked SELECT holds a snapshot and with it vacuum, so every wait is bounded and asked for
--- again; and a refusal, or a worker that stops while it waits, is caught here: neither is for the server's log.
-CREATE FUNCTION notifyq.take_turn(fleet integer, wait_ms integer) RETURNS boolean LANGUAGE plpgsql AS $$
-BEGIN
-    PERFORM pg_catalog.set_config('lock_timeout', wait_ms::text, true);
-    PERFORM pg_catalog.pg_advisory_lock(1852990836, fleet);
-    RETURN true;
-EXCEPTION WHEN lock_not_available OR query_canceled THEN
-    -- It may have been granted at the very moment at which the wait ended, and a session's lock outlives the error: a
-    -- turn that nobody knows of, nor passes on. Release it however many times this session holds it. Not with
-    -- pg_advisory_unlock_all: the session's other lock proves that its worker lives.
-    IF pg_catalog.pg_try_advisory_lock(1852990836, fleet) THEN
-        LOOP
-            PERFORM pg_catalog.pg_advisory_unlock(1852990836, fleet);
-            EXIT WHEN NOT EXISTS (
-                SELECT FROM pg_catalog.pg_locks l
-                WHERE l.pid OPERATOR(pg_catalog.=) pg_catalog.pg_backend_pid()
-                  AND l.locktype OPERATOR(pg_catalog.=) 'advisory'
-                  AND l.classid OPERATOR(pg_catalog.=) 1852990836::pg_catalog.oid);
-        END LOOP;
-    END IF;
-    RETURN false;
-END $$;
-
-CREATE FUNCTION notifyq.fall_asleep(wait_ms integer) RETURNS boolean LANGUAGE plpgsql AS $$
-BEGIN
-    PERFORM pg_catalog.set_config('lock_timeout', wait_ms::text, true);
-    LOCK TABLE notifyq.bell IN SHARE MODE;
-    RETURN true;
-EXCEPTION WHEN lock_not_available OR query_canceled THEN
-    RETURN false;
-END $$;
-
--- Does a statement (VACUUM, ANALYZE, ALTER PUBLICATION, ...) wait for a lock on the bell that a sleeper's SHARE conflicts
--- with? To be asked while a worker sleeps. PostgreSQL grants no SHARE ahead of such a waiter, so NOWAIT tells, at a fraction
--- of what pg_locks costs. The exception gives back at once what was granted.
-CREATE FUNCTION notifyq.bell_wanted() RETURNS boolean LANGUAGE plpgsql AS $$
-BEGIN
-    LOCK TABLE notifyq.bell IN SHARE MODE NOWAIT;
-    RAISE EXCEPTION USING ERRCODE = 'P0001';
-EXCEPTION
-    WHEN lock_not_available THEN RETURN true;
-    WHEN OTHERS THEN RETURN false;
-END $$;
-
--- For those who prefer a function. It returns the id; of a unique task, it may be the one's that is in the way. The defaults
--- are the table's own, and NULL means the default: what calls it with named parameters often has a NULL for each.
-CREATE FUNCTION notifyq.enqueue(
-    type text, payload jsonb DEFAULT '{}', queue text DEFAULT 'default', run_at timestamptz DEFAULT now(),
-    priority integer DEFAULT 0, max_attempts integer DEFAULT NULL, options jsonb DEFAULT NULL
-) RETURNS bigint LANGUAGE plpgsql AS $$
-DECLARE
-    new_id bigint;
-BEGIN
-    INSERT INTO notifyq.task (type, payload, queue, run_at, priority, max_attempts, options)
-    VALUES ($1, coalesce($2, '{}'), coalesce($3, 'default'), coalesce($4, pg_catalog.now()), coalesce($5, 0), $6, $7)
-    RETURNING id INTO new_id;
-    RETURN coalesce(new_id, notifyq.find_unique_task($7 OPERATOR(pg_catalog.->>) 'unique_key'));
-END $$;
-
--- BEGIN ATOMIC has the names looked up now, and not by each caller's search_path; unlike SET search_path it costs a call
--- nothing.
-
--- Move a live task to finished; the one place outside a worker's settle that does. Returns whether it was there.
-CREATE FUNCTION notifyq.cancel(id bigint) RETURNS boolean LANGUAGE sql BEGIN ATOMIC
-    -- An older task may have had the same id: see read_highest_ids.sql.
-    DELETE FROM notifyq.finished f WHERE f.id = $1 AND EXISTS (SELECT FROM notifyq.task t WHERE t.id = $1);
-    -- A running task is taken from its worker: the worker's next heartbeat finds its lease gone and cancels the handler.
-    -- While something runs for long there, it listens, and comes to look at once.
-    WITH gone AS (
-        DELETE FROM notifyq.task t WHERE t.id = $1 RETURNING t.*
-    ), kept AS (
-        INSERT INTO notifyq.finished (id, created_at, run_at, processing_at, processed_at, priority, attempts,
-                                      max_attempts, state, queue, type, worker, payload, result, errors, options)
-        SELECT g.id, g.created_at, g.run_at, g.processing_at, clock_timestamp(), g.priority, g.attempts,
-               g.max_attempts, 'cancelled', g.queue, g.type, w.name, g.payload, NULL, g.errors, g.options
-        FROM gone g LEFT JOIN notifyq.worker w ON w.id = g.worker
-        RETURNING 1
-    ), told AS MATERIALIZED (
-        SELECT notifyq.notify_unless_full('notifyq_cancel', g.id::text) FROM gone g WHERE g.worker IS NOT NULL
-        UNION ALL
-        SELECT notifyq.notify_unless_full('notifyq', '') FROM gone g WHERE g.watched  -- others wait for its end, and a DELETE doesn't ring
-    )
-    SELECT EXISTS (SELECT FROM kept) FROM (SELECT count(*) FROM told) AS t;
-END;
-
--- Run it again, now. A dead or cancelled task starts over with all its attempts; a scheduled one is due; a running, ready
--- or done one is left alone.
-CREATE FUNCTION notifyq.retry(id bigint) RETURNS boolean LANGUAGE sql BEGIN ATOMIC
-    WITH again AS (
-        DELETE FROM notifyq.finished f
-        WHERE f.id = $1 AND f.state IN ('dead', 'cancelled') AND NOT EXISTS (SELECT FROM notifyq.task t WHERE t.id = $1)
-        RETURNING f.*
-    ), back AS (
-        INSERT INTO notifyq.task (id, created_at, run_at, priority, max_attempts, promoted, queue, type, payload, errors, options)
-        OVERRIDING SYSTEM VALUE
-        SELECT a.id, a.created_at, now(), a.priority, a.max_attempts, true, a.queue, a.type, a.payload, a.errors,
-               -- Nobody stands in its way any more; and it runs, whatever has become of those that it comes after.
-               a.options - '{unique_key,unique_states,unique_for,on_conflict}'::text[]
-               || CASE WHEN a.options ? 'after' THEN '{"on_dead": "run"}' ELSE '{}' END::jsonb
-        FROM again a
-        RETURNING 1
-    ), due AS (
-        UPDATE notifyq.task t SET run_at = now(), promoted = true
-        -- CASE, so that the planner sees one way, the id. With statistics from when the table was empty, it took
-        -- task_scheduled, for which the words would do, and read a million entries.
-        WHERE t.id = $1 AND CASE WHEN t.worker IS NULL THEN t.run_at > t.created_at AND NOT t.promoted END
-        RETURNING 1
-    )
-    SELECT EXISTS (SELECT FROM back) OR EXISTS (SELECT FROM due);
-END;
-
--- Limits and order
--- ----------------
--- A key is 'limit:' and a limit_key, 'queue:' and the name of a queue with a limit, or 'order:' and an order_key. A task
--- may have one of each, and is judged by them in the order: order, queue, limit. It is parked at the first that keeps it
--- back, and takes no place of those that come after.
+-- =====================================================================================================================
+-- 6 Limits and order
+-- =====================================================================================================================
+--
+-- Some tasks must wait for more than a free handler: for others with the same limit_key or order_key, or in a queue
+-- that is limited over all workers. They are inserted as ready, like any task, so their INSERT costs nothing more and
+-- locks nothing, and claims find them in their order. After the claim, notifyq.admit decides whether they run:
+--
+--     claimed --admit--> runs         the slot is the row itself: a row whose attempt was admitted counts
+--                `-----> parked       no claim looks at it until a slot is granted to it
+--     its end, or its worker's loss of it --> a row in notifyq.slot_released --release_waiters--> slots are granted to
+--                                                                  parked tasks, which are ready again, or scheduled
+--
+-- Keys. 'limit:' and a limit_key, 'queue:' and the name of a limited queue, 'order:' and an order_key. A task may
+-- have one of each kind. They are checked in this order: order, queue, limit. A task is parked at the first key that
+-- keeps it back, and takes no place at the later ones. Three columns say how it waits:
 --
 --     parked   withheld   waiting_on
---     set      true    set        waits at that key; nobody looks at it until the key is filled
---     set      false   set        granted: a slot of that key is kept for it. It is ready, or scheduled for the time at
---                                 which a rate lets it start, and is judged again when it has been claimed
---     null     -       null       everything else
+--     set      true       the key    the task waits at that key, until a slot is granted to it there
+--     set      false      the key    granted: a slot of that key is reserved for it. It is ready, or scheduled for the
+--                                    time at which a rate lets it start. Once claimed it is admitted or parked like
+--                                    others
+--     null     -          null       all other tasks
 --
--- Exact: who holds a slot is read from the rows (admitted_at = processing_at, which each claim sets anew, so that no
--- attempt inherits it), after the key's row of key_lock is locked, in a snapshot taken under that lock. admit is the only place
--- that gives a slot, and it commits to the disk before a handler begins.
+-- Exact. There are no counters, which could become wrong: the tasks that hold a slot are counted from the rows
+-- (admitted_at = processing_at; each claim sets processing_at anew, so no attempt inherits a slot). A session that
+-- admits tasks, or grants slots, first locks the keys' rows of notifyq.key_lock, and then counts in a fresh snapshot.
+-- admit is the only place that gives a slot, and it commits to the disk before a handler begins. So limits hold
+-- whatever process dies, and a dead process holds no slot that it would have to give back.
 --
--- Live: whatever keeps a task back makes a row in notifyq.slot_released when it goes (a holder's end or its loss of the lease, a
--- granted task that is cancelled, set aside or lost with its worker: with the same commit), or it goes
--- in admit itself, under the key's lock: a granted task that is parked at another key. free and admit fill the keys: they
--- grant, in the order of priority and id, as many slots as neither holders nor granted tasks have; what is in a paused
--- queue is passed over, and whoever comes while others wait at his key waits too, behind them. A row of
--- slot_released is written before its cause can be seen, and deleted only after the key was locked: an admit that has counted the cause has
--- then committed what it parked. A slot that nobody frees, as it is time that frees it (a rate), is granted ahead, for
--- its moment, and the timers do the rest. Claimed tasks that nobody has judged yet count for nobody, so no one waits for
--- them. What a grant can't reach (a queue that was paused a moment ago, or that no worker serves) holds its slot for 2 s and
--- no longer; notifyq.recheck_waiting, called now and then, has such keys filled again.
+-- Live. Each event that may end the waiting of a task leaves a row in notifyq.slot_released, in the same commit: the
+-- end of an attempt that held a slot; a granted task that is cancelled, that no worker here can run, or whose worker
+-- vanished. Or it happens in admit itself, under the key's lock: a granted task is parked at another key. The
+-- transaction that ends an attempt writes the row: by a trigger if the task has ended, otherwise in the statement
+-- that gives up the lease. The next worker that settles, is about to sleep, or sends a heartbeat, calls
+-- release_waiters. release_waiters and admit grant slots: as many as neither running nor granted tasks have, in the
+-- order of priority and id. They pass over tasks in paused queues. A task that is claimed while others wait at its
+-- key is parked behind them.
+--   A row of slot_released is written before its cause can be seen, and deleted only after the keys were locked: any
+--   admit
+-- that has still counted the old attempt has committed by then, with the tasks that it parked. A slot of a rate is
+-- released by time only; so it is granted in advance, for that time, and the timers do the rest.
+--   Claimed tasks that are not admitted yet hold no slot, and no task waits for them. A grant may fail to lead to a
+--   claim:
+-- the queue was paused a moment ago, or no worker serves it. So it reserves its slot for 2 s and no longer;
+-- notifyq.recheck_waiting, called now and then, has such keys looked at again.
 --
--- Each task is parked and granted once, unless its keys have different ideas: then once for each.
+-- A task is parked and granted at most once per key.
 
--- Everybody locks keys in this order, and finds in notifyq.rate_log what the clock says.
+-- Ended attempts that other tasks may wait for. A row stays until a worker has handled it: the table is mostly empty.
+CREATE TABLE notifyq.slot_released (
+    n             bigint      GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+    task          bigint      NOT NULL,
+    ended         boolean     NOT NULL,
+    queue         text        NOT NULL,
+    order_key     text,
+    limit_key     text
+) WITH (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 500, vacuum_truncate = off);
+
+COMMENT ON TABLE notifyq.slot_released IS
+    'Ended attempts that other tasks may wait for. A worker takes each row, and releases the tasks that may run.';
+COMMENT ON COLUMN notifyq.slot_released.n IS 'The order of the rows.';
+COMMENT ON COLUMN notifyq.slot_released.task IS
+    'The task whose attempt ended; 0: none, only the keys are to be looked at.';
+COMMENT ON COLUMN notifyq.slot_released.ended IS 'True: the task is over. False: it gave up its slot and lives.';
+COMMENT ON COLUMN notifyq.slot_released.queue IS 'The queue of that task.';
+COMMENT ON COLUMN notifyq.slot_released.order_key IS 'The order_key of that task.';
+COMMENT ON COLUMN notifyq.slot_released.limit_key IS 'The limit_key of that task.';
+
+-- Locks for keys, by hash. They are rows, since any role could take and keep an advisory lock.
+CREATE TABLE notifyq.key_lock (n smallint NOT NULL PRIMARY KEY) WITH (fillfactor = 50);
+INSERT INTO notifyq.key_lock (n) SELECT generate_series(-1, 255);
+
+COMMENT ON TABLE notifyq.key_lock IS
+    'Locks for keys, by hash: a worker that admits or releases tasks of a key first locks its row here.';
+COMMENT ON COLUMN notifyq.key_lock.n IS 'The hash, from 0 to 255; -1 is for the ends of tasks that others wait for.';
+
+CREATE TABLE notifyq.rate_log (
+    key           text        NOT NULL,
+    at            timestamptz NOT NULL,
+    n             integer     NOT NULL,
+    seconds       float8      NOT NULL,
+    PRIMARY KEY (key, at)
+) WITH (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 500, vacuum_truncate = off);
+
+COMMENT ON TABLE notifyq.rate_log IS 'How many tasks started at keys with a rate, and when.';
+COMMENT ON COLUMN notifyq.rate_log.key IS 'limit: and a limit_key, or queue: and the name of a queue.';
+COMMENT ON COLUMN notifyq.rate_log.at IS 'When they started.';
+COMMENT ON COLUMN notifyq.rate_log.n IS 'How many started then.';
+COMMENT ON COLUMN notifyq.rate_log.seconds IS
+    'How long this row matters: the longest window of a rate that was asked for.';
+
+CREATE TABLE notifyq.queue (
+    name          text        NOT NULL PRIMARY KEY CHECK (length(name) <= 200),
+    paused        boolean     NOT NULL DEFAULT false,
+    limit_running integer     CHECK (limit_running >= 1),
+    limit_rate    integer     CHECK (limit_rate >= 1),
+    limit_seconds float8      CHECK (limit_seconds > 0 AND limit_seconds <= 1e9)
+);
+
+COMMENT ON TABLE notifyq.queue IS
+    'Queues that were paused or limited. Change them with notifyq.pause, notifyq.resume and notifyq.limit_queue.';
+COMMENT ON COLUMN notifyq.queue.name IS 'The name of the queue.';
+COMMENT ON COLUMN notifyq.queue.paused IS 'True: no task starts from it.';
+COMMENT ON COLUMN notifyq.queue.limit_running IS 'At most this many of its tasks run at once; NULL: no such limit.';
+COMMENT ON COLUMN notifyq.queue.limit_rate IS
+    'At most this many of its tasks start in limit_seconds; NULL: no such limit.';
+COMMENT ON COLUMN notifyq.queue.limit_seconds IS 'The length of the window of limit_rate, in seconds.';
+
+-- Released slots. The trigger's WHEN costs 0.14 us for a row that no task or client waits for, and its length a
+-- little for each statement, INSERTs too. It isn't for UPDATE OF run_at as well: each claimed row would be fetched
+-- once more, though claims don't name that column.
+CREATE FUNCTION notifyq.on_task_deleted() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    IF OLD.watched THEN
+        INSERT INTO notifyq.slot_released (task, ended, queue, order_key, limit_key)
+        VALUES (OLD.id, true, OLD.queue, OLD.order_key, OLD.limit_key);
+    END IF;
+    IF OLD.awaited THEN
+        PERFORM notifyq.notify_unless_full('notifyq_done', OLD.id::text);
+    END IF;
+    RETURN NULL;
+END $$;
+COMMENT ON FUNCTION notifyq.on_task_deleted() IS
+    'Internal: trigger on_task_deleted, which tells of the ends of tasks that others wait for.';
+
+CREATE TRIGGER on_task_deleted AFTER DELETE ON notifyq.task FOR EACH ROW
+    WHEN (OLD.watched OR OLD.awaited) EXECUTE FUNCTION notifyq.on_task_deleted();
+
+-- A statement that sets worker = NULL calls this in its RETURNING for a watched task: the task lives, and has given
+-- up its slot. Returns true.
+CREATE FUNCTION notifyq.note_lease_given_up(t notifyq.task) RETURNS boolean LANGUAGE plpgsql AS $$
+BEGIN
+    INSERT INTO notifyq.slot_released (task, ended, queue, order_key, limit_key)
+    VALUES (t.id, false, t.queue, t.order_key, t.limit_key);
+    RETURN true;
+END $$;
+COMMENT ON FUNCTION notifyq.note_lease_given_up(notifyq.task) IS
+    'Internal: adds a row to notifyq.slot_released for a task that gave up its slot.';
+
+-- Lock these keys. All sessions lock them in the same order.
 CREATE FUNCTION notifyq.lock_keys(keys text[]) RETURNS void LANGUAGE plpgsql SET search_path = pg_catalog AS $$
 DECLARE
     locks CONSTANT smallint[] := ARRAY(SELECT DISTINCT (hashtext(k) & 255)::smallint FROM unnest(keys) AS k);
     found_locks integer;
     moment timestamptz;
 BEGIN
-    PERFORM FROM notifyq.key_lock g WHERE g.n = ANY (locks) ORDER BY g.n FOR UPDATE;
+    PERFORM FROM notifyq.key_lock l WHERE l.n = ANY (locks) ORDER BY l.n FOR UPDATE;
     GET DIAGNOSTICS found_locks = ROW_COUNT;
     IF found_locks < cardinality(locks) THEN  -- a TRUNCATE, or a copy without rows, must not leave limits without locks
         INSERT INTO notifyq.key_lock (n) SELECT generate_series(-1, 255) ON CONFLICT DO NOTHING;
-        PERFORM FROM notifyq.key_lock g WHERE g.n = ANY (locks) ORDER BY g.n FOR UPDATE;
+        PERFORM FROM notifyq.key_lock l WHERE l.n = ANY (locks) ORDER BY l.n FOR UPDATE;
     END IF;
-    -- What started in the future did so before the clock was set back. It counts as of now: else it would block its key
-    -- until that time comes.
+    -- Starts in the future happened before the clock was set back. They count as of now: else they would block their
+    -- key until that time.
     moment := clock_timestamp();
     IF EXISTS (SELECT FROM notifyq.rate_log s WHERE s.key = ANY (keys) AND s.at > moment) THEN
         WITH ahead AS (
@@ -755,60 +976,108 @@ BEGIN
         )
         INSERT INTO notifyq.rate_log AS known (key, at, n, seconds)
         SELECT a.key, moment, sum(a.n), max(a.seconds) FROM ahead a GROUP BY a.key
-        ON CONFLICT (key, at) DO UPDATE SET n = known.n + excluded.n, seconds = greatest(known.seconds, excluded.seconds);
+        ON CONFLICT (key, at) DO UPDATE
+        SET n = known.n + excluded.n, seconds = greatest(known.seconds, excluded.seconds);
     END IF;
 END $$;
+COMMENT ON FUNCTION notifyq.lock_keys(text[]) IS 'Internal: locks the rows of notifyq.key_lock for keys.';
 
--- Grant what is free at `key`, which is locked. Returns how many tasks became ready, or scheduled.
+-- The limits that a task's options set for its limit_key. A person's UPDATE may have written anything into options; no
+-- claim may fail because of that.
+CREATE FUNCTION notifyq.parse_limits(options jsonb)
+    RETURNS TABLE (limit_running integer, limit_rate integer, limit_seconds float8)
+    LANGUAGE sql IMMUTABLE ROWS 1 BEGIN ATOMIC
+    SELECT jsonb_path_query_first($1, '$.limit_running ? (@ >= 1 && @ <= 2147483647)')::integer,
+           jsonb_path_query_first($1, '$.limit_rate ? (@ >= 1 && @ <= 2147483647)')::integer,
+           jsonb_path_query_first($1, '$.limit_seconds ? (@ > 0 && @ <= 1000000000 && @.double() > 0)')::float8;
+END;
+COMMENT ON FUNCTION notifyq.parse_limits(jsonb) IS 'Internal: the limits in a task''s options.';
+
+-- Four functions count and check. Each is one SELECT, STABLE, which PostgreSQL inlines into its caller's statement: so
+-- it is planned once for a session.
+
+-- How the slots of a limit: or queue: key are used, by tasks other than `ids`. held: running tasks have them.
+-- reserved: for granted tasks. has_waiters: a task that may be granted one waits; then newcomers wait too, and slots
+-- are granted by priority and id.
+CREATE FUNCTION notifyq.count_slots(key text, moment timestamptz, ids bigint[])
+    RETURNS TABLE (held bigint, reserved bigint, has_waiters boolean) LANGUAGE sql STABLE ROWS 1 BEGIN ATOMIC
+    SELECT CASE split_part($1, ':', 1)
+               WHEN 'queue' THEN (
+                   SELECT count(*) FROM notifyq.task t
+                   WHERE t.queue = substr($1, 7) AND t.worker IS NOT NULL AND t.admitted_at = t.processing_at
+                     AND t.id <> ALL (coalesce($3, '{}')))
+               ELSE (
+                   SELECT count(*) FROM notifyq.task t
+                   WHERE t.limit_key = substr($1, 7) AND t.worker IS NOT NULL AND t.admitted_at = t.processing_at
+                     AND t.id <> ALL (coalesce($3, '{}')))
+           END,
+           (SELECT count(*) FROM notifyq.task t
+            WHERE t.waiting_on = $1 AND NOT t.withheld AND t.id <> ALL (coalesce($3, '{}'))
+              AND (t.worker IS NOT NULL OR t.run_at > $2 - interval '2 seconds')),
+           EXISTS (SELECT FROM notifyq.task t
+                   WHERE t.waiting_on = $1 AND t.withheld
+                     AND NOT EXISTS (SELECT FROM notifyq.queue q WHERE q.name = t.queue AND q.paused));
+END;
+COMMENT ON FUNCTION notifyq.count_slots(text, timestamptz, bigint[]) IS 'Internal: how the slots of a key are used.';
+
+-- Grant. The keys are locked.
+
+-- Make the next task of an order ready, if it waits for its turn. Returns how many are: 1 or 0.
+CREATE FUNCTION notifyq.grant_turn(name text) RETURNS integer LANGUAGE plpgsql SET search_path = pg_catalog AS $$
+DECLARE
+    key CONSTANT text := 'order:' || name;
+    head record;
+    granted integer;
+BEGIN
+    SELECT t.id, t.withheld AND t.waiting_on IS NOT DISTINCT FROM key AS waits INTO head
+    FROM notifyq.task t
+    WHERE t.order_key = name
+      AND notifyq.place_in_order(t.attempts, t.parked, t.promoted, t.run_at, t.created_at, t.worker) = 0
+    ORDER BY t.id + 0 LIMIT 1;
+    IF head.waits IS NOT TRUE OR EXISTS (
+        SELECT FROM notifyq.task t
+        WHERE t.order_key = name
+          AND notifyq.place_in_order(t.attempts, t.parked, t.promoted, t.run_at, t.created_at, t.worker) > 0
+          AND (t.id < head.id OR t.admitted_at = t.processing_at)) THEN
+        RETURN 0;
+    END IF;
+    -- If the head is locked, grant nothing: skipping it would break the order.
+    UPDATE notifyq.task t
+    SET withheld = false, parked = NULL, waiting_on = NULL, run_at = clock_timestamp(), promoted = true
+    WHERE t.id = ANY (ARRAY(
+        SELECT h.id FROM notifyq.task h
+        WHERE h.id = head.id AND h.worker IS NULL AND h.withheld AND h.waiting_on = key
+        FOR NO KEY UPDATE SKIP LOCKED));
+    GET DIAGNOSTICS granted = ROW_COUNT;
+    RETURN granted;
+END $$;
+COMMENT ON FUNCTION notifyq.grant_turn(text) IS 'Internal: makes the next task of an order_key ready.';
+
+-- Grant the free slots of a limit: or queue: key. Returns how many tasks became ready, or scheduled.
 CREATE FUNCTION notifyq.grant_slots(key text) RETURNS integer LANGUAGE plpgsql SET search_path = pg_catalog AS $$
 DECLARE
     most CONSTANT integer := 1000;
     kind CONSTANT text := split_part(key, ':', 1);
     name CONSTANT text := substr(key, length(kind) + 2);
     moment CONSTANT timestamptz := clock_timestamp();
-    head record;
-    held integer;
-    kept integer;
-    room integer;
     limits record;
+    used record;
+    free integer;
 BEGIN
-    IF kind = 'order' THEN
-        SELECT t.id, t.withheld AND t.waiting_on IS NOT DISTINCT FROM key AS waits INTO head FROM notifyq.task t
-        WHERE t.order_key = name
-          AND notifyq.place_in_order(t.attempts, t.parked, t.promoted, t.run_at, t.created_at, t.worker) = 0
-        ORDER BY t.id + 0 LIMIT 1;
-        IF head.waits IS NOT TRUE OR EXISTS (
-            SELECT FROM notifyq.task t
-            WHERE t.order_key = name
-              AND notifyq.place_in_order(t.attempts, t.parked, t.promoted, t.run_at, t.created_at, t.worker) > 0
-              AND (t.id < head.id OR t.admitted_at = t.processing_at)) THEN
-            RETURN 0;
-        END IF;
-        UPDATE notifyq.task t
-        SET withheld = false, parked = NULL, waiting_on = NULL, run_at = moment, promoted = true
-        -- None, if somebody has locked it; the next one, and the order would be broken.
-        WHERE t.id = ANY (ARRAY(
-            SELECT h.id FROM notifyq.task h
-            WHERE h.id = head.id AND h.worker IS NULL AND h.withheld AND h.waiting_on = key FOR NO KEY UPDATE SKIP LOCKED));
-        GET DIAGNOSTICS room = ROW_COUNT;
-        RETURN room;
-    END IF;
+    -- The limits are those of the first task that waits. Tasks with other limits are checked by their own once claimed.
     SELECT l.* INTO limits FROM notifyq.task t CROSS JOIN LATERAL notifyq.parse_limits(t.options) AS l
-    WHERE t.waiting_on = key AND t.withheld AND NOT EXISTS (SELECT FROM notifyq.queue q WHERE q.name = t.queue AND q.paused)
+    WHERE t.waiting_on = key AND t.withheld
+      AND NOT EXISTS (SELECT FROM notifyq.queue q WHERE q.name = t.queue AND q.paused)
     ORDER BY t.priority DESC, t.id LIMIT 1;
     IF NOT FOUND THEN
         RETURN 0;
     END IF;
     IF kind = 'queue' THEN
-        SELECT q.limit_running, q.limit_rate, q.limit_seconds INTO limits FROM notifyq.queue q WHERE 'queue:' || q.name = key;
-        SELECT count(*) INTO held FROM notifyq.task t
-        WHERE t.queue = name AND t.worker IS NOT NULL AND t.admitted_at = t.processing_at;
-    ELSE
-        SELECT count(*) INTO held FROM notifyq.task t
-        WHERE t.limit_key = name AND t.worker IS NOT NULL AND t.admitted_at = t.processing_at;
+        SELECT q.limit_running, q.limit_rate, q.limit_seconds INTO limits FROM notifyq.queue q
+        WHERE 'queue:' || q.name = key;
     END IF;
-    -- A rate grants for the length of its window ahead, at most. What is granted for later was so before the clock was set
-    -- back, and would keep its slot until that time comes: it waits again, and is granted anew.
+    -- A rate grants at most for the length of its window in advance. A grant for later was given before the clock was
+    -- set back, and would reserve its slot until that time: the task waits again, for a new grant.
     UPDATE notifyq.task t SET withheld = true
     WHERE t.id = ANY (ARRAY(
         SELECT g.id FROM notifyq.task g
@@ -816,198 +1085,262 @@ BEGIN
           AND g.run_at > moment + interval '2 seconds' + make_interval(secs => greatest(
                   limits.limit_seconds, (SELECT l.limit_seconds FROM notifyq.parse_limits(g.options) AS l), 0))
         FOR NO KEY UPDATE SKIP LOCKED));
-    kept := notifyq.count_reserved(key, moment, NULL);
-    -- Of the one that is first. Where others have other limits, they are judged by their own when they are claimed.
-    room := least(most, limits.limit_running - held - kept, limits.limit_rate - kept);
-    IF room <= 0 THEN
+    SELECT u.held, u.reserved INTO used FROM notifyq.count_slots(key, moment, NULL) AS u;
+    free := least(most, limits.limit_running - used.held - used.reserved, limits.limit_rate - used.reserved);
+    IF free <= 0 THEN
         RETURN 0;
     END IF;
+    -- With a rate, a task may start once as many logged starts have left the window as its place is beyond the rate.
     WITH first AS MATERIALIZED (
         SELECT t.id, t.priority FROM notifyq.task t
         WHERE t.waiting_on = key AND t.withheld AND t.worker IS NULL
           AND NOT EXISTS (SELECT FROM notifyq.queue q WHERE q.name = t.queue AND q.paused)
-        ORDER BY t.priority DESC, t.id LIMIT room FOR NO KEY UPDATE OF t SKIP LOCKED
+        ORDER BY t.priority DESC, t.id LIMIT free FOR NO KEY UPDATE OF t SKIP LOCKED
     ), past AS MATERIALIZED (
-        SELECT s.at + make_interval(secs => limits.limit_seconds) AS free, sum(s.n) OVER (ORDER BY s.at) AS upto
+        SELECT s.at + make_interval(secs => limits.limit_seconds) AS leaves, sum(s.n) OVER (ORDER BY s.at) AS upto
         FROM notifyq.rate_log s
         WHERE s.key = grant_slots.key AND s.at > moment - make_interval(secs => limits.limit_seconds)
     ), placed AS (
-        SELECT f.id, f.place + kept + coalesce((SELECT max(p.upto) FROM past p), 0) - limits.limit_rate AS owed
+        SELECT f.id,
+               f.place + used.reserved + coalesce((SELECT max(p.upto) FROM past p), 0) - limits.limit_rate AS surplus
         FROM (SELECT id, row_number() OVER (ORDER BY priority DESC, id) AS place FROM first) AS f
     ), timed AS (
-        SELECT p.id, CASE WHEN p.owed > 0 THEN (SELECT min(s.free) FROM past s WHERE s.upto >= p.owed) ELSE moment END AS at
+        SELECT p.id,
+               CASE WHEN p.surplus > 0 THEN (SELECT min(s.leaves) FROM past s WHERE s.upto >= p.surplus)
+                    ELSE moment END AS at
         FROM placed p
     )
     UPDATE notifyq.task t
     SET withheld = false, run_at = w.at, promoted = w.at <= moment
     FROM (SELECT id, coalesce(at, moment) AS at FROM timed) AS w
     WHERE t.id = ANY (ARRAY[w.id]);
-    GET DIAGNOSTICS room = ROW_COUNT;
-    IF room = most THEN
+    GET DIAGNOSTICS free = ROW_COUNT;
+    IF free = most THEN  -- there may be more: have the key looked at again
         INSERT INTO notifyq.slot_released (task, ended, queue, limit_key)
         VALUES (0, false, CASE kind WHEN 'queue' THEN name ELSE '' END, CASE kind WHEN 'limit' THEN name END);
     END IF;
-    RETURN room;
+    RETURN free;
 END $$;
+COMMENT ON FUNCTION notifyq.grant_slots(text) IS 'Internal: grants the free slots of a key to tasks that wait at it.';
 
--- The same at all of these keys at which somebody waits.
+-- Grant at all of these keys. Returns how many tasks became ready, or scheduled.
 CREATE FUNCTION notifyq.grant_slots(keys text[]) RETURNS integer LANGUAGE plpgsql SET search_path = pg_catalog AS $$
 DECLARE
     key text;
     ready integer := 0;
 BEGIN
     FOREACH key IN ARRAY ARRAY(
-        SELECT k FROM unnest(keys) AS k  -- not EXISTS, which may become a join with all that is parked
+        SELECT k FROM unnest(keys) AS k  -- not EXISTS, which may become a join with all parked tasks
         WHERE (SELECT true FROM notifyq.task t WHERE t.waiting_on = k AND t.withheld LIMIT 1))
     LOOP
-        ready := ready + notifyq.grant_slots(key);
+        ready := ready + CASE split_part(key, ':', 1)
+            WHEN 'order' THEN notifyq.grant_turn(substr(key, 7)) ELSE notifyq.grant_slots(key) END;
     END LOOP;
     RETURN ready;
 END $$;
+COMMENT ON FUNCTION notifyq.grant_slots(text[]) IS
+    'Internal: grants the free slots of keys to tasks that wait at them.';
 
--- What a task's options say of its limit_key. A person's UPDATE may have made anything of them, and nobody's claim may fail
--- of it.
-CREATE FUNCTION notifyq.parse_limits(options jsonb) RETURNS TABLE (limit_running integer, limit_rate integer, limit_seconds float8)
-    LANGUAGE sql IMMUTABLE ROWS 1 BEGIN ATOMIC
-    SELECT jsonb_path_query_first($1, '$.limit_running ? (@ >= 1 && @ <= 2147483647)')::integer,
-           jsonb_path_query_first($1, '$.limit_rate ? (@ >= 1 && @ <= 2147483647)')::integer,
-           jsonb_path_query_first($1, '$.limit_seconds ? (@ > 0 && @ <= 1000000000 && @.double() > 0)')::float8;
+-- Admit. There are three checks. Each returns the tasks that it keeps back, and why. It is given the tasks (`ids`) that
+-- have passed the checks before it; `claimed` are all tasks that are being decided. By priority and id, each of these
+-- tasks gets a place among those of its key, and is kept back if its place is beyond the free slots.
+
+-- A task waits for its turn while an earlier task of its order is ready, runs or waits, and while any other task of its
+-- order runs that was admitted.
+CREATE FUNCTION notifyq.check_order(ids bigint[]) RETURNS TABLE (id bigint, why text)
+    LANGUAGE sql STABLE BEGIN ATOMIC
+    SELECT m.id, 'order'
+    FROM unnest($1) AS i (id)
+    JOIN notifyq.task m ON m.id = ANY (ARRAY[i.id])
+    WHERE EXISTS (
+        SELECT FROM notifyq.task o
+        WHERE o.order_key = m.order_key
+          AND notifyq.place_in_order(o.attempts, o.parked, o.promoted, o.run_at, o.created_at, o.worker) > 0
+          AND (o.id < m.id OR o.id <> m.id AND o.admitted_at = o.processing_at)
+        UNION ALL
+        SELECT FROM notifyq.task o
+        WHERE o.order_key = m.order_key
+          AND notifyq.place_in_order(o.attempts, o.parked, o.promoted, o.run_at, o.created_at, o.worker) = 0
+          AND o.id + 0 < m.id);
 END;
+COMMENT ON FUNCTION notifyq.check_order(bigint[]) IS 'Internal: which claimed tasks wait for their turn.';
 
--- How many slots of a key are kept for granted tasks, those of `ids` aside.
-CREATE FUNCTION notifyq.count_reserved(key text, moment timestamptz, ids bigint[]) RETURNS integer LANGUAGE sql STABLE BEGIN ATOMIC
-    SELECT count(*)::integer FROM notifyq.task t
-    WHERE t.waiting_on = $1 AND NOT t.withheld AND t.id <> ALL (coalesce($3, '{}'))
-      AND (t.worker IS NOT NULL OR t.run_at > $2 - interval '2 seconds');
+-- The limits of queues. `keys` are locked; a queue that was limited only after that isn't among them, and counts later.
+CREATE FUNCTION notifyq.check_queues(ids bigint[], claimed bigint[], keys text[], moment timestamptz)
+    RETURNS TABLE (id bigint, why text) LANGUAGE sql STABLE BEGIN ATOMIC
+    WITH limited AS MATERIALIZED (
+        SELECT q.name, q.limit_running, q.limit_rate, u.held, u.reserved, u.has_waiters,
+               (SELECT coalesce(sum(s.n), 0) FROM notifyq.rate_log s
+                WHERE s.key = 'queue:' || q.name AND s.at > $4 - make_interval(secs => q.limit_seconds)) AS started
+        FROM notifyq.queue q
+        CROSS JOIN LATERAL notifyq.count_slots('queue:' || q.name, $4, $2) AS u
+        WHERE 'queue:' || q.name = ANY ($3)
+    )
+    SELECT m.id, 'queue'
+    FROM (SELECT t.id, t.queue, coalesce(t.waiting_on = 'queue:' || t.queue, false) AS granted,
+                 row_number() OVER (PARTITION BY t.queue ORDER BY t.priority DESC, t.id) AS place
+          FROM unnest($1) AS i (id) JOIN notifyq.task t ON t.id = ANY (ARRAY[i.id])) AS m
+    JOIN limited q ON q.name = m.queue
+    WHERE NOT m.granted AND q.has_waiters
+       OR q.limit_running < m.place + q.held + CASE WHEN m.granted THEN 0 ELSE q.reserved END
+       OR q.limit_rate < m.place + q.started + CASE WHEN m.granted THEN 0 ELSE q.reserved END;
 END;
+COMMENT ON FUNCTION notifyq.check_queues(bigint[], bigint[], text[], timestamptz) IS
+    'Internal: which claimed tasks the limits of their queues keep back.';
 
--- Does anybody wait at a key who could be granted a slot? Then newcomers wait too, and all are let in by priority and id.
-CREATE FUNCTION notifyq.has_waiters(key text) RETURNS boolean LANGUAGE sql STABLE BEGIN ATOMIC
-    SELECT EXISTS (SELECT FROM notifyq.task t
-                   WHERE t.waiting_on = $1 AND t.withheld
-                     AND NOT EXISTS (SELECT FROM notifyq.queue q WHERE q.name = t.queue AND q.paused));
+-- The limits of limit_keys: 'limit' or 'rate'. Tasks of a key may have different limits; each is checked by its own.
+CREATE FUNCTION notifyq.check_limits(ids bigint[], claimed bigint[], moment timestamptz)
+    RETURNS TABLE (id bigint, why text) LANGUAGE sql STABLE BEGIN ATOMIC
+    WITH mine AS MATERIALIZED (
+        SELECT t.id, t.limit_key, l.limit_running, l.limit_rate, l.limit_seconds,
+               coalesce(t.waiting_on = 'limit:' || t.limit_key, false) AS granted,
+               row_number() OVER (PARTITION BY t.limit_key ORDER BY t.priority DESC, t.id) AS place
+        FROM unnest($1) AS i (id)
+        JOIN notifyq.task t ON t.id = ANY (ARRAY[i.id])
+        CROSS JOIN LATERAL notifyq.parse_limits(t.options) AS l
+        WHERE t.limit_key IS NOT NULL
+    ), used AS MATERIALIZED (
+        SELECT k.limit_key, u.held, u.reserved, u.has_waiters
+        FROM (SELECT DISTINCT m.limit_key FROM mine m) AS k
+        CROSS JOIN LATERAL notifyq.count_slots('limit:' || k.limit_key, $3, $2) AS u
+    ), rated AS MATERIALIZED (
+        SELECT k.limit_key, k.limit_seconds,
+               (SELECT coalesce(sum(s.n), 0) FROM notifyq.rate_log s
+                WHERE s.key = 'limit:' || k.limit_key AND s.at > $3 - make_interval(secs => k.limit_seconds)) AS started
+        FROM (SELECT DISTINCT m.limit_key, m.limit_seconds FROM mine m WHERE m.limit_rate IS NOT NULL) AS k
+    ), checked AS (
+        SELECT m.id, CASE
+                   WHEN NOT m.granted AND u.has_waiters
+                       THEN CASE WHEN m.limit_running IS NULL THEN 'rate' ELSE 'limit' END
+                   WHEN m.limit_running < m.place + u.held + CASE WHEN m.granted THEN 0 ELSE u.reserved END THEN 'limit'
+                   WHEN m.limit_rate < m.place + r.started + CASE WHEN m.granted THEN 0 ELSE u.reserved END THEN 'rate'
+               END AS why
+        FROM mine m
+        JOIN used u ON u.limit_key = m.limit_key
+        LEFT JOIN rated r ON r.limit_key = m.limit_key AND r.limit_seconds = m.limit_seconds
+    )
+    SELECT c.id, c.why FROM checked c WHERE c.why IS NOT NULL;
 END;
+COMMENT ON FUNCTION notifyq.check_limits(bigint[], bigint[], timestamptz) IS
+    'Internal: which claimed tasks the limits of their limit_keys keep back.';
 
--- Of tasks that this worker has just claimed, which may run: waits_for is null. The others are parked. One that isn't
--- named in the answer is locked by somebody who is cancelling it, or wasn't the worker's any more.
+-- These tasks start at `moment`: note it for the keys that have a rate, of these keys, which are locked.
+CREATE FUNCTION notifyq.log_starts(ids bigint[], keys text[], moment timestamptz) RETURNS void
+    LANGUAGE plpgsql SET search_path = pg_catalog AS $$
+BEGIN
+    INSERT INTO notifyq.rate_log AS known (key, at, n, seconds)
+    SELECT s.key, moment, count(*),
+           greatest(max(s.seconds), (SELECT max(old.seconds) FROM notifyq.rate_log old WHERE old.key = s.key))
+    FROM (SELECT 'limit:' || t.limit_key AS key, l.limit_seconds AS seconds
+          FROM unnest(ids) AS o (id)
+          JOIN notifyq.task t ON t.id = ANY (ARRAY[o.id])
+          CROSS JOIN LATERAL notifyq.parse_limits(t.options) AS l
+          WHERE t.limit_key IS NOT NULL AND l.limit_rate IS NOT NULL AND l.limit_seconds IS NOT NULL
+          UNION ALL
+          SELECT 'queue:' || t.queue, q.limit_seconds
+          FROM unnest(ids) AS o (id)
+          JOIN notifyq.task t ON t.id = ANY (ARRAY[o.id])
+          JOIN notifyq.queue q ON q.name = t.queue
+          WHERE 'queue:' || q.name = ANY (keys) AND q.limit_rate IS NOT NULL AND q.limit_seconds IS NOT NULL) AS s
+    GROUP BY s.key
+    -- Only a clock that was set back says the same time twice.
+    ON CONFLICT (key, at) DO UPDATE
+    SET n = known.n + excluded.n, seconds = greatest(known.seconds, excluded.seconds);
+    DELETE FROM notifyq.rate_log s WHERE s.key = ANY (keys) AND s.at < moment - make_interval(secs => s.seconds);
+END $$;
+COMMENT ON FUNCTION notifyq.log_starts(bigint[], text[], timestamptz) IS
+    'Internal: notes when tasks start at keys with a rate.';
+
+-- Decide which of the tasks that this worker has just claimed may run: waits_for is null. The others are parked. A task
+-- that isn't in the answer is locked by a session that is cancelling it, or isn't the worker's any more.
 CREATE FUNCTION notifyq.admit(worker integer, ids bigint[], attempts smallint[])
     RETURNS TABLE (id bigint, waits_for text) LANGUAGE plpgsql SET search_path = pg_catalog AS $$
 #variable_conflict use_column
 DECLARE
-    limited text[];  -- queues
+    limited text[];       -- queues
     keys text[];
+    kinds text[];         -- of these keys
     moment timestamptz;
-    waiting bigint[];  -- for the ends of others: see "After"
-    cancelled bigint[];
-    judged_ids bigint[];
-    judged_why text[];
+    waiting bigint[];     -- tasks that wait for their predecessors: see chapter 7
+    cancelled bigint[];   -- because of one of these
+    passed bigint[];      -- tasks that no check has kept back so far
+    kept bigint[];        -- the others,
+    reasons text[];       -- and for each what it waits for
+    decided bigint[];
+    answers text[];
 BEGIN
-    PERFORM set_config('synchronous_commit', 'on', true);  -- a server that crashes must not forget who runs
-    SELECT array_agg(q.name) INTO limited FROM notifyq.queue q WHERE coalesce(q.limit_running, q.limit_rate) IS NOT NULL;
+    PERFORM set_config('synchronous_commit', 'on', true);  -- a server that crashes must not forget which tasks run
+    SELECT array_agg(q.name) INTO limited
+    FROM notifyq.queue q
+    WHERE coalesce(q.limit_running, q.limit_rate) IS NOT NULL;
     SELECT array_agg(DISTINCT k) INTO keys
     FROM notifyq.task t
     CROSS JOIN LATERAL (VALUES ('order:' || t.order_key), ('limit:' || t.limit_key),
                                (CASE WHEN t.queue = ANY (limited) THEN 'queue:' || t.queue END)) AS v (k)
     WHERE t.id = ANY (admit.ids) AND k IS NOT NULL;
+    kinds := ARRAY(SELECT DISTINCT split_part(k, ':', 1) FROM unnest(keys) AS k);
     PERFORM notifyq.lock_keys(keys);
-    SELECT a.waiting, a.cancelled INTO waiting, cancelled FROM notifyq.await_predecessors(admit.worker, admit.ids, admit.attempts) AS a;
+    SELECT a.waiting, a.cancelled INTO waiting, cancelled
+    FROM notifyq.await_predecessors(admit.worker, admit.ids, admit.attempts) AS a;
     moment := clock_timestamp();
-    WITH mine AS MATERIALIZED (
-        SELECT t.id, t.priority, t.queue, t.order_key, t.limit_key, t.waiting_on, l.limit_running, l.limit_rate, l.limit_seconds
+    passed := ARRAY(
+        SELECT t.id
         FROM unnest(admit.ids, admit.attempts) AS o (id, attempt)
         JOIN notifyq.task t ON t.id = ANY (ARRAY[o.id])
-        CROSS JOIN LATERAL notifyq.parse_limits(t.options) AS l
         WHERE t.worker IS NOT DISTINCT FROM admit.worker AND t.attempts = o.attempt
-          -- One that was locked when the others were asked what they wait for, and isn't now, was not asked.
+          -- A task that was locked while await_predecessors looked, and isn't now, was not asked about its
+          -- predecessors.
           AND (t.after IS NULL OR t.id = ANY (waiting))
-        FOR UPDATE OF t SKIP LOCKED
-    ), ordered AS MATERIALIZED (
-        SELECT m.*, CASE WHEN m.id = ANY (waiting) THEN 'after' WHEN m.order_key IS NOT NULL AND EXISTS (
-            SELECT FROM notifyq.task o
-            WHERE o.order_key = m.order_key
-              AND notifyq.place_in_order(o.attempts, o.parked, o.promoted, o.run_at, o.created_at, o.worker) > 0
-              AND (o.id < m.id OR o.id <> m.id AND o.admitted_at = o.processing_at)
-            UNION ALL
-            SELECT FROM notifyq.task o
-            WHERE o.order_key = m.order_key
-              AND notifyq.place_in_order(o.attempts, o.parked, o.promoted, o.run_at, o.created_at, o.worker) = 0
-              AND o.id + 0 < m.id) THEN 'order' END AS why
-        FROM mine m
-    ), queues AS MATERIALIZED (
-        SELECT q.name, q.limit_running, q.limit_rate, q.limit_seconds,
-               (SELECT count(*) FROM notifyq.task t
-                WHERE t.queue = q.name AND t.worker IS NOT NULL AND t.admitted_at = t.processing_at
-                  AND t.id <> ALL (admit.ids)) AS held,
-               notifyq.count_reserved('queue:' || q.name, moment, admit.ids) AS kept,
-               notifyq.has_waiters('queue:' || q.name) AS waits,
-               (SELECT coalesce(sum(s.n), 0) FROM notifyq.rate_log s
-                WHERE s.key = 'queue:' || q.name AND s.at > moment - make_interval(secs => q.limit_seconds)) AS begun
-        FROM notifyq.queue q
-        WHERE q.name = ANY (limited) AND q.name IN (SELECT o.queue FROM ordered o)
-    ), queued AS MATERIALIZED (
-        SELECT o.id, coalesce(o.why, CASE WHEN NOT o.granted AND q.waits
-                OR q.limit_running < o.place + q.held + CASE WHEN o.granted THEN 0 ELSE q.kept END
-                OR q.limit_rate < o.place + q.begun + CASE WHEN o.granted THEN 0 ELSE q.kept END THEN 'queue' END) AS why
-        FROM (SELECT o.*, row_number() OVER (PARTITION BY o.queue, o.why ORDER BY o.priority DESC, o.id) AS place,
-                     coalesce(o.waiting_on = 'queue:' || o.queue, false) AS granted FROM ordered o) AS o
-        LEFT JOIN queues q ON q.name = o.queue
-    ), limits AS MATERIALIZED (
-        SELECT k.limit_key,
-               (SELECT count(*) FROM notifyq.task t
-                WHERE t.limit_key = k.limit_key AND t.worker IS NOT NULL AND t.admitted_at = t.processing_at
-                  AND t.id <> ALL (admit.ids)) AS held,
-               notifyq.count_reserved('limit:' || k.limit_key, moment, admit.ids) AS kept,
-               notifyq.has_waiters('limit:' || k.limit_key) AS waits
-        FROM (SELECT DISTINCT m.limit_key FROM mine m WHERE m.limit_key IS NOT NULL) AS k
-    ), rates AS MATERIALIZED (
-        SELECT k.limit_key, k.limit_seconds,
-               (SELECT coalesce(sum(s.n), 0) FROM notifyq.rate_log s
-                WHERE s.key = 'limit:' || k.limit_key AND s.at > moment - make_interval(secs => k.limit_seconds)) AS begun
-        FROM (SELECT DISTINCT m.limit_key, m.limit_seconds FROM mine m
-              WHERE m.limit_key IS NOT NULL AND m.limit_rate IS NOT NULL) AS k
-    ), verdict AS MATERIALIZED (
-        SELECT p.id, p.limit_rate, p.limit_seconds, coalesce(p.why, CASE
-                   WHEN NOT p.granted AND l.waits THEN CASE WHEN p.limit_running IS NULL THEN 'rate' ELSE 'limit' END
-                   WHEN p.limit_running < p.place + l.held + CASE WHEN p.granted THEN 0 ELSE l.kept END THEN 'limit'
-                   WHEN p.limit_rate < p.place + r.begun + CASE WHEN p.granted THEN 0 ELSE l.kept END THEN 'rate' END) AS why
-        FROM (SELECT m.*, u.why, row_number() OVER (PARTITION BY m.limit_key, u.why ORDER BY m.priority DESC, m.id) AS place,
-                     coalesce(m.waiting_on = 'limit:' || m.limit_key, false) AS granted
-              FROM mine m JOIN queued u ON u.id = m.id) AS p
-        LEFT JOIN limits l ON l.limit_key = p.limit_key
-        LEFT JOIN rates r ON r.limit_key = p.limit_key AND r.limit_seconds = p.limit_seconds
-    ), written AS (
-        UPDATE notifyq.task t
-        SET watched = true, parked = v.why, withheld = v.why IS NOT NULL,
-            waiting_on = CASE v.why WHEN 'order' THEN 'order:' || t.order_key WHEN 'queue' THEN 'queue:' || t.queue
-                                  WHEN 'limit' THEN 'limit:' || t.limit_key WHEN 'rate' THEN 'limit:' || t.limit_key END,
-            admitted_at = CASE WHEN v.why IS NULL THEN t.processing_at END,
-            worker = CASE WHEN v.why IS NULL THEN t.worker END,
-            attempts = t.attempts - (v.why IS NOT NULL)::integer
-        FROM verdict v
-        WHERE t.id = ANY (ARRAY[v.id])
-        RETURNING t.id, t.parked, t.queue, t.limit_key, v.limit_rate, v.limit_seconds
-    ), noted AS (
-        INSERT INTO notifyq.rate_log AS known (key, at, n, seconds)
-        SELECT s.key, moment, count(*),
-               greatest(max(s.seconds), (SELECT max(old.seconds) FROM notifyq.rate_log old WHERE old.key = s.key))
-        FROM (SELECT 'limit:' || w.limit_key AS key, w.limit_seconds AS seconds FROM written w
-              WHERE w.parked IS NULL AND w.limit_key IS NOT NULL AND w.limit_rate IS NOT NULL AND w.limit_seconds IS NOT NULL
-              UNION ALL
-              SELECT 'queue:' || w.queue, q.limit_seconds FROM written w JOIN queues q ON q.name = w.queue
-              WHERE w.parked IS NULL AND q.limit_rate IS NOT NULL AND q.limit_seconds IS NOT NULL) AS s
-        GROUP BY s.key
-        -- Only a clock that was set back says the same time twice.
-        ON CONFLICT (key, at) DO UPDATE
-        SET n = known.n + excluded.n, seconds = greatest(known.seconds, excluded.seconds)
-    )
-    SELECT array_agg(w.id), array_agg(w.parked) INTO judged_ids, judged_why FROM written w;
-    DELETE FROM notifyq.rate_log s WHERE s.key = ANY (keys) AND s.at < moment - make_interval(secs => s.seconds);
-    PERFORM notifyq.grant_slots(keys);
-    RETURN QUERY SELECT * FROM unnest(judged_ids, judged_why) UNION ALL SELECT c, 'cancelled' FROM unnest(cancelled) AS c;
-END $$;
+        FOR UPDATE OF t SKIP LOCKED);
 
--- Take up to `most` rows of notifyq.slot_released, and fill their keys. Returns how many tasks became ready, or scheduled.
-CREATE FUNCTION notifyq.release_waiters(most integer DEFAULT 1000) RETURNS integer LANGUAGE plpgsql SET search_path = pg_catalog AS $$
+    kept := ARRAY(SELECT unnest(passed) INTERSECT SELECT unnest(waiting));
+    reasons := array_fill('after'::text, ARRAY[cardinality(kept)]);
+    IF 'order' = ANY (kinds) THEN
+        passed := ARRAY(SELECT unnest(passed) EXCEPT SELECT unnest(kept));
+        SELECT kept || array_agg(c.id), reasons || array_agg(c.why) INTO kept, reasons
+        FROM notifyq.check_order(passed) AS c;
+    END IF;
+    IF 'queue' = ANY (kinds) THEN
+        passed := ARRAY(SELECT unnest(passed) EXCEPT SELECT unnest(kept));
+        SELECT kept || array_agg(c.id), reasons || array_agg(c.why) INTO kept, reasons
+        FROM notifyq.check_queues(passed, admit.ids, keys, moment) AS c;
+    END IF;
+    IF 'limit' = ANY (kinds) THEN
+        passed := ARRAY(SELECT unnest(passed) EXCEPT SELECT unnest(kept));
+        SELECT kept || array_agg(c.id), reasons || array_agg(c.why) INTO kept, reasons
+        FROM notifyq.check_limits(passed, admit.ids, moment) AS c;
+    END IF;
+
+    WITH written AS (
+        UPDATE notifyq.task t
+        SET watched = true, parked = d.why, withheld = d.why IS NOT NULL,
+            waiting_on = CASE WHEN d.why = 'order' THEN 'order:' || t.order_key
+                              WHEN d.why = 'queue' THEN 'queue:' || t.queue
+                              WHEN d.why IN ('limit', 'rate') THEN 'limit:' || t.limit_key END,
+            admitted_at = CASE WHEN d.why IS NULL THEN t.processing_at END,
+            worker = CASE WHEN d.why IS NULL THEN t.worker END,
+            attempts = t.attempts - (d.why IS NOT NULL)::integer
+        FROM (SELECT k.id, k.why FROM unnest(kept, reasons) AS k (id, why)
+              UNION ALL SELECT p.id, NULL FROM unnest(passed) AS p (id) WHERE p.id <> ALL (kept)) AS d
+        WHERE t.id = ANY (ARRAY[d.id])
+        RETURNING t.id, t.parked
+    )
+    SELECT array_agg(w.id), array_agg(w.parked) INTO decided, answers FROM written w;
+    IF kinds && '{limit,queue}' THEN
+        PERFORM notifyq.log_starts(
+            ARRAY(SELECT d.id FROM unnest(decided, answers) AS d (id, why) WHERE d.why IS NULL), keys, moment);
+    END IF;
+    PERFORM notifyq.grant_slots(keys);
+    RETURN QUERY
+    SELECT * FROM unnest(decided, answers) UNION ALL SELECT c, 'cancelled' FROM unnest(cancelled) AS c;
+END $$;
+COMMENT ON FUNCTION notifyq.admit(integer, bigint[], smallint[]) IS
+    'Internal: which claimed tasks may run; it parks the others.';
+
+-- Take up to `most` rows of notifyq.slot_released, grant at their keys, and release the tasks that waited for these
+-- ends. Returns how many tasks became ready, or scheduled.
+CREATE FUNCTION notifyq.release_waiters(most integer DEFAULT 1000) RETURNS integer
+    LANGUAGE plpgsql SET search_path = pg_catalog AS $$
 DECLARE
     taken bigint[];
     ended bigint[];
@@ -1038,10 +1371,13 @@ BEGIN
     DELETE FROM notifyq.slot_released f WHERE f.n = ANY (taken);
     RETURN ready;
 END $$;
+COMMENT ON FUNCTION notifyq.release_waiters(integer) IS
+    'Internal: releases tasks that waited for what notifyq.slot_released tells of.';
 
--- The safety net: have up to `most` keys filled at which tasks wait, from key `since` on. Returns the last of them; null:
--- there are no more.
-CREATE FUNCTION notifyq.recheck_waiting(since text DEFAULT '', most integer DEFAULT 200) RETURNS text LANGUAGE sql BEGIN ATOMIC
+-- The safety net: have up to `most` keys looked at again at which tasks wait, from key `since` on. Returns the last of
+-- them; null: there are no more.
+CREATE FUNCTION notifyq.recheck_waiting(since text DEFAULT '', most integer DEFAULT 200) RETURNS text
+    LANGUAGE sql BEGIN ATOMIC
     WITH RECURSIVE waiting AS (
         (SELECT t.waiting_on, t.id, t.queue, t.order_key, t.limit_key, 1 AS n FROM notifyq.task t
          WHERE t.waiting_on > $1 AND t.withheld ORDER BY t.waiting_on LIMIT 1)
@@ -1057,27 +1393,48 @@ CREATE FUNCTION notifyq.recheck_waiting(since text DEFAULT '', most integer DEFA
     )
     SELECT max(w.waiting_on) FROM waiting w HAVING count(*) = $2;
 END;
+COMMENT ON FUNCTION notifyq.recheck_waiting(text, integer) IS 'Internal: has keys at which tasks wait looked at again.';
 
--- After
--- -----
--- A task with `after` is judged once, when it is first claimed. What it waits for is then in one of three places:
+-- =====================================================================================================================
+-- 7 After
+-- =====================================================================================================================
 --
---     live        its row gets watched = true, so that its end leaves a row in notifyq.slot_released, and a row of
---                 notifyq.dependency says who waits for it. The mark and the waiter's being parked commit together, with
---                 the marked row locked meanwhile against its end: so no end can fall in between
---     locked      by somebody whose transaction may stay open for an hour, or who is just ending it. Nobody waits for him:
---                 the row of notifyq.dependency is not confirmed, and each free, and a worker's heartbeat, tries again
---     gone        it has ended, or was never there: see notifyq.finished. What isn't known there counts as done
+-- The predecessors of a task are the tasks in its `after`. It is asked about them once, when it is first claimed.
+-- Each of them is then in one of three places:
 --
--- The end of one deletes its rows of dependency. Who then has none left is ready, and its `after` is NULL: whatever
--- happens to those tasks from now on, a retry say, is nothing to it. The ids stay among its options. One of them that is
--- dead or was cancelled cancels who waits, and those who wait for that one in turn; unless on_dead is 'run'. What a person
--- retries waits once more, for what lives by then, and runs whatever has become of the others.
+--     live        its row gets watched = true, so that its end leaves a row in notifyq.slot_released; and a row of
+--                 notifyq.dependency says which task waits for it. This row, the mark, and the parking of the task that
+--                 waits commit together. Until then the predecessor's row is locked, so no end can fall in between
+--     locked      by a session that may be open for an hour, or that is just ending it. No worker waits for that: the
+--                 row of notifyq.dependency is not confirmed. While such a row exists, workers call release_waiters,
+--                 which tries again, at the latest after their next heartbeat
+--     gone        it has ended, or never existed: see notifyq.finished. One that isn't known there counts as done
 --
--- An id can only be waited for when it exists, and is lower than that of who waits: so there are no circles.
+-- The end of a predecessor deletes its rows of dependency. A task that has none left is ready, and its `after` is
+-- NULL: what happens to its predecessors from now on, a retry for example, doesn't concern it. The ids stay in its
+-- options. A predecessor that is dead or was cancelled cancels the tasks that wait for it, and the tasks that wait
+-- for those in turn; unless on_dead is 'run'. A task that a person retries waits again for those predecessors that
+-- live then, and runs whatever became of the others.
+--
+-- A task can only wait for tasks that exist, and whose ids are lower than its own: so there are no circles.
 
--- Have the ends of these told, as far as they live and nobody has locked them: those are returned, and live until the
--- transaction's end.
+CREATE TABLE notifyq.dependency (
+    needs         bigint      NOT NULL,
+    task          bigint      NOT NULL,
+    confirmed     boolean     NOT NULL,
+    PRIMARY KEY (needs, task)
+) WITH (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 500, vacuum_truncate = off);
+CREATE INDEX dependency_task ON notifyq.dependency (task);
+CREATE INDEX dependency_unconfirmed ON notifyq.dependency (needs) WHERE NOT confirmed;
+
+COMMENT ON TABLE notifyq.dependency IS 'Which parked task waits for the end of which other.';
+COMMENT ON COLUMN notifyq.dependency.needs IS 'The task whose end is waited for.';
+COMMENT ON COLUMN notifyq.dependency.task IS 'The task that waits.';
+COMMENT ON COLUMN notifyq.dependency.confirmed IS
+    'True: the end of the other will add a row to notifyq.slot_released. False: look again.';
+
+-- Have the ends of these tasks recorded, of those that live and are not locked. Returns these; they live until this
+-- transaction ends.
 CREATE FUNCTION notifyq.watch_ends(ids bigint[]) RETURNS bigint[] LANGUAGE plpgsql SET search_path = pg_catalog AS $$
 BEGIN
     UPDATE notifyq.task t SET watched = true
@@ -1085,59 +1442,66 @@ BEGIN
         SELECT d.id FROM notifyq.task d WHERE d.id = ANY (ids) AND NOT d.watched FOR NO KEY UPDATE SKIP LOCKED));
     RETURN ARRAY(SELECT d.id FROM notifyq.task d WHERE d.id = ANY (ids) AND d.watched FOR KEY SHARE SKIP LOCKED);
 END $$;
+COMMENT ON FUNCTION notifyq.watch_ends(bigint[]) IS 'Internal: has the ends of tasks recorded.';
 
--- Of tasks that this worker has just claimed, and that have `after`: who has to wait, and who was cancelled, as one that it
--- waited for is dead. The others have waited for theirs.
+-- Of the tasks that this worker has just claimed, and that have `after`: which have to wait, and which were cancelled
+-- because a predecessor is dead or was cancelled. The others have waited for theirs.
 CREATE FUNCTION notifyq.await_predecessors(worker integer, ids bigint[], attempts smallint[],
-                                    OUT waiting bigint[], OUT cancelled bigint[]) LANGUAGE plpgsql SET search_path = pg_catalog AS $$
+                                           OUT waiting bigint[], OUT cancelled bigint[])
+    LANGUAGE plpgsql SET search_path = pg_catalog AS $$
 #variable_conflict use_column
 DECLARE
-    judged bigint[];
+    asked bigint[];
     needed bigint[];
-    held bigint[];
+    live bigint[];
 BEGIN
     waiting := '{}';
     cancelled := '{}';
-    SELECT array_agg(m.id) INTO judged
+    SELECT array_agg(m.id) INTO asked
     FROM (SELECT t.id
           FROM unnest(await_predecessors.ids, await_predecessors.attempts) AS o (id, attempt)
           JOIN notifyq.task t ON t.id = ANY (ARRAY[o.id])
-          WHERE t.worker IS NOT DISTINCT FROM await_predecessors.worker AND t.attempts = o.attempt AND t.after IS NOT NULL
+          WHERE t.worker IS NOT DISTINCT FROM await_predecessors.worker AND t.attempts = o.attempt
+            AND t.after IS NOT NULL
           FOR UPDATE OF t SKIP LOCKED) AS m;
-    IF judged IS NULL THEN
+    IF asked IS NULL THEN
         RETURN;
     END IF;
     FOR n IN 1..3 LOOP
         needed := ARRAY(
             SELECT d.id
-            FROM (SELECT DISTINCT a.id FROM notifyq.task t CROSS JOIN unnest(t.after) AS a (id) WHERE t.id = ANY (judged)) AS a
+            FROM (SELECT DISTINCT a.id
+                  FROM notifyq.task t CROSS JOIN unnest(t.after) AS a (id) WHERE t.id = ANY (asked)) AS a
             JOIN notifyq.task d ON d.id = ANY (ARRAY[a.id]));
         EXIT WHEN needed = '{}';
-        held := notifyq.watch_ends(needed);
-        EXIT WHEN cardinality(held) = cardinality(needed) OR n = 3;
-        PERFORM pg_sleep(0.003);  -- mostly somebody is just claiming it, or ending it
+        live := notifyq.watch_ends(needed);
+        EXIT WHEN cardinality(live) = cardinality(needed) OR n = 3;
+        PERFORM pg_sleep(0.003);  -- mostly a worker is just claiming or ending it
     END LOOP;
     IF needed <> '{}' THEN
-        -- Whatever is gone by now isn't waited for.
+        -- A predecessor that is gone by now isn't waited for.
         INSERT INTO notifyq.dependency (needs, task, confirmed)
         SELECT d.id, t.id, false
         FROM notifyq.task t
         CROSS JOIN unnest(t.after) AS a (id)
         JOIN notifyq.task d ON d.id = ANY (ARRAY[a.id])
-        WHERE t.id = ANY (judged)
+        WHERE t.id = ANY (asked)
         ON CONFLICT DO NOTHING;
         UPDATE notifyq.dependency d SET confirmed = true
-        WHERE d.needs = ANY (held) AND d.task = ANY (judged) AND NOT d.confirmed;
+        WHERE d.needs = ANY (live) AND d.task = ANY (asked) AND NOT d.confirmed;
     END IF;
     cancelled := notifyq.cancel_dependents(ARRAY(
-        SELECT t.id FROM notifyq.task t WHERE t.id = ANY (judged) AND t.options ->> 'on_dead' IS DISTINCT FROM 'run'));
-    waiting := ARRAY(SELECT DISTINCT d.task FROM notifyq.dependency d WHERE d.task = ANY (judged));
-    UPDATE notifyq.task t SET after = NULL WHERE t.id = ANY (judged) AND t.id <> ALL (waiting);
+        SELECT t.id FROM notifyq.task t WHERE t.id = ANY (asked) AND t.options ->> 'on_dead' IS DISTINCT FROM 'run'));
+    waiting := ARRAY(SELECT DISTINCT d.task FROM notifyq.dependency d WHERE d.task = ANY (asked));
+    UPDATE notifyq.task t SET after = NULL WHERE t.id = ANY (asked) AND t.id <> ALL (waiting);
 END $$;
+COMMENT ON FUNCTION notifyq.await_predecessors(integer, bigint[], smallint[]) IS
+    'Internal: which claimed tasks have to wait for the ends of others.';
 
--- Cancel those of these tasks, whose rows are locked by now, of which one that they wait for is dead or was cancelled.
+-- Cancel those of these tasks, whose rows are locked by now, that have a predecessor which is dead or was cancelled.
 -- Returns them.
-CREATE FUNCTION notifyq.cancel_dependents(ids bigint[]) RETURNS bigint[] LANGUAGE plpgsql SET search_path = pg_catalog AS $$
+CREATE FUNCTION notifyq.cancel_dependents(ids bigint[]) RETURNS bigint[]
+    LANGUAGE plpgsql SET search_path = pg_catalog AS $$
 DECLARE
     cancelled bigint[];
 BEGIN
@@ -1154,24 +1518,27 @@ BEGIN
         ORDER BY t.id, f.id
     ), gone AS (
         DELETE FROM notifyq.task t USING bad b WHERE t.id = ANY (ARRAY[b.id]) RETURNING t.*, b.error
-    ), kept AS (
-        INSERT INTO notifyq.finished (id, created_at, run_at, processing_at, processed_at, priority, attempts, max_attempts,
-                                      state, queue, type, worker, payload, result, errors, options)
+    ), outcome AS (
+        INSERT INTO notifyq.finished (id, created_at, run_at, processing_at, processed_at, priority, attempts,
+                                      max_attempts, state, queue, type, worker, payload, result, errors, options)
         SELECT g.id, g.created_at, g.run_at, g.processing_at, clock_timestamp(), g.priority, g.attempts - g.claims,
                g.max_attempts, 'cancelled', g.queue, g.type, NULL, g.payload, NULL,
-               notifyq.append_error(g.errors, jsonb_build_object('attempt', g.attempts - g.claims, 'at', clock_timestamp(),
-                                                               'error', g.error)), g.options
+               notifyq.append_error(g.errors, jsonb_build_object(
+                   'attempt', g.attempts - g.claims, 'at', clock_timestamp(), 'error', g.error)), g.options
         FROM (SELECT g.*, (g.worker IS NOT NULL)::integer AS claims FROM gone g) AS g
         RETURNING id
     )
-    SELECT array_agg(k.id) INTO cancelled FROM kept k;
+    SELECT array_agg(o.id) INTO cancelled FROM outcome o;
     DELETE FROM notifyq.dependency d WHERE d.task = ANY (cancelled);
     RETURN coalesce(cancelled, '{}');
 END $$;
+COMMENT ON FUNCTION notifyq.cancel_dependents(bigint[]) IS
+    'Internal: cancels tasks that wait for one which is dead or was cancelled.';
 
--- These have ended: have those that waited for them, and wait for nothing else, ready, or cancelled. Returns how many
--- are ready. It looks at those too that could not be marked.
-CREATE FUNCTION notifyq.release_dependents(ended bigint[]) RETURNS integer LANGUAGE plpgsql SET search_path = pg_catalog AS $$
+-- These tasks have ended: make the tasks ready that waited for them and wait for no others, or cancel them. Returns
+-- how many are ready. It also looks at dependencies that are not confirmed.
+CREATE FUNCTION notifyq.release_dependents(ended bigint[]) RETURNS integer
+    LANGUAGE plpgsql SET search_path = pg_catalog AS $$
 DECLARE
     needed bigint[];
     held bigint[];
@@ -1184,19 +1551,19 @@ DECLARE
     most CONSTANT bigint := 33554432;  -- bytes of payloads that are moved to the history
     moved bigint := 0;
 BEGIN
-    -- One at a time, or of two that each end one of a task's last two, neither would see that none is left. The lock
-    -- comes after those of keys, and is had by nobody else.
-    PERFORM FROM notifyq.key_lock g WHERE g.n = -1 FOR UPDATE;
+    -- One session at a time. Of two that each end one of a task's last two predecessors, neither would see that none is
+    -- left. This lock comes after those of keys.
+    PERFORM FROM notifyq.key_lock l WHERE l.n = -1 FOR UPDATE;
     IF NOT FOUND THEN
         INSERT INTO notifyq.key_lock (n) VALUES (-1) ON CONFLICT (n) DO NOTHING;
-        PERFORM FROM notifyq.key_lock g WHERE g.n = -1 FOR UPDATE;
+        PERFORM FROM notifyq.key_lock l WHERE l.n = -1 FOR UPDATE;
     END IF;
     LOOP
         needed := ARRAY(
             SELECT d.needs FROM notifyq.dependency d WHERE d.needs = ANY (ended)
             UNION SELECT d.needs FROM notifyq.dependency d WHERE NOT d.confirmed);
         EXIT WHEN needed = '{}';
-        held := notifyq.watch_ends(needed);  -- also of what has ended, and was retried before anybody came to look
+        held := notifyq.watch_ends(needed);  -- also tasks that had ended, and were retried before this came to look
         UPDATE notifyq.dependency d SET confirmed = true WHERE d.needs = ANY (held) AND NOT d.confirmed;
         gone := ARRAY(
             SELECT n FROM unnest(needed) AS n WHERE NOT EXISTS (SELECT FROM notifyq.task t WHERE t.id = n));
@@ -1214,15 +1581,16 @@ BEGIN
                          sum(pg_column_size(t.payload)) OVER (ORDER BY t.id) - pg_column_size(t.payload) AS before
                   FROM notifyq.task t WHERE t.id = ANY (mine)) AS m
             WHERE m.before + moved < most;
-            IF cardinality(mine) < cardinality(locked) THEN
-                INSERT INTO notifyq.slot_released (task, ended, queue) VALUES (0, false, '');  -- so that there is a next time
+            IF cardinality(mine) < cardinality(locked) THEN  -- have release_waiters called for the others
+                INSERT INTO notifyq.slot_released (task, ended, queue) VALUES (0, false, '');
             END IF;
         END IF;
-        stuck := ARRAY(  -- somebody has locked them, or they are too large together: next time
+        stuck := ARRAY(  -- tasks that are locked, or too large together: the next call looks at them
             SELECT t.id FROM notifyq.task t
             WHERE t.id = ANY (ARRAY(SELECT DISTINCT d.task FROM notifyq.dependency d WHERE d.needs = ANY (gone)))
             EXCEPT SELECT unnest(mine));
-        UPDATE notifyq.dependency d SET confirmed = false WHERE d.confirmed AND d.needs = ANY (gone) AND d.task = ANY (stuck);
+        UPDATE notifyq.dependency d SET confirmed = false
+        WHERE d.confirmed AND d.needs = ANY (gone) AND d.task = ANY (stuck);
         ended := '{}';
         IF EXISTS (SELECT FROM notifyq.finished f WHERE f.id = ANY (gone) AND f.state <> 'done') THEN
             ended := notifyq.cancel_dependents(ARRAY(
@@ -1237,16 +1605,21 @@ BEGIN
           AND NOT EXISTS (SELECT FROM notifyq.dependency d WHERE d.task = t.id);
         GET DIAGNOSTICS ready = ROW_COUNT;
         total := total + ready;
-        EXIT WHEN ended = '{}';
+        EXIT WHEN ended = '{}';  -- else go on with the tasks that waited for the cancelled ones
     END LOOP;
     RETURN total;
 END $$;
+COMMENT ON FUNCTION notifyq.release_dependents(bigint[]) IS
+    'Internal: releases tasks that waited for the ends of others.';
 
--- Queues at run time
--- ------------------
--- Workers read notifyq.queue at least four times a second while they claim, and when the bell says 'queues'.
+-- =====================================================================================================================
+-- 8 Queues
+-- =====================================================================================================================
+--
+-- The table notifyq.queue is in chapter 6. Workers read it at least four times a second while they claim, and when a
+-- notification says 'queues'.
 
--- Nothing new starts from there; what runs goes on. Returns whether it was running.
+-- No more tasks start from the queue; running ones go on. Returns whether it was running.
 CREATE FUNCTION notifyq.pause(queue text) RETURNS boolean LANGUAGE sql BEGIN ATOMIC
     WITH changed AS (
         INSERT INTO notifyq.queue AS q (name, paused) VALUES ($1, true)
@@ -1255,6 +1628,8 @@ CREATE FUNCTION notifyq.pause(queue text) RETURNS boolean LANGUAGE sql BEGIN ATO
     )
     SELECT EXISTS (SELECT FROM changed);
 END;
+COMMENT ON FUNCTION notifyq.pause(text) IS
+    'Start no more tasks from a queue; running ones go on. Returns whether the queue was running.';
 
 CREATE FUNCTION notifyq.resume(queue text) RETURNS boolean LANGUAGE sql BEGIN ATOMIC
     WITH changed AS (
@@ -1262,13 +1637,17 @@ CREATE FUNCTION notifyq.resume(queue text) RETURNS boolean LANGUAGE sql BEGIN AT
         RETURNING notifyq.notify_unless_full('notifyq', 'queues')
     )
     SELECT EXISTS (SELECT FROM changed)
-    FROM (SELECT notifyq.recheck_waiting('', 10000) FROM changed UNION ALL SELECT NULL LIMIT 1) AS told;  -- its tasks were passed over
+    -- Grants passed over its tasks.
+    FROM (SELECT notifyq.recheck_waiting('', 10000) FROM changed UNION ALL SELECT NULL LIMIT 1) AS told;
 END;
+COMMENT ON FUNCTION notifyq.resume(text) IS
+    'Start tasks from a paused queue again. Returns whether the queue was paused.';
 
--- Of the queue's tasks at most `running` run at once, and at most `rate` start in any `seconds`, over all workers; null:
--- no such limit. What runs already counts.
+-- Of the queue's tasks at most `running` run at the same time, and at most `rate` start in any `seconds`, over all
+-- workers; null: no such limit. Running tasks count.
 CREATE FUNCTION notifyq.limit_queue(queue text, running integer DEFAULT NULL, rate integer DEFAULT NULL,
-                                    seconds float8 DEFAULT NULL) RETURNS void LANGUAGE plpgsql SET search_path = pg_catalog AS $$
+                                    seconds float8 DEFAULT NULL) RETURNS void
+    LANGUAGE plpgsql SET search_path = pg_catalog AS $$
 BEGIN
     IF (rate IS NULL) <> (seconds IS NULL) THEN
         RAISE EXCEPTION 'rate and seconds go together: so many starts in any so many seconds' USING ERRCODE = '22023';
@@ -1276,11 +1655,14 @@ BEGIN
     INSERT INTO notifyq.queue AS q (name, limit_running, limit_rate, limit_seconds) VALUES ($1, $2, $3, $4)
     ON CONFLICT (name) DO UPDATE SET limit_running = $2, limit_rate = $3, limit_seconds = $4;
     PERFORM notifyq.admit_running(ARRAY[$1]);
-    INSERT INTO notifyq.slot_released (task, ended, queue) VALUES (0, false, $1);  -- there may be room now
+    INSERT INTO notifyq.slot_released (task, ended, queue) VALUES (0, false, $1);  -- a higher limit has free slots
     PERFORM notifyq.notify_unless_full('notifyq', 'queues');
 END $$;
+COMMENT ON FUNCTION notifyq.limit_queue(text, integer, integer, float8) IS
+    'Limit a queue over all workers: at most this many running at once, and at most this many starts in this many '
+    'seconds. NULL: no such limit.';
 
--- What runs in these queues, and was claimed by somebody who knew of no limit, counts from now on.
+-- Running tasks of these queues that were claimed by workers which knew of no limit count from now on.
 CREATE FUNCTION notifyq.admit_running(queues text[], worker integer DEFAULT NULL) RETURNS void LANGUAGE sql BEGIN ATOMIC
     UPDATE notifyq.task SET admitted_at = processing_at, watched = true
     WHERE id = ANY (ARRAY(
@@ -1290,33 +1672,57 @@ CREATE FUNCTION notifyq.admit_running(queues text[], worker integer DEFAULT NULL
           AND t.limit_key IS NULL AND t.order_key IS NULL AND t.after IS NULL
         ORDER BY t.id FOR UPDATE));
 END;
+COMMENT ON FUNCTION notifyq.admit_running(text[], integer) IS
+    'Internal: has running tasks count against the limits of their queues.';
 
--- Cron
--- ----
--- A row says what to enqueue when. Workers whose app has it write it when they start, and look here every 1.5 s: a slot
--- that comes within 3 s is inserted as a scheduled task, and next_at moves on to the slot after it, in one statement which
--- applies only if next_at is what it was. So each slot has one task, whoever looks, however many, whoever dies when; and
--- the timers that every scheduled task has start it at its time. Python reckons from a slot to the next (notifyq/cron.py),
--- in the row's time zone; what time it is, this server's clock says.
+-- =====================================================================================================================
+-- 9 Cron
+-- =====================================================================================================================
+--
+-- A row says what to enqueue when. Workers whose app has the cron write the row when they start, and look here every
+-- 1.5 s. A slot is a time at which the cron is due. One that comes within 3 s is inserted as a scheduled task, and
+-- next_at moves on to the slot after it, in one statement, which applies only if next_at is what it was. So each slot
+-- has one task, however many workers look, and whenever one dies; and the timers that every scheduled task has start
+-- it at its time. Python computes the next slot (notifyq/cron.py), in the row's time zone; the current time is this
+-- server's.
+
 CREATE TABLE notifyq.cron (
     name          text        NOT NULL PRIMARY KEY CHECK (length(name) <= 200),
-    expression    text        NOT NULL,                -- five fields, or six, of which the first is the second
+    expression    text        NOT NULL,
     tz            text        NOT NULL DEFAULT 'UTC',
     type          text        NOT NULL CHECK (length(type) <= 200),
     payload       jsonb       NOT NULL DEFAULT '{}',
     queue         text        NOT NULL DEFAULT 'default' CHECK (length(queue) <= 200),
     priority      smallint    NOT NULL DEFAULT 0,
-    missed        text        NOT NULL DEFAULT 'once' CHECK (missed IN ('once', 'skip')),  -- while no worker ran
-    options       jsonb,                               -- the tasks': their keys and limits
+    missed        text        NOT NULL DEFAULT 'once' CHECK (missed IN ('once', 'skip')),
+    options       jsonb,
     paused        boolean     NOT NULL DEFAULT false,
-    -- The next slot; null: to be reckoned from now on. A time that Python can't read would end the workers that look.
+    -- A time that Python can't read would end the workers that look.
     next_at       timestamptz CHECK (next_at BETWEEN '0001-01-03Z' AND '9999-12-30Z'),
-    last_at       timestamptz,                         -- the last slot that was enqueued
-    recent        bigint[]    NOT NULL DEFAULT '{}'    -- the tasks of the last ones, the latest first
+    last_at       timestamptz,
+    recent        bigint[]    NOT NULL DEFAULT '{}'
 );
 
--- From here on it enqueues nothing. What it has put ahead, or what waits for a free slot, is cancelled. Returns whether
--- there is such a cron. (Statements of their own, as what the first waits for must be seen by the second.)
+COMMENT ON TABLE notifyq.cron IS
+    'Tasks that are enqueued by the clock. Workers write the crons of their app here when they start.';
+COMMENT ON COLUMN notifyq.cron.name IS 'The name of the cron.';
+COMMENT ON COLUMN notifyq.cron.expression IS
+    'Minute, hour, day, month and weekday; of six fields the first is the second.';
+COMMENT ON COLUMN notifyq.cron.tz IS 'The time zone of the expression.';
+COMMENT ON COLUMN notifyq.cron.type IS 'The type of the tasks.';
+COMMENT ON COLUMN notifyq.cron.payload IS 'The payload of the tasks.';
+COMMENT ON COLUMN notifyq.cron.queue IS 'The queue of the tasks.';
+COMMENT ON COLUMN notifyq.cron.priority IS 'The priority of the tasks.';
+COMMENT ON COLUMN notifyq.cron.missed IS 'once or skip: what to do about slots that came while no worker ran.';
+COMMENT ON COLUMN notifyq.cron.options IS 'The options of the tasks: their keys and limits.';
+COMMENT ON COLUMN notifyq.cron.paused IS 'True: nothing is enqueued.';
+COMMENT ON COLUMN notifyq.cron.next_at IS 'The next slot; NULL: it is computed from now on.';
+COMMENT ON COLUMN notifyq.cron.last_at IS 'The latest slot that was enqueued.';
+COMMENT ON COLUMN notifyq.cron.recent IS 'The ids of the latest tasks, the newest first.';
+
+-- From now on the cron enqueues nothing. Its tasks that were inserted in advance, or that wait for a free slot, are
+-- cancelled. Returns whether there is such a cron. These are statements of their own, since the second must see what
+-- the first waits for.
 CREATE FUNCTION notifyq.cron_pause(name text) RETURNS boolean LANGUAGE sql BEGIN ATOMIC
     UPDATE notifyq.cron c SET paused = true WHERE c.name = $1;
     SELECT count(notifyq.cancel(waiting.id))
@@ -1328,20 +1734,30 @@ CREATE FUNCTION notifyq.cron_pause(name text) RETURNS boolean LANGUAGE sql BEGIN
           FOR UPDATE) AS waiting;
     SELECT EXISTS (SELECT FROM notifyq.cron c WHERE c.name = $1);
 END;
+COMMENT ON FUNCTION notifyq.cron_pause(text) IS
+    'Stop a cron, and cancel those of its tasks that no worker has claimed. Returns whether there is such a cron.';
 
--- Go on, with the next slot from now on: those of the pause don't count as missed. Returns whether there is such a cron.
+-- Go on, with the next slot from now: slots of the pause don't count as missed. Returns whether there is such a cron.
 CREATE FUNCTION notifyq.cron_resume(name text) RETURNS boolean LANGUAGE sql BEGIN ATOMIC
     UPDATE notifyq.cron c SET paused = false, next_at = NULL WHERE c.name = $1 AND c.paused;
     SELECT EXISTS (SELECT FROM notifyq.cron c WHERE c.name = $1);
 END;
+COMMENT ON FUNCTION notifyq.cron_resume(text) IS
+    'Let a paused cron go on, with its next slot from now. Returns whether there is such a cron.';
 
--- Run it now, paused or not, beside what is due anyway. Returns the task's id; NULL: there is no such cron.
+-- Enqueue its task now, paused or not, in addition to its slots. Returns the task's id; NULL: there is no such cron.
 CREATE FUNCTION notifyq.cron_run(name text) RETURNS bigint LANGUAGE sql BEGIN ATOMIC
     INSERT INTO notifyq.task (type, payload, queue, priority, options)
     SELECT c.type, c.payload, c.queue, c.priority, c.options FROM notifyq.cron c WHERE c.name = $1 RETURNING id;
 END;
+COMMENT ON FUNCTION notifyq.cron_run(text) IS
+    'Enqueue the task of a cron now. Returns its id; NULL: there is no such cron.';
 
--- The stable way to read.
+-- =====================================================================================================================
+-- 10 Views
+-- =====================================================================================================================
+
+-- The stable way to read tasks.
 CREATE VIEW notifyq.all_tasks AS
 SELECT t.id, t.queue, t.type,
        CASE WHEN t.worker IS NOT NULL THEN 'running'
@@ -1353,12 +1769,37 @@ SELECT t.id, t.queue, t.type,
        CASE WHEN t.withheld AND t.worker IS NULL THEN t.parked END AS waits_for, t.progress, t.note, t.options
 FROM notifyq.task t
 UNION ALL
-SELECT id, queue, type, state, priority, attempts, max_attempts, created_at, run_at, processing_at, processed_at, payload,
-       errors -> -1 ->> 'error', result, worker, errors, NULL, NULL, NULL, options
+SELECT id, queue, type, state, priority, attempts, max_attempts, created_at, run_at, processing_at, processed_at,
+       payload, errors -> -1 ->> 'error', result, worker, errors, NULL, NULL, NULL, options
 FROM notifyq.finished;
 
--- Queues: those that were paused or limited, that a worker serves, or that a task is ready or running in. `waiting` are
--- those whom the queue's own limits keep back.
+COMMENT ON VIEW notifyq.all_tasks IS
+    'One row for every task that is still known, finished ones included: the stable way to read tasks.';
+COMMENT ON COLUMN notifyq.all_tasks.id IS 'The id of the task.';
+COMMENT ON COLUMN notifyq.all_tasks.queue IS 'Its queue.';
+COMMENT ON COLUMN notifyq.all_tasks.type IS 'The name of the kind of task.';
+COMMENT ON COLUMN notifyq.all_tasks.state IS 'scheduled, ready, running, done, dead or cancelled.';
+COMMENT ON COLUMN notifyq.all_tasks.priority IS 'Higher runs first, within a queue.';
+COMMENT ON COLUMN notifyq.all_tasks.attempts IS 'How often it was claimed.';
+COMMENT ON COLUMN notifyq.all_tasks.max_attempts IS
+    'After so many failed attempts it is dead; NULL: what its type says, else 10.';
+COMMENT ON COLUMN notifyq.all_tasks.created_at IS 'When it was inserted.';
+COMMENT ON COLUMN notifyq.all_tasks.run_at IS 'The earliest time to run it.';
+COMMENT ON COLUMN notifyq.all_tasks.processing_at IS 'When its latest attempt was claimed.';
+COMMENT ON COLUMN notifyq.all_tasks.processed_at IS 'When its latest attempt ended.';
+COMMENT ON COLUMN notifyq.all_tasks.payload IS 'What its handler gets.';
+COMMENT ON COLUMN notifyq.all_tasks.error IS 'The text of the latest error.';
+COMMENT ON COLUMN notifyq.all_tasks.result IS 'What its handler returned.';
+COMMENT ON COLUMN notifyq.all_tasks.worker IS 'host:pid of the worker that runs it, or ran it last.';
+COMMENT ON COLUMN notifyq.all_tasks.errors IS 'A JSON array with one object for each failed attempt.';
+COMMENT ON COLUMN notifyq.all_tasks.waits_for IS
+    'What keeps it back: limit, rate, queue, order or after; NULL: nothing.';
+COMMENT ON COLUMN notifyq.all_tasks.progress IS 'How far its handler says it is, from 0 to 1.';
+COMMENT ON COLUMN notifyq.all_tasks.note IS 'What its handler says it is doing.';
+COMMENT ON COLUMN notifyq.all_tasks.options IS 'The options it was enqueued with.';
+
+-- Queues that were paused or limited, that a live worker serves, or that have a ready or running task. `waiting`
+-- counts the tasks that the queue's own limits keep back.
 CREATE VIEW notifyq.all_queues AS
 WITH RECURSIVE ready AS (  -- from one queue's first entry of index task_ready to the next one's
     (SELECT t.queue FROM notifyq.task t
@@ -1384,171 +1825,6 @@ LEFT JOIN notifyq.queue q ON q.name = k.name
 LEFT JOIN running r ON r.queue = k.name
 LEFT JOIN served s ON s.queue = k.name;
 
--- Comments, for those who look with psql: \d+ notifyq.task, \df+ notifyq.*, \dn+ notifyq
--- ----------------------------------------------------------------------------------
---
--- One for every table, view, column and function. Functions for everybody say what they do; the others are internal.
-
-COMMENT ON SCHEMA notifyq IS
-    'Background tasks: see notifyq.task, notifyq.enqueue and notifyq.all_tasks. The functions that are not internal'
-    ' are for everybody.';
-COMMENT ON TABLE notifyq.schema_version IS
-    'The version of this schema: one row for each version that was installed or upgraded to.';
-COMMENT ON COLUMN notifyq.schema_version.version IS 'The version; the highest one counts.';
-COMMENT ON COLUMN notifyq.schema_version.installed_at IS 'When it was installed.';
-COMMENT ON COLUMN notifyq.schema_version.serves IS 'The version of the oldest notifyq that can work with it.';
-COMMENT ON TABLE notifyq.task IS
-    'Live tasks: a row from the INSERT until the outcome is written. To enqueue, INSERT here, or call '
-    'notifyq.enqueue. To read, use notifyq.all_tasks.';
-COMMENT ON COLUMN notifyq.task.id IS 'Given by the database, in the order of INSERTs.';
-COMMENT ON COLUMN notifyq.task.created_at IS 'When it was inserted.';
-COMMENT ON COLUMN notifyq.task.run_at IS 'The earliest time to run it; the default is now. You may set it.';
-COMMENT ON COLUMN notifyq.task.processing_at IS 'When its latest attempt was claimed.';
-COMMENT ON COLUMN notifyq.task.processed_at IS 'When its latest attempt ended.';
-COMMENT ON COLUMN notifyq.task.worker IS 'The id of the worker that runs it; NULL: nothing runs it.';
-COMMENT ON COLUMN notifyq.task.priority IS 'Higher runs first, within a queue; the default is 0. You may set it.';
-COMMENT ON COLUMN notifyq.task.attempts IS 'How often it was claimed. With worker, it identifies the lease.';
-COMMENT ON COLUMN notifyq.task.max_attempts IS
-    'After so many failed attempts it is dead; NULL: what its type says, else 10. You may set it.';
-COMMENT ON COLUMN notifyq.task.promoted IS 'It was scheduled, and its time has come.';
-COMMENT ON COLUMN notifyq.task.withheld IS
-    'No claim looks at it: its type was unknown to a worker, or parked says what it waits for.';
-COMMENT ON COLUMN notifyq.task.queue IS 'Its queue; the default is default. You may set it.';
-COMMENT ON COLUMN notifyq.task.type IS 'The name of the kind of task, by which a handler is found. You set it.';
-COMMENT ON COLUMN notifyq.task.payload IS 'What its handler gets, a JSON object. You may set it.';
-COMMENT ON COLUMN notifyq.task.errors IS 'A JSON array with one object for each failed attempt.';
-COMMENT ON COLUMN notifyq.task.options IS
-    'A JSON object with unique_key, order_key, limit_key, after and what goes with them; NULL for most. You may set'
-    ' it.';
-COMMENT ON COLUMN notifyq.task.order_key IS
-    'From options: of tasks with the same key one runs at a time, in the order of ids.';
-COMMENT ON COLUMN notifyq.task.limit_key IS 'From options: limits count all tasks with the same key.';
-COMMENT ON COLUMN notifyq.task.after IS 'From options: the ids of tasks whose ends it still waits for.';
-COMMENT ON COLUMN notifyq.task.parked IS
-    'What it waits for: limit, rate, queue, order or after, or crashed: until a worker runs it alone; if withheld is'
-    ' false, what it was granted.';
-COMMENT ON COLUMN notifyq.task.waiting_on IS 'The key at which it waits, or of which a slot is kept for it.';
-COMMENT ON COLUMN notifyq.task.admitted_at IS 'Equal to processing_at: this attempt holds slots of its keys.';
-COMMENT ON COLUMN notifyq.task.watched IS 'Other tasks may wait for its end, so its end adds a row to notifyq.slot_released.';
-COMMENT ON COLUMN notifyq.task.awaited IS 'A client waits for its end, so its end sends a NOTIFY.';
-COMMENT ON COLUMN notifyq.task.progress IS 'How far its handler says it is, from 0 to 1.';
-COMMENT ON COLUMN notifyq.task.note IS 'What its handler says it is doing.';
-COMMENT ON COLUMN notifyq.task.crashes IS
-    'How often its worker vanished while it ran beside other tasks. These attempts don''t count against max_attempts.';
-COMMENT ON COLUMN notifyq.task.crashes_alone IS
-    'How often its worker vanished while it ran nothing else. These attempts count, and the third is the last.';
-COMMENT ON TABLE notifyq.finished IS
-    'Finished tasks. Workers delete them when they are older than their retention. To read, use notifyq.all_tasks.';
-COMMENT ON COLUMN notifyq.finished.id IS 'The id of the task.';
-COMMENT ON COLUMN notifyq.finished.created_at IS 'When it was inserted.';
-COMMENT ON COLUMN notifyq.finished.run_at IS 'The earliest time at which it was to run.';
-COMMENT ON COLUMN notifyq.finished.processing_at IS 'When its last attempt was claimed.';
-COMMENT ON COLUMN notifyq.finished.processed_at IS 'When it ended.';
-COMMENT ON COLUMN notifyq.finished.priority IS 'Its priority.';
-COMMENT ON COLUMN notifyq.finished.attempts IS 'How many attempts there were.';
-COMMENT ON COLUMN notifyq.finished.max_attempts IS 'How many were allowed; NULL: what its type says, else 10.';
-COMMENT ON COLUMN notifyq.finished.state IS 'done, dead or cancelled.';
-COMMENT ON COLUMN notifyq.finished.queue IS 'Its queue.';
-COMMENT ON COLUMN notifyq.finished.type IS 'The name of the kind of task.';
-COMMENT ON COLUMN notifyq.finished.worker IS 'host:pid of the worker that ran it last.';
-COMMENT ON COLUMN notifyq.finished.payload IS 'What its handler got.';
-COMMENT ON COLUMN notifyq.finished.result IS 'What its handler returned.';
-COMMENT ON COLUMN notifyq.finished.errors IS 'A JSON array with one object for each failed attempt.';
-COMMENT ON COLUMN notifyq.finished.options IS 'The options it was enqueued with.';
-COMMENT ON TABLE notifyq.worker IS 'Workers that live, or lived a moment ago: one row and one heartbeat for each.';
-COMMENT ON COLUMN notifyq.worker.id IS 'Its id, as in task.worker.';
-COMMENT ON COLUMN notifyq.worker.name IS 'host:pid.';
-COMMENT ON COLUMN notifyq.worker.queues IS 'The queues that it takes tasks from.';
-COMMENT ON COLUMN notifyq.worker.types IS 'The task types that it has handlers for.';
-COMMENT ON COLUMN notifyq.worker.max_attempts IS
-    'Beside types: how many attempts each allows where the task does not say.';
-COMMENT ON COLUMN notifyq.worker.concurrency IS 'How many handlers it runs at the same time.';
-COMMENT ON COLUMN notifyq.worker.lease IS 'Without a heartbeat for this long it counts as dead.';
-COMMENT ON COLUMN notifyq.worker.started_at IS 'When it started.';
-COMMENT ON COLUMN notifyq.worker.seen_at IS 'When its last heartbeat came.';
-COMMENT ON COLUMN notifyq.worker.running IS 'How many tasks it runs.';
-COMMENT ON COLUMN notifyq.worker.status IS 'ok, or what is degraded, in words.';
-COMMENT ON COLUMN notifyq.worker.crons IS 'The names of the crons that it looks after.';
-COMMENT ON TABLE notifyq.bell IS
-    'Always empty. A worker holds SHARE on it while it sleeps, and lets go when another statement waits. An '
-    'enqueuer that cannot get ROW EXCLUSIVE at once sends a NOTIFY.';
-COMMENT ON COLUMN notifyq.bell.nothing IS 'No row is ever stored.';
-COMMENT ON TABLE notifyq.slot_released IS
-    'Attempts that ended and that other tasks may wait for. A worker takes each row and lets those tasks in.';
-COMMENT ON COLUMN notifyq.slot_released.n IS 'The order of the rows.';
-COMMENT ON COLUMN notifyq.slot_released.task IS 'The task whose attempt ended; 0: none, look at the keys.';
-COMMENT ON COLUMN notifyq.slot_released.ended IS 'True: the task is over. False: it gave up its slot and lives.';
-COMMENT ON COLUMN notifyq.slot_released.queue IS 'The queue of that task.';
-COMMENT ON COLUMN notifyq.slot_released.order_key IS 'The order_key of that task.';
-COMMENT ON COLUMN notifyq.slot_released.limit_key IS 'The limit_key of that task.';
-COMMENT ON TABLE notifyq.key_lock IS
-    'Locks for keys, by hash: a worker that admits or frees tasks of a key first locks its row here.';
-COMMENT ON COLUMN notifyq.key_lock.n IS 'The hash, from 0 to 255; -1 is for the ends of tasks that others wait for.';
-COMMENT ON TABLE notifyq.dependency IS 'Which parked task waits for the end of which other.';
-COMMENT ON COLUMN notifyq.dependency.needs IS 'The task whose end is waited for.';
-COMMENT ON COLUMN notifyq.dependency.task IS 'The task that waits.';
-COMMENT ON COLUMN notifyq.dependency.confirmed IS
-    'True: the end of the other will add a row to notifyq.slot_released. False: look again.';
-COMMENT ON TABLE notifyq.queue IS
-    'Queues that were paused or limited. Change them with notifyq.pause, notifyq.resume and notifyq.limit_queue.';
-COMMENT ON COLUMN notifyq.queue.name IS 'The name of the queue.';
-COMMENT ON COLUMN notifyq.queue.paused IS 'True: no task starts from it.';
-COMMENT ON COLUMN notifyq.queue.limit_running IS 'At most so many of its tasks run at once; NULL: no such limit.';
-COMMENT ON COLUMN notifyq.queue.limit_rate IS
-    'At most so many of its tasks start in limit_seconds; NULL: no such limit.';
-COMMENT ON COLUMN notifyq.queue.limit_seconds IS 'The length of the window of limit_rate, in seconds.';
-COMMENT ON TABLE notifyq.rate_log IS 'What has started at keys with a rate: how many, and when.';
-COMMENT ON COLUMN notifyq.rate_log.key IS 'limit: and a limit_key, or queue: and the name of a queue.';
-COMMENT ON COLUMN notifyq.rate_log.at IS 'When they started.';
-COMMENT ON COLUMN notifyq.rate_log.n IS 'How many started then.';
-COMMENT ON COLUMN notifyq.rate_log.seconds IS 'How long this row matters.';
-COMMENT ON TABLE notifyq.unique_key IS
-    'The newest task with each unique_key. Workers delete a row some time after the task is over and until has '
-    'passed.';
-COMMENT ON COLUMN notifyq.unique_key.key IS 'The unique_key.';
-COMMENT ON COLUMN notifyq.unique_key.task IS 'The id of the newest task with it.';
-COMMENT ON COLUMN notifyq.unique_key.enqueued_at IS 'When that task was enqueued.';
-COMMENT ON COLUMN notifyq.unique_key.until IS 'The end of the longest unique_for that was asked for.';
-COMMENT ON TABLE notifyq.cron IS
-    'Tasks that are enqueued by the clock. Workers write the crons of their app here when they start.';
-COMMENT ON COLUMN notifyq.cron.name IS 'The name of the cron.';
-COMMENT ON COLUMN notifyq.cron.expression IS
-    'Minute, hour, day, month and weekday; of six fields the first is the second.';
-COMMENT ON COLUMN notifyq.cron.tz IS 'The time zone of the expression.';
-COMMENT ON COLUMN notifyq.cron.type IS 'The type of the tasks.';
-COMMENT ON COLUMN notifyq.cron.payload IS 'The payload of the tasks.';
-COMMENT ON COLUMN notifyq.cron.queue IS 'The queue of the tasks.';
-COMMENT ON COLUMN notifyq.cron.priority IS 'The priority of the tasks.';
-COMMENT ON COLUMN notifyq.cron.missed IS 'once or skip: what to do about slots that came while no worker ran.';
-COMMENT ON COLUMN notifyq.cron.options IS 'The options of the tasks: their keys and limits.';
-COMMENT ON COLUMN notifyq.cron.paused IS 'True: nothing is enqueued.';
-COMMENT ON COLUMN notifyq.cron.next_at IS 'The next slot; NULL: it is computed from now on.';
-COMMENT ON COLUMN notifyq.cron.last_at IS 'The latest slot that was enqueued.';
-COMMENT ON COLUMN notifyq.cron.recent IS 'The ids of the latest tasks, the newest first.';
-COMMENT ON VIEW notifyq.all_tasks IS
-    'One row for every task that is still known, finished ones included: the stable way to read tasks.';
-COMMENT ON COLUMN notifyq.all_tasks.id IS 'The id of the task.';
-COMMENT ON COLUMN notifyq.all_tasks.queue IS 'Its queue.';
-COMMENT ON COLUMN notifyq.all_tasks.type IS 'The name of the kind of task.';
-COMMENT ON COLUMN notifyq.all_tasks.state IS 'scheduled, ready, running, done, dead or cancelled.';
-COMMENT ON COLUMN notifyq.all_tasks.priority IS 'Higher runs first, within a queue.';
-COMMENT ON COLUMN notifyq.all_tasks.attempts IS 'How often it was claimed.';
-COMMENT ON COLUMN notifyq.all_tasks.max_attempts IS
-    'After so many failed attempts it is dead; NULL: what its type says, else 10.';
-COMMENT ON COLUMN notifyq.all_tasks.created_at IS 'When it was inserted.';
-COMMENT ON COLUMN notifyq.all_tasks.run_at IS 'The earliest time to run it.';
-COMMENT ON COLUMN notifyq.all_tasks.processing_at IS 'When its latest attempt was claimed.';
-COMMENT ON COLUMN notifyq.all_tasks.processed_at IS 'When its latest attempt ended.';
-COMMENT ON COLUMN notifyq.all_tasks.payload IS 'What its handler gets.';
-COMMENT ON COLUMN notifyq.all_tasks.error IS 'The text of the latest error.';
-COMMENT ON COLUMN notifyq.all_tasks.result IS 'What its handler returned.';
-COMMENT ON COLUMN notifyq.all_tasks.worker IS 'host:pid of the worker that runs it, or ran it last.';
-COMMENT ON COLUMN notifyq.all_tasks.errors IS 'A JSON array with one object for each failed attempt.';
-COMMENT ON COLUMN notifyq.all_tasks.waits_for IS
-    'What keeps it back: limit, rate, queue, order or after; NULL: nothing.';
-COMMENT ON COLUMN notifyq.all_tasks.progress IS 'How far its handler says it is, from 0 to 1.';
-COMMENT ON COLUMN notifyq.all_tasks.note IS 'What its handler says it is doing.';
-COMMENT ON COLUMN notifyq.all_tasks.options IS 'The options it was enqueued with.';
 COMMENT ON VIEW notifyq.all_queues IS
     'Queues that were paused or limited, that a live worker serves, or that have a ready or running task.';
 COMMENT ON COLUMN notifyq.all_queues.name IS 'The name of the queue.';
@@ -1561,85 +1837,25 @@ COMMENT ON COLUMN notifyq.all_queues.limit_seconds IS 'The length of the window 
 COMMENT ON COLUMN notifyq.all_queues.running IS 'How many of its tasks run.';
 COMMENT ON COLUMN notifyq.all_queues.waiting IS 'How many of its tasks the limits of the queue keep back.';
 COMMENT ON COLUMN notifyq.all_queues.workers IS 'How many live workers serve it.';
-COMMENT ON FUNCTION notifyq.enqueue(text, jsonb, text, timestamptz, integer, integer, jsonb) IS
-    'Enqueue a task. Returns its id; for a unique task that is not inserted, the id of the other. NULL means the '
-    'default, for all but type. It cannot be in a transaction that is to be prepared for two-phase commit; see '
-    'notifyq.two_phase in docs/transactions.md.';
-COMMENT ON FUNCTION notifyq.cancel(bigint) IS 'Cancel a live task, a running one too. Returns whether it was live.';
-COMMENT ON FUNCTION notifyq.retry(bigint) IS
-    'Run a task again, now: a dead or cancelled one with all its attempts, a scheduled one at once. Returns whether'
-    ' it did.';
-COMMENT ON FUNCTION notifyq.pause(text) IS
-    'Start nothing more from a queue; what runs goes on. Returns whether the queue was running.';
-COMMENT ON FUNCTION notifyq.resume(text) IS
-    'Start tasks from a paused queue again. Returns whether the queue was paused.';
-COMMENT ON FUNCTION notifyq.limit_queue(text, integer, integer, float8) IS
-    'Limit a queue over all workers: at most so many running at once, and at most so many starts in so many '
-    'seconds. NULL: no such limit.';
-COMMENT ON FUNCTION notifyq.cron_pause(text) IS
-    'Stop a cron, and cancel what it has enqueued and nothing has claimed. Returns whether there is such a cron.';
-COMMENT ON FUNCTION notifyq.cron_resume(text) IS
-    'Let a paused cron go on, with its next slot from now. Returns whether there is such a cron.';
-COMMENT ON FUNCTION notifyq.cron_run(text) IS
-    'Enqueue the task of a cron now. Returns its id; NULL: there is no such cron.';
-COMMENT ON FUNCTION notifyq.ring() IS 'Internal: trigger ring, which wakes a worker if one sleeps.';
-COMMENT ON FUNCTION notifyq.on_task_deleted() IS
-    'Internal: trigger on_task_deleted, which tells of the ends of tasks that others wait for.';
-COMMENT ON FUNCTION notifyq.apply_options() IS
-    'Internal: trigger apply_options, which checks the options of a new task and applies them.';
-COMMENT ON FUNCTION notifyq.notify_unless_full(text, text) IS 'Internal: NOTIFY, unless the queue of notifications is nearly full.';
-COMMENT ON FUNCTION notifyq.note_lease_given_up(notifyq.task) IS
-    'Internal: adds a row to notifyq.slot_released for a task that gave up its slot.';
-COMMENT ON FUNCTION notifyq.append_error(jsonb, jsonb) IS
-    'Internal: adds an entry to a task''s errors, and keeps them bounded.';
-COMMENT ON FUNCTION notifyq.claim_unique_key(notifyq.task) IS
-    'Internal: whether a new task may be inserted, by its unique_key.';
-COMMENT ON FUNCTION notifyq.find_unique_task(text) IS 'Internal: the newest task with a unique_key.';
-COMMENT ON FUNCTION notifyq.take_turn(integer, integer) IS 'Internal: waits for the turn of a fleet of workers.';
-COMMENT ON FUNCTION notifyq.fall_asleep(integer) IS 'Internal: waits for SHARE on notifyq.bell.';
-COMMENT ON FUNCTION notifyq.bell_wanted() IS 'Internal: whether a statement waits for a lock on notifyq.bell.';
-COMMENT ON FUNCTION notifyq.lock_keys(text[]) IS 'Internal: locks the rows of notifyq.key_lock for keys.';
-COMMENT ON FUNCTION notifyq.choose_fitting(bigint[], text[], text[], integer[], integer[], integer) IS
-    'Internal: which claimable tasks fit into the free threads of a worker.';
-COMMENT ON FUNCTION notifyq.is_alive(timestamptz, interval) IS 'Internal: whether a worker is alive, by its heartbeat.';
-COMMENT ON FUNCTION notifyq.inline_payload(jsonb, integer) IS 'Internal: a payload that is short enough for a claim.';
-COMMENT ON FUNCTION notifyq.decompress_payload(jsonb, integer) IS 'Internal: a compressed payload, if it is short enough.';
-COMMENT ON FUNCTION notifyq.needs_admission(text, text, bigint[]) IS 'Internal: whether a task has a key or predecessors.';
-COMMENT ON FUNCTION notifyq.readable_time(timestamptz) IS 'Internal: a time within the bounds of Python.';
-COMMENT ON FUNCTION notifyq.place_in_order(smallint, text, boolean, timestamptz, timestamptz, integer) IS
-    'Internal: whether a task may be the next of its order_key, runs, or has no place in the order yet.';
-COMMENT ON FUNCTION notifyq.grant_slots(text) IS 'Internal: grants the free slots of a key to tasks that wait at it.';
-COMMENT ON FUNCTION notifyq.grant_slots(text[]) IS 'Internal: grants the free slots of keys to tasks that wait at them.';
-COMMENT ON FUNCTION notifyq.parse_limits(jsonb) IS 'Internal: the limits in a task''s options.';
-COMMENT ON FUNCTION notifyq.count_reserved(text, timestamptz, bigint[]) IS
-    'Internal: how many slots of a key are kept for granted tasks.';
-COMMENT ON FUNCTION notifyq.has_waiters(text) IS 'Internal: whether a task waits at a key.';
-COMMENT ON FUNCTION notifyq.admit(integer, bigint[], smallint[]) IS
-    'Internal: which claimed tasks may run; it parks the others.';
-COMMENT ON FUNCTION notifyq.release_waiters(integer) IS 'Internal: lets in tasks that waited for what notifyq.slot_released tells of.';
-COMMENT ON FUNCTION notifyq.recheck_waiting(text, integer) IS 'Internal: has keys at which tasks wait looked at again.';
-COMMENT ON FUNCTION notifyq.watch_ends(bigint[]) IS 'Internal: has the ends of tasks told.';
-COMMENT ON FUNCTION notifyq.await_predecessors(integer, bigint[], smallint[]) IS
-    'Internal: which claimed tasks have to wait for the ends of others.';
-COMMENT ON FUNCTION notifyq.cancel_dependents(bigint[]) IS
-    'Internal: cancels tasks that wait for one which is dead or was cancelled.';
-COMMENT ON FUNCTION notifyq.release_dependents(bigint[]) IS 'Internal: lets in tasks that waited for the ends of others.';
-COMMENT ON FUNCTION notifyq.admit_running(text[], integer) IS
-    'Internal: counts running tasks of queues whose limit is new.';
 
--- Roles. Nothing is granted to anybody; give each of your roles what it needs:
+-- =====================================================================================================================
+-- 11 Roles
+-- =====================================================================================================================
+--
+-- Roles. Nothing is granted by default; give each of your roles what it needs:
 --
 --   may enqueue   GRANT USAGE ON SCHEMA notifyq TO r;
 --                 GRANT INSERT (type, payload, queue, priority, run_at, max_attempts, options) ON notifyq.task TO r;
 --                 GRANT SELECT (id, created_at) ON notifyq.task TO r;
---                 GRANT INSERT ON notifyq.bell TO r;  -- lets it lock, and the table takes no row. Without it: always rings
---   with keys     GRANT SELECT, INSERT, UPDATE ON notifyq.unique_key TO r;  -- beside these, to enqueue unique tasks
+--                 GRANT INSERT ON notifyq.bell TO r;  -- to lock it; it takes no row. Without this, each INSERT rings
+--   with keys     GRANT SELECT, INSERT, UPDATE ON notifyq.unique_key TO r;  -- in addition, to enqueue unique tasks
 --                 GRANT SELECT (id, state) ON notifyq.all_tasks TO r;
 --                 GRANT SELECT (worker, options), UPDATE (note) ON notifyq.task TO r;  -- UPDATE, to lock
---                 GRANT SELECT (withheld, waiting_on), UPDATE (type, payload, run_at, promoted) ON notifyq.task TO r;  -- to replace, move
+--                 GRANT SELECT (withheld, waiting_on) ON notifyq.task TO r;  -- this and the next: to replace and move
+--                 GRANT UPDATE (type, payload, run_at, promoted) ON notifyq.task TO r;
 --   may read      GRANT USAGE ON SCHEMA notifyq TO r;
---                 GRANT SELECT ON notifyq.all_tasks, notifyq.all_queues, notifyq.worker, notifyq.queue, notifyq.cron TO r;
---                 GRANT SELECT ON notifyq.schema_version TO r;
+--                 GRANT SELECT ON notifyq.all_tasks, notifyq.all_queues, notifyq.worker TO r;
+--                 GRANT SELECT ON notifyq.queue, notifyq.cron, notifyq.schema_version TO r;
 --   may await     GRANT USAGE ON SCHEMA notifyq TO r;  -- results and progress
 --                 GRANT SELECT ON notifyq.all_tasks TO r;
 --                 GRANT SELECT (id, awaited), UPDATE (awaited) ON notifyq.task TO r;
@@ -1651,6 +1867,8 @@ COMMENT ON FUNCTION notifyq.admit_running(text[], integer) IS
 --                 GRANT INSERT, UPDATE ON notifyq.queue TO r;
 --                 GRANT DELETE, UPDATE (paused, next_at) ON notifyq.cron TO r;
 --   worker        GRANT USAGE ON SCHEMA notifyq TO r;
---                 GRANT ALL ON ALL TABLES IN SCHEMA notifyq TO r; GRANT ALL ON ALL SEQUENCES IN SCHEMA notifyq TO r;
+--                 GRANT ALL ON ALL TABLES IN SCHEMA notifyq TO r;
+--                 GRANT ALL ON ALL SEQUENCES IN SCHEMA notifyq TO r;
+
 REVOKE ALL ON ALL FUNCTIONS IN SCHEMA notifyq FROM PUBLIC;
 GRANT EXECUTE ON ALL FUNCTIONS IN SCHEMA notifyq TO PUBLIC;  -- each runs with its caller's rights, and no more

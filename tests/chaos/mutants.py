@@ -76,7 +76,7 @@ MUTANTS: dict[str, list[Change]] = {
     ],
     # What is waited for is noted, and not marked: its end tells nobody.
     "told": [
-        ("schema.sql", "held := notifyq.watch_ends(needed);\n        EXIT WHEN", "held := needed;\n        EXIT WHEN"),
+        ("schema.sql", "live := notifyq.watch_ends(needed);\n        EXIT WHEN", "live := needed;\n        EXIT WHEN"),
     ],
     # Claims don't count threads, and what was claimed beyond them is handed back.
     "threads": [
@@ -124,7 +124,7 @@ MUTANTS: dict[str, list[Change]] = {
         )
     ],
     # A rate is known, and nobody keeps to it.
-    "no rate": [("schema.sql", "p.limit_rate < p.place + r.begun", "p.limit_rate < 0")],
+    "no rate": [("schema.sql", "m.limit_rate < m.place + r.started", "m.limit_rate < 0")],
     # A forked child keeps its parent's signal handlers, and the socket that wakes the parent's loop.
     "forked": [("forked.py", "        _free_signals()\n", "        pass\n")],
     # A table that is deleted from has no key, which a publication asks for.
