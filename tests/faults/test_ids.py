@@ -1,5 +1,5 @@
-"""Ids that are given a second time, as somebody has set the sequence back: it is said with the cure, no outcome is
-lost, no task runs twice for it, and whoever waits gets the new task's end."""
+"""Ids that are given a second time, since somebody has set the sequence back. The log names the cure, no outcome is
+lost, no task runs twice because of it, and a caller that waits gets the end of the new task."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ async def history(db: Any) -> list[tuple[Any, ...]]:
 
 
 async def test_the_outcomes_of_new_tasks_take_the_place(db: Any, dsn: str, logged: Logged) -> None:
-    """Each runs once, whoever waits gets its own result, and the log and the status name the cure."""
+    """Each runs once, each caller that waits gets its own result, and the log and the status name the cure."""
     async with app.connect(dsn), working(app, dsn):
         for n in (1, 2, 3):
             assert await (await app.enqueue(Say(text=f"old {n}"))).result(timeout=limit()) == f"old {n}"
@@ -94,7 +94,7 @@ async def test_the_outcomes_of_new_tasks_take_the_place(db: Any, dsn: str, logge
 
 
 async def test_a_batch_in_which_some_ids_are_old(db: Any, dsn: str) -> None:
-    """Where nobody waits for them they are settled by the hundred."""
+    """No caller waits for these, so they are settled by the hundred."""
     async with app.connect(dsn):
         await app.enqueue_many([Say(text=f"old {n}") for n in range(50)])
         await app.run_worker(dsn=dsn, drain=True)
@@ -106,7 +106,7 @@ async def test_a_batch_in_which_some_ids_are_old(db: Any, dsn: str) -> None:
 
 
 async def test_it_is_found_at_a_start_and_when_it_is_cured(db: Any, dsn: str, logged: Logged) -> None:
-    """The statement that is named cures it; nothing is said where all is well."""
+    """The statement in the message is a cure; nothing is logged where all is well."""
     async with app.connect(dsn):
         async with working(app, dsn):
             for n in range(3):
@@ -180,7 +180,8 @@ async def test_what_waits_for_another_goes_by_the_one_that_lives(db: Any, dsn: s
 
 
 async def test_unique_keys_of_ids_that_are_given_again(db: Any, dsn: str) -> None:
-    """What holds a key is looked up by its id: neither two tasks with it nor one of another key hinders an enqueue."""
+    """The task that holds a key is looked up by its id. Neither two tasks with that id nor one with another key hinders
+    an enqueue."""
     async with app.connect(dsn):
         await app.enqueue(Say(text="old"))
         await app.enqueue(Once(key="a"))
@@ -198,7 +199,7 @@ async def test_unique_keys_of_ids_that_are_given_again(db: Any, dsn: str) -> Non
 
 @pytest.mark.parametrize("on_conflict", ["keep", "replace", "move"])
 async def test_an_id_that_a_task_of_another_key_has_by_now(db: Any, dsn: str, on_conflict: str) -> None:
-    """Before a worker has noticed: the key's task has gone, and nothing of the other one's is changed."""
+    """No worker has noticed yet: the key's task is gone, and the task that has its id now isn't changed."""
     async with app.connect(dsn):
         insert = "INSERT INTO notifyq.task (type, payload, options) VALUES ('Say', $1, $2) RETURNING id"
         ids: list[int | None] = []
@@ -213,7 +214,7 @@ async def test_an_id_that_a_task_of_another_key_has_by_now(db: Any, dsn: str, on
 
 
 async def test_an_id_of_a_task_that_lives(db: Any, dsn: str) -> None:
-    """The INSERT fails, and says why."""
+    """The INSERT fails with the reason."""
     async with app.connect(dsn):
         await app.enqueue(Say(text="old"))
         await db.execute("SELECT setval('notifyq.task_id_seq', 1, false)")

@@ -1,5 +1,5 @@
-"""What networks do to a worker's connections, each by its role: nothing is lost, nothing runs twice, the next task is
-woken soon. Half-open connections, over which no more bytes come, are found within 15 s."""
+"""Network faults on a worker's connections, each by its role: no task is lost, none runs twice, and the next one runs
+soon. Half-open connections, over which no more bytes come, are found within 15 s."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class Hold(notifyq.Task):
 
 
 class Rig:
-    """An app and workers behind a proxy, and a connection that isn't."""
+    """An app and workers behind a proxy, and a connection that bypasses it."""
 
     def __init__(self, proxy: Proxy, dsn: str, db: Any, probe: Probe) -> None:
         self.proxy = proxy
@@ -87,7 +87,7 @@ class Rig:
             await self.release.wait()
 
     async def insert(self, type: str = "Note", count: int = 1, ballast: int = 0) -> list[int]:
-        """Tasks from elsewhere."""
+        """Insert tasks on the connection that bypasses the proxy."""
         many = """INSERT INTO notifyq.task (type, payload)
                   SELECT $1, jsonb_build_object('ballast', repeat('.', $3::integer))
                   FROM generate_series(1, $2::integer) RETURNING id"""
@@ -96,7 +96,7 @@ class Rig:
         return ids
 
     async def woken(self, seconds: float) -> float:
-        """Insert a task from elsewhere, which runs within so many seconds; how long that took."""
+        """Insert a task in the same way, which runs in time. Returns how long that took."""
         began = time.monotonic()
         with self.probe.within(seconds):
             [id] = await self.insert()
@@ -105,7 +105,7 @@ class Rig:
         return time.monotonic() - began
 
     async def all_done_once(self) -> None:
-        """Whatever was acknowledged is done, at the first attempt, and no handler ran twice."""
+        """Every acknowledged task is done, at its first attempt, and no handler ran twice."""
         await eventually(lambda: self.db.fetchval("SELECT count(*) FROM notifyq.task"), 0)
         rows = await self.db.fetch("SELECT id, state, attempts FROM notifyq.finished")
         assert {(row[1], row[2]) for row in rows} == {("done", 1)}
@@ -131,7 +131,7 @@ async def net(tcp: Server, tcp_template: str) -> AsyncIterator[Rig]:
 
 
 async def hurt(proxy: Proxy, fault: str, role: str) -> None:
-    """One of the faults that pass, or that are found at once, on all connections of a role."""
+    """A fault that passes, or that is found at once, on all connections of a role."""
     match fault:
         case "cut":
             assert proxy.cut(role)
@@ -156,7 +156,7 @@ FAULTS = ("cut", "reset", "reset in mid-result", "stall", "delay", "throttle")
 
 @pytest.mark.parametrize("fault", FAULTS)
 async def test_while_idle(net: Rig, fault: str) -> None:
-    """The next task runs soon, whichever connection it was, and what was running meanwhile is done."""
+    """The next task runs soon, whichever connection failed, and the task that ran meanwhile is done."""
     proxy = net.proxy
     async with net.app.connect(net.dsn), working(net.app, net.dsn) as worker:
         net.acknowledged.append((await net.app.enqueue(Note())).id)  # the app connects when it has something to say
@@ -184,7 +184,7 @@ async def test_while_idle(net: Rig, fault: str) -> None:
 
 @pytest.mark.parametrize("fault", FAULTS)
 async def test_under_load(net: Rig, fault: str) -> None:
-    """Two workers, an enqueuer: everything whose enqueuing was acknowledged is done, once."""
+    """Two workers and an enqueuer: each task whose enqueuing was acknowledged is done, once."""
     proxy, over = net.proxy, anyio.Event()
 
     async def enqueue() -> None:
@@ -217,7 +217,7 @@ async def test_under_load(net: Rig, fault: str) -> None:
 
 
 async def test_a_claim_cut_in_mid_result(net: Rig) -> None:
-    """It has taken 100 tasks, and the worker heard of ten: the others are found, and none has lost an attempt."""
+    """The claim took 100 tasks, and the worker received ten: the others are found, and none has lost an attempt."""
     async with working(net.app, net.dsn, concurrency=200):
         await net.woken(5)
         assert net.proxy.reset_in_result("claims *", 100_000) == 1
@@ -228,7 +228,7 @@ async def test_a_claim_cut_in_mid_result(net: Rig) -> None:
 
 
 async def test_a_host_that_vanished(net: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first of two hosts takes connections and says nothing: the second is had all the same."""
+    """The first of two hosts accepts connections and gives no answer: the second is used."""
     monkeypatch.setattr(connection, "HOST_SECONDS", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as mute:
         dsn = net.dsn.replace("@", f"@127.0.0.1:{mute.getsockname()[1]},") + "&target_session_attrs=read-write"
@@ -239,7 +239,7 @@ async def test_a_host_that_vanished(net: Rig, monkeypatch: pytest.MonkeyPatch) -
 
 
 async def test_each_of_several_hosts_is_asked(net: Rig) -> None:
-    """The first is a primary where a standby is wanted. That is no reason not to try the second."""
+    """The first host is a primary where a standby is wanted: the second is tried too."""
     asked = Seen()
 
     async def standby(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -256,8 +256,8 @@ async def test_each_of_several_hosts_is_asked(net: Rig) -> None:
 
 
 async def test_both_ends_of_a_connection_notice_that_the_other_has_vanished(tcp: Server) -> None:
-    """Within 15 s: the kernel here and the kernel there, where it is idle and where it has sent something; and a
-    backend in the middle of a statement."""
+    """Within 15 s the kernels on both sides notice, on an idle connection and on one that has sent something; and so
+    does a backend in the middle of a statement."""
     conn = await connection.connect_worker(tcp.dsn("postgres"), "test")
     sock = conn._transport.get_extra_info("socket")  # type: ignore[attr-defined]
     assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
@@ -331,7 +331,7 @@ ASLEEP = """SELECT count(*) FROM pg_locks
 
 
 async def several(net: Rig) -> int:
-    """Have the app open more than one connection, which then stand idle. Returns how many."""
+    """Let the app open more than one connection; then they are idle. Returns how many."""
     async with anyio.create_task_group() as group:
         for _ in range(5):
             group.start_soon(net.app.enqueue, Note())
@@ -341,8 +341,8 @@ async def several(net: Rig) -> int:
 
 
 async def test_an_app_after_a_host_vanished(net: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first call that isn't answered takes the other connections along: they lead to the same host. Its own is cut
-    at once."""
+    """The first call without an answer cuts the other connections too, since they lead to the same host. Its own is
+    cut at once."""
     gone: list[bool] = []
     release = asyncpg.Pool.release
 
@@ -367,8 +367,8 @@ async def test_an_app_after_a_host_vanished(net: Rig, monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("many", [1, 100, 5000])
 async def test_an_app_s_call_that_its_caller_gives_up(net: Rig, many: int) -> None:
-    """It doesn't wait for an answer to a request to cancel, or to a ROLLBACK, which won't come either: that took 30 s,
-    or 60. The other connections go with it, so that the next call has one that is answered."""
+    """The call doesn't wait for an answer to a request to cancel, or to a ROLLBACK: none would come for 30 or 60 s. The
+    other connections are cut too, so that the next call has one that is answered."""
     async with net.app.connect(net.dsn):
         opened = await several(net)
         async with net.db.transaction():
@@ -388,7 +388,7 @@ async def test_an_app_s_call_that_its_caller_gives_up(net: Rig, many: int) -> No
 async def test_an_app_s_call_that_is_cancelled_as_its_transaction_begins(
     net: Rig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Then nobody knows whether it has begun. A connection in a transaction that nobody commits is never used again."""
+    """The app can't know whether the transaction has begun. A connection that may be in one is never used again."""
     monkeypatch.setattr("notifyq.client.pool.FREE_SECONDS", 60.0)
     begins, start = asyncio.Event(), Transaction.start
 
@@ -413,7 +413,7 @@ async def test_an_app_s_call_that_is_cancelled_as_its_transaction_begins(
 
 
 async def test_an_app_s_transaction_that_is_not_answered(net: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing more is asked of that host: a ROLLBACK would wait for its own timeout."""
+    """No more statements are sent to that host: a ROLLBACK would wait for its own timeout."""
 
     async def asked(_: object) -> None:
         raise AssertionError("ROLLBACK")
@@ -427,7 +427,7 @@ async def test_an_app_s_transaction_that_is_not_answered(net: Rig, monkeypatch: 
 
 
 async def test_a_client_without_async_after_a_host_vanished(net: Rig) -> None:
-    """It asks each connection before it uses it; the first that doesn't answer takes the others along."""
+    """The client tests each connection before it uses it. The first without an answer cuts the others too."""
     client = notifyq.SyncClient(net.app)
 
     async def enqueue(count: int) -> None:
@@ -478,7 +478,7 @@ def keepalives(fileno: int) -> list[int]:
 
 
 def test_a_client_s_dsn_wins() -> None:
-    """Where it names a time of its own; but it is told apart by its name, and sends UTF-8."""
+    """A time in the DSN wins. The application_name and UTF-8 are the client's own."""
     settings = sync_pool._settings(  # pyright: ignore[reportPrivateUsage]
         "host=h connect_timeout=9 tcp_user_timeout=0 application_name=mine client_encoding=LATIN1"
     )
@@ -488,7 +488,7 @@ def test_a_client_s_dsn_wins() -> None:
     assert sync_pool._settings("host=h")["connect_timeout"] == 3  # pyright: ignore[reportPrivateUsage]
 
 
-async def test_sockets_of_who_enqueues_notice_a_host_that_vanished(net: Rig) -> None:
+async def test_sockets_of_enqueuers_notice_a_host_that_vanished(net: Rig) -> None:
     """Where no kernel acknowledges what is sent, the connection is dead after 12 s."""
     client = notifyq.SyncClient(net.app)
 

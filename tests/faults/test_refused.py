@@ -1,4 +1,4 @@
-"""What a server refuses, at the start or later: a password, one connection too many, whoever takes too long."""
+"""Refusals of a server, at the start or later: a wrong password, too many connections, a session that is too slow."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def small() -> Iterator[Server]:
 
 @pytest.fixture
 async def db(small: Server) -> AsyncIterator[Any]:
-    """A connection that keeps its place, to a schema without tasks and a `worker` who may work there."""
+    """A connection that keeps its slot, to a schema without tasks, and a role `worker` that may run workers there."""
     conn = await connection.connect(small.dsn(), role="test")
     await conn.execute("DROP SCHEMA IF EXISTS notifyq CASCADE")
     await schema.migrate(conn)
@@ -84,7 +84,7 @@ async def woken(db: Any, seen: Seen) -> None:
 
 
 async def refused(dsn: str) -> str:
-    """What `notifyq worker` says before it exits with 3."""
+    """The message of `notifyq worker` before it exits with 3."""
     args = [sys.executable, "-m", "notifyq", "worker", "tests.helpers.workers:app", "--dsn", dsn]
     done = await anyio.run_process(args, check=False)
     assert done.returncode == 3, done.stderr
@@ -92,7 +92,7 @@ async def refused(dsn: str) -> str:
 
 
 async def refusals(server: Server, text: str, count: int) -> None:
-    """Wait until so many more are in the server's log: the worker's own log tells only of the first."""
+    """Wait until the server's log has more of these lines: the worker's own log has only the first."""
     before = server.log_path.read_text().count(text)
     with anyio.fail_after(limit()):
         while server.log_path.read_text().count(text) < before + count:
@@ -106,7 +106,7 @@ CLAIMS = "SELECT count(*) FROM pg_stat_activity WHERE application_name LIKE 'not
 
 
 async def test_a_wrong_password(small: Server, db: Any) -> None:
-    """At the start: exit code 3, with the cure and without the password."""
+    """At the start it is exit code 3, with the cure and without the password."""
     said = await refused(as_worker(small, "wr0ng"))
     assert "check the user and the password" in said
     assert "wr0ng" not in said
@@ -115,7 +115,7 @@ async def test_a_wrong_password(small: Server, db: Any) -> None:
 async def test_a_password_that_is_changed(
     small: Server, db: Any, app: notifyq.App, seen: Seen, logged: Logged, probe: Probe
 ) -> None:
-    """Later it is waited for, until it is right again."""
+    """A running worker tries until the password is right again."""
     async with working(app, as_worker(small)) as worker:
         await woken(db, seen)
         await db.execute("ALTER ROLE worker PASSWORD 'new'")
@@ -136,7 +136,8 @@ async def test_a_password_that_is_changed(
 async def test_connections_exhausted(
     small: Server, db: Any, app: notifyq.App, seen: Seen, logged: Logged, probe: Probe
 ) -> None:
-    """At the start: exit code 3, in words. Later: said once, and it heals when there is one again."""
+    """At the start it is exit code 3, with the reason. Later it is logged once, and the worker goes on when it gets a
+    connection again."""
     others = list[Any]()
 
     async def take_all() -> None:
@@ -175,7 +176,7 @@ async def test_connections_exhausted(
 async def test_limits_meant_for_people(
     small: Server, db: Any, app: notifyq.App, seen: Seen, logged: Logged, probe: Probe
 ) -> None:
-    """Timeouts of a worker's role are not the worker's: it sleeps in a transaction, and waits in statements."""
+    """Timeouts of its role don't hold for a worker: it sleeps in a transaction, and waits in statements."""
     for name in ("statement_timeout", "idle_in_transaction_session_timeout", "lock_timeout", "idle_session_timeout"):
         await db.execute(f"ALTER ROLE worker SET {name} = '100ms'")
     if await db.fetchval("SELECT EXISTS (SELECT FROM pg_settings WHERE name = 'transaction_timeout')"):
