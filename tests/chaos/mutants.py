@@ -13,7 +13,7 @@ import notifyq
 Change = tuple[str, str, str]
 
 MUTANTS: dict[str, list[Change]] = {
-    # Whoever settles, settles: a worker that was frozen past its lease does so for its successor.
+    # No fence: a worker that was frozen past its lease settles the task that its successor runs.
     "fence": [
         (
             f"database/sql/worker/{name}.sql",
@@ -22,8 +22,8 @@ MUTANTS: dict[str, list[Change]] = {
         )
         for name in ("finish", "retry_later", "hand_back")
     ],
-    # No claim after it has fallen asleep: who committed in between, and was told that nobody sleeps, waits.
-    # The one that chance seldom finds: one of four runs of half a minute did. The doorbell's model always does.
+    # No claim after the worker has fallen asleep: a task waits that was committed in between, whose enqueuer saw no
+    # sleeper. Chance seldom finds this one: one of four runs of half a minute did. The doorbell's model always does.
     "final claim": [
         (
             "worker/state.py",
@@ -32,17 +32,17 @@ MUTANTS: dict[str, list[Change]] = {
         ),
         ("worker/state.py", "self.look |= looks", "self.look |= looks and self.position is TURN"),
     ],
-    # The others are dead, whatever their lock and their heartbeat say.
+    # A rescuer takes every other worker for dead, whatever its lock and its heartbeat say.
     "liveness": [
         ("database/sql/worker/rescue.sql", "AND CASE WHEN", "AND CASE WHEN true OR"),
         ("worker/silence.py", "SILENT_SECONDS = 2.0", "SILENT_SECONDS = 0.0"),
     ],
-    # A crash is the end of each task that the worker held, whoever is the cause.
+    # A crash ends each task that the worker held, whichever of them caused it.
     "crash": [
         ("database/sql/worker/rescue.sql", "           w.status <> 'vanished'\n           AND", "           true OR"),
         ("database/sql/worker/rescue.sql", "coalesce(t.crashes_alone, 0) >= 2", "true"),
     ],
-    # The insert trigger looks whether somebody sleeps, and holds nothing until its commit.
+    # The insert trigger looks whether a worker sleeps, and holds no lock until its commit.
     "peek": [
         (
             "schema.sql",
@@ -51,7 +51,7 @@ MUTANTS: dict[str, list[Change]] = {
                           AND mode = 'ShareLock') THEN RAISE EXCEPTION 'ring'; END IF;""",
         )
     ],
-    # Who enqueues with a key looks who is in the way, and locks nothing.
+    # An enqueuer with a unique key reads which task has the key, and locks nothing.
     "only one": [
         (
             "schema.sql",
@@ -62,7 +62,7 @@ MUTANTS: dict[str, list[Change]] = {
         ),
         ("schema.sql", "INTO old, since;\n    IF old", "INTO old, since;\n    END IF;\n    IF old"),
     ],
-    # Whoever is in the way may begin at any time.
+    # The task that has the key isn't locked: it may begin at any time.
     "in the way": [
         (
             "schema.sql",
@@ -70,15 +70,15 @@ MUTANTS: dict[str, list[Change]] = {
             "t.options ->> 'unique_key' = my_key;",
         )
     ],
-    # Who waits for several is let in by the first.
+    # A task that waits for several others is released by the end of the first.
     "after": [
         ("schema.sql", "\n          AND NOT EXISTS (SELECT FROM notifyq.dependency d WHERE d.task = t.id);", ";"),
     ],
-    # What is waited for is noted, and not marked: its end tells nobody.
+    # A predecessor is recorded, and not watched: its end is announced to no worker.
     "told": [
         ("schema.sql", "live := notifyq.watch_ends(needed);\n        EXIT WHEN", "live := needed;\n        EXIT WHEN"),
     ],
-    # Claims don't count threads, and what was claimed beyond them is handed back.
+    # Claims don't count threads, and tasks that were claimed beyond them are handed back.
     "threads": [
         ("worker/intake.py", "threads = self._capacity.threads(limit)", "threads = None"),
         (
@@ -95,7 +95,7 @@ MUTANTS: dict[str, list[Change]] = {
 """,
         ),
     ],
-    # Payloads that are fetched apart are given to the tasks that were asked for, one by one: some may have none.
+    # Payloads that are fetched apart are paired with the tasks in the order of both, though some tasks may have none.
     "payloads": [
         (
             "worker/large_payloads.py",
@@ -103,7 +103,7 @@ MUTANTS: dict[str, list[Change]] = {
             "payloads = {job.id: row[1] for job, row in zip(jobs, rows)}",
         )
     ],
-    # A heartbeat is as old as the two clocks say.
+    # The age of a heartbeat is computed from the server's clock and the worker's.
     "heartbeat": [
         ("worker/silence.py", "import math\n", "import math\nimport time\n"),
         ("worker/silence.py", "if now - since >= SILENT_SECONDS:", "if time.time() - at >= SILENT_SECONDS:"),
@@ -113,9 +113,9 @@ MUTANTS: dict[str, list[Change]] = {
             "silent.append(Silent(worker, at, time.time() - at))",
         ),
     ],
-    # A slot that a wrong clock has given is waited for.
+    # A cron waits for the slot that a wrong clock gave it.
     "slot": [("worker/crons.py", "IMPLAUSIBLE_SECONDS = 60.0", "IMPLAUSIBLE_SECONDS = 1e9")],
-    # What started in the future counts until then.
+    # A start in the future counts until that time.
     "rate": [
         (
             "schema.sql",
@@ -123,11 +123,11 @@ MUTANTS: dict[str, list[Change]] = {
             "IF false",
         )
     ],
-    # A rate is known, and nobody keeps to it.
+    # A rate is read, and never applied.
     "no rate": [("schema.sql", "m.limit_rate < m.place + r.started", "m.limit_rate < 0")],
     # A forked child keeps its parent's signal handlers, and the socket that wakes the parent's loop.
     "forked": [("forked.py", "        _free_signals()\n", "        pass\n")],
-    # A table that is deleted from has no key, which a publication asks for.
+    # A table whose rows are deleted has no key, though a publication needs one.
     "publication": [
         (
             "schema.sql",
@@ -135,7 +135,7 @@ MUTANTS: dict[str, list[Change]] = {
             "n             bigint      GENERATED ALWAYS AS IDENTITY,\n    task          bigint",
         )
     ],
-    # Of all who have seen that a slot is due, each enqueues it.
+    # Each worker that has seen a slot become due enqueues it.
     "cron": [("database/sql/worker/enqueue_cron_slot.sql", "AND c.next_at IS NOT DISTINCT FROM $2::timestamptz ", "")],
 }
 
