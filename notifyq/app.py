@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar, Unpack, overload
 
 import anyio
 import asyncpg
-import msgspec
 from anyio.abc import TaskStatus
 
 from . import lifespan, log, loops
@@ -22,14 +21,13 @@ from .client.crons import register_cron
 from .client.enqueue import Via
 from .client.options import EnqueueOptions, Options
 from .client.pool import AppPool
-from .client.ref import Ids, Ref, ref
+from .client.ref import Ids, Ref, ref, ref_by_id
 from .client.results import Results
 from .config import WorkerConfig, in_seconds, is_number, parse_queues, resolve_dsn
 from .cron import Cron, Missed
 from .database.errors import translate_connect_errors
 from .errors import ConfigError
 from .loading import check_not_loading
-from .options import is_id
 from .registry import HandlerOptions, Registry
 from .task import Middleware, Task
 from .worker.signals import watched
@@ -253,14 +251,7 @@ class App:
 
         Raises ConfigError for an id or a time that can't be.
         """
-        if not is_id(id):
-            raise ConfigError(f"ref({id!r}): expected a task's id, as enqueue_many returns them")
-        if created_at is not None and (not isinstance(created_at, datetime) or created_at.tzinfo is None):
-            raise ConfigError(f"ref({id}, {created_at!r}): expected a datetime with a timezone, a Ref's created_at")
-        made = ref(self, id)
-        if created_at is not None:
-            msgspec.structs.force_setattr(made, "created_at", created_at)
-        return made
+        return ref_by_id(self, id, created_at)
 
     @loops.checked_at_call(check_cancel)
     async def cancel(self, id: int) -> bool:

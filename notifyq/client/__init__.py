@@ -1,10 +1,14 @@
 """The client wing: it enqueues tasks and waits for their results. It imports nothing of the worker wing.
 
-options        what one enqueue may say: delay, keys, limits, uniqueness
-enqueue        from a task to the statement that inserts it
-bulk           many tasks in one statement
-drivers        the connections of other drivers that enqueue accepts
-pool           the pool that an App keeps for its own statements
-sync, sync_pool  SyncClient: the same for code that isn't async
-results        results, ends and progress of tasks, for all that wait in this process
+options        the options of one call of enqueue: checked, and joined with what the task's class says
+enqueue        validates a task, builds the statement that inserts it, and sends it
+bulk           many tasks in one call, some of which may be unique
+drivers        connections of other libraries that enqueue accepts
+calls          checks of a call before it is awaited: the event loop, the kind of connection
+pool           the pool that a connected App keeps
+crons          a cron's row: the task that each slot enqueues
+sync, sync_pool  SyncClient: the same for code that isn't async, and its pool
+ref, cancel    an enqueued task, to wait for and to cancel
+results        waits for the results, ends and progress of tasks, for all callers in this process
+values         decodes a result
 """

@@ -11,6 +11,7 @@ import msgspec
 from .. import loops
 from ..config import in_seconds, is_number
 from ..errors import ConfigError, NotifyqError
+from ..options import is_id
 from ..task import Progress
 from .calls import check_cancel
 
@@ -23,7 +24,7 @@ class RefResults(Protocol):
     """Where a Ref waits for results and progress: client.results.Results."""
 
     async def result(self, id: int, type: object, timeout: float | None, created_at: datetime | None) -> Any: ...
-    def steps(self, id: int, created_at: datetime | None) -> AsyncIterator[Progress]: ...
+    def progress(self, id: int, created_at: datetime | None) -> AsyncIterator[Progress]: ...
 
 
 class RefApp(Protocol):
@@ -96,7 +97,7 @@ class Ref(msgspec.Struct, frozen=True, dict=True, eq=False, omit_defaults=True):
         async for step in ref.progress():
             print(f"{step.fraction:.0%}", step.note)
         """
-        return self._app.results.steps(self.id, self.created_at)
+        return self._app.results.progress(self.id, self.created_at)
 
     @loops.checked_at_call(_check_cancel)
     async def cancel(self) -> bool:
@@ -125,6 +126,18 @@ def ref(app: RefApp, id: int, created: int | None = None, existed: bool = False)
     msgspec.structs.force_setattr(made, "app", app)
     if existed:
         msgspec.structs.force_setattr(made, "found", True)
+    return made
+
+
+def ref_by_id(app: RefApp, id: int, created_at: datetime | None) -> Ref:
+    """The Ref that App.ref returns. Raises ConfigError for an id or a time that can't be."""
+    if not is_id(id):
+        raise ConfigError(f"ref({id!r}): expected a task's id, as enqueue_many returns them")
+    if created_at is not None and (not isinstance(created_at, datetime) or created_at.tzinfo is None):
+        raise ConfigError(f"ref({id}, {created_at!r}): expected a datetime with a timezone, a Ref's created_at")
+    made = ref(app, id)
+    if created_at is not None:
+        msgspec.structs.force_setattr(made, "created_at", created_at)
     return made
 
 

@@ -19,7 +19,7 @@ import msgspec
 from notifyq.app import App
 from notifyq.client.enqueue import validated_task
 from notifyq.client.options import options_for
-from notifyq.client.results import typed
+from notifyq.client.values import decode_by_handler
 from notifyq.errors import ConfigError
 from notifyq.lifespan import within
 from notifyq.loops import awaited, is_awaitable
@@ -129,7 +129,7 @@ def _claimed(app: App, task: Task | Sequence[Task], options: RunOptions) -> list
 def _ran(handler: Handler, outcome: Outcome) -> Ran:
     match outcome:
         case Finished():
-            result = None if outcome.result is None else typed(handler, outcome.result)
+            result = None if outcome.result is None else decode_by_handler(handler, outcome.result)
             return Ran(state=outcome.state, result=result, reason=_reason(outcome.error))
         case RetryLater():
             return Ran(state="retry", reason=_reason(outcome.error), delay=outcome.delay)

@@ -38,7 +38,7 @@ async def test_as_the_type_that_is_asked_for(connected: notifyq.App, dsn: str) -
         assert await pays.result(Receipt | None) == Receipt(5)
         assert await plain.result() == {"a": [1, None]}
         with pytest.raises(
-            notifyq.NotifyqError, match=rf"result of task {pays.id} \(Pay\) is not what .* got `object`"
+            notifyq.NotifyqError, match=rf"result of task {pays.id} \(Pay\) isn't of the wanted type.* got `object`"
         ):
             await pays.result(int)
 

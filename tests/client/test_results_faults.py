@@ -56,7 +56,7 @@ async def test_a_row_that_stays_locked_is_asked_about_ever_more_rarely(
         asked.add(time.monotonic())
         await real(self, conn, ids)
 
-    real, _ = Results._tell, monkeypatch.setattr(Results, "_tell", tell)
+    real, _ = Results._look_at, monkeypatch.setattr(Results, "_look_at", tell)
     locked = await app.enqueue(Pay())
     someone = await connect()
     await someone.execute("BEGIN")

@@ -449,14 +449,14 @@ async def test_results_that_no_single_answer_can_carry(rig: Rig, dsn: str) -> No
     got: list[str] = []
     answers = 0
     async with rig.app.connect(dsn) as app:
-        tell = app.results._tell
+        tell = app.results._look_at
 
         async def counted(conn: Any, asked: Any) -> None:
             nonlocal answers
             answers += 1
             await tell(conn, asked)
 
-        app.results._tell = counted  # type: ignore[method-assign, assignment]
+        app.results._look_at = counted  # type: ignore[method-assign, assignment]
 
         async def wait(id: int) -> None:
             got.append(await app.ref(id).result(str, timeout=limit()))
