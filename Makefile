@@ -4,6 +4,7 @@
 .DEFAULT_GOAL := help
 .NOTPARALLEL:           # two targets that both find .venv missing would build it at once
 unexport PYTHONPATH PYTHONHOME
+unexport PYTHONDONTWRITEBYTECODE  # without .pyc files, each process that the tests start compiles all it imports
 
 PYTHON ?= python3
 TESTS ?=
