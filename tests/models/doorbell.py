@@ -56,15 +56,15 @@ class Enqueuer(IntEnum):
 
     IDLE = 0
     BEGUN = 1  # only where it matters: the variant that decides by its snapshot
-    BEGUN_SLEEPER = 2  # and saw somebody asleep
-    SILENT = 3  # inserted, and was granted ROW EXCLUSIVE: nobody sleeps
+    BEGUN_SLEEPER = 2  # and saw a sleeper
+    SILENT = 3  # inserted, and was granted ROW EXCLUSIVE: no worker sleeps
     RINGS = 4  # inserted, and was refused: its NOTIFY goes out at commit
     VISIBLE = 5  # silent and committed, its lock not released yet
     DONE = 6
-    NEEDLESS = 7  # rings though nobody sleeps
+    NEEDLESS = 7  # rings though no worker sleeps
 
 
-class Door(IntEnum):
+class Bell(IntEnum):
     """Where a worker's connection at the bell is. Its position is what the loop knows of it."""
 
     __hash__ = int.__hash__
@@ -79,14 +79,14 @@ class Door(IntEnum):
 
 
 TURN, ASLEEP, AWAY = Position.TURN, Position.ASLEEP, Position.AWAY
-POSITION = {Door.TURN: TURN, Door.ARMING: TURN, Door.REFUSED: TURN, Door.ASLEEP: ASLEEP}
+POSITION = {Bell.TURN: TURN, Bell.ARMING: TURN, Bell.REFUSED: TURN, Bell.ASLEEP: ASLEEP}
 
 
 class Worker(NamedTuple):
     """Its connection at the bell, and what of the loop's State differs between the states of the model."""
 
     fleet: int
-    door: Door = Door.AWAY
+    bell: Bell = Bell.AWAY
     wanted: int = 1  # a Position, but hashed faster
     queued: int = 0  # rank in the turn's queue; 0: not in it
     listening: bool = True
@@ -96,7 +96,7 @@ class Worker(NamedTuple):
     backlog: bool = False
     passing: bool = False
     awake: bool = False  # what Moderation says
-    held: int = 0  # tasks it runs
+    held: int = 0  # tasks that it runs
 
 
 class Says(Moderation):
@@ -116,7 +116,7 @@ class Says(Moderation):
 def to_state(worker: Worker) -> state.State:
     """The worker's State, at time 0. No poll, no echo, nothing due: their times are never."""
     made = state.State(
-        position=POSITION.get(worker.door, AWAY),
+        position=POSITION.get(worker.bell, AWAY),
         wanted=Position(worker.wanted),
         listening=worker.listening,
         look=worker.look,
@@ -138,15 +138,15 @@ def from_state(worker: Worker, now: state.State) -> Worker:
     )
 
 
-class All(NamedTuple):
+class World(NamedTuple):
     enqueuers: tuple[Enqueuer, ...]
     workers: tuple[Worker, ...]
-    rung: int = 0  # committed, ready tasks that somebody rang for
-    silent: int = 0  # and that nobody did
+    rung: int = 0  # committed, ready tasks whose enqueuers rang
+    silent: int = 0  # and those whose enqueuers didn't
 
 
 class Sees(NamedTuple):
-    """What of the rest a worker's next step depends on."""
+    """What a worker's next step depends on, beside the worker itself."""
 
     rung: int
     silent: int
@@ -163,23 +163,23 @@ class Move(NamedTuple):
     silent: int = 0
 
 
-HOLDS_TURN = {Door.TURN, Door.ARMING, Door.REFUSED, Door.ASLEEP}
-REFUSES = {Door.ARMING, Door.ASLEEP}  # SHARE, held or waited for
+HOLDS_TURN = {Bell.TURN, Bell.ARMING, Bell.REFUSED, Bell.ASLEEP}
+REFUSES = {Bell.ARMING, Bell.ASLEEP}  # SHARE, held or waited for
 
-# Each a change that looks harmless, and isn't.
+# Changes that look harmless, and aren't.
 WRONG = {
     "late flag": "`look` is cleared after the claim instead of before",
     "no last claim": "falling asleep isn't followed by a claim",
-    "no share": "an enqueuer that is told nobody sleeps doesn't keep its lock until commit",
+    "no share": "an enqueuer that is granted its lock doesn't keep it until commit",
     "late listen": "LISTEN after falling asleep instead of before",
     "deaf": "LISTEN on the connection that waits for the locks",
-    "no arming look": "no look now and then while it waits for SHARE",
-    "long wait": "the wait for SHARE goes on when the worker has no more use for it",
-    "locks first": "locks are released before the rows can be seen",
-    "flag row": "an enqueuer decides by what its snapshot shows of the sleepers, as it would with a row for a flag",
+    "no arming look": "a worker that waits for SHARE doesn't look now and then",
+    "long wait": "the wait for SHARE goes on when the worker wants to be away",
+    "locks first": "locks are released before the rows are visible",
+    "flag row": "an enqueuer decides by its snapshot whether a worker sleeps, as with a flag in a row",
     "turn survives": "the turn is a row that names its holder, which a killed worker can't clear",
     "never again": "no LISTEN when the turn is back, after UNLISTEN while away",
-    "always rings": "the trigger doesn't ask whether anybody sleeps",
+    "always rings": "the trigger doesn't ask whether a worker sleeps",
     "no turn": "every worker listens and sleeps, without a turn",
 }
 
@@ -212,7 +212,7 @@ OUT_OF_REACH = {
 
 
 class Doorbell:
-    """`fleets`: that of each worker. `slots`: tasks that one runs at a time. `wrong`: a key of WRONG."""
+    """`fleets`: the fleet of each worker. `slots`: how many tasks each runs at a time. `wrong`: a key of WRONG."""
 
     def __init__(self, enqueuers: int, fleets: tuple[int, ...], slots: int, wrong: str = "") -> None:
         self.slots = slots
@@ -221,10 +221,10 @@ class Doorbell:
         self._table = tuple(self._noted(row) for row in WRONG_TABLES.get(wrong, TABLE))
         self._decided = cache(self._decide)
         workers = tuple(Worker(fleet, listening=wrong != "late listen") for fleet in fleets)
-        self.start = All((Enqueuer.IDLE,) * enqueuers, workers)
-        self.promises: list[Promise[All]] = [
+        self.start = World((Enqueuer.IDLE,) * enqueuers, workers)
+        self.promises: list[Promise[World]] = [
             Promise(
-                "a task that somebody rang for is never claimed, though a worker has a free slot",
+                "a task that was rung for is never claimed, though a worker has a free slot",
                 NOW,
                 self._rung_served,
             ),
@@ -236,42 +236,42 @@ class Doorbell:
         elif wrong == "locks first":
             self._says_nothing = {Enqueuer.SILENT}
         self._moves = cache(
-            lambda worker, sees: [*self._hears(worker), *self._loop(worker, sees), *self._bell(worker, sees)]
+            lambda worker, sees: [*self._hears(worker), *self._loop(worker, sees), *self._move_bell(worker, sees)]
         )
 
     # What must hold.
 
-    def wrong(self, state: All) -> str | None:
+    def wrong(self, state: World) -> str | None:
         if Enqueuer.NEEDLESS in state.enqueuers:
-            return "an enqueuer rings though nobody sleeps or is about to"
-        holders = [worker.fleet for worker in state.workers if worker.door in HOLDS_TURN]
+            return "an enqueuer rings though no worker sleeps or is about to"
+        holders = [worker.fleet for worker in state.workers if worker.bell in HOLDS_TURN]
         if len(holders) > len(set(holders)):
             return "two workers of a fleet have the turn: one ring wakes both"
         return None
 
-    def _free(self, state: All) -> bool:
-        return any(worker.door is not Door.DEAD and worker.held < self.slots for worker in state.workers)
+    def _free(self, state: World) -> bool:
+        return any(worker.bell is not Bell.DEAD and worker.held < self.slots for worker in state.workers)
 
-    def _served(self, state: All) -> bool:
+    def _served(self, state: World) -> bool:
         return not (state.rung or state.silent) or not self._free(state)
 
-    def _rung_served(self, state: All) -> bool:
+    def _rung_served(self, state: World) -> bool:
         return not state.rung or not self._free(state)
 
-    def same(self, state: All) -> Hashable:
+    def same(self, state: World) -> Hashable:
         return (*sorted(state.enqueuers), *sorted(state.workers), state.rung, state.silent)
 
     # What can happen.
 
-    def steps(self, state: All) -> Iterator[Step[All]]:
+    def steps(self, state: World) -> Iterator[Step[World]]:
         share_free = not self._says_nothing.intersection(state.enqueuers)
         for n in range(len(state.enqueuers)):
             yield from self._enqueuer(state, n)
         for n, worker in enumerate(state.workers):
-            if worker.door is Door.DEAD:
+            if worker.bell is Bell.DEAD:
                 continue
             fleet = [other for other in state.workers if other.fleet == worker.fleet]
-            turn_free = not any(other.door in HOLDS_TURN or other.queued < 0 for other in fleet)
+            turn_free = not any(other.bell in HOLDS_TURN or other.queued < 0 for other in fleet)
             last = max(other.queued for other in fleet)
             sees = Sees(state.rung, state.silent, share_free, turn_free, last)
             for text, moved, comes, rung, silent in self._moves(worker, sees):
@@ -279,54 +279,54 @@ class Doorbell:
                 if worker.queued and not moved.queued:
                     workers = [_up(other, worker) for other in workers]
                 workers[n] = moved
-                after = All(state.enqueuers, tuple(workers), state.rung - rung, state.silent - silent)
+                after = World(state.enqueuers, tuple(workers), state.rung - rung, state.silent - silent)
                 yield Step(f"worker {n + 1}: {text}", after, comes)
 
-    def _enqueuer(self, state: All, n: int) -> Iterator[Step[All]]:
-        def step(text: str, now: Enqueuer, comes: Comes, rung: int = 0, silent: int = 0) -> Step[All]:
+    def _enqueuer(self, state: World, n: int) -> Iterator[Step[World]]:
+        def step(text: str, now: Enqueuer, comes: Comes, rung: int = 0, silent: int = 0) -> Step[World]:
             enqueuers = (*state.enqueuers[:n], now, *state.enqueuers[n + 1 :])
             workers = tuple(_told(worker) for worker in state.workers) if rung else state.workers
             return Step(
-                f"enqueuer {n + 1}: {text}", All(enqueuers, workers, state.rung + rung, state.silent + silent), comes
+                f"enqueuer {n + 1}: {text}", World(enqueuers, workers, state.rung + rung, state.silent + silent), comes
             )
 
         here = state.enqueuers[n]
-        sleeper = any(worker.door in REFUSES for worker in state.workers)
+        sleeper = any(worker.bell in REFUSES for worker in state.workers)
         if here is Enqueuer.IDLE and self._wrong == "flag row":
             yield step("BEGIN, and its snapshot", Enqueuer.BEGUN_SLEEPER if sleeper else Enqueuer.BEGUN, MAYBE)
         elif here in {Enqueuer.IDLE, Enqueuer.BEGUN, Enqueuer.BEGUN_SLEEPER}:
             if self._wrong == "always rings" and not sleeper:
                 yield step("INSERT; ring(): pg_notify", Enqueuer.NEEDLESS, MAYBE)
             elif here is Enqueuer.BEGUN:
-                yield step("INSERT; ring(): no flag in its snapshot, so it says nothing", Enqueuer.SILENT, MAYBE)
+                yield step("INSERT; ring(): no flag in its snapshot, so it is silent", Enqueuer.SILENT, MAYBE)
             elif here is Enqueuer.BEGUN_SLEEPER or (here is Enqueuer.IDLE and sleeper):
                 yield step("INSERT; ring(): ROW EXCLUSIVE is refused, so pg_notify", Enqueuer.RINGS, MAYBE)
             else:
-                yield step("INSERT; ring(): ROW EXCLUSIVE is granted, so it says nothing", Enqueuer.SILENT, MAYBE)
+                yield step("INSERT; ring(): ROW EXCLUSIVE is granted, so it is silent", Enqueuer.SILENT, MAYBE)
         elif here is Enqueuer.RINGS:
             yield step("ROLLBACK", Enqueuer.DONE, MAYBE)
-            yield step("COMMIT: its row can be seen, and who listens is notified", Enqueuer.DONE, MAYBE, rung=1)
+            yield step("COMMIT: its row is visible, and listeners are notified", Enqueuer.DONE, MAYBE, rung=1)
         elif here is Enqueuer.SILENT:
             yield step("ROLLBACK", Enqueuer.DONE, MAYBE)
             if self._wrong == "locks first":
                 yield step("COMMIT: its lock is released", Enqueuer.VISIBLE, MAYBE)
             else:
-                yield step("COMMIT: its row can be seen", Enqueuer.VISIBLE, MAYBE, silent=1)
+                yield step("COMMIT: its row is visible", Enqueuer.VISIBLE, MAYBE, silent=1)
         elif here is Enqueuer.VISIBLE and self._wrong == "locks first":
-            yield step("and now its row can be seen", Enqueuer.DONE, NOW, silent=1)
+            yield step("and now its row is visible", Enqueuer.DONE, NOW, silent=1)
         elif here is Enqueuer.VISIBLE:
             yield step("its lock is released", Enqueuer.DONE, NOW)
 
     def _hears(self, worker: Worker) -> Iterator[Move]:
-        """What comes from outside."""
-        if worker.rung and not (self._wrong == "deaf" and worker.door in {Door.QUEUED, Door.ARMING}):
+        """What happens to it."""
+        if worker.rung and not (self._wrong == "deaf" and worker.bell in {Bell.QUEUED, Bell.ARMING}):
             heard = self._event(worker._replace(rung=False), lambda s: s.notified())
             yield self._move("hears the bell (State.notified)", heard, NOW)
         if worker.held:
             yield self._move("a handler ends", worker._replace(held=worker.held - 1), MAYBE)
         # Its sessions end, and with them its locks and its place in the queue. What it ran is another model's story.
-        survives = self._wrong == "turn survives" and worker.door in HOLDS_TURN
-        yield Move("is killed", Worker(worker.fleet, Door.DEAD, queued=-1 if survives else 0), MAYBE)
+        survives = self._wrong == "turn survives" and worker.bell in HOLDS_TURN
+        yield Move("is killed", Worker(worker.fleet, Bell.DEAD, queued=-1 if survives else 0), MAYBE)
 
     def _loop(self, worker: Worker, sees: Sees) -> Iterator[Move]:
         """What comes of the action that Claimer carries out."""
@@ -393,40 +393,40 @@ class Doorbell:
         after = self._event(worker._replace(held=worker.held + taken), claim)
         return after._replace(clearing=looks and self._wrong == "late flag")
 
-    def _bell(self, worker: Worker, sees: Sees) -> Iterator[Move]:
+    def _move_bell(self, worker: Worker, sees: Sees) -> Iterator[Move]:
         """BellConnection.run. State.bell_moved sets `look` with each new position but AWAY."""
-        here, wanted = worker.door, worker.wanted
-        if here is Door.AWAY and wanted != AWAY:
-            queued = worker._replace(door=Door.QUEUED, queued=max(0, sees.last) + 1)
+        here, wanted = worker.bell, worker.wanted
+        if here is Bell.AWAY and wanted != AWAY:
+            queued = worker._replace(bell=Bell.QUEUED, queued=max(0, sees.last) + 1)
             yield self._move("take_turn: queues for the turn", queued, NOW)
-        elif here is Door.QUEUED:
+        elif here is Bell.QUEUED:
             if (worker.queued == 1 and sees.turn_free) or self._wrong == "no turn":
-                has_turn = self._arrives(worker._replace(queued=0), Door.TURN)
+                has_turn = self._arrives(worker._replace(queued=0), Bell.TURN)
                 yield self._move("take_turn: has the turn", has_turn, NOW)
-            yield self._move("take_turn: 5 s are over", worker._replace(door=Door.AWAY, queued=0), MAYBE)
-        elif here is Door.TURN and wanted == AWAY:
-            yield self._move("pg_advisory_unlock: passes the turn on", self._arrives(worker, Door.AWAY), NOW)
-        elif here in {Door.TURN, Door.REFUSED} and wanted == ASLEEP:
-            yield self._move("fall_asleep: waits for SHARE", worker._replace(door=Door.ARMING), NOW)
-        elif here is Door.REFUSED:
-            yield self._move("ROLLBACK: doesn't fall asleep", self._arrives(worker, Door.TURN), NOW)
-        elif here is Door.ARMING:
+            yield self._move("take_turn: 5 s are over", worker._replace(bell=Bell.AWAY, queued=0), MAYBE)
+        elif here is Bell.TURN and wanted == AWAY:
+            yield self._move("pg_advisory_unlock: passes the turn on", self._arrives(worker, Bell.AWAY), NOW)
+        elif here in {Bell.TURN, Bell.REFUSED} and wanted == ASLEEP:
+            yield self._move("fall_asleep: waits for SHARE", worker._replace(bell=Bell.ARMING), NOW)
+        elif here is Bell.REFUSED:
+            yield self._move("ROLLBACK: doesn't fall asleep", self._arrives(worker, Bell.TURN), NOW)
+        elif here is Bell.ARMING:
             if sees.share_free:
-                yield self._move("fall_asleep: has SHARE", self._arrives(worker, Door.ASLEEP), NOW)
-            yield self._move("fall_asleep: its wait is over", worker._replace(door=Door.REFUSED), MAYBE)
+                yield self._move("fall_asleep: has SHARE", self._arrives(worker, Bell.ASLEEP), NOW)
+            yield self._move("fall_asleep: its wait is over", worker._replace(bell=Bell.REFUSED), MAYBE)
             if wanted != ASLEEP and self._wrong != "long wait":
-                yield self._move("fall_asleep: its wait is cancelled (want)", worker._replace(door=Door.REFUSED), NOW)
-        elif here is Door.ASLEEP and wanted != ASLEEP:
-            yield self._move("ROLLBACK: wakes up", self._arrives(worker, Door.TURN), NOW)
-        elif here is Door.ASLEEP:
-            yield self._move("ROLLBACK: to fall asleep anew (turn_over)", self._arrives(worker, Door.TURN), MAYBE)
+                yield self._move("fall_asleep: its wait is cancelled (want)", worker._replace(bell=Bell.REFUSED), NOW)
+        elif here is Bell.ASLEEP and wanted != ASLEEP:
+            yield self._move("ROLLBACK: wakes up", self._arrives(worker, Bell.TURN), NOW)
+        elif here is Bell.ASLEEP:
+            yield self._move("ROLLBACK: to fall asleep anew (turn_over)", self._arrives(worker, Bell.TURN), MAYBE)
 
     # The code.
 
-    def _arrives(self, worker: Worker, door: Door) -> Worker:
-        if self._wrong == "no last claim" and door is Door.ASLEEP:
-            return worker._replace(door=door)
-        return self._event(worker, lambda s: s.bell_moved(POSITION.get(door, AWAY), 0.0))._replace(door=door)
+    def _arrives(self, worker: Worker, bell: Bell) -> Worker:
+        if self._wrong == "no last claim" and bell is Bell.ASLEEP:
+            return worker._replace(bell=bell)
+        return self._event(worker, lambda s: s.bell_moved(POSITION.get(bell, AWAY), 0.0))._replace(bell=bell)
 
     def _event(self, worker: Worker, event: Callable[[state.State], None]) -> Worker:
         s = to_state(worker)
@@ -453,7 +453,7 @@ class Doorbell:
 
     def _decide(self, worker: Worker) -> Worker:
         """With the position that the next action asks for."""
-        if worker.door not in POSITION:
+        if worker.bell not in POSITION:
             # Nothing of this is read before it is set again, with the turn, and by the first claim.
             worker = worker._replace(look=False, awake=False, rung=worker.rung and self._wrong == "deaf")
         if worker.clearing:
@@ -471,9 +471,9 @@ def _up(other: Worker, gone: Worker) -> Worker:
 
 @cache
 def _told(worker: Worker) -> Worker:
-    """Notified. While it is away, it hears at once, and nothing comes of it."""
+    """Notified. While it is away, it hears at once, and this has no effect."""
     return (
         worker._replace(rung=True)
-        if worker.listening and worker.door not in {Door.DEAD, Door.AWAY, Door.QUEUED}
+        if worker.listening and worker.bell not in {Bell.DEAD, Bell.AWAY, Bell.QUEUED}
         else worker
     )

@@ -1,4 +1,4 @@
-"""The picture and the tables of docs/protocol.md: what the exploration saw."""
+"""The picture and the tables of docs/protocol.md, from what the exploration saw."""
 
 from __future__ import annotations
 
@@ -7,60 +7,60 @@ from collections import Counter
 from html import escape
 from typing import Any
 
-from .doorbell import All, Door, Doorbell
+from .doorbell import Bell, Doorbell, World
 from .explore import Explored, Step, explore
 from .runs import Run
 
 PICTURED = "2 enqueuers and 2 workers"
 WIDTH, LEGEND_Y = 1080, 375
 AT = {
-    Door.AWAY: (80, 150),
-    Door.QUEUED: (310, 150),
-    Door.TURN: (540, 150),
-    Door.ARMING: (770, 150),
-    Door.ASLEEP: (1000, 150),
-    Door.REFUSED: (655, 290),
+    Bell.AWAY: (80, 150),
+    Bell.QUEUED: (310, 150),
+    Bell.TURN: (540, 150),
+    Bell.ARMING: (770, 150),
+    Bell.ASLEEP: (1000, 150),
+    Bell.REFUSED: (655, 290),
 }
 TELLS = {
-    Door.AWAY: "works, or is full",
-    Door.QUEUED: "in the turn's queue",
-    Door.TURN: "claims and listens",
-    Door.ARMING: "waits for SHARE",
-    Door.ASLEEP: "has SHARE: all ring",
-    Door.REFUSED: "between two tries",
+    Bell.AWAY: "works, or is full",
+    Bell.QUEUED: "in the turn's queue",
+    Bell.TURN: "claims and listens",
+    Bell.ARMING: "waits for SHARE",
+    Bell.ASLEEP: "has SHARE: all ring",
+    Bell.REFUSED: "between two tries",
 }
 BOW = {  # how far a line bows out, to the left of its way
-    (Door.TURN, Door.AWAY): 130,
-    (Door.ASLEEP, Door.TURN): -150,
-    (Door.QUEUED, Door.AWAY): -70,
-    (Door.ARMING, Door.REFUSED): -40,
-    (Door.REFUSED, Door.ARMING): -30,
+    (Bell.TURN, Bell.AWAY): 130,
+    (Bell.ASLEEP, Bell.TURN): -150,
+    (Bell.QUEUED, Bell.AWAY): -70,
+    (Bell.ARMING, Bell.REFUSED): -40,
+    (Bell.REFUSED, Bell.ARMING): -30,
 }
 
 
-def pictured() -> tuple[Counter[tuple[Door, Door, str]], Explored[All]]:
-    """Every move of a door between places, by what makes it, and how many steps were one."""
-    moves: Counter[tuple[Door, Door, str]] = Counter()
+def pictured() -> tuple[Counter[tuple[Bell, Bell, str]], Explored[World]]:
+    """Every move of a worker between positions at the bell, by what makes it, and how many steps made it."""
+    moves: Counter[tuple[Bell, Bell, str]] = Counter()
 
-    def seen(before: All, step: Step[All]) -> None:
+    def seen(before: World, step: Step[World]) -> None:
         for worker, after in zip(before.workers, step.state.workers, strict=True):
-            if worker.door is not after.door:
-                moves[worker.door, after.door, step.label.partition(": ")[2] or "is killed"] += 1
+            if worker.bell is not after.bell:
+                moves[worker.bell, after.bell, step.label.partition(": ")[2] or "is killed"] += 1
 
     return moves, explore(Doorbell(2, (0, 0), 1), seen)
 
 
 def draw() -> str:
-    """The SVG: a worker's places at the bell, every way from one to another that was taken, and what was said there."""
+    """The SVG: a worker's positions at the bell, each way between two of them, and which steps took it."""
     moves, explored = pictured()
-    ways: dict[tuple[Door, Door], list[str]] = {}
+    ways: dict[tuple[Bell, Bell], list[str]] = {}
     legend: list[str] = []
     for (here, there, text), count in sorted(moves.items()):
-        if there is not Door.DEAD:
+        if there is not Bell.DEAD:
             ways.setdefault((here, there), []).append(str(len(legend) + 1))
             legend.append(f"{len(legend) + 1}. {text}: {count:,}")
-    killed = sum(count for (_, there, _), count in moves.items() if there is Door.DEAD)
-    legend.append(f"From every place: is killed: {killed:,}")
+    killed = sum(count for (_, there, _), count in moves.items() if there is Bell.DEAD)
+    legend.append(f"From every position: is killed: {killed:,}")
     half = (len(legend) + 1) // 2
     height = LEGEND_Y + 20 * half + 30
     parts = [
@@ -71,21 +71,21 @@ def draw() -> str:
     ]
     for (here, there), numbers in ways.items():
         parts += _way(here, there, ", ".join(numbers))
-    for door, (x, y) in AT.items():
+    for bell, (x, y) in AT.items():
         parts += [
             f'<rect x="{x - 70}" y="{y - 26}" width="140" height="52" rx="10" fill="#eef3fb" stroke="#3b5b8c"/>',
-            f'<text x="{x}" y="{y - 4}" text-anchor="middle" font-weight="bold">{door.name.lower()}</text>',
-            f'<text x="{x}" y="{y + 15}" text-anchor="middle" font-size="13">{TELLS[door]}</text>',
+            f'<text x="{x}" y="{y - 4}" text-anchor="middle" font-weight="bold">{bell.name.lower()}</text>',
+            f'<text x="{x}" y="{y + 15}" text-anchor="middle" font-size="13">{TELLS[bell]}</text>',
         ]
     for n, line in enumerate(legend):
         x, y = 20 + WIDTH // 2 * (n // half), LEGEND_Y + 20 * (n % half)
         parts.append(f'<text x="{x}" y="{y}" fill="#333">{escape(line)}</text>')
-    told = f"How many steps of the exploration were one: {PICTURED}, in all {explored.states:,} states."
+    told = f"With each, how many steps of the exploration it was: {PICTURED}, {explored.states:,} states in all."
     parts += [f'<text x="20" y="{height - 12}" fill="#555">{told}</text>', "</svg>"]
     return "\n".join(parts) + "\n"
 
 
-def _way(here: Door, there: Door, label: str) -> list[str]:
+def _way(here: Bell, there: Bell, label: str) -> list[str]:
     (x1, y1), (x2, y2) = AT[here], AT[there]
     length = math.hypot(x2 - x1, y2 - y1)
     bow = BOW.get((here, there), 0)

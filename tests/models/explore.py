@@ -1,9 +1,9 @@
-"""An explicit-state explorer: every state a model can reach, breadth first, so a counter-example is a shortest one.
+"""An explicit-state explorer: every state that a model can reach, breadth first, so counter-examples are the shortest.
 
 A model says where it starts, what can happen next, what must never be, and what must come about. The last needs care:
-that a task is claimed can't be seen in one state. So each step says how soon it comes if nothing else does, and a
-promise is: from *every* state reached, the steps that come by themselves can still lead to where it is kept. A step of
-somebody who may as well not take it (a commit, a kill, a wait of seconds that runs out) doesn't count.
+no single state shows that a task will be claimed. So each step says how soon it comes if nothing else happens. A
+promise is kept if from *every* state reached, the steps that come by themselves can lead to a state where it is kept.
+A step that may as well not be taken (a commit, a kill, a wait of seconds that runs out) doesn't count.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Comes(IntEnum):
 
     NOW = 0  # as fast as the machine goes
     SOON = 1  # a timer of milliseconds
-    MAYBE = 2  # somebody else's decision, or a timer that nobody should have to wait for
+    MAYBE = 2  # an outside decision, or a timer of seconds, which no task should have to wait for
 
 
 class Step(NamedTuple, Generic[S]):
@@ -50,7 +50,7 @@ class Model(Protocol[S]):
         """What is wrong with a state, in words; None if nothing."""
 
     def same(self, state: S) -> Hashable:
-        """Equal for states that differ only in who is called what."""
+        """Equal for states that differ only in the numbers of workers, tasks and so on."""
 
 
 @dataclass

@@ -44,10 +44,10 @@ WRONG = {
     "no liveness": "rescue doesn't ask whether the worker is dead",
     "heartbeat's lock": "rescue asks for the lock of the heartbeat's session, not of all the worker's sessions",
     "bare hand-back": "hand_back.sql isn't fenced",
-    "known ids": "reclaim_unanswered.sql goes by the ids of the tasks that are known, not by their leases",
+    "known ids": "reclaim_unanswered.sql goes by the ids of the known tasks, not by their leases",
     "early reclaim": "reclaim_unanswered.sql doesn't wait for the end of the backend that claims",
-    "no reclaim": "a claim whose answer was lost is left as it is",
-    "unowned stay": "what a claim took for a worker that was given up meanwhile is left as it is",
+    "no reclaim": "tasks of a claim whose answer was lost are left as they are",
+    "unowned stay": "tasks that a claim took for a worker that was given up meanwhile are left as they are",
     "free rescue": "a rescue gives the attempt back",
 }
 
@@ -63,7 +63,7 @@ class Lease:
         self._wrong = wrong
         self.start = State((Worker(),) * workers, faults=faults, cancels=cancels)
         self.promises: list[Promise[State]] = [
-            Promise("the task never ends, though a worker is up: nobody has it, and nobody will", SOON, self._ends)
+            Promise("the task never ends, though a worker is up: no worker has it, or ever will", SOON, self._ends)
         ]
 
     def _ends(self, state: State) -> bool:
@@ -234,7 +234,7 @@ class Lease:
         }[job.says]
         applied = self._free(state, *after)
         if not job.current:
-            applied = applied._replace(bad=f"{text} was applied by a worker that hasn't the lease any more")
+            applied = applied._replace(bad=f"{text} was applied by a worker that has lost the lease")
         done = put(applied, n, outcomes=applied.workers[n].outcomes[1:])
         yield f"{text} is applied", done, NOW
         if state.faults:
@@ -283,7 +283,7 @@ class Lease:
                             buried, Task.DEAD if spent and attempts == state.attempts else Task.READY, attempts
                         )
                     if well:
-                        buried = buried._replace(bad="a worker that is well was robbed of what it runs")
+                        buried = buried._replace(bad="a live worker lost a task that it runs")
                     yield Step(f"worker {n + 1}: rescue.sql, of worker {m + 1}", buried, NOW)
             if other.owns and not (other.registered and other.owns == other.id) and self._wrong != "unowned stay":
                 again = self._free(state, Task.READY, state.attempts)._replace(reclaimed=state.reclaimed + 1)

@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 from .doorbell import WRONG as WRONG_DOORBELL
 from .doorbell import Doorbell
 from .explore import Model
-from .gate import WRONG as WRONG_GATE
-from .gate import Gate
 from .lease import WRONG as WRONG_LEASE
 from .lease import Lease
+from .limits import WRONG as WRONG_LIMITS
+from .limits import Limits
 from .poison import WRONG as WRONG_POISON
 from .poison import Poison
 
@@ -43,16 +43,16 @@ RUNS = [
     Run("lease: 2 workers, 1 fault, a cancel and retries", lambda: Lease(2, 2, faults=1, cancels=1), long=True),
     Run("poison: 2 workers, a culprit and 2 innocents, 2 kills", lambda: Poison(2, 2, kills=2)),
     Run("poison: 2 workers, a culprit and 3 innocents", lambda: Poison(3, 2)),
-    Run("gate: 2 workers, 3 tasks of a key, limit 1, a kill", lambda: Gate(2, ONE_KEY, (1,), kills=1)),
-    Run("gate: 2 workers, 3 tasks of a key, limit 2, a kill", lambda: Gate(2, ONE_KEY, (2,), kills=1), slow=True),
-    Run("gate: 2 workers, 3 tasks of a key, a retry or a cancel", lambda: Gate(2, ONE_KEY, (1,), others=1)),
+    Run("limits: 2 workers, 3 tasks of a key, limit 1, a kill", lambda: Limits(2, ONE_KEY, (1,), kills=1)),
+    Run("limits: 2 workers, 3 tasks of a key, limit 2, a kill", lambda: Limits(2, ONE_KEY, (2,), kills=1), slow=True),
+    Run("limits: 2 workers, 3 tasks of a key, a retry or a cancel", lambda: Limits(2, ONE_KEY, (1,), others=1)),
     Run(
-        "gate: 2 workers, 3 tasks of two keys, a retry or a cancel",
-        lambda: Gate(2, TWO_KEYS, (1, 1), others=1),
+        "limits: 2 workers, 3 tasks of two keys, a retry or a cancel",
+        lambda: Limits(2, TWO_KEYS, (1, 1), others=1),
         slow=True,
     ),
-    Run("gate: 1 worker, 3 tasks of a key, a paused queue", lambda: Gate(1, ONE_KEY, (1,), others=1, paused=True)),
-    Run("gate: 2 workers, 3 tasks of two keys, all faults", lambda: Gate(2, TWO_KEYS, (2, 1), 1, 1), long=True),
+    Run("limits: 1 worker, 3 tasks of a key, a paused queue", lambda: Limits(1, ONE_KEY, (1,), others=1, paused=True)),
+    Run("limits: 2 workers, 3 tasks of two keys, all faults", lambda: Limits(2, TWO_KEYS, (2, 1), 1, 1), long=True),
 ]
 
 
@@ -70,11 +70,11 @@ def wrong_lease(name: str) -> Lease:
     return Lease(2 if two else 1, 2, faults=1 if two else 2, cancels=0, wrong=name)
 
 
-def wrong_gate(name: str) -> Gate:
+def wrong_limits(name: str) -> Limits:
     if name == "no net":
-        return Gate(1, ONE_KEY, (1,), others=1, paused=True, wrong=name)
+        return Limits(1, ONE_KEY, (1,), others=1, paused=True, wrong=name)
     two = name == "no refill"
-    return Gate(2, TWO_KEYS if two else ONE_KEY[:2], (1, 1) if two else (1,), others=1, wrong=name)
+    return Limits(2, TWO_KEYS if two else ONE_KEY[:2], (1, 1) if two else (1,), others=1, wrong=name)
 
 
 # What is changed, and the model of it.
@@ -82,5 +82,5 @@ WRONG: dict[str, Callable[[], Model[Any]]] = {
     **{f"doorbell: {text}": partial(wrong_doorbell, name) for name, text in WRONG_DOORBELL.items()},
     **{f"lease: {text}": partial(wrong_lease, name) for name, text in WRONG_LEASE.items()},
     **{f"poison: {text}": partial(Poison, 2, 2, wrong=name) for name, text in WRONG_POISON.items()},
-    **{f"gate: {text}": partial(wrong_gate, name) for name, text in WRONG_GATE.items()},
+    **{f"limits: {text}": partial(wrong_limits, name) for name, text in WRONG_LIMITS.items()},
 }

@@ -1,14 +1,16 @@
-"""Admit, free and fill: a few tasks with keys that have limits, and workers that claim them, a step for each statement.
+"""Limits: a few tasks with keys that have limits, and workers that claim them, a step for each statement.
 
-A task is judged by its keys in their order, and is parked at the first that is full. A gate is had from one step of a
-transaction to its last; counting, filling and the commit are steps of their own, so that whatever needs no gate (an
-end, a kill, a rescue, a cancellation) comes in between. A worker's backend goes on when its worker is gone.
+A task is admitted by its keys in their order, and is parked at the first that is full. A lock on a key is held from one
+step of a transaction to its last. Counting, granting and the commit are steps of their own, so that all that needs no
+key lock (an end, a kill, a rescue, a cancellation) comes in between. A backend goes on when its worker is gone.
 
 What is merged or left out, and why that hides nothing:
 
-* Priorities and attempts: who is granted a slot first is up to the order of tasks, and the fence is lease.py's matter.
-* Order is a limit of one whose slots are granted by id; rates free their slots by time, which is a grant ahead.
-* Two keys with the same gate row wait for each other more often than these do.
+* Priorities and attempts: the order of tasks says which one is granted a slot first, and the fence is the lease model's
+  matter.
+* An order key is a limit of one whose slots are granted by id. A rate releases its slots by time, which is a grant
+  ahead.
+* Two keys with the same row of key_lock wait for each other more often than these do.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ class At(IntEnum):
     __hash__ = int.__hash__
 
     READY = 0
-    CLAIMED = 1  # and not judged
+    CLAIMED = 1  # and not admitted yet
     RUNS = 2
     PARKED = 3
     LATER = 4  # it failed, and is scheduled
@@ -38,39 +40,39 @@ class Task(NamedTuple):
     at: At = At.READY
     worker: int = NOBODY
     key: int = NOWHERE  # it is parked at, or granted a slot of
-    stuck: bool = False  # nobody claims it any more: its queue was paused
+    stuck: bool = False  # no worker claims it any more: its queue was paused
 
 
 class Worker(NamedTuple):
     alive: bool = True
-    does: str = ""  # the transaction of its connection for claims: "admit", "free"
+    does: str = ""  # the transaction of the connection that claims: "admit", "release_waiters"
     tasks: tuple[int, ...] = ()  # that it is about
-    freed: tuple[int, ...] = ()  # rows that it has taken
+    released: tuple[int, ...] = ()  # rows of slot_released that it has taken
     verdict: tuple[tuple[int, int], ...] | None = None  # admit's, of each task: the key it is parked at, or NOWHERE
-    grants: tuple[int, ...] | None = None  # whom it lets in; None: it hasn't looked yet
+    grants: tuple[int, ...] | None = None  # tasks that it makes ready; None: it hasn't looked yet
 
 
 class State(NamedTuple):
     workers: tuple[Worker, ...]
     tasks: tuple[Task, ...]
-    freed: tuple[int, ...] = ()  # whose end or loss has a row, taken or not
+    released: tuple[int, ...] = ()  # tasks whose end or loss has a row of slot_released, taken or not
     kills: int = 0  # left
     others: int = 0  # cancellations and hand-backs
 
 
 WRONG = {
-    "no gate": "no gate is locked",
-    "early count": "who runs is counted in a snapshot of before the gate was had",
-    "early look": "free looks who waits before it has the gate",
-    "no refill": "admit doesn't fill the keys of those it parks",
-    "silent loss": "an attempt that is lost, or to be made again, leaves no row in notifyq.slot_released",
-    "no net": "no key is filled again for a grant that nobody claims",
+    "no lock": "no key is locked",
+    "early count": "running tasks are counted in a snapshot from before the key was locked",
+    "early look": "release_waiters looks for waiting tasks before it locks the key",
+    "no refill": "admit doesn't grant the slots of the keys of the tasks that it parks",
+    "silent loss": "an attempt that is lost, or will be repeated, leaves no row in notifyq.slot_released",
+    "no net": "a key isn't filled again for a granted task that no worker claims",
 }
 
 
-class Gate:
-    """`keys` of each task, in the order it is judged by, and the `limits` of the keys. `paused`: a task may become
-    stuck, and handlers go on for ever, so that nothing but the net frees what was granted to it."""
+class Limits:
+    """`keys` of each task, in the order of its admission, and the `limits` of the keys. `paused`: a task may become
+    stuck, and handlers go on for ever, so that only recheck_waiting has the slot that it was granted granted anew."""
 
     def __init__(
         self,
@@ -87,7 +89,7 @@ class Gate:
         self._paused = paused
         self._wrong = wrong
         self.start = State((Worker(),) * workers, (Task(),) * len(keys), kills=kills, others=others)
-        used = "a task is parked, and stays so, though its key has a slot that nobody has or is granted"
+        used = "a task stays parked, though its key has a slot that is neither used nor granted"
         self.promises = [Promise(used, SOON if paused else NOW, self._used)]
         if not paused:
             self.promises.append(Promise("a task never ends, though a worker is up", SOON, self._ends))
@@ -96,8 +98,8 @@ class Gate:
         waiting = {task.key for task in state.tasks if task.at is At.PARKED}
         dead = {w for w, worker in enumerate(state.workers) if not worker.alive}
         return (
-            all(self._room(state, key) <= 0 for key in waiting)
-            or any(task.worker in dead for task in state.tasks)  # the rescue will tell
+            all(self._free(state, key) <= 0 for key in waiting)
+            or any(task.worker in dead for task in state.tasks)  # its rescue writes a row
             or len(dead) == len(state.workers)
         )
 
@@ -124,11 +126,11 @@ class Gate:
             task.at in {At.READY, At.CLAIMED} and task.key == key for n, task in enumerate(state.tasks) if n not in but
         )
 
-    def _room(self, state: State, key: int) -> int:
+    def _free(self, state: State, key: int) -> int:
         return self._limits[key] - self._holders(state, key) - self._granted(state, key)
 
-    def _judge(self, state: State, mine: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
-        """Where each is parked; NOWHERE: it runs."""
+    def _admit(self, state: State, mine: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+        """The key that each task is parked at; NOWHERE: it runs."""
         verdict = dict.fromkeys(mine, NOWHERE)
         for key, limit in enumerate(self._limits):
             held = self._holders(state, key)
@@ -144,7 +146,7 @@ class Gate:
 
     def _fill(self, state: State, key: int) -> list[int]:
         waiting = [n for n, task in enumerate(state.tasks) if task.at is At.PARKED and task.key == key]
-        return waiting[: max(0, self._room(state, key))]
+        return waiting[: max(0, self._free(state, key))]
 
     def _keys_of(self, tasks: tuple[int, ...]) -> set[int]:
         return {key for n in tasks for key in self._keys[n]}
@@ -163,9 +165,9 @@ class Gate:
         for n, task in enumerate(state.tasks):
             yield from self._about(state, n, task)
         if self._paused and any(task.key != NOWHERE for task in state.tasks) and self._wrong != "no net":
-            waiting = [n for n, task in enumerate(state.tasks) if task.at is At.PARKED and n not in state.freed]
+            waiting = [n for n, task in enumerate(state.tasks) if task.at is At.PARKED and n not in state.released]
             if waiting:
-                yield Step("stir", _freed(state, waiting[0]), SOON)
+                yield Step("recheck_waiting", _release(state, waiting[0]), SOON)
 
     def _begins(self, state: State, w: int) -> Iterator[Step[State]]:
         mine = tuple(n for n, task in enumerate(state.tasks) if task.at is At.CLAIMED and task.worker == w)
@@ -173,24 +175,29 @@ class Gate:
             if task.at is At.READY and not task.stuck:
                 claimed = _task(state, n, at=At.CLAIMED, worker=w)
                 yield Step(f"worker {w + 1} claims task {n + 1}", claimed, NOW)
-        early = self._wrong == "early count"  # and whoever has waited for the gate has it now
+        early = self._wrong == "early count"  # and then it waits for the locks, and has them now
         if mine and (early or self._may_lock(state, self._keys_of(mine))):
-            verdict = self._judge(state, mine) if early else None
+            verdict = self._admit(state, mine) if early else None
             begun = _worker(state, w, does="admit", tasks=mine, verdict=verdict)
-            yield Step(f"worker {w + 1}: admit has the gates", begun, NOW)
-        left = list(state.freed)
-        for taken in [n for other in state.workers for n in other.freed]:
+            yield Step(f"worker {w + 1}: admit locks the keys", begun, NOW)
+        left = list(state.released)
+        for taken in [n for other in state.workers for n in other.released]:
             left.remove(taken)
         early = self._wrong == "early look"
         if left and (early or self._may_lock(state, self._keys_of(tuple(left)))):
             grants = tuple(n for key in sorted(self._keys_of(tuple(left))) for n in self._fill(state, key))
             begun = _worker(
-                state, w, does="free", tasks=tuple(left), freed=tuple(left), grants=grants if early else None
+                state,
+                w,
+                does="release_waiters",
+                tasks=tuple(left),
+                released=tuple(left),
+                grants=grants if early else None,
             )
-            yield Step(f"worker {w + 1}: free has the gates", begun, NOW)
+            yield Step(f"worker {w + 1}: release_waiters locks the keys", begun, NOW)
 
     def _may_lock(self, state: State, keys: set[int]) -> bool:
-        if self._wrong == "no gate":
+        if self._wrong == "no lock":
             return True
         return not any(worker.does and self._keys_of(worker.tasks) & keys for worker in state.workers)
 
@@ -198,27 +205,27 @@ class Gate:
         name = f"worker {w + 1}: {worker.does}"
         yield Step(f"{name} is rolled back", self._over(state, w), MAYBE)
         if worker.does == "admit" and worker.verdict is None:
-            yield Step(f"{name} counts", _worker(state, w, verdict=self._judge(state, worker.tasks)), NOW)
+            yield Step(f"{name} counts", _worker(state, w, verdict=self._admit(state, worker.tasks)), NOW)
         elif worker.grants is None:
             written = self._written(state, worker)
             keys = set() if self._wrong == "no refill" and worker.does == "admit" else self._keys_of(worker.tasks)
             grants = tuple(n for key in sorted(keys) for n in self._fill(written, key))
-            yield Step(f"{name} fills", _worker(state, w, grants=grants), NOW)
+            yield Step(f"{name} grants slots", _worker(state, w, grants=grants), NOW)
         else:
             after = self._written(self._over(state, w), worker)
             for n in worker.grants:
                 if after.tasks[n].at is At.PARKED:
                     after = _task(after, n, at=At.READY)
-            rows = list(after.freed)
-            for n in worker.freed:
+            rows = list(after.released)
+            for n in worker.released:
                 rows.remove(n)
-            yield Step(f"{name} commits", after._replace(freed=tuple(rows)), NOW)
+            yield Step(f"{name} commits", after._replace(released=tuple(rows)), NOW)
 
     def _over(self, state: State, w: int) -> State:
-        return _worker(state, w, does="", tasks=(), freed=(), verdict=None, grants=None)
+        return _worker(state, w, does="", tasks=(), released=(), verdict=None, grants=None)
 
     def _written(self, state: State, worker: Worker) -> State:
-        """What it sees itself of what it has written."""
+        """The state with its own writes, as it sees them itself."""
         for n, key in worker.verdict or ():
             if key == NOWHERE:
                 state = _task(state, n, at=At.RUNS, key=NOWHERE)
@@ -230,11 +237,11 @@ class Gate:
         if any(worker.does == "admit" and n in worker.tasks for worker in state.workers):
             return  # it has locked the row
         if task.at is At.RUNS and state.workers[task.worker].alive:
-            ended = _freed(_task(state, n, at=At.OVER, worker=NOBODY), n)
+            ended = _release(_task(state, n, at=At.OVER, worker=NOBODY), n)
             yield Step(f"task {n + 1} ends", ended, MAYBE if self._paused else SOON)
         lost = _task(state, n, at=At.READY, worker=NOBODY)
         if self._wrong != "silent loss":
-            lost = _freed(lost, n)
+            lost = _release(lost, n)
         if task.at in {At.CLAIMED, At.RUNS} and not state.workers[task.worker].alive:
             yield Step(f"task {n + 1} is rescued", lost, SOON)
         if state.others:
@@ -244,7 +251,7 @@ class Gate:
                 later = _task(lost, n, at=At.LATER)
                 yield Step(f"task {n + 1} fails, and is scheduled", later._replace(others=left), MAYBE)
             if task.at is not At.OVER:
-                gone = _freed(_task(state, n, at=At.OVER, worker=NOBODY, key=NOWHERE), n)
+                gone = _release(_task(state, n, at=At.OVER, worker=NOBODY, key=NOWHERE), n)
                 yield Step(f"task {n + 1} is cancelled", gone._replace(others=left), MAYBE)
         if task.at is At.LATER:
             yield Step(f"task {n + 1} is due", _task(state, n, at=At.READY), SOON)
@@ -267,5 +274,5 @@ def _worker(state: State, w: int, **changes: object) -> State:
     return state._replace(workers=tuple(workers))
 
 
-def _freed(state: State, n: int) -> State:
-    return state._replace(freed=tuple(sorted((*state.freed, n))))
+def _release(state: State, n: int) -> State:
+    return state._replace(released=tuple(sorted((*state.released, n))))
