@@ -131,7 +131,7 @@ class Ids(NamedTuple):
     most: int
 
     def check(self, what: str, value: Any) -> list[int]:
-        ids = cast("list[Any]", value if isinstance(value, list) else [value])
+        ids: list[Any] = value
         for id in ids:
             if not is_id(id):
                 raise ConfigError(f"{what} has {id!r} in it; expected what enqueue returned, or ids")
