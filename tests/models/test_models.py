@@ -6,6 +6,9 @@ The models are in tests/models, with their stories in the docstrings. `-rP` show
 from __future__ import annotations
 
 import gc
+import os
+import subprocess
+import sys
 from collections.abc import Hashable, Iterator
 from pathlib import Path
 
@@ -15,6 +18,7 @@ from notifyq.worker.capacity import Free
 from notifyq.worker.decide import TABLE, next_action
 from notifyq.worker.state import Position
 
+from ..chaos.mutants import breed
 from . import drawing
 from .doorbell import OUT_OF_REACH, POSITION, Doorbell, from_state, to_state
 from .explore import Comes, Promise, Step, explore
@@ -76,6 +80,21 @@ def test_the_code_decides_in_every_state_that_the_model_reaches() -> None:
             taken = {now for now in (0.0, 1.01) if next_action(state, now, free) == rows[name].action(state, now)}
             assert taken, (name, worker)
             assert from_state(worker, state) == worker
+
+
+def test_a_mistake_in_the_code_is_found(tmp_path: Path) -> None:
+    """The model explores the code itself: it fails with a copy of the package that has a known mistake in it."""
+    explore_it = "from tests.models import doorbell, explore; print(explore.explore(doorbell.Doorbell(2, (0,), 1)))"
+    folder = breed("final claim", tmp_path)
+    run = subprocess.run(
+        [sys.executable, "-c", explore_it],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(folder)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert run.stdout.startswith("a committed task is never claimed, though a worker has a free slot")
 
 
 class Countdown:
