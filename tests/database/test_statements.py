@@ -365,7 +365,7 @@ async def test_a_claim_costs_the_same_in_a_crowd(sessions: dict[str, Any], worke
     assert crowded < 3 * small, pages
 
 
-async def test_marks_step_over_nothing_that_is_dead(worker: Any, connect: Sessions, db: Any) -> None:
+async def test_claims_from_a_cursor_step_over_no_dead_entries(worker: Any, connect: Sessions, db: Any) -> None:
     """Under a held snapshot the entries of a thousand finished tasks stay: a claim, or a look for what is due, that
     begins at the front reads them all, and one that begins at a mark none."""
     me = await register(worker)
@@ -500,7 +500,7 @@ async def test_claim_goes_by_priority_then_by_id(worker: Any) -> None:
     assert [job.id for job in await claims.claim(worker, me, {"default": 3}, 3)] == [last, low]
 
 
-async def test_a_claim_from_marks_sees_nothing_before_them(worker: Any) -> None:
+async def test_a_claim_from_a_cursor_sees_no_task_before_it(worker: Any) -> None:
     """By level: the highest priority of a queue first, within its room; what has no mark isn't looked at."""
     me = await register(worker)
     a = [await insert(worker, 4, queue="a", priority=priority) for priority in (0, 5)]

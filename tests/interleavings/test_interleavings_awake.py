@@ -56,18 +56,18 @@ async def sleeper(s: Steps) -> int:
     ],
 )
 async def test_ddl_on_the_bell_while_a_worker_sleeps(s: Steps, p: Session, work: Work, dsn: str, ddl: str) -> None:
-    """It waits for the sleeper, and nobody waits for it: enqueuers ring, the worker runs what they enqueue."""
+    """It waits for the sleeper, and no session waits for it: enqueuers ring, and the worker runs their tasks."""
     async with working(work.app, dsn):
         waiting = await p.blocked_by(await sleeper(s), ddl)
         await insert(s.db)
         await work.seen.reach(1, SOON)
         assert not waiting.over
         await waiting.cancelled()
-        await p("SELECT 1")  # waits until the server has heard of it: once nobody sleeps, the bell would be dropped
+        await p("SELECT 1")  # waits until the server has heard of it: once no worker sleeps, the bell would be dropped
 
 
 async def test_vacuum_has_the_bell_while_a_worker_wants_to_sleep(s: Steps, p: Session, work: Work, dsn: str) -> None:
-    """Enqueuers are silent, and the worker can't sleep: it looks."""
+    """Enqueuers don't ring, and the worker can't sleep: it looks now and then."""
     await p("BEGIN")
     await p("LOCK TABLE notifyq.bell IN SHARE UPDATE EXCLUSIVE MODE")
     async with working(work.app, dsn):
@@ -80,7 +80,7 @@ async def test_vacuum_has_the_bell_while_a_worker_wants_to_sleep(s: Steps, p: Se
     "how", ["ALTER TABLE notifyq.task DISABLE TRIGGER ring", "SET session_replication_role = replica"]
 )
 async def test_a_trigger_that_does_not_fire(s: Steps, p: Session, work: Work, dsn: str, how: str) -> None:
-    """Nobody rings, nobody said that nobody sleeps: it is the fallback poll that finds the task."""
+    """No enqueuer rings, though a worker sleeps: the fallback poll finds the task."""
     await p(how)
     async with working(work.app, dsn, poll_interval=0.2):
         await asleep(s.db)
@@ -90,7 +90,7 @@ async def test_a_trigger_that_does_not_fire(s: Steps, p: Session, work: Work, ds
 
 
 async def test_truncate_under_a_worker_that_sleeps_and_holds_tasks(s: Steps, p: Session, work: Work, dsn: str) -> None:
-    """What it held is gone: it settles nothing of it, and the next task is rung for and run."""
+    """The tasks that it held are gone: it settles none of them, and the next task is rung for and run."""
     work.release = anyio.Event()
     async with working(work.app, dsn):
         await p(insert, 3)
@@ -104,7 +104,7 @@ async def test_truncate_under_a_worker_that_sleeps_and_holds_tasks(s: Steps, p: 
 
 
 async def test_a_stranger_who_listens_in_a_transaction(s: Steps, p: Session, work: Work, dsn: str) -> None:
-    """It keeps the queue of notifications from being emptied, and nobody from hearing the bell."""
+    """It keeps the queue of notifications from being emptied, but keeps no worker from hearing the bell."""
     await p("LISTEN notifyq")
     await p("BEGIN")
     await p("SELECT 1")
@@ -146,7 +146,7 @@ async def test_a_database_whose_default_is_strict(s: Steps, work: Work, dsn: str
 
 @pytest.mark.parametrize("state", ["ready", "overdue"])
 async def test_a_row_lock_that_is_given_up(s: Steps, p: Session, work: Work, dsn: str, state: str) -> None:
-    """Claim and promotion during a cancel that is rolled back: nobody rings for that, and the worker sleeps."""
+    """Claim and promotion during a cancel that is rolled back: no ring tells of that, and the worker sleeps."""
     [id] = await insert(s.db, **(OVERDUE if state == "overdue" else {}))
     await p("BEGIN")
     await p(cancel, id)

@@ -16,7 +16,7 @@ from ..helpers.machine import limit
 from ..helpers.steps import PREPARED, Session, Steps
 from ..helpers.verbs import claim, fall_asleep, insert, register, retry, states
 
-SOON = 3.0  # seconds, on an idle machine: nothing but the bell finds what is here that soon
+SOON = 3.0  # seconds, on an idle machine: only the bell finds a task that soon
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ class Heard:
         await self.session.conn.add_listener("notifyq", lambda *args: self.rings.append(args[3]))
 
     async def so_far(self) -> list[str]:
-        """Everything that was committed before: a backend delivers in the order of the commits."""
+        """All notifications that were committed before: a backend delivers in the order of the commits."""
         await self.session("NOTIFY notifyq, 'end'")
         with anyio.fail_after(limit()):
             while "end" not in self.rings:
@@ -62,7 +62,7 @@ async def locks(s: Steps, session: Session) -> list[str]:
     return [row[0] for row in rows]
 
 
-# --- Enqueuers that said nothing
+# --- Enqueuers that didn't ring
 
 
 async def copy(conn: Any) -> None:
@@ -84,7 +84,7 @@ WAYS: dict[str, Any] = {
     [*((way, "READ COMMITTED") for way in WAYS), ("INSERT", "REPEATABLE READ"), ("INSERT", "SERIALIZABLE")],
 )
 async def test_a_hidden_enqueuer(s: Steps, door: Session, p: Session, w: Session, way: str, level: str) -> None:
-    """Sleep during enqueue, in any isolation level, by any way: granted at the commit, and the next claim has it."""
+    """Sleep during enqueue, in any isolation level, by any way: granted at the commit, and the next claim takes it."""
     me = await w(register)
     await p(f"BEGIN ISOLATION LEVEL {level}")
     await p("SELECT FROM notifyq.task")
@@ -97,7 +97,7 @@ async def test_a_hidden_enqueuer(s: Steps, door: Session, p: Session, w: Session
 
 
 async def test_two_hidden_enqueuers(s: Steps, door: Session, p: Session, w: Session) -> None:
-    """Sleep during two enqueues: whichever commits last lets it sleep, and the claim after that has both."""
+    """Sleep during two enqueues: the last commit lets it sleep, and the claim after that takes both."""
     q, me = await s.session("q"), await w(register)
     for session in (p, q):
         await session("BEGIN")
@@ -114,7 +114,7 @@ async def test_two_hidden_enqueuers(s: Steps, door: Session, p: Session, w: Sess
 
 @pytest.mark.parametrize("end", ["ROLLBACK", "killed"])
 async def test_a_hidden_enqueuer_that_fails(s: Steps, door: Session, p: Session, w: Session, end: str) -> None:
-    """Sleep during an enqueue that is rolled back, or whose session is killed: it sleeps, and has missed nothing."""
+    """Sleep during an enqueue that is rolled back, or whose session is killed: it sleeps, and has missed no task."""
     await p("BEGIN")
     await p(insert)
     waiting = await door.blocked_by(p, fall_asleep)
@@ -128,7 +128,7 @@ async def test_a_hidden_enqueuer_that_fails(s: Steps, door: Session, p: Session,
 
 @pytest.mark.parametrize("end", ["COMMIT", "ROLLBACK"])
 async def test_a_hidden_enqueuer_that_is_prepared(s: Steps, door: Session, p: Session, w: Session, end: str) -> None:
-    """Sleep during an enqueue that is prepared, of no session any more: its promise holds until it is decided."""
+    """Sleep during an enqueue that is prepared, so without a session: it keeps its lock until it is decided."""
     me, name = await w(register), await s.db.fetchval("SELECT current_database()")
     await p("BEGIN")
     await p(insert)
@@ -140,7 +140,7 @@ async def test_a_hidden_enqueuer_that_is_prepared(s: Steps, door: Session, p: Se
 
 
 async def test_who_rang_can_not_be_prepared(s: Steps, door: Session, p: Session) -> None:
-    """PREPARE TRANSACTION while somebody sleeps: refused by PostgreSQL, with nothing enqueued."""
+    """PREPARE TRANSACTION while a worker sleeps: PostgreSQL refuses it, and no task is enqueued."""
     assert await door(fall_asleep)
     await p("BEGIN")
     await p(insert)
@@ -152,7 +152,7 @@ async def test_who_rang_can_not_be_prepared(s: Steps, door: Session, p: Session)
 async def test_it_enqueues_again_while_somebody_waits_for_it(
     s: Steps, door: Session, p: Session, w: Session, heard: Heard
 ) -> None:
-    """Enqueue during sleep, by the transaction that is waited for: it says nothing again, and both are seen."""
+    """Enqueue during sleep, by the transaction that is waited for: again it doesn't ring, and both tasks are seen."""
     me = await w(register)
     await p("BEGIN")
     await p(insert)
@@ -167,7 +167,7 @@ async def test_it_enqueues_again_while_somebody_waits_for_it(
 async def test_its_savepoint_is_rolled_back_while_somebody_waits_for_it(
     s: Steps, door: Session, p: Session, w: Session, heard: Heard
 ) -> None:
-    """Sleep during a savepoint's enqueue: it sleeps when that is undone, and what comes then in the same transaction
+    """Sleep during a savepoint's enqueue: it sleeps when that is undone, and a later enqueue of the same transaction
     rings."""
     await p("BEGIN")
     await p("SAVEPOINT here")
@@ -183,7 +183,7 @@ async def test_its_savepoint_is_rolled_back_while_somebody_waits_for_it(
 
 
 async def test_a_released_savepoint_keeps_its_promise(s: Steps, door: Session, p: Session, w: Session) -> None:
-    """Sleep during a savepoint's enqueue: released, it goes on to be waited for."""
+    """Sleep during a savepoint's enqueue: when that is released, the sleeper goes on waiting for it."""
     await p("BEGIN")
     await p("SAVEPOINT here")
     await p(insert)
@@ -198,7 +198,7 @@ async def test_a_released_savepoint_keeps_its_promise(s: Steps, door: Session, p
 
 
 async def test_a_newcomer_while_somebody_waits_to_sleep(s: Steps, door: Session, p: Session, heard: Heard) -> None:
-    """Enqueue during arming: it waits for nobody, doesn't lengthen the wait, and rings."""
+    """Enqueue during arming: it waits for no session, doesn't lengthen the wait, and rings."""
     await p("BEGIN")
     await p(insert)
     waiting = await door.blocked_by(p, fall_asleep)
@@ -207,13 +207,13 @@ async def test_a_newcomer_while_somebody_waits_to_sleep(s: Steps, door: Session,
     await q(insert)
     assert await heard.so_far() == []
     await p("COMMIT")
-    assert await waiting, "q is open, and told nobody that it says nothing"
+    assert await waiting, "q is open, and didn't ring"
     await q("COMMIT")
     assert await heard.so_far() == [""]
 
 
 async def test_one_of_two_sleepers_wakes_up(s: Steps, door: Session, p: Session, heard: Heard) -> None:
-    """Enqueue while a second fleet sleeps: it rings until nobody sleeps."""
+    """Enqueue while a second fleet sleeps: it rings until no worker sleeps."""
     other = await s.worker("door 2")
     await other("BEGIN")
     assert await door(fall_asleep)
@@ -266,7 +266,7 @@ SAID: dict[str, tuple[Any, int]] = {
 async def test_what_people_do_while_somebody_sleeps(
     s: Steps, door: Session, p: Session, heard: Heard, what: str
 ) -> None:
-    """One ring if there may be something to look at, once for all its rows, and else none."""
+    """A statement rings once for all its rows if a worker may have a task to claim, and otherwise not."""
     await p(insert, run_at="2999-01-01")
     assert await door(fall_asleep)
     await p(SAID[what][0])
@@ -274,7 +274,7 @@ async def test_what_people_do_while_somebody_sleeps(
 
 
 async def test_a_listener_in_a_transaction_hears_at_its_end(s: Steps, door: Session, p: Session, heard: Heard) -> None:
-    """Ring during a listener's transaction: not lost, but late; hence claims and listening never are in one."""
+    """Ring during a listener's transaction: not lost, but late. So claims and LISTEN are never in a transaction."""
     assert await door(fall_asleep)
     await heard.session("BEGIN")
     await p(insert)
@@ -292,8 +292,8 @@ MODES = [
 
 @pytest.mark.parametrize("mode", MODES)
 async def test_a_stranger_locks_the_bell(s: Steps, door: Session, p: Session, heard: Heard, mode: str) -> None:
-    """Enqueue while pg_dump, VACUUM or DDL has the bell: it never waits; it is silent, or rings; and who wants to
-    sleep may, or waits for the stranger."""
+    """Enqueue while pg_dump, VACUUM or DDL has the bell: it never waits; it is silent, or rings. A worker that
+    wants to sleep may, or waits for that session."""
     stranger = await s.session("stranger")
     await stranger("BEGIN")
     await stranger(f"LOCK TABLE notifyq.bell IN {mode} MODE")

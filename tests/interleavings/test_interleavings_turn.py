@@ -21,7 +21,7 @@ async def test_an_arming_that_gives_up(s: Steps, door: Session, p: Session) -> N
     q = await s.session("q")
     await q("BEGIN")
     await q(insert)
-    assert await locks(s, q) == ["RowExclusiveLock"], "nobody waits any more"
+    assert await locks(s, q) == ["RowExclusiveLock"], "no session waits any more"
     await q("COMMIT")
     await p("COMMIT")
     assert await door(fall_asleep, 20)
@@ -49,7 +49,7 @@ async def late(s: Steps, why: str, waiter: Session, ms: int) -> None:
 
 @pytest.mark.parametrize("why", ["cancelled", "timed out"])
 async def test_an_arming_that_is_granted_when_it_ends(s: Steps, door: Session, p: Session, why: str) -> None:
-    """Sleep, granted at the moment at which the wait ends: what it says is what it holds."""
+    """Sleep, granted at the moment at which the wait ends: it holds the lock exactly if it says so."""
     await p("BEGIN")
     await p(insert)
     ms = int(limit(0.6) * 1000)  # it is frozen before that is over
@@ -63,7 +63,7 @@ async def test_an_arming_that_is_granted_when_it_ends(s: Steps, door: Session, p
 
 @pytest.mark.parametrize("why", ["cancelled", "timed out"])
 async def test_a_turn_that_is_granted_when_the_wait_ends(s: Steps, why: str) -> None:
-    """The turn, granted at the moment at which the wait ends: what it says is what it holds, and it is passed on."""
+    """The turn, granted at the moment at which the wait ends: it holds it exactly if it says so, and passes it on."""
     first, second, third = [await s.worker(f"door {n}") for n in range(3)]
     assert await first(take_turn)
     ms = int(limit(0.6) * 1000)

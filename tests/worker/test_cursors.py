@@ -1,4 +1,4 @@
-"""Where a claim begins to read: at the front, or at a mark; and that nothing stays hidden before one."""
+"""Where a claim begins to read: at the head, or at a cursor; and that no task stays hidden before a cursor."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def job(id: int, queue: str = "q", priority: int = 0) -> Job:
     return Job(1, (id, 1, "T", queue, priority, None, datetime.now(UTC), b"{}", False, None))  # type: ignore[arg-type]
 
 
-def told(*jobs: Job, slow: bool) -> tuple[Cursors, float]:
-    """Cursors that a claim from the front has told of these jobs, long enough ago; and the time."""
+def after_claims_of(*jobs: Job, slow: bool) -> tuple[Cursors, float]:
+    """Cursors some time after a claim from the head took these jobs, and the time then."""
     m = Cursors()
     m.claimed(jobs, HEAD, 0.001, 10.0)
     m.claimed([], HEAD, 0.001, 10.0 + LAG_SECONDS)
@@ -45,23 +45,23 @@ def told(*jobs: Job, slow: bool) -> tuple[Cursors, float]:
     return m, now
 
 
-def test_a_healthy_claim_without_a_backlog_is_from_the_front() -> None:
-    m, now = told(job(7), slow=False)
+def test_a_healthy_claim_without_a_backlog_is_from_the_head() -> None:
+    m, now = after_claims_of(job(7), slow=False)
     assert m.from_cursor(now, backlog=False) is None
     assert m.head_scan_at == float("inf")
 
 
-def test_under_a_backlog_most_claims_begin_at_a_mark() -> None:
-    m, now = told(job(7), slow=False)
+def test_under_a_backlog_most_claims_begin_at_a_cursor() -> None:
+    m, now = after_claims_of(job(7), slow=False)
     assert m.from_cursor(now, backlog=True) == FromCursor(["q"], [0], [7])
-    assert m.from_cursor(now + BUSY_SECONDS, backlog=True) is None, "one from the front, now and then"
-    m, now = told(job(7), slow=True)
-    assert m.from_cursor(now + BUSY_TIMES - 0.1, backlog=True), "which took a second: not so soon again"
+    assert m.from_cursor(now + BUSY_SECONDS, backlog=True) is None, "one from the head, now and then"
+    m, now = after_claims_of(job(7), slow=True)
+    assert m.from_cursor(now + BUSY_TIMES - 0.1, backlog=True), "it took a second: not so soon again"
     assert m.from_cursor(now + BUSY_TIMES, backlog=True) is None
 
 
-def test_after_a_slow_claim_marks_answer_first_and_one_from_the_front_is_owed() -> None:
-    m, now = told(job(7), slow=True)
+def test_after_a_slow_claim_cursors_answer_first_and_the_head_later() -> None:
+    m, now = after_claims_of(job(7), slow=True)
     assert m.from_cursor(now, backlog=False) == FromCursor(["q"], [0], [7])
     m.claimed([job(8)], CURSOR, 0.001, now)
     assert m.head_scan_at == now + HEAD_SCAN_TIMES
@@ -71,7 +71,7 @@ def test_after_a_slow_claim_marks_answer_first_and_one_from_the_front_is_owed() 
 
 
 def test_a_claim_that_was_held_up_once_is_no_sign() -> None:
-    m, now = told(job(7), slow=False)
+    m, now = after_claims_of(job(7), slow=False)
     m.claimed([], HEAD, 2.5, now)
     assert m.from_cursor(now, backlog=False) is None
     assert m.from_cursor(now + BUSY_SECONDS, backlog=True) is None
@@ -80,9 +80,9 @@ def test_a_claim_that_was_held_up_once_is_no_sign() -> None:
     assert m.from_cursor(now + HEAD_SCAN_TIMES / 2, backlog=False) is None
 
 
-def test_marks_that_do_not_help_are_left_alone_for_a_while() -> None:
-    m, now = told(job(7), slow=True)
-    m.claimed([], CURSOR, 0.9, now)  # as slow as from the front: it is the network
+def test_cursors_that_do_not_help_are_left_alone_for_a_while() -> None:
+    m, now = after_claims_of(job(7), slow=True)
+    m.claimed([], CURSOR, 0.9, now)  # as slow as from the head: the network is
     assert m.from_cursor(now, backlog=False) is None
     assert m.head_scan_at == now
     m.claimed([], HEAD, 1.0, now + 1)
@@ -91,9 +91,9 @@ def test_marks_that_do_not_help_are_left_alone_for_a_while() -> None:
     assert m.from_cursor(now + PATIENCE_SECONDS, backlog=False)
 
 
-def test_a_mark_is_behind_by_a_moment() -> None:
-    """Ids become visible in about their order, not quite: what was claimed just now marks nothing yet."""
-    m, now = told(job(7), slow=False)
+def test_a_cursor_is_behind_by_a_moment() -> None:
+    """Ids become visible in about their order, not quite: a task claimed just now moves no cursor yet."""
+    m, now = after_claims_of(job(7), slow=False)
     m.claimed([job(20)], CURSOR, 0.001, now + LAG_SECONDS / 2)
     for _ in range(2):
         assert m.from_cursor(now, backlog=True) == FromCursor(["q"], [0], [7])
@@ -106,12 +106,12 @@ def test_a_mark_is_behind_by_a_moment() -> None:
 
 
 def test_levels_are_apart_and_the_highest_priority_comes_first() -> None:
-    m, now = told(job(9, priority=5), job(3), job(4), job(2, "other", 7), slow=False)
+    m, now = after_claims_of(job(9, priority=5), job(3), job(4), job(2, "other", 7), slow=False)
     assert m.from_cursor(now, backlog=True) == FromCursor(["other", "q", "q"], [7, 5, 0], [2, 9, 4])
 
 
 def test_more_levels_than_can_be_kept_apart_are_not() -> None:
-    m, now = told(*(job(n, priority=n) for n in range(LEVELS + 1)), slow=False)
+    m, now = after_claims_of(*(job(n, priority=n) for n in range(LEVELS + 1)), slow=False)
     assert m.from_cursor(now, backlog=True) is None
 
 
@@ -124,11 +124,11 @@ def force(monkeypatch: pytest.MonkeyPatch, times: float) -> None:
     monkeypatch.setattr(cursors, "LAG_SECONDS", 0.0)
 
 
-async def test_what_lies_before_a_mark_is_found(
+async def test_a_task_before_a_cursor_is_found(
     monkeypatch: pytest.MonkeyPatch, dsn: str, db: Any, connect: Sessions
 ) -> None:
     """A transaction that stayed open, a new priority, a task made ready again: all start, though nothing rings for
-    them after the marks have gone past, and the fallback poll is off."""
+    them after the cursors have gone past, and the fallback poll is off."""
     force(monkeypatch, 200.0)
     app, seen = notifyq.App(), Seen()
 
@@ -164,8 +164,8 @@ async def test_what_lies_before_a_mark_is_found(
 async def test_a_timed_task_that_is_seen_late_is_found(
     monkeypatch: pytest.MonkeyPatch, dsn: str, db: Any, connect: Sessions
 ) -> None:
-    """It was inserted in a transaction that stayed open until long after its time. The timers have a mark of their own
-    by then, and look before that mark again although no bell and no poll tells them to."""
+    """It was inserted in a transaction that stayed open until long after its time. By then the due
+    check has a cursor of its own. It looks before that cursor again although no bell and no poll asks it to."""
     force(monkeypatch, 300.0)
     monkeypatch.setattr(state, "ECHO_SECONDS", 3600.0)
     app, seen = notifyq.App(), Seen()
@@ -190,10 +190,10 @@ async def test_a_timed_task_that_is_seen_late_is_found(
 
 
 @pytest.mark.parametrize("what", ["claim", "timer"])
-async def test_a_lock_that_held_one_up_holds_back_none_later(
+async def test_a_claim_that_waited_for_a_lock_delays_none_later(
     what: str, dsn: str, db: Any, connect: Sessions, probe: Probe
 ) -> None:
-    """What waited for it took long, and isn't slow: so those that the marks know nothing of start at once."""
+    """A claim that waited for the lock took long, but isn't slow. So tasks before the cursors still start at once."""
     app, seen = notifyq.App(), Seen()
 
     class Mark(notifyq.Task):
@@ -220,7 +220,7 @@ async def test_a_lock_that_held_one_up_holds_back_none_later(
             if what == "claim":
                 await db.execute("NOTIFY notifyq")
             await eventually(lambda: db.fetchval(waits), 1)
-            await anyio.sleep(0.5)  # it is to take long
+            await anyio.sleep(0.5)  # so that it takes long
         if what == "claim":
             await app.enqueue(Mark("urgent"), conn=db, priority=9)
         else:

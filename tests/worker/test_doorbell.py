@@ -1,7 +1,7 @@
 """No wake-up is lost: interleavings of real transactions, stepped by hand, with the fallback poll off.
 
-Random stress can't tell a right doorbell from a wrong one, since later traffic rescues what was lost. Each test here
-holds a transaction open at the moment that matters, and nothing else happens that could wake anybody.
+Random stress can't tell a right doorbell from a wrong one, since later traffic wakes the worker for lost tasks too.
+Each test here holds a transaction open at the moment that matters, and nothing else happens that could wake a worker.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from ..helpers.running import working
 from ..helpers.waiting import Seen, asleep, eventually
 
 INSERT = "INSERT INTO notifyq.task (type, payload) VALUES ('Mark', $1::text::jsonb) RETURNING id"
-SOON = 3.0  # seconds, on an idle machine: nothing but the bell finds what is here that soon
+SOON = 3.0  # seconds, on an idle machine: only the bell finds a task that soon
 
 
 class Mark(notifyq.Task):
@@ -58,20 +58,20 @@ def mark(name: str) -> str:
 
 
 async def awake_and_arming(db: Any) -> None:
-    """Wait until a worker waits for SHARE: some open transaction was told that nobody sleeps."""
+    """Wait until a worker waits for SHARE: an open transaction was told that no worker sleeps."""
     query = """SELECT count(*) > 0 FROM pg_locks
                WHERE relation = 'notifyq.bell'::regclass AND mode = 'ShareLock' AND NOT granted"""
     await eventually(lambda: db.fetchval(query))
 
 
 async def silent_insert(db: Any, session: Any, name: str, app: notifyq.App, seen: Seen) -> Any:
-    """Open a transaction in `session` that inserted while no worker slept, so it said nothing."""
+    """Open a transaction in `session` that inserted while no worker slept, so it didn't ring."""
     transaction = session.transaction()
     await transaction.start()
     await session.execute(INSERT, mark(name))
     held = """SELECT count(*) FROM pg_locks WHERE relation = 'notifyq.bell'::regclass AND pid = $1
               AND mode = 'RowExclusiveLock'"""
-    assert await db.fetchval(held, session.get_server_pid()) == 1, "it should have been told that nobody sleeps"
+    assert await db.fetchval(held, session.get_server_pid()) == 1, "it should have been told that no worker sleeps"
     return transaction
 
 
@@ -90,10 +90,10 @@ async def test_a_ring_wakes_a_sleeping_worker(app: notifyq.App, seen: Seen, db: 
 
 
 @pytest.mark.parametrize("workers", [1, 3])
-async def test_b_commits_after_the_worker_has_seen_to_a(
+async def test_b_commits_after_a_has_run(
     app: notifyq.App, seen: Seen, db: Any, dsn: str, connect: Sessions, workers: int
 ) -> None:
-    """A and B insert before anybody sleeps, A commits and is run, the worker wants to sleep, B commits: it is run."""
+    """A and B insert before a worker sleeps. A commits and runs, the worker wants to sleep, B commits: B runs."""
     a, b = await connect(), await connect()
     in_b = await silent_insert(db, b, "b", app, seen)
     in_a = await silent_insert(db, a, "a", app, seen)
@@ -110,7 +110,7 @@ async def test_b_commits_after_the_worker_has_seen_to_a(
 async def test_a_full_worker_lets_go_of_the_turn_while_it_waits_to_sleep(
     db: Any, dsn: str, connect: Sessions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One waits for SHARE, since B is open, is rung for and full: the next ring is for the other, before B ends."""
+    """One waits for SHARE, since B is open. A ring gives it a task, and it is full: the next ring is for the other."""
     monkeypatch.setattr(doorbell, "ASLEEP_WAIT_MS", (60_000,))
     seen, never = Seen(), anyio.Event()
     app = notifyq.App()
@@ -134,7 +134,7 @@ async def test_a_full_worker_lets_go_of_the_turn_while_it_waits_to_sleep(
 
 
 async def test_b_stays_open_for_seconds(app: notifyq.App, seen: Seen, db: Any, dsn: str, connect: Sessions) -> None:
-    """Meanwhile others are served at once, and at its commit so is B, although its session never rang."""
+    """Other tasks start at once meanwhile, and B does at its commit, although its session never rang."""
     b = await connect()
     in_b = await silent_insert(db, b, "b", app, seen)
     async with working(app, dsn):
@@ -150,10 +150,10 @@ async def test_b_stays_open_for_seconds(app: notifyq.App, seen: Seen, db: Any, d
         assert (await seen.reach(n + 1, SOON))[-1] == "b"
 
 
-async def test_a_savepoint_that_was_rolled_back_takes_its_promise_along(
+async def test_a_savepoint_that_is_rolled_back_releases_its_lock(
     app: notifyq.App, seen: Seen, db: Any, dsn: str, connect: Sessions
 ) -> None:
-    """The first insert said nothing, and its lock went with the savepoint; the second must ring or lock anew."""
+    """The first insert didn't ring, and its lock went with the savepoint. The second one must ring or lock anew."""
     b = await connect()
     outer = b.transaction()
     await outer.start()
@@ -161,7 +161,7 @@ async def test_a_savepoint_that_was_rolled_back_takes_its_promise_along(
     await b.execute(INSERT, mark("never"))
     await b.execute("ROLLBACK TO SAVEPOINT s")
     async with working(app, dsn):
-        await asleep(db)  # nothing holds it up any more
+        await asleep(db)  # no lock keeps it awake any more
         await b.execute(INSERT, mark("b"))
         await outer.commit()
         assert await seen.reach(1, SOON) == ["b"]
@@ -218,7 +218,7 @@ async def test_another_role_enqueues(app: notifyq.App, seen: Seen, db: Any, dsn:
 async def test_the_holder_of_the_turn_is_killed_in_between(
     app: notifyq.App, seen: Seen, db: Any, dsn: str, connect: Sessions
 ) -> None:
-    """While it waits to fall asleep its backend is ended: another has the turn, and hears of B."""
+    """While it waits to fall asleep, its backend is ended: another worker gets the turn, and runs B."""
     b = await connect()
     in_b = await silent_insert(db, b, "b", app, seen)
     async with working(app, dsn), working(app, dsn):
@@ -235,7 +235,7 @@ async def test_the_holder_of_the_turn_is_killed_in_between(
 async def test_a_hidden_enqueuer_with_the_newest_transaction_id(
     app: notifyq.App, seen: Seen, db: Any, dsn: str, connect: Sessions
 ) -> None:
-    """A snapshot's list of running transactions leaves out the newest: nothing may be decided from it."""
+    """A snapshot's list of running transactions leaves out the newest: no decision may rest on that list."""
     hidden = await connect()
     async with working(app, dsn):
         await asleep(db)
@@ -250,7 +250,7 @@ async def test_a_hidden_enqueuer_with_the_newest_transaction_id(
 
 
 async def silent_insert_in_burst(db: Any, session: Any) -> Any:
-    """As silent_insert, when a worker is only now and then awake: try until it is told that nobody sleeps."""
+    """As silent_insert, while a worker is awake only now and then: try until the insert doesn't ring."""
     held = "SELECT count(*) FROM pg_locks WHERE relation = 'notifyq.bell'::regclass AND pid = $1"
     while True:
         transaction = session.transaction()
@@ -276,10 +276,10 @@ async def test_a_repeatable_read_enqueuer_with_an_old_snapshot(
         assert await seen.reach(1, SOON) == ["old"]
 
 
-async def test_a_prepared_transaction_that_said_nothing(
+async def test_a_prepared_transaction_that_did_not_ring(
     app: notifyq.App, seen: Seen, db: Any, dsn: str, connect: Sessions
 ) -> None:
-    """PREPARE TRANSACTION refuses one that rang, and takes one that didn't: its promise holds until its commit."""
+    """PREPARE TRANSACTION refuses one that rang. One that didn't keeps its lock until it is committed."""
     b = await connect()
     await b.execute("BEGIN")
     await b.execute(INSERT, mark("b"))
@@ -292,7 +292,7 @@ async def test_a_prepared_transaction_that_said_nothing(
 
 
 async def test_one_wake_one_worker(app: notifyq.App, seen: Seen, db: Any, dsn: str) -> None:
-    """Of five idle workers one sleeps at the bell; only its backend listens, and the others wait for the turn."""
+    """Of five idle workers one sleeps at the bell. Only its backend listens; the others wait for the turn."""
     async with AsyncExitStack() as stack:
         for _ in range(5):
             await stack.enter_async_context(working(app, dsn))
@@ -308,11 +308,11 @@ async def test_one_wake_one_worker(app: notifyq.App, seen: Seen, db: Any, dsn: s
         assert await claims(db) - before == 20
 
 
-async def test_only_who_has_the_turn_listens(
+async def test_only_the_holder_of_the_turn_listens(
     app: notifyq.App, seen: Seen, db: Any, dsn: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The other stops listening, so a ring wakes one worker. When it gets the turn, it finds out what was said
-    meanwhile: its queue was paused, so it runs nothing."""
+    """The other stops listening, so a ring wakes one worker. When it gets the turn, it finds out what it missed: its
+    queue was paused, so it runs no task."""
     monkeypatch.setattr(decide, "UNLISTEN_SECONDS", 0.01)
     async with working(app, dsn) as first:
         await asleep(db)
@@ -330,7 +330,7 @@ async def test_only_who_has_the_turn_listens(
 
 
 async def test_a_worker_that_is_busy_passes_the_turn_on(app: notifyq.App, seen: Seen, db: Any, dsn: str) -> None:
-    """Once most of its slots are taken, though it has some left: a next task is for the idle worker."""
+    """Once most of its slots are taken, though it has some left, the next task is for the idle worker."""
     never = anyio.Event()
 
     class Hold(notifyq.Task):
@@ -358,7 +358,7 @@ async def test_a_worker_that_is_busy_passes_the_turn_on(app: notifyq.App, seen: 
 
 
 async def test_the_turn_is_waited_for_in_few_statements(app: notifyq.App, db: Any, dsn: str) -> None:
-    """Seconds each. An idle worker costs the server next to nothing."""
+    """Each waits for seconds. An idle worker costs the server next to nothing."""
     begun = """SELECT a.pid, a.query_start FROM pg_stat_activity a JOIN pg_locks l USING (pid)
                WHERE l.locktype = 'advisory' AND l.classid = 1852990836 AND NOT l.granted
                  AND a.datname = current_database()"""
@@ -370,7 +370,7 @@ async def test_the_turn_is_waited_for_in_few_statements(app: notifyq.App, db: An
         assert after == before or (after - before).total_seconds() > 1
 
 
-async def test_who_sleeps_for_long_falls_asleep_anew(dsn: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_worker_that_sleeps_for_long_falls_asleep_anew(dsn: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A transaction that is open for hours looks like a mistake."""
     conn, places = await connection.connect_worker(dsn, "door 1"), Seen()
     bell = BellConnection(7, lambda: places.add(bell.position))
@@ -439,7 +439,7 @@ DBA = {
 
 @pytest.mark.parametrize("name", DBA)
 async def test_a_sleeper_lets_go_for_others(app: notifyq.App, seen: Seen, db: Any, dsn: str, name: str) -> None:
-    """Of two fleets both; and they sleep again, and hear the bell, once the statement is over."""
+    """Those of two fleets both do. They sleep again, and hear the bell, once the statement is over."""
     other = notifyq.App()
 
     @other.handler
@@ -455,11 +455,11 @@ async def test_a_sleeper_lets_go_for_others(app: notifyq.App, seen: Seen, db: An
         assert await seen.reach(1, SOON) == ["woken"]
 
 
-async def test_nobody_lets_go_for_other_sleepers_and_enqueuers(app: notifyq.App, db: Any, dsn: str) -> None:
-    """Neither counts as a waiter, so what sleeps goes on sleeping; and the question leaves no lock."""
+async def test_no_sleeper_lets_go_for_other_sleepers_and_enqueuers(app: notifyq.App, db: Any, dsn: str) -> None:
+    """Neither counts as a waiter, so a sleeper goes on sleeping; and asking leaves no lock."""
     wanted = "SELECT notifyq.bell_wanted()"
     async with db.transaction():
-        assert not await db.fetchval(wanted), "nobody is there at all"
+        assert not await db.fetchval(wanted), "no worker is there at all"
         held = "SELECT count(*) FROM pg_locks WHERE relation = 'notifyq.bell'::regclass AND pid = pg_backend_pid()"
         assert await db.fetchval(held) == 0
     async with working(app, dsn), working(app, dsn, queues=["other"]):
@@ -491,7 +491,7 @@ async def test_no_snapshot_is_held_while_sleeping_or_waiting(
 
 
 async def test_timer(app: notifyq.App, seen: Seen, db: Any, dsn: str) -> None:
-    """A task in the future starts in its time, by a timer on the next one due."""
+    """A task in the future starts at its time, by a timer for the next one due."""
     async with working(app, dsn):
         await asleep(db)
         for n in range(5):
@@ -525,8 +525,8 @@ async def test_copy_rings_once_for_all(app: notifyq.App, seen: Seen, db: Any, ds
         await seen.reach(3000)
 
 
-async def test_a_missing_bell_does_not_abort_anybody(app: notifyq.App, db: Any) -> None:
-    """Whatever is wrong with the bell, an INSERT goes through."""
+async def test_a_missing_bell_aborts_no_enqueuer(app: notifyq.App, db: Any) -> None:
+    """Whatever is wrong with the bell, an INSERT succeeds."""
     await db.execute("DROP TABLE notifyq.bell")
     await db.execute(INSERT, mark("x"))
     assert await db.fetchval("SELECT count(*) FROM notifyq.task") == 1
@@ -550,7 +550,7 @@ async def test_two_fleets_are_both_woken(seen: Seen, db: Any, dsn: str) -> None:
 
 
 async def test_a_full_queue_does_not_keep_the_turn(dsn: str, db: Any, logged: Callable[[str], Any]) -> None:
-    """Two workers, a queue of limit 1 each: the one that is full lets the other have the second task."""
+    """Two workers with a limit of 1 for the queue: the one that is full leaves the second task to the other."""
     seen, release = Seen(), anyio.Event()
     app = notifyq.App()
 
@@ -602,7 +602,7 @@ def test_moderation_stays_awake_for_a_burst_and_sleeps_after_it() -> None:
 
 
 def test_moderation_does_not_poll_for_a_hundred_a_second() -> None:
-    """Two within the window wake it; finding no more, it sleeps and has patience."""
+    """Two within the window wake it. If no more come, it sleeps, and two don't wake it again for a second."""
     m, awake = Moderation(), 0
     for ms in range(2000):
         if ms % 10 == 0:
