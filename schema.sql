@@ -7,7 +7,7 @@
 --     INSERT --> ready --claim--> running --settle--> finished (done, dead, cancelled)
 --       `-> scheduled --promote-> ready     `- retry --> scheduled      `- hand back, rescue --> ready
 --
--- A few workers claim ready tasks, run their handlers, and settle them: they write how the attempt ended. The lease of
+-- Workers claim ready tasks, run their handlers, and settle them: they write how the attempt ended. The lease of
 -- a running task is (worker, attempts): every claim raises attempts, and every later write names both and says whether
 -- it applied. So a worker that was given up for dead can never settle a task that runs elsewhere.
 --
@@ -23,10 +23,11 @@
 --     8 Queues              pause, resume, limit
 --     9 Cron                tasks that are enqueued by the clock
 --    10 Views               all_tasks and all_queues: the stable way to read
---    11 Roles               the GRANTs
+--    11 Claims              what a claim returns of a task
+--    12 Roles               the GRANTs
 --
--- The first four chapters concern every task. Chapters 5 to 7 concern tasks with options only: other tasks have NULL in
--- those columns, and touch none of those tables.
+-- The first four chapters concern every task. Chapters 5 to 7 concern tasks with options, and tasks in queues with a
+-- limit. Other tasks have NULL in those columns, and touch none of those tables.
 --
 -- What a user of the database may call: enqueue, cancel, retry; pause, resume and limit_queue of queues; cron_pause,
 -- cron_resume and cron_run. All other functions are internal. Each object has a comment: \dt+, \dv+, \df+ notifyq.*,
@@ -38,13 +39,13 @@
 --     TABLES that was not made for notifyq, PostgreSQL refuses the UPDATE or DELETE of a table without one.
 --   * No function takes a name from its caller's search_path. BEGIN ATOMIC has names looked up when the function is
 --     created, which costs a call nothing; other functions set search_path, or qualify every name.
---   * A statement looks up rows by `id = ANY (ARRAY[...])` where the planner might otherwise take another index, for
---     which statistics of another moment speak.
+--   * Plans are cached, and may be made when a table is empty, or with the statistics of another moment. So rows are
+--     looked up by `id = ANY (ARRAY[x])`: with `id = x` the planner may choose to read a whole table, or another index.
 
 CREATE SCHEMA notifyq;
 COMMENT ON SCHEMA notifyq IS
     'Background tasks: see notifyq.task, notifyq.enqueue and notifyq.all_tasks. The functions that are not internal'
-    ' are for everybody.';
+    ' are for all users.';
 
 CREATE TABLE notifyq.schema_version (
     version      integer     NOT NULL PRIMARY KEY,
@@ -165,9 +166,8 @@ COMMENT ON COLUMN notifyq.task.crashes IS
 COMMENT ON COLUMN notifyq.task.crashes_alone IS
     'How often its worker vanished while it ran nothing else. These attempts count, and the third is the last.';
 
--- The claims' index: its order is the claim's ORDER BY, its predicate the claim's WHERE, word for word. It has id +
--- 0, so that no planner uses task_pkey for "from this id on, in the order of ids", and reads all tasks that aren't
--- ready.
+-- The claims' index: its order is the claim's ORDER BY, its predicate the claim's WHERE, word for word. It has `id + 0`
+-- so that no planner uses task_pkey for "from this id on, in the order of ids", and reads all tasks that aren't ready.
 CREATE INDEX task_ready ON notifyq.task (queue, priority DESC, (id + 0))
     WHERE worker IS NULL AND NOT withheld AND (run_at <= created_at OR promoted);
 CREATE INDEX task_scheduled ON notifyq.task (queue, run_at)
@@ -177,9 +177,10 @@ CREATE INDEX task_unhandled ON notifyq.task (type, queue, priority DESC, id)
     WHERE worker IS NULL AND withheld AND parked IS NULL;
 
 -- Three indexes for chapter 6: the tasks that hold a slot of a key or a queue, the tasks that wait at a key, and the
--- tasks in an order. No plain task is in any of them.
+-- tasks in an order. Of tasks without options they have only those that crashed, or that a queue's limit concerns.
 CREATE INDEX task_admitted ON notifyq.task (limit_key, queue) WHERE admitted_at IS NOT NULL AND worker IS NOT NULL;
 CREATE INDEX task_parked ON notifyq.task (waiting_on, withheld, priority DESC, id) WHERE waiting_on IS NOT NULL;
+
 -- A task's place in its order: 0 = may run next; a worker's id = running; NULL = not in the order yet.
 CREATE FUNCTION notifyq.place_in_order(
     attempts smallint, parked text, promoted boolean, run_at timestamptz, created_at timestamptz, worker integer
@@ -303,9 +304,10 @@ COMMENT ON FUNCTION notifyq.append_error(jsonb, jsonb) IS
 -- its heartbeat has not changed for 2 seconds and that lock is free, or when its heartbeat has not changed for the
 -- length of its lease. Another worker then rescues its tasks (sql/worker/rescue.sql).
 --
--- Tasks whose worker vanished --------------------------- A worker that vanishes (killed, out of memory) takes all
--- tasks down that it runs, and at most one of them is the cause. So a crash counts as a failed attempt only if the
--- task was the only one that its worker held:
+-- Tasks whose worker vanished
+-- ---------------------------
+-- A worker that vanishes (killed, out of memory) takes all tasks down that it runs, and at most one of them is the
+-- cause. So a crash counts as a failed attempt only if the task was the only one that its worker held:
 --
 --     crash beside others   the attempt doesn't count (column crashes)
 --     crash alone           the attempt counts (crashes_alone). After the third such crash, or at max_attempts, the
@@ -359,78 +361,6 @@ CREATE FUNCTION notifyq.is_alive(seen_at timestamptz, lease interval) RETURNS bo
     SELECT seen_at BETWEEN statement_timestamp() - lease AND statement_timestamp() + lease;
 END;
 COMMENT ON FUNCTION notifyq.is_alive(timestamptz, interval) IS 'Internal: whether a worker is alive, by its heartbeat.';
-
--- What a claim returns of a task
--- ------------------------------
--- PostgreSQL inlines a function whose body is one expression without a subquery: plans and costs are as if its callers
--- had the expression.
-
--- Not inlined, and called for compressed payloads only. The elements of an array aren't compressed. So payload is made
--- an element once, to be measured and to be returned.
-CREATE FUNCTION notifyq.decompress_payload(payload jsonb, most integer) RETURNS jsonb STABLE LANGUAGE sql BEGIN ATOMIC
-    SELECT p.whole[1] FROM (SELECT ARRAY[payload] AS whole OFFSET 0) AS p WHERE pg_column_size(p.whole) <= most;
-END;
-COMMENT ON FUNCTION notifyq.decompress_payload(jsonb, integer) IS
-    'Internal: a compressed payload, if it is short enough.';
-
--- payload if its text is short enough to come with a claim, else NULL: the runner fetches it later. most: in bytes.
---
--- pg_column_size is the size on disk. A compressed payload can be 87 times as large (pglz), or 255 times (lz4), so its
--- whole size counts, unless it is small in any case: up to an eighth of most.
-CREATE FUNCTION notifyq.inline_payload(payload jsonb, most integer) RETURNS jsonb STABLE LANGUAGE sql BEGIN ATOMIC
-    SELECT CASE WHEN pg_column_size(payload) <= most / 8
-                  OR pg_column_size(payload) <= most AND pg_column_compression(payload) IS NULL THEN payload
-                WHEN pg_column_size(payload) <= most THEN notifyq.decompress_payload(payload, most) END;
-END;
-COMMENT ON FUNCTION notifyq.inline_payload(jsonb, integer) IS 'Internal: a payload that is short enough for a claim.';
-
--- Whether a claimed task must be admitted before it runs: see chapters 6 and 7.
-CREATE FUNCTION notifyq.needs_admission(limit_key text, order_key text, after bigint[]) RETURNS boolean IMMUTABLE
-LANGUAGE sql BEGIN ATOMIC
-    SELECT limit_key IS NOT NULL OR order_key IS NOT NULL OR after IS NOT NULL;
-END;
-COMMENT ON FUNCTION notifyq.needs_admission(text, text, bigint[]) IS
-    'Internal: whether a task has a key or predecessors.';
-
--- moment, or the nearest time that Python's datetime has.
-CREATE FUNCTION notifyq.readable_time(moment timestamptz) RETURNS timestamptz IMMUTABLE LANGUAGE sql BEGIN ATOMIC
-    SELECT greatest(least(moment, '9999-12-30Z'), '0001-01-03Z');
-END;
-COMMENT ON FUNCTION notifyq.readable_time(timestamptz) IS 'Internal: a time within the bounds of Python.';
-
--- Of claimable tasks, in their order, those that fit into the free threads of a worker. PL/pgSQL keeps the plan.
---
---     ids, types        the tasks
---     plain             types that have plain handlers: a task of another type needs no thread
---     shares, held      how many tasks of each of these share a thread, and how many the worker holds
---     spare             how many threads are free
---
--- seat is the task's place in the threads of its type, from 0 on; NULL: it needs no thread. begun: held tasks have left
--- places in the first of them. opened: how many threads the tasks up to this one take. A task fits if it has a place in
--- that first thread, or if the task that opens its thread is among the first spare ones.
-CREATE FUNCTION notifyq.choose_fitting(
-    ids bigint[], types text[], plain text[], shares integer[], held integer[], spare integer
-) RETURNS bigint[] STABLE LANGUAGE plpgsql SET search_path = pg_catalog AS $$
-BEGIN
-    RETURN ARRAY(
-        SELECT f.id
-        FROM (
-            SELECT o.id, o.seat IS NULL OR o.begun AND o.seat < o.share
-                         OR min(o.opened) OVER (PARTITION BY o.type, o.seat / o.share) <= spare AS fits
-            FROM (
-                SELECT s.*, sum((s.seat % s.share = 0)::integer) OVER (ORDER BY s.place) AS opened
-                FROM (
-                    SELECT p.id, p.type, p.place, k.share, k.held % k.share > 0 AS begun,
-                           k.held % k.share + row_number() OVER (PARTITION BY p.type ORDER BY p.place) - 1 AS seat
-                    FROM unnest(ids, types) WITH ORDINALITY AS p (id, type, place)
-                    LEFT JOIN unnest(plain, shares, choose_fitting.held) AS k (type, share, held) ON k.type = p.type
-                ) AS s
-            ) AS o
-        ) AS f
-        WHERE f.fits);
-END $$;
-COMMENT ON FUNCTION notifyq.choose_fitting(bigint[], text[], text[], integer[], integer[], integer) IS
-    'Internal: which claimable tasks fit into the free threads of a worker.';
 
 -- =====================================================================================================================
 -- 3 The bell
@@ -621,9 +551,10 @@ COMMENT ON FUNCTION notifyq.retry(bigint) IS
 --     after            ids of tasks, its predecessors; it waits for their ends, and
 --     on_dead            is cancelled (cancel), or runs all the same (run), if one of these isn't done
 --
--- Unique ------ No unique index enforces keys: a rescue, a retry or a cancel would fail because of it, long after the
--- enqueue. Only an INSERT with a unique_key is checked, by a trigger, which leaves the row out if an existing task is
--- in its way:
+-- Unique
+-- ------
+-- No unique index enforces keys: a rescue, a retry or a cancel would fail because of it, long after the enqueue. Only
+-- an INSERT with a unique_key is checked, by a trigger, which leaves the row out if an existing task is in its way:
 --
 --   1. The trigger creates or locks the key's row of notifyq.unique_key, which names the newest task with the key.
 --      Other enqueuers of the key wait here until this transaction ends, and then see its outcome.
@@ -766,7 +697,7 @@ DECLARE
                          WHEN jsonb_array_length(value) > 10000 THEN 'has more than 10000 ids'
                          WHEN jsonb_array_length(value) <> jsonb_array_length(jsonb_path_query_array(
                                  value, 'strict $[*] ? (@ >= 1 && @ <= 9223372036854775807 && @.floor() == @)'))
-                         THEN 'has something in it that is no id' END
+                         THEN 'contains something other than an id' END
                 ELSE 'is none of the options, which are unique_key, unique_states, unique_for, on_conflict, order_key, '
                      'limit_key, limit_running, limit_rate, limit_seconds, after, on_dead'
                 END AS wrong
@@ -782,14 +713,14 @@ BEGIN
         NEW.watched := NEW.order_key IS NOT NULL OR NEW.limit_key IS NOT NULL;
         wrong := CASE
             WHEN o ?| '{unique_states,unique_for,on_conflict}' AND NOT o ? 'unique_key'
-                THEN 'unique_states, unique_for and on_conflict go with a unique_key'
+                THEN 'unique_states, unique_for and on_conflict need a unique_key'
             WHEN o -> 'unique_states' ?| '{done,dead,cancelled}' AND NOT o ? 'unique_for'
-                THEN 'unique_states has done, dead or cancelled in it, and nothing says for how long: unique_for'
+                THEN 'unique_states with done, dead or cancelled needs a unique_for'
             WHEN o ? 'limit_rate' <> o ? 'limit_seconds'
-                THEN 'limit_rate and limit_seconds go together: so many starts in so many seconds'
+                THEN 'limit_rate and limit_seconds go together: at most limit_rate starts in any limit_seconds'
             WHEN o ? 'limit_key' <> o ?| '{limit_running,limit_rate}'
-                THEN 'limit_key goes with limit_running, limit_rate and limit_seconds, or both'
-            WHEN o ? 'on_dead' AND NOT o ? 'after' THEN 'on_dead goes with after'
+                THEN 'limit_key goes with limit_running, or with limit_rate and limit_seconds, or with all three'
+            WHEN o ? 'on_dead' AND NOT o ? 'after' THEN 'on_dead needs after'
             WHEN NOT NEW.id > ALL (NEW.after) THEN 'after has an id that no task has yet'
             END;
     END IF;
@@ -827,7 +758,9 @@ COMMENT ON FUNCTION notifyq.find_unique_task(text) IS 'Internal: the newest task
 --     its end, or its worker's loss of it --> a row in notifyq.slot_released --release_waiters--> slots are granted to
 --                                                                  parked tasks, which are ready again, or scheduled
 --
--- Keys. 'limit:' and a limit_key, 'queue:' and the name of a limited queue, 'order:' and an order_key. A task may
+-- Keys
+-- ----
+-- A key is 'limit:' and a limit_key, 'queue:' and the name of a limited queue, or 'order:' and an order_key. A task may
 -- have one of each kind. They are checked in this order: order, queue, limit. A task is parked at the first key that
 -- keeps it back, and takes no place at the later ones. Three columns say how it waits:
 --
@@ -836,32 +769,40 @@ COMMENT ON FUNCTION notifyq.find_unique_task(text) IS 'Internal: the newest task
 --     set      false      the key    granted: a slot of that key is reserved for it. It is ready, or scheduled for the
 --                                    time at which a rate lets it start. Once claimed it is admitted or parked like
 --                                    others
---     null     -          null       all other tasks
+--     null     -          null       other tasks. (Parked are also crashed tasks, at 'crashed:' and their queue, see
+--                                    chapter 2, and tasks that wait for others, at no key, see chapter 7.)
 --
--- Exact. There are no counters, which could become wrong: the tasks that hold a slot are counted from the rows
--- (admitted_at = processing_at; each claim sets processing_at anew, so no attempt inherits a slot). A session that
--- admits tasks, or grants slots, first locks the keys' rows of notifyq.key_lock, and then counts in a fresh snapshot.
--- admit is the only place that gives a slot, and it commits to the disk before a handler begins. So limits hold
--- whatever process dies, and a dead process holds no slot that it would have to give back.
+-- Exact
+-- -----
+-- There are no counters, which could become wrong: the tasks that hold a slot are counted from the rows (admitted_at =
+-- processing_at; each claim sets processing_at anew, so no attempt inherits a slot). A session that admits tasks, or
+-- grants slots, first locks the keys' rows of notifyq.key_lock, and then counts in a fresh snapshot. Only admit gives
+-- slots, and it commits to the disk before a handler begins; and admit_running, when a queue's limit is new. So limits
+-- hold whatever process dies, and a dead process holds no slot that it would have to give back.
 --
--- Live. Each event that may end the waiting of a task leaves a row in notifyq.slot_released, in the same commit: the
--- end of an attempt that held a slot; a granted task that is cancelled, that no worker here can run, or whose worker
--- vanished. Or it happens in admit itself, under the key's lock: a granted task is parked at another key. The
--- transaction that ends an attempt writes the row: by a trigger if the task has ended, otherwise in the statement
+-- Live
+-- ----
+-- Each event that may end the waiting of a task leaves a row in notifyq.slot_released, in the same commit: the end of
+-- an attempt that held a slot; or that a granted task is cancelled, had no handler, or lost its worker. One event
+-- leaves no row, since it happens in admit, under the key's lock: a granted task is parked at another key. The row is
+-- written by the transaction that ends the attempt: by a trigger if the task has ended, otherwise in the statement
 -- that gives up the lease. The next worker that settles, is about to sleep, or sends a heartbeat, calls
--- release_waiters. release_waiters and admit grant slots: as many as neither running nor granted tasks have, in the
--- order of priority and id. They pass over tasks in paused queues. A task that is claimed while others wait at its
--- key is parked behind them.
---   A row of slot_released is written before its cause can be seen, and deleted only after the keys were locked: any
---   admit
--- that has still counted the old attempt has committed by then, with the tasks that it parked. A slot of a rate is
--- released by time only; so it is granted in advance, for that time, and the timers do the rest.
---   Claimed tasks that are not admitted yet hold no slot, and no task waits for them. A grant may fail to lead to a
---   claim:
--- the queue was paused a moment ago, or no worker serves it. So it reserves its slot for 2 s and no longer;
--- notifyq.recheck_waiting, called now and then, has such keys looked at again.
+-- release_waiters.
 --
--- A task is parked and granted at most once per key.
+-- release_waiters and admit grant as many slots as neither running nor granted tasks have, in the order of priority and
+-- id. They pass over tasks in paused queues. A task that is claimed while others wait at its key is parked behind them.
+--
+-- A row of slot_released is written before its cause can be seen, and deleted only after the keys were locked. So each
+-- admit that still counted the old attempt has committed by then, with the tasks that it parked.
+--
+-- A slot of a rate is released by time only. So it is granted in advance, for that time, and the timers do the rest.
+--
+-- A claimed task that is not admitted yet holds no slot, and no task waits for it; a granted one keeps its slot
+-- reserved until it is admitted. A grant may lead to no claim: the queue was paused a moment ago, or no worker serves
+-- it. So a grant reserves its slot for 2 s after its time and no longer; notifyq.recheck_waiting, called now and
+-- then, has such keys looked at again.
+--
+-- Mostly a task is parked and granted once. One whose keys are both full may be parked at each, several times.
 
 -- Ended attempts that other tasks may wait for. A row stays until a worker has handled it: the table is mostly empty.
 CREATE TABLE notifyq.slot_released (
@@ -1650,7 +1591,8 @@ CREATE FUNCTION notifyq.limit_queue(queue text, running integer DEFAULT NULL, ra
     LANGUAGE plpgsql SET search_path = pg_catalog AS $$
 BEGIN
     IF (rate IS NULL) <> (seconds IS NULL) THEN
-        RAISE EXCEPTION 'rate and seconds go together: so many starts in any so many seconds' USING ERRCODE = '22023';
+        RAISE EXCEPTION 'rate and seconds go together: at most this many starts in any period of this length'
+            USING ERRCODE = '22023';
     END IF;
     INSERT INTO notifyq.queue AS q (name, limit_running, limit_rate, limit_seconds) VALUES ($1, $2, $3, $4)
     ON CONFLICT (name) DO UPDATE SET limit_running = $2, limit_rate = $3, limit_seconds = $4;
@@ -1782,7 +1724,7 @@ COMMENT ON COLUMN notifyq.all_tasks.state IS 'scheduled, ready, running, done, d
 COMMENT ON COLUMN notifyq.all_tasks.priority IS 'Higher runs first, within a queue.';
 COMMENT ON COLUMN notifyq.all_tasks.attempts IS 'How often it was claimed.';
 COMMENT ON COLUMN notifyq.all_tasks.max_attempts IS
-    'After so many failed attempts it is dead; NULL: what its type says, else 10.';
+    'After this many failed attempts it is dead; NULL: what its type says, else 10.';
 COMMENT ON COLUMN notifyq.all_tasks.created_at IS 'When it was inserted.';
 COMMENT ON COLUMN notifyq.all_tasks.run_at IS 'The earliest time to run it.';
 COMMENT ON COLUMN notifyq.all_tasks.processing_at IS 'When its latest attempt was claimed.';
@@ -1830,16 +1772,94 @@ COMMENT ON VIEW notifyq.all_queues IS
 COMMENT ON COLUMN notifyq.all_queues.name IS 'The name of the queue.';
 COMMENT ON COLUMN notifyq.all_queues.paused IS 'True: no task starts from it.';
 COMMENT ON COLUMN notifyq.all_queues.limit_running IS
-    'At most so many of its tasks run at once; NULL: no such limit.';
+    'At most this many of its tasks run at once; NULL: no such limit.';
 COMMENT ON COLUMN notifyq.all_queues.limit_rate IS
-    'At most so many of its tasks start in limit_seconds; NULL: no such limit.';
+    'At most this many of its tasks start in limit_seconds; NULL: no such limit.';
 COMMENT ON COLUMN notifyq.all_queues.limit_seconds IS 'The length of the window of limit_rate, in seconds.';
 COMMENT ON COLUMN notifyq.all_queues.running IS 'How many of its tasks run.';
 COMMENT ON COLUMN notifyq.all_queues.waiting IS 'How many of its tasks the limits of the queue keep back.';
 COMMENT ON COLUMN notifyq.all_queues.workers IS 'How many live workers serve it.';
 
 -- =====================================================================================================================
--- 11 Roles
+-- 11 Claims
+-- =====================================================================================================================
+--
+-- Functions of the statements in sql/worker/claim*.sql.
+
+-- What a claim returns of a task.
+--
+-- PostgreSQL inlines a function whose body is one expression without a subquery: plans and costs are as if its callers
+-- had the expression.
+
+-- Not inlined, and called for compressed payloads only. The elements of an array aren't compressed. So payload is made
+-- an element once, to be measured and to be returned.
+CREATE FUNCTION notifyq.decompress_payload(payload jsonb, most integer) RETURNS jsonb STABLE LANGUAGE sql BEGIN ATOMIC
+    SELECT p.whole[1] FROM (SELECT ARRAY[payload] AS whole OFFSET 0) AS p WHERE pg_column_size(p.whole) <= most;
+END;
+COMMENT ON FUNCTION notifyq.decompress_payload(jsonb, integer) IS
+    'Internal: a compressed payload, if it is short enough.';
+
+-- payload if its text is short enough to come with a claim, else NULL: the runner fetches it later. most: in bytes.
+--
+-- pg_column_size is the size on disk. A compressed payload can be 87 times as large (pglz), or 255 times (lz4), so its
+-- whole size counts, unless it is small in any case: up to an eighth of most.
+CREATE FUNCTION notifyq.inline_payload(payload jsonb, most integer) RETURNS jsonb STABLE LANGUAGE sql BEGIN ATOMIC
+    SELECT CASE WHEN pg_column_size(payload) <= most / 8
+                  OR pg_column_size(payload) <= most AND pg_column_compression(payload) IS NULL THEN payload
+                WHEN pg_column_size(payload) <= most THEN notifyq.decompress_payload(payload, most) END;
+END;
+COMMENT ON FUNCTION notifyq.inline_payload(jsonb, integer) IS 'Internal: a payload that is short enough for a claim.';
+
+-- Whether a claimed task must be admitted before it runs: see chapters 6 and 7.
+CREATE FUNCTION notifyq.needs_admission(limit_key text, order_key text, after bigint[]) RETURNS boolean IMMUTABLE
+LANGUAGE sql BEGIN ATOMIC
+    SELECT limit_key IS NOT NULL OR order_key IS NOT NULL OR after IS NOT NULL;
+END;
+COMMENT ON FUNCTION notifyq.needs_admission(text, text, bigint[]) IS
+    'Internal: whether a task has a key or predecessors.';
+
+-- moment, or the nearest time that Python's datetime has.
+CREATE FUNCTION notifyq.readable_time(moment timestamptz) RETURNS timestamptz IMMUTABLE LANGUAGE sql BEGIN ATOMIC
+    SELECT greatest(least(moment, '9999-12-30Z'), '0001-01-03Z');
+END;
+COMMENT ON FUNCTION notifyq.readable_time(timestamptz) IS 'Internal: a time within the bounds of Python.';
+
+-- Of claimable tasks, in their order, those that fit into the free threads of a worker. PL/pgSQL keeps the plan.
+--
+--     ids, types        the tasks
+--     plain             types that have plain handlers: a task of another type needs no thread
+--     shares, held      how many tasks of each of these share a thread, and how many the worker holds
+--     spare             how many threads are free
+--
+-- seat is the task's place in the threads of its type, from 0 on; NULL: it needs no thread. begun: held tasks have left
+-- places in the first of them. opened: how many threads the tasks up to this one take. A task fits if it has a place in
+-- that first thread, or if the task that opens its thread is among the first spare ones.
+CREATE FUNCTION notifyq.choose_fitting(
+    ids bigint[], types text[], plain text[], shares integer[], held integer[], spare integer
+) RETURNS bigint[] STABLE LANGUAGE plpgsql SET search_path = pg_catalog AS $$
+BEGIN
+    RETURN ARRAY(
+        SELECT f.id
+        FROM (
+            SELECT o.id, o.seat IS NULL OR o.begun AND o.seat < o.share
+                         OR min(o.opened) OVER (PARTITION BY o.type, o.seat / o.share) <= spare AS fits
+            FROM (
+                SELECT s.*, sum((s.seat % s.share = 0)::integer) OVER (ORDER BY s.place) AS opened
+                FROM (
+                    SELECT p.id, p.type, p.place, k.share, k.held % k.share > 0 AS begun,
+                           k.held % k.share + row_number() OVER (PARTITION BY p.type ORDER BY p.place) - 1 AS seat
+                    FROM unnest(ids, types) WITH ORDINALITY AS p (id, type, place)
+                    LEFT JOIN unnest(plain, shares, choose_fitting.held) AS k (type, share, held) ON k.type = p.type
+                ) AS s
+            ) AS o
+        ) AS f
+        WHERE f.fits);
+END $$;
+COMMENT ON FUNCTION notifyq.choose_fitting(bigint[], text[], text[], integer[], integer[], integer) IS
+    'Internal: which claimable tasks fit into the free threads of a worker.';
+
+-- =====================================================================================================================
+-- 12 Roles
 -- =====================================================================================================================
 --
 -- Roles. Nothing is granted by default; give each of your roles what it needs:

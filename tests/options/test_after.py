@@ -723,8 +723,8 @@ async def test_what_cannot_be(bench: Bench, db: Any) -> None:
     with pytest.raises(ConfigError, match="then= would wait for 10001 tasks; expected 10000 at most"):
         await app.enqueue_many([Step()] * 10_001, then=Sum())
     for text, message in (
-        ('{"after": [null]}', "after has something in it that is no id"),
-        ('{"on_dead": "run"}', "on_dead goes with after"),
+        ('{"after": [null]}', "after contains something other than an id"),
+        ('{"on_dead": "run"}', "on_dead needs after"),
         ('{"after": [1], "on_dead": "skip"}', "on_dead is not cancel or run"),
         (json.dumps({"after": [1] * 10_001}), "after has more than 10000 ids"),
         (json.dumps({"after": [first.id + 2**40]}), "after has an id that no task has yet"),

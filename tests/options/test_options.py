@@ -70,7 +70,7 @@ WRONG: dict[str, list[tuple[str, list[str]]]] = {
         ("is not an array of ids", ["7", '"7"', '"{7}"', "true", "{}", '{"7": 7}']),
         ("has more than 10000 ids", [str([1] * 10001)]),
         (
-            "has something in it that is no id",
+            "contains something other than an id",
             ['["7"]', "[0]", "[-1]", "[1.5]", "[9223372036854775808]", "[null]", "[true]", "[[7]]", "[{}]"],
         ),
     ],
@@ -79,10 +79,10 @@ NONE_OF_THEM = (
     "is none of the options, which are unique_key, unique_states, unique_for, on_conflict, order_key, limit_key, "
     "limit_running, limit_rate, limit_seconds, after, on_dead"
 )
-ASK_FOR_KEY = "unique_states, unique_for and on_conflict go with a unique_key"
-ASK_FOR_LONG = "unique_states has done, dead or cancelled in it, and nothing says for how long: unique_for"
-PAIR = "limit_rate and limit_seconds go together: so many starts in so many seconds"
-WITH_LIMIT = "limit_key goes with limit_running, limit_rate and limit_seconds, or both"
+ASK_FOR_KEY = "unique_states, unique_for and on_conflict need a unique_key"
+ASK_FOR_LONG = "unique_states with done, dead or cancelled needs a unique_for"
+PAIR = "limit_rate and limit_seconds go together: at most limit_rate starts in any limit_seconds"
+WITH_LIMIT = "limit_key goes with limit_running, or with limit_rate and limit_seconds, or with all three"
 FUTURE = "after has an id that no task has yet"
 REFUSED: list[tuple[str, str]] = [
     *(
@@ -116,8 +116,8 @@ REFUSED: list[tuple[str, str]] = [
     ('{"limit_key": "k", "limit_running": null}', WITH_LIMIT),
     ('{"limit_running": 1}', WITH_LIMIT),
     ('{"limit_rate": 1, "limit_seconds": 1}', WITH_LIMIT),
-    ('{"on_dead": "run"}', "on_dead goes with after"),
-    ('{"on_dead": "cancel", "after": null}', "on_dead goes with after"),
+    ('{"on_dead": "run"}', "on_dead needs after"),
+    ('{"on_dead": "cancel", "after": null}', "on_dead needs after"),
     ('{"after": [1000000]}', FUTURE),
     ('{"after": [1, 9223372036854775807]}', FUTURE),
 ]
