@@ -3,10 +3,8 @@ smaller form, or later, after a pause. And `errors` is bounded."""
 
 from __future__ import annotations
 
-import asyncio
 import json
 import re
-import time
 from typing import Any
 
 import anyio
@@ -14,14 +12,10 @@ import asyncpg
 import pytest
 
 import notifyq
-from notifyq.config import WorkerConfig
 from notifyq.database import connection
-from notifyq.database.connection import SQL
 from notifyq.worker import heartbeat, maintenance, unwritten
-from notifyq.worker.job import Job
-from notifyq.worker.outcome import Finished, HandedBack, Outcome, RetryLater, returned, smaller
+from notifyq.worker.outcome import Finished, Outcome
 from notifyq.worker.outcome_writer import OutcomeWriter
-from notifyq.worker.worker import Worker
 
 from ..helpers.databases import Sessions
 from ..helpers.logs import Logged, ids_of
@@ -405,151 +399,3 @@ async def test_a_drain_ends_though_an_outcome_is_refused(bench: Bench, db: Any, 
         await bench.app.run_worker(dsn=dsn, drain=True)
     assert (await states(db))["Good", "done"] == 3
     assert bench.ran.items.count("bad") == 1
-
-
-# --- What is written instead
-
-
-def job(size: int = 0) -> Job:
-    made = Job(1, (7, 2, "T", "default", 0, None, None, b"{}", False, None))  # type: ignore[arg-type]
-    made.size = size
-    return made
-
-
-def test_every_outcome_gets_smaller_and_ends() -> None:
-    """At each step, until there is no smaller form."""
-    for first, kinds in (
-        (returned(job(), None, {"a": 1}), ["dead", "dead"]),  # type: ignore[arg-type]
-        (RetryLater(job(), 5.0, '{"attempt":2,"error":"e\U0001f40d\\nmore"}'.encode()), [5.0, "dead"]),
-        (HandedBack(job()), []),
-    ):
-        forms = []
-        step = 1
-        while (form := smaller(first, step, "why")) is not None:
-            forms.append(form)
-            step += 1
-        assert [getattr(form, "state", None) or form.delay for form in forms] == kinds  # type: ignore[union-attr]
-        for form in forms:
-            said = json.loads(form.error or b"{}")["error"]  # type: ignore[union-attr]
-            assert said.endswith(
-                "PostgreSQL can't store its outcome: why" + (")" if isinstance(first, RetryLater) else "")
-            )
-            assert "more" not in said
-            assert said.isascii(), "every database's encoding has it"
-
-
-def test_the_pauses_of_postponed_outcomes() -> None:
-    """Each is twice as long as the one before, up to a longest one; there is a pause before the second try too."""
-    before = time.monotonic()
-    one = unwritten.Postponed(HandedBack(job()))
-    pauses = []
-    for _ in range(12):
-        assert before + one.pause.seconds <= one.due <= time.monotonic() + one.pause.seconds
-        pauses.append(one.pause.seconds)
-        before = time.monotonic()
-        one.wait_longer()
-    assert pauses[:9] == [2.0**n for n in range(9)]
-    assert pauses[9:] == [unwritten.PAUSE_MOST] * 3
-
-
-async def test_a_result_that_is_too_large(db: Any, dsn: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The task is dead with a clear message; a result that fits is kept."""
-    monkeypatch.setattr("notifyq.worker.outcome.RESULT_LIMIT", 1000)
-    app = notifyq.App()
-
-    class Make(notifyq.Task):
-        size: int
-
-    @app.handler
-    async def make(task: Make) -> str:
-        return "x" * task.size
-
-    fits, over = [(await insert(db, "Make", size=size))[0] for size in (998, 999)]
-    async with working(app, dsn):
-        await eventually(lambda: states(db), {("Make", "done"): 1, ("Make", "dead"): 1})
-    rows = {row["id"]: row for row in await db.fetch("SELECT id, state, error FROM notifyq.all_tasks")}
-    assert rows[fits]["state"] == "done"
-    assert rows[over]["error"].startswith("its result is 1,001 bytes of JSON, the limit is 1,000; ")
-
-
-# --- Errors
-
-
-async def test_errors_keep_the_first_and_the_last_hundred(db: Any) -> None:
-    """They also say how many are left out between them, whatever the column held before."""
-    add = "SELECT notifyq.append_error($1, $2)"
-    errors: bytes | None = None
-    for n in range(1, 251):
-        errors = await db.fetchval(add, errors, json.dumps({"attempt": n, "error": "x"}).encode())
-        found = json.loads(errors)
-        if n <= 200:
-            assert [entry["attempt"] for entry in found] == list(range(1, n + 1))
-        else:
-            kept = [*range(1, 101), None, *range(n - 99, n + 1)]
-            assert [entry.get("attempt") for entry in found] == kept
-            assert found[100]["left_out"] == n - 200
-            assert str(n - 200) in found[100]["error"]
-
-
-async def test_errors_that_are_long_or_large_already(db: Any) -> None:
-    """Errors from the time before they were bounded, and what a person may have made of the column."""
-    add = "SELECT notifyq.append_error({}, '{{\"attempt\": 0}}')"
-    long = "(SELECT jsonb_agg(jsonb_build_object('attempt', n)) FROM generate_series(1, 5000) n)"
-    found = json.loads(await db.fetchval(add.format(long)))
-    assert [entry.get("attempt") for entry in found] == [*range(1, 101), None, *range(4902, 5001), 0]
-    assert found[100]["left_out"] == 5000 - 199
-    large = """(SELECT jsonb_agg(jsonb_build_object('attempt', n, 'error', (
-                    SELECT string_agg(md5(n || '.' || i), '') FROM generate_series(1, 50000) i)))
-                FROM generate_series(1, 10) n)"""
-    await insert(db, "Good")
-    await db.execute(f"UPDATE notifyq.task SET errors = {large}")
-    found = json.loads(await db.fetchval("SELECT notifyq.append_error(errors, '{\"attempt\": 0}') FROM notifyq.task"))
-    assert [entry.get("left_out") for entry in found] == [10, None]
-    for odd in ("'\"none\"'", "'{\"a\": 1}'", "'null'", "'[]'", "NULL"):
-        found = json.loads(await db.fetchval(add.format(f"{odd}::jsonb")))
-        assert found[-1] == {"attempt": 0}
-
-
-async def test_every_statement_that_adds_an_error_keeps_to_it(db: Any) -> None:
-    """The statements of a retry, a last attempt, a rescue, and a task whose predecessor is dead."""
-    for name in ("finish", "retry_later", "rescue"):
-        assert "notifyq.append_error(" in SQL[name]
-    assert not [name for name, text in SQL.items() if "errors, '[]'" in text]
-    bodies = "SELECT prosrc FROM pg_proc WHERE pronamespace = 'notifyq'::regnamespace AND prosrc ~ 'errors, ''\\[\\]'''"
-    assert await db.fetch(bodies) == []
-
-
-async def test_a_task_that_fails_hundreds_of_times(db: Any, dsn: str) -> None:
-    """The worker writes each failure, and what it writes is bounded."""
-    app = notifyq.App()
-    done = asyncio.Event()
-
-    class Poll(notifyq.Task):
-        max_attempts = 32767
-        backoff = 0.0
-
-    @app.handler
-    async def poll(task: Poll, ctx: notifyq.Context) -> None:
-        if ctx.attempt > 230:
-            done.set()
-            return
-        raise notifyq.Retry(delay=0)
-
-    (id,) = await insert(db, "Poll")
-    async with working(app, dsn):
-        await eventually(lambda: states(db), {("Poll", "done"): 1}, 60)
-    errors = json.loads(await db.fetchval("SELECT errors FROM notifyq.all_tasks WHERE id = $1", id))
-    assert (len(errors), errors[100]["left_out"]) == (201, 30)
-    assert errors[-1]["attempt"] == 230
-
-
-async def test_what_is_said_of_a_refusal_has_no_row(db: Any, logged: Logged) -> None:
-    """PostgreSQL's DETAIL shows the whole row, and with it the payload."""
-    with pytest.raises(asyncpg.CheckViolationError) as refused:
-        await db.execute("CREATE TEMP TABLE t (payload text CHECK (payload = '')); INSERT INTO t VALUES ('secret')")
-    assert "secret" in str(refused.value), "it would prove nothing"
-    worker = Worker(notifyq.App().registry, WorkerConfig(queues={"default": None}), None)
-    await worker.outages.back_off("claim", refused.value)
-    [line] = logged("PostgreSQL refuses what this worker needs")
-    assert "t_payload_check" in line["error"]
-    assert "secret" not in line["error"]
