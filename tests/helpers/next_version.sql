@@ -54,7 +54,8 @@ BEGIN
               UNION ALL
               SELECT a.grantee, 'SELECT ON notifyq.label TO '
               FROM pg_class c CROSS JOIN aclexplode(c.relacl) AS a
-              WHERE c.oid = 'notifyq.all_tasks'::regclass AND a.privilege_type = 'SELECT' AND a.grantee <> c.relowner) AS a
+              WHERE c.oid = 'notifyq.all_tasks'::regclass AND a.privilege_type = 'SELECT'
+                    AND a.grantee <> c.relowner) AS a
     LOOP
         EXECUTE 'GRANT ' || may;
     END LOOP;

@@ -1,4 +1,4 @@
-"""Where code lives: which part of the package imports which, and which parts run SQL."""
+"""Where code lives: which part of the package imports which, and which parts run SQL; and how long a line of SQL is."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 import notifyq
 
 PACKAGE = Path(notifyq.__file__).parent
+ROOT = Path(__file__).parents[2]
 EDGES = {"cli", "demo", "django", "embedded", "testing"}
 RUNS_SQL = {"client", "worker", "database"} | EDGES
 
@@ -71,3 +72,12 @@ def test_only_some_folders_run_sql() -> None:
     for module, path in MODULES.items():
         names = {node.id for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Name)}
         assert "SQL" not in names or part(module) in RUNS_SQL, module
+
+
+def test_lines_of_sql_end_at_column_120() -> None:
+    """Python's are held by the formatter, which doesn't read SQL."""
+    paths = [ROOT / "schema.sql", *PACKAGE.rglob("*.sql"), *(ROOT / "tests").rglob("*.sql")]
+    assert len(paths) > 80
+    for path in paths:
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+            assert len(line) <= 120, f"{path}:{number}"

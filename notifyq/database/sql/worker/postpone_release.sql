@@ -12,7 +12,7 @@ WITH first AS MATERIALIZED (
     FROM notifyq.slot_released f, first s
     WHERE NOT f.ended AND NOT s.ended AND f.queue = s.queue
       AND f.order_key IS NOT DISTINCT FROM s.order_key AND f.limit_key IS NOT DISTINCT FROM s.limit_key
-    FOR UPDATE OF f SKIP LOCKED  -- what another worker has locked is its own: two that waited for each other's would deadlock
+    FOR UPDATE OF f SKIP LOCKED  -- leave another worker's rows: two workers that wait for each other deadlock
 ), gone AS (
     DELETE FROM notifyq.slot_released f
     WHERE f.n = ANY (ARRAY(SELECT s.n FROM first s UNION ALL SELECT s.n FROM same s))

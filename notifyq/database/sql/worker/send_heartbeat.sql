@@ -6,7 +6,7 @@
 --     seen           their last heartbeats, as numbers: the receiver checks only whether they change
 --     unhandled      whether other workers released tasks that this worker could run (queues $6, types $7)
 --     suspects       whether tasks whose workers vanished wait to run isolated
---     slot_released  whether notifyq.slot_released has a row that no worker has handled, or a dependency isn't confirmed
+--     slot_released  whether notifyq.slot_released has a row that no worker has handled, or a dependency is unconfirmed
 --     wanted         if this worker sleeps ($8): whether another session waits for the bell's lock
 --
 -- finish.sql explains the lookup by id.
