@@ -55,8 +55,8 @@ setup: $(test_stamp)  ## .venv with notifyq (editable), its extras and the test 
 demo: $(or $(wildcard $(test_stamp)),$(demo_stamp))  ## the main job, end to end, on an embedded PostgreSQL
 	.venv/bin/python -m notifyq demo
 
-# Four processes, whole files each: the tests mostly wait, and one file's tests share what their fixtures build.
-test: $(test_stamp)  ## the tests, under three minutes; TESTS="tests/options/test_limits.py -k queue" picks some
+# Four processes for two cores, since tests wait half of the time. A file's tests stay in one process and share fixtures.
+test: $(test_stamp)  ## the tests, two minutes; TESTS="tests/options/test_limits.py -k queue" picks some
 	.venv/bin/python -m pytest -q -n 4 --dist loadfile $(TESTS)
 
 test-slow: $(test_stamp)  ## those that kill, freeze, restart and move megabytes; minutes; TESTS as above

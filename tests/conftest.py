@@ -1,7 +1,8 @@
-"""One embedded PostgreSQL for a test session, a database of its own for each test, and workers to put there.
+"""Fixtures that any test may use: a database, connections, roles, worker processes, commands, log records.
 
-A database is a copy of one that was migrated once, and often some other test's before. Nothing here waits by the clock;
-what a test waits for has a limit, which only a failing test reaches.
+The tests of one process share one embedded PostgreSQL. Each test has its own database: a copy of a template, or one
+that an earlier test used and that was emptied. No test waits for a fixed time: it waits for an event, and the limit of
+that wait is reached only by a test that fails.
 """
 
 from __future__ import annotations
@@ -39,11 +40,23 @@ settings.register_profile("notifyq", deadline=None, suppress_health_check=[Healt
 settings.load_profile("notifyq")
 
 
-# The files that take longest are begun first, so that no process is left with one at the end.
+# The files that take longest begin first, so that at the end no process is left alone with one of them.
 FIRST = (
-    *("faults", "clock_steps", "bytes", "left_out", "migrations", "refusals", "forked", "network", "embedded"),
-    *("cli", "statements", "doorbell", "schedule", "unique", "testing", "transactions", "batch", "findings", "schema"),
-    *("cancel", "limits", "cron", "models", "lifecycle", "after"),
+    *("faults", "connections_lost", "clock_steps", "bytes", "left_out", "migrations", "refusals", "smaller_outcomes"),
+    *("forked", "network", "embedded", "models", "plans", "doorbell", "schedule", "cli_worker", "cancel", "unique"),
+    *("progress", "options", "limits", "drain", "after", "findings", "odd_values", "transactions", "foreign"),
+    *(
+        "docs_snippets",
+        "dsn",
+        "batch_leases",
+        "statements",
+        "cron",
+        "cli",
+        "refs",
+        "lifecycle",
+        "cli_processes",
+        "stop",
+    ),
 )
 
 
