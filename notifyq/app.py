@@ -145,7 +145,7 @@ class App:
         """
         if self.registry.lifespan is not None:
             raise ConfigError("this app has a lifespan already; one lifespan can enter and yield several things")
-        self.registry.lifespan = lifespan.checked(function, self)
+        self.registry.lifespan = lifespan.validated_lifespan(function, self)
         return function
 
     @asynccontextmanager

@@ -6,16 +6,16 @@ A handler may fork: multiprocessing's Pool, os.fork, subprocess with preexec_fn.
               stop the parent, and not end the child.
     sockets   those of the database. While the child lives, the server doesn't see that a killed worker is gone.
 
-So Python runs `_in_child` in each child, before anything else there. The child has one thread, a copy of the one that
-forked, and the locks of the others may be held for ever. So `_in_child` takes no lock, logs nothing, and makes system
-calls only. It never closes through an event loop: the child shares the epoll instance, and would remove the parent's
-sockets from it. Each socket is replaced by one without a peer. Its number stays taken, so that what closes it later
-closes nothing else.
+So Python runs `_in_child` in each child, before the code that forked goes on there. The child has one thread, a copy of
+the one that forked. Locks that other threads held at the fork stay locked in the child for ever. So `_in_child` takes
+no lock, logs nothing, and makes system calls only. It never closes a socket through an event loop: the child shares the
+epoll instance, and would remove the parent's sockets from it. It replaces each socket by one without a peer. The
+descriptor stays in use, so that a later close of it closes nothing else.
 
-SIGTERM is blocked from before the fork until the child has its signals as it should: one that came in between, as from
-a `terminate()` right after the start, would run the parent's handler in the child, and not end it.
+SIGTERM is blocked from before the fork until the child has signal handlers of its own. A signal in between, as from a
+`terminate()` right after the start, would run the parent's handler in the child, and not end it.
 
-Where a library forks without Python's knowledge, none of this happens; signals.py has a second check for that.
+None of this happens where C code forks without Python's hooks; signals.py has a second check for that.
 """
 
 from __future__ import annotations
@@ -37,17 +37,17 @@ logger = log.logger("notifyq.run")
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)  # that end a child, and stop a worker
 
-pid = os.getpid()  # of this process, for checks that are to cost nothing
+pid = os.getpid()  # of this process; a module attribute is the cheapest to check
 
-# Each change is one step of the interpreter, so a fork in another thread finds them whole.
-_files: dict[int, tuple[int, int]] = {}  # descriptor -> device and inode; one that was closed and reused has others
-_workers: set[object] = set()  # while there is one, signals are the parent's alone
+# Each change is one step of the interpreter, so a fork in another thread never copies half a change.
+_files: dict[int, tuple[int, int]] = {}  # descriptor -> device and inode, which differ after the descriptor was reused
+_workers: set[object] = set()  # while it isn't empty, children start with default signal handlers
 _masked = threading.local()  # the thread's signal mask, while it forks
 _resets: set[WeakMethod[Callable[[], None]]] = set()
 
 
 def keep_from_children(descriptor: int) -> None:
-    """This file is not for forked children. Needs no call when it is closed."""
+    """Forked children don't get this file. Nothing needs to be called when it is closed."""
     try:
         status = os.fstat(descriptor)
     except OSError:
@@ -56,7 +56,7 @@ def keep_from_children(descriptor: int) -> None:
 
 
 def call_in_children(reset: Callable[[], None]) -> None:
-    """Call this method in each forked child, while its object lives: to forget what belongs to the parent."""
+    """Call this method in each forked child, while its object lives, so that it forgets what belongs to the parent."""
     _resets.add(WeakMethod(reset, _resets.discard))
 
 
@@ -72,7 +72,7 @@ def signals_are_ours() -> Generator[None, None, None]:
 
 
 def leave(error: BaseException | None) -> NoReturn:
-    """End this child, which has left the handler that forked it and would go on as a second copy of the worker."""
+    """End this child, as its handler has returned: otherwise it would go on as a second copy of the worker."""
     code = 1
     try:
         if isinstance(error, SystemExit) and (error.code is None or isinstance(error.code, int)):
@@ -108,7 +108,7 @@ def _in_child() -> None:
         if _workers:
             _workers.clear()
             _free_signals()
-    finally:  # a Ctrl-C meanwhile is a KeyboardInterrupt here, and Python goes on with the child all the same
+    finally:  # Ctrl-C raises KeyboardInterrupt here, and Python goes on with the child nevertheless
         _unblock()
     files = list(_files.items())
     _files.clear()
@@ -123,12 +123,12 @@ def _free_signals() -> None:
     try:
         signal.set_wakeup_fd(-1)
         for number in SIGNALS:
-            # What Python doesn't run, SIG_DFL and SIG_IGN, is inherited everywhere, and stays.
+            # SIG_DFL and SIG_IGN, which aren't Python's, are inherited by all children, and stay.
             if callable(signal.getsignal(number)):
                 default = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
                 signal.signal(number, default)
     except ValueError:
-        pass  # not in the main interpreter, which alone has signals
+        pass  # only the main interpreter has signals
 
 
 def _replace(files: list[tuple[int, tuple[int, int]]]) -> None:

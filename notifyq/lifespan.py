@@ -1,6 +1,7 @@
-"""The app's lifespan: what a worker's handlers share, made before the first of them and unmade after the last.
+"""The app's lifespan: it makes what a worker's handlers share before the first of them runs, and closes it after the
+last.
 
-It is entered before the worker connects, so that a slow start costs no lease, and left when the worker has stopped.
+It is entered before the worker connects, so that a slow start costs no lease, and left after the worker has stopped.
 """
 
 from __future__ import annotations
@@ -19,13 +20,13 @@ from .errors import ConfigError, NotifyqError
 
 logger = log.logger("notifyq.lifespan")
 
-LEAVE_SECONDS = 5.0
+LEAVE_SECONDS = 5.0  # that its end may take
 
 Lifespan: TypeAlias = Callable[[], Awaitable[AbstractAsyncContextManager[object]]]
 
 
-def checked(function: Callable[..., Any], app: object) -> Lifespan:
-    """What makes the context manager. Raises ConfigError for a function that can't be a lifespan."""
+def validated_lifespan(function: Callable[..., Any], app: object) -> Lifespan:
+    """A function that makes the context manager. Raises ConfigError for a function that can't be a lifespan."""
     example = "@app.lifespan async def lifespan(): ...; yield pool; ..."
     if not callable(function) or inspect.iscoroutinefunction(function) or inspect.isgeneratorfunction(function):
         raise ConfigError(f"@app.lifespan got {function!r}; expected an `async def` with a `yield`: {example}")
@@ -38,9 +39,9 @@ def checked(function: Callable[..., Any], app: object) -> Lifespan:
 
 
 async def _opened(function: Callable[..., Any], *args: object) -> AbstractAsyncContextManager[object]:
-    """Call it, and make a context manager of what it returns, if that isn't one already.
+    """Call the function, and make a context manager of what it returns, if that isn't one already.
 
-    What it returns decides, not what kind of function it is: a plain wrapper around a lifespan is none of these kinds.
+    The kind of the function says nothing, since a plain wrapper may stand around a lifespan. So look at its result.
     """
     made = function(*args)
     if inspect.isawaitable(made):
@@ -54,10 +55,10 @@ async def _opened(function: Callable[..., Any], *args: object) -> AbstractAsyncC
 
 
 async def within(lifespan: Lifespan | None, work: Callable[[Sequence[object] | None], Awaitable[None]]) -> None:
-    """Do the work inside of the lifespan, with what that yields.
+    """Do the work inside of the lifespan, and give it what the lifespan yields; None: there is no lifespan.
 
-    What the work raises is raised, whatever the lifespan makes of it. What the lifespan raises is logged, and ends in a
-    NotifyqError.
+    Raises what the work raises, even if the lifespan suppresses it. An error of the lifespan itself is logged, and
+    raised as a NotifyqError.
     """
     if lifespan is None:
         await work(None)
@@ -74,7 +75,7 @@ async def within(lifespan: Lifespan | None, work: Callable[[Sequence[object] | N
             await work(_things(given))
         except BaseException as error:
             raised = error
-        # However the work ended, cancelled say, there is time to leave; but not for ever.
+        # The lifespan may end in peace even if the work was cancelled, but not for ever.
         limit.shield, limit.deadline = True, anyio.current_time() + LEAVE_SECONDS
         try:
             await manager.__aexit__(type(raised) if raised else None, raised, raised.__traceback__ if raised else None)
@@ -91,7 +92,7 @@ async def within(lifespan: Lifespan | None, work: Callable[[Sequence[object] | N
 
 
 def _things(given: object) -> Sequence[object]:
-    if type(given) is tuple:  # and not a NamedTuple, which may well be asked for as such
+    if type(given) is tuple:  # a NamedTuple is one thing, which a handler may need as such
         return cast("tuple[object, ...]", given)
     return () if given is None else (given,)
 

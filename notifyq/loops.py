@@ -68,14 +68,14 @@ def same(home: object, what: str, whose: str, cure: str) -> None:
 
 
 def is_awaitable(value: object) -> bool:
-    """Whether it is a coroutine, or anything else to await. Every result is asked, so this is quick: 0.05 µs."""
+    """Whether it is a coroutine, or anything else that can be awaited. Every result is checked, in 0.05 µs."""
     return hasattr(type(value), "__await__")
 
 
 async def awaited(value: object) -> object:
-    """What comes of awaiting `value`, and what that returns, until there is nothing more to await.
+    """Await `value`, then what that returns, and so on; return the first value that can't be awaited.
 
-    A plain wrapper around an `async def` returns a coroutine, and so does an `async def` that forgot an `await`.
+    A plain wrapper around an `async def` returns a coroutine, and so does an `async def` that lacks an `await`.
     """
     while is_awaitable(value):
         value = await cast("Awaitable[object]", value)

@@ -1,5 +1,4 @@
-"""The words: what a user writes, raises and is given. Imports nothing of ours but errors, loops and
-settings."""
+"""What a user writes, raises and is given: Task, Context, Retry, Cancel and Dead."""
 
 from __future__ import annotations
 
@@ -36,27 +35,27 @@ class Task(msgspec.Struct, metaclass=StructMeta, tag=True, tag_field="$type"):
             to: str
             subject: str = ""
 
-    Class-level settings, which subclasses may replace (without an annotation, or as a ClassVar). Where a time is
-    wanted, it is in seconds, or a timedelta:
+    Settings of the class, which subclasses may replace (without an annotation, or as a ClassVar). A time is in seconds,
+    or a timedelta:
 
-    max_attempts  runs in all before the task is dead. What the row says, if it says, wins.
-    backoff       the wait after attempt n is drawn evenly from 0 to backoff * 2**(n - 1), at most an
-                  hour ("full jitter"): up to 2, 4, 8, 16, ... seconds, on average half of that.
-    timeout       how long a run may take until its handler is cancelled and the attempt counts as failed;
-                  None: as long as it likes.
-    unique        True: not enqueued while one with the same payload is there; ("user", "day"): with the same in these
-                  fields. EnqueueOptions, where it may be said of one task too, explains it, and what goes with it:
+    max_attempts  how many attempts a task has before it is dead. The row's max_attempts wins, if it has one.
+    backoff       the wait after attempt n is drawn evenly from 0 to backoff * 2**(n - 1) seconds, at most an hour
+                  ("full jitter"): with 2, up to 2, 4, 8, 16, ... seconds, on average half of that.
+    timeout       how long an attempt may take. Then its handler is cancelled, and the attempt has failed. None: no
+                  limit.
+    unique        True: a task isn't enqueued while there is one with the same payload. ("user", "day"): while there is
+                  one with the same values in these fields. EnqueueOptions explains it, and also:
     unique_for, unique_states, on_conflict
-    queue, priority  of its tasks, "default" and 0
-    order_key     a key, or ("account",): of tasks with the same value in these fields, one runs at a time, in the order
-                  of their ids
-    limit_key     a key, or ("tenant",): of tasks with the same value in these fields; the type, if it isn't said,
-    limit         at most so many run at once,
-    rate          and at most so many start in any such time: "100/minute"
+    queue, priority  of its tasks; "default" and 0
+    order_key     a key, or fields whose values make one: ("account",). Of the tasks with the same key, one runs at a
+                  time, in the order of their ids.
+    limit_key     a key, or fields whose values make one: ("tenant",). None: the type. For all tasks with the same key:
+    limit         how many may run at the same time
+    rate          how many may start in a period, as in "100/minute"
 
-    What enqueue is told wins over each of them.
+    An option that is given to enqueue wins over each of them.
 
-    The stored payload is the fields' JSON without the tag: that is in the row's `type` column.
+    The stored payload is the JSON of the fields without the tag, which is in the row's `type` column.
     """
 
     max_attempts: ClassVar[int] = 10
@@ -66,7 +65,7 @@ class Task(msgspec.Struct, metaclass=StructMeta, tag=True, tag_field="$type"):
     unique_for: ClassVar[float | timedelta | None] = None
     unique_states: ClassVar[tuple[State, ...] | None] = None
     on_conflict: ClassVar[Literal["keep", "replace", "move"]] = "keep"
-    if not TYPE_CHECKING:  # payloads have fields of these names, which type checkers would take for an override
+    if not TYPE_CHECKING:  # a payload may have fields of these names, which type checkers would take for an override
         queue: ClassVar[str] = "default"
         priority: ClassVar[int] = 0
         order_key: ClassVar[str | tuple[str, ...] | None] = None
@@ -76,7 +75,7 @@ class Task(msgspec.Struct, metaclass=StructMeta, tag=True, tag_field="$type"):
 
 
 class Progress(msgspec.Struct, frozen=True):
-    """How far a running task says it is."""
+    """How far a running task is, as its handler reports it."""
 
     fraction: float  # 0 to 1
     note: str | None = None
@@ -87,7 +86,7 @@ def _check_results(_: Context) -> None:
 
 
 class Context(msgspec.Struct, frozen=True):
-    """What a handler may want to know of the row it runs: a parameter of this type is given it."""
+    """What a handler may want to know about its task. A handler's parameter of this type is given it."""
 
     id: int
     queue: str
@@ -97,41 +96,46 @@ class Context(msgspec.Struct, frozen=True):
     created_at: datetime
 
     def transaction(self, *, isolation: Isolation | None = None) -> Transaction:
-        """A transaction of your own, in which the task is settled too: all of it happens, once, or nothing.
+        """A transaction that commits the handler's writes and the end of the task together, or neither.
 
             async with ctx.transaction() as conn:  # an asyncpg connection of the worker's
                 await conn.execute("INSERT INTO ledger ...")
 
-        At the block's end the same transaction writes that the task is done, and commits. Raising inside rolls back,
-        and the attempt fails as usual. What the handler returns or raises after the block doesn't count any more, so
-        there is no result. Raises LeaseLost at its end, and rolls back, if the task was taken from this run; and
-        ConfigError for a second block once the first one has begun to commit, or inside of it.
+        At the end of the block the same transaction writes that the task is done, and commits. An exception inside
+        rolls back, and the attempt fails as usual. A result or an exception after the block is ignored, so the task has
+        no result.
+
+        Raises LeaseLost at the end of the block, and rolls back, if this attempt has lost its lease. Raises ConfigError
+        for a second block inside of the first, or after the first has begun to commit.
         """
         run = current_run.get()
         if run is None:
-            raise ConfigError("ctx.transaction() is for handlers that a worker runs: it settles what that has claimed")
+            raise ConfigError("ctx.transaction() is for handlers that a worker runs: it settles a claimed task")
         return run.begin(self, isolation)
 
     @property
     def cancelled(self) -> bool:
-        """Whether this run counts no more: the task was cancelled, its lease lost, its time is up, or the worker stops
-        now. An async handler is cancelled by then, and may want to know in a `finally`. A plain `def` in its thread
-        can't be: it should look now and then, and return. Threads that a handler starts by itself see False, unless
-        they run in a copy of its context variables.
+        """Whether this attempt doesn't count any more: the task was cancelled, the lease is lost, the timeout is over,
+        or the worker stops now.
+
+        An async handler is cancelled by then, and may ask in a `finally`. A plain `def` runs in a thread, which can't
+        be cancelled: it should ask now and then, and return. In a thread that the handler starts, this is False, unless
+        the thread runs in a copy of the handler's context variables.
         """
         run = current_run.get()
         return run is not None and run.is_cancelled(self)
 
     def progress(self, fraction: float, note: str | None = None) -> Awaitable[None]:
-        """Tell how far this run is, from 0 to 1, and what it does now; call it as often as you like.
+        """Report how far this attempt is, from 0 to 1, and what it does now. Call it as often as you like.
 
             await ctx.progress(0.4, "resizing")  # in a plain def: the same without await
 
-        The latest is written once a second, all of the worker's tasks in one statement, and seen by `notifyq tasks`,
-        `notifyq show` and Ref.progress; it is gone when the run ends. To await it lets others run, and is where a
-        cancellation arrives; it waits for nothing else. Of the note the first 200 characters are kept.
+        The latest report is written once a second, with those of the worker's other tasks in one statement. `notifyq
+        tasks`, `notifyq show` and Ref.progress show it. It is deleted when the attempt ends. Awaiting the call lets
+        other coroutines run, and is where a cancellation arrives; it waits for nothing else. Of the note the first 200
+        characters are kept.
 
-        Raises ConfigError for what isn't a fraction, or a str.
+        Raises ConfigError for a fraction outside of 0 to 1, and for a note that is no str.
         """
         if not is_number(fraction) or not 0 <= fraction <= 1:  # a NaN fails this too
             raise ConfigError(f"ctx.progress({fraction!r}): expected a fraction, from 0 to 1")
@@ -144,11 +148,11 @@ class Context(msgspec.Struct, frozen=True):
 
     @loops.checked_at_call(_check_results)
     async def results(self) -> list[Any]:
-        """The results of the tasks that this one has waited for, its `after`, in their order: plain JSON values.
+        """The results of the tasks in this task's `after`, in that order: plain JSON values.
 
-        In the place of one that is dead or was cancelled stands a TaskDead or TaskCancelled, as an exception does in
-        what asyncio.gather(..., return_exceptions=True) returns; of one that isn't known any more, None. A plain `def`
-        calls anyio.from_thread.run(ctx.results).
+        A task that is dead or was cancelled has a TaskDead or TaskCancelled in its place, like an exception in what
+        asyncio.gather(..., return_exceptions=True) returns. A task that was deleted, or that runs again after a
+        retry, has None. A plain `def` calls anyio.from_thread.run(ctx.results).
         """
         run = current_run.get()
         if run is None:
@@ -159,7 +163,7 @@ class Context(msgspec.Struct, frozen=True):
 
 
 class Run(Protocol):
-    """What runs a handler, as its Context sees it."""
+    """The attempt that a Context belongs to. Runners, batches and calls in threads implement it."""
 
     def begin(self, context: Context, isolation: Isolation | None) -> Transaction: ...
     def is_cancelled(self, context: Context) -> bool: ...
@@ -168,7 +172,7 @@ class Run(Protocol):
 
 
 class Yield:
-    """Nothing to wait for, but others have the loop for a moment, and a cancellation arrives."""
+    """To await it lets other coroutines run once, and is where a cancellation arrives."""
 
     def __await__(self) -> Generator[None, None, None]:
         yield
@@ -177,7 +181,7 @@ class Yield:
 CHECKPOINT = Yield()
 
 
-# Set once for each of a worker's runners, which costs a task nothing, and leaves Context what it is: data.
+# Set once for each of a worker's runners, so it costs a task nothing, and Context stays plain data.
 current_run: ContextVar[Run | None] = ContextVar("current_run", default=None)
 
 Call: TypeAlias = Callable[[Task, Context], Awaitable[object]]
@@ -185,19 +189,19 @@ Middleware: TypeAlias = Callable[[Task, Context, Call], Awaitable[object]]
 
 
 class Verdict(Exception):
-    """Base of Retry, Cancel and Dead, which a handler may return as well as raise."""
+    """Base of Retry, Cancel and Dead, which a handler may raise or return."""
 
-    reason: str = "ended by its handler"  # of a subclass that gives none
+    reason: str = "ended by its handler"  # the default of a user's own subclass
 
 
 def is_delay(delay: object) -> bool:
-    """Whether it is None, or seconds from 0 to a year, which a NaN isn't."""
+    """Whether it is None, or seconds from 0 to a year. A NaN isn't."""
     return delay is None or (is_number(delay) and 0 <= delay <= 366 * 86400)
 
 
 class Retry(Verdict):
-    """Try again after `delay`, seconds or a timedelta (None: the task's backoff). Counts as an attempt; after the last,
-    dead."""
+    """Try again after `delay`: seconds, or a timedelta; None: the task's backoff. The attempt counts. If it was the
+    last one, the task is dead."""
 
     delay: float | None = None
     reason = "retry asked for"
@@ -212,7 +216,7 @@ class Retry(Verdict):
 
 
 class Cancel(Verdict):
-    """Don't run it again: it ends as cancelled."""
+    """Don't run the task again: it ends as cancelled."""
 
     reason = "cancelled by its handler"
 
@@ -222,7 +226,7 @@ class Cancel(Verdict):
 
 
 class Dead(Verdict):
-    """Don't run it again: it ends as dead, however many attempts are left."""
+    """Don't run the task again: it ends as dead, however many attempts are left."""
 
     reason = "given up by its handler"
 
