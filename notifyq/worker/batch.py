@@ -1,14 +1,14 @@
-"""Gather tasks of a type for its batch handler, which runs once with all of them.
+"""Batches gather tasks of one type for its batch handler, which is called once with all of them.
 
-Each task keeps the runner that took it, and waits there for its own outcome. So a batch counts as that many of
-`concurrency`, and whatever befalls one task, a lost lease say, reaches its runner as it does any other's:
+Each task keeps the runner that took it, and waits there for its own outcome. So a batch of n tasks counts as n of
+`concurrency`. A lost lease, or a shutdown, reaches a task in a batch through its runner, like any other task:
 
-    gathered    it leaves, and nobody knew it
-    running     it leaves, its outcome is dropped, and the call goes on for the others. When all have left, the call is
-                cancelled; a task is held until the call has ended, as it is in its hands
+    the batch gathers   the task leaves it, and the handler never gets it
+    the batch runs      the task leaves it, its outcome is dropped, and the call goes on for the others. When all have
+                        left, the call is cancelled. A task is held until the call has ended, since the handler has it
 
-A batch begins when it is full, `linger` seconds after its first task came, or when nothing more can come, since
-everything that has a slot here is being gathered.
+A batch begins when it is full, `linger` seconds after its first task came, or when no further task can come, since
+each slot of the worker has a task that is being gathered.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ class Member:
 
 
 class Batch:
-    """Tasks for one call of their handler: gathered, then run, then `over`. A Run, to its handlers' Contexts."""
+    """Tasks for one call of their handler: gathered, then running, then `over`. The handler's Contexts talk to it, as
+    their Run."""
 
     __slots__ = ("_running", "_services", "_slots", "handler", "limit", "members", "over", "scope", "task", "timer")
 
@@ -56,10 +57,10 @@ class Batch:
         self._slots = slots
         self._services = services
         self.members: dict[Job, Member] = {}
-        self._running: dict[int, Job] = {}  # of these, by id, while it runs: those that haven't left
+        self._running: dict[int, Job] = {}  # while the handler runs: the members that haven't left, by the task's id
         self.over = asyncio.Event()
         self.scope = anyio.CancelScope()
-        self.limit: anyio.CancelScope | None = None  # inside of it
+        self.limit: anyio.CancelScope | None = None  # inside of `scope`: the timeout
         self.task: asyncio.Task[Any] | None = None
         self.timer: asyncio.TimerHandle | None = None
 
@@ -72,7 +73,7 @@ class Batch:
     def is_cancelled(self, context: Context) -> bool:
         if self.scope.cancel_called or (self.limit is not None and self.limit.cancel_called):
             return True
-        job = self._running.get(context.id)  # none, for what a handler has left behind
+        job = self._running.get(context.id)  # None, in an asyncio task that an ended handler left behind
         return job is None or job.attempt != context.attempt
 
     def report(self, context: Context, progress: Progress) -> None:
@@ -84,21 +85,21 @@ class Batch:
         return self._services.results(context.id)
 
     def start(self) -> None:
-        """Nobody joins it any more."""
+        """Nothing joins it any more."""
         self._running = {job.id: job for job in self.members}
 
     def leave(self, job: Job) -> None:
-        """That task is no longer for it to settle."""
+        """Drop this task's outcome; cancel the call if no task is left."""
         self._running.pop(job.id, None)
         if not self._running:
             self.scope.cancel()
 
     async def run(self, calls: Calls) -> None:
-        """Once; then each member has its outcome, or all have left."""
+        """Call the handler, once. Then each member has an outcome, unless all have left."""
         self.task = me = asyncio.current_task()
         assert me is not None
         try:
-            if not self.scope.cancel_called:  # all may have left before it began
+            if not self.scope.cancel_called:  # it is, if all have left before this began
                 with self.scope:
                     for member, result in zip(self.members.values(), await self._outcomes(calls), strict=True):
                         member.outcome = result
@@ -112,7 +113,7 @@ class Batch:
                 pass
 
     async def _outcomes(self, calls: Calls) -> Sequence[Outcome]:
-        """Raises nothing but a cancellation of its scope; as Attempts.run does."""
+        """Raises nothing but a cancellation of the batch's scope."""
         handler, jobs = self.handler, list(self.members)
         tasks = [member.task for member in self.members.values()]
         contexts = [member.context for member in self.members.values()]
@@ -151,8 +152,8 @@ class Batches:
         self._running: set[Batch] = set()
 
     async def join(self, handler: Handler, job: Job, task: Task, context: Context) -> Outcome:
-        """Wait until the batch has run that this task became part of. Raises nothing but a cancellation from outside,
-        and that not before the call has ended."""
+        """Put the task into a batch, and return its outcome. Raises nothing but a cancellation from outside, and that
+        not before the call has ended."""
         batch = self._gathering.get(handler.type)
         if batch is None:
             batch = self._gathering[handler.type] = Batch(handler, self._slots, self._services)
@@ -166,7 +167,7 @@ class Batches:
         try:
             await batch.over.wait()
         except asyncio.CancelledError:
-            if self.give_up(job) or job not in batch.members:
+            if self.remove_member(job) or job not in batch.members:
                 raise
             batch.leave(job)
             with anyio.CancelScope(shield=True):
@@ -176,37 +177,37 @@ class Batches:
         assert member.outcome is not None
         return member.outcome
 
-    def give_up(self, job: Job) -> bool:
-        """Take a job out that is gathered and not begun; False if it isn't. Whoever waits for it is to be cancelled."""
+    def remove_member(self, job: Job) -> bool:
+        """Take a job out of a batch that hasn't begun; False if it isn't in one. The caller cancels its runner."""
         batch = self._gathered.pop(job, None)
         if batch is None:
             return False
         del batch.members[job]
         if not batch.members:
-            self._gathered_all(batch)
+            self._stop_gathering(batch)
         return True
 
     def start_all(self) -> None:
-        """Nothing more will come for now: run what there is."""
+        """No further task comes for now: let all batches begin."""
         for batch in list(self._gathering.values()):
             self._begin(batch)
 
     def name_handler(self, task: asyncio.Task[Any] | None) -> str | None:
-        """Of the batch that this asyncio task runs. Called from another thread."""
+        """What this asyncio task runs, if it is a batch. Called in the heartbeat's thread."""
         for batch in list(self._running):
             if batch.task is task:
                 return f"{batch.handler.name} (a batch of {len(batch.members)} tasks)"
         return None
 
     def _begin(self, batch: Batch) -> None:
-        self._gathered_all(batch)
+        self._stop_gathering(batch)
         for job in batch.members:
             del self._gathered[job]
         self._running.add(batch)
         batch.start()
         self._group.start(batch, self._run, batch)
 
-    def _gathered_all(self, batch: Batch) -> None:
+    def _stop_gathering(self, batch: Batch) -> None:
         assert batch.timer is not None
         batch.timer.cancel()
         del self._gathering[batch.handler.type]
@@ -219,7 +220,7 @@ class Batches:
 
 
 def log_clipped_batches(registry: Registry, concurrency: int) -> None:
-    """Say which batches can't get as large as they may."""
+    """Log which batch handlers never get as many tasks as they take."""
     for handler in registry.handlers:
         if handler.batch is not None and handler.batch > concurrency:
             logger.warning(

@@ -1,15 +1,16 @@
-"""Payloads that a claim left out since they are large: each is fetched when a runner gets to its task.
+"""Payloads that a claim leaves out since they are large: each is fetched when a runner gets to its task.
 
-So a claim's answer is small, whatever was enqueued, and what a worker holds of large payloads is bounded:
+So the answer to a claim is small, whatever was enqueued, and a worker holds a bounded amount of large payloads:
 
-    one answer         STATEMENT_BYTES, or one payload if it is larger. The sizes are asked for first, so the time that
-                       an answer is given grows with its bytes
-    all that run       HELD_BYTES, or one payload. The next ones wait, in the order in which they were claimed, until a
-                       handler ends
+    one answer            ends with the payload that takes it to STATEMENT_BYTES. The sizes are asked for first, and
+                          the timeout of the answer grows with them
+    all running attempts  once they hold HELD_BYTES, the next ones wait, in the order in which runners asked, until a
+                          handler ends
 
-The leases are held meanwhile, as of any task that runs here. A statement that times out is tried again for half as
-many tasks, down to one. One whose payload can't be had alone, in TRIES tries with twice the time each, ends dead, with
-the reason. A connection that fails is made anew, as often as it takes: that is no task's fault.
+The worker keeps the leases meanwhile, like those of other tasks that run. A statement that times out, or for which
+PostgreSQL can't read a payload, is tried again for half as many tasks, down to one. If one payload can't be read, or
+not be fetched in TRIES tries, each with twice the time of the one before, its task ends dead, with the reason. A
+connection that fails is replaced, however often: no task is to blame.
 """
 
 from __future__ import annotations
@@ -27,21 +28,21 @@ from .pipe import Recovery
 HELD_BYTES = 256 * 1024 * 1024
 MOST = 100  # tasks in a statement
 TRIES = 3
-IDLE_SECONDS = 60.0  # a connection that is kept for the next large payload
+IDLE_SECONDS = 60.0  # for which the connection is kept for the next large payload
 
 Answer: TypeAlias = bytes | str | None  # the payload; a str: why there is none; None: the lease is lost
 
 
 class LargePayloads:
-    """A worker's. `read` them, and tell `drop` of each task that has ended."""
+    """Those of one worker. `read` them, and `release` each when its attempt has ended."""
 
     def __init__(self, dsn: str | None, recovery: Recovery) -> None:
         self._dsn = dsn
         self._recovery = recovery
-        self._asked: dict[Job, asyncio.Future[Answer]] = {}  # in the order in which runners came
-        self.held: dict[Job, int] = {}  # bytes of what was handed out
-        self._tries: dict[Job, int] = {}  # of those that failed alone
-        self._most = MOST
+        self._asked: dict[Job, asyncio.Future[Answer]] = {}  # in the order in which runners asked
+        self.held: dict[Job, int] = {}  # bytes of the payloads of running attempts
+        self._tries: dict[Job, int] = {}  # of statements that timed out for this one payload
+        self._most = MOST  # tasks in the next statement
         self._wake = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._conn: Connection | None = None
@@ -56,19 +57,15 @@ class LargePayloads:
         try:
             return await future
         finally:
-            self.give_up(job)
+            self.cancel_request(job)
 
-    def give_up(self, job: Job) -> bool:
-        """Nobody waits for it any more. False if nobody did."""
+    def cancel_request(self, job: Job) -> bool:
+        """Don't fetch this payload any more. False if no runner waits for it."""
         self._tries.pop(job, None)
         return self._asked.pop(job, None) is not None
 
-    def waits(self, job: Job) -> bool:
-        """Whether its runner waits for the payload."""
-        return job in self._asked
-
-    def drop(self, job: Job) -> None:
-        """The attempt has ended."""
+    def release(self, job: Job) -> None:
+        """The attempt has ended: its payload is held no more."""
         if self.held.pop(job, None) is not None:
             self._wake.set()
 
@@ -83,31 +80,31 @@ class LargePayloads:
             self._conn = None
 
     async def _run(self) -> None:
-        """Until nobody has asked for a while."""
+        """Fetch until no runner has asked for a while."""
         try:
             while True:
                 self._wake.clear()
-                room = HELD_BYTES - sum(self.held.values())
+                capacity = HELD_BYTES - sum(self.held.values())
                 if not self._asked:
                     try:
                         async with asyncio.timeout(IDLE_SECONDS):
                             await self._wake.wait()
                     except TimeoutError:
-                        if not self._asked:  # else somebody has asked at this moment
+                        if not self._asked:  # a runner may have asked in this moment
                             return
-                elif room <= 0:
+                elif capacity <= 0:
                     await self._wake.wait()
                 else:
-                    await self._answer(min(room, STATEMENT_BYTES))
-        except Exception as error:  # a bug: the runners fail of it, and with them the worker, visibly
+                    await self._fetch_some(min(capacity, STATEMENT_BYTES))
+        except Exception as error:  # a bug: it fails the runners, and so the worker, visibly
             for future in self._asked.values():
                 if not future.done():
                     future.set_exception(error)
         finally:
             self._disconnect()
 
-    async def _answer(self, most: int) -> None:
-        """Fetch for the first of those who wait, up to `most` bytes."""
+    async def _fetch_some(self, most: int) -> None:
+        """Fetch the payloads that runners asked for first, until they are `most` bytes."""
         worker = next(iter(self._asked)).worker
         jobs = list(islice((job for job in self._asked if job.worker == worker), self._most))
         tries = self._tries.get(jobs[0], 0) if len(jobs) == 1 else 0
@@ -128,7 +125,7 @@ class LargePayloads:
             rows = await self._conn.fetch(SQL["fetch_payloads"], worker, *_keys(good), timeout=seconds) if good else []
         except (TimeoutError, *UNREADABLE) as error:
             self._disconnect()
-            self._failed(jobs, sizes, seconds, error)
+            self._note_failure(jobs, sizes, seconds, error)
             return
         except TRANSIENT as error:
             self._disconnect()
@@ -139,33 +136,36 @@ class LargePayloads:
         payloads: dict[int, bytes] = {row[0]: row[1] for row in rows}
         for job in jobs:
             if job.id not in sizes:
-                continue  # in another answer
+                continue  # it didn't fit into this answer
             size = sizes[job.id]
             job.size = size or 0
             if size is not None and size > PAYLOAD_LIMIT:
-                self._tell(job, f"its payload is larger than {PAYLOAD_LIMIT:,} bytes")
+                self._answer(job, f"its payload is larger than {PAYLOAD_LIMIT:,} bytes")
             else:
-                self._tell(job, payloads.get(job.id))
+                self._answer(job, payloads.get(job.id))
 
-    def _failed(self, jobs: list[Job], sizes: dict[int, int | None], seconds: float, error: BaseException) -> None:
+    def _note_failure(
+        self, jobs: list[Job], sizes: dict[int, int | None], seconds: float, error: BaseException
+    ) -> None:
+        """A statement for these jobs timed out, or PostgreSQL can't read a payload."""
         if len(jobs) > 1:
             self._most = len(jobs) // 2
             return
         [job] = jobs
         if not isinstance(error, TimeoutError):
-            self._tell(job, f"PostgreSQL can't read out its payload: {error}")
+            self._answer(job, f"PostgreSQL can't read out its payload: {error}")
             return
         tries = self._tries[job] = self._tries.get(job, 0) + 1
         if tries < TRIES:
             return
         size = f"{sizes.get(job.id) or 0:,} bytes" if sizes else "not known, as it could not be measured"
-        self._tell(
+        self._answer(
             job,
             f"its payload could not be fetched in {TRIES} tries, the last of which was given {seconds:.0f} s; its size "
             f"is {size} (the limit is {PAYLOAD_LIMIT:,}); is the way to the database that slow?",
         )
 
-    def _tell(self, job: Job, answer: Answer) -> None:
+    def _answer(self, job: Job, answer: Answer) -> None:
         future = self._asked.pop(job, None)
         if future is not None and not future.done():
             if isinstance(answer, bytes):

@@ -1,14 +1,14 @@
-"""How an attempt ended, as a value: decided here, written by settle.
+"""How an attempt ended, as a value. It is decided here, and written by settle.py.
 
-what happened                                    outcome
-the handler returned                             Finished done
-it raised, timed out, asked for Retry            RetryLater; after the last attempt Finished dead
-its batch handler returned no list that fits     the same
-it raised or returned Dead, Cancel               Finished dead, Finished cancelled
-the payload doesn't fit, the result isn't JSON   Finished dead: another run would end the same
-the result is larger than RESULT_LIMIT           the same
-nobody here knows the type                       Unhandled
-not begun, or cut short by a shutdown            HandedBack: the attempt doesn't count
+what happened                                       outcome
+the handler returned                                Finished done
+it raised, timed out, or asked for Retry            RetryLater; after the last attempt Finished dead
+a batch handler returned no list of the right size  the same
+it raised or returned Dead, Cancel                  Finished dead, Finished cancelled
+the payload can't be decoded                        Finished dead: another attempt would end the same
+the result isn't JSON, or exceeds RESULT_LIMIT      the same
+the worker has no handler of the type               Unhandled
+not begun, or cut short by a shutdown               HandedBack: the attempt doesn't count
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Finished:
         self.state: State = state
         self.result = result
         self.error = error
-        self.size = job.size  # about how many bytes its write moves: with a large payload, which goes to the history
+        self.size = job.size  # about how many bytes its write moves; a large payload is copied into the history
         if result is not None:
             self.size += len(result)
         if error is not None:
@@ -47,7 +47,7 @@ class Finished:
 
 
 class RetryLater:
-    """The attempt failed; another follows after `delay` seconds."""
+    """The attempt failed; the next one follows after `delay` seconds."""
 
     __slots__ = ("delay", "error", "job", "size")
 
@@ -59,7 +59,7 @@ class RetryLater:
 
 
 class HandedBack:
-    """The attempt didn't happen."""
+    """The attempt doesn't count: the task is ready again."""
 
     __slots__ = ("job", "size")
 
@@ -69,7 +69,7 @@ class HandedBack:
 
 
 class Unhandled:
-    """For a worker that knows the type."""
+    """The task is left to a worker that has a handler of its type."""
 
     __slots__ = ("job", "size")
 
@@ -82,7 +82,7 @@ Outcome: TypeAlias = Finished | RetryLater | HandedBack | Unhandled
 
 
 def returned(job: Job, handler: Handler, value: object) -> Outcome:
-    """Of a handler that returned."""
+    """The outcome if the handler returned `value`."""
     if value is None:
         return Finished(job, "done")
     if isinstance(value, Verdict):
@@ -94,7 +94,7 @@ def returned(job: Job, handler: Handler, value: object) -> Outcome:
             return raised(job, handler, error)
     try:
         result = encode_result(value)
-    except Exception as error:  # what a user's type makes of being encoded is anybody's guess
+    except Exception as error:  # a user's type may raise anything when it is encoded
         why = f"its result, a {type(value).__name__}, can't be written as JSON: {describe(error)}{_hint(value)}"
         return Finished(job, "dead", error=encode_error(job.attempt, why))
     if result is not None and len(result) > RESULT_LIMIT:
@@ -107,7 +107,7 @@ def returned(job: Job, handler: Handler, value: object) -> Outcome:
 
 
 def returned_by_batch(jobs: Sequence[Job], handler: Handler, value: object) -> Sequence[Outcome]:
-    """Of a batch handler that returned: an outcome for each task."""
+    """The outcome of each task if the batch handler returned `value`."""
     if value is None or isinstance(value, Verdict) or is_verdict_class(value):
         return [returned(job, handler, value) for job in jobs]
     if not isinstance(value, list | tuple):
@@ -132,7 +132,7 @@ def _hint(value: object) -> str:
 
 
 def raised(job: Job, handler: Handler, error: BaseException) -> Outcome:
-    """Of a handler that raised."""
+    """The outcome if the handler raised `error`, or returned a Verdict."""
     match error:
         case Cancel():
             return Finished(job, "cancelled", error=encode_error(job.attempt, _reason(error, Cancel.reason)))
@@ -151,7 +151,7 @@ def is_verdict_class(value: object) -> bool:
 
 
 def _reason(verdict: Verdict, default: str) -> str:
-    """What a handler gives as its reason, which may be the exception that it caught, or nothing."""
+    """The reason that a handler gives, which may be an exception that it caught; or the default, for an empty one."""
     given = cast("object", verdict.reason)
     if isinstance(given, BaseException):
         return describe(given)
@@ -159,22 +159,22 @@ def _reason(verdict: Verdict, default: str) -> str:
 
 
 def timed_out(job: Job, handler: Handler) -> Outcome:
-    """Of a handler that was cancelled at its timeout."""
+    """The outcome if the handler was cancelled at its timeout."""
     return failed(job, handler, f"timed out after {handler.timeout:g} s")
 
 
 def failed(job: Job, handler: Handler, why: str) -> Outcome:
-    """Of an attempt that failed for a reason that is no exception."""
+    """The outcome of an attempt that failed for this reason, without an exception."""
     return _again(job, handler, encode_error(job.attempt, why))
 
 
 def undecodable(job: Job, why: str) -> Outcome:
-    """Of a payload that nothing was run with. Dead, since it won't be another one next time."""
+    """The outcome of a task whose payload can't be decoded: dead, since the payload stays the same."""
     return Finished(job, "dead", error=encode_error(job.attempt, why))
 
 
 def attempts_allowed(job: Job, handler: Handler) -> int:
-    """The number of the last one."""
+    """The number of the last attempt."""
     return job.excused + (handler.max_attempts if job.max_attempts is None else max(job.max_attempts, 1))
 
 
@@ -185,14 +185,14 @@ def _again(job: Job, handler: Handler, error: bytes, delay: float | None = None)
 
 
 def smaller(outcome: Outcome, step: int, why: str) -> Outcome | None:
-    """What to write instead of an outcome that PostgreSQL didn't take, at the first, second, ... step; None: there is
-    nothing less that can be said.
+    """What to write instead of an outcome that PostgreSQL refuses, at the first, second, ... step. None: there is no
+    smaller form. All forms have `why` as their error, with the first line of the outcome's own.
 
-    done                 dead with the reason; then that without the errors of earlier attempts
-    dead, cancelled      only the first line of its error, and the reason; then without those of earlier attempts
-    tried again later    the same, without those of earlier attempts; then dead
-    left to others       dead: nobody can take it
-    handed back          nothing
+    done              dead; then dead, without the errors of earlier attempts
+    dead, cancelled   the same state; then that, without the errors of earlier attempts
+    retry later       the same, without the errors of earlier attempts; then dead
+    unhandled         dead, without the errors of earlier attempts: no worker can take it
+    handed back       nothing
     """
     job = outcome.job
 
@@ -201,7 +201,7 @@ def smaller(outcome: Outcome, step: int, why: str) -> Outcome | None:
         if isinstance(outcome, Finished | RetryLater) and outcome.error is not None:
             said = f"{msgspec.json.decode(outcome.error)['error'].splitlines()[0][:300]} ("
         text = f"{said}PostgreSQL can't store its outcome: {why}{')' if said else ''}"
-        # ASCII, as the database's encoding may lack a character of it.
+        # ASCII only, as the database's encoding may lack other characters.
         return encode_error(job.attempt, text.encode("ascii", "backslashreplace").decode(), alone=alone)
 
     match outcome:

@@ -1,7 +1,7 @@
-"""What a task has waited for: the results of the tasks in its `after`, for `await ctx.results()`.
+"""The results of the tasks in a task's `after`, for `await ctx.results()`.
 
-They are read when they are asked for, on a connection of the worker's own that is made then: not on one of those for
-ctx.transaction(), of which ten handlers in theirs would each wait for an eleventh.
+They are read when a handler asks, on one connection that is made then. It isn't one of those for ctx.transaction(): ten
+handlers inside of their transactions would each wait for an eleventh connection.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from ..database.errors import TRANSIENT
 from ..errors import failure
 
 
-class Reader:
-    """A worker's. One question at a time."""
+class Predecessors:
+    """Those of one worker's tasks. It answers one call at a time."""
 
     def __init__(self, dsn: str | None) -> None:
         self._dsn = dsn
@@ -28,13 +28,13 @@ class Reader:
         self._lock = asyncio.Lock()
 
     async def results(self, task: int) -> list[Any]:
-        """In the order of its `after`. Raises one of TRANSIENT."""
+        """The results of the tasks in this task's `after`, in that order. Raises one of TRANSIENT."""
         cure = "in a plain `def` handler, call anyio.from_thread.run(ctx.results)"
         loops.same(self._loop, "ctx.results()", "the worker", cure)
         async with self._lock:
             try:
                 rows = await self._fetch(task)
-            except TRANSIENT:  # a connection that has sat there may be gone
+            except TRANSIENT:  # a connection that was idle may be lost
                 self.close()
                 rows = await self._fetch(task)
         return [_result(id, type, state, result, error) for id, type, state, result, error, _ in rows]
@@ -44,7 +44,7 @@ class Reader:
             self._conn = await connect_worker(self._dsn, "results")
         rows: list[asyncpg.Record] = []
         while True:
-            # Each with the time that its bytes take: they may be compressed where they are stored.
+            # Each page has the time that its bytes need. Stored results may be compressed, to a quarter perhaps.
             seconds = seconds_for(4 * STATEMENT_BYTES)
             page = await self._conn.fetch(SQL["read_predecessor_results"], task, len(rows) + 1, timeout=seconds)
             rows += page

@@ -172,7 +172,9 @@ class Runners:
         large = self._services.large_payloads
         for runner in self._runners:
             job = runner.job
-            if job is not None and (self._batches.give_up(job) or (large is not None and large.give_up(job))):
+            if job is not None and (
+                self._batches.remove_member(job) or (large is not None and large.cancel_request(job))
+            ):
                 runner.job = None
                 runner.scope.cancel()
                 self._settle(HandedBack(job))
@@ -282,7 +284,7 @@ class Runners:
         if self._states:
             self._states.pop(job, None)
         if job.size and (large := self._services.large_payloads) is not None:
-            large.drop(job)
+            large.release(job)
         if self._next_attempts and (again := self._next_attempts.pop(job.id, None)) is not None:
             self.add_jobs([again])
         self._sink.on_slot_released()

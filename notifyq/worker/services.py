@@ -11,8 +11,8 @@ from .large_payloads import LargePayloads
 from .transaction import State, Transactions
 
 
-class Predecessors(Protocol):
-    """Reads the results of the tasks that a task has waited for."""
+class ReadsResults(Protocol):
+    """Reads the results of the tasks that a task has waited for: Predecessors, or what a test has made up."""
 
     def results(self, task: int) -> Awaitable[list[Any]]: ...
     def close(self) -> None: ...
@@ -22,7 +22,7 @@ class Services(NamedTuple):
     """What an attempt may need of the database. None: it isn't there, in a test without a worker."""
 
     transactions: Transactions | None = None
-    predecessors: Predecessors | None = None
+    predecessors: ReadsResults | None = None
     large_payloads: LargePayloads | None = None
 
     def results(self, task: int) -> Awaitable[list[Any]]:

@@ -1,15 +1,16 @@
-"""A handler's own transaction, in which its task is settled too: `ctx.transaction()`.
+"""A handler's own transaction, which also settles its task: `ctx.transaction()`.
 
-    BEGIN               on a connection of a pool that is made at first use
-    ...                 the handler's writes
+    BEGIN                       on a connection of a pool that is made at first use
+    ...                         the handler's writes
     finish_in_transaction.sql   the task is done, if the lease is still ours; if not: LeaseLost, and ROLLBACK
-    COMMIT              all of it, or nothing
+    COMMIT                      all of it, or nothing
 
-Before the end the task's row isn't touched, so nobody's rescue waits for a handler. From then on nothing interrupts
-it: a timeout or a shutdown waits for the answer to COMMIT. If that is lost with the connection, the transaction's id
-says on another one what became of it. And if that can't be asked either, the attempt's outcome is written as if
-there had been no transaction: the fence refuses it if there was. What is believed here decides what the handler
-and the log hear, never whether the task runs again; that is up to the row, which goes with the writes.
+The task's row isn't touched before the end, so no rescue waits for a handler. From then on nothing interrupts the
+transaction: a timeout or a shutdown waits for the answer to COMMIT. If the connection fails before that answer, another
+connection asks by the transaction's id whether it was committed. If the database can't be asked either, the attempt's
+outcome is written as if there had been no transaction; the fence refuses it if there was one. So a wrong belief here
+reaches the handler and the log, and never decides whether the task runs again. The row decides that, and it is
+committed together with the handler's writes.
 """
 
 from __future__ import annotations
@@ -50,15 +51,15 @@ if TYPE_CHECKING:
     Pool = asyncpg.Pool[asyncpg.Record]
     Pooled = PoolConnectionProxy[asyncpg.Record]
 
-CONNECTIONS = 10  # transactions at once; further ones wait for one to end
-ROLLBACK_SECONDS = 1.0  # then the connection is cut, which is a rollback as well
-ANSWER_SECONDS = 1.0  # for what became of a transaction, while its handler is to be cancelled
+CONNECTIONS = 10  # transactions that are open at the same time; further ones wait for one to end
+ROLLBACK_SECONDS = 1.0  # then the connection is cut, which rolls back as well
+ANSWER_SECONDS = 1.0  # to ask whether a transaction was committed, while its handler is to be cancelled
 
 State: TypeAlias = Literal["open", "ending", "committed"]
 
 
 class Transactions:
-    """A worker's. `states` is of the jobs that have begun one; whoever drops a job drops its entry."""
+    """Those of one worker. `states` has the jobs that have begun one; Runners removes a job whose attempt has ended."""
 
     def __init__(self, dsn: str | None, keep: bool, worker: Waiters) -> None:
         self._dsn = dsn
@@ -73,7 +74,7 @@ class Transactions:
     async def begin(
         self, job: Job, isolation: Isolation | None, lost: Callable[[Job], None]
     ) -> AsyncGenerator[asyncpg.Connection[asyncpg.Record], None]:
-        """The block. `lost` is told of a lease that was found to be."""
+        """The block of ctx.transaction(). `lost` is called if the lease turns out to be lost."""
         cure = "make the handler an `async def`, and use it there"
         loops.same(self._loop, "ctx.transaction()", "the worker", cure)
         if job in self.states:
@@ -82,7 +83,7 @@ class Transactions:
             )
         self.states[job] = "open"
         try:
-            pool = await self._made()
+            pool = await self._open_pool()
             conn = await pool.acquire()
             try:
                 transaction = conn.transaction(isolation=isolation)
@@ -101,10 +102,10 @@ class Transactions:
                     await pool.release(conn, timeout=ROLLBACK_SECONDS)
         finally:
             if self.states.get(job) != "committed":
-                self.states.pop(job, None)  # another may follow
+                self.states.pop(job, None)  # the handler may begin another one
 
     async def close(self) -> None:
-        """Handlers that were left alone lose their connections."""
+        """Close the pool. Handlers that were abandoned lose their connections."""
         if self._pool is None:
             return
         if self._pool.get_size() == self._pool.get_idle_size():
@@ -112,11 +113,11 @@ class Transactions:
                 await self._pool.close()
         self._pool.terminate()
 
-    async def _made(self) -> Pool:
+    async def _open_pool(self) -> Pool:
         async with self._making:
             if self._pool is None:
                 url, source = resolve_dsn(self._dsn)
-                # A type that asyncpg's pool has, and its stubs don't.
+                # asyncpg's pool takes this argument, and its stubs lack it.
                 options: dict[str, Any] = {"connect": dial_for_pool}
                 with translate_connect_errors(url, source):
                     self._pool = await asyncpg.create_pool(
@@ -133,9 +134,9 @@ class Transactions:
     async def _commit(self, job: Job, conn: Pooled, transaction: Transaction, lost: Callable[[Job], None]) -> None:
         if not conn.is_in_transaction():
             raise ConfigError("the transaction was ended inside of its block; leave that to ctx.transaction()")
-        self._becomes(job, "ending")
+        self._note_state(job, "ending")
         failure: Exception | None = None
-        xid, freed = "", False
+        xid, released = "", False
         with anyio.CancelScope(shield=True):
             fence = (job.worker, job.id, job.attempt, self._keep)
             row = await conn.fetchrow(SQL["finish_in_transaction"], *fence, timeout=COMMAND_TIMEOUT_SECONDS)
@@ -146,7 +147,7 @@ class Transactions:
                     raise DatabaseError(f"task {job.id} can't be settled, its transaction is rolled back: {KEPT}")
                 lost(job)
                 raise LeaseLost(f"task {job.id} isn't this run's any more; its transaction is rolled back")
-            xid, freed = row
+            xid, released = row
             try:
                 async with asyncio.timeout(COMMAND_TIMEOUT_SECONDS):
                     await transaction.commit()
@@ -154,31 +155,32 @@ class Transactions:
                 _cut(conn)
                 committed: bool | None = None
                 with anyio.move_on_after(ANSWER_SECONDS):
-                    committed = await self._became(xid)
+                    committed = await self._was_committed(xid)
                 if committed:
-                    self._becomes(job, "committed")
-                if committed is False or not isinstance(error, Exception):  # by asyncio's own means it was cancelled
+                    self._note_state(job, "committed")
+                # A BaseException is asyncio's own cancellation, which no shield holds off.
+                if committed is False or not isinstance(error, Exception):
                     raise
                 failure = None if committed else error
-        if failure is not None and not await self._became(xid):
+        if failure is not None and not await self._was_committed(xid):
             raise failure
-        self._becomes(job, "committed")
-        if freed:
+        self._note_state(job, "committed")
+        if released:
             self._worker.on_released()
 
-    def _becomes(self, job: Job, state: State) -> None:
-        if job in self.states:  # its handler may have ended without it
+    def _note_state(self, job: Job, state: State) -> None:
+        if job in self.states:  # it isn't if the handler has ended before the block, in an asyncio task of its own
             self.states[job] = state
 
-    async def _became(self, xid: str) -> bool:
-        """Whether that transaction was committed; asked for as long as it takes."""
+    async def _was_committed(self, xid: str) -> bool:
+        """Whether that transaction was committed. Asks until the database answers."""
         pause = Pause(0.05, 2.0)
 
         async def ask(conn: Connection) -> bool:
             try:
                 while (status := await conn.fetchval(SQL["read_transaction_status"], xid)) == "in progress":  # noqa: ASYNC110
                     await asyncio.sleep(0.05)  # PostgreSQL announces no commit
-            except asyncpg.InvalidParameterValueError:  # in the future: this server took over, and never heard of it
+            except asyncpg.InvalidParameterValueError:  # the id is in the future of this server, which took over
                 return False
             return bool(status == "committed")
 
@@ -189,7 +191,7 @@ class Transactions:
 
 
 async def _roll_back(conn: Pooled, transaction: Transaction) -> None:
-    """If the connection is gone, so is the transaction."""
+    """A lost connection has rolled it back."""
     try:
         if not conn.is_closed() and conn.is_in_transaction():
             await transaction.rollback()
@@ -201,7 +203,7 @@ def _cut(conn: Pooled) -> None:
     try:
         conn.terminate()
     except asyncpg.InterfaceError:
-        pass  # the pool has seen to it
+        pass  # the pool has taken the connection back
 
 
 async def _keep_alive(conn: asyncpg.Connection[asyncpg.Record]) -> None:

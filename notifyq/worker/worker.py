@@ -36,7 +36,7 @@ from .large_payloads import LargePayloads
 from .left_out import NOT_RECLAIMED, LeftOut
 from .outages import Outages
 from .outcome import HandedBack
-from .predecessors import Reader
+from .predecessors import Predecessors
 from .runners import CANCEL_SECONDS, Runners
 from .services import Services
 from .settle import Settler
@@ -82,7 +82,9 @@ class Worker:
         self.outages = Outages(self)
         self._settler = Settler(dsn, keeps_history, self, self.outages)
         self.settle = self._settler.put  # for each task, so without a call in between
-        self._services = Services(Transactions(dsn, keeps_history, self), Reader(dsn), LargePayloads(dsn, self.outages))
+        self._services = Services(
+            Transactions(dsn, keeps_history, self), Predecessors(dsn), LargePayloads(dsn, self.outages)
+        )
         self._runners = Runners(registry, config.concurrency, config.most_threads, self, self._services)
         self._claimer = Claimer(dsn, config, registry.types, self._runners, self._settler)
         self._heartbeat = Heartbeat(dsn, config, registry, self, self._runners, self._claimer)

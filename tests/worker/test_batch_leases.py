@@ -204,8 +204,8 @@ async def test_all_leave_before_it_begins(monkeypatch: pytest.MonkeyPatch) -> No
         return job, waiting
 
     job, alone = await join()
-    assert batches.give_up(job)
-    assert not batches.give_up(job)
+    assert batches.remove_member(job)
+    assert not batches.remove_member(job)
     alone.cancel()
     await anyio.sleep(0.05)
     assert alone.cancelled()
@@ -214,7 +214,7 @@ async def test_all_leave_before_it_begins(monkeypatch: pytest.MonkeyPatch) -> No
     pair = [await join(), await join()]
     [(run, argument)] = began.items
     for job, waiting in pair:
-        assert not batches.give_up(job)
+        assert not batches.remove_member(job)
         waiting.cancel()
     await asyncio.sleep(0)
     assert not any(waiting.done() for _, waiting in pair)
