@@ -238,6 +238,22 @@ COMMENT ON COLUMN notifyq.finished.result IS 'What its handler returned.';
 COMMENT ON COLUMN notifyq.finished.errors IS 'A JSON array with one object for each failed attempt.';
 COMMENT ON COLUMN notifyq.finished.options IS 'The options it was enqueued with.';
 
+-- Write the outcome of one task that its caller has just deleted from notifyq.task. Returns its id. finish.sql, which
+-- settles thousands of tasks at a time, has an INSERT of its own.
+CREATE FUNCTION notifyq.write_outcome(task notifyq.task, state text, worker text, attempts integer, errors jsonb)
+    RETURNS bigint LANGUAGE plpgsql AS $$
+BEGIN
+    DELETE FROM notifyq.finished f WHERE f.id = task.id;  -- an older task may have had this id: read_highest_ids.sql
+    INSERT INTO notifyq.finished (id, created_at, run_at, processing_at, processed_at, priority, attempts, max_attempts,
+                                  state, queue, type, worker, payload, errors, options)
+    VALUES (task.id, task.created_at, task.run_at, task.processing_at, pg_catalog.clock_timestamp(), task.priority,
+            write_outcome.attempts, task.max_attempts, write_outcome.state, task.queue, task.type, write_outcome.worker,
+            task.payload, write_outcome.errors, task.options);
+    RETURN task.id;
+END $$;
+COMMENT ON FUNCTION notifyq.write_outcome(notifyq.task, text, text, integer, jsonb) IS
+    'Internal: writes the outcome of a deleted task into notifyq.finished.';
+
 -- Enqueue by a function, for users who prefer that to an INSERT. The defaults are the table's own. NULL means the
 -- default too: a caller with named parameters often has a NULL for each.
 CREATE FUNCTION notifyq.enqueue(
@@ -481,22 +497,16 @@ COMMENT ON FUNCTION notifyq.bell_wanted() IS 'Internal: whether a statement wait
 -- worker listens while it runs something for long, and is told to look; its next heartbeat finds the lease gone in any
 -- case, and cancels the handler.
 CREATE FUNCTION notifyq.cancel(id bigint) RETURNS boolean LANGUAGE sql BEGIN ATOMIC
-    -- An older task may have had the same id: see read_highest_ids.sql.
-    DELETE FROM notifyq.finished f WHERE f.id = $1 AND EXISTS (SELECT FROM notifyq.task t WHERE t.id = $1);
     WITH gone AS (
-        DELETE FROM notifyq.task t WHERE t.id = $1 RETURNING t.*
-    ), outcome AS (
-        INSERT INTO notifyq.finished (id, created_at, run_at, processing_at, processed_at, priority, attempts,
-                                      max_attempts, state, queue, type, worker, payload, result, errors, options)
-        SELECT g.id, g.created_at, g.run_at, g.processing_at, clock_timestamp(), g.priority, g.attempts,
-               g.max_attempts, 'cancelled', g.queue, g.type, w.name, g.payload, NULL, g.errors, g.options
-        FROM gone g LEFT JOIN notifyq.worker w ON w.id = g.worker
-        RETURNING 1
+        DELETE FROM notifyq.task t WHERE t.id = $1 RETURNING t AS task
+    ), outcome AS MATERIALIZED (
+        SELECT notifyq.write_outcome(g.task, 'cancelled', w.name, (g.task).attempts, (g.task).errors)
+        FROM gone g LEFT JOIN notifyq.worker w ON w.id = (g.task).worker
     ), told AS MATERIALIZED (
-        SELECT notifyq.notify_unless_full('notifyq_cancel', g.id::text) FROM gone g WHERE g.worker IS NOT NULL
+        SELECT notifyq.notify_unless_full('notifyq_cancel', $1::text) FROM gone g WHERE (g.task).worker IS NOT NULL
         UNION ALL
         -- Other tasks may wait for its end, and a DELETE doesn't ring.
-        SELECT notifyq.notify_unless_full('notifyq', '') FROM gone g WHERE g.watched
+        SELECT notifyq.notify_unless_full('notifyq', '') FROM gone g WHERE (g.task).watched
     )
     SELECT EXISTS (SELECT FROM outcome) FROM (SELECT count(*) FROM told) AS t;
 END;
@@ -1446,8 +1456,6 @@ CREATE FUNCTION notifyq.cancel_dependents(ids bigint[]) RETURNS bigint[]
 DECLARE
     cancelled bigint[];
 BEGIN
-    DELETE FROM notifyq.finished f
-    WHERE f.id = ANY (ids) AND EXISTS (SELECT FROM notifyq.task t WHERE t.id = f.id);  -- of older tasks with these ids
     WITH bad AS MATERIALIZED (
         SELECT DISTINCT ON (t.id) t.id, 'task ' || f.id || ' (' || left(f.type, 200) || '), which it was to run after, '
                                   || CASE f.state WHEN 'dead' THEN 'is dead' ELSE 'was cancelled' END AS error
@@ -1458,16 +1466,14 @@ BEGIN
           AND NOT EXISTS (SELECT FROM notifyq.task d WHERE d.id = f.id)  -- an older task may have had the same id
         ORDER BY t.id, f.id
     ), gone AS (
-        DELETE FROM notifyq.task t USING bad b WHERE t.id = ANY (ARRAY[b.id]) RETURNING t.*, b.error
-    ), outcome AS (
-        INSERT INTO notifyq.finished (id, created_at, run_at, processing_at, processed_at, priority, attempts,
-                                      max_attempts, state, queue, type, worker, payload, result, errors, options)
-        SELECT g.id, g.created_at, g.run_at, g.processing_at, clock_timestamp(), g.priority, g.attempts - g.claims,
-               g.max_attempts, 'cancelled', g.queue, g.type, NULL, g.payload, NULL,
-               notifyq.append_error(g.errors, jsonb_build_object(
-                   'attempt', g.attempts - g.claims, 'at', clock_timestamp(), 'error', g.error)), g.options
-        FROM (SELECT g.*, (g.worker IS NOT NULL)::integer AS claims FROM gone g) AS g
-        RETURNING id
+        DELETE FROM notifyq.task t USING bad b WHERE t.id = ANY (ARRAY[b.id])
+        -- A claim of the task, which only now turns out to be cancelled, is no attempt.
+        RETURNING t AS task, t.attempts - (t.worker IS NOT NULL)::integer AS attempts, b.error
+    ), outcome AS MATERIALIZED (
+        SELECT notifyq.write_outcome(g.task, 'cancelled', NULL, g.attempts, notifyq.append_error(
+                   (g.task).errors, jsonb_build_object('attempt', g.attempts, 'at', clock_timestamp(), 'error', g.error)
+               )) AS id
+        FROM gone g
     )
     SELECT array_agg(o.id) INTO cancelled FROM outcome o;
     DELETE FROM notifyq.dependency d WHERE d.task = ANY (cancelled);

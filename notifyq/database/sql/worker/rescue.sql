@@ -64,19 +64,11 @@ WITH corpse AS MATERIALIZED (
     WHERE t.id = ANY (ARRAY[h.id]) AND NOT h.spent
     RETURNING t.watched AND notifyq.note_lease_given_up(t)
 ), gone AS (
-    DELETE FROM notifyq.task t USING held h WHERE t.id = ANY (ARRAY[h.id]) AND h.spent RETURNING t.*, h.error
-), kept AS (
-    INSERT INTO notifyq.finished (id, created_at, run_at, processing_at, processed_at, priority, attempts, max_attempts,
-                                  state, queue, type, worker, payload, result, errors, options)
-    SELECT id, created_at, run_at, processing_at, clock_timestamp(), priority, attempts, max_attempts,
-           'dead', queue, type, (SELECT name FROM corpse), payload, NULL, notifyq.append_error(errors, error), options
-    FROM gone
-    ON CONFLICT (id) DO UPDATE  -- an older task had this id: see forget_older_outcomes.sql
-    SET (created_at, run_at, processing_at, processed_at, priority, attempts, max_attempts, state, queue, type, worker,
-         payload, result, errors, options) =
-        (EXCLUDED.created_at, EXCLUDED.run_at, EXCLUDED.processing_at, EXCLUDED.processed_at, EXCLUDED.priority,
-         EXCLUDED.attempts, EXCLUDED.max_attempts, EXCLUDED.state, EXCLUDED.queue, EXCLUDED.type, EXCLUDED.worker,
-         EXCLUDED.payload, EXCLUDED.result, EXCLUDED.errors, EXCLUDED.options)
+    DELETE FROM notifyq.task t USING held h WHERE t.id = ANY (ARRAY[h.id]) AND h.spent RETURNING t AS task, h.error
+), outcome AS MATERIALIZED (
+    SELECT notifyq.write_outcome(g.task, 'dead', corpse.name, (g.task).attempts,
+                                 notifyq.append_error((g.task).errors, g.error))
+    FROM gone g, corpse
 ), noted AS (
     UPDATE notifyq.worker w SET status = 'vanished'
     FROM corpse
@@ -89,4 +81,4 @@ WITH corpse AS MATERIALIZED (
 )
 SELECT (SELECT name FROM corpse) AS name,
        (SELECT count(*) FROM again)::integer AS ready,
-       (SELECT count(*) FROM gone)::integer AS dead
+       (SELECT count(*) FROM outcome)::integer AS dead
