@@ -1741,7 +1741,7 @@ COMMENT ON COLUMN notifyq.all_tasks.result IS 'What its handler returned.';
 COMMENT ON COLUMN notifyq.all_tasks.worker IS 'host:pid of the worker that runs it, or ran it last.';
 COMMENT ON COLUMN notifyq.all_tasks.errors IS 'A JSON array with one object for each failed attempt.';
 COMMENT ON COLUMN notifyq.all_tasks.waits_for IS
-    'What keeps it back: limit, rate, queue, order or after; NULL: nothing.';
+    'What keeps it back: limit, rate, queue, order, after or crashed; NULL: nothing.';
 COMMENT ON COLUMN notifyq.all_tasks.progress IS 'How far its handler says it is, from 0 to 1.';
 COMMENT ON COLUMN notifyq.all_tasks.note IS 'What its handler says it is doing.';
 COMMENT ON COLUMN notifyq.all_tasks.options IS 'The options it was enqueued with.';
