@@ -39,9 +39,10 @@ class Free(NamedTuple):
 
     by_queue: dict[str, int]
     total: int  # nothing by queue, and yet not 0: all queues are paused, and the claimer is to hear if one is resumed
+    is_idle: bool = False  # nothing runs, and all outcomes are written
 
 
-NOTHING = Free({}, 0)
+NOTHING = Free({}, 0)  # and not idle
 
 
 class Rate:
@@ -95,8 +96,9 @@ class Capacity:
 
     def now(self, now: float, paused: Set[str]) -> Free:
         slots = self._slots
+        is_idle = self.is_idle
         if self._settler.full:
-            return NOTHING
+            return Free({}, 0, is_idle)  # idle, if it is full of outcomes that PostgreSQL refuses
         ahead = self._rate.ahead(now, slots.ended)
         held = len(slots.held)
         free = self._config.concurrency + ahead - held
@@ -124,10 +126,10 @@ class Capacity:
         if len(by_queue) > 1:
             self.queues.append(self.queues.pop(0))
         if not by_queue and any(queue in paused for queue in self.queues):
-            return Free({}, free)
+            return Free({}, free, is_idle)
         if slots.plain and all(most <= plain_free for most in by_queue.values()):
             free = min(free, plain_free)
-        return Free(by_queue, min(free, sum(by_queue.values())))
+        return Free(by_queue, min(free, sum(by_queue.values())), is_idle)
 
     def is_bounded(self, queue: str) -> bool:
         """Whether a claim may leave tasks in this queue although there are free slots."""

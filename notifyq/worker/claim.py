@@ -46,7 +46,7 @@ class Claimer:
         self._dsn = dsn
         self._config = config
         self._runners = runners
-        self._state = state = State()
+        self._state = state = State(draining=config.drain)
         self._wake = asyncio.Event()
         self._admission = Admission(types, LeftOut())
         self._capacity = Capacity(config, runners.slots, settler)
@@ -86,9 +86,7 @@ class Claimer:
     def note_slot_released(self) -> None:
         """A slot is free, or outcomes were written."""
         state = self._state
-        if state.unhandled_plain and self._capacity.fitting():
-            state.unhandled_plain = False
-            state.unhandled = state.look = True
+        state.slot_released(fits=state.unhandled_plain and self._capacity.fitting() > 0)
         self._wake.set()
 
     def look_for_unhandled(self) -> None:
@@ -143,7 +141,7 @@ class Claimer:
                 self._listener.poll_only()
                 await self._due.check(conn, worker, poll=True)
                 ready()
-                await self._work(conn, worker)
+                await self._serve(conn, worker)
                 return
             # end_backends.sql finds it by this name, to end it when its worker is frozen.
             bell = await connect_worker(self._dsn, f"door {worker}", worker=worker)
@@ -157,7 +155,7 @@ class Claimer:
             async with anyio.create_task_group() as group:
                 group.start_soon(self._bell.run, bell, name="notifyq bell")
                 ready()
-                await self._work(conn, worker)
+                await self._serve(conn, worker)
                 group.cancel_scope.cancel()
         finally:
             self.bell_pid = None
@@ -176,22 +174,22 @@ class Claimer:
     def _cut(self, _: object) -> None:
         self.fail(ConnectionError("the server closed the connection"))
 
-    async def _work(self, conn: Connection, worker: int) -> None:
-        await (self._drain(conn, worker) if self._config.drain else self._serve(conn, worker))
-
     async def _serve(self, conn: Connection, worker: int) -> None:
         clock = asyncio.get_running_loop().time
         state, capacity, admission, bell = self._state, self._capacity, self._admission, self._bell
+        table = decide.DRAIN if self._config.drain else decide.TABLE
         while not state.stopping:
             self._wake.clear()  # first, so that what happens from here on ends the next wait
             now = clock()
             free = capacity.now(now, admission.paused)
-            action = decide.next_action(state, now, free)
+            action = decide.next_action(state, now, free, table)
             if action.bell is not None:
                 state.want(action.bell, now)
             bell.want(state.wanted)
             match action:
                 case decide.Wait():
+                    if action.starts_batches:
+                        self._runners.start_batches()
                     await self._waiting.wait(action.until)
                     state.waited(action.looks)
                 case decide.Claim():
@@ -210,6 +208,10 @@ class Claimer:
                     await self._waiting.write_heartbeat(conn, worker)
                 case decide.Isolate():
                     await self._isolation.run(conn, worker, bell)
+                case decide.LookOnceMore():
+                    state.look_once_more()
+                case decide.Finish():
+                    return
                 case decide.Fail():
                     raise action.error
                 case _:
@@ -218,7 +220,7 @@ class Claimer:
     async def _claim(self, conn: Connection, worker: int, action: decide.Claim, free: Free) -> None:
         state = self._state
         state.claim_begins(action.looks)
-        count, full = await self._intake.claim(conn, worker, free)
+        count, full = await self._intake.claim(conn, worker, free, from_head=action.from_head)
         state.claimed(
             count,
             asyncio.get_running_loop().time(),
@@ -237,50 +239,11 @@ class Claimer:
         late = asyncio.get_running_loop().time() - now - seconds > LAG_SECONDS
         self._state.slept(late, now)
 
-    async def _check_due(self, conn: Connection, worker: int, poll: bool = False) -> bool:
-        """Returns whether due tasks were made ready."""
-        found, echoed = await self._due.check(conn, worker, poll=poll)
-        if echoed:
+    async def _check_due(self, conn: Connection, worker: int, poll: bool) -> None:
+        if await self._due.check(conn, worker, poll=poll):
             self._bell.turn_over()
         if poll:
             self._state.polled(self._next_poll())
-        return found.promoted > 0
-
-    async def _drain(self, conn: Connection, worker: int) -> None:
-        """--drain: as long as there is something to run. Without the bell and the turn, as it waits for no task."""
-        clock = asyncio.get_running_loop().time
-        state, capacity, waiting = self._state, self._capacity, self._waiting
-        while not state.stopping:
-            self._wake.clear()
-            if state.failure is not None:
-                raise state.failure
-            if state.heartbeat_wanted:
-                await waiting.write_heartbeat(conn, worker)
-            if state.release_wanted:
-                await waiting.release_waiters(conn)
-            if clock() - state.due.checked_at > decide.DUE_BUSY_SECONDS:
-                await self._check_due(conn, worker)
-            free = capacity.now(clock(), self._admission.paused)
-            if free.total and await self._drain_claim(conn, worker, free, from_head=not state.backlog):
-                continue
-            self._runners.start_batches()
-            if free.total and capacity.is_idle:
-                # Only now, since a handler may have enqueued a task as the last thing it did.
-                promoted = await self._check_due(conn, worker)
-                if await waiting.release_waiters(conn) or await self._isolation.run(conn, worker, self._bell):
-                    continue
-                # Above, tasks that still ran may have kept their queue, if it has a limit, out of `free`.
-                free = capacity.now(clock(), self._admission.paused)
-                if not promoted and not await self._drain_claim(conn, worker, free, from_head=True):
-                    return
-                continue
-            if not free.total and capacity.is_idle:
-                return  # too many outcomes that PostgreSQL refuses
-            await waiting.wait(math.inf)
-
-    async def _drain_claim(self, conn: Connection, worker: int, free: Free, *, from_head: bool) -> int:
-        count, self._state.backlog = await self._intake.claim(conn, worker, free, from_head=from_head)
-        return count
 
     # The bell.
 

@@ -1,8 +1,9 @@
-"""Decide: what a claimer does next, as one table. Pure: no clock, no connection, no event loop.
+"""Decide: what a claimer does next, as a table. Pure: no clock, no connection, no event loop.
 
-`next_action` returns the action of the first row of TABLE that holds in a State (state.py). claim.py carries it out.
+`next_action` returns the action of the first row that holds in a State (state.py). claim.py carries it out. A worker
+goes by TABLE, or, with --drain, by DRAIN.
 
-The doorbell's model (tests/models/doorbell.py) explores this very table and the State's events: docs/protocol.md tells
+The doorbell's model (tests/models/doorbell.py) explores TABLE itself and the State's events: docs/protocol.md tells
 what holds. After a change of either, `python -m tests.models` explores them anew.
 """
 
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from .state import ASLEEP, AWAY, TURN, Position, State
@@ -19,8 +20,9 @@ if TYPE_CHECKING:
     from .capacity import Free
 
 DUE_BUSY_SECONDS = 0.25  # from one due check to the next under a backlog, where due tasks queue up behind the others
-UNLISTEN_SECONDS = 1.0  # for which a worker without the turn listens on: it mostly has the turn again soon
-ARMING_SHARE, ARMING_LEAST, ARMING_MOST = 0.02, 0.002, 0.05  # of the time spent arming; seconds, seconds
+UNLISTEN_SECONDS = 1.0  # for which a worker that has lost the turn still listens: it mostly has the turn again soon
+# From one claim to the next while it waits for SHARE: this part of the wait so far; at least, and at most, in seconds.
+ARMING_SHARE, ARMING_LEAST, ARMING_MOST = 0.02, 0.002, 0.05
 
 
 class BellSilent(ConnectionError):
@@ -28,78 +30,92 @@ class BellSilent(ConnectionError):
 
 
 @dataclass(frozen=True, slots=True)
-class Fail:
+class _Action:
+    """`bell`: the position at the bell that is wanted from now on. None: the same as before."""
+
+    bell: Position | None = field(default=None, kw_only=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Fail(_Action):
     """End the session with this error."""
 
     error: BaseException
-    bell: Position | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class WriteHeartbeat:
-    bell: Position | None = None
+class WriteHeartbeat(_Action):
+    """In place of the heartbeat's thread."""
 
 
 @dataclass(frozen=True, slots=True)
-class ReleaseWaiters:
+class ReleaseWaiters(_Action):
     """Make ready the tasks that waited for one that has ended."""
 
-    bell: Position | None = None
-
 
 @dataclass(frozen=True, slots=True)
-class Isolate:
+class Isolate(_Action):
     """Run tasks whose workers have vanished, with no other task beside them."""
 
-    bell: Position | None = None
+
+@dataclass(frozen=True, slots=True)
+class Listen(_Action):
+    """LISTEN to the bell."""
 
 
 @dataclass(frozen=True, slots=True)
-class Listen:
-    bell: Position | None = None
+class Unlisten(_Action):
+    """UNLISTEN."""
 
 
 @dataclass(frozen=True, slots=True)
-class Unlisten:
-    bell: Position | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class CheckDue:
-    """Promote due tasks and set the timer for the next. `poll`: also look for ready tasks in all queues."""
+class CheckDue(_Action):
+    """Promote due tasks, and set the timer for the next one. `poll`: also look for ready tasks in all queues."""
 
     poll: bool = False
-    bell: Position | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class Claim:
-    """`looks`: it answers all that has happened so far, so `look` is cleared first."""
+class Claim(_Action):
+    """`looks`: this claim answers all that has happened so far, so the State's `look` is cleared before it.
+    `without_turn`: another worker has the turn. `from_head`: begin at the head, whatever the cursors say."""
 
     looks: bool = False
     without_turn: bool = False
-    bell: Position | None = None
+    from_head: bool = False
 
 
 @dataclass(frozen=True, slots=True)
-class Sleep:
-    """Do nothing for so long, whatever happens, and then look."""
+class Sleep(_Action):
+    """Do nothing for `seconds`, whatever happens. Then look."""
 
     seconds: float
-    bell: Position | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class Wait:
-    """Until something happens, or until that time. `looks`: then look."""
+class Wait(_Action):
+    """Do nothing until something happens, or until this time. `looks`: then look. `starts_batches`: batches that wait
+    for more tasks begin with those that they have."""
 
     until: float
     looks: bool = False
-    bell: Position | None = None
+    starts_batches: bool = False
 
 
-# `bell` is the position that is wanted from now on; None: the same as before.
-Action = Fail | WriteHeartbeat | ReleaseWaiters | Isolate | Listen | Unlisten | CheckDue | Claim | Sleep | Wait
+@dataclass(frozen=True, slots=True)
+class LookOnceMore(_Action):
+    """Have all rows that may find a task hold once more."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finish(_Action):
+    """End the session: nothing is left to do."""
+
+
+Action = (
+    Fail | WriteHeartbeat | ReleaseWaiters | Isolate | Listen | Unlisten | CheckDue | Claim | Sleep | Wait
+    | LookOnceMore | Finish
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +171,7 @@ TABLE: tuple[Row, ...] = (
         "release",
         lambda s, now, free: s.release_wanted,
         _always(ReleaseWaiters()),
-        "A task that waits for an ended one is ready only after this, so it comes before any claim.",
+        "A task that waited for an ended one becomes ready by this, so this comes before any claim.",
     ),
     Row(
         "isolate",
@@ -209,7 +225,7 @@ TABLE: tuple[Row, ...] = (
         "poll found",
         lambda s, now, free: s.poll_found and s.position is AWAY,
         _always(Claim(looks=True, without_turn=True)),
-        "The holder of the turn should have claimed this: it may be a session that is no worker.",
+        "The holder of the turn should have claimed these tasks. It may be a session that is no worker.",
     ),
     Row(
         "poll",
@@ -274,9 +290,50 @@ TABLE: tuple[Row, ...] = (
     ),
 )
 
+_ROWS = {row.name: row for row in TABLE}
+
+# The same with --drain, where a worker ends when it has nothing left to do. It waits for no new task, so it uses
+# neither the bell nor the turn.
+DRAIN: tuple[Row, ...] = (
+    _ROWS["failed"],
+    _ROWS["heartbeat"],
+    _ROWS["release"],
+    Row(
+        "drain, due",
+        lambda s, now, free: now - s.due.checked_at > DUE_BUSY_SECONDS,
+        CHECK_DUE,
+        "Tasks come due while it works.",
+    ),
+    Row(
+        "drain",
+        lambda s, now, free: s.look and free.total > 0,
+        lambda s, now: Claim() if s.backlog else Claim(looks=True, from_head=True),
+        "It claims until nothing comes. The last of these claims must see all tasks, also those before the cursors.",
+    ),
+    Row(
+        "drain, busy",
+        lambda s, now, free: not free.is_idle,
+        _always(Wait(math.inf, looks=True, starts_batches=True)),
+        "Handlers that still run may enqueue tasks, and each that ends frees a slot.",
+    ),
+    _ROWS["isolate"],
+    Row(
+        "drained",
+        lambda s, now, free: s.looked_once_more or not free.total,
+        _always(Finish()),
+        "Nothing is left. Or it can't claim, though it is idle: it keeps too many outcomes that PostgreSQL refuses.",
+    ),
+    Row(
+        "drain, idle",
+        lambda s, now, free: True,
+        _always(LookOnceMore()),
+        "A handler may have enqueued a task as the last thing it did. Other tasks may be due, released or to isolate.",
+    ),
+)
+
 
 def next_action(state: State, now: float, free: Free, table: tuple[Row, ...] = TABLE) -> Action:
-    """What to do at `now` (the event loop's time), if that much can be claimed."""
+    """What to do at `now`, a time of the event loop, if so many tasks can be claimed."""
     for row in table:
         if row.holds(state, now, free):
             return row.action(state, now)

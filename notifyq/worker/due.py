@@ -27,11 +27,11 @@ class DueCheck:
         self._listener = listener
         self._state = state
 
-    async def check(self, conn: Connection, worker: int, *, poll: bool = False) -> tuple[Found, bool]:
+    async def check(self, conn: Connection, worker: int, *, poll: bool = False) -> bool:
         """Promote due tasks and set the timer for the next. `poll`: look for ready tasks in all queues.
 
         Otherwise it asks about the queues that a claim has just looked into, or, if there are some, about those that
-        are full here: tasks in them are for another worker. Returns the answer, and whether an echo was sent."""
+        are full here: tasks in them are for another worker. Returns whether an echo was sent."""
         clock = asyncio.get_running_loop().time
         state, capacity = self._state, self._capacity
         began = clock()
@@ -51,7 +51,7 @@ class DueCheck:
         await self._admission.note_settings(conn, worker, settings)
         now = clock()
         state.due_checked(found, now, seconds=now - began, from_cursor=from_cursor, full=full, poll=poll)
-        return found, echo is not None
+        return echo is not None
 
     async def _ask(
         self, conn: Connection, args: _Args, echo: str | None, cursor: datetime | None

@@ -63,7 +63,7 @@ class Intake:
             return 0, False
         ready: list[Job] = []
         locked: list[Job] = []
-        taken = Taken([], *free, None, True)
+        taken = Taken([], free.by_queue, free.total, None, True)
         with anyio.CancelScope(shield=True):
             taken = await self._take_all(conn, worker, free, from_head)
             ready, locked = await self._admission.admit(conn, worker, taken.jobs)
@@ -96,7 +96,7 @@ class Intake:
         clock = asyncio.get_running_loop().time
         began = clock()
         from_cursor = None if from_head else self._cursors.from_cursor(began, self._state.backlog)
-        by_queue, limit = free
+        by_queue, limit = free.by_queue, free.total
         if self._most is not None:
             limit = min(limit, self._most)
         if self._left_out and (fitting := self._capacity.fitting()):
@@ -146,15 +146,16 @@ class Intake:
         blind: bool,
     ) -> list[Job]:
         """Claim, without the tasks that PostgreSQL refuses to have claimed."""
+        where = (conn, worker, free.by_queue, free.total)
         if not self._left_out:
             answer = await unless_refused(
-                claim(conn, worker, *free, from_cursor=from_cursor, unhandled=unhandled, threads=threads, blind=blind)
+                claim(*where, from_cursor=from_cursor, unhandled=unhandled, threads=threads, blind=blind)
             )
             if answer is not None and ((jobs := self._left_out.taken(answer)) or not self._left_out):
                 self._state.look |= bool(self._left_out)  # more may be behind those that were left out just now
                 return jobs
         without = threads.types if threads else []
-        return await self._left_out.claim(conn, worker, *free, unhandled=unhandled, without=without, blind=blind)
+        return await self._left_out.claim(*where, unhandled=unhandled, without=without, blind=blind)
 
     # What is noted of a claim.
 

@@ -154,6 +154,8 @@ class State:
     isolation_wanted: bool = False  # there may be tasks to isolate
     settings_changed: bool = False  # of the queues
     stopping: bool = False
+    draining: bool = False  # it ends when nothing is left to do (--drain)
+    looked_once_more: bool = False  # since something was found, or a task ended; only with `draining`
     failure: BaseException | None = None
     poll_at: float = math.inf
     head_scan_at: float = math.inf  # when to claim from the head even if nothing happens (cursors.py)
@@ -170,6 +172,7 @@ class State:
         self.position = self.wanted = AWAY
         self.failure = None
         self.backlog = self.listening = self.turn.passing = self.timer_unknown = self.poll_found = False
+        self.looked_once_more = False
         self.look = self.unhandled = self.release_wanted = True
         self.echo.text = ""
         self.due.next_at, self.due.checked_at = math.inf, 0.0
@@ -207,6 +210,14 @@ class State:
 
     # Claims.
 
+    def slot_released(self, fits: bool) -> None:
+        """A slot is free, or outcomes were written. `fits`: so is a thread, if a plain handler needs one."""
+        if self.unhandled_plain and fits:
+            self.unhandled_plain = False
+            self.unhandled = self.look = True
+        if self.draining:
+            self._look_again()
+
     def claim_begins(self, looks: bool) -> None:
         """Before the statement: what happens from here on asks for another claim."""
         if looks:
@@ -219,6 +230,8 @@ class State:
         self.backlog = full
         self.claimed_since += count
         self.moderation.arrived(count, now)
+        if self.draining and count:
+            self._look_again()
         if not looks:
             if full:
                 self.wanted = AWAY
@@ -243,6 +256,15 @@ class State:
     def waited(self, looks: bool) -> None:
         self.look |= looks
 
+    def look_once_more(self) -> None:
+        """Nothing seems to be left to do."""
+        self.look = self.release_wanted = self.isolation_wanted = self.looked_once_more = True
+        self.due.checked_at = -math.inf
+
+    def _look_again(self) -> None:
+        self.look = True
+        self.looked_once_more = False
+
     # Due tasks.
 
     def due_check_begins(self) -> None:
@@ -254,7 +276,7 @@ class State:
         """A look for due tasks was answered at `now`. `full`: queues that it can't claim from, of those not paused."""
         self.due.checked(found, now, seconds=seconds, from_cursor=from_cursor)
         if found.promoted:
-            self.look = True
+            self._look_again()
         if self.inserted >= 0:
             # Arrivals in other workers' queues too: while those come in numbers, don't make them ring either.
             self.moderation.arrived(max(0, found.inserted - self.inserted - self.claimed_since), now)

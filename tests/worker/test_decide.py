@@ -1,4 +1,4 @@
-"""What a claimer does next: each row of the table, the order of the rows, and the values that they read."""
+"""What a claimer does next: each row of both tables, the order of the rows, and the values that they read."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 from notifyq.worker import decide
 from notifyq.worker.capacity import Free
-from notifyq.worker.decide import TABLE, BellSilent, next_action
+from notifyq.worker.decide import DRAIN, TABLE, BellSilent, next_action
 from notifyq.worker.moderation import Moderation
 from notifyq.worker.state import (
     AGAIN_LEAST,
@@ -224,3 +224,115 @@ def test_ready_tasks_that_it_could_not_claim_are_tried_again_or_left_to_others()
     assert state.wanted is Position.AWAY
     state.bell_moved(Position.AWAY, NOW)
     assert not state.turn.passing
+
+
+# With --drain.
+
+BUSY, IDLE, REFUSED = Free({"q": 3}, 3), Free({"q": 3}, 3, is_idle=True), Free({}, 0, is_idle=True)
+
+
+def drained() -> State:
+    """A worker with --drain that has found nothing, and then has looked once more."""
+    state = State(draining=True, looked_once_more=True)
+    state.due.checked_at = NOW
+    return state
+
+
+def drain_row(state: State, free: Free = IDLE) -> str:
+    return next(row.name for row in DRAIN if row.holds(state, NOW, free))
+
+
+def find(state: State, *, count: int, full: bool = False) -> None:
+    """Carry out the claim that is next, which finds this."""
+    action = next_action(state, NOW, BUSY, DRAIN)
+    assert isinstance(action, decide.Claim)
+    state.claim_begins(action.looks)
+    state.claimed(count, NOW, looks=action.looks, full=full, enough=True)
+
+
+# As above: from the last row to the first.
+MAKES_DRAIN: dict[str, Callable[[State], object]] = {
+    "drain, idle": lambda s: setattr(s, "looked_once_more", False),
+    "drained": lambda s: setattr(s, "looked_once_more", True),
+    "isolate": lambda s: setattr(s, "isolation_wanted", True),
+    "drain, busy": lambda s: None,
+    "drain": lambda s: s.notified(),
+    "drain, due": lambda s: setattr(s.due, "checked_at", NOW - 1),
+    "release": lambda s: setattr(s, "release_wanted", True),
+    "heartbeat": lambda s: setattr(s, "heartbeat_wanted", True),
+    "failed": lambda s: setattr(s, "failure", ConnectionError("cut")),
+}
+
+
+def test_each_row_of_a_drain_comes_before_all_that_follow_it() -> None:
+    assert list(MAKES_DRAIN) == [row.name for row in reversed(DRAIN)]
+    state, free = drained(), IDLE
+    for name, make in MAKES_DRAIN.items():
+        make(state)
+        free = BUSY if name == "drain, busy" else free
+        assert drain_row(state, free) == name
+        before = repr(state), vars(state.moderation).copy()
+        next_action(state, NOW, free, DRAIN)
+        assert (repr(state), vars(state.moderation)) == before, name
+
+
+def test_a_drain_claims_until_nothing_comes_and_last_from_the_head() -> None:
+    state = drained()
+    state.look = True
+    for count, full, from_head in ((3, True, True), (3, True, False), (2, False, False), (1, False, True)):
+        assert next_action(state, NOW, BUSY, DRAIN) == decide.Claim(looks=from_head, from_head=from_head)
+        find(state, count=count, full=full)
+    find(state, count=0)
+    assert next_action(state, NOW, BUSY, DRAIN) == decide.Wait(math.inf, looks=True, starts_batches=True)
+
+
+def test_a_drain_looks_once_more_for_all_that_may_be_left() -> None:
+    state = State(draining=True)
+    state.due.checked_at = NOW
+    assert next_action(state, NOW, IDLE, DRAIN) == decide.LookOnceMore()
+    state.look_once_more()
+    rows = [drain_row(state)]
+    state.release_wanted = False
+    rows.append(drain_row(state))
+    state.due_check_begins()
+    state.due_checked(found(), NOW, seconds=0.001, from_cursor=False, full=[], poll=False)
+    rows.append(drain_row(state))
+    assert next_action(state, NOW, IDLE, DRAIN) == decide.Claim(looks=True, from_head=True)
+    find(state, count=0)
+    rows.append(drain_row(state))
+    state.isolation_wanted = False
+    assert [*rows, drain_row(state)] == ["release", "drain, due", "drain", "isolate", "drained"]
+    assert next_action(state, NOW, IDLE, DRAIN) == decide.Finish()
+
+
+@pytest.mark.parametrize("what", ["promoted", "claimed", "ended"])
+def test_a_drain_that_finds_something_does_not_end_yet(what: str) -> None:
+    state = drained()
+    assert drain_row(state) == "drained"
+    if what == "promoted":
+        state.due_checked(found(1), NOW, seconds=0.001, from_cursor=False, full=[], poll=False)
+    elif what == "claimed":
+        state.look = True
+        find(state, count=1)
+    else:
+        state.slot_released(fits=False)
+    find(state, count=0)
+    assert drain_row(state) == "drain, idle"
+
+
+def test_a_drain_ends_when_it_can_claim_no_more() -> None:
+    state = drained()
+    state.slot_released(fits=False)
+    assert drain_row(state, FULL) == "drain, busy"
+    assert next_action(state, NOW, REFUSED, DRAIN) == decide.Finish()
+
+
+def test_without_drain_a_free_slot_alone_is_no_reason_to_claim() -> None:
+    state = asleep()
+    state.slot_released(fits=True)
+    assert row(state) == "asleep"
+    state.unhandled_plain = True
+    state.slot_released(fits=False)
+    assert row(state) == "asleep"
+    state.slot_released(fits=True)
+    assert (row(state), state.unhandled, state.unhandled_plain) == ("look", True, False)

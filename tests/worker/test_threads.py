@@ -244,13 +244,13 @@ def test_how_much_is_asked_for(bench: Bench) -> None:
     capacity = Capacity(config, slots, SETTLED)
     asked = []
     for _ in range(6):
-        free, total = capacity.now(1.0, set())
+        free, total, _ = capacity.now(1.0, set())
         asked.append(free["q"])
         threads = capacity.threads(total)
         assert (threads is None) is (total <= 2), "an ordinary claim takes no more than there are threads"
         assert capacity.claimed(jobs("a" * free["q"]), free, total, threads, 1.0) == []
     assert asked == [2, 4, 8, 16, 32, 64]
-    free, total = capacity.now(1.0, set())
+    free, total, _ = capacity.now(1.0, set())
     threads = capacity.threads(total)
     assert threads == (["Plain", "Compute"], [1, 1], [0, 0], 2)
     slots.plain_held["Plain"] = 2
@@ -258,20 +258,20 @@ def test_how_much_is_asked_for(bench: Bench) -> None:
     assert capacity.fits("Async")
     assert not capacity.fits("Plain")
     capacity.leave_alone("q", 1.0)
-    free, _ = capacity.now(1.0, set())
+    free = capacity.now(1.0, set()).by_queue
     assert free == {"r": ASKED_LEAST}, "the next of q waits for a thread"
-    free, _ = capacity.now(1.0 + LOOK_LEAST, set())
+    free = capacity.now(1.0 + LOOK_LEAST, set()).by_queue
     assert free["q"] == ASKED_LEAST, "another worker may have taken that one"
     capacity.leave_alone("q", 1.0 + LOOK_LEAST)
-    free, _ = capacity.now(1.0 + 2.5 * LOOK_LEAST, set())
+    free = capacity.now(1.0 + 2.5 * LOOK_LEAST, set()).by_queue
     assert list(free) == ["r"], "it is left alone for twice as long"
     capacity.go_on("q")
     capacity.leave_alone("q", 2.0)
-    free, _ = capacity.now(2.0 + LOOK_LEAST, set())
+    free = capacity.now(2.0 + LOOK_LEAST, set()).by_queue
     assert "q" in free, "not for longer, if async tasks came in between"
     capacity.leave_alone("q", 2.0 + LOOK_LEAST)
     slots.plain_held["Plain"] = 1
-    free, total = capacity.now(2.0 + 2.5 * LOOK_LEAST, set())
+    free, total, _ = capacity.now(2.0 + 2.5 * LOOK_LEAST, set())
     assert (free, total) == ({"q": 1, "r": 1}, 1)
     assert capacity.threads(total) is None
 
