@@ -1,7 +1,7 @@
 """Capacity: how many tasks may be claimed now.
 
-As many as there are free slots, and up to 10 ms of work ahead, by the rate that the worker measures. So a worker whose
-handlers are slow claims nothing ahead that another worker could run now, and one whose handlers are empty claims by the
+As many as there are free slots, and up to 10 ms of work ahead, by the rate that the worker measures. So a worker with
+slow handlers claims nothing ahead that another worker could run now, and a worker with empty handlers claims by the
 hundreds.
 
 A plain handler needs a thread, and there are fewer threads than slots. A claim for no more tasks than fit into the free
@@ -31,14 +31,15 @@ AHEAD_SECONDS = 0.010  # of work to claim ahead of the slots
 AHEAD_MOST = 500  # tasks of it
 ASKED_LEAST = 8  # tasks asked for in a queue while no thread is free
 TRUST_MOST = 1_000_000
-LOOK_LEAST, LOOK_MOST = 0.1, 5.0  # seconds until a queue that was left for want of a thread is tried; doubles
+LOOK_LEAST, LOOK_MOST = 0.1, 5.0  # seconds until a queue that was left for want of a thread is tried again; doubles
 
 
 class Free(NamedTuple):
     """How many tasks may be claimed."""
 
     by_queue: dict[str, int]
-    total: int  # nothing by queue, and yet not 0: all queues are paused, and the claimer is to hear if one is resumed
+    # Not 0 though by_queue is empty: all queues are paused, and the claimer must hear when one is resumed.
+    total: int
     is_idle: bool = False  # nothing runs, and all outcomes are written
 
 
@@ -53,7 +54,7 @@ class Rate:
         self._since, self._finished = 0.0, 0
 
     def ahead(self, now: float, finished: int) -> int:
-        """As many as end in AHEAD_SECONDS. `finished`: how many have ended since the worker began."""
+        """How many attempts end in AHEAD_SECONDS. `finished`: how many have ended since the worker began."""
         if now - self._since > AHEAD_SECONDS:
             rate = (finished - self._finished) / (now - self._since)
             self._rate = rate if rate < self._rate / 4 else (self._rate + rate) / 2
@@ -138,7 +139,7 @@ class Capacity:
     # Threads.
 
     def _held(self, jobs: Sequence[Job]) -> Counter[str]:
-        """How many tasks of each plain handler are held, and those of `jobs`, which aren't fed to the runners yet."""
+        """How many tasks of each plain handler are held, together with `jobs`, which aren't fed to the runners yet."""
         held = self._slots.plain_held.copy()
         for job in jobs:
             if job.type in self._slots.plain:
@@ -146,7 +147,7 @@ class Capacity:
         return held
 
     def _spare(self, held: Mapping[str, int]) -> int:
-        """How many threads are free now, or will be when the tasks that are claimed ahead get to them."""
+        """How many threads are free now, or will be when tasks that are claimed ahead need them."""
         ahead = self._plain_ahead // max(self._slots.plain.values())
         return max(0, self._config.most_threads + ahead - self._slots.threads_for(held))
 
@@ -159,8 +160,8 @@ class Capacity:
         spare = self._spare(held)
         if max(plain.values()) == 1:
             return spare
-        # One more thread than is free would be opened by that many tasks at least: the first of a type after those that
-        # fit into its last thread, the next one after as many as share a thread.
+        # A type's first task that doesn't fit into its last thread opens one more. So does the first after each `share`
+        # of tasks from there. The cheapest spare + 1 of these are the fewest tasks that need more than `spare` threads.
         opens = (cost for type, share in plain.items() for cost in (-held[type] % share + 1, *[share] * spare))
         return sum(heapq.nsmallest(spare + 1, opens)) - 1
 
@@ -170,7 +171,7 @@ class Capacity:
         return share is None or held[type] % share > 0 or self._spare(held) > 0
 
     def threads(self, asked: int) -> Threads | None:
-        """What a claim for so many tasks has to count. None: nothing, as they fit, whatever their types are."""
+        """What a claim for `asked` tasks has to count. None: nothing, since they fit, whatever their types are."""
         plain, held = self._slots.plain, self._slots.plain_held
         if asked <= self.fitting():
             return None
@@ -187,11 +188,11 @@ class Capacity:
     # Queues that are left alone.
 
     def left_alone(self, queue: str, now: float) -> float:
-        """For how many seconds this queue is left alone, as its next task seems to need a thread. 0: it isn't."""
+        """For how many seconds this queue is left alone, since its next task seems to need a thread. 0: it isn't."""
         return max(0.0, self._no_thread.get(queue, (0.0, 0.0))[1] - now)
 
     def leave_alone(self, queue: str, now: float) -> None:
-        """Its next task needs a thread, and none is free: for how long doubles each time."""
+        """This queue's next task needs a thread, and none is free. The time to leave it alone doubles each time."""
         wait, until = self._no_thread.get(queue, (0.0, 0.0))
         self._trust[queue] = 1
         if until <= now:
@@ -199,7 +200,7 @@ class Capacity:
             self._no_thread[queue] = wait, now + wait
 
     def go_on(self, queue: str) -> None:
-        """Its next task needs no thread, or it has none."""
+        """This queue's next task needs no thread, or the queue is empty."""
         self._no_thread.pop(queue, None)
 
     def claimed(

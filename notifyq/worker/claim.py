@@ -1,7 +1,7 @@
 """Claim: the loop that keeps the runners fed.
 
-decide.py decides what comes next; here each of its actions is carried out, on two connections. One claims and listens,
-the other stands at the bell (doorbell.py). capacity.py says for how many tasks to ask, intake.py claims them, and
+decide.py decides what comes next. Here each of its actions is carried out, on two connections: one claims and listens,
+the other is at the bell (doorbell.py). capacity.py says for how many tasks to ask, intake.py claims them, and
 admission.py says which of them may run.
 """
 
@@ -34,11 +34,11 @@ from .waiting import Waiting
 
 logger = log.logger("notifyq.claim")
 
-LAG_SECONDS = 0.005  # a loop that wakes up so late has work enough
+LAG_SECONDS = 0.005  # an event loop that wakes up so late has work enough
 
 
 class Claimer:
-    """Feeds runners. `run` is one session: from connecting until `stop`, or until a connection fails."""
+    """Feeds the runners. `run` is one session: it connects, and lasts until `stop`, or until a connection fails."""
 
     def __init__(
         self, dsn: str | None, config: WorkerConfig, types: list[str], runners: Runners, settler: Settler
@@ -131,7 +131,8 @@ class Claimer:
     # A session.
 
     async def run(self, worker: int, ready: Callable[[], None]) -> None:
-        """Claim as `worker` until `stop`. Raises one of connection.TRANSIENT, alone or in groups, when it can't."""
+        """Claim as `worker` until `stop`, or, with --drain, until nothing is left to do. Raises one of
+        connection.TRANSIENT, alone or in groups, when it can't."""
         self._state.session_began(self._next_poll())
         self._bell.reset()
         try:
@@ -253,6 +254,6 @@ class Claimer:
         self._wake.set()
 
     def _next_poll(self) -> float:
-        """A loop time in about the poll interval, jittered, so that workers don't poll in step; never if it is 0."""
+        """When to poll next: in about the poll interval; never if it is 0. Jittered, lest workers poll in step."""
         seconds = self._config.poll_interval_seconds
         return asyncio.get_running_loop().time() + random.uniform(0.8, 1.2) * seconds if seconds else math.inf

@@ -1,4 +1,4 @@
-"""Cursors: where a claim begins to read, so that it steps over no dead index entries. Pure: given times, keeps none.
+"""Cursors: where a claim begins to read, so that it steps over no dead index entries. Pure: it asks no clock.
 
 While a session holds an old snapshot (a backup, an analytics query), vacuum can't remove the index entries of tasks
 that are gone. A claim that begins at the head of its index steps over all of them, at 60 ns each: after 300,000 tasks
@@ -22,12 +22,13 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Protocol
 
-LAG_SECONDS = 0.025  # a cursor is 1 to 2 of these old: ids become visible in about their order, not quite
-BUSY_SECONDS, BUSY_TIMES = 0.1, 32  # between claims from the head under a backlog: at least; times as long as one takes
+LAG_SECONDS = 0.025  # a cursor is 1 to 2 of these old, since ids become visible in nearly their order, but not quite
+# From one claim from the head to the next, under a backlog: seconds, or times as long as one takes; the longer of both.
+BUSY_SECONDS, BUSY_TIMES = 0.1, 32
 HEAD_SCAN_TIMES = 8  # the same without a backlog: times as long as one takes
-SLOW_SECONDS, SLOW_EACH = 0.003, 0.000_02  # a claim is slow if it takes longer than this, and this for each task
+SLOW_SECONDS, SLOW_EACH = 0.003, 0.000_02  # a claim is slow if it takes longer than this, plus this for each task
 PATIENCE_SECONDS = 5.0  # until cursors that didn't help may be tried again
-LEVELS = 100  # with more priorities and queues than that, all claims are from the head
+LEVELS = 100  # pairs of queue and priority; with more of them, all claims are from the head
 
 Level = tuple[str, int]  # queue, priority
 
@@ -52,14 +53,14 @@ class FromCursor(NamedTuple):
 
 
 class Usual:
-    """How long something takes: the shorter time of the last two. One that waited for a lock, or for a server that was
-    frozen, says nothing about the next."""
+    """How long something usually takes: the shorter of its last two times. A time that includes waiting for a lock, or
+    for a server that was frozen, says nothing about the next."""
 
     def __init__(self) -> None:
         self._last = 0.0
 
     def of(self, seconds: float) -> float:
-        """Note that it took so long now, and return how long it takes."""
+        """Note that it took `seconds` now. Returns how long it usually takes."""
         usual, self._last = min(seconds, self._last), seconds
         return usual
 
@@ -75,9 +76,9 @@ class Cursors:
         self._from_cursor: FromCursor | None = None
         self._from_head_at = -math.inf  # when the last claim from the head was made
         self._usual = Usual()
-        self._head_seconds = 0.0  # how long a claim from the head takes,
-        self._slow = False  # and whether that is long
-        self._not_before = -math.inf
+        self._head_seconds = 0.0  # how long a claim from the head takes
+        self._slow = False  # whether that is long, and a cursor helps
+        self._not_before = -math.inf  # when `_slow` may be set again
         self.head_scan_at = math.inf  # when to claim from the head even if nothing happens
 
     def from_cursor(self, now: float, backlog: bool) -> FromCursor | None:
@@ -89,7 +90,7 @@ class Cursors:
         return self._from_cursor if now < self._from_head_at + rest else None
 
     def claimed(self, tasks: Sequence[Claimed], from_cursor: bool, seconds: float, now: float) -> None:
-        """`tasks` came at `now`, by a claim that took so many seconds."""
+        """`tasks` came at `now`, by a claim that took `seconds`."""
         for task in tasks:  # as `claim` sorts them: the last one of a level has its highest id
             self._highest[task.queue, task.priority] = task.id
         if not from_cursor:

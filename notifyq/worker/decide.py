@@ -104,7 +104,7 @@ class Wait(_Action):
 
 @dataclass(frozen=True, slots=True)
 class LookOnceMore(_Action):
-    """Have all rows that may find a task hold once more."""
+    """Before the end of --drain: look once more for due tasks, waiters, ready tasks and tasks to isolate."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,7 +189,7 @@ TABLE: tuple[Row, ...] = (
         "no capacity",
         lambda s, now, free: not free.total,
         _always(Wait(math.inf, bell=AWAY)),
-        "It can't claim: another worker may have use for the turn.",
+        "It can't claim. Another worker may need the turn.",
     ),
     Row(
         "deaf",
@@ -333,7 +333,7 @@ DRAIN: tuple[Row, ...] = (
 
 
 def next_action(state: State, now: float, free: Free, table: tuple[Row, ...] = TABLE) -> Action:
-    """What to do at `now`, a time of the event loop, if so many tasks can be claimed."""
+    """What to do at `now`, a time of the event loop, if `free` is what can be claimed."""
     for row in table:
         if row.holds(state, now, free):
             return row.action(state, now)

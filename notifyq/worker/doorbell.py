@@ -46,7 +46,9 @@ CHANNEL = "notifyq"
 TURN_WAIT_MS = 5000
 ASLEEP_WAIT_MS = (20, 50, 100, 200, 400, 800)  # below deadlock_timeout (1 s), after which PostgreSQL checks a waiter
 ASLEEP_SECONDS = 120.0
-DOUBT_SECONDS = 5.5  # with PROOF_SECONDS and the two polls (of 4 to 6 s) until it is asked: below 15 s
+# After the last answer. The next poll (one in 4 to 6 s) then asks. So, with PROOF_SECONDS, a server that is gone is
+# noticed within 15 s.
+DOUBT_SECONDS = 5.5
 LEAVE_SECONDS = 0.005  # for a wait for SHARE to end by itself, as it mostly does: a cancel request opens a connection
 
 
@@ -81,16 +83,17 @@ class BellConnection:
         self._note_stolen(False)
 
     def want(self, position: Position) -> None:
-        """Go there. A wait that is under way is finished first, with one exception. A worker that waits for SHARE keeps
-        the turn, which other workers may have use for. So AWAY cuts this wait short."""
+        """Go to this position. A wait that is under way is finished first, with one exception. A worker that waits for
+        SHARE keeps the turn, which other workers may need. So AWAY cuts this wait short."""
         if position is not self._wanted:
             self._wanted = position
             self._changed.set()
             self._waiting.deadline = anyio.current_time() + LEAVE_SECONDS if position is Position.AWAY else math.inf
 
     def turn_over(self) -> None:
-        """Asleep for a while, ask whether the server is still there, since nothing else is sent on that connection.
-        Asleep for long, fall asleep anew: a transaction that is open for hours looks like a mistake."""
+        """Called now and then. A worker that has slept for a while asks whether the server is still there, since
+        nothing else is sent on this connection. One that has slept for ASLEEP_SECONDS falls asleep anew, since a
+        transaction that is open for hours looks like a mistake."""
         now = anyio.current_time()
         if self.position is not Position.ASLEEP or now < self._answered_at + DOUBT_SECONDS:
             return
@@ -102,7 +105,7 @@ class BellConnection:
         self._changed.set()
 
     def release_share(self) -> None:
-        """Asleep, fall asleep anew, behind the statements that wait for a lock on notifyq.bell by now."""
+        """If asleep, fall asleep anew, behind the statements that now wait for a lock on notifyq.bell."""
         if self.position is Position.ASLEEP:
             self._refresh = True
             self._changed.set()
@@ -112,7 +115,7 @@ class BellConnection:
         self._theft_suspected = True
 
     async def run(self, conn: Connection) -> None:
-        """Runs until it is cancelled or the connection fails."""
+        """Run until it is cancelled or the connection fails."""
         self._arrive(Position.AWAY)
         tries = 0
         while True:

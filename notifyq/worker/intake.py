@@ -23,8 +23,8 @@ from .runners import Runners
 from .settle import Settler
 from .state import State
 
-BLIND_SECONDS = 60.0  # after a claim that timed out, in which claims take no payloads with them
-RECHECK_SECONDS = 0.02  # until it looks for tasks that ended while others were parked to wait for them
+BLIND_SECONDS = 60.0  # after a claim that timed out, during which claims take no payloads with them
+RECHECK_SECONDS = 0.02  # after parking a task, until it looks whether the one that it waits for ended meanwhile
 
 
 class Taken(NamedTuple):
@@ -38,7 +38,7 @@ class Taken(NamedTuple):
 
 
 class Intake:
-    """A claimer's. Notes in the State which queues have more, and when to claim from the head."""
+    """Claims for a claimer. It notes in the State which queues have more tasks, and when to claim from the head."""
 
     def __init__(
         self, capacity: Capacity, admission: Admission, runners: Runners, settler: Settler, state: State,
@@ -56,7 +56,7 @@ class Intake:
         self._most: int | None = None  # tasks at once, after claims that timed out
 
     async def claim(self, conn: Connection, worker: int, free: Free, *, from_head: bool = False) -> tuple[int, bool]:
-        """Claim and feed. Returns how many tasks came, and whether these were as many as it asked for."""
+        """Claim, and feed the runners. Returns how many tasks came, and whether these were as many as it asked for."""
         clock = asyncio.get_running_loop().time
         if not free.by_queue:  # all are paused
             self._note_claim([], True, 0.0, clock())
@@ -145,7 +145,7 @@ class Intake:
         threads: Threads | None = None,
         blind: bool,
     ) -> list[Job]:
-        """Claim, without the tasks that PostgreSQL refuses to have claimed."""
+        """Claim, but leave out the tasks that PostgreSQL refuses to have claimed."""
         where = (conn, worker, free.by_queue, free.total)
         if not self._left_out:
             answer = await unless_refused(

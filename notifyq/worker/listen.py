@@ -24,7 +24,7 @@ logger = log.logger("notifyq.claim")
 
 
 class Listener:
-    """A claimer's. Tells its State what the bell says."""
+    """Hears the bell for a claimer, and notes in its State what it hears."""
 
     def __init__(self, state: State, wake: asyncio.Event, poll_seconds: float) -> None:
         self._state = state
@@ -43,7 +43,7 @@ class Listener:
         self._state.unlistened()
 
     def new_echo(self, now: float) -> str:
-        """What to notify with, so that it is heard."""
+        """The payload of a new echo. The State expects from now on to hear it."""
         text = f"echo {uuid.uuid4()}"
         self._echoed.clear()
         self._state.echo.sent(text, now)

@@ -19,10 +19,10 @@ from .moderation import Moderation
 ECHO_SECONDS = 10.0  # from one echo to the next, if no due check comes in between
 ECHO_LIMIT_SECONDS = 3.0  # an echo that isn't heard for longer is lost
 DUE_AWAKE_SECONDS = 0.010  # from one due check to the next while awake
-PASS_SECONDS, PASS_MOST = 0.05, 1.0  # between two times that the turn is passed on; doubles for a queue that stays full
-PASS_FORGET_SECONDS = 5.0  # after which it begins at PASS_SECONDS again
+PASS_SECONDS, PASS_MOST = 0.05, 1.0  # from passing the turn on to doing so again; doubles for a queue that stays full
+PASS_FORGET_SECONDS = 5.0  # without passing it on, after which it begins at PASS_SECONDS again
 AGAIN_LEAST, AGAIN_MOST = 0.002, 0.5  # until a claim of what another session had locked; doubles
-PROMOTED_AT_ONCE = 1000  # due tasks of a queue
+PROMOTED_AT_ONCE = 1000  # due tasks of a queue, at most
 
 
 class Position(IntEnum):
@@ -40,8 +40,8 @@ AWAY, TURN, ASLEEP = Position  # quicker than an attribute of the class
 class Echo:
     """The notification that a worker sends to itself, to prove that it still hears the bell."""
 
-    on: bool = False  # the bell was heard here: echoes are sent
-    text: str = ""  # of the one that was sent and not heard yet
+    on: bool = False  # whether echoes are sent: the bell was heard here
+    text: str = ""  # of the echo that was sent and not heard yet
     sent_at: float = 0.0
 
     def sent(self, text: str, now: float) -> None:
@@ -58,7 +58,7 @@ class Echo:
 
     @property
     def next_at(self) -> float:
-        """When one of the two above holds next."""
+        """When `is_lost` or `is_due` holds next."""
         if not self.on:
             return math.inf
         return self.sent_at + (ECHO_LIMIT_SECONDS if self.text else ECHO_SECONDS) + 0.001
@@ -68,9 +68,9 @@ class Echo:
 class TurnPassing:
     """Passing the turn on: leaving it to another worker, and queueing for it again."""
 
-    passing: bool = False  # until the worker is away
-    not_before: float = 0.0
-    wait: float = PASS_SECONDS
+    passing: bool = False  # the turn is to be passed on, and the worker isn't away yet
+    not_before: float = 0.0  # when it may be passed on again
+    wait: float = PASS_SECONDS  # after it was passed on for a full queue
 
     def pass_on(self, now: float) -> bool:
         """This worker has work enough. Returns whether it passes the turn on."""
@@ -91,32 +91,32 @@ class TurnPassing:
 
 
 class Found(NamedTuple):
-    """What a look for due tasks found."""
+    """What a due check found."""
 
-    promoted: int
+    promoted: int  # due tasks that it made ready
     seconds: float | None  # until the next one is due; None: there is none
     ready: bool  # tasks are ready in the queues that it was asked about
-    inserted: int  # into these queues, ever
+    inserted: int  # how many tasks were ever inserted into these queues
     cursor: datetime | None  # no task is scheduled for an earlier time
 
 
 @dataclass(slots=True)
 class DueTimer:
-    """When the next task is due, and from which time on a look for due tasks needs to read."""
+    """When the next task is due, and from which time on a due check needs to read."""
 
     next_at: float = math.inf
     checked_at: float = 0.0
     again_at: float = math.inf  # when to claim what another session had locked
     again_wait: float = 0.0
-    cursor: datetime | None = None  # tasks that were due before it are promoted, or become visible very late
-    head_scan_at: float = 0.0  # when to look for those
+    cursor: datetime | None = None  # all tasks due before it are promoted, but those that become visible very late
+    head_scan_at: float = 0.0  # when to look for such late ones
     usual: Usual = field(default_factory=Usual)
 
     def reads_from_cursor(self, now: float) -> bool:
         return now < self.head_scan_at
 
     def checked(self, found: Found, now: float, *, seconds: float, from_cursor: bool) -> None:
-        """A look for due tasks was answered at `now`, after so many seconds."""
+        """A due check was answered at `now`, after `seconds`."""
         self.checked_at = now
         self.next_at = math.inf if found.seconds is None else now + max(0.0, found.seconds)
         if found.promoted < PROMOTED_AT_ONCE:
@@ -137,7 +137,7 @@ class DueTimer:
 
 @dataclass(slots=True)
 class State:
-    """All that decides what a claimer does next; times are the event loop's. Its methods are the events."""
+    """All that decides what a claimer does next. Times are the event loop's. The methods are the events."""
 
     position: Position = AWAY
     wanted: Position = AWAY
@@ -147,12 +147,12 @@ class State:
     left: set[str] = field(default_factory=set[str])  # queues with a limit in which it may have left tasks
     timer_unknown: bool = False  # due tasks weren't looked for since the last claim
     poll_found: bool = False  # the poll found tasks, and another worker has the turn
-    unhandled: bool = False  # tasks that other workers have no handler for may be ours
-    unhandled_plain: bool = False  # so may be some of plain handlers, when a thread is free
+    unhandled: bool = False  # this worker may have handlers for tasks that other workers had none for
+    unhandled_plain: bool = False  # such tasks may be left, for want of a thread
     release_wanted: bool = False  # tasks may wait for one that has ended
     heartbeat_wanted: bool = False
     isolation_wanted: bool = False  # there may be tasks to isolate
-    settings_changed: bool = False  # of the queues
+    settings_changed: bool = False  # a queue may have been paused, resumed or limited
     stopping: bool = False
     draining: bool = False  # it ends when nothing is left to do (--drain)
     looked_once_more: bool = False  # since something was found, or a task ended; only with `draining`
@@ -160,9 +160,9 @@ class State:
     poll_at: float = math.inf
     head_scan_at: float = math.inf  # when to claim from the head even if nothing happens (cursors.py)
     away_since: float = 0.0
-    arming_since: float = 0.0
-    inserted: int = -1  # tasks, ever, when it last looked; -1: it hasn't
-    claimed_since: int = 0
+    arming_since: float = 0.0  # when it began to wait for SHARE
+    inserted: int = -1  # how many tasks were ever inserted, by the last due check; -1: there was none
+    claimed_since: int = 0  # tasks, since that check
     echo: Echo = field(default_factory=Echo)
     turn: TurnPassing = field(default_factory=TurnPassing)
     due: DueTimer = field(default_factory=DueTimer)
@@ -196,7 +196,7 @@ class State:
             self.look = True  # the claim that follows getting the turn, and falling asleep
 
     def listens(self) -> None:
-        # What was said before wasn't heard.
+        # Notifications that came before weren't heard.
         self.listening = self.look = self.unhandled = self.settings_changed = True
 
     def unlistened(self) -> None:
@@ -211,7 +211,7 @@ class State:
     # Claims.
 
     def slot_released(self, fits: bool) -> None:
-        """A slot is free, or outcomes were written. `fits`: so is a thread, if a plain handler needs one."""
+        """A slot is free, or outcomes were written. `fits`: one more task fits, also if its handler is a plain one."""
         if self.unhandled_plain and fits:
             self.unhandled_plain = False
             self.unhandled = self.look = True
@@ -219,7 +219,7 @@ class State:
             self._look_again()
 
     def claim_begins(self, looks: bool) -> None:
-        """Before the statement: what happens from here on asks for another claim."""
+        """Called before the statement. What happens from here on asks for another claim."""
         if looks:
             self.look = self.poll_found = False
 
@@ -273,12 +273,12 @@ class State:
     def due_checked(
         self, found: Found, now: float, *, seconds: float, from_cursor: bool, full: Sequence[str], poll: bool
     ) -> None:
-        """A look for due tasks was answered at `now`. `full`: queues that it can't claim from, of those not paused."""
+        """A due check was answered at `now`. `full`: the queues that it can't claim from, but for paused ones."""
         self.due.checked(found, now, seconds=seconds, from_cursor=from_cursor)
         if found.promoted:
             self._look_again()
         if self.inserted >= 0:
-            # Arrivals in other workers' queues too: while those come in numbers, don't make them ring either.
+            # Tasks for other workers have arrived too. While they come in numbers, don't make them ring either.
             self.moderation.arrived(max(0, found.inserted - self.inserted - self.claimed_since), now)
         self.inserted, self.claimed_since = found.inserted, 0
         if found.ready and not poll and not full:
