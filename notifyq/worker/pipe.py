@@ -57,8 +57,7 @@ class Alive(Protocol):
     name: str  # host:pid
 
     @property
-    def trouble(self) -> str:
-        """What is degraded, in words."""
+    def trouble(self) -> str: ...  # what is degraded, in words
 
     def on_leases_lost(self, jobs: list[Job], cancelled: set[int]) -> None:
         """The leases of these jobs are lost; those of `cancelled` since the tasks were cancelled."""
