@@ -15,7 +15,7 @@ from notifyq.embedded import Server
 
 from .common import Bench
 
-# Connections a worker: door, claims, settle, heartbeat. 32 workers and some more.
+# Connections a worker: bell, claims, settle, heartbeat. 32 workers and some more.
 SETTINGS = {"shared_preload_libraries": "pg_stat_statements", "max_connections": "200"}
 
 

@@ -145,7 +145,7 @@ class Claimer:
                 await self._serve(conn, worker)
                 return
             # end_backends.sql finds it by this name, to end it when its worker is frozen.
-            bell = await connect_worker(self._dsn, f"door {worker}", worker=worker)
+            bell = await connect_worker(self._dsn, f"bell {worker}", worker=worker)
             self._connections.append(bell)
             self.bell_pid = bell.get_server_pid()
             for connection in self._connections:
@@ -242,7 +242,7 @@ class Claimer:
 
     async def _check_due(self, conn: Connection, worker: int, poll: bool) -> None:
         if await self._due.check(conn, worker, poll=poll):
-            self._bell.turn_over()
+            self._bell.renew_sleep()
         if poll:
             self._state.polled(self._next_poll())
 

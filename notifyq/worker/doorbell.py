@@ -90,7 +90,7 @@ class BellConnection:
             self._changed.set()
             self._waiting.deadline = anyio.current_time() + LEAVE_SECONDS if position is Position.AWAY else math.inf
 
-    def turn_over(self) -> None:
+    def renew_sleep(self) -> None:
         """Called now and then. A worker that has slept for a while asks whether the server is still there, since
         nothing else is sent on this connection. One that has slept for ASLEEP_SECONDS falls asleep anew, since a
         transaction that is open for hours looks like a mistake."""

@@ -211,7 +211,7 @@ async def _rescue(conn: Connection, upkeep: Upkeep, silent: Silent, ids: list[in
         assert row is not None
         name, ready, dead = row
         if name is None:
-            await _take_turn(conn, silent.worker)
+            await _end_bell_backend(conn, silent.worker)
             return rescued
         if not ready and not dead:
             return rescued
@@ -222,10 +222,11 @@ async def _rescue(conn: Connection, upkeep: Upkeep, silent: Silent, ids: list[in
         )
 
 
-async def _take_turn(conn: Connection, worker: int) -> None:
-    """The worker is silent, and alive by its lock: frozen, or out of reach. It mustn't keep the turn at the bell."""
+async def _end_bell_backend(conn: Connection, worker: int) -> None:
+    """End the backend at the bell of a worker that is silent, and lives by its lock: it is frozen, or out of reach. So
+    another worker gets the turn."""
     try:
-        ended: int = await conn.fetchval(SQL["end_backends"], worker, ["door"], 0)
+        ended: int = await conn.fetchval(SQL["end_backends"], worker, ["bell"], 0)
     except asyncpg.InsufficientPrivilegeError:
         return
     if ended:

@@ -240,7 +240,7 @@ class Worker:
         """Make ready again what a claim took whose answer was lost with its connection."""
         conn = await connect_worker(self._dsn, "reclaim")
         try:
-            args = self._id, ["claims", "door"], END_MS
+            args = self._id, ["claims", "bell"], END_MS
             if await conn.fetchval(SQL["end_backends"], *args, column=1):
                 raise TimeoutError("the backend of the lost connection is still there")
             known = [job for job in (*self._runners.leases, *self._settler.leases) if job.worker == self._id]

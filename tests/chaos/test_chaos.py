@@ -211,7 +211,7 @@ def test_mutants_are_of_this_notifyq(mutant: str, tmp_path: Path) -> None:
 @pytest.mark.slow
 async def test_chaos(tmp_path: Path) -> None:
     """A few quick faults against two workers: `make chaos` has the others, and the time."""
-    names = ("connection ended: door", "connection ended: claims", "connection ended: settle", "worker killed with")
+    names = ("connection ended: bell", "connection ended: claims", "connection ended: settle", "worker killed with")
     faults = [fault for fault in FAULTS if fault.name.startswith(names)]
     history = await play(5, 4, tmp_path, faults=faults, places=PLACES[:2], patience=0.0)
     breaches = check(history)

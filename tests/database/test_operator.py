@@ -110,7 +110,7 @@ async def test_the_recipes(as_role: Any, filled: Any, statement: str) -> None:
 
 
 async def test_the_connections_of_a_worker(dsn: str, db: Any) -> None:
-    """As the page's table has them; and the transaction of the door holds no snapshot."""
+    """As the page's table has them; and the transaction of the bell holds no snapshot."""
     app = notifyq.App()
 
     class Some(notifyq.Task):
@@ -127,11 +127,11 @@ async def test_the_connections_of_a_worker(dsn: str, db: Any) -> None:
         return sorted(row[0] for row in rows)
 
     async with working(app, dsn):
-        await eventually(kinds, ["claims", "door", "heartbeat", "settle"])
-        door = (
-            "SELECT count(*) FROM pg_stat_activity WHERE application_name LIKE 'notifyq door %'"
+        await eventually(kinds, ["bell", "claims", "heartbeat", "settle"])
+        bell = (
+            "SELECT count(*) FROM pg_stat_activity WHERE application_name LIKE 'notifyq bell %'"
             " AND datname = current_database() AND state = 'idle in transaction' AND backend_xmin IS NULL"
         )
-        await eventually(lambda: db.fetchval(door), 1)
-    for kind in ("app", "claims", "client", "door", "handler", "heartbeat", "payloads", "results", "settle"):
+        await eventually(lambda: db.fetchval(bell), 1)
+    for kind in ("app", "bell", "claims", "client", "handler", "heartbeat", "payloads", "results", "settle"):
         assert f"`notifyq {kind}" in PAGE

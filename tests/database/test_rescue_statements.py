@@ -274,22 +274,22 @@ async def test_a_worker_that_holds_a_task_stays_registered(worker: Any) -> None:
     assert await worker.fetchval("SELECT count(*) FROM notifyq.worker") == 0
 
 
-async def test_a_rescuer_ends_the_door_of_that_worker_and_no_other(worker: Any, dsn: str, db: Any) -> None:
-    doors = [await connection.connect_worker(dsn, role) for role in ("door 7", "door 77", "claims 7")]
-    assert await worker.fetchrow(SQL["end_backends"], 7, ["door"], 0) == (1, 0)
-    assert await worker.fetchrow(SQL["end_backends"], 8, ["door"], 0) == (0, 0)
+async def test_a_rescuer_ends_the_bell_connection_of_that_worker_and_no_other(worker: Any, dsn: str, db: Any) -> None:
+    bells = [await connection.connect_worker(dsn, role) for role in ("bell 7", "bell 77", "claims 7")]
+    assert await worker.fetchrow(SQL["end_backends"], 7, ["bell"], 0) == (1, 0)
+    assert await worker.fetchrow(SQL["end_backends"], 8, ["bell"], 0) == (0, 0)
     with pytest.raises(errors.TRANSIENT):
-        await doors[0].fetchval("SELECT 1")
-    assert [await door.fetchval("SELECT 1") for door in doors[1:]] == [1, 1]
-    for door in doors:
-        door.terminate()
+        await bells[0].fetchval("SELECT 1")
+    assert [await bell.fetchval("SELECT 1") for bell in bells[1:]] == [1, 1]
+    for bell in bells:
+        bell.terminate()
 
 
 async def test_a_worker_ends_its_own_backends_and_no_others(worker: Any, dsn: str) -> None:
-    conns = [await connection.connect_worker(dsn, role) for role in ("claims 7", "door 7", "claims 77", "door 77")]
-    both = ["claims", "door"]
+    conns = [await connection.connect_worker(dsn, role) for role in ("claims 7", "bell 7", "claims 77", "bell 77")]
+    both = ["claims", "bell"]
     assert await worker.fetchrow(SQL["end_backends"], 7, both, 2000) == (2, 0)
-    names = "SELECT count(*) FROM pg_stat_activity WHERE application_name IN ('notifyq claims 7', 'notifyq door 7')"
+    names = "SELECT count(*) FROM pg_stat_activity WHERE application_name IN ('notifyq claims 7', 'notifyq bell 7')"
     assert await worker.fetchval(names) == 0
     assert await worker.fetchrow(SQL["end_backends"], 7, both, 2000) == (0, 0), "there is none"
     assert [await conn.fetchval("SELECT 1") for conn in conns[2:]] == [1, 1]

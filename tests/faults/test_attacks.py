@@ -197,8 +197,8 @@ async def test_sessions_that_are_named_like_a_workers(
         await bench.seen.reach(1)
         assert len(logged("the database is back")) == 1
         conn = await as_role("worker")
-        await stranger.execute("SET application_name = 'notifyq door 7'")
-        assert await conn.fetchval(SQL["end_backends"], 7, ["door"], 0) == 0
+        await stranger.execute("SET application_name = 'notifyq bell 7'")
+        assert await conn.fetchval(SQL["end_backends"], 7, ["bell"], 0) == 0
     assert await stranger.fetchval("SELECT 1") == 1
 
 

@@ -65,7 +65,7 @@ class Bench:
         return time.monotonic() - began
 
 
-CONNECTIONS = ("door %", "claims %", "settle", "heartbeat%")
+CONNECTIONS = ("bell %", "claims %", "settle", "heartbeat%")
 
 
 async def terminate(db: Any, role: str) -> int:

@@ -118,7 +118,7 @@ async def test_a_drain_runs_suspects(db: Any, dsn: str) -> None:
 async def test_not_all_of_its_connections_are_lost(dsn: str, spawn: Spawn, db: Any) -> None:
     """A worker that has lost some of its connections, and can't open others, isn't dead."""
     role = f"worker_{urlsplit(dsn).path[1:]}"
-    cut = (["heartbeat%"], ["heartbeat%", "settle"], ["heartbeat%", "claims %", "door %"])
+    cut = (["heartbeat%"], ["heartbeat%", "settle"], ["heartbeat%", "claims %", "bell %"])
     sessions = """SELECT l.pid FROM pg_locks l JOIN pg_stat_activity a ON a.pid = l.pid
                   WHERE l.locktype = 'advisory' AND l.classid = 1852990827 AND l.objid = $1::integer::oid AND l.granted
                     AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
@@ -178,14 +178,14 @@ async def test_killed_while_its_connections_wait(spawn: Spawn, db: Any, connect:
     take = """SELECT pg_advisory_lock(1852990836, objid::bigint::bit(32)::integer) FROM pg_locks
               WHERE locktype = 'advisory' AND classid = 1852990836 AND granted AND pid IN (
                   SELECT pid FROM pg_stat_activity
-                  WHERE application_name = 'notifyq door ' || $1::integer AND datname = current_database())"""
+                  WHERE application_name = 'notifyq bell ' || $1::integer AND datname = current_database())"""
     async with anyio.create_task_group() as group:
         group.start_soon(turn.execute, take, victim.of("started")[0][1]["id"])
         waits = """SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()
                    AND application_name LIKE 'notifyq ' || $1"""
         await eventually(lambda: db.fetchval(waits, "test"), 1)
-        await terminate(db, "door %")
-    await eventually(lambda: db.fetchval(waits, "door %"), 1)
+        await terminate(db, "bell %")
+    await eventually(lambda: db.fetchval(waits, "bell %"), 1)
     await eventually(lambda: db.fetchval(waits, "settle"), 1)
     killed = time.monotonic()
     victim.process.signal(signal.SIGKILL)

@@ -35,7 +35,7 @@ from ..helpers.waiting import Seen, eventually
 
 pytestmark = pytest.mark.slow
 
-ROLES = ("claims *", "door *", "settle", "heartbeat*", "app")
+ROLES = ("claims *", "bell *", "settle", "heartbeat*", "app")
 LOST = errors.TRANSIENT
 
 
@@ -316,12 +316,12 @@ async def test_half_open(tcp: Server, tcp_template: str, busy: bool) -> None:
             await net.all_done_once()
 
     async with anyio.create_task_group() as group:
-        for role in ROLES[:-1] if busy else ("claims *", "door *", "heartbeat*"):
+        for role in ROLES[:-1] if busy else ("claims *", "bell *", "heartbeat*"):
             group.start_soon(one, role)
 
 
 STALE = """SELECT count(*) FROM pg_stat_activity
-           WHERE application_name LIKE 'notifyq door %' AND datname = current_database()"""
+           WHERE application_name LIKE 'notifyq bell %' AND datname = current_database()"""
 ASLEEP = """SELECT count(*) FROM pg_locks
             WHERE relation = 'notifyq.bell'::regclass AND mode = 'ShareLock' AND granted
               AND database = (SELECT oid FROM pg_database WHERE datname = current_database())"""

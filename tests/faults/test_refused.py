@@ -100,7 +100,7 @@ async def refusals(server: Server, text: str, count: int) -> None:
 
 
 END = """SELECT count(*) FILTER (WHERE pg_terminate_backend(pid)) FROM pg_stat_activity
-         WHERE application_name ~ '^notifyq (claims|door)'"""
+         WHERE application_name ~ '^notifyq (claims|bell)'"""
 
 CLAIMS = "SELECT count(*) FROM pg_stat_activity WHERE application_name LIKE 'notifyq claims%'"
 

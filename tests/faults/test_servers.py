@@ -137,7 +137,7 @@ async def test_tls() -> None:
                         "SELECT application_name, ssl FROM pg_stat_ssl JOIN pg_stat_activity USING (pid)"
                         " WHERE application_name LIKE 'notifyq %' AND application_name <> 'notifyq test'"
                     )
-                    assert {row[0].split()[1] for row in roles} >= {"app", "claims", "door", "heartbeat"}
+                    assert {row[0].split()[1] for row in roles} >= {"app", "bell", "claims", "heartbeat"}
                     assert all(row[1] for row in roles)
             await db.close()
             code, said = await command(

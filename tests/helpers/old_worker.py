@@ -35,7 +35,7 @@ class OldWorker:
 
     async def run(self, stop: anyio.Event) -> None:
         conn: Any = await connection.connect_worker(self._dsn, "old")
-        door: Any = await connection.connect_worker(self._dsn, "old door")
+        bell: Any = await connection.connect_worker(self._dsn, "old bell")
         try:
             me: int = await conn.fetchval(SQL["register_worker"], "old:1", ["default"], ["Quick"], [10], 100, 30.0)
             while not stop.is_set():
@@ -46,12 +46,12 @@ class OldWorker:
                 self.ticks += 1
                 if not claimed:
                     await conn.fetchrow(SQL["check_due"], ["default"], ["default"], 100, None, None)
-                    await self._sleep(door, conn, me)
+                    await self._sleep(bell, conn, me)
             assert await conn.fetchval(SQL["hand_back_all"], me, None) == 0
             await conn.execute(SQL["unregister_worker"], me)
         finally:
             conn.terminate()
-            door.terminate()
+            bell.terminate()
 
     async def _claim_and_settle(self, conn: Any, me: int) -> int:
         rows = await conn.fetch(SQL["claim"], me, ["default"], [50], 50, LARGE)
@@ -76,10 +76,10 @@ class OldWorker:
                 if name == "finish":
                     self.settled += applied
 
-    async def _sleep(self, door: Any, conn: Any, me: int) -> None:
+    async def _sleep(self, bell: Any, conn: Any, me: int) -> None:
         """With SHARE on the bell, for a moment."""
-        async with door.transaction():
-            if await door.fetchval("SELECT notifyq.fall_asleep(100)"):
+        async with bell.transaction():
+            if await bell.fetchval("SELECT notifyq.fall_asleep(100)"):
                 self.sleeps += 1
                 await self._claim_and_settle(conn, me)
                 await anyio.sleep(0.02)

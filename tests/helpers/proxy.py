@@ -1,6 +1,6 @@
 """A TCP proxy that does to connections what networks do: between a worker and its server, by what a connection is for.
 
-Each tells its role when it starts, as notifyq's connections carry it in their application_name: "claims 7", "door 7",
+Each tells its role when it starts, as notifyq's connections carry it in their application_name: "claims 7", "bell 7",
 "settle", "heartbeat 7", "app". Faults take a pattern of roles, and hit the connections that are open then; what is
 opened later is well.
 """

@@ -145,7 +145,7 @@ async def reclaim_unanswered(conn: Any, worker: int, known: Sequence[Job]) -> in
 
 async def end_backends(conn: Any, worker: int) -> bool:
     """Whether none is left."""
-    row = await conn.fetchrow(SQL["end_backends"], worker, ["claims", "door"], 2000)
+    row = await conn.fetchrow(SQL["end_backends"], worker, ["claims", "bell"], 2000)
     return bool(row["remaining"] == 0)
 
 

@@ -34,8 +34,8 @@ async def k(s: Steps) -> Session:
 
 
 @pytest.fixture
-async def door(s: Steps) -> Session:
+async def bell(s: Steps) -> Session:
     """A worker's connection for the turn and the bell; in the transaction in which it will sleep."""
-    door = await s.worker("door")
-    await door("BEGIN")
-    return door
+    bell = await s.worker("bell")
+    await bell("BEGIN")
+    return bell

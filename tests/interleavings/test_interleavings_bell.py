@@ -83,41 +83,41 @@ WAYS: dict[str, Any] = {
     ("way", "level"),
     [*((way, "READ COMMITTED") for way in WAYS), ("INSERT", "REPEATABLE READ"), ("INSERT", "SERIALIZABLE")],
 )
-async def test_a_hidden_enqueuer(s: Steps, door: Session, p: Session, w: Session, way: str, level: str) -> None:
+async def test_a_hidden_enqueuer(s: Steps, bell: Session, p: Session, w: Session, way: str, level: str) -> None:
     """Sleep during enqueue, in any isolation level, by any way: granted at the commit, and the next claim takes it."""
     me = await w(register)
     await p(f"BEGIN ISOLATION LEVEL {level}")
     await p("SELECT FROM notifyq.task")
     await p(WAYS[way])
-    waiting = await door.blocked_by(p, fall_asleep)
+    waiting = await bell.blocked_by(p, fall_asleep)
     assert await w(claim, me) == []
     await p("COMMIT")
     assert await waiting
     assert len(await w(claim, me)) == 1
 
 
-async def test_two_hidden_enqueuers(s: Steps, door: Session, p: Session, w: Session) -> None:
+async def test_two_hidden_enqueuers(s: Steps, bell: Session, p: Session, w: Session) -> None:
     """Sleep during two enqueues: the last commit lets it sleep, and the claim after that takes both."""
     q, me = await s.session("q"), await w(register)
     for session in (p, q):
         await session("BEGIN")
         await session(insert)
-    waiting = await door.blocked_by(p, fall_asleep)
-    assert q.pid in await door.blockers()
+    waiting = await bell.blocked_by(p, fall_asleep)
+    assert q.pid in await bell.blockers()
     await q("COMMIT")
     assert not waiting.over
-    assert await door.blockers() == [p.pid]
+    assert await bell.blockers() == [p.pid]
     await p("COMMIT")
     assert await waiting
     assert len(await w(claim, me)) == 2
 
 
 @pytest.mark.parametrize("end", ["ROLLBACK", "killed"])
-async def test_a_hidden_enqueuer_that_fails(s: Steps, door: Session, p: Session, w: Session, end: str) -> None:
+async def test_a_hidden_enqueuer_that_fails(s: Steps, bell: Session, p: Session, w: Session, end: str) -> None:
     """Sleep during an enqueue that is rolled back, or whose session is killed: it sleeps, and has missed no task."""
     await p("BEGIN")
     await p(insert)
-    waiting = await door.blocked_by(p, fall_asleep)
+    waiting = await bell.blocked_by(p, fall_asleep)
     if end == "killed":
         await s.db.fetch("SELECT pg_terminate_backend($1)", p.pid)
     else:
@@ -127,21 +127,21 @@ async def test_a_hidden_enqueuer_that_fails(s: Steps, door: Session, p: Session,
 
 
 @pytest.mark.parametrize("end", ["COMMIT", "ROLLBACK"])
-async def test_a_hidden_enqueuer_that_is_prepared(s: Steps, door: Session, p: Session, w: Session, end: str) -> None:
+async def test_a_hidden_enqueuer_that_is_prepared(s: Steps, bell: Session, p: Session, w: Session, end: str) -> None:
     """Sleep during an enqueue that is prepared, so without a session: it keeps its lock until it is decided."""
     me, name = await w(register), await s.db.fetchval("SELECT current_database()")
     await p("BEGIN")
     await p(insert)
     await p(f"PREPARE TRANSACTION '{name}'")
-    waiting = await door.blocked_by(PREPARED, fall_asleep)
+    waiting = await bell.blocked_by(PREPARED, fall_asleep)
     await p(f"{end} PREPARED '{name}'")
     assert await waiting
     assert len(await w(claim, me)) == (end == "COMMIT")
 
 
-async def test_who_rang_can_not_be_prepared(s: Steps, door: Session, p: Session) -> None:
+async def test_who_rang_can_not_be_prepared(s: Steps, bell: Session, p: Session) -> None:
     """PREPARE TRANSACTION while a worker sleeps: PostgreSQL refuses it, and no task is enqueued."""
-    assert await door(fall_asleep)
+    assert await bell(fall_asleep)
     await p("BEGIN")
     await p(insert)
     with pytest.raises(asyncpg.FeatureNotSupportedError, match="NOTIFY"):
@@ -150,13 +150,13 @@ async def test_who_rang_can_not_be_prepared(s: Steps, door: Session, p: Session)
 
 
 async def test_it_enqueues_again_while_somebody_waits_for_it(
-    s: Steps, door: Session, p: Session, w: Session, heard: Heard
+    s: Steps, bell: Session, p: Session, w: Session, heard: Heard
 ) -> None:
     """Enqueue during sleep, by the transaction that is waited for: again it doesn't ring, and both tasks are seen."""
     me = await w(register)
     await p("BEGIN")
     await p(insert)
-    waiting = await door.blocked_by(p, fall_asleep)
+    waiting = await bell.blocked_by(p, fall_asleep)
     await p(insert)
     await p("COMMIT")
     assert await waiting
@@ -165,14 +165,14 @@ async def test_it_enqueues_again_while_somebody_waits_for_it(
 
 
 async def test_its_savepoint_is_rolled_back_while_somebody_waits_for_it(
-    s: Steps, door: Session, p: Session, w: Session, heard: Heard
+    s: Steps, bell: Session, p: Session, w: Session, heard: Heard
 ) -> None:
     """Sleep during a savepoint's enqueue: it sleeps when that is undone, and a later enqueue of the same transaction
     rings."""
     await p("BEGIN")
     await p("SAVEPOINT here")
     await p(insert)
-    waiting = await door.blocked_by(p, fall_asleep)
+    waiting = await bell.blocked_by(p, fall_asleep)
     await p("ROLLBACK TO SAVEPOINT here")
     assert await waiting
     await p(insert)
@@ -182,13 +182,13 @@ async def test_its_savepoint_is_rolled_back_while_somebody_waits_for_it(
     assert len(await w(claim, await w(register))) == 1
 
 
-async def test_a_released_savepoint_keeps_its_promise(s: Steps, door: Session, p: Session, w: Session) -> None:
+async def test_a_released_savepoint_keeps_its_promise(s: Steps, bell: Session, p: Session, w: Session) -> None:
     """Sleep during a savepoint's enqueue: when that is released, the sleeper goes on waiting for it."""
     await p("BEGIN")
     await p("SAVEPOINT here")
     await p(insert)
     await p("RELEASE SAVEPOINT here")
-    waiting = await door.blocked_by(p, fall_asleep)
+    waiting = await bell.blocked_by(p, fall_asleep)
     await p("COMMIT")
     assert await waiting
     assert len(await w(claim, await w(register))) == 1
@@ -197,11 +197,11 @@ async def test_a_released_savepoint_keeps_its_promise(s: Steps, door: Session, p
 # --- Enqueuers that ring
 
 
-async def test_a_newcomer_while_somebody_waits_to_sleep(s: Steps, door: Session, p: Session, heard: Heard) -> None:
+async def test_a_newcomer_while_somebody_waits_to_sleep(s: Steps, bell: Session, p: Session, heard: Heard) -> None:
     """Enqueue during arming: it waits for no session, doesn't lengthen the wait, and rings."""
     await p("BEGIN")
     await p(insert)
-    waiting = await door.blocked_by(p, fall_asleep)
+    waiting = await bell.blocked_by(p, fall_asleep)
     q = await s.session("q")
     await q("BEGIN")
     await q(insert)
@@ -212,13 +212,13 @@ async def test_a_newcomer_while_somebody_waits_to_sleep(s: Steps, door: Session,
     assert await heard.so_far() == [""]
 
 
-async def test_one_of_two_sleepers_wakes_up(s: Steps, door: Session, p: Session, heard: Heard) -> None:
+async def test_one_of_two_sleepers_wakes_up(s: Steps, bell: Session, p: Session, heard: Heard) -> None:
     """Enqueue while a second fleet sleeps: it rings until no worker sleeps."""
-    other = await s.worker("door 2")
+    other = await s.worker("bell 2")
     await other("BEGIN")
-    assert await door(fall_asleep)
+    assert await bell(fall_asleep)
     assert await other(fall_asleep), "both at once"
-    await door("ROLLBACK")
+    await bell("ROLLBACK")
     await p(insert)
     assert await heard.so_far() == [""]
     await other("ROLLBACK")
@@ -226,9 +226,9 @@ async def test_one_of_two_sleepers_wakes_up(s: Steps, door: Session, p: Session,
     assert await heard.so_far() == []
 
 
-async def test_one_ring_for_a_transaction(s: Steps, door: Session, p: Session, heard: Heard) -> None:
+async def test_one_ring_for_a_transaction(s: Steps, bell: Session, p: Session, heard: Heard) -> None:
     """NOTIFY is folded within a transaction, its savepoints included, and never across two."""
-    assert await door(fall_asleep)
+    assert await bell(fall_asleep)
     await p("BEGIN")
     for _ in range(3):
         await p(insert)
@@ -264,18 +264,18 @@ SAID: dict[str, tuple[Any, int]] = {
 
 @pytest.mark.parametrize("what", SAID)
 async def test_what_people_do_while_somebody_sleeps(
-    s: Steps, door: Session, p: Session, heard: Heard, what: str
+    s: Steps, bell: Session, p: Session, heard: Heard, what: str
 ) -> None:
     """A statement rings once for all its rows if a worker may have a task to claim, and otherwise not."""
     await p(insert, run_at="2999-01-01")
-    assert await door(fall_asleep)
+    assert await bell(fall_asleep)
     await p(SAID[what][0])
     assert await heard.so_far() == [""] * SAID[what][1]
 
 
-async def test_a_listener_in_a_transaction_hears_at_its_end(s: Steps, door: Session, p: Session, heard: Heard) -> None:
+async def test_a_listener_in_a_transaction_hears_at_its_end(s: Steps, bell: Session, p: Session, heard: Heard) -> None:
     """Ring during a listener's transaction: not lost, but late. So claims and LISTEN are never in a transaction."""
-    assert await door(fall_asleep)
+    assert await bell(fall_asleep)
     await heard.session("BEGIN")
     await p(insert)
     await heard.session("SELECT 1")
@@ -291,7 +291,7 @@ MODES = [
 
 
 @pytest.mark.parametrize("mode", MODES)
-async def test_a_stranger_locks_the_bell(s: Steps, door: Session, p: Session, heard: Heard, mode: str) -> None:
+async def test_a_stranger_locks_the_bell(s: Steps, bell: Session, p: Session, heard: Heard, mode: str) -> None:
     """Enqueue while pg_dump, VACUUM or DDL has the bell: it never waits; it is silent, or rings. A worker that
     wants to sleep may, or waits for that session."""
     stranger = await s.session("stranger")
@@ -304,8 +304,8 @@ async def test_a_stranger_locks_the_bell(s: Steps, door: Session, p: Session, he
     await p("COMMIT")
     assert await heard.so_far() == ([] if silent else [""])
     if mode in ("ACCESS SHARE", "ROW SHARE", "SHARE"):
-        assert await door(fall_asleep)
+        assert await bell(fall_asleep)
     else:
-        waiting = await door.blocked_by(stranger, fall_asleep)
+        waiting = await bell.blocked_by(stranger, fall_asleep)
         await stranger("COMMIT")
         assert await waiting

@@ -12,31 +12,31 @@ from .test_interleavings_bell import locks
 # --- Falling asleep and the turn: refused, cancelled, killed
 
 
-async def test_an_arming_that_gives_up(s: Steps, door: Session, p: Session) -> None:
+async def test_an_arming_that_gives_up(s: Steps, bell: Session, p: Session) -> None:
     """Sleep during enqueue, for 20 ms: refused, it holds nothing, and may ask again in the same transaction."""
     await p("BEGIN")
     await p(insert)
-    assert not await door(fall_asleep, 20)
-    assert await locks(s, door) == []
+    assert not await bell(fall_asleep, 20)
+    assert await locks(s, bell) == []
     q = await s.session("q")
     await q("BEGIN")
     await q(insert)
     assert await locks(s, q) == ["RowExclusiveLock"], "no session waits any more"
     await q("COMMIT")
     await p("COMMIT")
-    assert await door(fall_asleep, 20)
+    assert await bell(fall_asleep, 20)
 
 
-async def test_an_arming_that_is_cancelled(s: Steps, door: Session, p: Session) -> None:
+async def test_an_arming_that_is_cancelled(s: Steps, bell: Session, p: Session) -> None:
     """Sleep during enqueue, and a cancel request: it holds nothing, and its transaction goes on."""
     await p("BEGIN")
     await p(insert)
-    waiting = await door.blocked_by(p, fall_asleep)
-    await s.db.fetch("SELECT pg_cancel_backend($1)", door.pid)
+    waiting = await bell.blocked_by(p, fall_asleep)
+    await s.db.fetch("SELECT pg_cancel_backend($1)", bell.pid)
     assert await waiting is False
     await p("COMMIT")
-    assert await locks(s, door) == []
-    assert await door(fall_asleep)
+    assert await locks(s, bell) == []
+    assert await bell(fall_asleep)
 
 
 async def late(s: Steps, why: str, waiter: Session, ms: int) -> None:
@@ -48,23 +48,23 @@ async def late(s: Steps, why: str, waiter: Session, ms: int) -> None:
 
 
 @pytest.mark.parametrize("why", ["cancelled", "timed out"])
-async def test_an_arming_that_is_granted_when_it_ends(s: Steps, door: Session, p: Session, why: str) -> None:
+async def test_an_arming_that_is_granted_when_it_ends(s: Steps, bell: Session, p: Session, why: str) -> None:
     """Sleep, granted at the moment at which the wait ends: it holds the lock exactly if it says so."""
     await p("BEGIN")
     await p(insert)
     ms = int(limit(0.6) * 1000)  # it is frozen before that is over
-    waiting = await door.blocked_by(p, fall_asleep, ms)
-    with frozen(door):
+    waiting = await bell.blocked_by(p, fall_asleep, ms)
+    with frozen(bell):
         await p("COMMIT")
-        await late(s, why, door, ms)
+        await late(s, why, bell, ms)
     granted = await waiting
-    assert await locks(s, door) == (["ShareLock"] if granted else [])
+    assert await locks(s, bell) == (["ShareLock"] if granted else [])
 
 
 @pytest.mark.parametrize("why", ["cancelled", "timed out"])
 async def test_a_turn_that_is_granted_when_the_wait_ends(s: Steps, why: str) -> None:
     """The turn, granted at the moment at which the wait ends: it holds it exactly if it says so, and passes it on."""
-    first, second, third = [await s.worker(f"door {n}") for n in range(3)]
+    first, second, third = [await s.worker(f"bell {n}") for n in range(3)]
     assert await first(take_turn)
     ms = int(limit(0.6) * 1000)
     waiting = await second.blocked_by(first, take_turn, ms)
@@ -78,7 +78,7 @@ async def test_a_turn_that_is_granted_when_the_wait_ends(s: Steps, why: str) -> 
 
 async def test_the_turn_goes_round_in_order(s: Steps) -> None:
     """Turn: first come, first served; at once when its holder steps back, or is killed; other fleets have their own."""
-    first, second, third, other = [await s.worker(f"door {n}") for n in range(4)]
+    first, second, third, other = [await s.worker(f"bell {n}") for n in range(4)]
     assert await first(take_turn)
     second_waits = await second.blocked_by(first, take_turn)
     third_waits = await third.blocked_by(second, take_turn)

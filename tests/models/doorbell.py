@@ -419,7 +419,7 @@ class Doorbell:
         elif here is Bell.ASLEEP and wanted != ASLEEP:
             yield self._move("ROLLBACK: wakes up", self._arrives(worker, Bell.TURN), NOW)
         elif here is Bell.ASLEEP:
-            yield self._move("ROLLBACK: to fall asleep anew (turn_over)", self._arrives(worker, Bell.TURN), MAYBE)
+            yield self._move("ROLLBACK: to fall asleep anew (renew_sleep)", self._arrives(worker, Bell.TURN), MAYBE)
 
     # The code.
 

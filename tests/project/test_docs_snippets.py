@@ -56,7 +56,7 @@ STANDS_FOR = {"ID": "1", "FILE": "file", "NAME": "name", "FOLDER": "folder", "VE
 
 
 # Not commands: how connections are called.
-CONNECTIONS = {"app", "claims", "client", "door", "handler", "heartbeat", "payloads", "results", "settle"}
+CONNECTIONS = {"app", "bell", "claims", "client", "handler", "heartbeat", "payloads", "results", "settle"}
 
 
 class Block(NamedTuple):

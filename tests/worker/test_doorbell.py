@@ -372,17 +372,17 @@ async def test_the_turn_is_waited_for_in_few_statements(app: notifyq.App, db: An
 
 async def test_a_worker_that_sleeps_for_long_falls_asleep_anew(dsn: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A transaction that is open for hours looks like a mistake."""
-    conn, places = await connection.connect_worker(dsn, "door 1"), Seen()
+    conn, places = await connection.connect_worker(dsn, "bell 1"), Seen()
     bell = BellConnection(7, lambda: places.add(bell.position))
     async with anyio.create_task_group() as group:
         group.start_soon(bell.run, conn)
         bell.want(Position.ASLEEP)
         await places.reach(3)
         monkeypatch.setattr(doorbell, "DOUBT_SECONDS", -1.0)
-        bell.turn_over()
+        bell.renew_sleep()
         assert len(places.items) == 3, "not yet"
         monkeypatch.setattr(doorbell, "ASLEEP_SECONDS", -1.0)
-        bell.turn_over()
+        bell.renew_sleep()
         assert await places.reach(5) == [Position.AWAY, Position.TURN, Position.ASLEEP, Position.TURN, Position.ASLEEP]
         group.cancel_scope.cancel()
     conn.terminate()
@@ -480,7 +480,7 @@ async def test_no_snapshot_is_held_while_sleeping_or_waiting(
     await db.execute(f"ALTER DATABASE {name} SET default_transaction_isolation = '{isolation}'")
     async with working(app, dsn), working(app, dsn), working(app, dsn):
         await asleep(db)
-        sleeper = """SELECT count(*) FROM pg_stat_activity WHERE application_name LIKE 'notifyq door %'
+        sleeper = """SELECT count(*) FROM pg_stat_activity WHERE application_name LIKE 'notifyq bell %'
                      AND datname = current_database() AND state = 'idle in transaction' AND backend_xmin IS NULL"""
         await eventually(lambda: db.fetchval(sleeper), 1)
         longest = await db.fetchval(

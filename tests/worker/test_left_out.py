@@ -370,7 +370,7 @@ async def test_the_others_of_an_unanswered_claim_are_taken_back(db: Any, dsn: st
         me = await db.fetchval("SELECT id FROM notifyq.worker")
         bad, good = await abandoned(db, me)
         await db.execute(HOW["a check"][0])
-        await db.fetchval(SQL["end_backends"], me, ["claims", "door"], 2000)  # its connection is lost
+        await db.fetchval(SQL["end_backends"], me, ["claims", "bell"], 2000)  # its connection is lost
         await eventually(lambda: states(db), {("Good", "done"): len(good), ("Bad", "running"): 3})
         found = logged("whose claim went unanswered: they stay")
         assert ids_of(found) == bad

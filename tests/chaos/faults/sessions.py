@@ -24,9 +24,9 @@ async def terminate(stage: Stage, hit: Hit, role: str, count: int = 1) -> None:
     hit.who.update(row[0] for row in rows)
 
 
-@fault("connection ended: door")
-async def door(stage: Stage, hit: Hit) -> None:
-    await terminate(stage, hit, "door")
+@fault("connection ended: bell")
+async def bell(stage: Stage, hit: Hit) -> None:
+    await terminate(stage, hit, "bell")
 
 
 @fault("connection ended: claims")

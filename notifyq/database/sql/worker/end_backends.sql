@@ -1,9 +1,9 @@
--- End the backends of worker $1 that serve its connections named $2 ('claims', 'door'), and wait for each until it has
+-- End the backends of worker $1 that serve its connections named $2 ('claims', 'bell'), and wait for each until it has
 -- ended, up to $3 ms (0: don't wait). Returns how many were ended, and how many remain.
 --
 -- * After a worker lost its connection for claims, it ends both and waits. Otherwise its next statement couldn't see
 --   what the backend is still claiming, and the backend would keep the turn.
--- * A rescuer ends the 'door' of a worker that is frozen or out of reach. Then the next worker gets the turn.
+-- * A rescuer ends the 'bell' of a worker that is frozen or out of reach. Then the next worker gets the turn.
 --
 -- A backend is found by its application_name, which any session can set. pg_has_role leaves out the sessions that this
 -- one may not end, where trying would be an error.
