@@ -1,14 +1,19 @@
 """The worker wing: it claims tasks, runs their handlers and settles them. It imports nothing of the client wing.
 
-worker.py is the pipe; it starts and stops the others, in order:
+worker.py starts and stops the stages, in order. pipe.py has what each stage tells it.
 
-    claim, decide, state, moderation, doorbell, listen         when to claim: the loop, its table, the bell
-    intake, capacity, cursors, admission, due, isolate,
-    left_out, waiting                                          what to claim, and what else the loop does
-    runners, batch, large_payloads, transaction, predecessors  one task, or many, while it runs
-    outcome, backoff                                           how a task ended: decided
-    settle, unwritten, outcome_writer                          and written down
-    heartbeat, loop_watch, silence                             alive; is its own loop, are other workers?
-    maintenance, crons, server_clock                           the chores: rescue, prune, crons
-    signals                                                    SIGTERM and its kin
+    claim, decide, state, moderation        the loop that claims, and the table that decides what it does next
+    listen, doorbell                        how it hears of new tasks
+    intake, capacity, slots, job, cursors   what it claims, and how much
+    admission, due, isolate, left_out,
+    waiting                                 what else it does on its connection
+    runners, group, attempt, calls, batch   tasks while they run, one by one or in batches
+    services, large_payloads, transaction,
+    predecessors                            what a running task uses of the database
+    outcome, backoff, outcome_log           how an attempt ended: decided, and logged
+    settle, unwritten, outcome_writer       the same, written into the database
+    outages                                 what a stage does while it has no database
+    heartbeat, loop_watch, silence          whether this worker, its event loop and other workers live
+    maintenance, crons, server_clock        the chores: rescue, prune, crons
+    signals                                 SIGTERM and SIGINT
 """

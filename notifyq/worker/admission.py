@@ -20,19 +20,19 @@ _parse = msgspec.json.Decoder(dict[str, tuple[bool, bool]]).decode
 
 
 class Admission:
-    """A claimer's: it is given the queues' settings, and asked with each claim."""
+    """Those of one claimer. It gets the queues' settings from each due check, and is asked after each claim."""
 
     def __init__(self, types: list[str], left_out: LeftOut) -> None:
         self.types = types
         self.left_out = left_out  # tasks that PostgreSQL refuses to have claimed
         self._types = frozenset(types)
         self._settings: str | None = None
-        self.recheck = False  # the last time, tasks were parked to wait for others' ends, which may have come meanwhile
+        self.recheck = False  # tasks were just parked to wait for others, which may have ended meanwhile
         self.paused: frozenset[str] = frozenset()
         self.limited: frozenset[str] = frozenset()
 
     async def note_settings(self, conn: Connection, worker: int, settings: str | None) -> None:
-        """Go by what check_due.sql says of the queues. In a newly limited one, tasks that run here count."""
+        """Take over what check_due.sql says of the queues. If one has become limited, its tasks that run here count."""
         if settings == self._settings:
             return
         queues: Mapping[str, tuple[bool, bool]] = _parse(settings) if settings is not None else {}
@@ -47,7 +47,8 @@ class Admission:
         """Returns the tasks that may run, in their order, and those to be handed back: another session has just locked
         them, or PostgreSQL refuses to park them.
 
-        Tasks that this worker has no handler for are among the first, unasked: they take no slot, and are released.
+        Tasks that this worker has no handler for are among the first without being asked about: they take no slot, and
+        are released.
         """
         self.recheck = False
         asked = [job for job in jobs if (job.needs_admission or job.queue in self.limited) and job.type in self._types]

@@ -3,8 +3,8 @@
 A thread can't be cancelled. When its attempt ends early, at a timeout or a shutdown, the thread is abandoned: its slot
 is free for the next task, and no outcome is taken from it.
 
-A handler may fork. A child that returns from the handler ends at once: otherwise it would go on as a
-second copy of the worker.
+A handler may fork. A child that returns from the handler ends at once: otherwise it would go on as a second copy of
+the worker.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ class Calls:
         forked.call_in_children(self._note_child)
         self._threads = threads
         self._limiter = anyio.CapacityLimiter(threads)
-        self._in_threads: set[ThreadCall] = set()  # that have a thread, or wait for one
+        self._in_threads: set[ThreadCall] = set()  # the calls that have a thread, or wait for one
         self._abandoned: list[ThreadCall] = []
-        self._is_logged = False  # that all threads are abandoned
+        self._is_logged = False  # the log says that all threads are abandoned
 
     async def call(self, handler: Handler, task: Any, context: Any) -> object:
         """The result of the handler; of a batch handler, with lists of tasks and contexts. Raises what it raises."""
@@ -60,20 +60,20 @@ class Calls:
 
     @property
     def trouble(self) -> str:
-        """What is degraded, in words. Read now and then, and what changes is logged."""
+        """What is degraded, in words. It is read every 0.4 s or so, and logged when it begins and when it ends."""
         self._abandoned = [call for call in self._abandoned if not call.has_ended]
         if len(self._abandoned) < self._threads:
             if self._is_logged and not self._abandoned:
                 self._is_logged = False
-                logger.info("the threads that were left alone have ended")
+                logger.info("the abandoned threads have ended")
             return ""
         if not self._is_logged:
             self._is_logged = True
             logger.warning(
-                "as many threads as it may use were left alone and still run: does a plain handler never return?",
+                "as many abandoned threads still run as it may use: does a plain handler never return?",
                 extra={"fields": {"threads": len(self._abandoned), "handler": self._abandoned[-1].handler.name}},
             )
-        return f"{len(self._abandoned)} threads left alone"
+        return f"{len(self._abandoned)} abandoned threads"
 
     def _note_child(self) -> None:
         self._is_child = True

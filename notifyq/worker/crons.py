@@ -18,9 +18,9 @@ from ..database.connection import SQL, Connection
 
 logger = log.logger("notifyq.cron")
 
-AHEAD_SECONDS = 3.0  # in which a slot is enqueued before its time: twice the interval of heartbeats
-MISSED_SECONDS = 60.0  # a slot that was not enqueued for so long was missed; before that it is only late
-IMPLAUSIBLE_SECONDS = 60.0  # beyond the slot that the schedule gives from now
+AHEAD_SECONDS = 3.0  # how long before its time a slot is enqueued: twice the interval of heartbeats
+MISSED_SECONDS = 60.0  # a slot that isn't enqueued so long after its time was missed; before that it is only late
+IMPLAUSIBLE_SECONDS = 60.0  # a next slot so much later than the one that the schedule gives now is implausible
 SLOTS_AT_ONCE = 100  # of one cron, each time
 
 
@@ -50,10 +50,10 @@ class Crons:
     def __init__(self, crons: Mapping[str, Cron]) -> None:
         self._crons = crons
         self._written = False
-        self._plausible: dict[str, datetime] = {}  # next slots that were compared with their schedules,
+        self._plausible: dict[str, datetime] = {}  # by name: the next slots that were found plausible,
         self._compared_at: datetime | None = None  # and when, by the database's clock
         self._contested: set[str] = set()  # names that another app has too
-        self._unusable: set[tuple[str, str, str]] = set()  # name, expression, tz: without a next slot
+        self._unusable: set[tuple[str, str, str]] = set()  # name, expression, tz: no next slot can be computed
 
     async def register(self, conn: Connection, worker: int) -> None:
         """Say that `worker`, which has just registered, serves them. Write them first, if the app has just started."""
@@ -84,7 +84,7 @@ class Crons:
         self._contested = {row[0] for row in rows}
 
     async def enqueue_due(self, conn: Connection) -> None:
-        """Enqueue the slots that are about to be due. Raises PostgreSQL's first error when all crons had their turn."""
+        """Enqueue the slots that are about to be due. Raises PostgreSQL's first error after all crons were tried."""
         if not self._crons:
             return
         refused: asyncpg.PostgresError | None = None
@@ -99,7 +99,7 @@ class Crons:
                     await self._check_next(conn, cron, cron.next_at)
                 else:
                     await self._enqueue_slots(conn, cron)
-            except asyncpg.PostgresError as error:  # perhaps for this cron's task: the others' may be accepted
+            except asyncpg.PostgresError as error:  # perhaps it refuses this cron's task only
                 if conn.is_closed():
                     raise
                 refused = refused or error

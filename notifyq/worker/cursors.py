@@ -72,7 +72,7 @@ class Cursors:
         self._highest: dict[Level, int] = {}  # ids of the current LAG_SECONDS
         self._recent: dict[Level, int] = {}  # of the one before
         self._ids: dict[Level, int] = {}  # of all before that
-        self._turned = -math.inf
+        self._turned = -math.inf  # when ids were last moved from `_highest` to `_recent` to `_ids`
         self._from_cursor: FromCursor | None = None
         self._from_head_at = -math.inf  # when the last claim from the head was made
         self._usual = Usual()

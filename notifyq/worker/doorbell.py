@@ -19,11 +19,11 @@ transaction that enqueues after falling asleep *began* rings, and the ring is he
 SHARE blocks VACUUM, ANALYZE, ALTER PUBLICATION and most other statements that name the table. Each heartbeat asks
 whether one of them waits (`notifyq.bell_wanted`). If so, the sleeper releases SHARE, and falls asleep anew behind it.
 
-No statement here waits long, since a SELECT that waits holds a snapshot, which holds back vacuum. It waits 5 s for the
-turn, and 20 to 800 ms to fall asleep, and is then repeated. A transaction that only holds SHARE has no snapshot.
+No statement here waits long: a SELECT that waits holds a snapshot, which holds back vacuum. So one waits 5 s for the
+turn, or 20 to 800 ms to fall asleep, and is then repeated. A transaction that only holds SHARE has no snapshot.
 
-Any role of the database can take any advisory lock, and keep it. When a poll finds tasks that the bell should have told
-of, this worker asks whether a session that is no worker holds the turn ("stolen"). If so, the workers go without it:
+Any role of the database can take any advisory lock, and keep it. When a poll finds tasks of which no ring told, this
+worker asks whether a session that is no worker holds the turn ("stolen"). If so, the workers go without it:
 all of them listen and sleep, which loses no task, and each task wakes them all.
 """
 
@@ -45,7 +45,7 @@ logger = log.logger("notifyq.claim")
 CHANNEL = "notifyq"
 TURN_WAIT_MS = 5000
 ASLEEP_WAIT_MS = (20, 50, 100, 200, 400, 800)  # below deadlock_timeout (1 s), after which PostgreSQL checks a waiter
-ASLEEP_SECONDS = 120.0
+ASLEEP_SECONDS = 120.0  # then it falls asleep anew
 # After the last answer. The next poll (one in 4 to 6 s) then asks. So, with PROOF_SECONDS, a server that is gone is
 # noticed within 15 s.
 DOUBT_SECONDS = 5.5
@@ -66,13 +66,13 @@ class BellConnection:
         self._moved = moved
         self._changed = asyncio.Event()
         self._in_transaction = False
-        self._refresh = False
+        self._refresh = False  # fall asleep anew
         self._asleep_since = 0.0
         self._answered_at = 0.0
-        self._doubted = False
-        self._waiting = anyio.CancelScope()  # for SHARE
+        self._doubted = False  # prove that the server answers
+        self._waiting = anyio.CancelScope()  # of the wait for SHARE
         self._theft_suspected = False
-        self.turn_stolen = False  # TURN and ASLEEP are without the turn itself
+        self.turn_stolen = False  # then it goes to TURN and ASLEEP without having the turn
         self.position = Position.AWAY
         self._wanted = Position.AWAY
 
@@ -120,7 +120,7 @@ class BellConnection:
         tries = 0
         while True:
             wanted = self._wanted  # which may change during any await
-            is_refused = self._in_transaction and self.position is Position.TURN  # SHARE, so far
+            is_refused = self._in_transaction and self.position is Position.TURN  # it doesn't have SHARE yet
             if self._refresh or wanted < self.position or (is_refused and wanted is Position.TURN):
                 self._refresh = False
                 await self._step_back(conn)

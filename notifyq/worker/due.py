@@ -1,4 +1,4 @@
-"""Due: ask for scheduled tasks that are due, and tell the State what the answer means for it.
+"""The due check: make scheduled tasks ready whose time has come, and tell the State what the answer means for it.
 
 One statement (check_due.sql) promotes due tasks, and says when the next one is due, whether tasks are ready, and which
 queues are paused or limited. It also sends the echo that proves the bell.
@@ -20,6 +20,8 @@ _Args = tuple[list[str], list[str]]
 
 
 class DueCheck:
+    """Makes the due checks of one claimer."""
+
     def __init__(self, capacity: Capacity, admission: Admission, listener: Listener, state: State) -> None:
         self._capacity = capacity
         self._admission = admission
@@ -30,8 +32,10 @@ class DueCheck:
     async def check(self, conn: Connection, worker: int, *, poll: bool = False) -> bool:
         """Promote due tasks and set the timer for the next. `poll`: look for ready tasks in all queues.
 
-        Otherwise it asks about the queues that a claim has just looked into, or, if there are some, about those that
-        are full here: tasks in them are for another worker. Returns whether an echo was sent."""
+        Otherwise it looks for them in the queues that are full here, if there are any: those tasks are for another
+        worker. If no queue is full, it looks in all that aren't paused. A check from the cursor looks for none.
+
+        Returns whether an echo was sent."""
         clock = asyncio.get_running_loop().time
         state, capacity = self._state, self._capacity
         began = clock()

@@ -24,7 +24,7 @@ class RunGroup:
         self._group: TaskGroup | None = None
 
     async def serve(self) -> None:
-        """Until `close`, and until all that was started has ended. Fails when one of them does."""
+        """Run until `close`, and until all that was started has ended. Fails when one of them fails."""
         async with anyio.create_task_group() as self._group:
             self.ready.set()
             await self._closing.wait()

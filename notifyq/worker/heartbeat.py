@@ -9,8 +9,9 @@ session left, or if it was silent for the length of its lease. Each of its sessi
 outcomes) shares the worker's advisory lock, so a rescuer gets that lock only when all of them are gone. A killed
 worker's tasks wait for at most 1.5 + 2 + 1.5 s, since the server ends a killed process's backends within a second.
 
-While the heartbeat has no connection, the claimer sends it. After it has lost its connection, it rescues nothing for
-4 s: after an outage all workers look dead, and the first one to come back would rob the others.
+While the thread has no connection, or no answer on it, the claimer sends the heartbeats. After it has connected again,
+the thread rescues nothing for 4 s: after an outage all workers look dead, and the first one to come back would take the
+others' tasks.
 
 While a handler has been running for about a second, the thread also listens for cancels, on the same connection. When
 it hears of one, it sends a heartbeat at once, whose answer says which leases are lost. It doesn't listen all the time,
@@ -50,10 +51,10 @@ logger = log.logger("notifyq.heartbeat")
 
 BEAT_SECONDS = 1.5
 LATE_SECONDS = 2.0  # since the last heartbeat: longer than BEAT_SECONDS and ASK_SECONDS together
-ASK_SECONDS = 0.4  # between questions to the worker's loop
+ASK_SECONDS = 0.4  # between two questions to the worker's loop
 MORE_SECONDS = 0.05  # between two turns of a chore that has more to do
 CANCELS = "notifyq_cancel"  # the channel
-IGNORE_SECONDS = 1.0  # for which cancels are ignored, after a heartbeat found no lost lease though one was announced
+IGNORE_SECONDS = 1.0  # how long cancels are ignored after one was announced and the heartbeat found no lost lease
 OUT_OF_REACH = "heartbeat: the database is out of reach"
 REFUSED = (
     "heartbeat: PostgreSQL refuses it, and other workers take the tasks of one that has none; is a privilege missing, "
@@ -66,7 +67,7 @@ class _GivenUp(Exception):
 
 
 class Heartbeat:
-    """Made, started and stopped on the worker's loop. All after `stop` below runs in the thread."""
+    """Made, started and stopped on the worker's loop. All methods below `stop` run in the thread."""
 
     def __init__(
         self,
@@ -87,25 +88,25 @@ class Heartbeat:
         self._thread = threading.Thread(target=self._run, name="notifyq-heartbeat", daemon=True)
         self._registered: Future[int] = Future()
         self._ended = asyncio.Event()  # on the worker's loop
-        self._stop_seconds = 0.0  # that the thread may take to hand back and unregister
+        self._stop_seconds = 0.0  # how long the thread may take to hand back and unregister
         self._loop: asyncio.AbstractEventLoop | None = None  # the thread's
         # Set in the thread only.
         self._stop = asyncio.Event()
         self._wake = asyncio.Event()  # ends a sleep early
         # Written by the thread; `late` reads the first on the worker's loop, and `compare_ids` writes into the second.
-        self._sent_at = -math.inf  # the last heartbeat that was answered; -inf: there is no connection
-        self._due: dict[Chore, float] = {}  # by time.monotonic()
+        self._sent_at = -math.inf  # when the last heartbeat was answered; -inf: there is no connection
+        self._due: dict[Chore, float] = {}  # when to do each, by time.monotonic()
         # Used by the thread only.
         self._id: int | None = None
         self._upkeep = Upkeep(config, registry, runners)
         self._silence = SilenceWatch()
-        self._rescue_from = 0.0
+        self._rescue_from = 0.0  # nothing is rescued before this time
         self._is_locked = False  # the connection shares the worker's advisory lock
-        self._is_down = False  # and that was logged
+        self._is_down = False  # the database is out of reach, or refuses; and that was logged
         self._is_last_try = False
         self._pause = Pause(0.1, 2.0)
-        self._cancel_heard = False  # of a task that may run here
-        self._ignore_until = 0.0  # cancels
+        self._cancel_heard = False  # one of a task that may run here
+        self._ignore_until = 0.0  # cancels are ignored until then
 
     async def start(self) -> int:
         """Register the worker and return its id. Raises DatabaseError or SchemaError."""
@@ -122,11 +123,11 @@ class Heartbeat:
         return self._watch.was_blocked
 
     def compare_ids(self) -> None:
-        """Check soon whether ids are given a second time."""
+        """Check soon whether ids are given out a second time."""
         self._due[COMPARE_IDS] = 0.0
 
     async def stop(self, seconds: float) -> None:
-        """Hand back what is still held, unregister, and end; in `seconds` at most."""
+        """Hand back what is still held, unregister, and end the thread, in `seconds` and one more at most."""
         self._stop_seconds = seconds
         if self._loop is not None:
             try:
@@ -193,7 +194,7 @@ class Heartbeat:
         await self._sleep(self._pause.jittered())
 
     async def _sleep(self, seconds: float) -> None:
-        """Sleep until then, or until something wakes it."""
+        """Sleep for `seconds`, or until something wakes it."""
         try:
             async with asyncio.timeout(0 if self._stop.is_set() else seconds):
                 await self._wake.wait()
@@ -248,10 +249,10 @@ class Heartbeat:
         allowed = self._registry.max_attempts
         args = (self._worker.name, list(config.queues), types, allowed, config.concurrency, config.lease_seconds)
         id: int | None = None
-        while id is None:  # the id that was drawn belongs to another worker
+        while id is None:  # the statement draws an id, and returns None if another worker has it
             id = await conn.fetchval(SQL["register_worker"], *args)
         self._sent_at = time.monotonic()
-        self._is_locked = await prove_alive(conn, id)  # if not, after the next heartbeat
+        self._is_locked = await prove_alive(conn, id)  # if it fails, the next heartbeat tries again
         await self._upkeep.crons.register(conn, id)
         self._id = self._upkeep.worker = id
         if not self._registered.done():
@@ -308,11 +309,12 @@ class Heartbeat:
         return bool(lost)
 
     async def _register_again(self, conn: Connection) -> None:
-        """Frozen for too long, or cut off: others took this worker for dead, and have rescued all that it held."""
+        """This worker was frozen or cut off for too long. Others took it for dead, and have rescued all that it
+        held."""
         await conn.execute("SELECT pg_advisory_unlock_all()")
         old = self._id
         logger.warning(
-            "this worker had been given up for dead; it comes back under a new id",
+            "others took this worker for dead; it goes on under a new id",
             extra={"fields": {"old": old, "new": await self._register(conn)}},
         )
 

@@ -19,13 +19,15 @@ from .waiting import Waiting
 
 logger = log.logger("notifyq.claim")
 
-AT_ONCE = {2: 16, 3: 4}  # tasks, by how often they have crashed; of those that have more often, one
-PATIENCE_SECONDS = 30.0  # to wait until nothing else runs, and to let it run alone; doubles with each crash up to
-PATIENCE_MOST = 600.0
+AT_ONCE = {2: 16, 3: 4}  # how many tasks are isolated together, by how often their workers vanished; above that, 1
+# How long it waits until nothing else runs, and then for these tasks to end. Doubles with each crash.
+PATIENCE_SECONDS, PATIENCE_MOST = 30.0, 600.0
 REFUSED_SECONDS = 600.0  # for which another session may have the lock; then this worker isolates without it
 
 
 class Isolation:
+    """What one claimer does about tasks whose workers have vanished."""
+
     def __init__(
         self, capacity: Capacity, admission: Admission, intake: Intake, runners: Runners, waiting: Waiting, state: State
     ) -> None:
@@ -35,10 +37,10 @@ class Isolation:
         self._runners = runners
         self._waiting = waiting
         self._state = state
-        self._refused_since: float | None = None  # another session has the lock
+        self._refused_since: float | None = None  # since when another session has had the lock
 
     async def run(self, conn: Connection, worker: int, bell: BellConnection) -> int:
-        """Isolate some tasks, if there are any. Returns how many it has begun."""
+        """Isolate some tasks, if there are any to isolate. Returns how many it has begun."""
         clock = asyncio.get_running_loop().time
         self._state.isolation_wanted = False
         keys = [f"crashed:{queue}" for queue in self._capacity.queues if queue not in self._admission.paused]
@@ -66,7 +68,7 @@ class Isolation:
         return count or 0
 
     async def _run_alone(self, conn: Connection, worker: int, keys: list[str], crashes: int) -> int | None:
-        """None: it can't claim."""
+        """Wait until nothing else runs, claim, and wait for these tasks. Returns how many; None: it can't claim now."""
         state, capacity = self._state, self._capacity
         patience = min(PATIENCE_SECONDS * 2 ** min(crashes - 2, 10), PATIENCE_MOST)
         self._runners.start_batches()

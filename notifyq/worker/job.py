@@ -14,8 +14,8 @@ from ..database.connection import SQL, Connection
 from ..database.errors import UNREADABLE
 from .cursors import FromCursor
 
-# The answer to a claim has about CLAIM_BYTES of payloads. A runner fetches a payload later if it is larger than
-# INLINE_MOST bytes. The more tasks a claim asks for, the lower this bound: INLINE_LEAST for 2,048 tasks or more.
+# The answer to a claim has at most about CLAIM_BYTES of payloads. A larger payload than INLINE_MOST is left out, and a
+# runner fetches it later. The more tasks a claim asks for, the lower this bound: INLINE_LEAST for 2,048 tasks or more.
 CLAIM_BYTES = 4 * 1024 * 1024
 INLINE_LEAST, INLINE_MOST = 2 * 1024, 16 * 1024
 
@@ -48,7 +48,7 @@ class Job:
         self.priority: int = priority
         self.max_attempts: int | None = max_attempts
         self.created_at: datetime = created_at
-        # Whether it needs admission before it runs. None: a trigger undid the claim, see claim.sql.
+        # Whether it needs admission before it runs. None: a trigger has undone the claim (see claim.sql).
         self.needs_admission: bool | None = needs_admission
         self.excused: int = excused or 0  # attempts that don't count, as another task may have killed their worker
         self.payload: bytes | None = payload  # None: large, its runner fetches it (large_payloads.py)
@@ -83,22 +83,23 @@ async def claim(
 ) -> list[Job]:
     """Up to `limit` ready tasks, at most `free` of each queue, in the order to run them.
 
-    With `from_cursor`, only tasks from there on. With `unhandled`, of these types those that other workers released as
-    they have no handler for them. With `threads`, without the tasks that don't fit into these. `blind`: without any
-    payload.
+    from_cursor  only tasks from there on
+    unhandled    only tasks of these types that other workers released, as they have no handler for them
+    threads      no task of a plain handler that these threads have no place for
+    blind        claim without any payload
     """
     inline = 0 if blind else _inline(limit)
     try:
         jobs = await _claim(conn, worker, free, limit, from_cursor, unhandled, threads, inline)
     except UNREADABLE:
-        # A payload that was stored, and can't be sent: 1400 times 1e131071 is 16 kB, and 180 MB as text.
+        # A payload can be stored that can't be sent: 1400 times 1e131071 has 16 kB in the row, and 180 MB as text.
         jobs = await _claim(conn, worker, free, limit, from_cursor, unhandled, threads, 0)
     put_in_order(jobs)
     return jobs
 
 
 def _inline(limit: int) -> int:
-    """How many bytes a payload may have to come with a claim of up to `limit` tasks."""
+    """The most bytes that a payload may have to come with the answer to a claim of up to `limit` tasks."""
     return max(INLINE_LEAST, min(INLINE_MOST, CLAIM_BYTES // max(limit, 1)))
 
 
@@ -136,6 +137,7 @@ async def _claim(
 
 
 def put_in_order(jobs: list[Job]) -> None:
-    """Sort by priority, and within a priority by id: the order to run them in, which RETURNING doesn't keep."""
+    """Sort by priority, and within a priority by id: the order to run them in, which UPDATE ... RETURNING doesn't
+    keep."""
     jobs.sort(key=attrgetter("id"))
-    jobs.sort(key=attrgetter("priority"), reverse=True)  # equals stay as they are
+    jobs.sort(key=attrgetter("priority"), reverse=True)  # a stable sort: the order by id stays

@@ -8,9 +8,9 @@ So the answer to a claim is small, whatever was enqueued, and a worker holds a b
                           handler ends
 
 The worker keeps the leases meanwhile, like those of other tasks that run. A statement that times out, or for which
-PostgreSQL can't read a payload, is tried again for half as many tasks, down to one. If one payload can't be read, or
-not be fetched in TRIES tries, each with twice the time of the one before, its task ends dead, with the reason. A
-connection that fails is replaced, however often: no task is to blame.
+PostgreSQL can't read a payload, is tried again for half as many tasks, down to one. That one task ends dead, with the
+reason, if PostgreSQL can't read its payload, or if TRIES statements time out, each with twice the time of the one
+before. A connection that fails is replaced, however often: no task is to blame.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from .job import Job
 from .pipe import Recovery
 
 HELD_BYTES = 256 * 1024 * 1024
-MOST = 100  # tasks in a statement
+MOST = 100  # tasks in one statement
 TRIES = 3
-IDLE_SECONDS = 60.0  # for which the connection is kept for the next large payload
+IDLE_SECONDS = 60.0  # how long the connection is kept for the next large payload
 
 Answer: TypeAlias = bytes | str | None  # the payload; a str: why there is none; None: the lease is lost
 

@@ -5,7 +5,8 @@ A claim takes many rows with one statement, and so does the promotion of due tas
 statement, and comes first again the next time. So after a refusal the worker asks which rows the statement would have
 taken, and takes halves of them, down to one row. A row that is refused alone is left out for a pause, which doubles
 each time. Then it is tried again, since the cause may be gone. The same goes for a row that the statement returns
-without the worker's lease. While any task is left out, all tasks are taken in this way. Until then, it costs nothing.
+without the worker's lease. While any task is left out, all tasks are taken in this way. While none is, this costs
+nothing.
 
 Two more statements write rows of tasks. `admit` parks claimed tasks that may not run yet. After a refusal it too is
 given halves, and a task that is refused alone is handed back and left out. `release_waiters` makes parked tasks ready.
@@ -32,10 +33,10 @@ from .job import Job, claim_by_id, put_in_order
 
 logger = log.logger("notifyq.claim")
 
-MOST = 10_000  # tasks left out at once; those that are refused beyond them keep the tasks behind them waiting
+MOST = 10_000  # tasks that are left out at the same time; if more are refused, the tasks behind them wait
 PAUSE_LEAST, PAUSE_MOST = 1.0, 300.0  # seconds
-RELEASED_AT_ONCE = 1000  # rows of notifyq.slot_released
-GONE_SECONDS = 60.0  # for which a task was due to be tried again, and wasn't there
+RELEASED_AT_ONCE = 1000  # rows of notifyq.slot_released in one statement
+GONE_SECONDS = 60.0  # a task that has been due for so long, and wasn't found, is forgotten
 
 REFUSED = (
     "PostgreSQL doesn't let these tasks be taken: they stay as they are, and are tried again; is there a constraint or "
@@ -65,22 +66,22 @@ NOT_RECLAIMED = (
     "PostgreSQL doesn't let this worker hand back tasks whose claim went unanswered: they stay `running`, and are "
     "tried again when its connection is lost, or when it stops; is there a constraint or a trigger on notifyq.task?"
 )
-REFUSALS = 20  # of release_waiters, in one go
-REFUSALS_BACK = 100  # where tasks are taken back from a worker: the next heartbeat is due soon
+REFUSALS = 20  # after so many refusals, one call of release_waiters ends
+REFUSALS_BACK = 100  # the same where tasks are taken back from a worker, as the next heartbeat is due soon
 HELD = "SELECT t.id FROM notifyq.task t WHERE t.worker = $1 ORDER BY t.id"
 
 _Item = TypeVar("_Item")
 
 
 class LeftOut:
-    """Those of a claimer, or of a heartbeat's thread."""
+    """The tasks that a claimer leaves out, or a heartbeat's thread."""
 
     def __init__(self) -> None:
         self._pauses: dict[int, Pause] = {}
-        self._not_parked: dict[int, Pause] = {}  # these can be claimed, but not parked
+        self._not_parked: dict[int, Pause] = {}  # tasks that can be claimed, but not parked
         self._undone: set[int] = set()  # tasks of the last claim that a trigger has undone
-        self._not_released: set[str] = set()  # what tasks wait for that can't be released, in words
-        self._refusals = 0
+        self._not_released: set[str] = set()  # rows of slot_released whose waiters can't be released, in words
+        self._refusals = 0  # so far
 
     def __bool__(self) -> bool:
         return bool(self._pauses or self._not_parked)
@@ -102,14 +103,14 @@ class LeftOut:
         return [id for id, pause in pauses if pause.due > now]
 
     def taken(self, jobs: list[Job]) -> list[Job]:
-        """Those of the rows of a claim that it has taken. A trigger has undone the others: leave them out."""
+        """Of a claim's rows those that it has really claimed. A trigger has undone the others: leave them out."""
         if None not in [job.needs_admission for job in jobs]:
             return jobs
         self._leave_out({job.id for job in jobs if job.needs_admission is None})
         return [job for job in jobs if job.needs_admission is not None]
 
     def _leave_out(self, undone: set[int]) -> None:
-        """The statement wrote these tasks, and a trigger has undone it."""
+        """Pause these tasks: a statement wrote them, and a trigger has undone that."""
         self._undone = undone
         self._refusals += len(undone)
         if first := [id for id in sorted(undone) if _pause(self._pauses, id)]:
@@ -126,7 +127,7 @@ class LeftOut:
         without: Sequence[str] = (),
         blind: bool = False,
     ) -> list[Job]:
-        """As job.claim, from the head. It leaves tasks of types `without`, and the capacity that they would take."""
+        """As job.claim, from the head. Tasks of the types `without` stay, and take none of the capacity."""
         args = list(free), list(free.values()), limit
         return await self._claim_these(
             conn,
@@ -189,7 +190,7 @@ class LeftOut:
         rows = await conn.fetchval(
             "SELECT count(*) FROM (SELECT FROM notifyq.slot_released LIMIT $1) AS f", RELEASED_AT_ONCE
         )
-        left = max(1, rows)  # one at least: a task may have been parked while the one ended that it waits for
+        left = max(1, rows)  # at least one call: a task may have been parked while the one that it waits for ended
         while left and len(refused) < REFUSALS:
             left -= 1
             try:
@@ -222,7 +223,7 @@ class LeftOut:
         left = set(self.ids)
         ids = [row[0] for row in await conn.fetch(HELD, worker) if row[0] not in left]
         if not ids:
-            return await take([])  # its statement does more than taking tasks
+            return await take([])  # the statement does more than to take tasks
 
         async def these(ids: list[int]) -> list[None]:
             return [None] * await take(ids)
@@ -252,7 +253,7 @@ class LeftOut:
 
         refusals = self._refusals
         jobs = await self._each([row[0] for row in await look(self.ids)], these)
-        while not jobs and refusals < self._refusals:  # or the tasks behind many refused ones would wait
+        while not jobs and refusals < self._refusals:  # else the tasks behind many refused ones would wait
             refusals = self._refusals
             jobs = await self._each([row[0] for row in await look([*self._pauses, *self._not_parked])], these)
         put_in_order(jobs)
@@ -261,9 +262,12 @@ class LeftOut:
     async def _each(
         self, ids: list[int], take: Callable[[list[int]], Awaitable[list[_Item]]], back: str = ""
     ) -> list[_Item]:
-        """Take all of these that can be taken. `back`: take them from a worker, and log this for the others."""
+        """Take all of these that can be taken.
+
+        back  take them back from a worker, and log this message for those that are refused
+        """
         taken: list[_Item] = []
-        refused: dict[str, list[int]] = {}  # for the first time, by reason
+        refused: dict[str, list[int]] = {}  # those that are refused for the first time, by reason
         known = bool(self._pauses)
         now = time.monotonic()
         until = self._refusals + (REFUSALS_BACK if back else MOST)
@@ -295,7 +299,7 @@ class LeftOut:
 
 
 async def unless_refused(statement: Awaitable[_Item]) -> _Item | None:
-    """Its answer; None if PostgreSQL refuses rows of it."""
+    """The statement's answer; None if PostgreSQL refuses it because of its rows."""
     try:
         return await statement
     except asyncpg.PostgresError as error:
@@ -328,7 +332,7 @@ async def _in_halves(
 
 
 def _pause(pauses: dict[int, Pause], id: int) -> bool:
-    """Leave it out, for longer than the last time. Returns whether this is the first time."""
+    """Leave a task out, for longer than the last time. Returns whether this is the first time."""
     is_first = id not in pauses
     pauses.setdefault(id, Pause(PAUSE_LEAST, PAUSE_MOST)).lengthen()
     return is_first

@@ -1,7 +1,8 @@
 """Listen: hear the bell on the connection that claims, and prove that it is heard.
 
 Behind a pooler in transaction mode LISTEN succeeds and nothing is ever delivered. So a worker notifies itself: once
-before it starts, which shows whether NOTIFY arrives here, and from then on with the due check each 10 s (an echo).
+before it starts, which shows whether NOTIFY arrives here, and from then on with a due check, at least every
+10 s (an echo).
 
 The listening connection is the one that claims, not the one at the bell: a backend delivers notifications only between
 statements, so one that waits for a lock would hear the bell too late.
@@ -31,7 +32,7 @@ class Listener:
         self._wake = wake
         self._poll_seconds = poll_seconds
         self._echoed = asyncio.Event()
-        self._silent = False
+        self._silent = False  # the last echo wasn't heard
         self.bell_seconds: float | None = None  # the round trip that proved the bell; None: polling only
 
     async def listen(self, conn: Connection) -> None:
@@ -50,7 +51,7 @@ class Listener:
         return text
 
     async def prove(self, conn: Connection) -> None:
-        """Make a round trip through NOTIFY itself, and turn echoes on if it succeeds."""
+        """Send an echo and wait until it is heard. If it is, turn echoes on; else, poll only."""
         clock = time.perf_counter  # finer than a loop's time, which uvloop keeps in milliseconds
         sent = clock()
         echo = self.new_echo(asyncio.get_running_loop().time())
@@ -84,7 +85,7 @@ class Listener:
         state = self._state
         if self._silent:
             self._silent = False
-            self._set_bell_seconds(ECHO_LIMIT_SECONDS)  # or more; echoes go on from here
+            self._set_bell_seconds(ECHO_LIMIT_SECONDS)  # it took at least that; echoes are on again
             logger.info("the bell rings again")
         if payload == "":
             state.notified()

@@ -1,7 +1,7 @@
 """Whether the worker's event loop still runs, and what it last said of itself. The heartbeat's thread asks it.
 
 About every 0.4 s the thread asks, and the loop answers with a snapshot of what runs. A handler that waits or computes
-without `await` keeps the loop from answering. The heartbeat sends what the last snapshot said meanwhile.
+without `await` keeps the loop from answering. Meanwhile the heartbeat sends what the last snapshot said.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from .runners import Runners
 
 logger = log.logger("notifyq.heartbeat")
 
-LONG_SECONDS = 0.8  # a handler that is seen in two answers so far apart has been running for long
-BLOCKED_SECONDS = 0.8  # without an answer, until the loop counts as blocked
+LONG_SECONDS = 0.8  # a handler that is seen in two answers so far apart runs long
+BLOCKED_SECONDS = 0.8  # a loop that gives no answer for so long counts as blocked
 OTHERS_COMPUTE = 0.1  # other threads computed for at least this share of the time: other processes may load the machine
-AFTERMATH_SECONDS = 2.0  # after the loop was blocked: what it missed meanwhile fails now
+AFTERMATH_SECONDS = 2.0  # how long after a block statements may still fail because of it
 
 
 class LoopWatch:
-    """Made on the worker's loop. The comments say which side writes what; each assignment is whole."""
+    """Made on the worker's loop. The comments say which thread writes what. Each assignment is atomic."""
 
     def __init__(self, runners: Runners, claimer: Claimer, worker: Alive) -> None:
         self._runners = runners

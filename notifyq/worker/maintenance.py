@@ -1,11 +1,11 @@
-"""The chores of a worker's heartbeat's thread: a table of what to do and how often, and the functions that do it.
+"""The chores of the heartbeat's thread: a table of what to do and how often, and the functions that do it.
 
 Each function gets the thread's connection and the worker's Upkeep, and does a bounded piece of work. It returns True if
 more is left: then it is called again 0.05 s later, with a heartbeat in between if one is due. A statement that
 PostgreSQL refuses is logged once, and keeps neither the heartbeat nor the other chores from being done.
 
-Two things are done after each heartbeat instead: the tasks of due cron slots are enqueued (crons.py), and what dead
-workers held is rescued.
+Two things aren't in the table, since they follow each heartbeat: the tasks of due cron slots are enqueued (crons.py),
+and the tasks of dead workers are rescued.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ logger = log.logger("notifyq.maintenance")
 
 RESCUE_AT_ONCE = 2000
 PRUNE_AT_ONCE = 5000
-PRUNE_STATEMENT_SECONDS = 0.5  # that one statement takes: it deletes fewer rows where rows are large
+PRUNE_STATEMENT_SECONDS = 0.5  # how long one statement should take: where rows are large, it deletes fewer
 DEAD_KEPT_SECONDS = 30 * 86400.0
 ENDED = (asyncpg.AdminShutdownError, asyncpg.CrashShutdownError, asyncpg.PostgresConnectionError)  # the session is over
 
@@ -50,22 +50,22 @@ class Upkeep:
         self.runners = runners
         self.worker = 0  # its id; 0: not registered yet
         self.crons = Crons(registry.crons)
-        self.left_out = LeftOut()  # tasks of other workers, as PostgreSQL refuses to have them taken back
+        self.left_out = LeftOut()  # tasks that PostgreSQL doesn't let this worker take back from others
         self.clock = ServerClock()
-        self.findings: dict[str, tuple[str, str]] = {}  # what is wrong with the database: about what, problem and cure
-        self.ids_cure = ""  # the cure, if ids are given a second time
-        self.rescue_at_once = RESCUE_AT_ONCE  # fewer, where a row takes long
-        self.prune_at_once: dict[str, int] = {}  # by statement
-        self.recheck_from = ""  # the key to go on with
-        self._refused: dict[str, str] = {}  # chores that PostgreSQL refuses, and its reason
+        self.findings: dict[str, tuple[str, str]] = {}  # what is wrong with the database, by object: problem, cure
+        self.ids_cure = ""  # what to do, if ids are given out a second time
+        self.rescue_at_once = RESCUE_AT_ONCE  # tasks in one statement; fewer after one that took too long
+        self.prune_at_once: dict[str, int] = {}  # rows, by statement
+        self.recheck_from = ""  # the key with which the next recheck goes on
+        self._refused: dict[str, str] = {}  # the chores that PostgreSQL refuses, and its reasons
 
     @property
     def problems(self) -> list[str]:
-        """What to tell in the worker's status."""
+        """What the worker's status says of this, as phrases."""
         return [*filter(None, [self.ids_cure]), *self.findings]
 
     async def attempt(self, conn: Connection, what: str, work: Awaitable[bool | None]) -> bool:
-        """Await `work`; whether more of it is left. Of PostgreSQL's errors it raises those that end a session."""
+        """Await `work`. Returns whether more of it is left. Raises those of PostgreSQL's errors that end a session."""
         try:
             more = bool(await work)
         except asyncpg.PostgresError as error:
@@ -84,7 +84,7 @@ class Upkeep:
 
 
 async def write_progress(conn: Connection, upkeep: Upkeep) -> None:
-    """Write what handlers have told of their progress, in one statement."""
+    """Write the progress that handlers have reported, in one statement."""
     reports = {job: p for job, p in upkeep.runners.slots.take_reports().items() if job.worker == upkeep.worker}
     keys = [job.id for job in reports], [job.attempt for job in reports]
     fractions = [p.fraction for p in reports.values()]
@@ -101,7 +101,7 @@ async def write_progress(conn: Connection, upkeep: Upkeep) -> None:
 
 
 async def find_problems(conn: Connection, upkeep: Upkeep) -> None:
-    """Log what is wrong with the database and raises no error: once when it is found, and once when it is mended."""
+    """Log what is wrong with the database though no statement fails: when it is found, and when it is mended."""
     found = {about: (problem, cure) for about, problem, cure in await conn.fetch(SQL["list_findings"], False)}
     for about, (problem, cure) in found.items():
         if about not in upkeep.findings:
@@ -114,8 +114,8 @@ async def find_problems(conn: Connection, upkeep: Upkeep) -> None:
 
 
 async def compare_ids(conn: Connection, upkeep: Upkeep) -> None:
-    """Log whether new tasks get ids that older tasks have had. That is so after TRUNCATE ... RESTART IDENTITY, or where
-    a sequence wasn't brought along to another server."""
+    """Log it if new tasks get ids that older tasks have had. They do after TRUNCATE ... RESTART IDENTITY, or on a
+    server to which the tables were copied without the sequence."""
     row = await conn.fetchrow(SQL["read_highest_ids"])
     assert row is not None
     highest, last = row
@@ -126,13 +126,13 @@ async def compare_ids(conn: Connection, upkeep: Upkeep) -> None:
         await conn.execute(SQL["forget_keys_of_future_ids"])
         if not before:
             logger.warning(
-                "ids are given to new tasks that older ones have had: the sequence is behind what the tables hold; "
-                "where an outcome is written, the older task's gives way. Run: %s",
+                "new tasks get ids that older ones have had: the sequence is behind the ids in the tables; where the "
+                "outcome of a new task is written, the older task's is deleted. Run: %s",
                 cure,
                 extra={"fields": {"last": last, "highest": highest, "cure": cure}},
             )
     elif before:
-        logger.info("new tasks are given ids of their own again")
+        logger.info("new tasks get ids of their own again")
 
 
 async def reclaim_unowned(conn: Connection, upkeep: Upkeep) -> None:
@@ -160,9 +160,9 @@ async def prune_unique_keys(conn: Connection, upkeep: Upkeep) -> bool:
 async def _prune(
     conn: Connection, upkeep: Upkeep, statement: str, before: tuple[object, ...] = (), after: tuple[object, ...] = ()
 ) -> bool:
-    """Delete as many rows as take about half a second. Returns whether more are left.
+    """Delete as many rows as can be deleted in about half a second. Returns whether more are left.
 
-    before, after  the statement's arguments around the number of rows
+    before, after  the statement's arguments before and after the number of rows
     """
     most = upkeep.prune_at_once.get(statement, PRUNE_AT_ONCE)
     begin = time.monotonic()
@@ -189,7 +189,7 @@ async def correct_misdated(conn: Connection, upkeep: Upkeep) -> None:
 
 
 async def rescue(conn: Connection, upkeep: Upkeep, silent: Silent) -> None:
-    """Take back what a silent worker holds, if it is dead. If it lives, take the turn at the bell from it."""
+    """Take back what a silent worker holds, if it is dead. If it lives, end its backend at the bell."""
 
     async def rescue_tasks(ids: list[int] | None) -> int:
         return await _rescue(conn, upkeep, silent, ids)
@@ -204,7 +204,7 @@ async def _rescue(conn: Connection, upkeep: Upkeep, silent: Silent, ids: list[in
         most = upkeep.rescue_at_once
         try:
             row = await conn.fetchrow(SQL["rescue"], silent.worker, most, silent.seen, silent.seconds, ids)
-        except TimeoutError:  # one of these rows takes too long: with fewer at once, those before it are rescued
+        except TimeoutError:  # one of these rows takes too long: a statement for fewer rescues those before it
             upkeep.rescue_at_once = max(1, most // 2)
             raise
         upkeep.rescue_at_once = min(RESCUE_AT_ONCE, most * 2)
@@ -235,17 +235,17 @@ async def _end_bell_backend(conn: Connection, worker: int) -> None:
 
 @dataclass(eq=False)
 class Chore:
-    """Something to do every `every` seconds, give or take `jitter` of that. Each session begins with a random part of
-    the first interval, so that workers that reconnect together don't do it together."""
+    """Something to do every `every` seconds, give or take the share `jitter` of that. When a session begins, only a
+    random part of the first interval passes, so that workers that reconnect together don't do it together."""
 
     what: str  # as the log names it
     every: float
     run: Callable[[Connection, Upkeep], Awaitable[bool | None]]
     jitter: float = 0.5
-    at_once: bool = False  # when a session begins
+    at_once: bool = False  # whether it is also done when a session begins
 
     def first(self) -> float:
-        """Seconds from the beginning of a session."""
+        """Seconds from the beginning of a session to the first time."""
         return 0.0 if self.at_once else random.uniform(0.2, 1.0) * self.every
 
     def next(self) -> float:

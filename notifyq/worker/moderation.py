@@ -1,24 +1,25 @@
-"""Moderation: when a worker stays awake and polls instead of sleeping at the bell. Pure: it is given times, keeps none.
+"""Moderation: when a worker stays awake and polls instead of sleeping at the bell. Pure: it reads no clock.
 
-Interrupts and polling, as a network card has both. A ring costs an enqueuer a commit of its own, since a transaction
-that notifies doesn't share its flush. So under a burst the worker stays awake and polls, and no enqueuer rings. Falling
-asleep at each quiet moment would gain nothing: fast workers have one after each task.
-"""
+A network driver switches from interrupts to polling under load, and so does a worker. A ring costs an enqueuer a commit
+of its own, since a transaction that notifies doesn't share its flush. So under a burst the worker stays awake and
+polls, and no enqueuer rings. To fall asleep at each quiet moment would gain nothing: a fast worker has one after each
+task."""
 
 from __future__ import annotations
 
 from collections import deque
 
 WINDOW_SECONDS = 0.020  # two arrivals within it may be the beginning of a burst
-BURST = 5  # arrivals within it keep the worker awake: 250 a second
-PATIENCE_SECONDS = 1.0  # after two arrivals that weren't a burst, until two may wake it up again
+BURST = 5  # so many arrivals within the window keep the worker awake: 250 a second
+PATIENCE_SECONDS = 1.0  # after two arrivals that weren't a burst, until two wake the worker up again
 
 
 class Moderation:
-    """A lone arrival is no burst: the worker stays asleep, so that the next one rings too. Idle latency and idle cost
-    are the bell's.
+    """Decides it by the arrivals of tasks in the last 20 ms.
 
-    Two arrivals within the window may begin a burst, so the worker wakes up and watches. If ringing held the enqueuers
+    A lone arrival is no burst: the worker stays asleep, so that the next one rings too.
+
+    Two arrivals within the window may begin a burst, so the worker wakes up and polls. If ringing held the enqueuers
     up, tasks now come in numbers, and it stays awake for as long as they do. If not, it goes back to sleep and doesn't
     try again for a second: at 100 tasks a second, ringing is cheaper than polling.
     """

@@ -24,7 +24,8 @@ REFUSED_SECONDS = 60.0  # between two lines about the same refusal
 
 
 class Outages:
-    """A worker's. A stage awaits `back_off` after each failure, and calls `note_success` when it works again."""
+    """Those of one worker. A stage awaits `back_off` after each failure, and calls `note_success` when it works
+    again."""
 
     def __init__(self, host: Host) -> None:
         self._host = host
@@ -43,12 +44,13 @@ class Outages:
         self._stopping.set()
 
     async def back_off(self, stage: str, error: BaseException) -> None:
+        """Log the failure, once, and return when the stage may try again. A dropped schema ends the worker."""
         error = first_error(error)
         if gone := schema_gone(error):
             self._host.on_failure(gone)
             return
         if self._host.loop_was_blocked:
-            # The log says so already. If the database is lost too, the next failure is late enough to be logged.
+            # The log says already that it is blocked. If the database is lost too, a later failure is logged.
             logger.debug("a statement failed as the event loop was blocked", extra={"fields": {"stage": stage}})
         elif is_answer(error):
             self._log_refusal(stage, error)

@@ -32,7 +32,7 @@ def log_outcome(handler: Handler, result: Outcome, began: float) -> None:
         entry = msgspec.json.decode(result.error)
     why = entry.get("error") or ""
     extra = _fields(job, handler, error=why.splitlines()[0][:300] if why else "", seconds=seconds)
-    # The row keeps the traceback, where it is found by id.
+    # The row has the traceback, and `notifyq show` prints it.
     show = {"more": f"notifyq show {job.id}"}
     if is_debugging():
         extra["trace"] = entry.get("traceback")
@@ -50,8 +50,8 @@ def log_outcome(handler: Handler, result: Outcome, began: float) -> None:
 
 
 def log_ignored(handler: Handler, result: Outcome) -> None:
-    """The attempt's own transaction has settled the task: say so, if the handler returned or raised something after
-    it, since its author may look for that."""
+    """The attempt's own transaction has settled the task. If the handler returned or raised something after that, log
+    that it doesn't count: its author may look for it."""
     if isinstance(result, Finished) and (result.state, result.result, result.error) == ("done", None, None):
         return
     error = getattr(result, "error", None)

@@ -26,7 +26,7 @@ KEPT = (
 
 
 class OutcomeWriter:
-    """Writes batches, and tells the worker what may follow from them."""
+    """Writes batches, and tells the worker which of its stages must act on them."""
 
     def __init__(self, keeps_history: bool, worker: Ends) -> None:
         self._keeps_history = keeps_history  # done and cancelled tasks go to notifyq.finished
@@ -55,12 +55,12 @@ class OutcomeWriter:
         return self._kept
 
     async def _write_reused_ids(self, conn: Connection, worker: int, own: list[Outcome], seconds: float) -> None:
-        """An id of these is in the history: somebody has set the sequence of ids back. The older row gives way."""
+        """The history has an id of these already: the sequence of ids was set back. The older row is deleted."""
         async with conn.transaction():
             gone = await conn.fetch(SQL["forget_older_outcomes"], worker, *_keys(own), timeout=seconds)
             await self._write_kinds(conn, worker, own, seconds)
         logger.warning(
-            "ids were given a second time: what the history had of older tasks with them gave way",
+            "ids were given out a second time: the older tasks with these ids were deleted from the history",
             extra={"fields": {"ids": sorted(row[0] for row in gone)[:20], "tasks": len(gone)}},
         )
         self._worker.on_ids_reused()

@@ -17,7 +17,7 @@ class Sink(Protocol):
 
 
 class Waiters(Protocol):
-    """A handler's own transaction tells it that its task has ended."""
+    """Told by a handler's own transaction when it has settled its task."""
 
     def on_released(self) -> None:
         """A task has ended that others may wait for: by an order key, a limit, or `after`."""
@@ -41,7 +41,7 @@ class Recovery(Protocol):
 
 
 class Host(Protocol):
-    """What the outages of the stages are to the worker."""
+    """What Outages asks of the worker, and tells it."""
 
     @property
     def is_stopping(self) -> bool: ...

@@ -32,12 +32,13 @@ from .slots import Slots
 
 logger = log.logger("notifyq.run")
 
-CANCEL_SECONDS = 2.0  # for a handler to end that was cancelled
-YIELD_SECONDS = 0.005  # after this time a runner whose handlers never wait lets other coroutines run
+CANCEL_SECONDS = 2.0  # how long a cancelled handler may take to end
+YIELD_SECONDS = 0.005  # a runner whose handlers never wait lets other coroutines run each time that this has passed
 
 
 class Runners:
-    """Give it jobs by `add_jobs`; it tells the sink each outcome, then that a slot is free. Lives on one event loop."""
+    """Takes jobs by `add_jobs`. Of each it tells the sink its outcome, and then that a slot is free. Its methods are
+    for the worker's event loop, but two that say otherwise."""
 
     def __init__(
         self,
@@ -110,7 +111,7 @@ class Runners:
             if not host.done():
                 stuck = [self.name_handler(runner.task) or "unknown" for runner in self._runners]
                 logger.error(
-                    "these handlers didn't end when cancelled; they are left alone, and their tasks handed back",
+                    "these handlers didn't end when cancelled; they are abandoned, and their tasks handed back",
                     extra={"fields": {"handlers": stuck[:20]}},
                 )
 
@@ -149,8 +150,8 @@ class Runners:
         self._batches.start_all()
 
     def cancel_lost(self, job: Job) -> bool:
-        """Its lease is lost: cancel the handler, and settle nothing. False if the job isn't held any more, or settles
-        itself now: then its own transaction finds out, or is the reason."""
+        """The lease of this job is lost: cancel its handler, and settle nothing. False if the job isn't held any more,
+        or if its own transaction settles it: that finds out by itself, or has ended the lease."""
         if self.held.get(job.id) is not job or self._states.get(job) in ("ending", "committed"):
             return False
         if job in self.slots.waiting:
@@ -216,7 +217,7 @@ class Runners:
                 if runner.job is not None:  # its scope was cancelled while the handler ran
                     self._end_cancelled(runner)
                 if me.cancelling() or contextvars.copy_context() != clean:
-                    # Its successor starts without that. A cancellation that is still to come would end the group.
+                    # Another runner takes its place, without that. A cancellation still to come would end the group.
                     try:
                         await asyncio.sleep(0)
                     except asyncio.CancelledError:

@@ -1,4 +1,4 @@
-"""What time it is by the server's clock, as far as that may be believed. The clock may be stepped by hours."""
+"""What time it is by the server's clock, as far as that can be trusted: somebody may step it by hours."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class ServerClock:
         self._then, self._read_at = said, time.monotonic()
 
     def at_most(self, said: datetime) -> datetime:
-        """The latest time that it can be, now that the server says `said`.
+        """The latest time that it can be, if the server's clock says `said`.
 
-        A step ahead is not believed: history would be pruned too early. A step back is.
+        A step ahead isn't trusted, as history would be pruned too early. A step back is.
         """
         if self._then is None:
             self.start(said)

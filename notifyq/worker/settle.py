@@ -13,9 +13,9 @@ it is given grows with its bytes. Only the write is tried again, never the handl
     it accepts one, and its row    a trigger has returned NULL: postpone it at once, as above
     stays as it was
     a batch isn't written in time  try half as many, down to one; that one with twice the time, and then as above
-    a lock is in its way           after LOCK_SECONDS, postpone the outcomes of the tasks whose rows another session has
+    a lock is in the way           after LOCK_SECONDS, postpone the outcomes of the tasks whose rows another session has
                                    locked, and look at them each second; the others are written at once
-    an id is in the history        the older row gives way: somebody has set the sequence of ids back
+    an id is in the history        delete the older row: somebody has set the sequence of ids back
     the connection fails           try all of it again, on a new one
 """
 
@@ -34,15 +34,15 @@ from .outcome_writer import KEPT, OutcomeWriter
 from .pipe import Ends, Recovery
 from .unwritten import BATCH, KEPT_BYTES, Unwritten, sent_bytes
 
-TRIES = 2  # alone, until an outcome that isn't written in time is postponed
-LOCK_SECONDS = 0.5  # for which a whole batch waits for another session's lock
+TRIES = 2  # how often an outcome alone is not written in time until it is postponed
+LOCK_SECONDS = 0.5  # how long a whole batch waits for another session's lock
 
 # These say little about the row: a server that has no memory left, or is broken.
 DISORDER = (asyncpg.OutOfMemoryError, asyncpg.InternalServerError)
 
 
 class Settler:
-    """`put` outcomes in, `run` writes them, `pending` tells how many are not written yet."""
+    """Takes outcomes by `put`, and `run` writes them. `pending` says how many aren't written yet."""
 
     def __init__(self, dsn: str | None, keeps_history: bool, worker: Ends, recovery: Recovery) -> None:
         self._dsn = dsn
@@ -57,7 +57,7 @@ class Settler:
         self._proven: int | None = None  # the worker that the connection proves to be alive
         self._most = BATCH  # outcomes in a statement: fewer, after one that failed because of its rows
         self._held_up = False  # a lock is in the way of this batch
-        self._patient = False  # it isn't the lock of a task's row: the connection waits for it as long as for anything
+        self._patient = False  # the lock isn't one of a task's row: the connection waits for it as long as for anything
 
     @property
     def pending(self) -> int:
@@ -138,7 +138,7 @@ class Settler:
         return True
 
     async def _wait(self) -> None:
-        """For more, or until a postponed outcome is due."""
+        """Wait for more outcomes, or until a postponed one is due."""
         timer = None
         if (seconds := self._unwritten.until_due()) is not None:
             timer = asyncio.get_running_loop().call_later(seconds, self._wake.set)
@@ -203,7 +203,7 @@ class Settler:
             self._recovery.note_success("settle")
 
     async def _without_locked(self, conn: Connection, batch: list[Outcome], seconds: float) -> list[Outcome]:
-        """Postpone those whose tasks' rows another session has locked; return the others."""
+        """Postpone the outcomes whose tasks' rows another session has locked. Returns the others."""
         rows = await conn.fetch(SQL["list_locked"], [outcome.job.id for outcome in batch], timeout=seconds)
         ids = {row[0] for row in rows}
         if ids:
@@ -233,8 +233,8 @@ class Settler:
             self._unwritten.note_storable(outcome)
 
     async def _too_slow(self, outcome: Outcome, seconds: float) -> None:
-        """It is alone, and wasn't written in `seconds`. The next try has twice the time. After that it is postponed, so
-        that it keeps no others from being written; or made smaller, if its bytes alone, and not a lock, take too long.
+        """An outcome alone wasn't written in `seconds`. The next try has twice the time. After that it is postponed, so
+        that others can be written. Or it is made smaller, if a test shows that its bytes take too long, and not a lock.
         """
         if self._unwritten.note_slow(outcome) < TRIES:
             return

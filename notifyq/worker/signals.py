@@ -1,18 +1,23 @@
-r"""Signals for a worker, and an end to what doesn't end by itself.
+"""Signals for a worker, and the end of a process that doesn't end by itself.
 
-The first SIGTERM or SIGINT sets `stop`, the second `force`. A thread hears them, and not the event loop, which
-a handler may block for as long as it likes: the C half of a signal handler writes to a socket in whichever
-thread it runs, and ours waits there. Should the app's code take that for itself (loop.add_signal_handler
-does), there is still the Python half, which runs in the main thread when that next runs Python. Each tells of
-the same signals, so the larger of two counts is how many there were.
+The first SIGTERM or SIGINT sets `stop`, the second sets `force`. A thread waits for them, and not the event loop, which
+a handler may block for long. They reach the thread in two ways:
 
-To block the signals and wait in sigwait would be simpler, but the subprocesses of handlers would inherit the
-block, and not end when they are told to.
+    the C half        of Python's signal handler runs at once, in any thread, and writes the signal's number to a socket
+                      (signal.set_wakeup_fd). The app's code may take that away: loop.add_signal_handler does
+    the Python half   runs in the main thread when that next runs Python, and writes a zero byte
 
-Only this process counts. forked.py takes all of this away from a forked child. One that was forked by C code, where
-Python can't do that, still writes to the socket when it gets a signal; on Linux the kernel says which process wrote.
+Both tell of the same signals, so the larger of two counts is how many there were.
 
-With --processes there is a third source: a socket whose other end closes however the parent dies.
+To block the signals and wait in sigwait would be simpler. But the subprocesses of handlers would inherit the block, and
+not end when they are told to.
+
+Only the signals of this process count. forked.py takes all of this away from a forked child. Python can't do that for a
+child that C code forks, so it still writes to the socket when it gets a signal. On Linux the kernel says which process
+wrote.
+
+With --processes there is a third way: a socket that the parent process shares. It closes when the parent dies, in any
+way, and that counts as a signal.
 """
 
 from __future__ import annotations
@@ -39,9 +44,10 @@ from ..forked import SIGNALS
 
 logger = log.logger("notifyq.worker")
 
-LATE_SECONDS = 5.0  # beyond the shutdown timeout, for handlers to be cancelled and outcomes to be written
+# How long the process may live until it is ended:
+LATE_SECONDS = 5.0  # after the shutdown timeout, to cancel handlers and to write outcomes
 FORCED_SECONDS = 3.0  # after the second signal
-LEFT_SECONDS = 1.0  # after the worker, for threads that handlers have left and for exit functions
+LEFT_SECONDS = 1.0  # after the worker has ended, for threads that handlers have left and for exit functions
 
 PYTHON_HALF, FINISHED, CLOSED = b"\x00", b"\xff", b"\xfe"  # no signal has these numbers
 
@@ -52,7 +58,7 @@ _Handler: TypeAlias = Callable[[int, FrameType | None], object] | int | None
 
 
 class Watch:
-    """Made in the main thread, inside of the event loop that `stop` and `force` belong to."""
+    """Sets `stop` and `force`. It is made in the main thread, on the event loop of the two events."""
 
     def __init__(
         self, stop: anyio.Event, force: anyio.Event, timeout: float, parent: socket.socket | None = None
@@ -70,15 +76,15 @@ class Watch:
             forked.keep_from_children(end.fileno())
         self._children = ExitStack()
         self._children.enter_context(forked.signals_are_ours())
-        # uvloop has a socket of its own there, and until it ends it must still hear of signals: SIGCHLD, say.
+        # uvloop has set a socket of its own there. Until its loop ends, pass on what it must hear of: SIGCHLD, say.
         self._next = self._before = signal.set_wakeup_fd(self._sent.fileno(), warn_on_full_buffer=False)
         self._handlers: dict[signal.Signals, _Handler] = {}
         for number in SIGNALS:
             self._handlers[number] = signal.signal(number, self._python_half)
-        self._heard = {"python": 0, "c": 0}
-        self._told = 0
-        self._deadline: float | None = None
-        self._code: int | None = None
+        self._heard = {"python": 0, "c": 0}  # signals, by the half that told of them
+        self._told = 0  # events that were set
+        self._deadline: float | None = None  # when the process is ended
+        self._code: int | None = None  # the exit code, when the worker has ended
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="notifyq-signals", daemon=True)
         self._thread.start()
@@ -89,20 +95,20 @@ class Watch:
         return self._told > 1
 
     def loop_ends(self) -> None:
-        """To be called in the loop, last."""
+        """Pass nothing on to uvloop any more. Call it in the event loop, as the last thing."""
         self._next = -1
 
     def finish(self, code: int) -> None:
-        """The worker has ended. What keeps the process from ending now, a thread say, has a moment left."""
+        """The worker has ended. If a thread, say, keeps the process from ending, it is ended LEFT_SECONDS later."""
         try:
-            sys.stdout.flush()  # what handlers printed; nobody else may come to do it
+            sys.stdout.flush()  # what handlers printed: os._exit doesn't flush it
         except (OSError, ValueError):
-            pass  # nobody reads it
+            pass  # no process reads it any more
         self._code = code
         self._send(FINISHED)
 
     def close(self) -> None:
-        """The worker has ended, and its program goes on: signals are as they were before."""
+        """The worker has ended, and the program goes on: put signals back as they were."""
         for number, handler in self._handlers.items():
             if signal.getsignal(number) == self._python_half:
                 signal.signal(number, signal.SIG_DFL if handler is None else handler)
@@ -123,7 +129,7 @@ class Watch:
         try:
             self._sent.send(byte)
         except BlockingIOError:
-            pass  # after thousands of signals, it is awake
+            pass  # thousands of signals are in the socket, so the thread is awake
 
     # In the thread.
 
@@ -167,7 +173,7 @@ class Watch:
                 pass
 
     def _tell(self) -> None:
-        """Do what so many signals ask for; nothing more comes of a third."""
+        """Do what this number of signals asks for. A third one changes nothing."""
         while self._told < min(2, max(self._heard.values())) and self._code is None:
             now = time.monotonic()
             if self._told == 0:
@@ -182,10 +188,10 @@ class Watch:
                 pass  # the loop is closed already
 
     def _end(self) -> None:
-        if self._code is not None:  # the interpreter is on its way out: it starts no more threads
+        if self._code is not None:  # the interpreter is ending, and starts no more threads
             os._exit(self._code)
         try:
-            # In a thread, as whoever is stuck may hold what writing needs.
+            # In a thread, as the thread that is stuck may hold a lock that writing needs.
             saying = threading.Thread(target=_last_words, daemon=True)
             saying.start()
             saying.join(0.5)

@@ -1,4 +1,4 @@
-"""Which other workers have stopped sending heartbeats, and for how long. Pure: it is given the time.
+"""Which other workers have stopped sending heartbeats, and for how long. Pure: it reads no clock.
 
 A worker is silent while the time of its last heartbeat stays the same, whatever that time is. This process's own clock
 measures how long, since the server's clock may be stepped. rescue.sql says what follows from silence: after 2 s a
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 SILENT_SECONDS = 2.0  # until a rescuer checks whether the worker has a session left; rescue.sql has the same 2 s
-GRACE_SECONDS = 4.0  # after an outage, in which other workers may come back too: longer than the longest pause
+GRACE_SECONDS = 4.0  # how long other workers may take to come back after an outage: more than their longest pause
 
 
 class Silent(NamedTuple):
@@ -26,15 +26,15 @@ class Silent(NamedTuple):
 class SilenceWatch:
     """The last heartbeats of the other workers.
 
-    It can't judge a period in which it didn't look, because this process was frozen or cut off: it starts again then.
+    If it hasn't looked for GRACE_SECONDS, since this process was frozen or cut off, it knows nothing of that time and
+    starts anew.
     """
 
     def __init__(self) -> None:
-        self._last: dict[
-            int, tuple[float, float]
-        ] = {}  # by worker: its last heartbeat, and since when that is the last
+        # By worker: its last heartbeat, and since when that is the last.
+        self._last: dict[int, tuple[float, float]] = {}
         self._looked_at = -math.inf
-        self.due = math.inf  # when the first worker that seems quiet will have been silent for long enough
+        self.due = math.inf  # when the first worker will have been silent for SILENT_SECONDS
 
     def look(self, workers: Sequence[int], seen: Sequence[float], now: float) -> list[Silent]:
         """The silent workers, longest first. `now` is a time of time.monotonic()."""

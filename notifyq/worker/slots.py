@@ -23,20 +23,20 @@ class Slots:
 
     def __init__(self, registry: Registry) -> None:
         self.held: dict[int, Job] = {}  # by the task's id
-        self.waiting: deque[Job] = deque()  # of these, those that no runner has begun, in the order to run them
-        self.lost: set[Job] = set()  # of these, those whose lease is lost: their handlers are being cancelled
-        # Of these, progress that isn't written yet. Handlers' threads write here, and the heartbeat's thread takes.
+        self.waiting: deque[Job] = deque()  # of these, the ones that no runner has begun, in the order to run them
+        self.lost: set[Job] = set()  # of these, the ones whose lease is lost: their handlers are being cancelled
+        # Progress that isn't written yet. Handlers' threads write here, and the heartbeat's thread takes it.
         self.reports: dict[Job, Progress] = {}
         self.by_queue: Counter[str] = Counter()  # of those held
         self.ended = 0  # attempts, since the worker started
-        # Of plain handlers: how many tasks of the type share a thread, which is more than one for a batch handler; how
-        # many are held; how many attempts have ended.
+        # By type of plain handlers: how many tasks share a thread (for a batch handler, more than one), and how many
+        # are held. And how many attempts of all of them have ended.
         self.plain = {handler.type: handler.batch or 1 for handler in registry.handlers if handler.is_plain}
         self.plain_held: Counter[str] = Counter()
         self.plain_ended = 0
 
     def add(self, jobs: Sequence[Job]) -> None:
-        """They wait for a runner, in their order."""
+        """Hold these jobs. They wait for a runner, in their order."""
         for job in jobs:
             self.held[job.id] = job
             self.by_queue[job.queue] += 1
@@ -45,7 +45,7 @@ class Slots:
             self.waiting.append(job)
 
     def remove(self, job: Job) -> None:
-        """Its attempt has ended."""
+        """Hold this job no more: its attempt has ended."""
         del self.held[job.id]
         if self.lost:
             self.lost.discard(job)
@@ -59,7 +59,7 @@ class Slots:
 
     def take_reports(self) -> dict[Job, Progress]:
         """Take the latest progress of each job that isn't written yet. Called in the heartbeat's thread: each step is
-        whole, whatever handlers report meanwhile, and whichever jobs end."""
+        atomic, whatever handlers report meanwhile, and whichever jobs end."""
         taken: dict[Job, Progress] = {}
         for _ in range(len(self.reports)):
             try:

@@ -19,10 +19,10 @@ from .outcome import Outcome, smaller
 logger = log.logger("notifyq.settle")
 
 BATCH = 1000
-FULL_BYTES = 64 * 1024 * 1024  # of unwritten outcomes: then nothing more is claimed
-MOST_POSTPONED = 10_000  # outcomes: then nothing more is claimed
+FULL_BYTES = 64 * 1024 * 1024  # with more bytes of unwritten outcomes than this, nothing is claimed
+MOST_POSTPONED = 10_000  # with more postponed outcomes than this, nothing is claimed
 KEPT_BYTES = 64 * 1024  # a postponed outcome is kept as it was decided if it is no larger, else in its smallest form
-MOST_TRIES = 6  # that are counted: each has twice the time of the one before
+MOST_TRIES = 6  # how often the time that a try is given doubles
 PAUSE_LEAST, PAUSE_MOST = 1.0, 300.0  # seconds for which an outcome is postponed
 
 WRITTEN = "outcomes that could not be written are written now"
@@ -61,14 +61,15 @@ class Postponed:
 
 
 class Unwritten:
-    """A settler's. `put` adds outcomes, `next_batch` chooses which to write, and the rest notes what became of them."""
+    """Those of one settler. `put` adds outcomes, `next_batch` chooses which to write, and `note_...`, `shrink` and
+    `postpone...` are told what became of them."""
 
     def __init__(self) -> None:
         self._pending: list[Outcome] = []
-        self.batch: list[Outcome] = []  # is being written
+        self.batch: list[Outcome] = []  # the outcomes that are being written
         self.size = 0  # bytes of all outcomes here
-        self._decided: dict[Job, tuple[Outcome, int]] = {}  # of smaller forms: what was decided, and how often shrunk
-        self._tries: dict[Job, int] = {}  # of outcomes that were not written in time, alone
+        self._decided: dict[Job, tuple[Outcome, int]] = {}  # of smaller forms: the decided form, and how often shrunk
+        self._tries: dict[Job, int] = {}  # how often an outcome alone wasn't written in time
         self._postponed: dict[Job, Postponed] = {}
         self._to_log: dict[int, tuple[str, str]] = {}  # by task id: a message, and why
 
@@ -153,7 +154,7 @@ class Unwritten:
         return count
 
     def put_back_batch(self) -> None:
-        """The settler ends in the middle of a batch: the next run writes it."""
+        """The settler ends in the middle of a batch: leave it to the next run."""
         self._pending[:0] = [outcome for outcome in self.batch if outcome.job not in self._postponed]
         self.batch = []
 
@@ -182,7 +183,7 @@ class Unwritten:
                 self._to_log[outcome.job.id] = WRITTEN, ""
 
     def note_slow(self, outcome: Outcome) -> int:
-        """It wasn't written in time, alone. Returns how often that has happened."""
+        """An outcome alone wasn't written in time. Returns how often that has happened."""
         tries = self._tries[outcome.job] = min(MOST_TRIES, self.tries(outcome) + 1)
         return tries
 
@@ -243,5 +244,5 @@ class Unwritten:
 
 
 def sent_bytes(outcome: Outcome) -> int:
-    """How many bytes of it a statement carries: all but the payload."""
+    """How many bytes of an outcome a statement carries: all but the payload, which PostgreSQL copies."""
     return outcome.size - outcome.job.size

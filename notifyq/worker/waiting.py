@@ -16,7 +16,7 @@ from .state import State
 
 
 class Waiting:
-    """A claimer's: what it does whether it waits for a task, or for others to end."""
+    """Waits for one claimer, which may wait for a task, or for running tasks to end."""
 
     def __init__(self, state: State, wake: asyncio.Event, left_out: LeftOut) -> None:
         self._state = state
@@ -24,17 +24,18 @@ class Waiting:
         self._left_out = left_out
 
     async def write_heartbeat(self, conn: Connection, worker: int) -> None:
-        """In place of the heartbeat's thread, which can't at the moment."""
+        """Send the heartbeat, since the heartbeat's thread can't at the moment."""
         self._state.heartbeat_wanted = False
         try:
             await conn.execute(SQL["send_heartbeat_only"], worker)
         except asyncpg.PostgresError as error:
-            if not is_refusal(error):  # the heartbeat's thread, which is refused it too, logs it
+            if not is_refusal(error):  # the heartbeat's thread, whose heartbeat is refused too, logs that
                 raise
 
     async def release_waiters(self, conn: Connection) -> int:
-        """Make ready the tasks that waited for ended ones. Returns how many. The bell may ring for another worker."""
-        self._state.release_wanted = False  # before the statement: more may end meanwhile
+        """Make ready the tasks that waited for ended ones. Returns how many. The bell may wake another
+        worker for them."""
+        self._state.release_wanted = False  # before the statement: more tasks may end meanwhile
         ready = 0
         with anyio.CancelScope(shield=True):
             ready = await self._left_out.release_waiters(conn)
@@ -42,7 +43,8 @@ class Waiting:
         return ready
 
     async def wait_until(self, conn: Connection, worker: int, done: Callable[[], bool], seconds: float) -> bool:
-        """Wait for `done`, for so long at most, and claim nothing meanwhile. Returns whether it has come true."""
+        """Wait until `done()` is true, for `seconds` at most, and claim nothing meanwhile. Returns whether it is
+        true."""
         clock = asyncio.get_running_loop().time
         until = clock() + seconds
         while not self._state.stopping and self._state.failure is None:
@@ -59,7 +61,7 @@ class Waiting:
         return False
 
     async def wait(self, until: float) -> None:
-        """Until something happens, or that loop time."""
+        """Wait until something happens, or until that time of the event loop."""
         if until == math.inf:
             await self._wake.wait()
             return

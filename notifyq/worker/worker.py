@@ -44,10 +44,10 @@ from .transaction import Transactions
 
 logger = log.logger("notifyq.worker")
 
-STAND_IN_SECONDS = 0.4  # between checks whether the heartbeat is late
-CLAIM_SECONDS = 2.0  # at the end, for the last claim's answer
-WRITE_SECONDS = 3.0  # at the end, for outcomes, and as long again to unregister
-END_MS = 2000  # for a backend to end whose connection was lost
+STAND_IN_SECONDS = 0.4  # between two checks whether the heartbeat is late
+CLAIM_SECONDS = 2.0  # how long a stopping worker waits for the answer to its last claim
+WRITE_SECONDS = 3.0  # how long it then writes outcomes, and how long it then takes to unregister
+END_MS = 2000  # how long to wait for the backend of a lost connection to end
 
 
 class WorkerInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -81,7 +81,7 @@ class Worker:
         keeps_history = config.history_seconds > 0
         self.outages = Outages(self)
         self._settler = Settler(dsn, keeps_history, self, self.outages)
-        self.settle = self._settler.put  # for each task, so without a call in between
+        self.settle = self._settler.put  # called for each task: a method of our own would cost a call more
         self._services = Services(
             Transactions(dsn, keeps_history, self), Predecessors(dsn), LargePayloads(dsn, self.outages)
         )
@@ -96,7 +96,8 @@ class Worker:
         force: anyio.Event,
         task_status: TaskStatus[WorkerInfo] = anyio.TASK_STATUS_IGNORED,
     ) -> None:
-        """Work until `stop` is set (then let handlers finish) or `force` (then cancel them), or until all is drained.
+        """Work until `stop` is set (then let handlers finish) or `force` is (then cancel them), or until all is
+        drained.
 
         Raises DatabaseError or SchemaError if it can't start. Cancelled, it hands everything back, quickly.
         """
@@ -289,7 +290,7 @@ class Worker:
     def on_new_id(self, id: int) -> None:
         self._id = id
         self._settler.work_as(id)
-        self._claimer.fail(ConnectionResetError("given up for dead, back under a new id"))
+        self._claimer.fail(ConnectionResetError("others took this worker for dead; it has a new id"))
 
     def on_failure(self, error: BaseException) -> None:
         self._fatal = error

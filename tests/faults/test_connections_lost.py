@@ -208,7 +208,7 @@ async def test_a_database_out_of_reach(db: Any, dsn: str, connect: Sessions, log
             while len(logged("heartbeat: the database is back")) < 2:
                 await anyio.sleep(0.01)
     assert len(bench.held.items) == 5
-    assert not logged("rescued") + logged("given up for dead") + logged("lease lost")
+    assert not logged("rescued") + logged("took this worker for dead") + logged("lease lost")
 
 
 # The server.

@@ -151,7 +151,7 @@ async def test_not_all_of_its_connections_are_lost(dsn: str, spawn: Spawn, db: A
         await db.execute(f"ALTER ROLE {role} LOGIN")
         for victim in victims:
             await victim.reach(1, "log", message="heartbeat: the database is back")
-            assert not victim.logged("given up for dead") + victim.logged("lease lost")
+            assert not victim.logged("took this worker for dead") + victim.logged("lease lost")
         assert await states(db, ids) == {("running", 1): len(ids)}
         # Without any of them it is dead, though its process lives.
         await db.execute(f"ALTER ROLE {role} NOLOGIN")
@@ -218,7 +218,7 @@ async def test_the_servers_clock_is_stepped(spawn: Spawn, db: Any, step: str) ->
     mortal.process.signal(signal.SIGKILL)
     await eventually(lambda: states(db, dying), {("ready", 1): 5})
     assert await states(db, ids) == {("running", 1): 5}
-    assert not well.logged("lease lost") + well.logged("given up for dead")
+    assert not well.logged("lease lost") + well.logged("took this worker for dead")
 
 
 async def test_frozen_past_its_lease(spawn: Spawn, db: Any, probe: Probe) -> None:
@@ -287,7 +287,7 @@ async def test_a_failover_that_lost_its_registration(spawn: Spawn, db: Any) -> N
     ids = await insert(db, "Sleep", 10)
     await second.reach(10, "ran")
     first.process.signal(signal.SIGCONT)
-    await first.reach(1, "log", message="this worker had been given up for dead; it comes back under a new id")
+    await first.reach(1, "log", message="others took this worker for dead; it goes on under a new id")
     [new] = [fields["new"] for fields in first.logged("comes back under a new id")]
     claims = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'notifyq claims ' || $1::integer"
     await eventually(lambda: db.fetchval(claims, new), 1)  # so it has taken back the tasks of its unanswered claim

@@ -90,7 +90,7 @@ async def test_the_outcomes_of_new_tasks_take_the_place(db: Any, dsn: str, logge
         (3, "done", "new 3", None, None),
         (4, "done", "new 4", "new 4", None),
     ]
-    assert [id for line in logged("gave way") for id in line["ids"]] == [1, 2]
+    assert [id for line in logged("deleted from the history") for id in line["ids"]] == [1, 2]
 
 
 async def test_a_batch_in_which_some_ids_are_old(db: Any, dsn: str) -> None:

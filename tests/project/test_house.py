@@ -1,8 +1,9 @@
-"""Where code lives: which part of the package imports which, and which parts run SQL; and how long a line of SQL is."""
+"""Where code lives: which part of the package imports which, which parts run SQL, and what each folder's map names."""
 
 from __future__ import annotations
 
 import ast
+import re
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -72,6 +73,16 @@ def test_only_some_folders_run_sql() -> None:
     for module, path in MODULES.items():
         names = {node.id for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Name)}
         assert "SQL" not in names or part(module) in RUNS_SQL, module
+
+
+def test_each_folder_has_a_map_of_its_modules() -> None:
+    """The docstring of its `__init__`. That of the whole package is in CONTRIBUTING.md."""
+    folders = [path.parent for path in PACKAGE.rglob("__init__.py") if path.parent != PACKAGE]
+    assert len(folders) >= 9
+    for folder in folders:
+        text = ast.get_docstring(ast.parse((folder / "__init__.py").read_text(encoding="utf-8"))) or ""
+        named = set(re.findall(r"\w+", text))
+        assert {path.stem for path in folder.glob("[!_]*.py")} <= named, folder
 
 
 def test_lines_of_sql_end_at_column_120() -> None:

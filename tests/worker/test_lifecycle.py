@@ -131,7 +131,7 @@ async def test_verdicts(bench: Bench, db: Any, dsn: str, returned: bool) -> None
 
 
 async def test_timeouts(bench: Bench, db: Any, dsn: str) -> None:
-    """An async handler is cancelled, a plain one's thread left alone; either way the attempt has failed."""
+    """An async handler is cancelled, and a plain one's thread abandoned. Either way the attempt has failed."""
     async with working(bench.app, dsn):
         refs = [(await bench.app.enqueue(task), task.timeout) for task in (Slow(), SlowThread())]
         for ref, timeout in refs:
@@ -162,14 +162,14 @@ async def test_threads_that_were_left_alone_are_told(bench: Bench, db: Any, dsn:
             for id in await bench.app.enqueue_many([SlowThread() for _ in range(3)]):
                 await ended(db, id, "dead")
             status = "SELECT status FROM notifyq.worker"
-            await eventually(lambda: db.fetchval(status), "3 threads left alone")
+            await eventually(lambda: db.fetchval(status), "3 abandoned threads")
             over.set()
             await eventually(lambda: db.fetchval(status), "ok")
     finally:
         over.set()
-    [told] = logged("left alone and still run")
+    [told] = logged("abandoned threads still run")
     assert told["handler"].endswith("slow_thread")
-    assert len(logged("that were left alone have ended")) == 1
+    assert len(logged("the abandoned threads have ended")) == 1
 
 
 async def test_priorities_and_then_age_decide_the_order(bench: Bench, db: Any, dsn: str) -> None:
