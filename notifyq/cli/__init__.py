@@ -1,4 +1,4 @@
-"""The command line. Each command is in the file of the thing that it is about. All commands share the first three.
+"""The command line. Each command is in the module of the thing that it is about. All commands share the first three.
 
     options   flags and their environment variables, types of values, "did you mean"
     output    tables for people, plain text for pipes
@@ -17,7 +17,7 @@
       supervisor  --processes: a parent process and its workers
 
 Exit codes: 0 clean, 1 forced or failed, 2 usage, import or configuration, 3 database unreachable, 4 schema
-missing or of another version (errors.py has them by class); 130 after Ctrl-C in anything but worker and dev.
+missing or of another version (errors.py has them by class); 130 after Ctrl-C in any command but worker and dev.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ COMMANDS: tuple[click.Command, ...] = (
 
 
 class Cli(click.Group):
-    """Lists the commands in the order in which a user meets them, and suggests one for a mistyped name."""
+    """Lists the commands in the order in which a user needs them, and suggests one for a mistyped name."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.commands)
@@ -93,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return error.exit_code
     except NotifyqError as error:
         say(str(error))
-        for note in getattr(error, "__notes__", ()):  # the traceback of the user's module
+        for note in getattr(error, "__notes__", ()):  # the traceback of a failure in the user's module
             click.echo(note, err=True)
         return error.exit_code
     except Exception as error:

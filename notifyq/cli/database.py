@@ -77,7 +77,7 @@ def stats(*, as_json: bool, dsn: str | None) -> None:
 
     async def run() -> dict[str, Any]:
         async with session(dsn) as conn, conn.transaction(readonly=True):
-            # The planner expects 200 values of the view's column `state`. With the default work_mem it would sort
+            # The planner expects 200 values in the view's column `state`. With the default work_mem it would sort
             # millions of rows.
             await conn.execute("SET LOCAL work_mem = '64MB'")
             text: str = await conn.fetchval(SQL["read_stats"], timeout=LONG_SECONDS)
@@ -126,7 +126,7 @@ def _age(row: dict[str, Any], name: str = "oldest_ready_seconds") -> str:
 @click.command()
 @option("--seconds", type=float, default=20.0, help="how long traffic runs")
 @option("--tasks", type=int, default=5000, help="about how many tasks in all")
-# Without the variables of other commands' --dsn: a demo leaves the database of NOTIFYQ_DSN alone.
+# This --dsn has no environment variables: a demo leaves the database of NOTIFYQ_DSN alone.
 @option("--dsn", metavar="URL", help="run it on your server, in a database that it creates and drops")
 def demo(*, seconds: float, tasks: int, dsn: str | None) -> int:
     """See it work: signups, mail, a worker that dies.

@@ -1,4 +1,4 @@
-"""enqueue: insert one task. Its flags are made of the table in notifyq/options.py, one of each row."""
+"""enqueue: insert one task. Each row of the table in notifyq/options.py makes one of its flags."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ CONFLICT = {
 
 
 def enqueue_options(command: Command) -> Command:
-    """A flag for each option of enqueue, in the order of the table. None or () if it isn't given."""
+    """A flag for each option of enqueue, in the order of the table. A flag that isn't given is None or ()."""
     for name, row in reversed([*OPTIONS.items()]):
         flags = row.flags or ("--" + name.replace("_", "-"),)
         several = isinstance(row.kind, Ids | SomeOf)

@@ -1,4 +1,4 @@
-"""MODULE:APP: import the app, or say what is wrong with the name or the module. Every error has exit code 2."""
+"""MODULE:APP: import the app, or say what is wrong with the name or the module. Each error has exit code 2."""
 
 from __future__ import annotations
 
@@ -116,14 +116,14 @@ def _import(spec: str, name: str) -> ModuleType:
         known = [".".join(filter(None, [parent, m.name])) for m in pkgutil.iter_modules(places or [])]
         guess = did_you_mean(error.name, known) or f"; expected {EXAMPLE}, from this folder or installed"
         raise ConfigError(f"there is no module {error.name!r} for {spec} (in {os.getcwd()}){guess}") from error
-    except BaseException as error:  # SystemExit too: of a script without `if __name__ == "__main__":`
+    except BaseException as error:  # SystemExit too: a script without `if __name__ == "__main__":` may raise it
         _their_failure(name, error)
 
 
 def _their_failure(name: str, error: BaseException) -> NoReturn:
-    """Raise ConfigError with three lines: the import, the place and the error, the cure. The traceback is its note.
+    """Raise ConfigError with three lines: the import; the place and the error; the cure. Its note is the traceback.
 
-    For an error that notifyq itself raised, the place is enough.
+    For an error that notifyq itself raised, the place and the error are enough.
     """
     trace = error.__traceback__
     while trace and _is_ours(trace.tb_frame.f_code.co_filename):

@@ -15,7 +15,7 @@ LEVELS = ("debug", "info", "warning", "error")
 
 
 def set_up(level: str, style: str, *, pid: bool) -> None:
-    """Show all records from `level` on, the app's too. An app that sets up handlers of its own replaces these.
+    """Show all records of `level` and above, the app's too. An app that sets up logging handlers replaces this one.
 
     pid  True: show the process id in each line of text
     """
@@ -24,7 +24,7 @@ def set_up(level: str, style: str, *, pid: bool) -> None:
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     # asyncpg's pool logs each failed try to reach a lost database, with a traceback. The worker logs it once.
     logging.getLogger("asyncpg.pool").setLevel(logging.ERROR)
-    # So that output of a handler's print() appears at once, also where stdout isn't a terminal.
+    # What a task's handler prints appears at once, also where stdout isn't a terminal.
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(line_buffering=True)
@@ -69,7 +69,7 @@ def _fields(record: logging.LogRecord) -> dict[str, Any]:
 
 
 def _summary(record: logging.LogRecord) -> str:
-    """The message, of a record of notifyq's without the fields."""
+    """The message; for one of notifyq's own records, without the fields."""
     return str(getattr(record, "summary", None) or record.getMessage())
 
 

@@ -19,12 +19,13 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 LONGEST_SECONDS = 100 * 366 * 86400.0
-# One of enqueue's options in a message: `limit_key`, or `limit=`, but not the word "limit" or a quoted 'limit_key'.
+# The name of one of enqueue's options in a message: `limit_key` or `limit=`, but not the word "limit", and not a quoted
+# 'limit_key'.
 OPTION = re.compile(rf"(?<!['\w])(?=\w*[_=])({'|'.join(OPTIONS)})\b(= ?)?")
 
 
 def option(*names: str, **settings: Any) -> Callable[[Command], Command]:
-    """click.option without an environment variable, for one call of a command.
+    """click.option without an environment variable: its value is meant for one call of a command.
 
     A container has one environment for all commands: NOTIFYQ_QUEUE of its worker must not name the queue into which
     `notifyq enqueue` puts a task.

@@ -49,7 +49,8 @@ def show(*, id: int, as_json: bool, follow: bool, dsn: str | None) -> int:
 
 
 async def _changes(dsn: str | None, id: int, follow: bool) -> AsyncIterator[tuple[str, str]]:
-    """The task as JSON, and why it isn't started ("" if it may start), each time that one of the two has changed."""
+    """Yields the task as JSON, and why it isn't started ("" if it may be), each time that one of the two has
+    changed."""
     async with session(dsn) as conn:
         told = created = None
         while True:

@@ -2,7 +2,8 @@
 
 Each child has a session of its own, so a terminal's Ctrl-C reaches the parent alone. The parent shares a socket with
 each child. The child sends a byte on it when it is ready. When one of the two dies, however it dies, the other sees the
-socket close. So no child outlives its parent: it drains instead. This works on every system and needs no kernel signal.
+socket close. So no child outlives its parent: it drains and ends. This works on every system, and needs no signal of
+the kernel.
 
 The first child starts alone, so an error in the app, the schema or the database is reported once.
 """

@@ -1,4 +1,4 @@
-"""Tasks that there are, one by one or in lists: tasks, retry, cancel, prune."""
+"""Existing tasks: list them, retry them, cancel them, prune them."""
 
 from __future__ import annotations
 
@@ -115,9 +115,9 @@ def _each(
 ) -> int:
     """Run the statement for each id, and print the outcomes. Returns 1 if it did nothing for one of them.
 
-    done     what to print of a task that the statement changed
-    failed   what to print of another one, before the reason
-    reasons  the reason, by the task's state
+    done     what to print if the statement changed the task
+    failed   what to print if it didn't, before the reason
+    reasons  the reasons why it didn't, by the task's state
     """
 
     async def run() -> list[tuple[int, str | None]]:

@@ -2,9 +2,10 @@
 
 A statement is constant text with parameters, and asyncpg keeps it prepared. No statement is ever glued together.
 
-    connect            to where the DSN leads (hosts.py), jsonb as bytes, dead peers noticed
-    connect_worker     with a worker's settings, and the lock that proves that the worker lives
-    open               a bare connection, for the pool of a connected app; dial_for_pool makes the pool's others
+    connect            goes to where the DSN leads (hosts.py), reads jsonb as bytes, and notices dead peers
+    connect_worker     the same with a worker's settings, and with the lock that proves that the worker lives
+    open               makes a bare connection, and finds out whether it leads through a pooler
+    dial_for_pool      makes the connections of a pool
 """
 
 from __future__ import annotations
@@ -38,11 +39,12 @@ SQL: Final[Mapping[str, str]] = {
 STATEMENT_BYTES = 4 * 1024 * 1024
 SLOWEST = 512 * 1024  # bytes a second: a statement that carries many bytes is given the time they take at this rate
 
-COMMAND_TIMEOUT_SECONDS = 30.0  # asyncpg waits for the end of a cancelled statement for at most as long again
-# A worker's statements take milliseconds, or 5 s where they wait for the turn. No answer for longer means a half-open
-# connection that keepalives can't detect: bytes vanish, though some kernel on the way acknowledges them.
+COMMAND_TIMEOUT_SECONDS = 30.0  # asyncpg then waits as long again for the cancelled statement to end
+# A worker's statements take milliseconds, or 5 s where they wait for the turn. If there is no answer for longer, the
+# connection is half-open, and keepalives can't detect it: bytes vanish, though some kernel on the way acknowledges
+# them.
 WORKER_TIMEOUT_SECONDS = 8.0
-HOST_SECONDS = 3.0  # in which each of several hosts must answer, except the last one
+HOST_SECONDS = 3.0  # how soon each of several hosts must answer, except the last one
 PROOF_SECONDS = 3.0  # for a statement that only proves that the server answers
 
 # The backend of a worker that is gone must end soon too, and release its locks.
@@ -107,14 +109,15 @@ class Pooled(asyncpg.Connection):
 
 
 def is_pooled(conn: Connection) -> bool:
-    """Whether it leads through a pooler. By its type, since asyncpg makes isinstance true for every connection."""
+    """Whether a connection leads through a pooler. Its type says so: isinstance is true for every asyncpg
+    connection."""
     return type(conn) is Pooled
 
 
 async def dial(url: str | None, *, timeout: float = 10.0, **options: Any) -> asyncpg.Connection[asyncpg.Record]:
-    """asyncpg.connect, to one host of the DSN after the other (hosts.py).
+    """Call asyncpg.connect for one host of the DSN after the other (hosts.py), until one accepts.
 
-    asyncpg's own timeout is for all hosts together: a host that gives no answer would be the only one that is tried.
+    asyncpg's own timeout is for all hosts together: if a host gave no answer, the hosts after it would not be tried.
     """
     *others, last = attempts(url)
     for attempt in others:
@@ -145,8 +148,8 @@ async def _connect(attempt: Attempt, timeout: float, options: Mapping[str, Any])
 async def open(
     url: str | None, role: str, settings: Mapping[str, str], *, timeout: float, command_timeout: float
 ) -> asyncpg.Connection[asyncpg.Record]:
-    """A bare connection: a Pooled one behind a pooler, which is recognized by the process id of the backend that it
-    makes up."""
+    """A bare connection; behind a pooler, a Pooled one. A pooler makes up the process id of the backend, so a statement
+    that asks for the id gets another one."""
     name = {"application_name": f"notifyq {role}"}
     try:
         conn = await dial(
@@ -184,8 +187,8 @@ async def connect_worker(
     """`connect`, with the settings of a worker.
 
     worker        while the connection lasts, it proves that this worker lives
-    relaxed       its commits don't wait for the disk: if the server crashes, a lost claim is a task that is still ready
-    lock_seconds  how long its statements wait for a lock; 0: as long as for anything else
+    relaxed       its commits don't wait for the disk. If the server crashes, a claim may be lost: the task is ready
+    again lock_seconds  how long its statements wait for a lock; 0: as long as for anything else
     """
     settings = {**WORKER_SETTINGS, "lock_timeout": f"{lock_seconds * 1000:.0f}"}
     if relaxed:
@@ -258,9 +261,10 @@ def _jsonb_decode(binary: bytes) -> bytes:
 
 
 def keep_alive(conn: asyncpg.Connection[asyncpg.Record]) -> None:
-    """Notice within 15 s that the server vanished. asyncpg sets only TCP_NODELAY (its issue 519).
+    """Let this process notice within 15 s that the server vanished: asyncpg sets only TCP_NODELAY (its issue 519).
 
-    And let the server notice that this process is gone, even if a child that it forked lives on.
+    And let the server notice that this process is gone, even if a child that it forked lives on: the child gives up the
+    socket.
     """
     transport = cast("asyncio.Transport | None", getattr(conn, "_transport", None))
     sock = transport.get_extra_info("socket") if transport is not None else None

@@ -1,4 +1,4 @@
-"""What a DSN says, by libpq's rules: notifyq reaches the database that psql reaches, or says why it can't.
+"""What a DSN says, by libpq's rules: notifyq reaches the database that psql reaches, or says why not.
 
 asyncpg reads DSNs by rules of its own. For `postgresql://host/?dbname=shop` it opens the database with the user's name.
 It takes the first host of `//one/db?host=two`, where libpq takes the second. It sends `connect_timeout` to the server
@@ -68,8 +68,8 @@ WITHOUT_VARIABLE = frozenset(
     ]
 )
 
-# Parameters that choose neither the server nor the database, nor how either is proven: notifyq ignores them. It names
-# its connections itself, has keepalives of its own, and speaks UTF-8.
+# Parameters that choose neither server nor database, nor how the two sides are authenticated: notifyq ignores them. It
+# names its connections itself, has keepalives of its own, and speaks UTF-8.
 IGNORED = frozenset(
     [
         "application_name",
@@ -92,7 +92,7 @@ IGNORED = frozenset(
     ]
 )
 
-# Arguments for a driver, in SQLAlchemy's URLs: ignored too.
+# Arguments for a driver, which SQLAlchemy's URLs may have. They are ignored too.
 OF_DRIVERS = frozenset(
     [
         "prepared_statement_cache_size",
@@ -196,7 +196,7 @@ def with_database(url: str | None, database: str) -> str:
 
 
 def _servers(text: str) -> tuple[str, str]:
-    """`[::1]:5432,b,c:1` as hosts "::1,b,c" and ports "5432,,1"; without any port, "" and no list of empty ones."""
+    """`[::1]:5432,b,c:1` gives hosts "::1,b,c" and ports "5432,,1". If no host has a port, the ports are ""."""
     hosts: list[str] = []
     ports: list[str] = []
     for server in text.split(","):
@@ -218,7 +218,7 @@ def _decoded(text: str) -> str:
 
 
 def _translated(said: Mapping[str, str]) -> dict[str, str]:
-    """The words of SQLAlchemy, asyncpg and JDBC as libpq's, without ignored ones. Raises ValueError for others."""
+    """The parameters of SQLAlchemy, asyncpg and JDBC as libpq's, without ignored ones. Raises ValueError for others."""
     found = dict(said)
     for name in found:
         if name not in KNOWN:
@@ -268,7 +268,7 @@ def home_folder() -> Path | None:
 
 
 def _os_user() -> str:
-    """As libpq asks the system. getpass.getuser() believes the variables LOGNAME and USER first."""
+    """The user's name as the system has it, which libpq takes. getpass.getuser() would take LOGNAME or USER first."""
     if sys.platform == "win32":
         return getpass.getuser()
     try:

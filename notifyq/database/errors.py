@@ -1,4 +1,4 @@
-"""PostgreSQL's errors: which may pass, and what the others are as notifyq's own errors, each with its cure.
+"""PostgreSQL's errors: which ones may pass, and the translation of the others into notifyq's own, each with its cure.
 
 This is the only place that translates them. It goes by SQLSTATE, so it serves asyncpg, psycopg and what wraps either.
 """
@@ -18,8 +18,8 @@ from .hosts import where_of
 
 _Error = TypeVar("_Error", bound=BaseException)
 
-# The errors of a hiccup of the database, or of the way to it: the write is tried again, nothing else is.
-# InterfaceError is what asyncpg raises on a connection that is gone, DatabaseError what `connect` makes of all of them.
+# The errors that may pass: of the database, or of the way to it. The caller tries again.
+# asyncpg raises InterfaceError on a connection that is lost. `connect` translates all of them into DatabaseError.
 TRANSIENT: Final = (
     asyncpg.PostgresError,
     asyncpg.InterfaceError,
@@ -33,7 +33,7 @@ TRANSIENT: Final = (
 # server, deadlock, resources, locks, shutdown, system, and plans and statements that a session has lost.
 PASSING: Final = frozenset({"08", "0A", "25", "26", "28", "34", "40", "53", "55", "57", "58", "F0"})
 
-# What one odd row can make of a claim, however often it is tried again.
+# The errors that one odd row can cause in a claim, however often it is tried again.
 UNREADABLE: Final = (
     asyncpg.ProgramLimitExceededError,
     asyncpg.OutOfMemoryError,
@@ -55,7 +55,8 @@ def is_refusal(error: BaseException) -> bool:
 
 
 def is_answer(error: BaseException) -> bool:
-    """Whether the database is reachable and refuses: because of rows, or of what was made of a whole table."""
+    """Whether the database is reachable and refuses: because of rows, or because of a setting of the whole table (a
+    publication without a replica identity, say)."""
     return is_refusal(error) or type(error) is asyncpg.ObjectNotInPrerequisiteStateError
 
 
@@ -73,9 +74,11 @@ def schema_gone(error: BaseException) -> SchemaError | None:
 class Rule(NamedTuple):
     """An error with SQLSTATE `state`, or of that class of two characters, becomes an `error` with this message.
 
-    {said}   what PostgreSQL said
-    {doing}  what the statement was to do; {cure} of a missing privilege
-    {task}   "task TYPE: ", or nothing if it isn't about one task; {payload}: " payload", likewise
+    {said}     what PostgreSQL said
+    {doing}    what the statement was to do
+    {cure}     what helps if a privilege is missing
+    {task}     "task TYPE: "; "" if the statement isn't about one task
+    {payload}  " payload"; "" likewise
     """
 
     state: str
@@ -169,8 +172,8 @@ class translate_errors:
 
 
 def _sqlstate(error: BaseException | None) -> tuple[str, str]:
-    """The SQLSTATE and message of a driver's exception, or of the one that it was raised from. What fails on this side
-    of the connection is given the one that PostgreSQL has for it."""
+    """The SQLSTATE and message of a driver's exception, or of the one that it was raised from. A failure on this side
+    of the connection gets the SQLSTATE that PostgreSQL has for it."""
     cause = error
     while isinstance(cause, Exception):
         state = getattr(cause, "sqlstate", None) or getattr(cause, "pgcode", None)  # psycopg2's name
@@ -183,7 +186,7 @@ def _sqlstate(error: BaseException | None) -> tuple[str, str]:
 
 
 def without_traceback(error: _Error) -> _Error:
-    """The error without its traceback and its causes: seventy lines of a driver's, which hide the message."""
+    """The error without its traceback and its causes: seventy lines of a driver's code would hide the message."""
     error.__cause__ = error.__context__ = None
     return error.with_traceback(None)
 

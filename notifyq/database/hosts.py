@@ -1,7 +1,7 @@
-"""Which servers a DSN leads to, and what a driver is told of each.
+"""Which servers a DSN leads to, and the form in which each driver takes them.
 
-    attempts    for asyncpg: the arguments of a call for each host, in the order to try them
-    conninfo    for psycopg and psql
+    attempts    for asyncpg: the arguments of one call for each host, in the order to try them
+    conninfo    for psycopg and psql: a string of key=value
     where_of    for messages
 
 A mistake in a DSN is a ValueError here, as in dsn.py.
@@ -24,7 +24,7 @@ TARGETS = ("any", "read-write", "read-only", "primary", "standby", "prefer-stand
 SSL_MODES = ("disable", "allow", "prefer", "require", "verify-ca", "verify-full")
 SSL_FILES = [name for name in (*VARIABLES, "sslpassword") if name.startswith("ssl") and name != "sslmode"]
 
-# What asyncpg can't do: a DSN that asks for it is refused. Of each, the values that don't ask for it.
+# Parameters for what asyncpg can't do: a DSN that demands it is refused. Of each, the values that don't demand it.
 HARMLESS: Mapping[str, tuple[str, ...]] = {
     "channel_binding": ("disable", "prefer"),
     "gssencmode": ("disable", "prefer"),
@@ -59,7 +59,7 @@ class Attempt(NamedTuple):
 
 
 def hosts(parameters: Mapping[str, str]) -> list[Host]:
-    """In the order to try them."""
+    """The servers, in the order to try them. Raises ValueError."""
     names, addresses = (parameters[name].split(",") if name in parameters else [] for name in ("host", "hostaddr"))
     count = max(len(names), len(addresses))
     if names and addresses and len(names) != len(addresses):
@@ -95,7 +95,7 @@ def attempts(text: str | None, environ: Mapping[str, str] = os.environ) -> list[
     attributes = parameters.get("target_session_attrs", "any")
     if attributes not in TARGETS:
         raise ValueError(f"target_session_attrs is {attributes!r:.40}; expected one of {', '.join(TARGETS)}")
-    # In two rounds: asyncpg is given one host each time, and would accept the first one.
+    # Two rounds, as asyncpg gets one host in each call: with prefer-standby it would accept the first, of any kind.
     wanted = ("standby", "any") if attributes == "prefer-standby" else (attributes,)
     return [_attempt(parameters, host, which) for which in wanted for host in hosts(parameters)]
 
@@ -108,7 +108,7 @@ def _attempt(parameters: Mapping[str, str], host: Host, attributes: str) -> Atte
         "port": host.port,
         "user": parameters["user"],
         "database": parameters["dbname"],
-        # Never None: then asyncpg would look for a password by rules of its own.
+        # Never None: asyncpg would then look for a password by rules of its own.
         "password": parameters.get("password") or _password_of_file(parameters, host),
         "target_session_attrs": attributes,
         **{name: parameters[name] for name in ("krbsrvname", "gsslib") if name in parameters},
@@ -161,7 +161,7 @@ def _password_of_file(parameters: Mapping[str, str], host: Host) -> str:
 
 
 def conninfo(text: str | None, environ: Mapping[str, str] = os.environ) -> str:
-    """For libpq: key=value, with all but passwords resolved. Raises ValueError."""
+    """A string of key=value for libpq, with all parameters but passwords resolved. Raises ValueError."""
     return pairs_of(for_libpq(text, environ))
 
 

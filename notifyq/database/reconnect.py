@@ -1,4 +1,4 @@
-"""One way to go on after a connection is lost: connect again, after a pause, until the work is done."""
+"""How to go on after a connection fails: connect again, after a pause, until the work is done."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ async def reconnecting(
 ) -> T:
     """Return what `serve` returns. After each failure with one of `errors`, call it again with a new connection.
 
-    failed  is awaited between two tries: it logs, and waits. It raises for what no new connection cures
+    failed  is awaited between two tries: it logs and waits. It raises an error that no new connection would cure
     """
     while True:
         conn: Connection | None = None

@@ -1,4 +1,4 @@
-"""The `notifyq` schema: the version that this code needs, the version that a database has, installing and upgrading.
+"""The `notifyq` schema: which version this code needs, which one a database has; to install it and to upgrade it.
 
 A row of schema_version also names the oldest version of the code that the schema works with. That is mostly the version
 before, so the schema is upgraded first, and then the workers, one by one.
@@ -115,7 +115,7 @@ async def _install(conn: Connection) -> int | None:
     session has installed meanwhile.
     """
     async with conn.transaction(isolation="read_committed"):
-        await conn.execute("SET LOCAL search_path = pg_catalog")  # schema.sql's names mean the usual things
+        await conn.execute("SET LOCAL search_path = pg_catalog")  # PostgreSQL's own objects
         await conn.execute("SELECT pg_advisory_xact_lock(1852990817, 0)")
         before = await installed_version(conn)
         if before is None:
@@ -127,10 +127,10 @@ async def _install(conn: Connection) -> int | None:
 
 @asynccontextmanager
 async def _turn(conn: Connection, say: Callable[[str], None]) -> AsyncGenerator[None, None]:
-    """Hold the lock of upgrades. It is the session's, since an upgrade has many transactions.
+    """Hold the lock of upgrades inside the block. The session holds it, since an upgrade has many transactions.
 
-    It is polled for: a statement that waited for it in the database would hold a snapshot, and the CREATE INDEX
-    CONCURRENTLY of the upgrade that has the lock would wait for that.
+    It polls for the lock. A statement that waits for it in the database would hold a snapshot, and the CREATE INDEX
+    CONCURRENTLY of the upgrade that has the lock would wait for that snapshot.
     """
     if is_pooled(conn):
         raise DatabaseError(

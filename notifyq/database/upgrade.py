@@ -4,12 +4,12 @@ Such a file leads from version N - 1 to version N, in steps. A comment above eac
 
     -- step                       in a transaction
     -- step: locks task           in a transaction that locks these tables against others, for milliseconds
-    -- step: concurrently         one statement, outside a transaction, beside all others, for as long as it takes
+    -- step: concurrently         one statement outside a transaction, while other sessions go on, however long it takes
     -- step: with the functions   in the last transaction of all, see below
 
-Sessions that need a table wait behind a step that waits for it. So a step waits for a tenth of a second, then lets
-those sessions go on, and tries again until it succeeds: some transaction may stay open for an hour. Indexes are made
-CONCURRENTLY.
+While a step waits for a table, other sessions that need the table wait behind the step. So a step waits for a tenth of
+a second, then lets those sessions go on, and tries again until it succeeds: some transaction may stay open for an hour.
+Indexes are made CONCURRENTLY.
 
 The files change the tables and indexes that exist, which schema.sql can't. Functions, triggers and views are taken
 from schema.sql, and all are replaced in the last transaction, together with the row of schema_version. Until that
@@ -33,9 +33,9 @@ from .connection import SQL
 if TYPE_CHECKING:
     from .connection import Connection
 
-LOCK_MS = 100  # also the longest that an enqueue waits behind a step that waits
-PAUSE_SECONDS = 0.5  # for the sessions behind it to go on; half to one and a half times that
-LONG_SECONDS = 7 * 86400.0  # no limit, but asyncpg wants one
+LOCK_MS = 100  # how long a step waits for a lock, and so how long an enqueue may wait behind it
+PAUSE_SECONDS = 0.5  # how long the sessions behind it then go on; drawn from half to one and a half times that
+LONG_SECONDS = 7 * 86400.0  # in place of no timeout: asyncpg needs one
 
 MARKER = re.compile(r"^-- step(?:: (locks [a-z_ ]+|concurrently|with the functions))?$\n", re.MULTILINE)
 COMMENT = re.compile(r"^COMMENT ON (?!(?:TABLE|COLUMN) notifyq\.bell\b).*?;$", re.MULTILINE | re.DOTALL)
@@ -53,7 +53,7 @@ SET statement_timeout = 0;"""
 
 
 class Step(NamedTuple):
-    """`locks` are the tables that it locks; None: it is run outside a transaction."""
+    """`locks` are the tables that the step locks; None: it is run outside a transaction."""
 
     locks: list[str] | None
     sql: str
@@ -78,8 +78,9 @@ def steps(version: int, schema_sql: str) -> list[Step]:
 
 
 def replaced(schema_sql: str) -> list[str]:
-    """schema.sql's functions and views, then its comments, then its triggers, which lock the table; each replaces the
-    existing one. The bell's comments are left out: they wait for sleeping workers, so they need a step of their own."""
+    """schema.sql's functions and views, then its comments, then its triggers, which lock the table. Each replaces the
+    one that exists. The bell's comments are left out: they wait for sleeping workers, so they need a step of their
+    own."""
     statements = [text.replace("CREATE", "CREATE OR REPLACE", 1) for text in REPLACED.findall(schema_sql)]
     rights = schema_sql[schema_sql.index("\nREVOKE ALL ON ALL FUNCTIONS") :].strip()
     triggers = [text for text in statements if text.startswith("CREATE OR REPLACE TRIGGER")]
@@ -133,6 +134,7 @@ async def run(conn: Connection, version: int, schema_sql: str, say: Callable[[st
 
 
 async def _patiently(conn: Connection, locks: list[str], sql: str, say: Callable[[str], None]) -> None:
+    """Run a step in a transaction, and try again until it has got its locks."""
     told = False
     while True:
         try:

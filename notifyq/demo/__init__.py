@@ -6,9 +6,9 @@ smtp       the mail server that the handlers talk to
 traffic    all clients that enqueue
 story      what happens, and when
 check      what must hold at the end
-stage      the database, and the variables by which all processes find it
+stage      the database and the mail server, and the variables by which all processes find them
 processes  the child processes
-screen     what a person sees
+screen     what the user sees
 """
 
 from __future__ import annotations

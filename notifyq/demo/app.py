@@ -26,7 +26,7 @@ class User(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class DemoTask(notifyq.Task):
-    """The settings that all tasks here share. It has no handler, so it is no type of task itself."""
+    """The settings that all tasks here share. It has no handler, so no task is of this class itself."""
 
     backoff = 0.2  # seconds; the default of 2 suits a real mail server
     timeout = 20.0
@@ -80,8 +80,8 @@ async def send(to: str, key: str, subject: str) -> None:
     """Send a mail. Raises when the mail server refuses it, so that notifyq tries again later.
 
     Tasks run at least once. A worker may die after the server's "250 OK" and before the task is written down as done:
-    then the task runs again and sends a second mail. Its Message-ID is made from the task's key, so the two can be
-    told to be the same mail.
+    then the task runs again and sends a second mail. Its Message-ID is made from the task's key, so a
+    receiver sees that the two are the same mail.
     """
     mail = EmailMessage()
     mail["From"], mail["To"], mail["Subject"] = "hello@demo.example", to, subject

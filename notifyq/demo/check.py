@@ -17,7 +17,8 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import NamedTuple
 
-# Far above the usual figures, as the machine may be busy; and far below 2.5 s, the mean with polling and no bell.
+# These are far above the usual figures, as the machine may be busy. They are far below 2.5 s, the mean of polling
+# without the bell.
 WAKE_P50_MS, WAKE_P99_MS = 100.0, 1000.0
 LATE_P50_MS = 100.0
 RESCUE_SECONDS = 5.0
@@ -44,7 +45,7 @@ class Row(NamedTuple):
         return f"task {self.id} is {self.state} after {self.attempts} attempts, error: {self.error}"
 
     def ms_since(self, then: datetime) -> float:
-        """Milliseconds from then to the latest claim, which overwrites the time of those before."""
+        """Milliseconds from then to the latest claim. The row has no times of the claims before it."""
         return (self.processing_at - then).total_seconds() * 1000 if self.processing_at else math.nan
 
 
@@ -87,7 +88,7 @@ class Facts:
         return {id: attempt for id, attempt in held.items() if settled.get(id) != attempt}
 
     def copy_window(self) -> tuple[datetime, datetime]:
-        """From the COPY to the last claim of its tasks. Others waited for their turn then, not for a wake-up."""
+        """From the COPY to the last claim of its tasks. Other tasks waited behind those then, and not for a wake-up."""
         claims = [row.processing_at for row in self.done() if row.type == COPIED and row.processing_at]
         return self.copied_at, max(claims, default=self.copied_at)
 
@@ -163,9 +164,9 @@ def every_attempt_is_explained(facts: Facts) -> Finding:
 
 
 def tasks_start_at_once(facts: Facts) -> Finding:
-    """From the INSERT (its commit follows) to the claim (its handler follows).
+    """Measured from the INSERT, before its commit, to the claim, before the handler begins.
 
-    Of mail tasks, which come singly; and only of those that ran once, whose latest claim is the first.
+    Only mail tasks count, which are enqueued one by one, and only those that ran once: their latest claim is the first.
     """
     begin, end = facts.copy_window()
     rows = [row for row in facts.done() if row.key and row.attempts == 1 and not begin <= row.created_at <= end]
@@ -176,7 +177,7 @@ def tasks_start_at_once(facts: Facts) -> Finding:
 
 
 def scheduled_tasks_start_on_time(facts: Facts) -> Finding:
-    """None may be early. Those that became due while the COPY's tasks ran may be late."""
+    """No task may be early. Those that became due while the COPY's tasks ran may be late."""
     begin, end = facts.copy_window()
     rows = [row for row in facts.done() if row.id in facts.scheduled and row.attempts == 1]
     wrong = [f"{-ms:.1f} ms early: {row}" for row in rows if (ms := row.ms_since(row.run_at)) < 0]
@@ -188,7 +189,7 @@ def scheduled_tasks_start_on_time(facts: Facts) -> Finding:
 
 
 def killed_tasks_run_again(facts: Facts) -> Finding:
-    """From SIGKILL to the next claim of each task, known where that is the latest one."""
+    """Measured from SIGKILL to the next claim of each task. It is known if that claim is the latest one."""
     interrupted = facts.interrupted()
     if facts.killed is None or not interrupted:
         return Finding("a worker was killed", ["it ran no task then"])

@@ -36,10 +36,11 @@ class Child:
 
 @dataclass
 class Children:
-    """They run in the task group: it fails when a child ends by itself, and ends them all when it is cancelled."""
+    """Child processes, each watched in the task group. It fails when one ends by itself. Cancelled, it ends them
+    all."""
 
     group: TaskGroup
-    output: IO[bytes] = field(default_factory=tempfile.TemporaryFile)  # of all of them
+    output: IO[bytes] = field(default_factory=tempfile.TemporaryFile)  # of all children
 
     async def start(self, name: str, command: str, *fds: int) -> Child:
         """Start `python -m command`. `fds` are open files that it inherits."""
@@ -52,7 +53,7 @@ class Children:
             stdout=self.output,
             stderr=self.output,
             pass_fds=fds,
-            start_new_session=True,  # Ctrl-C in a terminal is for the demo alone, which then ends its children in order
+            start_new_session=True,  # Ctrl-C in a terminal reaches only the demo, which ends its children in order
         )
         async with process:
             child = Child(name, process)
@@ -68,6 +69,6 @@ class Children:
             raise NotifyqError(f"{name} ended, exit code {process.returncode}:\n{self.last_lines()}")
 
     def last_lines(self) -> str:
-        """What the children printed last. Call it at the end, as they share the position in the file."""
+        """What the children printed last. Call it at the end: it moves the position in the file at which they write."""
         self.output.seek(0)
         return "".join(f"    {line}\n" for line in self.output.read().decode(errors="replace").splitlines()[-24:])

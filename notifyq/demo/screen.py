@@ -1,4 +1,4 @@
-"""What a person sees while the demo runs: a live table in a terminal, a line a second elsewhere."""
+"""What the user sees while the demo runs: in a terminal a live table, elsewhere a line each second."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ STATES = ("scheduled", "ready", "running", "done", "dead")
 
 
 class Screen:
-    """What is printed appears above the live table, which a terminal shows while `live` is entered."""
+    """Prints lines. In a terminal, they appear above a live table, which is there while `live` is entered."""
 
     def __init__(self) -> None:
         self.live = Live(
@@ -46,7 +46,7 @@ class Screen:
             self.event("  " + "  ".join(map(" ".join, zip(totals, STATES, strict=True))) + f"; {note}")
 
     def summary(self, facts: Facts) -> int:
-        """Print it. Returns how many checks failed."""
+        """Print the summary. Returns how many checks failed."""
         self.print(f"\n{'type':28}{'enqueued':>10}{'done':>10}{'dead':>8}{'run again':>12}", "bold")
         for type, enqueued, done, dead, again in facts.totals():
             self.print(f"{type:28}{enqueued:10,}{done:10,}{dead:8,}{again:12,}")

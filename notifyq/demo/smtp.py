@@ -19,7 +19,7 @@ class MailServer:
 
     def __init__(self, refuse: float = 0.08, seconds: tuple[float, float] = (0.04, 0.2)) -> None:
         self.refuse = refuse  # the share of deliveries that it refuses
-        self.seconds = seconds  # how long a delivery takes: as long as elsewhere, so that workers hold some tasks
+        self.seconds = seconds  # how long a delivery takes: as on a real server, so that workers hold some tasks
         self.received, self.refused = Counter[str](), Counter[str]()
         self.port = 0
 
@@ -45,5 +45,5 @@ class MailServer:
         # With a hostname given, aiosmtpd doesn't ask the DNS for one.
         listener = await loop.create_server(lambda: SMTP(self, hostname="localhost"), "127.0.0.1", 0)
         self.port = listener.sockets[0].getsockname()[1]
-        with closing(listener):  # it waits for no connection that a killed worker has left
+        with closing(listener):  # it doesn't wait for connections that a killed worker has left
             yield self

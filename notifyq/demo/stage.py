@@ -21,7 +21,7 @@ from .traffic import Plan
 
 
 async def run(plan: Plan, dsn: str | None) -> int:
-    """The demo until its end, or until a signal. Returns the exit code."""
+    """Run the demo to its end, or until a signal. Returns the exit code."""
     failed, story_scope = 1, anyio.CancelScope()
     with ExitStack() as stack:
         screen = Screen()
@@ -53,11 +53,12 @@ async def cancel_at_signal(scope: anyio.CancelScope) -> None:
 def exported(url: str, mail_port: int) -> Generator[None, None]:
     """Inside, variables tell this process and its children where the database is, and the mail server.
 
-    PG* variables, which notifyq, asyncpg and psql all read. Not arguments, which other users of the machine can see.
+    They are PG* variables, which notifyq, asyncpg and psql all read. Arguments could be seen by other users of the
+    machine.
     """
     before = dict(os.environ)
     for name in before:
-        if name.startswith(("NOTIFYQ_", "PG")) or name == "DATABASE_URL":  # meant for other programs than the demo's
+        if name.startswith(("NOTIFYQ_", "PG")) or name == "DATABASE_URL":  # not meant for the demo's programs
             del os.environ[name]
     os.environ.update({VARIABLES[name]: value for name, value in read(url, before).items() if name in VARIABLES})
     os.environ["DEMO_SMTP_PORT"] = str(mail_port)

@@ -1,4 +1,4 @@
-"""The script of the demo: what happens, in which order, and when. check.py says what came of it."""
+"""The script of the demo: what happens, in which order, and when. check.py compares the results."""
 
 from __future__ import annotations
 
@@ -36,6 +36,8 @@ ROWS = """
 
 @dataclass
 class Story:
+    """The demo as it runs: its mail server, screen, database and processes."""
+
     mail: MailServer
     screen: Screen
     pool: asyncpg.Pool[asyncpg.Record] = field(init=False)
@@ -43,9 +45,9 @@ class Story:
     workers: list[Child] = field(init=False)
 
     async def tell(self, plan: Plan, source: str) -> int:
-        """From the first task to the summary. Returns how many checks failed.
+        """Run the demo from the first task to the summary. Returns how many checks failed.
 
-        source  whose PostgreSQL it is, for the screen
+        source  where the PostgreSQL is from, for the screen
 
         Raises NotifyqError when a child doesn't start, or ends by itself.
         """
@@ -106,7 +108,7 @@ class Story:
         self.screen.event(", ".join(f"{worker.name} is process {worker.process.pid}" for worker in self.workers))
 
     async def find_busy_worker(self) -> Child:
-        """The first worker that runs several tasks at the same time; after 5 s, any."""
+        """The first worker that is seen with several running tasks; after 5 s without one, any."""
         with anyio.move_on_after(5):
             for worker in itertools.cycle(self.workers):
                 if len(await self.held_by(worker)) >= CROWD // 6:
@@ -114,10 +116,10 @@ class Story:
         return self.workers[0]
 
     async def kill(self, worker: Child) -> Stopped:
-        """Kill it, and wait until its tasks run elsewhere."""
+        """Kill the worker, and wait until its tasks run in the other one."""
         stopped = await self.stop(worker, signal.SIGKILL)
         stopped.held.clear()
-        for _ in range(10):  # what it had sent is still carried out: a claim, an outcome. The first rescue may be near
+        for _ in range(10):  # the server may still carry out what the worker had sent: a claim, or outcomes
             stopped.held.update(await self.held_by(worker))
             await anyio.sleep(0.02)
         self.screen.event(f"{worker.name} ran {len(stopped.held)} tasks when it was killed")

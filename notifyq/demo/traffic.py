@@ -1,4 +1,4 @@
-"""All that enqueue: people at the web application, psql, a schedule, a COPY, and a client that makes mistakes."""
+"""All clients that enqueue: people at the web application, psql, a schedule, a COPY, one that makes mistakes."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ MALFORMED: tuple[tuple[str, Any], ...] = (
 
 
 class Plan:
-    """How long there is traffic, and how many tasks each client enqueues: singly at people's pace, the rest by COPY."""
+    """How long there is traffic, and how many tasks each client enqueues: the first three one by one, COPY the rest."""
 
     def __init__(self, seconds: float, tasks: int) -> None:
         self.seconds = seconds
@@ -53,7 +53,7 @@ class Plan:
 
 @dataclass
 class Traffic:
-    """The clients. Their time begins when this is made. Each counts in `facts` what was confirmed to it."""
+    """The clients. Their time begins when this is made. Each counts in `facts` the tasks that were confirmed to it."""
 
     pool: asyncpg.Pool[asyncpg.Record]
     http: httpx.AsyncClient
@@ -102,12 +102,12 @@ class Traffic:
         self.facts.enqueued["SEND_FORGOT_PASSWORD_EMAIL"] += 1
 
     async def use_psql(self) -> None:
-        """A client that knows nothing of notifyq but its table."""
+        """Enqueue by psql: a client that knows nothing of notifyq but its table."""
         psql = find_psql()
         for number in range(self.plan.by_psql):
             await self.at(number / self.plan.by_psql)
             payload = json.dumps({"email": "psql@example.org", "reset_key": f"psql-{number}"})
-            values = f"('SEND_FORGOT_PASSWORD_EMAIL', '{payload}')"  # as typed at its prompt; nothing here is foreign
+            values = f"('SEND_FORGOT_PASSWORD_EMAIL', '{payload}')"  # as typed at its prompt; no value is from outside
             insert = f"INSERT INTO notifyq.task (type, payload) VALUES {values}"  # noqa: S608
             if psql is None:
                 await self.pool.execute(insert)
@@ -117,7 +117,7 @@ class Traffic:
         self.say(f"{self.plan.by_psql} INSERTs by {psql or 'a plain connection, as this machine has no psql'}")
 
     async def schedule(self) -> None:
-        """Tasks that become due one after the other, the last at the end."""
+        """Enqueue tasks that become due one after the other, the last one at the end."""
         for number in range(self.plan.scheduled):
             delay = self.plan.seconds * (0.05 + 0.95 * number / self.plan.scheduled)
             ref = await app.enqueue(ExpireKey(key=uuid.uuid4().hex), delay=delay)
@@ -126,7 +126,7 @@ class Traffic:
         self.say(f"{self.plan.scheduled} tasks scheduled, up to {self.plan.seconds:.0f} s ahead")
 
     async def copy(self) -> None:
-        """Tasks from elsewhere, by COPY FROM STDIN."""
+        """Enqueue many tasks by one COPY FROM STDIN."""
         payloads = [json.dumps({"email": f"{number}@example.org"}) for number in range(self.plan.copied)]
         self.facts.copied_at = await self.pool.fetchval("SELECT clock_timestamp()")
         await self.pool.copy_records_to_table(
@@ -139,7 +139,7 @@ class Traffic:
         self.say(f"{self.plan.copied:,} tasks by COPY")
 
     async def make_mistakes(self) -> None:
-        """Rows that PostgreSQL accepts, and that no handler can take."""
+        """Insert rows that PostgreSQL accepts, and that no handler can take."""
         insert = "INSERT INTO notifyq.task (type, payload) VALUES ($1, $2) RETURNING id"
         for type, payload in MALFORMED:
             self.facts.malformed.add(await self.pool.fetchval(insert, type, json.dumps(payload)))
@@ -153,7 +153,7 @@ def find_psql() -> str | None:
     try:
         folders = f"{find_binaries().bin_dir}{os.pathsep}{folders}"
     except EmbeddedError:
-        pass  # with a server of your own, there may be none
+        pass  # with --dsn this machine may have no server's programs
     psql = shutil.which("psql", path=folders)
     if psql is None or subprocess.run([psql, "--version"], capture_output=True, check=False).returncode:
         return None

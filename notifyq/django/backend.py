@@ -54,8 +54,9 @@ class TaskBackend(BaseTaskBackend):
     """The backend that TASKS names. Its OPTIONS:
 
     database      the alias of the database; default: "default"
-    max_attempts, backoff, timeout  settings of each task that is declared for this backend, as a Task class has them;
-                  defaults: 10, 2 s, None
+    max_attempts, backoff, timeout
+                  settings of each task that is declared for this backend, as a Task class has them; defaults: 10, 2 s,
+                  None
     """
 
     supports_defer = True
@@ -110,13 +111,14 @@ class TaskBackend(BaseTaskBackend):
             max_attempts=self._max_attempts,
             conn=connections[self._database],
         )
-        object.__setattr__(result, "id", str(ref.id))  # it is frozen; Django's own backends set it so
+        object.__setattr__(result, "id", str(ref.id))  # the class is frozen; Django's own backends do the same
         object.__setattr__(result, "enqueued_at", timezone.now())
         task_enqueued.send(type(self), task_result=result)
         return result
 
     def get_result(self, result_id: str) -> TaskResult[..., Any]:
-        """The result as notifyq.all_tasks has it, until the task is pruned. Of earlier attempts, only errors are known.
+        """The result as notifyq.all_tasks has it, until the task is pruned. Of earlier attempts only the errors are
+        known.
 
         Raises TaskResultDoesNotExist for an id without a row, or a task of another type than Django's.
         """
@@ -169,12 +171,13 @@ def as_sent(
 
 
 def worker_ids(attempts: int, last: str) -> list[str]:
-    """An id for each attempt, as Django counts attempts by them. Only the last attempt's worker is known."""
+    """An id for each attempt, since Django counts attempts by these. Only the last attempt's worker is known."""
     return ["unknown"] * (attempts - 1) + [last] * min(attempts, 1)
 
 
 class RowError(TaskError):
-    """An error in a row. Django imports the class that the row names; here it must be imported already."""
+    """An error in a row. Django's own class imports the exception that the row names; here it must be imported
+    already."""
 
     __slots__ = ()
 
@@ -188,7 +191,8 @@ class RowError(TaskError):
 
 
 def _error(entry: dict[str, Any]) -> TaskError:
-    """The exception's full name is in the last lines of its traceback. Without one, the error is notifyq's own."""
+    """An entry of a row's errors, for Django. The exception's full name is in the last lines of its traceback. An entry
+    without a traceback is an error of notifyq's own."""
     text, trace = str(entry.get("error", "")), cast("str | None", entry.get("traceback"))
     path = "notifyq.errors.NotifyqError"
     if trace is not None:

@@ -1,7 +1,7 @@
 """The Django tasks that are declared for the backend. The notifyq type of each is its module path.
 
-A task gets in here when its decorator runs, as Django has the backend validate it then. A row's type is only looked up
-among these, so no name in a row is ever imported. A task of a type that this process doesn't know is left for a worker
+A task gets in here when its decorator runs: Django then lets the backend validate it. A row's type is only looked up
+among these, so no name in a row is ever imported. A task of a type that this process doesn't know is left to a worker
 that does.
 """
 
@@ -28,6 +28,8 @@ class Call(Task):
 
 
 class Declared(NamedTuple):
+    """A Django task, and the class of its payload."""
+
     task: framework.Task[..., Any]
     call: type[Call]
 

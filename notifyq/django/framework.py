@@ -1,4 +1,4 @@
-"""The words of Django Tasks: from Django 6 or later, else from the package django-tasks."""
+"""The names of Django Tasks: from Django 6 or later, else from the package django-tasks."""
 
 # pyright: reportMissingModuleSource=false
 # The stubs have these types for every version; the code is in Django 6 and later.

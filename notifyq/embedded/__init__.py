@@ -1,10 +1,10 @@
 """An embedded PostgreSQL for `notifyq demo`, `notifyq dev` and tests: found on this machine, started, and cleaned up.
 
-Only those and the pytest plugin import it, as production has a server already. It knows nothing of tasks, and can be
-read by itself:
+Only the demo, `notifyq dev`, the pytest plugin and tests import it: production has a server. It imports nothing of
+notifyq but `errors` and `forked`, so it can be read by itself:
 
     binaries  which PostgreSQL of this machine to run
-    account   the account that runs it: not root, which PostgreSQL refuses
+    account   the account that runs it, since PostgreSQL refuses to run as root
     folders   the files on disk, their owners, and the cleanup after killed processes
     server    start, stop, restart
 """

@@ -31,7 +31,8 @@ class Account:
     switch: bool
 
     def run(self, argv: Sequence[str | Path], stdin: str = "") -> subprocess.CompletedProcess[str]:
-        """Run a program to its end, with stderr in stdout; in /, as the current folder may be closed to the account."""
+        """Run a program to its end, with stderr in stdout. It runs in /, as the account may have no access to the
+        current folder."""
         switch: dict[str, Any] = {}
         if self.switch:
             switch = {"user": self.uid, "group": self.gid, "extra_groups": []}
@@ -57,7 +58,7 @@ class Account:
     def first_closed(self, folder: Path) -> Path | None:
         """The first folder on the path to this one that the account may not pass; None if there is none.
 
-        A program tries it as the account, as ACLs decide too and not only the bits of the mode.
+        A program that runs as the account tries it: not only the mode's bits decide, ACLs do too.
         """
         if not self.switch:
             return None
@@ -77,7 +78,7 @@ class Account:
 
 
 def find_account(data: Path | None) -> Account:
-    """This process's account; for root the owner of the data if there are data, else `postgres`, else `nobody`.
+    """This process's account. For root it is the owner of the data if there are data, else `postgres`, else `nobody`.
 
     Raises EmbeddedError if the account has no name, which initdb needs.
     """

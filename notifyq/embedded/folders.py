@@ -6,12 +6,12 @@
                                a socket's path may have 103 bytes
         data/  postgres.log    of a temporary server
     DATA_DIR/                  the folder of a kept server
-        lock                   held by the owner, with its process id in it; a second process attaches to the server
+        lock                   held by the owner, and has its process id; a second process attaches to the server
         sock/                  the unix socket; it is here so that the DSN stays the same
         data/  postgres.log
 
-For root, only data/ and sock/ belong to the account that runs the server. The folders around them belong to root: it
-must not write into a folder where another user could have put a link.
+If root starts it, only data/ and sock/ belong to the account that runs the server. The folders around them belong to
+root, which must not write into a folder where another user could have put a link.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ from notifyq.errors import EmbeddedError
 from .account import Account
 
 PREFIX = "notifyq-pg-"
-LONGEST_BASE = 60  # bytes: with /notifyq-pg-XXXXXXXX/sock/.s.PGSQL.65535 it stays within the 103 of macOS
+LONGEST_BASE = 60  # bytes of the temporary folder's path: with /notifyq-pg-XXXXXXXX/sock/.s.PGSQL.65535, at most 103
 LEFTOVER_TIMEOUT_SECONDS = 30.0
 
 
 def lock_file(path: Path) -> int | None:
-    """An open file that holds the lock; None while another process holds it. A dead process holds no lock."""
+    """Open a file and lock it. Returns None while another process holds the lock; a dead process holds none."""
     lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -62,7 +62,7 @@ def new_run_dir(account: Account) -> tuple[Path, int]:
     run_dir = Path(tempfile.mkdtemp(prefix=PREFIX, dir=base))
     run_dir.chmod(0o711 if account.switch else 0o700)
     account.own(run_dir / "sock")
-    # Locked before it gets its name, so that no sweep sees the lock of a living owner free.
+    # The file is locked before it gets its name, so that no sweep finds it free while its owner lives.
     lock = lock_file(run_dir / "lock.new")
     assert lock is not None
     os.rename(run_dir / "lock.new", run_dir / "lock")
@@ -95,7 +95,7 @@ def sweep(base: Path) -> None:
 
 @dataclass(frozen=True)
 class Postmaster:
-    """A running server, by its file postmaster.pid."""
+    """A running server, as its file postmaster.pid describes it."""
 
     pid: int
     port: int

@@ -30,16 +30,16 @@ USER = DATABASE = "notifyq"
 LONGEST_SOCKET = 103  # bytes of a socket's path, the limit of macOS
 DEFAULT_PORT = 5432  # the socket's name has it, without TCP too
 START_TIMEOUT_SECONDS = 60.0  # long, for the crash recovery of kept data; a fresh start takes 0.5 s
-STOP_TIMEOUT_SECONDS = 30.0  # before stronger signals
+STOP_TIMEOUT_SECONDS = 30.0  # then it gets a stronger signal
 
 StopMode = Literal["fast", "immediate"]
 SIGNALS = {"fast": signal.SIGINT, "immediate": signal.SIGQUIT}
 
 # The server's process begins as this script and becomes `postgres` by exec. It asks Linux for SIGINT, a fast shutdown,
 # when its parent dies in any way. A `preexec_fn` could do that too, but it runs Python in a fork of a process with
-# threads, of which 3.12 warns. The order matters: it imports first, as this Python may lie in a home that is closed to
-# the account; it asks after the change of user, which would undo the request; then it checks whether its parent died
-# meanwhile. With -I -S this takes 15 ms.
+# threads, of which Python 3.12 warns. The order matters. The script imports first, as this Python may lie in a home
+# that is closed to the account. It asks after the change of user, which would undo the request. Then it checks whether
+# its parent died meanwhile. With -I -S this takes 15 ms.
 BECOME_POSTGRES = """
 import ctypes, os, signal, sys
 owner, uid, gid = map(int, sys.argv[1:4])
@@ -59,16 +59,17 @@ class Server:
 
     data_dir  the folder for the data; None: a temporary server, whose data are removed when it stops. A second Server
               on a folder, in this process or another, attaches to the first one's server, and never stops it
-    durable   False, for demos and tests, turns off fsync and full_page_writes. A killed server loses nothing; a machine
-              that loses power may lose the data
+    durable   False, for demos and tests, turns off fsync and full_page_writes. A killed server loses nothing, but a
+              machine that loses power may lose the data
     port      listen on this port of 127.0.0.1 too. There is no password, so any user of this machine can connect;
               without it there is only a unix socket, in a folder closed to other users
     settings  configuration parameters, given to the server as `-c name=value`
     binaries  the programs to run; None: those that find_binaries() finds
 
-    It blocks: a start takes 0.5 s, or 0.1 s on kept data; async code calls it by `anyio.to_thread.run_sync`. The server
-    ends with this process, even if that is killed: on Linux the kernel ends it at once; elsewhere a normal exit stops
-    it, and after a kill the next start does. Every failure is an EmbeddedError that names the cure.
+    It blocks: a start takes 0.5 s, or 0.1 s on kept data. Async code calls it by `anyio.to_thread.run_sync`.
+
+    The server ends with this process, even if that is killed. On Linux the kernel ends it at once. Elsewhere a normal
+    exit stops it, and after a kill the next start does. Every failure is an EmbeddedError that names the cure.
     """
 
     def __init__(
@@ -85,7 +86,7 @@ class Server:
         self._port = port
         self._settings = dict(settings or {})
         self._binaries = binaries
-        self._owner = 0  # this process's pid while it owns a server: a forked child, with a copy, must not stop it
+        self._owner = 0  # this process's id while it owns a server: a forked child has a copy, and must not stop it
         self._undo = ExitStack()  # undoes what `start` did
         self._process: _Process | None = None
         self._attached: Postmaster | None = None
@@ -110,7 +111,8 @@ class Server:
         return self
 
     def stop(self, mode: StopMode = "fast") -> None:
-        """Stop the server, "fast" (it closes connections and saves all) or "immediate" (a crash). Temporary data go.
+        """Stop the server, "fast" (it closes connections and saves all) or "immediate" (a crash). Temporary data are
+        removed.
 
         It does nothing if the server is stopped already, or if this Server only attached to it.
         """
@@ -274,8 +276,9 @@ class Server:
         """The folder where the account can run the programs: a copy, if they lie in a home that is closed to it."""
         if not self._account.switch or self._account.can_run(bin_dir):
             return bin_dir
-        # The home isn't opened, as it is the user's. The programs find ../lib and ../share, and the libraries of a
-        # wheel as ../../../NAME.libs, so all are copied with their relative places. It takes 0.4 s; `stop` removes it.
+        # The home is the user's, so it isn't opened. The programs look for ../lib and ../share, and for the libraries
+        # of a wheel in ../../../NAME.libs, so all are copied with their relative places. This takes 0.4 s. `stop`
+        # removes the copy.
         home = bin_dir.parent
         copies = self._run_dir / "programs"
         copy = copies / home.parent.name / home.name
@@ -292,14 +295,14 @@ class Server:
         return copy / "bin"
 
     def _initdb(self, data: Path) -> None:
-        """Create the cluster and its database, under another name until they are complete."""
+        """Create the cluster and its database. Their folder has another name until they are complete."""
         new = data.with_name("data.new")
         shutil.rmtree(new, ignore_errors=True)  # of a start that was killed
         self._account.own(new)
         words = f"-U {USER} --auth=trust --encoding=UTF8 --locale=C --no-instructions"
         words += "" if self._durable else " --no-sync"
         self._must_run("initdb", "-D", str(new), *words.split())
-        # By a single-user server: some sets of programs lack psql and createdb, and no driver can connect yet.
+        # A single-user server creates the database: some sets of programs lack psql and createdb.
         fsync = f"fsync={'on' if self._durable else 'off'}"
         # The user has the name of notifyq's schema, and "$user" is first in the default search_path: without this, the
         # tables that people create would land in that schema.
@@ -375,8 +378,8 @@ class Server:
 class _Process:
     """A child process that runs until it is ended or this process dies, and the thread that started it.
 
-    The thread is needed on Linux, where a child is told of the death of the *thread* that forked it. Without it the
-    server would end with the thread that called `start`, which may be a worker thread of an event loop.
+    The thread is needed on Linux, which tells a child when the *thread* that forked it dies. Without a thread of its
+    own the server would end with the thread that called `start`, which may be a worker thread of an event loop.
     """
 
     def __init__(self, argv: Sequence[str], log: int) -> None:

@@ -1,9 +1,10 @@
 """Whether payloads that were enqueued under an earlier schema still decode: a comparison of two documents.
 
-For each type, the present schema must allow every payload that the earlier one allows. Each payload that it doesn't
-allow is a break, reported with its path in the payload. A case that can't be decided counts as a break. It assumes that
-a payload has no field which its type didn't have, and that a payload which the schema allows decodes: a __post_init__
-that refuses more isn't seen.
+For each type, the present schema must allow every payload that the earlier one allows. Each place where it doesn't is a
+break, reported with its path in the payload. A case that can't be decided counts as a break.
+
+Two things are assumed. A payload has no field that its type didn't have. And a payload that the schema allows can be
+decoded: a __post_init__ that refuses more isn't seen.
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ def _divides(old: Any, new: Any) -> bool:
     return bool(old == new or (isinstance(old, int) and isinstance(new, int) and old % new == 0))
 
 
-WIDER = {
+WIDER = {  # pairs (old, new) of formats where the new one allows each value that the old one allows
     ("date-time", "iso-date-time"),
     ("date-time-local", "iso-date-time"),
     ("time", "iso-time"),
@@ -127,8 +128,8 @@ def breaks(old: Schema, new: Schema) -> list[Break]:
 class _Comparison:
     """Compares the two schemas of one type.
 
-    `within` has the pairs that are being compared further up. Types may refer to themselves, and such a pair has no
-    breaks but those that are found further up.
+    `within` has the pairs that calls further up are comparing. Types may refer to themselves, and such a pair has no
+    breaks but those that the calls further up find.
     """
 
     def __init__(self, type: str, old: Schema, new: Schema) -> None:
@@ -241,7 +242,7 @@ _ALIKE = 2
 
 
 def _likeness(old: Schema, new: Schema, named: bool) -> int:
-    """How likely `new` replaces `old`: 0 to _ALIKE."""
+    """How likely it is that `new` replaces `old`: 0 to _ALIKE."""
     if "const" in old or "const" in new or _kind(old) != _kind(new):
         return 0
     return 1 if named and _kind(old) == "object" and old.get("title") != new.get("title") else _ALIKE

@@ -3,7 +3,7 @@
     {"$schema": ..., "type": "object", "properties": {"SEND_MAIL": {the payload's schema}, ...}, "$defs": {...}}
 
 A payload is described as it is stored: by its type, and without the tag, which is in the row's column `type`. So
-#/properties/SEND_MAIL validates a payload of that type, and a code generator makes one class with a member for each.
+#/properties/SEND_MAIL validates a payload of that type. A code generator makes one class, with a member for each type.
 
 It is msgspec's schema, with three facts added that msgspec leaves out and compatible.py needs: the format of a datetime
 without a rule for its zone, which keys a dict may have if they aren't str, and the exact lengths of bytes.
@@ -76,7 +76,7 @@ def _payload(task: Schema) -> Schema:
 
 
 def _classes(value: Any, seen: set[Any]) -> Iterator[Any]:
-    """The types inside these types that have a definition of their own in the schema."""
+    """The types inside `value` that have a definition of their own in the schema."""
     if isinstance(value, mi.Type | mi.Field):
         cls = getattr(value, "cls", None)
         if cls in seen:
@@ -118,7 +118,7 @@ def _refs(value: Any) -> Iterator[str]:
 def _mark_class(schema: Schema, info: mi.Type) -> None:
     match info:
         case mi.StructType(array_like=True) | mi.NamedTupleType():
-            # Paired from the end, as a tag may come first.
+            # They are paired from the end, as a tag may come first.
             for part, field in zip(reversed(schema["prefixItems"]), reversed(info.fields), strict=False):
                 _mark(part, field.type)
         case mi.StructType() | mi.DataclassType() | mi.TypedDictType():

@@ -1,8 +1,8 @@
 """Which types JSON can hold, for the fields of payloads and for results.
 
 msgspec accepts every class as the type of a field, since a program may give it hooks for the class. notifyq has no
-hooks. Each task with such a field would be refused at its enqueue, and each such result would end its task as dead. So
-both types are refused when the handler is registered.
+hooks. A task with such a field would be refused at each enqueue, and a handler that returns such a result would end
+each task as dead. So both are refused when the handler is registered.
 """
 
 from __future__ import annotations

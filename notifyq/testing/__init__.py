@@ -3,12 +3,12 @@
 Nothing is mocked. A task runs by the code that runs it in a worker. Everything else uses a real database, which the
 pytest plugin makes for each test. Only `notifyq.testing.plugin` imports pytest.
 
-    inline     run one task: encoded, decoded, handled; no worker, no database
-    drain      run every task that can run, by a worker
+    inline     run one task, without a worker and a database: encode, decode, handle it
+    drain      run a worker until no task can run
     clock      let time pass
     enqueued   list enqueued tasks, and assert that some are there
     databases  a database for each test
-    plugin     the same as fixtures of pytest
+    plugin     such databases as fixtures of pytest
     source     where the tasks of a test are: an app, a connection or a DSN
 """
 

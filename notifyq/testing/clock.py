@@ -1,7 +1,7 @@
 """Let time pass for the tasks of a test. The database's clock can't be moved, so the times in its rows are moved back.
 
-A task that was scheduled for in an hour runs now if all times are moved by an hour. Nothing is mocked. Timers, backoff
-and the age of history are read from the database, so they see the move. Python's clock and running tasks don't.
+If all times are moved back by an hour, a task that is due in an hour is due now. Nothing is mocked. Timers, backoff and
+the age of history are read from the database, so they see the move. Python's clock and running tasks don't.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ async def advance(source: Source, seconds: float) -> int:
 
     source  a connected app, a connection, or a DSN
 
-    It runs no task: `drain` does, or a worker, which is woken. Raises ConfigError for seconds below 0 or not finite.
+    It runs no task: `drain` does, or a running worker, which is woken. Raises ConfigError for seconds below 0 or not
+    finite.
     """
     if not (is_number(seconds) and math.isfinite(seconds) and seconds >= 0):
         raise ConfigError(f"advance got {seconds!r}; expected seconds, 0 or more: time can't be moved back")

@@ -1,7 +1,7 @@
 """A database for each test: a copy of a template that is migrated once.
 
-The server is your own, with a role that may create databases, or an embedded one. A copy takes tens of ms, as no schema
-is installed, and no test sees what another one did.
+The server is an embedded one, or your own with a role that may create databases. A copy takes tens of ms, since no
+schema is installed. No test sees what another one did.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from .source import connection
 
 
 class Drained(msgspec.Struct, frozen=True, kw_only=True):
-    """How many tasks ran, by their state now. `retry`: the task failed, and waits for its next attempt."""
+    """How many tasks ran, by their state at the end. `retry`: the task failed, and waits for its next attempt."""
 
     done: int = 0
     retry: int = 0
@@ -37,7 +37,7 @@ async def drain(
 ) -> Drained:
     """Run a worker until no task can run, and return how the tasks ended. Tasks that handlers enqueue run too.
 
-    dsn             None: the database that the app is connected to, else the one that the environment names
+    dsn             None: the database that the app is connected to; if it isn't, the one that the environment names
     queues          None: all
     with_scheduled  True: run scheduled tasks too. The clock is moved to the next task's time again and again, until
                     none is scheduled. Retries are scheduled as well, so in the end each task is done, dead or cancelled

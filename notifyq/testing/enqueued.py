@@ -1,7 +1,7 @@
 """The enqueued tasks in the database, as instances of their class; and assertions by type and some of the fields.
 
-A task counts from its enqueue until it has ended, as the connection sees it: in your open transaction too. The message
-of a failed assertion lists the tasks that are there, the nearest first, and how each differs.
+A task counts from its enqueue until it has ended. It counts if the connection sees it, so also in a transaction that is
+open on it. The message of a failed assertion lists the tasks that are there, the nearest first, and how each differs.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .source import Source, connection
 T = TypeVar("T", bound=Task)
 
 SHOWN = 5  # tasks in a message
-DELAY_SECONDS = 1.0  # two delays are the same if they differ by less
+DELAY_SECONDS = 1.0  # two delays that differ by less count as the same
 
 Fields = Mapping[str, Any]
 
@@ -39,7 +39,7 @@ class Wanted(NamedTuple):
 
 
 class _Found(Generic[T]):
-    """An enqueued task, and how it differs from the expected one; no differences: it matches."""
+    """An enqueued task, and its differences from the expected one. Without any, it matches."""
 
     def __init__(self, row: asyncpg.Record, task: T, expected: Fields, wanted: Wanted) -> None:
         self.id: int = row["id"]

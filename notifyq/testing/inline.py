@@ -2,7 +2,7 @@
 
 The task runs on a worker's runner (worker/runners.py), and a worker's code decides its outcome (worker/outcome.py). So
 a timeout cancels the handler, a plain `def` runs in a thread, and the handler doesn't see the test's context variables.
-There is no database, so what PostgreSQL refuses isn't noticed: a NUL in a string.
+There is no database, so what only PostgreSQL refuses isn't noticed: a NUL in a string, say.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ class Ran(msgspec.Struct, frozen=True, kw_only=True):
     """The outcome of a run, as a worker would write it.
 
     result  what the handler returned, decoded from JSON as the type that the handler is annotated to return
-    reason  of a retry, a dead or a cancelled task: the error that the row gets
-    delay   of a retry: seconds until the next attempt
+    reason  the error that the row gets, if the task is to be retried, dead or cancelled
+    delay   seconds until the next attempt, if there is one
     """
 
     state: Literal["done", "retry", "dead", "cancelled"]
@@ -50,7 +50,7 @@ class RunOptions(TypedDict, total=False):
 
     attempt       the number of the attempt, from 1
     max_attempts  None: what the task's class says; so are queue and priority
-    id            of the first task; the others have the ids after it
+    id            the id of the first task; the others have the ids after it
     created_at    None: now
     raises        True: an error of the handler is raised here, unless it is Retry, Cancel or Dead
     results       the return value of ctx.results()
@@ -71,10 +71,10 @@ async def run_inline(app: App, task: Task, **options: Unpack[RunOptions]) -> Ran
 @overload
 async def run_inline(app: App, task: Sequence[Task], **options: Unpack[RunOptions]) -> list[Ran]: ...
 async def run_inline(app: App, task: Task | Sequence[Task], **options: Unpack[RunOptions]) -> Ran | list[Ran]:
-    """Run a task with its handler in this process, and return its outcome; of a list, the outcome of each task.
+    """Run a task with its handler in this process, and return its outcome; for a list, the outcome of each task.
 
-    A list has tasks of one type. A batch handler takes as many of them at once as its `batch` allows; a single task is
-    a batch of one.
+    All tasks of a list are of one type. A batch handler gets as many of them at once as its `batch` allows. A single
+    task is a batch of one.
 
     options  attempt, max_attempts, queue, priority, id, created_at, raises, results: see RunOptions
 
@@ -140,7 +140,7 @@ def _ran(handler: Handler, outcome: Outcome) -> Ran:
 
 
 class _Only(Registry):
-    """A registry of one handler, whose errors go into `raised`: an outcome has only their text."""
+    """A registry of one handler. The handler's errors go into `raised`, since an outcome has only their text."""
 
     def __init__(self, handler: Handler, raised: list[BaseException]) -> None:
         super().__init__()

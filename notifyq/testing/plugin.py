@@ -1,9 +1,10 @@
 """Fixtures of pytest: `pytest_plugins = ["notifyq.testing.plugin"]`, or `-p notifyq.testing.plugin`.
 
     notifyq_dsn         the DSN of a database with the schema, for one test alone
-    notifyq_databases   of the session: makes these databases
-    notifyq_server_dsn  of the session: the server. NOTIFYQ_TEST_DSN names one on which the role may create databases;
-                        without it an embedded one starts (the extra `embedded`). Define the fixture to use your own
+    notifyq_databases   makes these databases, during the whole session
+    notifyq_server_dsn  the DSN of their server, during the whole session. It is NOTIFYQ_TEST_DSN, whose role may create
+                        databases; without it an embedded server starts (the extra `embedded`). To use another server,
+                        define a fixture of this name
 
 They are plain fixtures, so a test may be a plain function, or a coroutine of anyio's or pytest-asyncio's plugin in any
 mode. The async code of the fixtures runs on an event loop in a thread of its own.
@@ -26,7 +27,7 @@ def notifyq_server_dsn() -> Generator[str, None, None]:
     if dsn := os.environ.get("NOTIFYQ_TEST_DSN"):
         yield dsn
         return
-    from notifyq.embedded import Server  # here, as it is an extra, and not for every system
+    from notifyq.embedded import Server  # imported here, as it is an extra, and doesn't run on every system
 
     with Server() as server:
         yield server.dsn("postgres")
