@@ -104,14 +104,14 @@ class Cursors:
             self.head_scan_at = self._from_head_at + HEAD_SCAN_TIMES * self._head_seconds if self._slow else now
         if now - self._turned >= LAG_SECONDS:
             self._turned = now
-            self._ids = _later(self._ids, self._recent)
+            self._ids = _merge_highest(self._ids, self._recent)
             self._recent, self._highest = self._highest, {}
             self._from_cursor = _in_parallel(self._ids) if 0 < len(self._ids) <= LEVELS else None
             if len(self._ids) > LEVELS:
                 self._ids = {}
 
 
-def _later(old: Mapping[Level, int], new: Mapping[Level, int]) -> dict[Level, int]:
+def _merge_highest(old: Mapping[Level, int], new: Mapping[Level, int]) -> dict[Level, int]:
     return {level: max(new.get(level, 0), old.get(level, 0)) for level in {*old, *new}}
 
 

@@ -122,7 +122,7 @@ class Runners:
                 self._put(HandedBack(job))
             return
         if not self.held.keys().isdisjoint([job.id for job in jobs]):
-            jobs = [job for job in jobs if not self._waits_for_lost(job)]
+            jobs = [job for job in jobs if not self._queue_behind_lost(job)]
         self.slots.add(jobs)
         for _ in range(min(len(self.slots.waiting), self._concurrency)):
             if self._idle:
@@ -134,10 +134,10 @@ class Runners:
             else:
                 break
 
-    def _waits_for_lost(self, job: Job) -> bool:
-        """Whether the task is held already, so that the handler of the earlier attempt must end first. The lease of
-        that one is gone: other workers took it, a crash of the server undid it, or the task was cancelled and retried.
-        """
+    def _queue_behind_lost(self, job: Job) -> bool:
+        """If the task is held already, keep the job until the handler of the earlier attempt has ended, and return
+        True. The earlier lease is lost: other workers took it, a crash of the server undid it, or the task was
+        cancelled and retried."""
         if (held := self.held.get(job.id)) is not None:
             self.cancel_lost(held)
             if job.id in self.held:

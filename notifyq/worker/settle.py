@@ -168,7 +168,7 @@ class Settler:
                 if not batch:
                     return
             if unwritten.is_trial(batch[0]):
-                await self._try(conn, batch[0], seconds)
+                await self._try_smaller(conn, batch[0], seconds)
                 return
             kept = await self._writer.write(conn, batch, seconds)
         except TimeoutError as error:
@@ -176,11 +176,11 @@ class Settler:
             if len(batch) > 1:
                 self._most = len(batch) // 2
             else:
-                await self._too_slow(batch[0], seconds)
+                await self._note_too_slow(batch[0], seconds)
             await self._recovery.back_off("settle", error)
         except asyncpg.LockNotAvailableError:
             if self._held_up:
-                await self._wait_for_locks(conn, patient=True)
+                await self._set_lock_timeout(conn, patient=True)
             self._held_up = True
         except TRANSIENT as error:
             if not is_refusal(error):
@@ -190,13 +190,13 @@ class Settler:
                 self._most = len(batch) // 2
             else:
                 shrink = not isinstance(error, DISORDER) or sent_bytes(batch[0]) > KEPT_BYTES
-                self._refused(batch[0], first_line(error), shrink=shrink)
+                self._shrink_or_postpone(batch[0], first_line(error), shrink=shrink)
         else:
             del unwritten.batch[: len(batch)]
             self._most = min(BATCH, self._most * 2)
             self._held_up = False
             if self._patient:
-                await self._wait_for_locks(conn, patient=False)
+                await self._set_lock_timeout(conn, patient=False)
             unwritten.note_written([outcome for outcome in batch if outcome.job not in kept] if kept else batch)
             for outcome in kept.values():
                 unwritten.postpone(outcome, KEPT)
@@ -210,13 +210,14 @@ class Settler:
             self._unwritten.postpone_locked(ids)
         return [outcome for outcome in batch if outcome.job.id not in ids]
 
-    async def _wait_for_locks(self, conn: Connection, *, patient: bool) -> None:
+    async def _set_lock_timeout(self, conn: Connection, *, patient: bool) -> None:
+        """patient  wait for locks as long as for anything else, and not for LOCK_SECONDS only"""
         self._patient = patient
         if not is_pooled(conn):
             milliseconds = 0 if patient else round(LOCK_SECONDS * 1000)
             await conn.execute("SELECT set_config('lock_timeout', $1, false)", str(milliseconds))
 
-    async def _try(self, conn: Connection, outcome: Outcome, seconds: float) -> None:
+    async def _try_smaller(self, conn: Connection, outcome: Outcome, seconds: float) -> None:
         """Write a smaller form, and roll that back. If PostgreSQL takes it, go on with the form that was decided."""
         transaction = conn.transaction()
         await transaction.start()
@@ -232,7 +233,7 @@ class Settler:
         else:
             self._unwritten.note_storable(outcome)
 
-    async def _too_slow(self, outcome: Outcome, seconds: float) -> None:
+    async def _note_too_slow(self, outcome: Outcome, seconds: float) -> None:
         """An outcome alone wasn't written in `seconds`. The next try has twice the time. After that it is postponed, so
         that others can be written. Or it is made smaller, if a test shows that its bytes take too long, and not a lock.
         """
@@ -249,11 +250,11 @@ class Settler:
             except TRANSIENT:
                 self._disconnect()
                 return
-        self._refused(
+        self._shrink_or_postpone(
             outcome, f"its {sent_bytes(outcome):,} bytes were not written within {seconds:.0f} s", shrink=slow
         )
 
-    def _refused(self, outcome: Outcome, why: str, *, shrink: bool) -> None:
+    def _shrink_or_postpone(self, outcome: Outcome, why: str, *, shrink: bool) -> None:
         """Replace the first outcome of the batch by a smaller form, or postpone it."""
         if not (shrink and self._unwritten.shrink(outcome, why)):
             del self._unwritten.batch[0]

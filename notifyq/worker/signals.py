@@ -139,14 +139,14 @@ class Watch:
             sockets = [self._received, *([self._parent] if self._parent else [])]
             ready, _, _ = select.select(sockets, [], [], wait)
             if not ready:
-                self._end()
+                self._end_process()
             if self._received in ready:
                 self._read(self._receive())
             if self._parent in ready:
                 self._parent = None
                 logger.warning("the parent process is gone: stopping")
                 self._heard = {half: count + 1 for half, count in self._heard.items()}
-            self._tell()
+            self._set_events()
 
     def _receive(self) -> bytes:
         """What this process wrote. One read never returns what two processes wrote."""
@@ -172,7 +172,7 @@ class Watch:
             except OSError:
                 pass
 
-    def _tell(self) -> None:
+    def _set_events(self) -> None:
         """Do what this number of signals asks for. A third one changes nothing."""
         while self._told < min(2, max(self._heard.values())) and self._code is None:
             now = time.monotonic()
@@ -187,7 +187,7 @@ class Watch:
             except RuntimeError:
                 pass  # the loop is closed already
 
-    def _end(self) -> None:
+    def _end_process(self) -> None:
         if self._code is not None:  # the interpreter is ending, and starts no more threads
             os._exit(self._code)
         try:

@@ -24,7 +24,7 @@ async def worker(db: Any) -> int:
 
 
 async def test_two_workers_are_admitted_one_after_the_other(dsn: str) -> None:
-    """The second waits for the gate, and then counts what the first has done."""
+    """The second waits for the lock of the key, and then counts what the first has done."""
     async with steps(dsn) as s:
         a, b = await s.worker("claims a"), await s.worker("claims b")
         one, two = await verbs.register(s.db), await verbs.register(s.db)
@@ -70,8 +70,9 @@ async def test_of_two_workers_that_look_for_freed_slots_one_does(dsn: str) -> No
         assert await verbs.states(s.db) == {first: ("done", 1), second: ("ready", 0)}
 
 
-async def test_what_somebody_is_cancelling_is_left_to_him(dsn: str) -> None:
-    """His transaction may take hours. Nobody waits for it, nor for the gate; the worker hands the task back."""
+async def test_a_task_that_a_session_is_cancelling_is_handed_back(dsn: str) -> None:
+    """That transaction may take hours. No session waits for it, or for the lock of the key: the worker hands the task
+    back."""
     async with steps(dsn) as s:
         psql, claims, settle = await s.session("psql"), await s.worker("claims"), await s.worker("settle")
         id = await verbs.register(s.db)

@@ -7,7 +7,7 @@ import math
 import random
 import signal
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import anyio
@@ -63,26 +63,29 @@ def most_at_once(runs: Iterable[tuple[float, float, int]]) -> int:
     return max(itertools.accumulate(change for _, change in changes))
 
 
+SLOW_ADMISSION = """
+    CREATE FUNCTION slow() RETURNS trigger LANGUAGE plpgsql AS $$
+    BEGIN PERFORM pg_sleep(0.005); RETURN NULL; END $$;
+    CREATE TRIGGER slow AFTER UPDATE OF admitted_at ON notifyq.task EXECUTE FUNCTION slow()
+"""
+SEVEN_TASKS = """
+    INSERT INTO notifyq.task (type, payload, queue, priority, options)
+    SELECT 'Step', '{"seconds": 0.15, "fails": 0.1}', queue, (random() * 2)::integer,
+           jsonb_build_object('limit_key', limit_key, 'limit_running', running, 'limit_rate', rate,
+                              'limit_seconds', CASE WHEN rate > 0 THEN 0.5 END, 'order_key', order_key)
+    FROM (VALUES ('default', 'one', 1, NULL, NULL), ('default', 'three', 3, NULL, 'mixed'),
+                 ('default', 'rate', NULL, 8, NULL), ('default', NULL, NULL, NULL, 'order'),
+                 ('narrow', 'three', 3, NULL, NULL), ('narrow', NULL, NULL, NULL, NULL),
+                 ('narrow', NULL, NULL, NULL, 'both'))
+         AS t (queue, limit_key, running, rate, order_key)
+"""
+
+
 @pytest.mark.slow
 async def test_killed_at_random(spawn: Spawn, db: Any) -> None:
     """Two fleets, 4 processes, killed one by one with what they run: no limit, rate or order is ever broken, and in
     the end all is done."""
-    await db.execute(
-        f"""{STARTS};
-           CREATE FUNCTION slow() RETURNS trigger LANGUAGE plpgsql AS $$
-           BEGIN PERFORM pg_sleep(0.005); RETURN NULL; END $$;
-           CREATE TRIGGER slow AFTER UPDATE OF admitted_at ON notifyq.task EXECUTE FUNCTION slow();
-           SELECT notifyq.limit_queue('narrow', 2, 10, 0.5)"""
-    )
-    insert = """INSERT INTO notifyq.task (type, payload, queue, priority, options)
-                SELECT 'Step', '{"seconds": 0.15, "fails": 0.1}', queue, (random() * 2)::integer,
-                       jsonb_build_object('limit_key', limit_key, 'limit_running', running, 'limit_rate', rate,
-                                          'limit_seconds', CASE WHEN rate > 0 THEN 0.5 END, 'order_key', order_key)
-                FROM (VALUES ('default', 'one', 1, NULL, NULL), ('default', 'three', 3, NULL, 'mixed'),
-                             ('default', 'rate', NULL, 8, NULL), ('default', NULL, NULL, NULL, 'order'),
-                             ('narrow', 'three', 3, NULL, NULL), ('narrow', NULL, NULL, NULL, NULL),
-                             ('narrow', NULL, NULL, NULL, 'both'))
-                     AS t (queue, limit_key, running, rate, order_key)"""
+    await db.execute(f"{STARTS}; {SLOW_ADMISSION}; SELECT notifyq.limit_queue('narrow', 2, 10, 0.5)")
     wide, both = Ledger(spawn, 'queues=["default"]'), Ledger(spawn, 'queues=["narrow", "default"]')
     for ledger in (wide, both):
         await ledger.hire()
@@ -91,8 +94,8 @@ async def test_killed_at_random(spawn: Spawn, db: Any) -> None:
 
     async def enqueue() -> None:
         nonlocal inserts
-        while inserts < 45 or kills < 4:  # so that they meet at the gates
-            await db.execute(insert)
+        while inserts < 45 or kills < 4:  # so that they meet at the keys' locks
+            await db.execute(SEVEN_TASKS)
             inserts += 1
             await anyio.sleep(random.uniform(0, 0.15))
         over.set()
@@ -116,9 +119,13 @@ async def test_killed_at_random(spawn: Spawn, db: Any) -> None:
     }
     assert {row["state"] for row in done.values()} == {"done"}
     assert len(done) == 7 * inserts
-    runs = sorted(wide.runs() + both.runs())
     vanished = "SELECT count(*) FROM notifyq.finished WHERE errors::text LIKE '%vanished while it ran%'"
     assert await db.fetchval(vanished) > 3
+    await assert_held(db, sorted(wide.runs() + both.runs()), done)
+
+
+async def assert_held(db: Any, runs: list[tuple[float, float, int]], done: Mapping[int, Any]) -> None:
+    """No limit, rate or order was broken by these runs of the tasks in `done`."""
 
     def of(**columns: str) -> list[tuple[float, float, int]]:
         return [run for run in runs if all(done[run[2]][name] == value for name, value in columns.items())]

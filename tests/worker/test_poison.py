@@ -148,39 +148,40 @@ class Bench:
         async def run_return(task: Return) -> Any:
             return RESULTS[task.what][0]
 
-        @app.handler
-        async def run_odd(task: Odd) -> Any:
-            match task.what:
-                case "never returns":
+        app.handler(self.run_odd)
+
+    async def run_odd(self, task: Odd) -> Any:
+        match task.what:
+            case "never returns":
+                await anyio.Event().wait()
+            case "swallows its cancellation":
+                try:
                     await anyio.Event().wait()
-                case "swallows its cancellation":
-                    try:
-                        await anyio.Event().wait()
-                    except BaseException:
-                        return "finished anyway"
-                case "raises when cancelled":
-                    try:
-                        await anyio.Event().wait()
-                    finally:
-                        raise OSError("while cleaning up")
-                case "leaves a context variable":
-                    leak.set("left behind")
-                case "fails and leaves a context variable":
-                    leak.set("left behind")
-                    raise ValueError("and failed")
-                case "recurses":
-                    deep()
-                case "cancels itself" | "cancels itself, and returns":
-                    me = asyncio.current_task()
-                    assert me is not None
-                    me.cancel()
-                    if task.what == "cancels itself":
-                        await anyio.lowlevel.checkpoint()
-                case "leaves a task behind":
-                    self.behind.append(asyncio.create_task(asyncio.Event().wait()))
-                case "prints":
-                    print("x" * 2_000_000)
-            return None
+                except BaseException:
+                    return "finished anyway"
+            case "raises when cancelled":
+                try:
+                    await anyio.Event().wait()
+                finally:
+                    raise OSError("while cleaning up")
+            case "leaves a context variable":
+                leak.set("left behind")
+            case "fails and leaves a context variable":
+                leak.set("left behind")
+                raise ValueError("and failed")
+            case "recurses":
+                deep()
+            case "cancels itself" | "cancels itself, and returns":
+                me = asyncio.current_task()
+                assert me is not None
+                me.cancel()
+                if task.what == "cancels itself":
+                    await anyio.lowlevel.checkpoint()
+            case "leaves a task behind":
+                self.behind.append(asyncio.create_task(asyncio.Event().wait()))
+            case "prints":
+                print("x" * 2_000_000)
+        return None
 
 
 @pytest.fixture
