@@ -259,7 +259,7 @@ async def test_frozen_past_its_lease(spawn: Spawn, db: Any, probe: Probe) -> Non
     assert sum(fields["tasks"] for fields in frozen.logged("lease lost")) >= 5
     assert {line["id"] for _, line in frozen.of("ended")} == set(short)
     await eventually(lambda: settled_nothing(frozen), 5)
-    [again] = frozen.logged("comes back under a new id")
+    [again] = frozen.logged("goes on under a new id")
     assert again["new"] != again["old"] == frozen.of("started")[0][1]["id"]
     assert await states(db, long + short) == {("running", 2): 10}, "they belong to the other"
 
@@ -288,7 +288,7 @@ async def test_a_failover_that_lost_its_registration(spawn: Spawn, db: Any) -> N
     await second.reach(10, "ran")
     first.process.signal(signal.SIGCONT)
     await first.reach(1, "log", message="others took this worker for dead; it goes on under a new id")
-    [new] = [fields["new"] for fields in first.logged("comes back under a new id")]
+    [new] = [fields["new"] for fields in first.logged("goes on under a new id")]
     claims = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'notifyq claims ' || $1::integer"
     await eventually(lambda: db.fetchval(claims, new), 1)  # so it has taken back the tasks of its unanswered claim
     assert await states(db, ids) == {("running", 1): 10}

@@ -255,7 +255,7 @@ class Lease:
             held = None if worker.held is None else worker.held._replace(lost=True)
             # Its session for claims ends too, but for a claim that is under way: that is answered first.
             after = put(state, n, id=worker.id + 1, registered=True, locked=True, silent=0, held=held, connected=False)
-            yield "send_heartbeat.sql: isn't registered; register_worker.sql: comes back under a new id", after, NOW
+            yield "send_heartbeat.sql: isn't registered; register_worker.sql: goes on under a new id", after, NOW
             return
         held = worker.held
         if held is not None and not (worker.owns == worker.id == held.id and held.attempt == state.attempts):
