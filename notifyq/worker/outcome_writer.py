@@ -106,7 +106,8 @@ class OutcomeWriter:
         """Compare the rows that a statement returned with the outcomes that it was to write.
 
         A missing row is mostly a lost lease. Or the outcome was written before, and only the answer was lost: that
-        looks the same, and is harmless.
+        looks the same, and is harmless. Two outcomes of one attempt have one row together: a crash of the server undid
+        the claim, and this worker has claimed and run the same attempt once more.
         """
         if any(map(itemgetter(1), rows)):
             self._worker.on_released()
@@ -114,6 +115,8 @@ class OutcomeWriter:
             return
         applied = {row[0] for row in rows}
         missed = [outcome for outcome in outcomes if outcome.job.id not in applied]
+        if not missed:
+            return
         kept = {row[0] for row in await conn.fetch(SQL["list_still_leased"], missed[0].job.worker, *_keys(missed))}
         self._kept |= {outcome.job: outcome for outcome in missed if outcome.job.id in kept}
         lost = [outcome.job.id for outcome in missed if outcome.job.id not in kept]

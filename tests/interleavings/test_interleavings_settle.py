@@ -233,6 +233,17 @@ async def test_rows_are_locked_in_the_order_of_their_ids(s: Steps, w: Session, p
         await p("COMMIT")
 
 
+@pytest.mark.parametrize("kind", OUTCOMES)
+async def test_two_outcomes_of_one_attempt(s: Steps, w: Session, dsn: str, kind: str) -> None:
+    """The server crashes and forgets a claim, whose outcome still waits to be written. The same worker claims the task
+    again, as the same attempt, and ends it. One of the two outcomes is written, and the settler goes on."""
+    jobs = await w(held, 2)
+    async with Writing(dsn, [OUTCOMES[kind](job) for job in (jobs[0], jobs[0], jobs[1])]) as writing:
+        pass
+    assert writing.settler.pending == 0
+    assert await s.db.fetchval("SELECT count(*) FROM notifyq.task WHERE worker IS NOT NULL") == 0
+
+
 async def test_outcomes_of_all_kinds_are_one_transaction(s: Steps, w: Session, dsn: str) -> None:
     """Either all of a batch is written or nothing, and it costs one commit."""
     jobs = await w(held, len(OUTCOMES))
