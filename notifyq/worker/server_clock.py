@@ -1,4 +1,4 @@
-"""What time it is by the server's clock, as far as that can be trusted: somebody may step it by hours."""
+"""What time it is by the server's clock, as far as that can be trusted: it may be stepped by hours."""
 
 from __future__ import annotations
 

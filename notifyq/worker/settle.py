@@ -15,7 +15,7 @@ it is given grows with its bytes. Only the write is tried again, never the handl
     a batch isn't written in time  try half as many, down to one; that one with twice the time, and then as above
     a lock is in the way           after LOCK_SECONDS, postpone the outcomes of the tasks whose rows another session has
                                    locked, and look at them each second; the others are written at once
-    an id is in the history        delete the older row: somebody has set the sequence of ids back
+    an id is in the history        delete the older row: the sequence of ids was set back
     the connection fails           try all of it again, on a new one
 """
 
