@@ -1,4 +1,4 @@
-"""What goes into the payload, result and errors columns is JSON that comes back as it went."""
+"""What goes into the payload, result and errors columns is JSON, and reads back as it was."""
 
 from __future__ import annotations
 
@@ -166,7 +166,7 @@ class Array(notifyq.Task, array_like=True):
 
 @pytest.mark.parametrize("task", [OtherField(), IntTag(), NoTag(), Array()])
 def test_a_class_that_no_handler_has_checked(task: notifyq.Task) -> None:
-    """Cutting off another tag than was written would lose fields, or a whole payload, without a word."""
+    """If another tag were cut off than was written, fields or a whole payload would be lost without an error."""
     with pytest.raises(
         ConfigError, match="must be a JSON object with a str as its tag; leave tag_field and array_like"
     ):
@@ -211,7 +211,7 @@ def test_a_result_is_json_or_nothing(value: Any) -> None:
 @example(1, "\ud800")
 @example(1, "x" * 20_000)
 def test_an_error_is_always_written(attempt: int, text: str) -> None:
-    """Without what PostgreSQL refuses, NUL and lone surrogates, and no longer than people read."""
+    """It is written without what PostgreSQL refuses, NUL and lone surrogates, and no longer than people read."""
     found = json.loads(encode_error(attempt, text))
     assert found["attempt"] == attempt
     assert "\x00" not in found["error"]
@@ -270,7 +270,7 @@ def test_a_traceback_keeps_its_tail() -> None:
 
 
 def test_an_error_of_a_hundred_megabytes_is_not_looked_through(monkeypatch: pytest.MonkeyPatch) -> None:
-    """That took seconds, in which the loop stood still."""
+    """A search through it took seconds, in which the event loop stood still."""
     lengths: list[int] = []
     storable = codec.storable
 

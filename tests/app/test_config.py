@@ -1,4 +1,4 @@
-"""Settings and the DSN: what is taken, what is refused and with which words, and that no password gets out."""
+"""Settings and the DSN: what is taken, what is refused and with which words, and that no password is shown."""
 
 from __future__ import annotations
 
@@ -172,7 +172,7 @@ def test_where_the_dsn_comes_from(given: str | None, environ: dict[str, str], re
     ],
 )
 def test_a_dsn_that_cannot_be(dsn: str, message: str) -> None:
-    """Found before anything is connected, named by its source; and what may be a password isn't repeated."""
+    """It is found before anything is connected, and named by its source. What may be a password isn't repeated."""
     with pytest.raises(ConfigError, match="^" + re.escape(message)) as caught:
         resolve_dsn(dsn, {})
     assert "secret" not in str(caught.value)
@@ -210,7 +210,8 @@ AFTER = st.sampled_from(["/db", ":1/db", ":1,127.0.0.1:2/db", ":1/db?sslmode=dis
 @example("qZ\n@Zq", "u", "/db", False)
 @example("qZ0@:1#Zq", "", ":1/db", False)
 def test_no_password_in_any_message(password: str, user: str, after: str, encoded: bool) -> None:
-    """Written right or wrong, it is in nothing that is shown: neither what resolve_dsn says, nor what redact leaves."""
+    """Whether it is written right or wrong, no message shows it: neither what resolve_dsn says, nor what redact
+    leaves."""
     raw = quote(password, safe="") if encoded else password
     try:
         url, _ = resolve_dsn(f"postgresql://{user}:{raw}@127.0.0.1{after}", {})
@@ -233,7 +234,7 @@ def test_no_password_of_a_query(password: str, name: str) -> None:
 @pytest.mark.parametrize("password", ["qZsecret", "qZ%20s@e:cr%2Fet", "qZ s", "qZ%zz"])
 @pytest.mark.parametrize("after", [":1/db", ":1/db?sslmode=oh", ":1/db?target_session_attrs=oh", "x.invalid/db"])
 async def test_no_password_when_connecting_fails(password: str, after: str) -> None:
-    """With asyncpg's own messages inside."""
+    """The error contains asyncpg's own messages."""
     app = notifyq.App()
     dsn = f"postgresql://u:{password}@127.0.0.1{after}"
     with pytest.raises((ConfigError, DatabaseError)) as caught:
@@ -256,7 +257,7 @@ async def test_no_password_when_connecting_fails(password: str, after: str) -> N
     ],
 )
 async def test_a_server_that_refuses(dsn: str, change: Any, message: str) -> None:
-    """Three ways: nobody there, no such database, no such user; each with its cure."""
+    """There are three ways: no server, no such database, no such user. Each has its cure."""
     with pytest.raises(DatabaseError, match=f"can't connect to the database .*{message}") as caught:
         await connection.connect(change(dsn))
     assert "qZ" not in str(caught.value)
@@ -273,7 +274,7 @@ def test_backoff_is_between_nothing_and_an_hour(attempt: int, base: float) -> No
 
 
 def test_backoff_doubles() -> None:
-    """The figures that the documentation has."""
+    """These are the figures in the documentation."""
     assert [ceiling_seconds(n, 2.0) for n in range(1, 6)] == [2, 4, 8, 16, 32]
     assert ceiling_seconds(32767, 2.0) == LONGEST_WAIT_SECONDS
     assert sum(ceiling_seconds(n, 2.0) for n in range(1, 10)) / 2 == pytest.approx(511)

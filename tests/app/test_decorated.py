@@ -27,7 +27,7 @@ class T(Task):
 
 
 def logged(function: Callable[..., Any]) -> Callable[..., Any]:
-    """As people write one: a plain wrapper, which does for def and async def alike."""
+    """A plain wrapper as people write it, which is used for def and async def alike."""
 
     @functools.wraps(function)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
@@ -37,7 +37,7 @@ def logged(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def in_a_loop_of_its_own(function: Callable[..., Any]) -> Callable[..., Any]:
-    """What asgiref's async_to_sync does, roughly: it blocks, so it may not run on the worker's loop."""
+    """Roughly what asgiref's async_to_sync does. It blocks, so it may not run on the worker's loop."""
 
     @functools.wraps(function)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
@@ -47,7 +47,7 @@ def in_a_loop_of_its_own(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def forgetful(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Forgets to await."""
+    """A wrapper that forgets to await."""
 
     @functools.wraps(function)
     async def wrapper(*args: Any, **kwargs: Any) -> Any:
@@ -131,7 +131,7 @@ async def test_what_can_be_awaited_is_awaited(dsn: str, form: str) -> None:
 
 
 async def test_it_is_awaited_on_the_worker_s_loop(dsn: str) -> None:
-    """So that it may use what is connected there; only the wrapper has run in a thread."""
+    """So it may use what is connected there. Only the wrapper has run in a thread."""
     app, threads = notifyq.App(), list[int]()
 
     class Inner(Task):
@@ -184,7 +184,7 @@ async def test_what_it_raises_and_how_long_it_may_take_count(dsn: str) -> None:
 
 
 async def test_what_a_coroutine_raises_that_was_forgotten_is_raised_in_tests() -> None:
-    """The handler itself returned: it is what that returned which raises when it is awaited."""
+    """The handler itself returned a coroutine. That one raises when it is awaited."""
 
     async def fails(task: T) -> None:
         raise ValueError("kaboom")
@@ -335,7 +335,8 @@ async def test_a_lifespan_that_turns_out_to_be_none() -> None:
 
 @pytest.mark.parametrize("kind", ["generator", "async generator"])
 async def test_generators(kind: str) -> None:
-    """Refused where that can be seen; what a wrapper turns out to return is dead, with the reason."""
+    """A generator is refused where that can be seen. If a wrapper turns out to return one, the task is dead, with the
+    reason."""
 
     def values(task: T) -> Iterator[int]:
         yield task.n

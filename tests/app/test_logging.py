@@ -85,7 +85,7 @@ def start(tmp_path: Path, dsn: str) -> Iterator[Start]:
 
 @pytest.mark.parametrize("silenced", SILENCING)
 async def test_a_configuration_that_disables_loggers(start: Start, db: Any, silenced: str) -> None:
-    """The app's format has the id, the type and the error. A stop says so."""
+    """The app's format has the id, the type and the error. A stop is logged too."""
     program = start(APP + SILENCING[silenced])
     await program.line("stop it")
     for type, error in (("BAD", '"ValueError: seen by nobody?"'), ("EMPTY", "TimeoutError")):
@@ -101,7 +101,7 @@ async def test_a_configuration_that_disables_loggers(start: Start, db: Any, sile
 
 
 async def test_what_a_handler_prints_is_seen_at_once(start: Start, db: Any) -> None:
-    """Though stdout is a file."""
+    """This holds although stdout is a file."""
     program = start(APP)
     await program.line("stop it")
     await db.fetchval(INSERT, "SAY", b"{}")
@@ -139,8 +139,9 @@ async def test_no_traceback_above_debug(start: Start, db: Any) -> None:
     assert "raise ValueError" not in program.said
 
 
+@pytest.mark.usefixtures("quick_heart")
 async def test_a_cancelled_task_has_lost_nothing(db: Any, dsn: str, logged: Logged) -> None:
-    """It was cancelled, which is no warning; whether its handler runs, or has just ended."""
+    """It was cancelled, which is no warning, whether its handler runs or has just ended."""
     app, seen, release = notifyq.App(), Seen(), anyio.Event()
 
     class Hold(notifyq.Task):

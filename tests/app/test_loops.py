@@ -1,4 +1,5 @@
-"""Calls that nobody awaits, and calls from another event loop: refused where they are made, and nothing else breaks."""
+"""Calls that are never awaited, and calls from another event loop, are refused where they are made. Nothing else
+breaks."""
 
 from __future__ import annotations
 
@@ -58,7 +59,7 @@ def said(call: Callable[[], object]) -> str:
 
 
 @pytest.mark.parametrize("name", CALLS)
-async def test_a_plain_function_hears_at_the_call_that_nobody_awaits_it(dsn: str, name: str) -> None:
+async def test_a_plain_function_hears_at_the_call_that_it_is_not_awaited(dsn: str, name: str) -> None:
     app = notifyq.App()
     async with app.connect(dsn):
         text = await anyio.to_thread.run_sync(said, calls(app)[name])
@@ -69,7 +70,7 @@ async def test_a_plain_function_hears_at_the_call_that_nobody_awaits_it(dsn: str
 
 
 @pytest.mark.parametrize("name", CALLS[:3])
-def test_so_does_code_that_has_not_connected(name: str) -> None:
+def test_code_that_has_not_connected_hears_it_too(name: str) -> None:
     text = said(calls(notifyq.App())[name])
     assert "no event loop of asyncio" in text
     assert "notifyq.SyncClient(app).enqueue" in text
@@ -210,7 +211,7 @@ async def test_a_worker_on_another_loop_runs_but_its_handlers_need_connections_o
 
 
 def test_what_needs_asyncio_says_so_where_there_is_none() -> None:
-    """Under trio, for one: nobody's loop is asyncio's there."""
+    """Under trio, for example, no asyncio loop runs."""
     app = notifyq.App()
     for coroutine in (app.connect().__aenter__(), app.run_worker()):
         with pytest.raises(notifyq.ConfigError, match="no event loop of asyncio"):
@@ -218,7 +219,7 @@ def test_what_needs_asyncio_says_so_where_there_is_none() -> None:
 
 
 async def test_it_is_still_a_coroutine_function(dsn: str) -> None:
-    """For asyncio, anyio, frameworks that ask before they call, and those who hand it on."""
+    """asyncio, anyio, frameworks that ask before they call, and callers that pass it on need that."""
     app = notifyq.App()
     assert asyncio.iscoroutinefunction(app.enqueue)
     assert inspect.signature(app.enqueue).parameters.keys() == {"task", "conn", "options"}

@@ -1,4 +1,4 @@
-"""What a Task class says of how its tasks are enqueued; and what it can't say, refused where it is written."""
+"""What a Task class says of how its tasks are enqueued. What it can't say is refused where the class is written."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ EVERY: list[tuple[Task, Any]] = [
 
 
 def stored(rows: list[tuple[str, str, int, Any]]) -> list[tuple[str, str, int, Any]]:
-    """Without what wasn't said."""
+    """The options in the row, without those that weren't given."""
     return [
         (type, queue, priority, {k: v for k, v in options.items() if v is not None} if options else None)
         for type, queue, priority, options in rows
@@ -240,11 +240,11 @@ async def test_crons(dsn: str, db: Any) -> None:
 
 
 async def test_crons_by_the_clock(dsn: str, db: Any) -> None:
-    """The slots that a worker enqueues have them too."""
+    """The slots that a worker enqueues have these settings too."""
     app = notifyq.App()
 
     class Tick(Task):
-        queue = "elsewhere"  # which nobody serves here
+        queue = "elsewhere"  # which no worker serves here
         limit = 1
 
     @app.cron("* * * * * *")

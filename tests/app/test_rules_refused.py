@@ -79,7 +79,7 @@ async def test_attributes_that_mean_nothing_are_refused(dsn: str, line: str) -> 
 
 @pytest.mark.parametrize("line", WRONG_FIELDS)
 def test_so_are_fields_that_look_like_settings(line: str) -> None:
-    """Before another field too, where msgspec has something else to say."""
+    """This also holds before another field, where msgspec raises an error of its own."""
     for body in (line, f"{line}\nx: int", f"x: int\n{line}", f"x: int = 1\n{line}"):
         with pytest.raises(notifyq.ConfigError, match=WRONG_FIELDS[line]):
             notifyq.App().handler(handler_of(define(body)))
@@ -157,7 +157,7 @@ def test_msgspec_s_own_errors_stay() -> None:
     ],
 )
 async def test_rules_that_cannot_be(dsn: str, body: str, words: str) -> None:
-    """Where a handler is registered; without one, where a task is enqueued."""
+    """The error comes where a handler is registered, or, without one, where a task is enqueued."""
     import re
 
     cls = define(body)

@@ -40,7 +40,7 @@ def say(event: str, **fields: Any) -> None:
 
 
 class Log(logging.Handler):
-    """What notifyq warns of belongs into the story."""
+    """What notifyq warns of is part of the history."""
 
     def emit(self, record: logging.LogRecord) -> None:
         fields = getattr(record, "fields", {})
@@ -198,7 +198,7 @@ def thread(task: Thread, ctx: notifyq.Context) -> str:
 
 
 def _end_with_parent() -> None:
-    """A pool's processes wait for work for ever if their parent is killed."""
+    """The processes of a pool wait for work for ever if their parent is killed."""
     parent = os.getppid()
 
     def watch() -> None:
@@ -211,7 +211,8 @@ def _end_with_parent() -> None:
 
 @app.handler
 def forks(task: Forks, ctx: notifyq.Context) -> str:
-    """Ends a child by a signal, leaves a pool early, and waits for a child, which outlives a killed worker."""
+    """Its handler ends a child by a signal, leaves a pool early, and waits for a child, which outlives a killed
+    worker."""
     with told(task, ctx) as run:
         child = _fork.Process(target=time.sleep, args=(60,), daemon=True)
         child.start()
@@ -255,7 +256,7 @@ async def block(task: Block, ctx: notifyq.Context) -> str:
 
 @app.handler
 async def stubborn(task: Stubborn, ctx: notifyq.Context) -> str:
-    """Swallows its cancellations for as long as it likes."""
+    """Its handler swallows its cancellations for as long as its task says."""
     with told(task, ctx) as run:
         until = time.monotonic() + task.seconds
         while time.monotonic() < until:
@@ -268,7 +269,7 @@ async def stubborn(task: Stubborn, ctx: notifyq.Context) -> str:
 
 @app.handler
 async def leak(task: Leak, ctx: notifyq.Context) -> str:
-    """Leaves memory, a file and an asyncio task behind."""
+    """Its handler leaves memory, a file and an asyncio task behind."""
     with told(task, ctx) as run:
         _left.append((asyncio.get_running_loop().create_task(asyncio.sleep(5)), bytes(10_000), os.open(os.devnull, 0)))
         return run

@@ -1,5 +1,6 @@
-"""Sleeps and computes, and writes down when it slept too long, and how slow it computed: then the machine was busy,
-and not notifyq slow. A busy machine lets a process that only sleeps go first, so sleeping alone shows little."""
+"""A process that sleeps and computes, and writes down when it slept too long, and how slowly it computed: then the
+machine was busy, and not notifyq slow. A busy machine lets a process that only sleeps go first, so sleeping alone shows
+little."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ LATE_SECONDS = 0.02
 
 
 def compute() -> float:
-    """Use a step's time of a processor; how many times as long that took."""
+    """Use a step's time of a processor. Returns how many times as long that took."""
     begin, used = time.monotonic(), time.thread_time()
     while time.thread_time() - used < STEP_SECONDS:
         pass

@@ -25,7 +25,7 @@ ENDS = {
 ALLOWED = {"Bystander": 2, "Kamikaze": 2}  # attempts; of others as many as by default
 ALONE = 3  # crashes of a task that ran alone: then it is dead
 BYTES = re.compile(r"run \S+-\d+, (\d+) bytes")
-CONDUCTOR = "notifyq"  # the role of enqueuers, and of whoever cancels and retries by SQL
+CONDUCTOR = "notifyq"  # the role of enqueuers, and of the people who cancel and retry by SQL
 
 
 class Breach(msgspec.Struct, frozen=True):
@@ -85,7 +85,7 @@ def ended(history: History) -> Iterator[Breach]:
 
 
 def _alone(history: History, crash: Lease) -> bool:
-    """Whether its worker held nothing else when it was taken back."""
+    """Whether its worker held no other task when it was taken back."""
     assert crash.end is not None
     return not any(
         lease.id != crash.id
@@ -121,7 +121,7 @@ def transitions(history: History) -> Iterator[Breach]:
 
 
 def settled(history: History) -> Iterator[Breach]:
-    """Who wrote an outcome held the lease; and it was that lease's run."""
+    """The process that wrote an outcome held the lease, and it was that lease's run."""
     for id, leases in history.leases_of.items():
         for lease in leases:
             if lease.claim.who != lease.who:
@@ -180,10 +180,10 @@ def again(history: History) -> Iterator[Breach]:
             end = lease.end
             if end is None or end.who == CONDUCTOR or own_outcome(end, lease):
                 continue
-            # To be judged while another judges one of its key: it is handed back, and has not begun. A plain handler's
-            # task for which there is no thread isn't claimed.
-            judged = end.limit_key or end.order_key or end.after
-            if end.who == lease.who and judged and not _began(history, lease, end):
+            # Its admission was refused while another worker admitted a task of its key: it is handed back, and has
+            # not begun. A plain handler's task for which there is no thread isn't claimed.
+            keyed = end.limit_key or end.order_key or end.after
+            if end.who == lease.who and keyed and not _began(history, lease, end):
                 continue
             if not history.touched(lease.who, lease.claim.at, end.at):
                 yield Breach("P2", f"taken from {lease.who}, which no fault had touched, by {end.who}", id, end.at)
@@ -210,7 +210,7 @@ def overlapping(history: History) -> Iterator[Breach]:
             if lease is None or lease.end is None:
                 excused = history.touched(first.who, first.started - 2, second.started)
             else:
-                # A thread can't be cancelled; whoever cancels and retries by SQL wants it so.
+                # A thread can't be cancelled; a person who cancels and retries by SQL wants it so.
                 excused = (
                     lease.end.who == CONDUCTOR
                     or first.type in PLAIN
@@ -232,8 +232,8 @@ def taken(history: History) -> Iterator[Lease]:
 
 def own_outcome(end: Row, lease: Lease) -> bool:
     """The worker itself wrote how the attempt ended, and didn't just hand it back."""
-    aside = end.op == "U" and end.withheld
-    return end.who == lease.who and (end.op == "D" or end.attempts == lease.attempt or aside)
+    unhandled = end.op == "U" and end.withheld
+    return end.who == lease.who and (end.op == "D" or end.attempts == lease.attempt or unhandled)
 
 
 def lease_of(history: History, run: Run) -> Lease | None:
@@ -246,7 +246,7 @@ def lease_of(history: History, run: Run) -> Lease | None:
 
 
 def _end(history: History, run: Run) -> float:
-    """When it ended: by itself, or with its process."""
+    """When it ended, by itself or with its process."""
     if run.ended is not None:
         return run.ended
     ends = [process.killed or process.ended for process in history.processes if process.who == run.who]

@@ -1,7 +1,7 @@
-"""The worker processes: each has a place, and whatever ends in it is followed by another, as a supervisor would see to.
+"""The worker processes. Each has a place; when a process ends, another takes its place, as a supervisor would see to.
 
-A process logs in as a role of its own, w1, w2, ...: so the server's views and the ledger tell whose each session is.
-"""
+A process logs in as a role of its own, w1, w2, ...: so the server's views and the ledger tell which process a session
+belongs to."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ QUEUES: dict[str, int | None] = {"default": None, "mail": None, "narrow": 8}
 
 
 class Place(msgspec.Struct):
-    """What runs there."""
+    """What runs in this place."""
 
     queues: dict[str, int | None]
     concurrency: int
@@ -90,14 +90,14 @@ class Fleet:
 
     @property
     def members(self) -> list[Member]:
-        """Who is at work, and wasn't told to stop."""
+        """The processes that work, and weren't told to stop."""
         return [member for member in self.all if member.alive and member.seen.told is None]
 
     def named(self, who: str) -> Member | None:
         return next((member for member in self.members if member.who == who), None)
 
     async def keep(self, place: Place) -> None:
-        """Keep somebody at work in that place."""
+        """Keep a process at work in that place."""
         while not self._closing.is_set():
             member = await self._start(place)
             if self._closing.is_set():  # meanwhile
@@ -107,7 +107,7 @@ class Fleet:
                 await asyncio.sleep(0.3)  # there is no database at the moment
 
     async def close(self) -> None:
-        """Stop them all, in order; kill who doesn't end."""
+        """Stop them all, in order, and kill those that don't end."""
         self._closing.set()
         for member in self.all:
             member.signal(signal.SIGCONT)

@@ -2,11 +2,10 @@
 
 P6  of a limit_key never more run at once than their limit, nor start in a time than their rate; of an order_key one,
     in the order of ids
-P8  who comes after others begins when all have ended, and soon is told; and is cancelled if one is dead, unless it is
-    to run all the same
+P8  a task that comes after others begins when all have ended, and soon hears of that; it is cancelled if one is dead,
+    unless its on_dead is "run"
 
-What counts is a run under its lease: a handler that goes on after it lost that is fenced, and nobody can stop it.
-"""
+What counts is a run under its lease: a handler that goes on after it lost that is fenced, and no code can stop it."""
 
 from __future__ import annotations
 
@@ -21,7 +20,7 @@ from .history import History, Row
 from .timing import LAG_TIMES
 
 SEEN_SECONDS = 1.0  # a commit's time is from before it was flushed; later than that, all see it
-TOLD_SECONDS = 2.0  # at the latest by a heartbeat, if somebody has locked its row
+TOLD_SECONDS = 2.0  # at the latest by a heartbeat, if a session has locked its row
 
 
 class Turn(msgspec.Struct):
@@ -48,7 +47,7 @@ def limited(history: History) -> Iterator[Breach]:
 
 
 def rated(history: History) -> Iterator[Breach]:
-    """No more than the rate in half of its time: from when a run was let in until it starts, some time passes."""
+    """No more than the rate in half of its time: between the admission of a run and its start some time passes."""
     for key, turns in _turns(history, "limit_key").items():
         for first, turn in zip(turns, turns[turns[0].row.rate or len(turns) :], strict=False):
             row, since = turn.row, first.since
@@ -102,7 +101,8 @@ def after(history: History) -> Iterator[Breach]:
 
 
 def _lives(history: History) -> Iterator[tuple[int, list[Row]]]:
-    """Of tasks that come after others: from when they are inserted until they have ended, and again if retried."""
+    """When tasks that come after others lived: from their insertion until they have ended, and again if they were
+    retried."""
     for id, rows in history.rows_of.items():
         births = [n for n, row in enumerate(rows) if row.op == "I"]
         for birth, following in itertools.pairwise([*births, len(rows)]):
@@ -111,8 +111,8 @@ def _lives(history: History) -> Iterator[tuple[int, list[Row]]]:
 
 
 def _end_of(history: History, id: int, seq: int) -> tuple[Row | None, str]:
-    """The first end, and its state, that counts for who was inserted then: the last one before, if nobody had retried
-    it by then, or else the next."""
+    """The first end, and its state, that counts for a task that was inserted then: the last one before, if it hadn't
+    been retried by then, or else the next."""
     end, state = None, ""
     for row in history.rows_of[id]:
         if row.seq > seq and end is not None and row.op != "F":

@@ -52,7 +52,7 @@ class Row(msgspec.Struct, kw_only=True):
 
 
 class Run(msgspec.Struct, kw_only=True):
-    """A handler, from its first line to its last."""
+    """A call of a handler, from its first line to its last."""
 
     run: str
     id: int
@@ -123,7 +123,7 @@ class Lag(msgspec.Struct):
 
 
 class History(msgspec.Struct, kw_only=True, dict=True, eq=False):
-    """All of it. What is derived from it is worked out once."""
+    """The whole history. What is derived from it is computed once."""
 
     rows: list[Row] = []
     runs: list[Run] = []
@@ -137,7 +137,7 @@ class History(msgspec.Struct, kw_only=True, dict=True, eq=False):
 
     @cached_property
     def rows_of(self) -> dict[int, list[Row]]:
-        """Of each task, in order."""
+        """The rows of each task, in order."""
         return _grouped(row for row in sorted(self.rows, key=lambda row: row.seq) if row.op in "IUDFX")
 
     @cached_property
@@ -153,7 +153,7 @@ class History(msgspec.Struct, kw_only=True, dict=True, eq=False):
 
     @cached_property
     def owner(self) -> dict[int, str]:
-        """Whose process a worker id is."""
+        """The process that a worker id belongs to."""
         return {row.id: row.who for row in self.rows if row.op == "W"}
 
     @cached_property
@@ -186,7 +186,7 @@ class History(msgspec.Struct, kw_only=True, dict=True, eq=False):
 
     @cached_property
     def leases_by(self) -> dict[int, list[Lease]]:
-        """Of each worker, by its id."""
+        """The leases of each worker, by its id."""
         found: dict[int, list[Lease]] = defaultdict(list)
         for lease in self.leases:
             found[lease.worker].append(lease)
@@ -194,7 +194,7 @@ class History(msgspec.Struct, kw_only=True, dict=True, eq=False):
 
     @cached_property
     def trouble(self) -> list[tuple[float, float, set[str] | None]]:
-        """All that may cost a process its leases: since, until, whose."""
+        """All that may cost a process its leases: since, until, which processes."""
         deadly = [run for run in self.runs if run.type in ("Block", "Kamikaze")]
         return [
             *((window.since, window.until, window.who) for window in self.windows),

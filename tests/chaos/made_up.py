@@ -11,7 +11,7 @@ QUEUES: dict[str, int | None] = {"default": None}
 
 
 def row(op: str, at: float, **fields: Any) -> Row:
-    """A transition of task 1 at T + `at`, by the enqueuer if nothing else is said."""
+    """A transition of task 1 at T + `at`, by the enqueuer by default."""
     fields = {"who": "notifyq", "n": "7", "run_at": T, **fields}
     row.seq += 1  # type: ignore[attr-defined]
     return Row(op=op, id=fields.pop("id", 1), seq=row.seq, at=T + at, committed=T + at, **fields)  # type: ignore[attr-defined]
@@ -26,7 +26,7 @@ def claim(at: float, worker: int = 1, attempt: int = 1) -> Row:
 
 
 def done(at: float, worker: int = 1, attempt: int = 1, by: int | None = None, run: str = "w1-1") -> list[Row]:
-    """Settled as done, by that worker's process; the lease is `worker`'s."""
+    """Settled as done by that worker's process. The lease is `worker`'s."""
     who, lease = f"w{by or worker}", {"was_worker": worker, "was_attempts": attempt, "attempts": attempt}
     gone = row("D", at, who=who, app="notifyq settle", **lease)
     return [gone, row("F", at, who=who, app="notifyq settle", attempts=attempt, note=f'done "run {run}"')]
@@ -59,7 +59,7 @@ def kill(until: float = 1.1) -> Window:
 
 
 def rescue(at: float, **fields: Any) -> History:
-    """Killed after a second with the task in hand, which its heir ends."""
+    """A worker is killed after a second with the task, which its successor ends."""
     dead = Process(who="w1", started=T - 9, queues=QUEUES, concurrency=10, killed=T + 1, ended=T + 1, code=-9)
     heir = Process(who="w2", started=T - 9, queues=QUEUES, concurrency=10)
     rows = [row("I", 0), claim(0.01), taken(at, 2), claim(at + 0.1, 2, 2), *done(at + 0.2, 2, 2, run="w2-1")]
@@ -101,13 +101,13 @@ def stolen() -> History:
 
 
 def unfenced() -> History:
-    """It was frozen, another has the lease now, and it settles all the same."""
+    """A worker was frozen, another has the lease now, and the first settles all the same."""
     frozen = Window(name="worker frozen", since=T + 0.03, until=T + 9, who={"w1"}, round=1)
     rows = [row("I", 0), claim(0.01), taken(7, 2), claim(7.1, 2, 2), *done(9.1, 2, 2, by=1)]
     return history(rows, [ran("w1-1", 0.02, 9.05), ran("w2-1", 7.2, 9.5, 2)], windows=[frozen])
 
 
-def robbed() -> History:
+def rescued_without_a_fault() -> History:
     """A rescue without a fault."""
     rows = [row("I", 0), claim(0.01), taken(7, 2), claim(7.1, 2, 2), *done(7.3, 2, 2, run="w2-1")]
     return history(rows, [ran("w1-1", 0.02, 0.5), ran("w2-1", 7.15, 7.3, 2)])
@@ -119,7 +119,7 @@ def at_once() -> History:
 
 
 def without_a_lease(crash: float = 2.0) -> History:
-    """Its claim is not known; a crash so much later can't have lost it."""
+    """Its claim is not known. A crash that much later can't have lost it."""
     rows = [row("I", 0), claim(0.01), *done(0.1)]
     window = Window(name="server crashes", since=T + 0.03 + crash, until=T + 0.1 + crash, who={"w2"}, round=1)
     return history(rows, [ran("w1-1", 0.02, 0.1), ran("w2-1", 0.03, 0.05)], windows=[window])
@@ -143,13 +143,13 @@ def never_ends() -> History:
     return history([row("I", 0), claim(0.01), *done(0.1)], [ran("w1-1", 0.02, 0.1)], processes=[told])
 
 
-def gave_up() -> History:
+def ended_by_itself() -> History:
     gone = Process(who="w1", started=T - 9, queues=QUEUES, concurrency=10, ended=T + 5, code=1)
     return history([row("I", 0), claim(0.01), *done(0.1)], [ran("w1-1", 0.02, 0.1)], processes=[gone])
 
 
 def handed_back(type: str = "Thread", begun: bool = False, **keys: Any) -> History:
-    """Claimed by a worker of one thread, in which another task runs; and claimed again later."""
+    """Claimed by a worker of one thread, in which another task runs, and claimed again later."""
     fields = {"who": "w1", "app": "notifyq settle", "was_worker": 1, "was_attempts": 1}
     busy = of(2, [row("I", 0, n="8"), claim(0.01), *done(0.2, run="w1-1")])
     rows = [row("I", 0), claim(0.02), row("U", 0.04, **fields), claim(0.3), *done(0.4, run="w1-2")]
@@ -214,7 +214,7 @@ def cut_off() -> History:
 
 
 def at_a_rate(count: int, gap: float) -> History:
-    """So many start one after the other, of which 3 may start in 2 s."""
+    """That many start one after the other, of which 3 may start in 2 s."""
     rows: list[Row] = []
     runs: list[Run] = []
     for id in range(1, count + 1):
@@ -273,7 +273,7 @@ def of(id: int, rows: list[Row]) -> list[Row]:
 
 
 def impatient(answered: float = 0.005) -> History:
-    """Claimed while somebody is open who was refused for it, and had his answer then."""
+    """A task is claimed while an enqueuer that was refused because of it has its transaction open, after its answer."""
     wrong = well()
     wrong.batches.append(
         Batch(
@@ -320,7 +320,8 @@ def refused(id: int = 1, began: float = 2.0) -> History:
 def waiting(
     end: float, told: float, state: str = "done", on_dead: str | None = None, by: str = "", born: float = 0.1
 ) -> History:
-    """Task 2 comes after task 1, which ends so, at some time. It is told, and runs, or is cancelled by somebody."""
+    """Task 2 comes after task 1, which ends in this state, at some time. It hears of that, and runs, or is cancelled by
+    this role."""
     second: dict[str, Any] = {"after": [1], "on_dead": on_dead}
     lease = {"was_worker": 1, "was_attempts": 1, "who": "w1", "app": "notifyq claims 1"}
     first = [row("I", 0), claim(0.01), *done(end)]
@@ -340,7 +341,8 @@ def waiting(
 
 
 def retried(born: float) -> History:
-    """Task 1 is dead after a second, and a person retries it after two; from when is the task that comes after it?"""
+    """Task 1 is dead after a second, and a person retries it after two. From when on is the task there that comes after
+    it?"""
     both = waiting(1, 2.5, "dead", "run", born=born)
     more = [row("X", 2), row("I", 2), claim(2.01), *done(3, run="w1-3")]
     both.rows = in_order([*both.rows, *more])
@@ -349,7 +351,7 @@ def retried(born: float) -> History:
 
 
 def ticking(*slots: tuple[float, float]) -> History:
-    """Of six seconds; the tasks of these slots were enqueued then."""
+    """Six seconds of a cron. The tasks of these slots were enqueued at these times."""
     rows: list[Row] = []
     for id, (slot, at) in enumerate(slots, 1):
         start = max(slot, at)

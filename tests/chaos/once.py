@@ -1,13 +1,13 @@
 """The promises on tasks of which there is one, proven from a history.
 
-P7  while a task with a unique_key has not ended, no other with it is inserted; what ended is in nobody's way; and what
-    is in somebody's begins after his transaction
+P7  while a task with a unique_key has not ended, no other with it is inserted; a task that has ended prevents none; and
+    a task that prevented an enqueue begins after that enqueuer's transaction
 P9  each slot of a cron has one task, and in quiet it has it in time; P3 says when that starts
 
-All who enqueue with keys here name the states until the end (scheduled, ready, running). Who inserts has looked under
-a lock on the key, which he keeps until his commit: so of one key the ledger's rows of insertions are in the order in
-which they looked, and when the second one's was written, the first one's end had been committed. What a person has
-retried has no key any more.
+All enqueuers with keys here name the states until the end (scheduled, ready, running). An enqueuer looks under a lock
+on the key, which it keeps until its commit. So of one key the ledger's rows of insertions are in the order in which
+their enqueuers looked; and when the second row was written, the first one's end had been committed. A task that a
+person has retried has no key any more.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def alone(history: History) -> Iterator[Breach]:
 
 
 def in_the_way(history: History) -> Iterator[Breach]:
-    """Who was refused was so for a task that was there, sometime between his question and the answer."""
+    """An enqueue was refused for a task that was there sometime between its question and the answer."""
     for batch in history.batches:
         for id in batch.existed:
             there, why, rows = False, "nobody has inserted", history.rows_of.get(id, [])
@@ -54,7 +54,8 @@ def in_the_way(history: History) -> Iterator[Breach]:
 
 
 def held_back(history: History) -> Iterator[Breach]:
-    """What is in an enqueuer's way, and hasn't begun, begins when he has ended: it is to see what he wrote."""
+    """A task that prevented an enqueue, and hasn't begun, begins when the enqueuer has ended: its handler sees what was
+    written beside the enqueue."""
     for batch in history.batches:
         for id in batch.existed:
             leases = history.leases_of.get(id)
@@ -64,7 +65,7 @@ def held_back(history: History) -> Iterator[Breach]:
 
 
 def slots(history: History) -> Iterator[Breach]:
-    """What a fault delayed is made up for, unless the workers were told to go before that."""
+    """A slot that a fault delayed is made up for, unless the workers were told to stop before that."""
     begin, end = history.cron
     found: dict[int, list[Row]] = {slot: [] for slot in range(math.ceil(begin), int(end)) if slot % TICK_SECONDS == 0}
     for rows in history.rows_of.values():

@@ -26,7 +26,7 @@ LOST = (*errors.TRANSIENT, notifyq.NotifyqError, OSError)
 
 
 class Producer:
-    """One enqueuer: a way, a connection of its own, and its own dice."""
+    """One enqueuer: a way, a connection of its own, and random numbers of its own."""
 
     def __init__(self, way: str, seed: str, dsn: str, psql: str | None, numbers: Callable[[], int]) -> None:
         self.way = way
@@ -61,8 +61,8 @@ class Producer:
             self._conn.terminate()
 
     def _longest(self) -> float:
-        """Seconds between what it does. All have their quiet times together: then workers sleep, and a task that
-        nobody was woken for isn't found by the next one's bell."""
+        """Seconds between two of its actions. All producers have their quiet times together: then workers sleep, and a
+        task for which no worker was woken isn't found by the next one's bell."""
         return 2.0 if self.way == "burst" or time.time() // TIDE_SECONDS % 2 else 20.0
 
     # Ways.
@@ -113,8 +113,8 @@ class Producer:
         self._ends(batch, "committed")
 
     async def _burst(self) -> None:
-        """One by one, as fast as they go, so that the workers stay awake; meanwhile a transaction, which is told that
-        nobody sleeps, and commits when they are about to."""
+        """Tasks one by one, as fast as they go, so that the workers stay awake. Meanwhile a transaction is told that no
+        worker sleeps, and commits when they are about to."""
         other = await connection.connect(self._dsn, role="chaos burst")
         try:
             for _ in range(60):
@@ -132,7 +132,7 @@ class Producer:
     async def _one(self, conn: Any) -> Batch:
         batch = self._batch(1)
         insert = "INSERT INTO notifyq.task (type, payload) VALUES ('Quick', jsonb_build_object('n', $1::bigint))"
-        # Who has asked for the whole table waits for the other transaction, and this one waits for him.
+        # A session that wants the lock of the whole table waits for the other transaction, and this one waits for it.
         await conn.execute(insert, batch.numbers[0], timeout=3)
         return batch
 
@@ -208,13 +208,14 @@ class Producer:
             batch.at = time.time()
 
     async def each_key(self) -> None:
-        """When all has ended, nobody is in the way."""
+        """When all has ended, no key prevents an enqueue."""
         self._conn = await connection.connect(self._dsn, role="chaos last")
         await self._only(list(range(KEYS)), "ROLLBACK")
         self._conn.terminate()
 
     async def _after(self) -> None:
-        """Each waits for one to three: new ones, or some of the last, which may wait themselves, or have ended."""
+        """Each waits for one to three tasks: new ones, or some of the last, which may wait themselves, or have
+        ended."""
         for _ in range(10):
             options = self._options()
             options["on_dead"] = self.random.choice(["cancel", "run"])
@@ -244,7 +245,7 @@ class Producer:
             self._ends(batch, "committed")
 
     async def _meddle(self) -> None:
-        """A person at psql: cancels and retries, whatever state the task is in."""
+        """A person at psql cancels and retries, whatever state the task is in."""
         ids = await self._conn.fetch(
             """SELECT id FROM notifyq.all_tasks WHERE id > (SELECT last_value - 100 FROM notifyq.task_id_seq)
                ORDER BY random() LIMIT 2"""

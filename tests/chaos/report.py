@@ -16,8 +16,8 @@ HEAD = ("fault", "times", "tasks", "run again", "lost", "settled twice", "other"
 
 
 def table(history: History, breaches: list[Breach]) -> list[str]:
-    """A line for each fault: tasks that lived through it, what broke, how late a start was after it, worst; and how
-    long after it the last lease was taken back from who had died of it, or the last late start came."""
+    """A line for each fault: tasks that lived through it, what broke, how late a start was after it at worst; and how
+    long after it the last lease of a dead worker was taken back, or the last late start came."""
     lives = {id: (rows[0].at, rows[-1].at) for id, rows in history.rows_of.items()}
     births, deaths = sorted(life[0] for life in lives.values()), sorted(life[1] for life in lives.values())
     again = list(taken(history))

@@ -27,7 +27,7 @@ Say = Callable[[str], None]
 
 
 class Stage:
-    """`project` is the folder of the notifyq that the workers run, `folder` where they write what they do."""
+    """`project` is the folder of the notifyq that the workers run. `folder` is where they write what they do."""
 
     def __init__(self, server: Server, project: Path, folder: Path, seed: int, say: Say) -> None:
         self.server = server
@@ -70,7 +70,7 @@ class Stage:
         return False
 
     def number(self) -> int:
-        """For a task, by which its enqueuer knows it again."""
+        """A number for a task, by which its enqueuer recognizes it."""
         return next(self._numbers)
 
     def batch(self, by: str, count: int = 1) -> Batch:
@@ -105,7 +105,7 @@ class Stage:
                 batch.outcome = "committed"
 
     async def _role(self, who: str) -> None:
-        """A worker's own, as soon as there is a server."""
+        """Make a worker's own role, as soon as there is a server."""
         while True:
             try:
                 if not await self.sql("SELECT FROM pg_roles WHERE rolname = $1", who):

@@ -20,7 +20,7 @@ from .made_up import (
     before_its_end_was_committed,
     crashed,
     cut_off,
-    gave_up,
+    ended_by_itself,
     half,
     handed_back,
     impatient,
@@ -35,8 +35,8 @@ from .made_up import (
     over_the_limit,
     refused,
     rescue,
+    rescued_without_a_fault,
     retried,
-    robbed,
     stolen,
     stuck,
     ticking,
@@ -54,7 +54,7 @@ from .play import play
 
 
 def test_a_history_in_which_all_is_well() -> None:
-    """And one with a fault in which all is well too."""
+    """Another history has a fault, and all is well too."""
     assert check(well()) == []
     assert check(rescue(3.0)) == []
 
@@ -68,7 +68,7 @@ WRONG: dict[Callable[[], History], str] = {
     twice: "P2 settled twice",
     stolen: "P2 claimed by 2 under the lease of 1",
     unfenced: "P2 settled by w1, which didn't hold the lease",
-    robbed: "P2 taken from w1, which no fault had touched",
+    rescued_without_a_fault: "P2 taken from w1, which no fault had touched",
     at_once: "P2 runs w1-1 and w2-1 at once",
     without_a_lease: "P2 run w2-1 began without a lease",
     handed_back: "P2 taken from w1, which no fault had touched, by w1",
@@ -104,7 +104,7 @@ WRONG: dict[Callable[[], History], str] = {
     not_healed: "P3 started 4.050 s after its time, 6.0 s after connection ended",
     lambda: rescue(8.0): "P4 its worker w1 was killed, and 7.0 s later",
     never_ends: "P4 worker w1 was told to stop, and ended after 20.0 s",
-    gave_up: "P5 worker w1 ended by itself, with 1",
+    ended_by_itself: "P5 worker w1 ended by itself, with 1",
 }
 
 
@@ -125,31 +125,31 @@ def test_a_crash_that_may_have_lost_a_claim() -> None:
 
 
 def test_below_the_limit() -> None:
-    """Or the rate."""
+    """It may be the limit or the rate."""
     assert check(together("limit_key", most=2)) == []
     assert check(at_a_rate(3, 0.1)) == []
     assert check(at_a_rate(5, 0.7)) == []
 
 
-def test_handed_back_while_another_judges_one_of_its_key() -> None:
+def test_handed_back_while_another_worker_admits_a_task_of_its_key() -> None:
     assert check(handed_back("Quick", limit_key="k", most=9)) == []
 
 
 @pytest.mark.parametrize(("type", "times"), [("Bystander", 2), ("Quick", 3)])
 def test_a_task_whose_worker_crashed_with_nothing_beside_it(type: str, times: int) -> None:
-    """It may be the cause, so it may be dead after as many attempts as it has, or three."""
+    """It may be the cause, so it may be dead after as many attempts as it has, or after three."""
     assert check(crashed(type, times, beside=False)) == []
 
 
 def test_one_after_the_other() -> None:
-    """Of a key; or of two."""
+    """They have one key, or two."""
     assert check(keyed(0.9)) == []
     assert check(keyed(2, unique_key="other")) == []
 
 
 @pytest.mark.parametrize("began", [0.05, 0.5])
 def test_refused_for_what_is_there(began: float) -> None:
-    """Or was, a moment ago."""
+    """Or it was there a moment ago."""
     assert check(refused(began=began)) == []
     assert check(impatient(0.02)) == []
 
@@ -161,7 +161,7 @@ def test_what_is_in_the_way_of_an_enqueue_begins_after_it() -> None:
 
 
 def test_after_the_end_of_another() -> None:
-    """Whatever that is, if nobody minds."""
+    """This is right for any end, if on_dead is "run"."""
     assert check(waiting(1, 1.1)) == []
     assert check(waiting(1, 1.1, "dead", "run")) == []
     assert check(waiting(1, 1.1, "dead", by="w2")) == []
@@ -204,7 +204,7 @@ def test_a_machine_that_is_slow_and_not_so_slow() -> None:
 
 @pytest.mark.parametrize("mutant", MUTANTS)
 def test_mutants_are_of_this_notifyq(mutant: str, tmp_path: Path) -> None:
-    """What they change is there to be changed."""
+    """The code that they change is there."""
     breed(mutant, tmp_path)
 
 

@@ -22,7 +22,9 @@ from .history import PLAIN, History, Lease, Process, Run
 
 THREADS = "(threads)"  # beside the names of queues
 LATE_SECONDS = 0.25
-LIMITED_SECONDS = 1.0  # more, in a queue with limits: who has the turn and is full there passes it on once a second
+LIMITED_SECONDS = (
+    1.0  # more, in a queue with limits: a worker that has the turn and is full there passes it on once a second
+)
 LAG_TIMES = 5  # a wake-up is some steps long, and each may find the machine busy
 START_SECONDS = 3.0  # for a Python to start, if it never says so
 RESCUE_SECONDS = 5.0
@@ -30,7 +32,7 @@ EXIT_SECONDS = SHUTDOWN_SECONDS + 7.0  # cancelling, writing and good-byes: 5 s,
 
 
 class Start(msgspec.Struct):
-    """A wake-up: when it could begin, when it did."""
+    """A wake-up: when the task could begin, and when it did."""
 
     run: Run
     lease: Lease
@@ -99,10 +101,10 @@ def _excuse(history: History, start: Start, full: dict[str, list[tuple[float, fl
         start.run.id in batch.existed and batch.began < begun and begun - LATE_SECONDS < batch.at
         for batch in history.batches
     ):
-        return "in the way of somebody's enqueue"
+        return "it prevented an enqueue that isn't committed"
     crowds = full.get(queue)
     if crowds is None:
-        return "nobody serves that queue"
+        return "no worker serves that queue"
     last = bisect_left(crowds, (begun - LATE_SECONDS,)) - 1  # of those that began before; they don't overlap
     return "no free slot" if last >= 0 and crowds[last][1] >= ready else ""
 
@@ -126,7 +128,7 @@ def crowded(history: History) -> dict[str, list[tuple[float, float]]]:
                 moments += [(lease.claim.at, 1, *whose), (_ends(lease), -1, *whose)]
     queues = {queue for process in history.processes for queue in process.queues}
     found: dict[str, list[tuple[float, float]]] = {queue: [] for queue in queues}
-    since = dict.fromkeys(queues, 0.0)  # crowded since then; nobody is there at first
+    since = dict.fromkeys(queues, 0.0)  # crowded since then; no worker is there at first
     held: Counter[tuple[str, str]] = Counter()
     alive: set[str] = set()
     for at, change, process, what in sorted(moments, key=lambda moment: moment[0]):
@@ -139,17 +141,17 @@ def crowded(history: History) -> dict[str, list[tuple[float, float]]]:
         else:
             alive.discard(process.who)
         for queue in queues:
-            room = any(_room(process_of[who], held, queue) for who in alive)
-            if room and queue in since:
+            free = any(_has_capacity(process_of[who], held, queue) for who in alive)
+            if free and queue in since:
                 found[queue].append((since.pop(queue), at))
-            elif not room:
+            elif not free:
                 since.setdefault(queue, at)
     for queue, begin in since.items():
         found[queue].append((begin, float("inf")))
     return found
 
 
-def _room(process: Process, held: Counter[tuple[str, str]], queue: str) -> bool:
+def _has_capacity(process: Process, held: Counter[tuple[str, str]], queue: str) -> bool:
     limit = process.queues.get(queue, 0)
     # Without a thread, the tasks of a queue wait behind one that needs it.
     if held[process.who, ""] >= process.concurrency or held[process.who, THREADS] >= process.threads:
@@ -179,7 +181,7 @@ def rescued(history: History) -> Iterator[Breach]:
         died = process.killed or (process.ended if process.code == -9 else None)
         if died is None:
             continue
-        # Whoever would rescue gives others time to come back if it was itself cut off.
+        # A rescuer gives others time to come back if it was itself cut off.
         busy = any(
             (window.who is None or len(window.who) > 2 or "locked" in window.name)
             and window.since <= died + RESCUE_SECONDS

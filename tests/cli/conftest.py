@@ -14,7 +14,7 @@ from ..helpers.command import Program
 
 @pytest.fixture(autouse=True)
 def bare_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """`notifyq dev` leaves a folder even if it can't start: a test that names none must not use this machine's."""
+    """`notifyq dev` leaves a folder even if it can't start. A test that names none must not use this machine's."""
     for name in list(os.environ):
         if name.startswith(("NOTIFYQ_", "PG", "DATABASE_URL", "XDG_")) and name != "NOTIFYQ_PG_BIN":
             monkeypatch.delenv(name)

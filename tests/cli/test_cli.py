@@ -56,7 +56,7 @@ def test_the_commands_of_the_contract() -> None:
 
 
 async def test_help_and_version(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No command is a mistake, but one that is answered with help."""
+    """A call without a command is a mistake, but one that is answered with help."""
     nothing, asked, short = await run(""), await run("--help"), await run("-h")
     assert (nothing.code, nothing.out) == (2, "")
     assert (asked.code, asked.err) == (0, "")
@@ -151,7 +151,7 @@ async def test_wrong_usage(run: Run, words: str, says: str) -> None:
 
 
 async def test_a_wrong_variable_is_named(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A flag that nobody typed has to say where its value came from."""
+    """A value that doesn't come from the command line needs its source in the message."""
     monkeypatch.setenv("NOTIFYQ_CONCURRENCY", "lots")
     said = await run("worker a:b")
     assert said.code == 2
@@ -187,7 +187,7 @@ async def test_what_is_not_foreseen(run: Run, monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.parametrize("command", ["migrate", *SCHEMA_COMMANDS])
 async def test_no_server(run: Run, command: str) -> None:
-    """Exit code 3; the message says where it looked and who told it to, and keeps the password to itself."""
+    """Exit code 3. The message says where it looked and which setting said so, and doesn't show the password."""
     said = await run(command, dsn=NOWHERE)
     assert (said.code, said.out) == (3, "")
     assert "--dsn: postgresql://somebody:***@127.0.0.1:1/nothing" in said.err
@@ -226,7 +226,7 @@ async def test_no_schema(run: Run, empty_dsn: str) -> None:
 
 
 async def test_migrate(run: Run, empty_dsn: str, connect: Sessions) -> None:
-    """Installs, then has nothing to do; a newer schema, or somebody else's of that name, is refused with 4."""
+    """It installs, then has nothing to do. A newer schema, or another one of that name, is refused with 4."""
     said = await run("migrate", dsn=empty_dsn)
     assert (said.code, said.err) == (0, "")
     assert said.out.startswith(f"installed schema notifyq, version {schema.SCHEMA_VERSION}, in database ")
@@ -254,7 +254,7 @@ async def test_migrate_sql_needs_no_database(run: Run, monkeypatch: pytest.Monke
 async def test_migrate_an_older_schema(
     run: Run, empty_dsn: str, connect: Sessions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Until then the other commands ask for it. What has to be waited for is said, on stderr."""
+    """Until then the other commands ask for it. What the upgrade waits for is said on stderr."""
     next_version.use(monkeypatch)
     await next_version.install(await connect(empty_dsn))
     said = await run("stats", dsn=empty_dsn)
@@ -283,7 +283,8 @@ async def test_migrate_sql_from(run: Run, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 async def test_roles(run: Run, server: Server, dsn: str, db: Any) -> None:
-    """What schema.sql grants is enough for the commands it is meant for; the others say what is missing."""
+    """The grants in schema.sql are enough for the commands that they are meant for. The other commands say what is
+    missing."""
     await admin(server, "CREATE ROLE cli_reads LOGIN", "CREATE ROLE cli_enqueues LOGIN")
     try:
         grants = schema.schema_sql().split("-- Roles.")[1]

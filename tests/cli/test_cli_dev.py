@@ -61,7 +61,7 @@ async def test_dev(start: Start, open_folder: Path, folder: Path, run: Run) -> N
 
 @pytest.mark.slow
 async def test_dev_keeps_projects_apart(start: Start, open_folder: Path, folder: Path, run: Run) -> None:
-    """By folder, by name, by --data-dir; from wherever in a project it is started."""
+    """They differ by folder, by name, by --data-dir; a command may start anywhere in a project."""
     state = {"XDG_STATE_HOME": str(open_folder)}
     one, two, three = start("dev", **state), start("dev shop", **state), start(f"dev --data-dir {open_folder}/d")
     dsns = [(await each.line("postgresql://")).strip() for each in (one, two, three)]
@@ -89,7 +89,7 @@ async def test_dev_keeps_projects_apart(start: Start, open_folder: Path, folder:
 
 @pytest.mark.slow
 async def test_dev_that_cannot_start(start: Start, open_folder: Path, folder: Path) -> None:
-    """Exit code 2, and a way out."""
+    """Exit code 2, and a cure."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         program = start(f"dev --port {port} --data-dir {open_folder}/data")
@@ -107,7 +107,7 @@ async def test_dev_that_cannot_start(start: Start, open_folder: Path, folder: Pa
 
 
 def test_where_dev_keeps_its_data(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where XDG says; root has a place that others may pass."""
+    """XDG says where; root has a place that others may pass."""
     monkeypatch.setenv("XDG_STATE_HOME", "relative")  # to be ignored, says XDG
     monkeypatch.setenv("HOME", "/home/somebody")
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
@@ -124,7 +124,7 @@ def test_where_dev_keeps_its_data(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 async def test_demo(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is handed its flags, and its exit code is ours. Where NOTIFYQ_DSN points is none of its business."""
+    """The demo gets its flags, and its exit code is the command's. It doesn't use NOTIFYQ_DSN."""
     asked: list[Any] = []
 
     def demo(seconds: float, tasks: int, dsn: str | None) -> int:

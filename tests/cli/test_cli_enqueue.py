@@ -13,7 +13,7 @@ from .test_cli import NOWHERE, options
 
 
 async def test_enqueue(run: Run, dsn: str, db: Any) -> None:
-    """The id is all that it prints, and the row is as asked."""
+    """It prints nothing but the id, and the row is as asked."""
     said = await run("enqueue", "SEND MAIL", '{"to": "ü"}', dsn=dsn)
     assert (said.code, said.err) == (0, "")
     row = await db.fetchrow("SELECT * FROM notifyq.task WHERE id = $1", int(said.out))
@@ -47,7 +47,7 @@ async def test_enqueue_in_order_and_within_limits(run: Run, dsn: str, db: Any) -
 
 
 async def test_the_environment_of_a_worker(run: Run, dsn: str, db: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever stands there, for whichever command: other commands do what they do without it."""
+    """Variables of a worker change no other command."""
     for command, flag in options():
         name = next(opt for opt in flag.opts if opt.startswith("--"))
         if name not in ("--dsn", "--app"):
@@ -69,7 +69,7 @@ IS_THERE = "notifyq: nothing was enqueued: a task with this key is there"
 
 
 async def test_enqueue_unique(run: Run, dsn: str, db: Any) -> None:
-    """The id of the one that is there is printed, and on stderr what became of that one."""
+    """It prints the id of the existing task, and says on stderr what became of that task."""
     first = await run("enqueue X --unique k --delay 1h", '{"n": 1}', dsn=dsn)
     assert (first.code, first.err) == (0, "")
     for conflict, more in (
@@ -83,7 +83,7 @@ async def test_enqueue_unique(run: Run, dsn: str, db: Any) -> None:
         row = await db.fetchrow("SELECT payload, run_at FROM notifyq.task")
         assert json.loads(row["payload"]) == ({"n": 1} if conflict == "keep" else {"by": "replace"})
         assert (row["run_at"].isoformat() == "2030-01-31T08:00:00+00:00") is (conflict == "move")
-    # It is scheduled, which isn't in the way of who asks for the ready and the done ones.
+    # It is scheduled, which doesn't prevent an enqueue that asks for the ready and the done ones.
     wanted = {"unique_key": "k", "unique_states": ["ready", "done"], "unique_for": 3600, "on_conflict": "keep"}
     said = await run("enqueue X --unique k --unique-for 1h --unique-states ready --unique-states DONE", dsn=dsn)
     assert (said.code, said.err) == (0, "")
@@ -97,7 +97,7 @@ async def test_enqueue_unique(run: Run, dsn: str, db: Any) -> None:
 
 
 async def test_enqueue_from_stdin(run: Run, dsn: str, db: Any) -> None:
-    """With or without the mark that some editors put in front of UTF-8."""
+    """The text may have the mark that some editors put in front of UTF-8."""
     said = await run("enqueue X -", dsn=dsn, stdin=b'\xef\xbb\xbf{"n":\n 1}\n')
     payload = await db.fetchval("SELECT payload FROM notifyq.task WHERE id = $1", int(said.out))
     assert json.loads(payload) == {"n": 1}
@@ -124,7 +124,7 @@ BAD_PAYLOADS = [
 
 
 async def test_bad_payloads(run: Run, dsn: str, db: Any) -> None:
-    """Exit code 2, and where it is wrong."""
+    """Exit code 2, and the place that is wrong."""
     for payload, stdin, says in BAD_PAYLOADS:
         said = await run("enqueue X", payload, dsn=dsn, stdin=stdin)
         assert (said.code, said.out) == (2, "")
@@ -162,7 +162,8 @@ async def index(task: Index) -> None: ...
 
 
 async def test_enqueue_by_the_rules_of_an_app(run: Run, dsn: str, db: Any, folder: Path) -> None:
-    """What the class says of its tasks holds, and any of it can be said otherwise. Without --app nobody knows of it."""
+    """What the class says of its tasks holds, and a flag overrides any of it. Without --app the command doesn't know of
+    it."""
     (folder / "indexer.py").write_text(INDEXER)
     index = "enqueue INDEX --app indexer:app"
     first = await run(index, '{"document": 1, "text": "draft"}', dsn=dsn)

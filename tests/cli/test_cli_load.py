@@ -46,7 +46,7 @@ def unloadable(spec: str) -> ConfigError:
     ],
 )  # fmt: skip
 def test_an_app_that_cannot_be_loaded(folder: Path, spec: str, says: str) -> None:
-    """What is wrong, what was expected, and what it may have meant."""
+    """The message says what is wrong, what was expected, and what may have been meant."""
     (folder / "package").mkdir()
     (folder / "package" / "__init__.py").touch()
     (folder / "package" / "tasks.py").touch()
@@ -78,7 +78,7 @@ def test_modules_that_import_each_other(folder: Path) -> None:
 
 
 async def test_a_file_that_hides_a_module_of_pythons(run: Run, start: Start, folder: Path) -> None:
-    """It isn't a bug in notifyq: by its name, by what imports it later, as a package."""
+    """It isn't a bug in notifyq. The message says so for a name, for what imports it later, and for a package."""
     shutil.copy(folder / "mailer.py", folder / "queue.py")
     program = start("worker queue:app", first="sys.path.remove('')")  # as the installed script has it
     assert await program.end() == 2
@@ -129,7 +129,8 @@ async def test_an_app_without_handlers_validates(run: Run, dsn: str, db: Any, fo
     ],
 )
 def test_an_app_that_fails(folder: Path, code: str, what: str, where: str) -> None:
-    """Three lines of ours: what was imported, what failed and where, what to do. Then their traceback, and no more."""
+    """Three lines are notifyq's: what was imported, what failed and where, what to do. Then the app's traceback
+    follows, and no more."""
     (folder / "broken.py").write_text(code)
     error = unloadable("broken:app")
     lines = str(error).splitlines()
@@ -145,7 +146,7 @@ def test_an_app_that_fails(folder: Path, code: str, what: str, where: str) -> No
 
 
 async def test_the_traceback_of_a_failing_app_is_shown(run: Run, folder: Path) -> None:
-    """After our lines, as it is."""
+    """It comes after notifyq's lines, as it is."""
     (folder / "broken.py").write_text("1 / 0")
     said = await run("enqueue X --app broken:app")
     lines = said.err.splitlines()

@@ -19,13 +19,13 @@ from ..helpers.waiting import eventually
 
 
 async def pids(supervisor: Program, count: int) -> list[int]:
-    """Of so many workers, as they start."""
+    """The process ids of that many workers, as they start."""
     started = [await supervisor.line("worker started") for _ in range(count)]
     return [int(line.split("[")[1].split("]")[0]) for line in started]
 
 
-async def test_a_family(start: Start, db: Any) -> None:
-    """Each is a worker. One that dies is replaced; Ctrl-C is for the parent, which ends them all."""
+async def test_a_supervisor_and_its_workers(start: Start, db: Any) -> None:
+    """Each process is a worker. One that dies is replaced. Ctrl-C is for the supervisor, which ends them all."""
     supervisor = start(
         "worker mailer:app --processes 2", first="import notifyq.cli.supervisor as f; f.BACKOFF_SECONDS = 0.01, 1"
     )
@@ -74,8 +74,8 @@ async def test_a_child_that_loses_its_database_is_replaced(tmp_path: Path, monke
     assert parent._code == 0
 
 
-async def test_a_family_whose_parent_is_killed(start: Start, db: Any) -> None:
-    """The children notice, and drain. (That `end` returns says that they are gone.)"""
+async def test_the_supervisor_is_killed(start: Start, db: Any) -> None:
+    """The children notice it, and drain. (That `end` returns shows that they are gone.)"""
     supervisor = start("worker mailer:app --processes 2")
     await pids(supervisor, 2)
     assert await supervisor.end(signal.SIGKILL) == -signal.SIGKILL
@@ -84,7 +84,7 @@ async def test_a_family_whose_parent_is_killed(start: Start, db: Any) -> None:
     await eventually(lambda: db.fetchval("SELECT count(*) FROM notifyq.worker"), 0)
 
 
-async def test_a_family_drains(start: Start, db: Any) -> None:
+async def test_several_processes_drain(start: Start, db: Any) -> None:
     await db.execute(
         "INSERT INTO notifyq.task (type, payload) SELECT 'SEND_MAIL', '{\"to\": \"x\"}' FROM generate_series(1, 20)"
     )
@@ -93,8 +93,9 @@ async def test_a_family_drains(start: Start, db: Any) -> None:
     assert supervisor.said.count("mail x") == 20
 
 
-async def test_a_family_that_is_stuck(start: Start, db: Any) -> None:
-    """Two signals reach a child that blocks, and don't help; the parent ends it then, and its own exit code is 1."""
+async def test_a_child_that_is_stuck(start: Start, db: Any) -> None:
+    """Two signals reach a child that blocks, and don't help. Then the supervisor kills it, and its own exit code is
+    1."""
     quick = "import notifyq.cli.supervisor as f; f.FORCED_SECONDS = f.PATIENCE_SECONDS = 0.2"
     supervisor = start("worker mailer:app --processes 2", first=quick)
     await pids(supervisor, 2)

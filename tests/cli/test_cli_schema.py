@@ -11,7 +11,7 @@ from .test_cli import NOWHERE
 
 
 async def test_schema(run: Run, folder: Path) -> None:
-    """Printed whole to a pipe; what was printed is compatible with itself."""
+    """It is printed whole to a pipe, and is compatible with itself."""
     printed = await run("schema mailer:app")
     assert (printed.code, printed.err) == (0, "")
     assert json.loads(printed.out)["properties"]["SEND_MAIL"]["required"] == ["to"]
@@ -39,7 +39,7 @@ async def test_schema_with_no_document(run: Run, folder: Path) -> None:
 
 
 async def test_schema_queued(run: Run, dsn: str, db: Any, folder: Path) -> None:
-    """Each kind of trouble is a line, and what has ended is nobody's."""
+    """Each kind of trouble is a line. Finished tasks don't count."""
     await run("enqueue SEND_MAIL", '{"to": "a@b.c"}', dsn=dsn)
     fine = await run("schema mailer:app --queued", dsn=dsn)
     assert (fine.code, fine.out) == (0, "")

@@ -17,7 +17,8 @@ from .test_cli_tasks import fill
 
 
 async def test_stats(run: Run, dsn: str, db: Any) -> None:
-    """Counts by queue and state, how long the oldest waits, what nobody takes, and the workers."""
+    """It shows counts by queue and state, how long the oldest task waits, the types that no worker takes, and the
+    workers."""
     await fill(db)
     await db.execute(
         "INSERT INTO notifyq.task (queue, type, created_at, run_at)"
@@ -64,7 +65,7 @@ async def test_stats(run: Run, dsn: str, db: Any) -> None:
 
 
 async def test_queues(run: Run, dsn: str, db: Any) -> None:
-    """Paused, resumed and limited; and a note about a queue that no worker serves, since a name may be mistyped."""
+    """They are paused, resumed and limited. A queue that no worker serves gets a note, since a name may be mistyped."""
     said = await run("queues", dsn=dsn)
     assert (said.code, said.out) == (0, "")
     assert "no queues" in said.err
@@ -127,7 +128,7 @@ async def test_stats_says_what_is_wrong_with_the_database(run: Run, dsn: str, db
 
 
 async def test_a_terminal_gets_a_rich_table(run: Run, dsn: str, db: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same cells, whatever is in them; and plain text where rich isn't installed."""
+    """It has the same cells, whatever is in them; and it is plain text where rich isn't installed."""
     await db.execute("INSERT INTO notifyq.task (queue, type) VALUES ('[red]', E'a\\nb')")
     plain = (await run("tasks", dsn=dsn)).lines
     monkeypatch.setattr(type(sys.stdout), "isatty", lambda _: True)

@@ -19,7 +19,7 @@ from ..helpers.waiting import eventually
 
 
 async def test_a_type_that_no_worker_takes(run: Run, dsn: str, db: Any) -> None:
-    """A note beside the id, if workers are up; the task is enqueued all the same."""
+    """If workers are up, a note stands beside the id. The task is enqueued all the same."""
     assert (await run("enqueue SEND_MIAL", dsn=dsn)).err == "", "no worker is up"
     worker = (
         "INSERT INTO notifyq.worker (name, queues, types, max_attempts, concurrency, lease, seen_at)"
@@ -80,7 +80,7 @@ async def test_show_of_a_task_that_never_began(run: Run, dsn: str, db: Any) -> N
 
 
 async def fill(db: Any) -> dict[str, int]:
-    """A task in each state, the newest last; its id by its state."""
+    """A task in each state, the newest last. Returns the ids by state."""
     ids: dict[str, int] = {}
     finish = """
         WITH gone AS (DELETE FROM notifyq.task WHERE id = $1 RETURNING *)
@@ -108,7 +108,8 @@ async def fill(db: Any) -> dict[str, int]:
 
 
 async def test_tasks(run: Run, dsn: str, db: Any) -> None:
-    """Newest first, with the time that matters in each state, and the error's first characters, harmless ones."""
+    """The newest come first, with the time that matters in each state, and the error's first characters, without
+    control characters."""
     ids = await fill(db)
     said = await run("tasks", dsn=dsn)
     assert (said.code, said.err) == (0, "")
@@ -144,7 +145,7 @@ async def test_a_task_that_is_overdue(run: Run, dsn: str, db: Any) -> None:
 
 @pytest.mark.parametrize("name", ["o'clock", "' OR true --", "q%"])
 async def test_a_queue_of_any_name(run: Run, dsn: str, db: Any, name: str) -> None:
-    """It is compared, and is no part of the statement."""
+    """The name is compared, and is no part of the statement."""
     await db.execute("INSERT INTO notifyq.task (type, queue) VALUES ('A', $1), ('A', 'quiet')", name)
     said = await run("tasks --json --queue", name, dsn=dsn)
     assert [json.loads(line)["queue"] for line in said.lines] == [name]
@@ -161,7 +162,7 @@ async def test_tasks_say_what_one_waits_for(run: Run, dsn: str, db: Any) -> None
 
 
 async def test_tasks_as_json(run: Run, dsn: str, db: Any) -> None:
-    """A line each with all that the view has, whole."""
+    """Each task is a line with all that the view has, whole."""
     await fill(db)
     said = await run("tasks --json --state dead", dsn=dsn)
     task = json.loads(said.out)
@@ -176,7 +177,7 @@ async def test_tasks_as_json(run: Run, dsn: str, db: Any) -> None:
 
 
 async def test_tasks_that_are_not_there(run: Run, dsn: str, db: Any) -> None:
-    """Nothing on stdout; on stderr what may have been meant."""
+    """Nothing is on stdout; on stderr stands what may have been meant."""
     assert (await run("tasks", dsn=dsn)).err == "notifyq: no such tasks\n"
     await fill(db)
     said = await run("tasks --type A_REDY -q q", dsn=dsn)
@@ -194,7 +195,7 @@ async def test_tasks_and_show_say_how_far_one_is(run: Run, dsn: str, db: Any) ->
 
 
 async def test_show(run: Run, dsn: str, db: Any) -> None:
-    """All of one task, for people and as JSON; its errors attempt by attempt."""
+    """It shows all of one task, for people and as JSON, with its errors attempt by attempt."""
     ids = await fill(db)
     said = await run(f"show {ids['dead']}", dsn=dsn)
     assert (said.code, said.err) == (0, "")
@@ -221,7 +222,7 @@ async def looked(db: Any) -> None:
 
 
 async def test_show_follows(run: Run, dsn: str, db: Any) -> None:
-    """Each change until the end, and then the whole; 1 if that isn't done."""
+    """It prints each change until the end, and then the whole. The exit code is 1 if the task isn't done."""
     ids = await fill(db)
     assert (await run(f"show --follow {ids['dead']}", dsn=dsn)).code == 1
     assert (await run(f"show --follow {ids['done']}", dsn=dsn)).code == 0
@@ -258,7 +259,7 @@ async def test_show_follows_one_task_only(run: Run, dsn: str, db: Any) -> None:
 
 
 async def test_retry(run: Run, dsn: str, db: Any) -> None:
-    """What can be retried is; for the others it says why not; 1 if there was one."""
+    """A task that can be retried is. For the others it says why not, and the exit code is 1."""
     ids = await fill(db)
     can = [str(ids[state]) for state in ("dead", "cancelled", "scheduled")]
     said = await run("retry", *can, dsn=dsn)
@@ -276,7 +277,7 @@ async def test_retry(run: Run, dsn: str, db: Any) -> None:
 
 
 async def test_cancel(run: Run, dsn: str, db: Any) -> None:
-    """A task that hasn't ended ends so; 1 if one had, or isn't there."""
+    """A task that hasn't ended ends as cancelled. If one had ended, or isn't there, the exit code is 1."""
     ids = await fill(db)
     said = await run("cancel", *(str(ids[state]) for state in ("scheduled", "ready", "running")), dsn=dsn)
     assert (said.code, said.err, len(said.lines)) == (0, "", 3)
@@ -291,7 +292,7 @@ async def test_cancel(run: Run, dsn: str, db: Any) -> None:
 
 
 async def test_prune(run: Run, dsn: str, db: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By default what workers do; by age; and all, in batches."""
+    """By default it does what workers do; by age; and all, in batches."""
     await fill(db)
     assert (await run("prune", dsn=dsn)).out == "pruned 1 task\n"  # the one cancelled 3 days ago
     assert (await run("prune --history 2h --dead 4d", dsn=dsn)).out == "pruned 0 tasks\n"

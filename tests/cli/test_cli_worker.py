@@ -25,7 +25,8 @@ LOOPS = {"uvloop": "", "asyncio": "sys.modules['uvloop'] = None"}
 
 @pytest.mark.parametrize("loop", LOOPS)
 async def test_a_worker(start: Start, db: Any, loop: str) -> None:
-    """Says what it is, runs tasks, lets handlers enqueue through the app, and ends clean; logs have no payloads."""
+    """It says what it is, runs tasks, lets handlers enqueue through the app, and ends without error. Its log has no
+    payloads."""
     worker = start("worker mailer:app -q default -q mail:5 -c 7 --threads 3", first=LOOPS[loop])
     banner = await worker.line("notifyq 0")
     assert re.fullmatch(r"notifyq \S+: worker \d+ \(\S+:\d+\) on PostgreSQL [\d.]+, schema \d+\n", banner)
@@ -62,7 +63,7 @@ async def test_drain_and_json_logs(start: Start, db: Any) -> None:
 
 
 async def test_a_worker_that_cannot_start(start: Start, empty_dsn: str) -> None:
-    """3 without a server, 4 without a schema, 2 without an app; a line each."""
+    """Exit code 3 without a server, 4 without a schema, 2 without an app; each with one line."""
     for program, code, says in [
         (start("worker mailer:app", at=NOWHERE), 3, "(NOTIFYQ_DSN: postgresql://somebody:***@127.0.0.1:1/nothing)"),
         (start("worker mailer:app", at=empty_dsn), 4, "install it: notifyq migrate"),
@@ -96,7 +97,7 @@ ONE, TWO = [signal.SIGTERM], [signal.SIGINT, signal.SIGTERM]
 async def test_signals(
     start: Start, db: Any, loop: str, how: str, timeout: int, signals: list[int], code: int, after: Any, says: str
 ) -> None:
-    """The first stops with the timeout, the second now; whatever a handler does to the loop, or to signals."""
+    """The first stops with the timeout, the second at once, whatever a handler does to the loop or to signals."""
     more = 0.3 if how == "blocks" else limit()  # for what ends by itself, if only it has the time
     worker = start(f"worker mailer:app --shutdown-timeout {timeout}", first=WATCH.format(more) + LOOPS[loop])
     id = await db.fetchval(INSERT, "SLEEP", json.dumps({"how": how}).encode())
@@ -107,7 +108,7 @@ async def test_signals(
     assert tuple(await db.fetchrow(STATE, id)) == after
 
 
-async def test_a_thread_keeps_nobody(start: Start, db: Any) -> None:
+async def test_a_thread_does_not_keep_the_process(start: Start, db: Any) -> None:
     """A plain handler can't be cancelled. Its task is handed back, and the process ends without waiting for it."""
     worker = start("worker mailer:app --shutdown-timeout 0", first=WATCH.format(limit()))
     id = await db.fetchval(INSERT, "THREAD", b"{}")
@@ -117,7 +118,7 @@ async def test_a_thread_keeps_nobody(start: Start, db: Any) -> None:
 
 
 async def test_the_schema_goes_away(start: Start, db: Any) -> None:
-    """Nothing to wait for: exit code 4."""
+    """The worker has nothing to wait for: exit code 4."""
     worker = start("worker mailer:app")
     await worker.line("stop it")
     while True:
@@ -137,7 +138,7 @@ def record(message: str, **fields: object) -> logging.LogRecord:
 
 
 def test_log_lines() -> None:
-    """key=value, in quotes where a reader would lose the thread; one line a record, and a traceback after it."""
+    """They are key=value, in quotes where a reader would need them; one line a record, with a traceback after it."""
     text = logs.TextLines(pid=False).format(
         record("a\r\nb", id=5, types=["A", "B"], error='he said "no"', empty="", x="\x1b")
     )

@@ -153,7 +153,8 @@ async def test_a_class_that_is_not_the_handlers(app: notifyq.App, db: Any) -> No
 
 
 async def test_in_the_callers_transaction(app: notifyq.App, dsn: str, db: Any, connect: Sessions) -> None:
-    """Rolled back, it never existed; committed, it is there with what else the transaction did."""
+    """If it is rolled back, the task never existed. If it is committed, the task is there with what else the
+    transaction did."""
     conn = await connect()
     for commit in (False, True):
         transaction = conn.transaction()
@@ -166,7 +167,7 @@ async def test_in_the_callers_transaction(app: notifyq.App, dsn: str, db: Any, c
 
 
 async def test_the_callers_own_codecs_do_not_matter(app: notifyq.App, dsn: str, db: Any) -> None:
-    """Theirs may turn jsonb into anything, and text too."""
+    """The caller's codecs may turn jsonb into anything, and text too."""
     conn = await asyncpg.connect(dsn)
     for type in ("jsonb", "json"):
         await conn.set_type_codec(type, schema="pg_catalog", encoder=lambda v: json.dumps([v]), decoder=json.loads)
@@ -211,7 +212,7 @@ async def test_a_hundred_thousand_in_one_call(app: notifyq.App, dsn: str, db: An
 
 
 async def test_many_are_all_or_none(app: notifyq.App, dsn: str, db: Any) -> None:
-    """What fails half-way, in Python or in PostgreSQL, leaves nothing behind."""
+    """An error half-way, in Python or in PostgreSQL, leaves no task behind."""
 
     def broken() -> Any:
         yield Mail(to="a")

@@ -30,7 +30,7 @@ async def bench(dsn: str) -> AsyncIterator[Bench]:
 
 
 async def test_in_the_callers_transaction(bench: Bench, db: Any, dsn: str, connect: Sessions) -> None:
-    """Rolled back, it never existed; committed, it runs, and not before."""
+    """If it is rolled back, the task never existed. If it is committed, the task runs, and not before."""
     conn = await connect()
     async with working(bench.app, dsn):
         for outcome in ("rollback", "commit"):
@@ -48,7 +48,7 @@ async def test_in_the_callers_transaction(bench: Bench, db: Any, dsn: str, conne
 
 
 async def test_a_hundred_thousand_in_one_call(bench: Bench, db: Any) -> None:
-    """All or none, and the ids come in the order of the tasks."""
+    """All are inserted or none, and the ids come in the order of the tasks."""
     ids = await bench.app.enqueue_many((Note(str(n)) for n in range(100_000)), queue="bulk", priority=3)
     assert len(set(ids)) == 100_000
     for n in (0, 1, 54_321, 99_999):
@@ -97,7 +97,7 @@ REFUSED: list[tuple[Any, dict[str, Any], str]] = [
 
 
 async def test_what_cannot_be_is_refused_before_it_is_sent(bench: Bench, db: Any) -> None:
-    """And names the task or the option; in enqueue_many one refuses them all."""
+    """The error names the task or the option. In enqueue_many one mistake refuses all."""
     for task, options, message in REFUSED:
         with pytest.raises(notifyq.ConfigError, match=message):
             await bench.app.enqueue(task, **options)
@@ -107,7 +107,7 @@ async def test_what_cannot_be_is_refused_before_it_is_sent(bench: Bench, db: Any
 
 
 async def test_enqueue_says_what_is_missing(empty_dsn: str) -> None:
-    """A connection; a schema."""
+    """A connection or a schema may be missing."""
     bench = Bench()
     with pytest.raises(notifyq.ConfigError, match="not connected"):
         await bench.app.enqueue(Note())

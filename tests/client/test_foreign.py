@@ -1,4 +1,5 @@
-"""Enqueue on other libraries' connections: in their transactions, with their own ways and settings; and SyncClient."""
+"""Enqueue on connections of other libraries: in their transactions, with their own ways and settings; and
+SyncClient."""
 
 from __future__ import annotations
 
@@ -130,7 +131,7 @@ async def done(value: Any) -> Any:
 
 
 def client(app: notifyq.App, conn: Any) -> Any:
-    """What takes this connection; every kind has commit and rollback, and some of them are awaited."""
+    """The client that takes this connection. Every kind has commit and rollback, and some of them are awaited."""
     return app if inspect.iscoroutinefunction(conn.commit) else notifyq.SyncClient(app)
 
 
@@ -141,7 +142,8 @@ async def say(conn: Any, statement: str) -> None:
 
 @each
 async def test_in_its_transaction(app: notifyq.App, dsn: str, db: Any, kind: Any) -> None:
-    """Rolled back, it never existed, be it the transaction's first statement; committed, it is there as it was sent."""
+    """If it is rolled back, the task never existed, also if it was the transaction's first statement. If it is
+    committed, the task is there as it was sent."""
     at = datetime(2100, 1, 1, tzinfo=UTC)
     text = 'ä%s :x $1 "\\\U0001f600'
     async with kind(dsn) as conn:
@@ -192,7 +194,7 @@ async def test_a_worker_runs_what_was_committed(app: notifyq.App, dsn: str, db: 
 
 @each
 async def test_many_more_than_one_statement_has_of_asyncpgs(app: notifyq.App, dsn: str, db: Any, kind: Any) -> None:
-    """What fails half-way was not sent, and the transaction goes on."""
+    """If preparing them fails half-way, none was sent, and the transaction goes on."""
 
     def broken() -> Any:
         yield from (Mail(to="a") for _ in range(3000))
@@ -212,7 +214,8 @@ async def test_many_more_than_one_statement_has_of_asyncpgs(app: notifyq.App, ds
 
 @each
 async def test_what_postgresql_has_against_it(app: notifyq.App, dsn: str, server: Server, kind: Any) -> None:
-    """Said as for asyncpg, whatever the library wraps it in, without the statement and its values around it."""
+    """The error is the one that asyncpg gives, whatever the library wraps it in, without the statement and its
+    values."""
 
     async def fails(error: type[Exception], message: str, *tasks: Mail) -> None:
         with pytest.raises(error, match=message) as caught:
@@ -307,7 +310,7 @@ async def test_psycopg_in_the_middle_of_a_result(
 
 
 async def test_psycopg_while_another_uses_it(app: notifyq.App, dsn: str, db: Any) -> None:
-    """Another thread's, or another coroutine's, statement is waited for."""
+    """It waits for another thread's, or another coroutine's, statement."""
     client = notifyq.SyncClient(app)
     with psycopg.connect(dsn) as blocking:
         async with anyio.create_task_group() as group:
@@ -347,7 +350,7 @@ AWAITED = (
 
 @each
 async def test_the_wrong_one_of_two(app: notifyq.App, dsn: str, kind: Any) -> None:
-    """Not a coroutine where one isn't awaited, nor a call that blocks the loop."""
+    """It returns no coroutine where none is awaited, and makes no call that blocks the loop."""
     async with kind(dsn) as conn:
         if client(app, conn) is app:
             message = r"conn is a .*, which is awaited: `await app\.enqueue\(task, conn="
@@ -423,7 +426,7 @@ async def test_a_client_of_many_threads(app: notifyq.App, dsn: str, db: Any) -> 
 
 
 async def test_a_client_prepares_no_statement(app: notifyq.App, dsn: str) -> None:
-    """Behind a pooler, the next transaction may be another backend's, which doesn't know it."""
+    """Behind a pooler, the next transaction may have another backend, which doesn't know the statement."""
     client = notifyq.SyncClient(app)
 
     def use() -> list[Any]:
@@ -436,7 +439,7 @@ async def test_a_client_prepares_no_statement(app: notifyq.App, dsn: str) -> Non
 
 
 async def test_a_clients_connections_that_were_cut(app: notifyq.App, dsn: str, db: Any) -> None:
-    """A server that restarted is one failure less."""
+    """When a server has restarted, the client's call doesn't fail."""
     with notifyq.SyncClient(app).connect(dsn) as client:
         client.enqueue(Other())
         backends = "pg_stat_activity WHERE application_name = 'notifyq client'"
@@ -446,7 +449,7 @@ async def test_a_clients_connections_that_were_cut(app: notifyq.App, dsn: str, d
 
 
 async def test_a_client_after_a_fork(app: notifyq.App, dsn: str, db: Any) -> None:
-    """Servers load an application and then fork: the child doesn't talk on its parent's connection."""
+    """Servers load an application and then fork: the child doesn't use its parent's connection."""
     with notifyq.SyncClient(app).connect(dsn) as client:
         client.enqueue(Mail(to="parent"))
         (said, saying), (heard, hearing) = os.pipe(), os.pipe()
@@ -521,7 +524,7 @@ async def test_a_clients_tasks_and_options_are_checked(app: notifyq.App, dsn: st
 
 
 def typed(app: notifyq.App, client: notifyq.SyncClient) -> None:
-    """Not run: what type checkers let pass, and what they don't."""
+    """This isn't run. It shows what type checkers let pass, and what they don't."""
 
     async def taken(
         a: psycopg.AsyncConnection,

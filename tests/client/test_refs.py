@@ -12,6 +12,7 @@ import psycopg
 import pytest
 
 import notifyq
+from notifyq.client import results
 
 from ..helpers.machine import limit
 from ..helpers.running import working
@@ -34,7 +35,7 @@ def app() -> notifyq.App:
 
 
 async def lose(db: Any) -> None:
-    """Every task, and the ids that were given."""
+    """Delete every task, and set the ids back."""
     await db.execute("TRUNCATE notifyq.task, notifyq.finished")
     await db.execute("ALTER SEQUENCE notifyq.task_id_seq RESTART WITH 1")
 
@@ -93,7 +94,11 @@ async def test_a_kept_ref_is_refused_for_another_task(app: notifyq.App, dsn: str
             await ref.cancel()
 
 
-async def test_who_waits_already_hears_of_it(app: notifyq.App, dsn: str, db: Any) -> None:
+async def test_a_wait_that_has_begun_is_refused_too(
+    app: notifyq.App, dsn: str, db: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other task isn't marked as awaited, so its end notifies no one: the slow look finds it."""
+    monkeypatch.setattr(results, "LOOK_SECONDS", 0.2)
     async with app.connect(dsn):
         ref = await app.enqueue(Job())
         failed: list[BaseException] = []

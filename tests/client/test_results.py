@@ -1,4 +1,5 @@
-"""Results: whoever waits is told of a task's end, once, whatever happens to the worker, the server or the way there."""
+"""Results: a caller that waits is told of a task's end once, whatever happens to the worker, the server or the
+network."""
 
 from __future__ import annotations
 
@@ -115,7 +116,9 @@ def test_a_ref_is_its_id() -> None:
     assert msgspec.json.encode(app.ref(5)) == b'{"id":5}'
 
 
-async def test_an_app_that_is_disconnected_tells_who_waits(dsn: str, db: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_app_that_is_disconnected_tells_its_callers(
+    dsn: str, db: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """And closes the connection at once."""
     monkeypatch.setattr(results, "IDLE_SECONDS", 3600.0)
     async with anyio.create_task_group() as group, app.connect(dsn):

@@ -21,8 +21,8 @@ from ..helpers.waiting import eventually
 async def test_a_task_that_is_awaited_at_once_is_not_delayed(
     connected: notifyq.App, dsn: str, monkeypatch: pytest.MonkeyPatch, probe: Probe
 ) -> None:
-    """The mark locks the row for a moment, and a claim steps over it just then. The fallback poll is off, and so is the
-    slow look."""
+    """Marking it as awaited locks the row for a moment, and a claim skips it just then. The fallback poll is off, and
+    so is the slow look."""
     monkeypatch.setattr(results, "LOOK_SECONDS", 3600.0)
     async with working(app, dsn):
         await (await app.enqueue(Pay())).result()
@@ -56,7 +56,7 @@ async def test_thousands_wait_on_one_connection(connected: notifyq.App, dsn: str
     assert waiting() == 0
 
 
-async def test_one_who_is_cancelled_leaves_nothing(connected: notifyq.App, db: Any) -> None:
+async def test_a_cancelled_caller_leaves_nothing(connected: notifyq.App, db: Any) -> None:
     ref = await app.enqueue(Pay())
     async with anyio.create_task_group() as group:
         for _ in range(100):
@@ -70,14 +70,14 @@ async def test_one_who_is_cancelled_leaves_nothing(connected: notifyq.App, db: A
     assert not kept._again
 
 
-async def test_who_never_waits_has_no_connection(connected: notifyq.App, dsn: str, db: Any) -> None:
+async def test_an_app_that_never_waits_has_no_connection(connected: notifyq.App, dsn: str, db: Any) -> None:
     async with working(app, dsn):
         await app.enqueue(Pay())
         await eventually(lambda: db.fetchval("SELECT count(*) FROM notifyq.finished"), 1)
     assert app.results._task is None
 
 
-async def test_nor_who_has_not_waited_for_long(
+async def test_nor_has_an_app_that_has_not_waited_for_long(
     connected: notifyq.App, dsn: str, db: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(results, "IDLE_SECONDS", 0.1)
@@ -88,8 +88,8 @@ async def test_nor_who_has_not_waited_for_long(
             await eventually(lambda: db.fetchval(found, "notifyq results"), 0)
 
 
-async def test_outcomes_are_kept_for_who_waits_without_history(connected: notifyq.App, dsn: str, db: Any) -> None:
-    """Without history, a task that nobody waits for leaves nothing; one that is waited for, its outcome."""
+async def test_outcomes_are_kept_for_callers_without_history(connected: notifyq.App, dsn: str, db: Any) -> None:
+    """Without history, a task for whose result no caller waits leaves no row. If a caller waits, its outcome stays."""
     plain, waited = await app.enqueue(Pay()), await app.enqueue(Pay(cents=7))
     async with wait(waited) as got:
         await marked(db)

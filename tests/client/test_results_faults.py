@@ -32,7 +32,7 @@ from ..helpers.waiting import Seen, eventually
 async def test_a_row_that_is_locked_is_marked_later(
     connected: notifyq.App, connect: Sessions, dsn: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whoever has locked the row isn't waited for, and the others aren't kept."""
+    """No caller waits for the session that has locked the row, and the other tasks are marked."""
     monkeypatch.setattr(results, "LOOK_SECONDS", 3600.0)
     locked, other = await app.enqueue(Pay(cents=1)), await app.enqueue(Pay(cents=2))
     someone = await connect()
@@ -70,7 +70,7 @@ async def test_a_row_that_stays_locked_is_asked_about_ever_more_rarely(
 
 
 async def test_what_ends_between_the_snapshot_and_the_lock(connect: Sessions, db: Any) -> None:
-    """Held up between the two, it says "ask again", and not that nothing is to be waited for."""
+    """The statement is held up between the two. It answers "ask again", and not that there is nothing to wait for."""
     (job,) = await verbs.held(db)
     ender, asker = await connect(), await connect()
     await ender.execute("BEGIN")
@@ -154,8 +154,8 @@ async def test_the_server_restarts_while_thousands_wait() -> None:
         assert sorted(receipt.number for receipt in got) == list(range(2000))
 
 
-async def test_who_may_not_await_is_told(server: Server, dsn: str, db: Any) -> None:
-    """And who is told doesn't keep trying; one who may, by the GRANTs as documented, gets results."""
+async def test_a_role_that_may_not_await_is_told(server: Server, dsn: str, db: Any) -> None:
+    """That caller doesn't try again. One that may await, by the GRANTs as documented, gets results."""
     await admin(server, "DROP ROLE IF EXISTS client", "CREATE ROLE client LOGIN")
     try:
         for grant in grants("enqueuer"):
@@ -180,7 +180,7 @@ async def test_without_the_schema(empty_dsn: str) -> None:
             await app.ref(1).result(timeout=limit())
 
 
-async def test_notifications_that_nobody_meant(connected: notifyq.App, connect: Sessions, dsn: str, db: Any) -> None:
+async def test_forged_notifications(connected: notifyq.App, connect: Sessions, dsn: str, db: Any) -> None:
     """Any role can NOTIFY. Of an id that isn't waited for nothing comes, of one that is, a look."""
     (job,) = await verbs.held(db)
     stranger = await connect()
@@ -198,7 +198,7 @@ async def test_notifications_that_nobody_meant(connected: notifyq.App, connect: 
 
 @pytest.mark.slow
 async def test_a_result_that_can_not_be_sent(connected: notifyq.App, db: Any) -> None:
-    """It is told to who waits for it, and keeps nobody else."""
+    """The caller that waits for it gets the error, and the others get their results."""
     huge = "(SELECT jsonb_agg(1e131071::numeric) FROM generate_series(1, 10000))"
     await db.execute(f"""
         INSERT INTO notifyq.finished (id, created_at, run_at, processed_at, priority, attempts, state, queue, type,
@@ -213,7 +213,7 @@ async def test_a_result_that_can_not_be_sent(connected: notifyq.App, db: Any) ->
 
 
 async def test_pooled(connected: notifyq.App, dsn: str, db: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where no notification arrives, it looks more often. (The real thing: test_servers.)"""
+    """Where no notification arrives, the app looks more often. (test_servers has a real pooler.)"""
     monkeypatch.setattr(results, "is_pooled", lambda conn: True)
     monkeypatch.setattr(results, "POOLED_SECONDS", 0.05)
     async with working(app, dsn):

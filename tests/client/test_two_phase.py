@@ -1,4 +1,4 @@
-"""Two-phase commit: what docs/transactions.md says of it, held to the letter."""
+"""Two-phase commit: all that docs/transactions.md says of it."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ async def test_it_depends_on_whether_a_worker_sleeps(dsn: str, s: Steps, p: Sess
     ],
 )
 async def test_with_the_setting_it_is_prepared_and_runs(dsn: str, s: Steps, p: Session, enqueue: str) -> None:
-    """Nobody is told by it; a NOTIFY after COMMIT PREPARED wakes a worker at once, and the poll is off here."""
+    """It notifies no worker. A NOTIFY after COMMIT PREPARED wakes a worker at once; the poll is off here."""
     seen = Seen()
     async with working(noting(seen), dsn):
         await asleep(s.db)
@@ -110,7 +110,7 @@ async def test_the_setting_ends_with_the_transaction(dsn: str, s: Steps, p: Sess
 
 
 async def test_one_that_is_left_keeps_workers_awake_and_loses_nothing(dsn: str, s: Steps, p: Session) -> None:
-    """They poll, as they do beside any open transaction that has enqueued: what is committed runs at once."""
+    """Workers poll, as they do beside any open transaction that has enqueued: a committed task runs at once."""
     await p("BEGIN")
     await p(INSERT)
     await p("PREPARE TRANSACTION 'left'")

@@ -38,7 +38,8 @@ async def test_claim_goes_by_priority_then_by_id(worker: Any) -> None:
 
 
 async def test_a_claim_from_a_cursor_sees_no_task_before_it(worker: Any) -> None:
-    """By level: the highest priority of a queue first, within its room; what has no mark isn't looked at."""
+    """Of each level (a queue and a priority) it reads from the cursor on: the highest priority of a queue first, up to
+    the queue's capacity. It reads no level without a cursor."""
     me = await register(worker)
     a = [await insert(worker, 4, queue="a", priority=priority) for priority in (0, 5)]
     b = await insert(worker, 4, queue="b")
@@ -51,7 +52,7 @@ async def test_a_claim_from_a_cursor_sees_no_task_before_it(worker: Any) -> None
     assert [job.id for job in await claims.claim(worker, me, {"a": 9}, 9)] == [*a[1][:2], a[0][0]]
 
 
-async def test_claim_keeps_to_each_queues_room_and_to_the_limit(worker: Any) -> None:
+async def test_claim_keeps_to_each_queues_capacity_and_to_the_limit(worker: Any) -> None:
     me = await register(worker)
     for queue in "abc":
         await insert(worker, 5, queue=queue)
@@ -61,8 +62,8 @@ async def test_claim_keeps_to_each_queues_room_and_to_the_limit(worker: Any) -> 
     assert [job.queue for job in jobs] == ["b", "b", "b"]
 
 
-async def test_a_claim_leaves_what_finds_no_thread(worker: Any, connect: Sessions) -> None:
-    """Against a count of one task after the other; and another worker can have what it leaves."""
+async def test_a_claim_leaves_tasks_that_find_no_thread(worker: Any, connect: Sessions) -> None:
+    """The result is compared with a count of one task after the other; and another worker can claim what is left."""
     me, random = await register(worker), Random(5)
     other = await connect()
     for _ in range(60):
@@ -106,7 +107,7 @@ async def test_claim_says_what_a_handler_needs(worker: Any) -> None:
     assert row["processing_at"] > row["created_at"] == job.created_at
 
 
-async def test_claim_leaves_what_is_running_scheduled_or_aside(worker: Any) -> None:
+async def test_claim_leaves_running_scheduled_and_unhandled_tasks(worker: Any) -> None:
     me, _ = await held(worker, 1)
     await insert(worker, run_at="2999-01-01")
     await insert(worker, withheld=True)
@@ -116,7 +117,7 @@ async def test_claim_leaves_what_is_running_scheduled_or_aside(worker: Any) -> N
 
 
 async def test_two_claims_at_once_share(worker: Any, dsn: str) -> None:
-    """The second steps over what the first has locked, without waiting; what the first rolls back is there again."""
+    """The second skips what the first has locked, without waiting. What the first rolls back can be claimed again."""
     me = await register(worker)
     all_ids = await insert(worker, 5)
     other: Any = await connection.connect_worker(dsn, "test")
@@ -141,7 +142,7 @@ async def test_a_worker_that_was_given_up_claims_nothing(worker: Any) -> None:
 
 @pytest.mark.parametrize("at", ["infinity", "-infinity", "20000-01-01", "4000-01-01 BC", "0001-01-01"])
 async def test_an_odd_created_at_is_claimed_all_the_same(worker: Any, at: str) -> None:
-    """It is a time that Python's datetime doesn't have, in one row of a batch that is already leased."""
+    """One row of a batch has a time that Python's datetime doesn't have, and the batch is leased already."""
     me = await register(worker)
     await insert(worker, 2)
     await insert(worker, created_at=at, run_at="-infinity")
@@ -161,7 +162,8 @@ async def test_odd_attempts_are_claimed_all_the_same(worker: Any, attempts: int)
 
 
 async def test_a_claim_leaves_out_large_payloads(worker: Any) -> None:
-    """By what they are when they aren't compressed: 1 MB of x is 12 kB on disk. Each claim statement does."""
+    """Their size is what they are when they aren't compressed: 1 MB of x is 12 kB on disk. This holds for each claim
+    statement."""
     me = await register(worker)
     insert_one = """INSERT INTO notifyq.task (type, payload, withheld) SELECT 'Known', to_jsonb(text), $1
                     FROM (VALUES (repeat('x', 3000)), (repeat('x', 1000000)),
@@ -171,36 +173,37 @@ async def test_a_claim_leaves_out_large_payloads(worker: Any) -> None:
         all_ids = [row[0] for row in await worker.fetch(insert_one, statement == "claim_unhandled")]
         stored = "SELECT pg_column_size(payload) < 16000 FROM notifyq.task WHERE id = $1"
         assert await worker.fetchval(stored, all_ids[1]), "compressed"
-        from_cursor = FromCursor(["default"], [0], [1]) if "onward" in statement else None
-        aside = ["Known"] if statement == "claim_unhandled" else None
+        from_cursor = FromCursor(["default"], [0], [1]) if "from_cursor" in statement else None
+        unhandled = ["Known"] if statement == "claim_unhandled" else None
         threads = claims.Threads([], [], [], 0) if "fitting" in statement else None
         jobs = await claims.claim(
-            worker, me, {"default": 9}, 9, from_cursor=from_cursor, unhandled=aside, threads=threads
+            worker, me, {"default": 9}, 9, from_cursor=from_cursor, unhandled=unhandled, threads=threads
         )
         assert [job.id for job in jobs] == all_ids
         assert [job.payload is None for job in jobs] == [False, True, True], statement
         assert jobs[0].payload == b'"' + b"x" * 3000 + b'"'
         await worker.execute("UPDATE notifyq.task SET worker = NULL, withheld = $1", statement == "claim_unhandled")
         jobs = await claims.claim(
-            worker, me, {"default": 9}, 9, from_cursor=from_cursor, unhandled=aside, threads=threads, blind=True
+            worker, me, {"default": 9}, 9, from_cursor=from_cursor, unhandled=unhandled, threads=threads, blind=True
         )
         assert [job.payload for job in jobs] == [None] * 3
         await worker.execute("DELETE FROM notifyq.task")
 
 
 async def test_a_claim_for_many_takes_smaller_payloads_with_it(worker: Any) -> None:
-    """All that an answer can hold is bounded, so what each may have depends on how many there may be."""
+    """All that an answer holds is bounded, so the size that each payload may have depends on how many tasks are asked
+    for."""
     me = await register(worker)
     text = "SELECT string_agg(sha256(n::text::bytea)::text, '') FROM generate_series(1, 200) n"
-    for room, inline in ((100, True), (1000, False)):
+    for capacity, inline in ((100, True), (1000, False)):
         (id,) = await insert(worker)
         await worker.execute(f"UPDATE notifyq.task SET payload = to_jsonb(({text})) WHERE id = $1", id)
-        (job,) = await claims.claim(worker, me, {"default": room}, room)
+        (job,) = await claims.claim(worker, me, {"default": capacity}, capacity)
         assert (job.payload is not None) is inline
 
 
 async def test_sizes_are_asked_for_up_to_so_many_bytes(worker: Any) -> None:
-    """At least one. Who has lost its lease is told so, and what isn't asked for isn't in the answer."""
+    """At least one payload is returned. For a lost lease the answer says so, and it has only what was asked for."""
     me, mine = await held(worker, 4)
     await worker.execute("UPDATE notifyq.task SET payload = to_jsonb(repeat('x', 98))")
     await worker.execute("UPDATE notifyq.task SET attempts = 2 WHERE id = $1", mine[0])
@@ -235,7 +238,7 @@ HOSTILE = [
 
 @pytest.mark.parametrize("name", HOSTILE, ids=range(len(HOSTILE)))
 async def test_hostile_names_of_queues_and_types(worker: Any, name: str) -> None:
-    """Through every array and every statement, to the end and back; 200 characters of four bytes fit each index."""
+    """They pass every array and every statement, to the end and back. 200 characters of four bytes fit each index."""
     me = await register(worker, types=[name])
     await insert(worker, 2, queue=name, type=name)
     jobs = await claims.claim(worker, me, {name: 9}, 9)
@@ -250,7 +253,8 @@ async def test_hostile_names_of_queues_and_types(worker: Any, name: str) -> None
 
 @pytest.mark.parametrize("length", [201, 1_000_000])
 async def test_a_type_that_is_too_long_to_be_one_is_claimed_cut(worker: Any, length: int) -> None:
-    """201 characters of it tell that it is, and are all that a worker has to hold. The row keeps it whole."""
+    """The claim returns 201 characters of it, which show that it is too long, and are all that a worker has to hold.
+    The row keeps it whole."""
     me = await register(worker)
     (id,) = await insert(worker, type="x" * length)
     for from_cursor in (None, FromCursor(["default"], [0], [id])):
@@ -260,8 +264,9 @@ async def test_a_type_that_is_too_long_to_be_one_is_claimed_cut(worker: Any, len
     assert await worker.fetchval("SELECT length(type) FROM notifyq.task WHERE id = $1", id) == length
 
 
-async def test_a_queue_of_201_characters_is_nobodys(worker: Any) -> None:
-    """No worker can be given it (test_config). It is in nobody's way, and a person sees it and can cancel it."""
+async def test_a_queue_of_201_characters_is_served_by_no_worker(worker: Any) -> None:
+    """No worker can serve it (test_config). It holds up no other queue, and a person sees the task and can cancel
+    it."""
     me = await register(worker)
     (id,) = await insert(worker, queue="x" * 201)
     (good,) = await insert(worker)
@@ -270,7 +275,7 @@ async def test_a_queue_of_201_characters_is_nobodys(worker: Any) -> None:
     assert await worker.fetchval("SELECT notifyq.cancel($1)", id)
 
 
-async def test_adopt_takes_only_what_is_aside_and_known(worker: Any) -> None:
+async def test_claim_unhandled_takes_only_unhandled_tasks_of_known_types(worker: Any) -> None:
     me = await register(worker)
     await insert(worker)
     await insert(worker, withheld=True, type="Strange")
@@ -298,7 +303,7 @@ async def test_due_promotes_and_tells_the_next(worker: Any) -> None:
     assert {id for id, state in (await states(worker)).items() if state == "ready"} == set(overdue)
 
 
-async def test_due_sees_what_waits_in_a_queue_without_room(worker: Any) -> None:
+async def test_due_sees_tasks_in_a_queue_without_capacity(worker: Any) -> None:
     assert not (await worker.fetchrow(SQL["check_due"], [], ["default"], 9, None, None))["blocked"]
     await insert(worker, run_at="2999-01-01")
     assert not (await worker.fetchrow(SQL["check_due"], [], ["default"], 9, None, None))["blocked"]
@@ -307,7 +312,7 @@ async def test_due_sees_what_waits_in_a_queue_without_room(worker: Any) -> None:
 
 
 @pytest.mark.parametrize("at", ["infinity", "294276-12-31 23:59:59"])
-async def test_a_run_at_beyond_all_days_stops_nobody(worker: Any, at: str) -> None:
+async def test_a_run_at_beyond_all_days_stops_no_worker(worker: Any, at: str) -> None:
     await insert(worker, run_at=at)
     row = await worker.fetchrow(SQL["check_due"], ["default"], [], 9, None, None)
     assert row["next_seconds"] > 9e12
@@ -316,7 +321,8 @@ async def test_a_run_at_beyond_all_days_stops_nobody(worker: Any, at: str) -> No
 
 
 async def test_due_of_two_workers_at_once(worker: Any, dsn: str) -> None:
-    """A row that another promotes at this moment is stepped over, and isn't told as the next one either."""
+    """check_due skips a row that another session promotes at this moment, and doesn't return it as the next one
+    either."""
     await insert(worker, 2, created_at="2000-01-01", run_at="2001-01-01")
     other: Any = await connection.connect_worker(dsn, "test")
     transaction = other.transaction()

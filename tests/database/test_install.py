@@ -34,7 +34,7 @@ async def test_migrate_installs_and_then_does_nothing(empty: Any) -> None:
 
 @pytest.mark.parametrize("isolation", ["read committed", "repeatable read", "serializable"])
 async def test_two_migrations_at_once_take_turns(empty_dsn: str, isolation: str) -> None:
-    """Whatever the default is in this database: one that waited must see what the other has installed."""
+    """Whatever the default isolation of the database is, the one that waited sees what the other has installed."""
     found = []
 
     async def migrate() -> None:
@@ -91,7 +91,7 @@ async def test_an_older_schema_asks_for_migrate(empty: Any) -> None:
     ],
     ids=["empty", "other tables", "other columns", "other types", "no version"],
 )
-async def test_a_strangers_schema_of_that_name_is_left_alone(empty: Any, what: str) -> None:
+async def test_another_schema_of_that_name_is_left_alone(empty: Any, what: str) -> None:
     await empty.execute(f"CREATE SCHEMA notifyq; {what}")
     for refuse in (schema.check, schema.migrate):
         with pytest.raises(SchemaError, match="has a schema notifyq that notifyq didn't make; rename or drop"):
@@ -107,7 +107,7 @@ async def test_a_migration_that_fails_leaves_nothing(empty: Any, monkeypatch: py
     assert await schema.installed_version(empty) is None
 
 
-async def test_who_may_not_create_is_told_so(empty: Any) -> None:
+async def test_a_role_that_may_not_create_is_told_so(empty: Any) -> None:
     await empty.execute("SET ROLE pg_monitor")
     with pytest.raises(DatabaseError, match=r"may not create the schema, .* as the database's owner"):
         await schema.migrate(empty)

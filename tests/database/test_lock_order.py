@@ -67,7 +67,7 @@ async def low_and_high(s: Steps) -> tuple[int, int]:
 
 
 async def test_key_locks_are_taken_by_number(s: Steps, w: Session, p: Session, low_and_high: tuple[int, int]) -> None:
-    """Whatever the order of the tasks: a worker that waits for the lower one doesn't hold the higher one."""
+    """The order of the tasks doesn't matter: a worker that waits for the lower lock doesn't hold the higher one."""
     low, high = low_and_high
     [first] = await w(held, options=HIGH)
     [second] = await w(held, options=LOW)
@@ -86,7 +86,7 @@ async def test_key_locks_are_taken_by_number(s: Steps, w: Session, p: Session, l
 async def test_a_worker_that_waits_for_a_key_lock_holds_no_row_of_a_task(
     s: Steps, w: Session, p: Session, verb: Any
 ) -> None:
-    """Nor the bell: so a session that has those locks waits for no worker that waits here."""
+    """It doesn't hold the bell either. So a session that has those locks waits for no worker that waits here."""
     [job] = await w(held, options=LOW)
     await s.db.execute("INSERT INTO notifyq.slot_released (task, ended, queue, limit_key) VALUES (0, false, '', 'k3')")
     await p("BEGIN")
@@ -99,7 +99,7 @@ async def test_a_worker_that_waits_for_a_key_lock_holds_no_row_of_a_task(
 
 
 async def test_the_lock_of_ends_is_the_last_key_lock(s: Steps, w: Session, p: Session) -> None:
-    """A worker that waits for it has all of its key locks, and takes none any more."""
+    """A worker that waits for it holds all the key locks that it needs."""
     [needed] = await insert(s.db, run_at="3000-01-01")
     [job] = await w(held, options=f'{{"after": [{needed}]}}')
     assert await w(admit, [job]) == [(job.id, "after")]
@@ -115,7 +115,7 @@ async def test_the_lock_of_ends_is_the_last_key_lock(s: Steps, w: Session, p: Se
 
 
 async def test_no_claim_and_no_chore_waits_for_the_row_of_a_task(s: Steps, w: Session, p: Session) -> None:
-    """A stranger has locked every row, also of those that wait, are due, or are of a worker that vanished."""
+    """A stranger has locked every row, also of tasks that wait, are due, or belong to a worker that vanished."""
     [needed] = await insert(s.db, run_at="3000-01-01")
     [job] = await w(held, options=LOW)
     [after] = await w(held, options=f'{{"after": [{needed}]}}')
@@ -153,7 +153,7 @@ async def test_no_claim_and_no_chore_waits_for_the_row_of_a_task(s: Steps, w: Se
 async def test_a_worker_that_waits_for_the_turn_or_the_bell_holds_no_more_than_these(
     s: Steps, w: Session, p: Session
 ) -> None:
-    """It holds its sign of life, which no session waits for; and the turn, while it waits for the bell."""
+    """It holds its liveness, which no session waits for; and the turn, while it waits for the bell."""
     await w(prove_alive, 5)
     await p("SELECT pg_advisory_lock(1852990836, 7)")
     waiting = await w.blocked_by(p, "SELECT notifyq.take_turn(7, 60000)")
@@ -171,7 +171,7 @@ async def test_a_worker_that_waits_for_the_turn_or_the_bell_holds_no_more_than_t
 
 
 async def test_two_that_postpone_the_same_release(s: Steps, w: Session, p: Session) -> None:
-    """Neither waits for the rows of the other, of which each wants all."""
+    """Neither waits for the rows of the other, although each wants all of them."""
     other = await s.worker("other")
     await s.db.execute(
         "INSERT INTO notifyq.slot_released (task, ended, queue, limit_key)"
@@ -188,7 +188,7 @@ async def test_two_that_postpone_the_same_release(s: Steps, w: Session, p: Sessi
 
 
 async def test_forgetting_keys_waits_for_no_enqueuer(s: Steps, w: Session, p: Session) -> None:
-    """It would hold some keys meanwhile, for which that enqueuer could then wait."""
+    """While it waited it would hold some keys, for which that enqueuer could then wait."""
     await s.db.execute(
         "INSERT INTO notifyq.unique_key SELECT key, 1000, now(), now() FROM unnest('{first,second}'::text[]) AS key"
     )
@@ -201,7 +201,7 @@ async def test_forgetting_keys_waits_for_no_enqueuer(s: Steps, w: Session, p: Se
 
 
 async def locks(s: Steps, session: Session) -> list[tuple[Any, ...]]:
-    """What it has been granted, but for the locks on its own transaction's id and those that reading takes."""
+    """The locks that it has been granted, but for those on its own transaction's id and those that reading takes."""
     rows = await s.db.fetch(
         "SELECT DISTINCT locktype, classid::bigint, mode FROM pg_locks WHERE pid = $1 AND granted"
         " AND locktype IN ('advisory', 'relation', 'tuple') AND mode <> 'AccessShareLock' ORDER BY 1, 2",

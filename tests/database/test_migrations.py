@@ -122,7 +122,7 @@ def differences(fresh: dict[str, str], upgraded: dict[str, str]) -> list[str]:
 
 @pytest.fixture
 async def fresh(conn: Any) -> dict[str, str]:
-    """The catalogs after an installation, which is gone again."""
+    """The catalogs after an installation, which is removed again."""
     await schema.migrate(conn)
     found = await catalogs(conn)
     await drop(conn)
@@ -163,7 +163,8 @@ def test_every_function_trigger_and_view_of_schema_sql_is_replaced() -> None:
 
 @pytest.mark.parametrize("version", EARLIER)
 async def test_an_interrupted_upgrade_is_run_again(conn: Any, fresh: dict[str, str], version: int) -> None:
-    """After each step in turn, and after the last, which the answer to was lost. Until then the old version counts."""
+    """It is interrupted after each step in turn, and after the last one, whose answer was lost. Until then the old
+    version counts."""
     count = len(upgrade.steps(version, schema.schema_sql()))
     for stop in range(count):
         await install(conn, version)
@@ -185,7 +186,7 @@ async def invalid(conn: Any) -> list[str]:
 
 
 async def test_one_cut_off_while_it_makes_an_index(empty_dsn: str, conn: Any, fresh: dict[str, str]) -> None:
-    """It leaves an index that is none. The next upgrade makes it anew."""
+    """It leaves an invalid index. The next upgrade makes it anew."""
     await install(conn)
     writes: Any = await connection.connect(empty_dsn, role="test")
     reads: Any = await connection.connect(empty_dsn, role="test")
@@ -208,7 +209,7 @@ async def test_one_cut_off_while_it_makes_an_index(empty_dsn: str, conn: Any, fr
 
 
 async def test_every_index_that_was_left_is_made_anew(conn: Any, fresh: dict[str, str]) -> None:
-    """Whatever an upgrade that was cut off has left under the name of an index."""
+    """This holds for whatever an interrupted upgrade has left under the name of an index."""
     await install(conn)
     names = re.findall(
         r"CREATE INDEX CONCURRENTLY (?:IF NOT EXISTS )?(\w+)", "".join(s.sql for s in steps_from(SCHEMA_VERSION))
@@ -221,7 +222,7 @@ async def test_every_index_that_was_left_is_made_anew(conn: Any, fresh: dict[str
 
 
 async def test_upgrades_at_once_take_turns(empty_dsn: str, conn: Any) -> None:
-    """One does it, and the others find it done; that they wait doesn't hold up its indexes."""
+    """One does the work, and the others find it done. That they wait doesn't hold up its indexes."""
     await install(conn)
     said: list[str] = []
     found = []
@@ -266,7 +267,7 @@ TASKS = """
 
 @pytest.mark.parametrize("version", EARLIER)
 async def test_tasks_survive(conn: Any, version: int) -> None:
-    """In every state, and what ended. What an upgrade adds is empty in them."""
+    """Tasks in every state, and finished ones. The columns that an upgrade adds are empty in them."""
     await install(conn, version)
     await conn.execute(TASKS)
     look = "SELECT * FROM notifyq.all_tasks ORDER BY id"
@@ -307,7 +308,7 @@ ODD_STATES = {
         ALTER TABLE notifyq.schema_version ENABLE ROW LEVEL SECURITY;
         CREATE POLICY mine ON notifyq.task USING (queue = current_user)""",
     "unlogged": "ALTER TABLE notifyq.task SET UNLOGGED; ALTER TABLE notifyq.finished SET UNLOGGED",
-    "rows that nobody could have meant": """
+    "rows that make no sense": """
         INSERT INTO notifyq.task (type, worker, attempts, withheld, promoted, processing_at)
         VALUES ('odd', 77, -3, true, true, NULL), ('odd', NULL, 32767, true, true, now()),
                ('odd', 77, 0, false, false, NULL)""",
@@ -317,7 +318,7 @@ ODD_STATES = {
 
 @pytest.mark.parametrize("odd", ODD_STATES)
 async def test_an_upgrade_of_odd_states(empty_dsn: str, conn: Any, odd: str) -> None:
-    """It goes through, and beside it and after it tasks of every kind run."""
+    """It succeeds, and beside it and after it tasks of every kind run."""
     await install(conn)
     await conn.execute(ODD_STATES[odd])
     await conn.execute("INSERT INTO notifyq.task (type) VALUES ('Note')")
@@ -343,7 +344,8 @@ async def test_an_upgrade_of_odd_states(empty_dsn: str, conn: Any, odd: str) -> 
 
 
 async def test_an_owner_that_does_not_see_its_version_is_told(server: Server, empty_dsn: str, conn: Any) -> None:
-    """Row level security that is forced on the owner hides the version: nothing is changed, and nothing to drop."""
+    """Row level security that is forced on the owner hides the version: nothing is changed, and no error advises to
+    drop anything."""
     await install(conn)
     await admin(server, "CREATE ROLE landlady LOGIN")
     try:
@@ -361,7 +363,7 @@ async def test_an_owner_that_does_not_see_its_version_is_told(server: Server, em
         await admin(server, "DROP ROLE landlady")
 
 
-# --- Who is served, and who may upgrade
+# --- Which versions of the code work, and which roles may upgrade
 
 
 async def test_code_of_one_version_before_works_on(conn: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -384,7 +386,7 @@ async def test_code_of_this_version_asks_for_an_upgrade(conn: Any) -> None:
 
 
 async def test_a_pooler_is_no_way_to_upgrade(empty_dsn: str, conn: Any) -> None:
-    """What outlives a transaction is in vain there. An installation is one transaction."""
+    """A setting or lock that outlives a transaction has no effect there. An installation is one transaction."""
     pooled: Any = await asyncpg.connect(empty_dsn, connection_class=connection.Pooled)
     assert await schema.migrate(pooled) == (None, NEXT)
     await drop(conn)
@@ -403,11 +405,9 @@ async def test_a_standby_is_told_so(empty_dsn: str, conn: Any) -> None:
     standby.terminate()
 
 
-async def test_what_is_made_belongs_to_the_owner_and_serves_those_it_served(
-    server: Server, empty_dsn: str, conn: Any
-) -> None:
-    """An owner who is nobody else's superuser, whose schema a superuser upgrades; and the roles that were granted what
-    version before asked for: they have what the new schema.sql asks for."""
+async def test_an_upgrade_keeps_the_owner_and_the_roles_rights(server: Server, empty_dsn: str, conn: Any) -> None:
+    """A superuser upgrades the schema of an owner who isn't one. Roles that were granted what the version before asked
+    for have what the new schema.sql asks for."""
     roles = ("worker", "enqueuer", "reader")
     await admin(server, 'CREATE ROLE "The Owner" LOGIN', *(f"CREATE ROLE m_{role} LOGIN" for role in roles))
     try:
@@ -444,7 +444,7 @@ async def test_what_is_made_belongs_to_the_owner_and_serves_those_it_served(
 
 
 async def rights(conn: Any) -> set[tuple[str, ...]]:
-    """Who else than the owner may do what with which table or column."""
+    """Which roles besides the owner may do what with which table or column."""
     rows = await conn.fetch(
         """SELECT c.oid::regclass::text, '', a.grantee::regrole::text, a.privilege_type
            FROM pg_class c CROSS JOIN aclexplode(c.relacl) AS a
@@ -457,8 +457,9 @@ async def rights(conn: Any) -> set[tuple[str, ...]]:
     return {tuple(row) for row in rows}
 
 
-async def test_functions_of_theirs_that_call_ours_go_on(conn: Any) -> None:
-    """notifyq.enqueue has a new parameter, so it is another function. Theirs keeps the one it was made with."""
+async def test_users_functions_that_call_ours_go_on(conn: Any) -> None:
+    """notifyq.enqueue has a new parameter, so it is another function. A user's function keeps the one that it was made
+    with."""
     await install(conn)
     await conn.execute(
         "CREATE FUNCTION theirs() RETURNS bigint LANGUAGE sql"
@@ -473,8 +474,8 @@ async def test_functions_of_theirs_that_call_ours_go_on(conn: Any) -> None:
 
 @pytest.mark.parametrize("version", EARLIER)
 async def test_by_hand(conn: Any, fresh: dict[str, str], version: int) -> None:
-    """What `migrate --sql --from` prints, run as psql does: a line that is a command of psql's own, then one statement,
-    or transaction, after the other."""
+    """What `migrate --sql --from` prints, run as psql does: a command of psql's own is a line; then one statement, or
+    transaction, follows the other."""
     await install(conn, version)
     head, *parts = re.split(r"^(?=SET lock_timeout)", upgrade.script(version, schema.schema_sql()), flags=re.MULTILINE)
     assert head.count("\n\\") == 1
@@ -500,7 +501,7 @@ def planned() -> dict[str, str]:
 
 
 async def shapes(conn: Any) -> dict[str, Any]:
-    """What each takes and returns."""
+    """The parameters and columns of each."""
     found = {}
     for name, text in SQL.items():
         one = await conn.prepare(text)
@@ -510,7 +511,7 @@ async def shapes(conn: Any) -> dict[str, Any]:
 
 
 async def indexes(conn: Any) -> dict[str, set[str]]:
-    """Which indexes the plans read; None among them: a table is read as a whole."""
+    """Which indexes the plans read. None among them: a table is read as a whole."""
     found = {}
     for name, text in planned().items():
         count = len((await conn.prepare(text)).get_parameters())
@@ -524,7 +525,7 @@ async def indexes(conn: Any) -> dict[str, set[str]]:
 
 
 async def test_an_old_workers_statements_mean_the_same_after_an_upgrade(empty_dsn: str, conn: Any) -> None:
-    """Each takes and returns what it did, by the same indexes: none reads a whole table from then on."""
+    """Each takes and returns what it did, and reads the same indexes: none reads a whole table from then on."""
     await install(conn)
     worker = await connection.connect_worker(empty_dsn, "test")
     try:
@@ -538,7 +539,7 @@ async def test_an_old_workers_statements_mean_the_same_after_an_upgrade(empty_ds
 
 
 async def test_old_and_new_workers_side_by_side(empty_dsn: str, conn: Any) -> None:
-    """An old worker works while its schema is upgraded under it, and then beside a new one. Each task ends once."""
+    """An old worker works while its schema is upgraded, and then beside a new one. Each task ends once."""
     await install(conn)
     app, seen = notifyq.App(), Seen()
 
@@ -583,8 +584,8 @@ async def test_old_and_new_workers_side_by_side(empty_dsn: str, conn: Any) -> No
 async def test_real_workers_under_an_upgrade(
     dsn: str, db: Any, spawn: Callable[..., Process], connect: Sessions
 ) -> None:
-    """An upgrade that was interrupted at its very end, so that all of it is run again, and again, under workers that
-    are at work; one of them is killed. Each task ends once, and the statements that were kept prepared heal."""
+    """An upgrade was interrupted at its very end, so that all of it is run again, and again, while workers work; one of
+    them is killed. Each task ends once, and the workers' prepared statements are prepared anew where they must be."""
     workers = [await started(spawn, "concurrency=20") for _ in range(2)]  # which has all read that they say
     app = notifyq.App()
 
@@ -626,8 +627,8 @@ STRONG = """
 
 @pytest.mark.parametrize("version", EARLIER)
 async def test_a_step_locks_the_tables_that_it_says(conn: Any, version: int) -> None:
-    """And the one that every task is in alone, if at all: who waits for one table must not keep another. No step writes
-    one of them anew."""
+    """A step that locks the table of tasks locks no other: while it waits for one table, it must not block another. No
+    step rewrites a table."""
     await install(conn, version)
     files = """SELECT relname, pg_relation_filenode(oid) FROM pg_class
                WHERE relnamespace = 'notifyq'::regnamespace AND relkind <> 'S'"""
@@ -649,7 +650,7 @@ async def test_a_step_locks_the_tables_that_it_says(conn: Any, version: int) -> 
     assert {name: after.get(name) for name in before} == before
 
 
-async def test_nobody_waits_for_an_upgrade_that_waits(empty_dsn: str, conn: Any, probe: Probe) -> None:
+async def test_no_statement_waits_for_an_upgrade_that_waits(empty_dsn: str, conn: Any, probe: Probe) -> None:
     """A transaction that has enqueued stays open for seconds, another that reads for longer. Meanwhile others enqueue,
     claim and settle: none of their statements waits for long, however long the upgrade must wait."""
     await install(conn)

@@ -25,7 +25,7 @@ FROM (SELECT id FROM notifyq.task WHERE type = $1) it WHERE it.id = t.id
 
 @pytest.fixture
 async def filled(as_role: Any) -> Any:
-    """Tasks in every state, with all options; as the worker, who may do everything."""
+    """Tasks in every state, with all options. They are inserted by the worker's role, which may do all of it."""
     worker = await as_role("worker")
     for table in ("task", "finished", "queue", "slot_released", "cron", "dependency"):
         await worker.execute(f"DELETE FROM notifyq.{table}")
@@ -63,7 +63,7 @@ async def filled(as_role: Any) -> Any:
 
 
 async def test_what_an_operator_may(as_role: Any, filled: Any) -> None:
-    """Each does what it does for the worker's role, on tasks that others wait for too."""
+    """Each function does what it does for the worker's role, also on tasks that others wait for."""
     conn = await as_role("operator")
     ids = {row["type"]: row["id"] for row in await filled.fetch("SELECT id, type FROM notifyq.all_tasks")}
     for call, answer in (
@@ -86,7 +86,7 @@ async def test_what_an_operator_may(as_role: Any, filled: Any) -> None:
 
 
 async def test_what_an_operator_may_not(as_role: Any, filled: Any) -> None:
-    """Be a worker, change what a task is, or the schema."""
+    """It may not be a worker, nor change what a task is, nor the schema."""
     conn = await as_role("operator")
     for statement in (
         "INSERT INTO notifyq.worker (name, queues) VALUES ('x', '{}')",
@@ -104,13 +104,13 @@ async def test_what_an_operator_may_not(as_role: Any, filled: Any) -> None:
 
 @pytest.mark.parametrize("statement", RECIPES)
 async def test_the_recipes(as_role: Any, filled: Any, statement: str) -> None:
-    """Of docs/operate.md, each by itself, by this role."""
+    """Each statement of docs/operate.md is run by itself, by this role."""
     conn = await as_role("operator")
     await conn.execute(statement)
 
 
 async def test_the_connections_of_a_worker(dsn: str, db: Any) -> None:
-    """As the page's table has them; and the transaction of the bell holds no snapshot."""
+    """They are those of the page's table, and the transaction of `notifyq bell N` holds no snapshot."""
     app = notifyq.App()
 
     class Some(notifyq.Task):

@@ -51,7 +51,8 @@ HISTORY = f"""
 
 @pytest.fixture(scope="module")
 async def crowd(server: Server, template: str) -> AsyncIterator[str]:
-    """A database with 300,000 tasks each that are finished, ready and scheduled; a thousand running, and aside."""
+    """A database with 300,000 finished, 300,000 ready and 300,000 scheduled tasks, a thousand running ones, and a
+    thousand that no worker here handles."""
     await admin(server, f"CREATE DATABASE crowd TEMPLATE {template}")
 
     async def fill(statement: str, then: str) -> None:
@@ -141,7 +142,7 @@ async def test_nothing_reads_more_than_it_returns(sessions: dict[str, Any], mome
     """Of ten tasks: a few dozen index entries each, with 900,000 rows around them."""
     conn = sessions[moment]
     async with rolled_back(conn, moment):
-        rooms: dict[str, int] = {"default": 10, "empty": 10}
+        free: dict[str, int] = {"default": 10, "empty": 10}
         most = {}
         for name, *rest in (
             ("finish", ["done"] * 10, [], [], True),
@@ -149,7 +150,7 @@ async def test_nothing_reads_more_than_it_returns(sessions: dict[str, Any], mome
             ("hand_back",),
             ("release_unhandled",),
         ):
-            jobs, most["claim"] = await touched(conn, lambda: claims.claim(conn, 1, rooms, 10))
+            jobs, most["claim"] = await touched(conn, lambda: claims.claim(conn, 1, free, 10))
             args = [[job.id for job in jobs], [job.attempt for job in jobs], *rest]
             rows, most[name] = await touched(conn, lambda name=name, args=args: conn.fetch(SQL[name], 1, *args))  # type: ignore[misc]
             assert len(jobs) == len(rows) == 10
@@ -157,7 +158,7 @@ async def test_nothing_reads_more_than_it_returns(sessions: dict[str, Any], mome
             threads = claims.Threads(["Other", "Known"], [1, 4], [0, 2], 1)
             jobs, most[f"claim{beside}_fitting"] = await touched(
                 conn,
-                partial(claims.claim, conn, 1, rooms, 10, from_cursor=from_cursor, threads=threads),
+                partial(claims.claim, conn, 1, free, 10, from_cursor=from_cursor, threads=threads),
             )
             assert len(jobs) == 6
         rows, most["list_next_types"] = await touched(
@@ -165,7 +166,7 @@ async def test_nothing_reads_more_than_it_returns(sessions: dict[str, Any], mome
         )
         assert [tuple(row) for row in rows] == [("default", "Known")]
         jobs, most["claim_unhandled"] = await touched(
-            conn, lambda: claims.claim(conn, 1, rooms, 10, unhandled=["Strange", "Other"])
+            conn, lambda: claims.claim(conn, 1, free, 10, unhandled=["Strange", "Other"])
         )
         assert len(jobs) == 10
         args = [len(jobs), "ok", [job.id for job in jobs], [job.attempt for job in jobs]]
@@ -206,8 +207,8 @@ async def test_a_claim_costs_the_same_in_a_crowd(sessions: dict[str, Any], worke
 
 
 async def test_claims_from_a_cursor_step_over_no_dead_entries(worker: Any, connect: Sessions, db: Any) -> None:
-    """Under a held snapshot the entries of a thousand finished tasks stay: a claim, or a look for what is due, that
-    begins at the front reads them all, and one that begins at a mark none."""
+    """A snapshot is held, so the entries of a thousand finished tasks stay in the index. A claim, or a look for what is
+    due, that begins at the head reads them all; one that begins at a cursor reads none."""
     me = await register(worker)
     await insert(worker, 1010)
     await db.execute(
@@ -240,7 +241,7 @@ async def test_claims_from_a_cursor_step_over_no_dead_entries(worker: Any, conne
 
 @pytest.mark.parametrize("moment", MOMENTS)
 async def test_what_people_call_is_looked_up_too(sessions: dict[str, Any], moment: str) -> None:
-    """On an ordinary connection, where the planner has its way."""
+    """The connection is an ordinary one, on which the planner chooses freely."""
     conn = sessions[f"person, {moment}"]
     ready, scheduled, running, dead, done = 3001, 3002, 1001, 10_000_010, 10_000_011
     for query, id, want in (
@@ -262,7 +263,7 @@ async def test_what_people_call_is_looked_up_too(sessions: dict[str, Any], momen
 
 @pytest.mark.parametrize("moment", MOMENTS)
 async def test_a_unique_task_looks_up_one(sessions: dict[str, Any], moment: str) -> None:
-    """Enqueued and kept, on an ordinary connection, with 900,000 rows around it."""
+    """It is enqueued and kept on an ordinary connection, with 900,000 rows around it."""
     conn = sessions[f"person, {moment}"]
     query = """SELECT notifyq.enqueue('Known', options => '{"unique_key": "k"}')"""
     async with rolled_back(conn, moment):

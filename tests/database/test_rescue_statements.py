@@ -27,7 +27,7 @@ async def worker(dsn: str) -> AsyncIterator[Any]:
     conn.terminate()
 
 
-async def test_tick_is_a_sign_of_life_and_hears_of_lost_leases(worker: Any) -> None:
+async def test_a_heartbeat_is_recorded_and_hears_of_lost_leases(worker: Any) -> None:
     me, (mine, gone, again) = await held(worker, 3)
     quiet, quieter = await register(worker, "quiet:1"), await register(worker, "quieter:1")
     await silent(worker, me, 20)
@@ -51,7 +51,7 @@ async def test_tick_is_a_sign_of_life_and_hears_of_lost_leases(worker: Any) -> N
     assert not (await worker.fetchrow(SQL["send_heartbeat"], 99, *args[1:]))["registered"]
 
 
-async def test_tick_sees_only_what_is_aside_for_it(worker: Any) -> None:
+async def test_a_heartbeat_sees_only_unhandled_tasks_that_it_could_run(worker: Any) -> None:
     me = await register(worker)
     await insert(worker, withheld=True, type="Strange")
     await insert(worker, withheld=True, queue="mail")
@@ -73,7 +73,8 @@ LOCK = "SELECT pg_try_advisory_lock_shared(1852990827, $1)"
     [(0, False, False), (1, False, False), (2.5, False, True), (2.5, True, False), (31, True, True)],
 )
 async def test_rescue_only_of_the_dead(worker: Any, dsn: str, seconds: float, locked: bool, rescued: bool) -> None:
-    """Its lock free and not seen for 2 seconds, or not seen for its lease of 30, lock or no lock."""
+    """A worker is dead if its lock is free and it hasn't been seen for 2 seconds, or if it hasn't been seen for its
+    lease of 30 s, with or without the lock."""
     me, (id,) = await held(worker)
     its_own = await connection.connect_worker(dsn, "test")
     if locked:
@@ -115,7 +116,7 @@ async def test_rescue_counts_as_an_attempt_and_says_why(worker: Any) -> None:
 async def test_rescue_ends_what_has_spent_its_attempts(
     worker: Any, columns: dict[str, Any], allowed: int, dead: bool
 ) -> None:
-    """What the row says, else what its worker said of the type, else 10."""
+    """The number of attempts is that of the row, or else what its worker said of the type, or else 10."""
     me = await register(worker, allowed=[allowed])
     _, (id,) = await held(worker, worker=me, payload='{"a": 1}', **columns)
     await silent(worker, me, 5)
@@ -132,7 +133,8 @@ CRASHES = "SELECT crashes, crashes_alone, parked, attempts FROM notifyq.task WHE
 
 
 async def test_a_crash_beside_others_is_no_failure(worker: Any) -> None:
-    """Ready again after the first, though it allows one attempt; parked after the second, and claimed as a suspect."""
+    """The task is ready again after the first crash, though it allows one attempt. After the second it is parked, and
+    claimed as a suspect."""
     ids: list[int] = []
     for crash in (1, 2, 3):
         if crash == 1:
@@ -161,7 +163,7 @@ async def test_a_crash_beside_others_is_no_failure(worker: Any) -> None:
 
 
 async def test_three_crashes_alone_are_the_end(worker: Any) -> None:
-    """Though ten attempts are allowed, and others of the past don't count."""
+    """Ten attempts are allowed, and that doesn't count; nor do earlier crashes beside others."""
     me, (id,) = await held(worker, 1, attempts=7, crashes=7)
     for crash in (1, 2, 3):
         await silent(worker, me, 5)
@@ -179,7 +181,7 @@ async def test_three_crashes_alone_are_the_end(worker: Any) -> None:
 
 
 async def test_the_last_of_many_was_not_alone(worker: Any) -> None:
-    """A rescue in pieces, or one that leaves what is locked, sees one task in the end."""
+    """A rescue in pieces, or one that leaves what is locked, sees only one task in the end."""
     me, _ = await held(worker, 3)
     await silent(worker, me, 5)
     for _ in range(3):
@@ -257,7 +259,7 @@ async def test_prune_by_age_each_state_by_its_own(worker: Any) -> None:
     assert sorted((await states(worker)).values()) == ["dead", "ready"]
 
 
-async def test_release_hands_back_all_of_one_worker(worker: Any) -> None:
+async def test_hand_back_all_hands_back_all_of_one_worker(worker: Any) -> None:
     me, mine = await held(worker, 3)
     _, (other,) = await held(worker, worker=await register(worker, "other:1"))
     assert await worker.fetchval(SQL["hand_back_all"], me, None) == 3

@@ -28,7 +28,7 @@ async def worker(dsn: str) -> AsyncIterator[Any]:
     conn.terminate()
 
 
-# Who says "look again". A claim or a promotion that rang would wake the whole fleet for nothing.
+# Which statements ring. A claim or a promotion that rang would wake the whole fleet for nothing.
 RINGS: dict[str, tuple[Any, Callable[[Any, int, int], Any]]] = {
     "claim": (False, lambda c, w, id: claims.claim(c, w, {"default": 9}, 9)),
     "check_due": (False, lambda c, w, id: c.fetchrow(SQL["check_due"], ["default"], [], 9, None, None)),
@@ -55,7 +55,7 @@ RINGS: dict[str, tuple[Any, Callable[[Any, int, int], Any]]] = {
 
 
 @pytest.mark.parametrize("name", RINGS)
-async def test_who_rings_while_somebody_sleeps(worker: Any, db: Any, connect: Sessions, name: str) -> None:
+async def test_which_statements_ring_while_a_worker_sleeps(worker: Any, db: Any, connect: Sessions, name: str) -> None:
     want, act = RINGS[name]
     me, (id,) = await held(worker)
     await insert(worker, created_at="2000-01-01", run_at="2001-01-01")
@@ -73,7 +73,7 @@ async def test_who_rings_while_somebody_sleeps(worker: Any, db: Any, connect: Se
     assert heard[:-1] == ([""] if want is True else [want] if want else [])
 
 
-async def test_a_ring_that_fails_aborts_nobodys_insert(worker: Any) -> None:
+async def test_a_ring_that_fails_aborts_no_insert(worker: Any) -> None:
     async with rolled_back(worker):
         await worker.execute("DROP TABLE notifyq.bell")
         assert len(await insert(worker)) == 1

@@ -117,7 +117,7 @@ FOR_ALL = {
 @pytest.mark.parametrize("options", [None, '{"order_key": "a"}'], ids=["plain", "ordered"])
 @pytest.mark.parametrize("name", ENQUEUES)
 async def test_an_enqueuer_may_run_its_own_statements(as_role: Any, name: str, options: str | None) -> None:
-    """With no more than the GRANTs of "may enqueue": a plain task, one with options, many, a group."""
+    """It has no more than the GRANTs of "may enqueue": a plain task, one with options, many, a group."""
     conn, worker = await as_role("enqueuer"), await as_role("worker")
     rest = ["cancel"] if name == "enqueue_then" else []
     async with conn.transaction():
@@ -141,7 +141,7 @@ async def test_an_enqueuer_may_run_its_own_statements(as_role: Any, name: str, o
 
 @pytest.mark.parametrize("name", sorted(set(SQL) - FOR_ALL))
 async def test_an_enqueuer_may_run_no_statement_of_a_worker(as_role: Any, name: str) -> None:
-    """Claim, settle, rescue, heartbeat: refused. (Six read only what the system shows everybody.)"""
+    """Claim, settle, rescue and heartbeat are refused. (Six statements read only what PostgreSQL shows every role.)"""
     conn = await as_role("enqueuer")
     statement = await conn.prepare(SQL[name])
     values = {
@@ -159,7 +159,7 @@ async def test_an_enqueuer_may_run_no_statement_of_a_worker(as_role: Any, name: 
 
 
 async def test_the_roles_together(roles: Any, as_role: Any) -> None:
-    """An enqueuer's task wakes the worker role's sleeping worker; the reader sees what became of it."""
+    """An enqueuer's task wakes the worker role's sleeping worker, and the reader sees what became of it."""
     app, seen = notifyq.App(), Seen()
 
     class Told(notifyq.Task):
@@ -185,7 +185,7 @@ async def test_the_roles_together(roles: Any, as_role: Any) -> None:
 
 
 async def test_an_enqueuer_without_the_bell_still_enqueues(server: Server, as_role: Any) -> None:
-    """It can't ask whether somebody sleeps, so it always rings."""
+    """It can't ask whether a worker sleeps, so it always rings."""
     await admin(server, "DROP ROLE IF EXISTS plain", "CREATE ROLE plain LOGIN")
     owner = await connection.connect(server.dsn("roles"), role="test")
     for grant in grants("enqueuer"):

@@ -93,7 +93,8 @@ async def test_all_tasks_names_the_state(conn: Any, what: str) -> None:
 
 @pytest.mark.parametrize("what", MAKE)
 async def test_cancel(conn: Any, what: str) -> None:
-    """Ends what lives, running or not, and says so; of what is over, and of the unknown, it says false."""
+    """It ends a task that hasn't ended, running or not, and returns true. For a finished or unknown task it returns
+    false."""
     id = await make(conn, what)
     before = await see(conn, id)
     lives = what not in ("done", "dead", "cancelled")
@@ -110,7 +111,8 @@ async def test_cancel(conn: Any, what: str) -> None:
 
 @pytest.mark.parametrize("what", MAKE)
 async def test_retry(conn: Any, what: str) -> None:
-    """Brings back what is dead or cancelled, hastens what is scheduled; the rest it leaves alone, and says false."""
+    """It brings back a dead or cancelled task, and makes a scheduled one ready. It leaves others alone, and returns
+    false."""
     id = await make(conn, what)
     before = await see(conn, id)
     assert await conn.fetchval("SELECT notifyq.retry($1)", id) is (what in ("dead", "cancelled", "scheduled"))
@@ -140,7 +142,7 @@ async def test_a_cancelled_task_can_be_retried_and_cancelled_again(conn: Any) ->
 
 
 async def test_enqueue_has_the_tables_defaults(conn: Any) -> None:
-    """A row by the function, and one by INSERT: the same but for id and created_at."""
+    """A row by the function and one by INSERT are the same but for id and created_at."""
     await conn.fetchval("SELECT notifyq.enqueue('T')")
     await conn.execute("INSERT INTO notifyq.task (type) VALUES ('T')")
     one, other = await conn.fetch("SELECT * FROM notifyq.task ORDER BY id")
@@ -179,7 +181,7 @@ async def test_enqueue_refuses(conn: Any, arguments: str, message: str) -> None:
 
 
 async def test_enqueue_takes_null_for_the_default(conn: Any) -> None:
-    """Of every argument that has one; a type has none."""
+    """This holds for every argument that has a default; the type has none."""
     names = ("payload", "queue", "run_at", "priority", "max_attempts", "options")
     nulls = ", ".join(f"{name} => NULL" for name in names)
     for call in (f"notifyq.enqueue('T', {nulls})", "notifyq.enqueue('T', NULL, NULL, NULL, NULL, NULL, NULL)"):
@@ -218,8 +220,8 @@ async def test_everything_has_a_comment(conn: Any) -> None:
     assert len(await conn.fetch(WITHOUT_COMMENT)) == 2, "what has none is found"
 
 
-async def test_the_functions_that_anybody_may_call_are_named(conn: Any) -> None:
-    """In the head of schema.sql; the others' comments say that they are internal."""
+async def test_the_functions_that_people_may_call_are_named(conn: Any) -> None:
+    """They are named in the head of schema.sql. The comments of the others say that they are internal."""
     rows = await conn.fetch(
         """SELECT DISTINCT proname::text FROM pg_proc
            WHERE pronamespace = 'notifyq'::regnamespace AND obj_description(oid, 'pg_proc') NOT LIKE 'Internal: %'"""
@@ -230,7 +232,7 @@ async def test_the_functions_that_anybody_may_call_are_named(conn: Any) -> None:
     assert re.findall(r"[a-z_]{5,}", said.replace(" of queues", "")) == PUBLIC.split()
 
 
-async def test_nobody_chooses_an_id_by_accident(conn: Any) -> None:
+async def test_no_insert_chooses_an_id_by_accident(conn: Any) -> None:
     with pytest.raises(asyncpg.GeneratedAlwaysError):
         await conn.execute("INSERT INTO notifyq.task (id, type) VALUES (1, 'T')")
 
@@ -242,7 +244,7 @@ async def test_the_bell_takes_no_row(conn: Any) -> None:
                 await conn.execute(f"INSERT INTO notifyq.bell {values}")
 
 
-# Everything that somebody who may make a schema could shadow, and a table that tells.
+# All that a role with the right to make a schema could shadow, and a table that tells.
 def shadow(name: str, returns: str, does: str) -> str:
     return f"""CREATE FUNCTION evil.{name} RETURNS {returns} LANGUAGE sql AS
                'UPDATE evil.called SET called = called OPERATOR(pg_catalog.+) 1; SELECT {does}';"""
@@ -267,7 +269,7 @@ EVIL = f"""
 
 
 async def test_the_functions_take_no_names_from_the_search_path(conn: Any) -> None:
-    """The view too. The names are those of the time they were made, and cost nothing at a call."""
+    """Nor does the view. Its names are those of the time when it was made, and cost nothing at a call."""
     await conn.execute(EVIL)
     await conn.execute("SET LOCAL search_path = evil, pg_catalog")
     other = await conn.fetchval("SELECT notifyq.enqueue('Other')")

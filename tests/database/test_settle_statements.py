@@ -34,7 +34,8 @@ FENCED: dict[str, list[Any]] = {
 
 @pytest.mark.parametrize("name", [*FENCED, "finish_in_transaction"])
 async def test_a_lost_lease_settles_nothing(worker: Any, name: str) -> None:
-    """Not another worker's, not another attempt's, not an unknown id's: the row stays as it is, to the last column."""
+    """The lease of another worker, of another attempt or of an unknown id settles nothing: the row stays as it is, to
+    the last column."""
 
     async def settle(by: int, target: int, attempt: int) -> list[Any]:
         if name == "finish_in_transaction":  # one task, and it returns no id
@@ -140,7 +141,7 @@ async def test_a_handed_back_attempt_did_not_happen(worker: Any) -> None:
     assert job.attempt == 1
 
 
-async def test_handed_back_after_its_time_had_come_it_is_still_ready(worker: Any) -> None:
+async def test_a_due_task_that_is_handed_back_is_still_ready(worker: Any) -> None:
     await insert(worker, created_at="2000-01-01", run_at="2001-01-01")
     await worker.fetchrow(SQL["check_due"], ["default"], [], 9, None, None)
     me = await register(worker)
@@ -149,7 +150,7 @@ async def test_handed_back_after_its_time_had_come_it_is_still_ready(worker: Any
     assert await states(worker) == {job.id: "ready"}
 
 
-async def test_set_aside_keeps_out_of_the_way(worker: Any) -> None:
+async def test_an_unhandled_task_holds_up_no_other(worker: Any) -> None:
     me, (id,) = await held(worker, 1)
     await worker.fetch(SQL["release_unhandled"], me, [id], [1])
     row = await task(worker, id)

@@ -158,14 +158,16 @@ def test_every_statement_is_in_the_table() -> None:
 
 @pytest.mark.parametrize("name", STATEMENTS)
 async def test_it_prepares_with_these_types(name: str, worker: Any) -> None:
-    """asyncpg encodes by these: a parameter without a cast that turns from int4 into text fails only when it runs."""
+    """asyncpg encodes by these. A parameter without a cast that turns from int4 into text would fail only when it
+    runs."""
     statement = await worker.prepare(SQL[name])
     assert " ".join(p.name for p in statement.get_parameters()) == STATEMENTS[name].parameters
     assert " ".join(f"{a.name}:{a.type.name}" for a in statement.get_attributes()) == STATEMENTS[name].columns
 
 
 async def test_it_prepares_beside_functions_of_extensions(worker: Any, db: Any) -> None:
-    """Those that an extension adds under the names of PostgreSQL's own make no call ambiguous, or another's."""
+    """An extension may add functions under the names of PostgreSQL's own. They make no call ambiguous, nor another
+    function's."""
     await overload(db)
     for name, statement in STATEMENTS.items():
         prepared = await worker.prepare(SQL[name])

@@ -263,7 +263,7 @@ async def test_signing_up_twice_rolls_the_task_back(http: httpx.AsyncClient, db:
     assert len(await types(db)) == 1
 
 
-async def test_a_forgotten_password_of_somebody_unknown(http: httpx.AsyncClient, db: Any) -> None:
+async def test_a_forgotten_password_of_an_unknown_user(http: httpx.AsyncClient, db: Any) -> None:
     await http.post("/signup", json={"email": "a@example.org"})
     for email in ("a@example.org", "unknown@example.org"):
         assert (await http.post("/forgot-password", json={"email": email})).status_code == 202

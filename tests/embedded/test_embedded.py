@@ -160,7 +160,8 @@ def test_nothing_found_names_every_place_and_the_cure(bare: Path) -> None:
 
 
 def test_a_temporary_server(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its database is there, durability off and semantics on, nobody else gets in, and it leaves nothing."""
+    """Its database is there, durability is off and semantics are unchanged, no other account gets in, and it leaves
+    nothing."""
     for name, value in {
         "PGPORT": "1",
         "PGHOST": "nowhere",
@@ -203,7 +204,7 @@ def test_a_temporary_server(base: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_a_kept_server(base: Path) -> None:
-    """Data survive stop, crash and a killed postmaster; the folder says when it can't be used, and why."""
+    """Data survive stop, crash and a killed postmaster. The folder says when it can't be used, and why."""
     folder = base / "deep" / "kept"
     (folder / "data.new" / "half").mkdir(parents=True)  # what a killed initdb leaves
     folder.chmod(0o755)
@@ -248,7 +249,7 @@ def test_the_starting_thread_may_end() -> None:
 
 
 def test_initdb_that_fails_says_so(base: Path) -> None:
-    """With its last words, and what to do. To install what is installed is no cure."""
+    """The message has its last words, and what to do. To install what is installed is no cure."""
     for words, cure in (
         ("could not write: No space left on device", "make room on that disk, or choose a folder on another"),
         ("it is raining", "choose another folder (--data-dir), or use a server of your own"),
@@ -273,7 +274,7 @@ def test_a_port_that_is_not_for_us(base: Path) -> None:
 
 
 def test_the_address_of_kept_data_stays(base: Path) -> None:
-    """From start to start, a killed one in between; but where the path is too long for a socket."""
+    """It stays from start to start, also after a kill. If the path is too long for a socket, it doesn't."""
     folder = base / "kept"
     with Server(folder) as kept:
         dsn = kept.dsn()
@@ -337,7 +338,7 @@ def owner(request: pytest.FixtureRequest, base: Path) -> Callable[..., Owner]:
     """Runs a script as us, or as an account that owns nothing and has a home nowhere."""
     if request.param == "us":
         return Owner
-    # What nobody may read: a copy of the package, less what needs others, and a Python not in our home.
+    # What the account `nobody` may read: a copy of the package, less what needs others, and a Python not in our home.
     library = base / "library"
     (library / "notifyq").mkdir(parents=True)
     (library / "notifyq" / "__init__.py").touch()
@@ -484,7 +485,7 @@ def test_the_sweep_takes_only_what_is_dead_and_ours(base: Path) -> None:
 
 
 def test_a_folder_that_is_not_ours(base: Path, owner: Callable[..., Owner], request: pytest.FixtureRequest) -> None:
-    """Said by name: to an ordinary user that it can't be written, to root that its account can't pass."""
+    """The error says to an ordinary user that it can't be written, to root that its account can't pass."""
     closed = base / "closed"
     closed.mkdir(mode=0o700 if ROOT else 0o500)
     script = """
@@ -504,8 +505,8 @@ def test_a_folder_that_is_not_ours(base: Path, owner: Callable[..., Owner], requ
 
 
 @needs_root
-def test_root_runs_it_as_somebody_else(base: Path) -> None:
-    """Who can get to nothing of root's but its own two folders, and to no secret in the environment."""
+def test_root_runs_it_as_another_account(base: Path) -> None:
+    """That account can reach nothing of root's but its own two folders, and no secret in the environment."""
     os.environ["NOTIFYQ_TEST_SECRET"] = "x"
     with Server(base / "kept") as embedded:
         uid = Path(f"/proc/{embedded.pid}").stat().st_uid
@@ -538,8 +539,8 @@ def test_programs_in_a_closed_home_are_copied(base: Path) -> None:
 
 
 @needs_root
-def test_nobody_to_run_it_as(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Root without such an account, data of a user who is gone, a user without a name."""
+def test_no_account_to_run_it_as(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Root may have no such account, the data a user who is gone, the user no name."""
     monkeypatch.setattr(account, "SERVICE_ACCOUNTS", ("no-such-account",))
     with pytest.raises(EmbeddedError, match=r"no account no-such-account .* --dsn"):
         Server().start()

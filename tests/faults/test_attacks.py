@@ -68,7 +68,7 @@ def bench() -> Bench:
 
 
 async def test_an_enqueuer_locks_no_row_and_no_table_but_the_bell(as_role: Any) -> None:
-    """And the bell only as every INSERT does, or weaker: that keeps workers awake, and stops none."""
+    """It locks the bell only as every INSERT does, or in a weaker mode: that keeps workers awake, and stops none."""
     enqueuer = await as_role("enqueuer")
     may = set[tuple[str, str]]()
     modes = ("ACCESS SHARE", "ROW SHARE", "ROW EXCLUSIVE", "SHARE UPDATE EXCLUSIVE", "SHARE", "ACCESS EXCLUSIVE")
@@ -97,10 +97,11 @@ async def test_an_enqueuer_locks_no_row_and_no_table_but_the_bell(as_role: Any) 
         assert refused.value.sqlstate == "42501", statement
 
 
-async def test_a_stranger_who_keeps_everybody_awake(
+async def test_a_stranger_who_keeps_workers_awake(
     bench: Bench, roles: Any, as_role: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A transaction that has the bell's lock and never ends: tasks start soon all the same, by a look every 50 ms."""
+    """A transaction has the bell's lock and never ends. Tasks start soon all the same, since a worker looks every 50
+    ms."""
     calls = 0
 
     async def counted(*args: Any, **options: Any) -> Any:
@@ -128,7 +129,7 @@ async def test_a_stranger_who_keeps_everybody_awake(
 async def test_a_stranger_who_holds_the_turn(
     bench: Bench, roles: Any, as_role: Any, logged: Logged, monkeypatch: pytest.MonkeyPatch, probe: Probe
 ) -> None:
-    """A poll finds out; from then on the workers go without it, and say so; and again with it once they can."""
+    """A poll finds out. From then on the workers go without the turn, and say so; and with it again once they can."""
     monkeypatch.setattr(doorbell, "TURN_WAIT_MS", 300)
     stranger, enqueuer = await as_role("enqueuer"), await as_role("enqueuer")
     key = doorbell.fleet_key(["default"], bench.app.registry.types)
@@ -165,7 +166,7 @@ async def test_a_stranger_who_holds_the_turn(
 
 
 async def test_a_stranger_who_holds_a_dead_workers_lock(db: Any, dsn: str, connect: Sessions) -> None:
-    """Its tasks are taken back at the end of its lease, and not after 2 s."""
+    """The dead worker's tasks are taken back at the end of its lease, and not after 2 s."""
     stranger: Any = await connect()
     worker: Any = await connection.connect_worker(dsn, "test")
     id = await worker.fetchval(SQL["register_worker"], "host:1", ["default"], ["Good"], [10], 1, 30.0)
@@ -183,7 +184,8 @@ async def test_a_stranger_who_holds_a_dead_workers_lock(db: Any, dsn: str, conne
 async def test_sessions_that_are_named_like_a_workers(
     bench: Bench, roles: Any, as_role: Any, db: Any, logged: Logged
 ) -> None:
-    """It ends what is left of its own lost connection; what it may not end isn't its own, and stops it from nothing."""
+    """A worker ends what is left of its own lost connection. A session that it may not end isn't its own, and doesn't
+    hinder it."""
     stranger, enqueuer = await as_role("enqueuer"), await as_role("enqueuer")
     async with working(bench.app, roles("worker")) as worker:
         await stranger.execute(f"SET application_name = 'notifyq claims {worker.info.id}'")
@@ -210,7 +212,7 @@ HOSTILE = (
 
 @pytest.mark.parametrize("name", HOSTILE, ids=range(len(HOSTILE)))
 def test_names_that_a_terminal_would_obey(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """In tables and in logs they are one line of printable characters, and can't look like fields of ours."""
+    """In tables and in logs they are one line of printable characters, and can't look like fields of notifyq."""
     record = logging.LogRecord("notifyq.run", logging.ERROR, __file__, 1, "task dead", None, None)
     record.fields = {"type": name, "types": [name, "Good"], "error": name}
     line = TextLines(pid=False).format(record)
@@ -227,8 +229,8 @@ def test_names_that_a_terminal_would_obey(name: str, capsys: pytest.CaptureFixtu
 
 
 async def test_functions_in_public_are_not_called(db: Any, dsn: str) -> None:
-    """Up to PostgreSQL 14 anybody may create one there, which fits better than the system's, and would run with the
-    rights of who looks."""
+    """Up to PostgreSQL 14 any role may create one there. It could fit a call better than the system's function, and
+    would run with the caller's rights."""
     body = (
         "RETURNS json LANGUAGE plpgsql AS 'BEGIN INSERT INTO public.called VALUES (current_user); RETURN ''{}''; END'"
     )
@@ -246,7 +248,7 @@ async def test_functions_in_public_are_not_called(db: Any, dsn: str) -> None:
 
 
 async def test_temporary_tables_of_the_same_names(db: Any) -> None:
-    """They come first in every search_path, and are in nobody's way."""
+    """They come first in every search_path, and hinder no one."""
     await db.execute(
         "CREATE TEMP TABLE task (id bigint); CREATE TEMP TABLE bell (x int); CREATE TEMP TABLE worker (x int)"
     )
@@ -260,8 +262,9 @@ async def test_temporary_tables_of_the_same_names(db: Any) -> None:
 # --- Notifications
 
 
-async def test_rings_that_nobody_meant(bench: Bench, roles: Any, as_role: Any, logged: Logged) -> None:
-    """Any role can NOTIFY. A worker looks, finds nothing, and goes on; and who listens learns nothing but that."""
+async def test_forged_rings(bench: Bench, roles: Any, as_role: Any, logged: Logged) -> None:
+    """Any role can NOTIFY. A worker looks, finds nothing, and goes on. A session that listens learns nothing but
+    that."""
     stranger, enqueuer = await as_role("enqueuer"), await as_role("enqueuer")
     heard: list[str] = []
     await stranger.add_listener("notifyq", lambda *args: heard.append(args[3]))
@@ -302,8 +305,8 @@ async def fill(conn: Any) -> None:
 
 
 async def test_a_full_queue_of_notifications(bench: Bench, small: str, logged: Logged) -> None:
-    """A stranger listens in a transaction that never ends, and notifies. Enqueuing goes on, workers poll, tasks set
-    aside too are found; and when the stranger has gone, all is as before."""
+    """A stranger listens in a transaction that never ends, and notifies. Enqueuing goes on, workers poll, and unhandled
+    tasks too are found. When the stranger has gone, all is as before."""
     stranger, conn = await connection.connect(small, role="test"), await connection.connect(small, role="test")
     await stranger.execute("LISTEN it")
     await stranger.execute("BEGIN; SELECT 1")
@@ -333,8 +336,8 @@ async def test_a_full_queue_of_notifications(bench: Bench, small: str, logged: L
 async def test_payloads_that_grow(
     bench: Bench, db: Any, dsn: str, logged: Logged, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """144 kB of numbers that are more than a GB as text, which PostgreSQL won't send: dead, with what it says, and
-    those that were claimed with it are none the worse."""
+    """144 kB of numbers are more than a GB as text, which PostgreSQL won't send: the task is dead, with PostgreSQL's
+    message. Those that were claimed with it run."""
     # To write that much takes seconds of a processor, and its connection's timeout is another matter.
     monkeypatch.setattr(connection, "WORKER_TIMEOUT_SECONDS", limit())
     await db.execute(
@@ -363,7 +366,8 @@ async def test_payloads_that_grow(
 async def test_compressed_payloads_are_measured_as_they_are(
     db: Any, dsn: str, payload: str, rows: int, length: int | None
 ) -> None:
-    """Large ones by all that they hold; and those of digits, which take four times the space, are not wronged."""
+    """Large ones count with all that they hold. Payloads of digits, which take four times the space, are not refused
+    for that."""
     worker = await connection.connect_worker(dsn, "test")
     id = await worker.fetchval(SQL["register_worker"], "host:1", ["default"], ["Good"], [10], 1, 30.0)
     await db.execute(
@@ -410,7 +414,8 @@ class Secret(notifyq.Task):
 
 
 async def test_payloads_are_not_told(db: Any, dsn: str, caplog: pytest.LogCaptureFixture) -> None:
-    """Neither in the log, at any level, nor in what is kept of an error, unless the handler's own message has it."""
+    """They are neither in the log, at any level, nor in the errors column, unless the handler's own message has
+    them."""
     caplog.set_level(logging.DEBUG)
     app = notifyq.App()
 
@@ -460,7 +465,7 @@ async def t(task: T) -> None:
 
 
 async def test_a_password_is_not_to_be_seen(db: Any, dsn: str, tmp_path: Path) -> None:
-    """In NOTIFYQ_DSN it is in no command line, the children's included, and in no line of the log."""
+    """A password in NOTIFYQ_DSN is in no command line, the children's included, and in no line of the log."""
     (tmp_path / "secretive.py").write_text(APP)
     env = {**os.environ, "NOTIFYQ_DSN": dsn.replace("notifyq@", "notifyq:hunter2@")}
     words = [sys.executable, "-m", "notifyq", "worker", "secretive:app", "--processes", "2", "--log-level", "debug"]

@@ -249,7 +249,7 @@ async def test_keys_from_a_wrong_clock_are_forgotten_in_the_end(db: Any) -> None
 async def test_a_step_ahead_makes_nothing_old(
     dsn: str, db: Any, logged: Logged, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A worker prunes by the time that has passed since it started; a clock that is set back is believed."""
+    """A worker prunes by the time that has passed since it started. It believes a clock that is set back."""
     for chore in maintenance.PRUNING:
         monkeypatch.setattr(chore, "every", 0.1)
     step = timedelta(0)

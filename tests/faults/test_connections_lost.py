@@ -188,7 +188,8 @@ async def test_an_outcome_that_is_being_written_is_not_reclaimed(db: Any, dsn: s
 
 
 async def test_a_database_out_of_reach(db: Any, dsn: str, connect: Sessions, logged: Logged, probe: Probe) -> None:
-    """For longer than the 2 s after which workers look dead. Both come back, and neither takes tasks of the other."""
+    """It is out of reach for longer than the 2 s after which workers look dead. Both come back, and neither takes tasks
+    of the other."""
     bench = Bench()
     async with working(bench.app, dsn), working(bench.app, dsn):
         ids = await insert(db, "Hold", 5)

@@ -68,6 +68,7 @@ async def history(db: Any) -> list[tuple[Any, ...]]:
     return [tuple(row) for row in rows]
 
 
+@pytest.mark.usefixtures("quick_heart")
 async def test_the_outcomes_of_new_tasks_take_the_place(db: Any, dsn: str, logged: Logged) -> None:
     """Each runs once, each caller that waits gets its own result, and the log and the status name the cure."""
     async with app.connect(dsn), working(app, dsn):
@@ -105,6 +106,7 @@ async def test_a_batch_in_which_some_ids_are_old(db: Any, dsn: str) -> None:
     assert sorted(ran.items) == sorted([*(f"old {n}" for n in range(50)), *(f"new {n}" for n in range(80))])
 
 
+@pytest.mark.usefixtures("quick_heart")
 async def test_it_is_found_at_a_start_and_when_it_is_cured(db: Any, dsn: str, logged: Logged) -> None:
     """The statement in the message is a cure; nothing is logged where all is well."""
     async with app.connect(dsn):
@@ -126,6 +128,7 @@ async def test_it_is_found_at_a_start_and_when_it_is_cured(db: Any, dsn: str, lo
     assert len(logged("the sequence is behind")) == 1
 
 
+@pytest.mark.usefixtures("quick_heart")
 async def test_ids_of_tasks_that_wait_are_seen_at_a_start_too(db: Any, dsn: str) -> None:
     await db.execute(
         "INSERT INTO notifyq.task (type, run_at) SELECT 'Say', now() + interval '1 day' FROM generate_series(1, 3)"
@@ -213,7 +216,7 @@ async def test_an_id_that_a_task_of_another_key_has_by_now(db: Any, dsn: str, on
         assert [tuple(row) for row in rows] == [("c", "ready"), ("b", "ready"), ("a", "ready")]
 
 
-async def test_an_id_of_a_task_that_lives(db: Any, dsn: str) -> None:
+async def test_an_id_of_a_task_that_has_not_ended(db: Any, dsn: str) -> None:
     """The INSERT fails with the reason."""
     async with app.connect(dsn):
         await app.enqueue(Say(text="old"))

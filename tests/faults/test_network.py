@@ -327,7 +327,7 @@ ASLEEP = """SELECT count(*) FROM pg_locks
               AND database = (SELECT oid FROM pg_database WHERE datname = current_database())"""
 
 
-# Who enqueues. A host that vanished, or a server that is frozen, says nothing on any of the connections that were open.
+# Enqueuers. A host that vanished, or a server that is frozen, says nothing on any of the connections that were open.
 
 
 async def several(net: Rig) -> int:

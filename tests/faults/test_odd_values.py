@@ -1,4 +1,4 @@
-"""Times without an end, and bytes of no encoding: one odd row stops nobody who works, and nobody who looks."""
+"""Times without an end, and bytes of no encoding: one odd row stops no worker, and no person who looks."""
 
 from __future__ import annotations
 
@@ -53,7 +53,8 @@ def saying(seen: Seen) -> notifyq.App:
 
 
 async def fill(db: Any, odd: str) -> list[int]:
-    """Live and finished tasks, a worker, a cron, and a key, with this in each of their times. Returns the tasks."""
+    """Live and finished tasks, a worker, a cron, and a key, with this value in each of their times. Returns the
+    tasks."""
     ids: list[int] = []
     for column in TIMES:
         for _ in range(2):
@@ -99,7 +100,7 @@ async def test_people_go_on_looking(run: Run, dsn: str, db: Any, odd: str) -> No
 
 @pytest.mark.parametrize("odd", ODD)
 async def test_workers_go_on_working(dsn: str, db: Any, odd: str) -> None:
-    """Tasks that are due run, keyed ones too; clocks of tests can be moved; the key is free in the end, or taken."""
+    """Due tasks run, those with keys too. Clocks of tests can be moved. In the end the key is free, or taken."""
     await fill(db, odd)
     seen = Seen()
     app = saying(seen)
@@ -125,7 +126,7 @@ async def test_workers_go_on_working(dsn: str, db: Any, odd: str) -> None:
 
 @pytest.mark.parametrize("odd", ["infinity", "-infinity"])
 async def test_a_key_without_an_end(db: Any, odd: str) -> None:
-    """It is enqueued, or the other's id is returned; no error either way."""
+    """The task is enqueued, or the other's id is returned; no error either way."""
     first = await db.fetchval("SELECT notifyq.enqueue('Say', options => '{\"unique_key\": \"u\"}')")
     for column in ("enqueued_at", "until"):
         await db.execute(f"UPDATE notifyq.unique_key SET {column} = '{odd}'")
@@ -137,7 +138,7 @@ async def test_a_key_without_an_end(db: Any, odd: str) -> None:
 
 
 def test_every_statement_is_plain_ascii() -> None:
-    """So that it can be sent to, and stored in, a database of any encoding."""
+    """So it can be sent to, and stored in, a database of any encoding."""
     files = [*HERE.rglob("*.sql")]
     assert len(files) > 50
     for text in (schema.schema_sql(), *(path.read_text(encoding="utf-8") for path in files)):
@@ -163,7 +164,7 @@ ODD_ROWS = r"""
 
 
 async def test_other_encodings(encoded: tuple[str, str], run: Run) -> None:
-    """What fits is stored; what doesn't stops nobody else. In SQL_ASCII, bytes that are no text at all."""
+    """What fits is stored; what doesn't fit stops no other task. In SQL_ASCII some bytes are no text at all."""
     encoding, dsn = encoded
     seen = Seen()
     app = saying(seen)
@@ -204,7 +205,7 @@ async def test_an_error_that_the_encoding_lacks(encoded: tuple[str, str]) -> Non
 
 
 async def test_a_long_name_is_cut_in_the_middle_of_a_character(server: Server, dsn: str) -> None:
-    """Of SQL_ASCII, where a character is a byte."""
+    """The database is SQL_ASCII, where a character is a byte."""
     await admin(server, "CREATE DATABASE enc_cut TEMPLATE template0 ENCODING 'SQL_ASCII' LOCALE 'C'")
     async with database(server, "enc_cut") as copy:
         conn: Any = await connection.connect(copy, role="test")

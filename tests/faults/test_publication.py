@@ -56,8 +56,10 @@ async def test_every_table_but_the_bell_has_a_key(db: Any) -> None:
     assert [row[0] for row in await db.fetch(WITHOUT_KEY)] == ["another"], "a table without a key is found"
 
 
+@pytest.mark.usefixtures("quick_heart")
 async def test_tasks_of_every_kind_run(dsn: str, db: Any, logged: Logged, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Plain, retried, limited, rated, ordered, waiting, unique, of a limited queue, a cron's; and history is pruned."""
+    """They are plain, retried, limited, rated, ordered, waiting, unique, of a limited queue, and a cron's; and history
+    is pruned."""
     for chore in maintenance.PRUNING:
         monkeypatch.setattr(chore, "every", 0.5)
     await db.execute(PUBLISH)
@@ -94,6 +96,7 @@ async def _missing(seen: Seen, want: set[str]) -> set[str]:
     return want - set(seen.items)
 
 
+@pytest.mark.usefixtures("quick_heart")
 async def test_one_table_that_refuses_keeps_no_other_from_being_pruned(
     dsn: str, db: Any, logged: Logged, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -133,6 +136,7 @@ async def _count(logged: Logged, text: str) -> int:
     return len(logged(text))
 
 
+@pytest.mark.usefixtures("quick_heart")
 async def test_one_cron_that_is_refused_keeps_no_other_back(dsn: str, db: Any, logged: Logged) -> None:
     """It keeps neither the heartbeat back, nor anything else of the worker."""
     await db.execute(
@@ -161,6 +165,7 @@ def test_prune_is_a_statement_for_each_table() -> None:
         assert len({word for word in SQL[name].split() if word.startswith("notifyq.")} - {"notifyq.task"}) == 1, name
 
 
+@pytest.mark.usefixtures("quick_heart")
 async def test_rows_that_nothing_identifies(dsn: str, db: Any, logged: Logged, monkeypatch: pytest.MonkeyPatch) -> None:
     """REPLICA IDENTITY NOTHING: PostgreSQL refuses every claim. The worker logs that once, with the cure; when it is
     mended, all goes on."""

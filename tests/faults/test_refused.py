@@ -92,7 +92,7 @@ async def refused(dsn: str) -> str:
 
 
 async def refusals(server: Server, text: str, count: int) -> None:
-    """Wait until the server's log has more of these lines: the worker's own log has only the first."""
+    """Wait until the server's log has more of these lines. The worker's own log has only the first."""
     before = server.log_path.read_text().count(text)
     with anyio.fail_after(limit()):
         while server.log_path.read_text().count(text) < before + count:
@@ -153,7 +153,7 @@ async def test_connections_exhausted(
             await take_all()
             assert "too many clients" in await refused(as_worker(small))
             with probe.within(1):
-                await woken(db, seen)  # who has a connection isn't concerned
+                await woken(db, seen)  # a session that is open goes on
             # What is freed is taken at once, until the worker has none to claim on.
             with anyio.fail_after(limit()):
                 while await db.fetchval(CLAIMS):
@@ -176,7 +176,7 @@ async def test_connections_exhausted(
 async def test_limits_meant_for_people(
     small: Server, db: Any, app: notifyq.App, seen: Seen, logged: Logged, probe: Probe
 ) -> None:
-    """Timeouts of its role don't hold for a worker: it sleeps in a transaction, and waits in statements."""
+    """The timeouts of its role don't hold for a worker: it sleeps in a transaction, and waits in statements."""
     for name in ("statement_timeout", "idle_in_transaction_session_timeout", "lock_timeout", "idle_session_timeout"):
         await db.execute(f"ALTER ROLE worker SET {name} = '100ms'")
     if await db.fetchval("SELECT EXISTS (SELECT FROM pg_settings WHERE name = 'transaction_timeout')"):

@@ -57,7 +57,7 @@ class Schedule:
         await anyio.sleep(self.random.random() ** 3 * longest)
 
     async def enqueuer(self) -> None:
-        """A session that does what sessions do."""
+        """A session that enqueues as clients do."""
         conn, rnd = await self.connect(), self.random
         for _ in range(rnd.randint(3, 10)):
             await self.pause(0.05)
@@ -153,7 +153,8 @@ async def one(seed: int, dsn: str, connect: Sessions, db: Any, probe: Probe) -> 
 
 
 def seeds(fast: int, slow: int) -> list[Any]:
-    """The seeds from 0: so many for `make test`, the rest for `make test-slow`. NOTIFYQ_SEED is the only one if set."""
+    """The seeds from 0: the first `fast` for `make test`, the rest for `make test-slow`. If NOTIFYQ_SEED is set, it is
+    the only one."""
     if SEED:
         return [int(SEED)]
     return [*range(fast), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(fast, fast + slow))]

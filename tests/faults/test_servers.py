@@ -92,7 +92,7 @@ class Bench:
         return time.monotonic() - began
 
     async def enqueue_until(self, over: anyio.Event, dsn: str) -> list[int]:
-        """Enqueue, whatever comes; the ids that were acknowledged."""
+        """Enqueue, whatever errors come. Returns the ids that were acknowledged."""
         acknowledged = list[int]()
         while not over.is_set():
             try:
@@ -122,7 +122,8 @@ def certificate(folder: Path, name: str) -> Path:
 
 
 async def test_tls() -> None:
-    """Every connection of app and worker is encrypted; another CA is refused at the start, and so is no TLS."""
+    """Every connection of app and worker is encrypted. A server with another CA is refused at the start, and so is one
+    without TLS."""
     with open_folder() as folder:
         ours, other = certificate(folder, "ours"), certificate(folder, "other")
         with debian(ssl="on", ssl_cert_file=str(ours), ssl_key_file=str(ours.with_suffix(".key"))) as server:
@@ -191,8 +192,9 @@ def both(primary: Server, standby: Server) -> str:
 
 @pytest.mark.parametrize("synchronous", [True, False])
 async def test_failover(synchronous: bool, logged: Logged) -> None:
-    """The primary crashes under load and the standby is promoted: workers and enqueuers come over by themselves. With
-    synchronous replication, what was acknowledged is done; without it, what had come over. None ran twice but then."""
+    """The primary crashes under load and the standby is promoted: workers and enqueuers connect to it by themselves.
+    With synchronous replication every acknowledged task is done; without it, every replicated one. Only tasks that ran
+    at the failover may have run twice."""
     with debian() as primary:
         db = await migrated(primary.dsn())
         async with standby_of(primary) as standby:
@@ -288,7 +290,7 @@ def pooler(server: Server, folder: Path) -> Iterator[str]:
 
 
 async def test_a_pooler_before_enqueuers() -> None:
-    """Whatever enqueues, at once and side by side, wakes a worker that is connected directly."""
+    """Any way of enqueuing, also many at once, wakes a worker that is connected directly."""
     with debian() as server, open_folder() as folder, pooler(server, folder) as pooled:
         db = await migrated(server.dsn())
         bench = Bench()
@@ -320,7 +322,8 @@ async def test_a_pooler_before_enqueuers() -> None:
 
 
 async def test_a_pooler_before_a_worker(logged: Logged) -> None:
-    """By mistake: it says so in its log and its status, polls, and works; and it is in no other worker's way."""
+    """This is a mistake. The worker says so in its log and its status, polls, and works; and it hinders no other
+    worker."""
     with debian() as server, open_folder() as folder, pooler(server, folder) as pooled:
         db = await migrated(server.dsn())
         mistaken, right = Bench(), Bench()
@@ -354,7 +357,7 @@ async def test_a_pooler_before_a_worker(logged: Logged) -> None:
 
 
 async def test_a_full_disk() -> None:
-    """On the server: what was acknowledged is done when there is space again."""
+    """The server's disk is full. Acknowledged tasks are done when there is space again."""
     with open_folder() as folder:
         words = ["mount", "-t", "tmpfs", "-o", "size=180m,mode=711", "tmpfs"]
         mounted = subprocess.run([*words, folder], check=False, capture_output=True, text=True)

@@ -1,1 +1,1 @@
-"""What tests share: the machine's pace, worker processes, a TCP proxy, sessions stepped by hand, short statements."""
+"""What tests share: apps, databases, worker processes, a TCP proxy, sessions stepped by hand, short statements."""

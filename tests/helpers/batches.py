@@ -18,7 +18,7 @@ CLAIMED = "SELECT count(*) FROM notifyq.task WHERE worker IS NOT NULL"
 
 
 class Item(notifyq.Task):
-    """Gathered for two minutes, or until there are ten."""
+    """These are gathered for two minutes, or until there are ten."""
 
     backoff = 0.01
     max_attempts = 2

@@ -47,7 +47,7 @@ class Program:
         self.said = ""
 
     async def line(self, text: str) -> str:
-        """The next line with this text."""
+        """Return the next line with this text."""
         assert self.popen.stdout is not None
         with anyio.fail_after(limit()):
             while read := await anyio.to_thread.run_sync(self.popen.stdout.readline, abandon_on_cancel=True):
@@ -57,7 +57,8 @@ class Program:
         raise AssertionError(f"it ended with {self.popen.wait()} before {text!r}:\n{self.said}")
 
     async def end(self, *signals: int) -> int:
-        """Send it these; its exit code. Whoever else writes to the same place, a child, has ended too."""
+        """Send these signals, and return the exit code. Other programs that write to the same place, its children, have
+        ended too."""
         for number in signals:
             self.popen.send_signal(number)
         with anyio.fail_after(limit()):

@@ -28,7 +28,7 @@ def made(seen: Seen, expression: str = "0 3 * * *", **options: Any) -> notifyq.A
 
 
 async def known(db: Any) -> datetime:
-    """Once its next slot is: that."""
+    """Wait until the cron's next slot is known. Returns it."""
     await eventually(lambda: db.fetchval("SELECT next_at IS NOT NULL FROM notifyq.cron"))
     found: datetime = (await db.fetchrow(CRON))["next_at"]
     return found

@@ -30,7 +30,7 @@ async def admin(server: Server, *statements: str) -> None:
 
 @asynccontextmanager
 async def database(server: Server, template: str) -> AsyncIterator[str]:
-    """A copy of `template`: its DSN. Gone at the end, whoever is still connected."""
+    """A copy of `template`: its DSN. The copy is dropped at the end, even if sessions are still connected."""
     name = f"t{next(_numbers)}"
     await admin(server, f"CREATE DATABASE {name} TEMPLATE {template}")
     yield server.dsn(name)
@@ -40,10 +40,9 @@ async def database(server: Server, template: str) -> AsyncIterator[str]:
 class Stock:
     """`async with stock.database() as dsn: ...`: a database with the schema and nothing in it.
 
-    When it is done with, it is emptied for the next test. That takes some ms; a copy and a drop take 40, and were a
-    fifth of the whole run. One that has grown, or in which anything but rows has changed, goes to nobody. Each has a
-    session that stays, as one that is new looks up every table anew, which takes longer than all the rest.
-    """
+    After the block it is emptied for the next test. That takes some ms; a copy and a drop take 40, and were a fifth of
+    the whole run. A database that has grown, or in which anything but rows has changed, isn't used again. Each has a
+    session that stays: a new session looks up every table anew, which takes longer than all the rest."""
 
     # All that a test might do to a schema: what is new anywhere has a higher oid, and what has changed in notifyq's
     # own objects, or in short lists, another xmin. And what is written without a new row.

@@ -25,7 +25,7 @@ class Mail(notifyq.Task, tag="MAIL"):
 
 
 class Act(notifyq.Task):
-    """Does as it is told."""
+    """Its handler does as it is told."""
 
     max_attempts = 3
     backoff = 100.0

@@ -19,7 +19,7 @@ class Note(notifyq.Task):
 
 
 class Hold(notifyq.Task):
-    """Runs until the test says so."""
+    """Its handler runs until the test says so."""
 
     name: str = ""
 
@@ -31,7 +31,7 @@ class Fail(notifyq.Task):
 
 
 class Say(notifyq.Task):
-    """Ends as it is told."""
+    """Its handler ends as it is told."""
 
     verdict: str
     delay: float | None = None

@@ -15,7 +15,7 @@ ONE: dict[str, Any] = {"options": '{"limit_key": "a", "limit_running": 1}'}
 
 
 class Bench:
-    """An app that counts how many of its handlers run at once, by limit_key; each for as long as its task says."""
+    """An app that counts how many of its handlers run at once, by limit_key. Each runs as long as its task says."""
 
     def __init__(self) -> None:
         self.app = notifyq.App()
@@ -46,7 +46,7 @@ class Bench:
 
 
 async def idle(db: Any) -> None:
-    """Nothing waits, nothing runs, and nobody has to look at anything any more."""
+    """Wait until no task waits, none runs, and no worker has to look at a key any more."""
     await eventually(lambda: db.fetchval("SELECT count(*) FROM notifyq.task"), 0)
     await eventually(lambda: db.fetchval("SELECT count(*) FROM notifyq.slot_released"), 0)
 
@@ -66,5 +66,5 @@ async def begun(db: Any, key: str) -> list[float]:
 
 
 def closest(starts: list[float], count: int) -> float:
-    """The shortest time in which one more than `count` started."""
+    """The shortest time in which one task more than `count` started."""
     return min(later - first for first, later in zip(starts, starts[count:], strict=False))

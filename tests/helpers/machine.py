@@ -40,7 +40,7 @@ def times_busy() -> float:
 
 
 def limit(seconds: float = LIMIT_SECONDS) -> float:
-    """For what comes at once, or never: how many seconds it may take; on an idle machine as many as given."""
+    """How many seconds something that comes at once, or never, may take: on an idle machine as many as given."""
     return seconds * times_busy()
 
 
@@ -52,17 +52,17 @@ class Probe:
         self._begun = time.monotonic()  # the round under way
 
     def late(self, since: float = 0.0) -> float:
-        """What the machine may have added to a task's way; `since` is a time of time.monotonic()."""
+        """What the machine may have added to a task's way. `since` is a time of time.monotonic()."""
         under_way = time.monotonic() - self._begun - PAUSE_SECONDS
         return STEPS * max([0.0, under_way, *(late for ended, late in self._rounds if ended >= since)])
 
     def lost(self, since: float) -> float:
-        """The same for many tasks, each of which waits for the one before it: all that was late adds up."""
+        """The same for many tasks, each of which waits for the one before it: all delays add up."""
         return sum(late for ended, late in self._rounds if ended >= since) * STEPS / STEPS_PROBED + self.late(since)
 
     @contextmanager
     def within(self, seconds: float) -> Iterator[None]:
-        """The block takes less than that, and what the machine may have added."""
+        """The block takes less than `seconds`, and what the machine may have added."""
         began = time.monotonic()
         with anyio.fail_after(limit()):
             yield

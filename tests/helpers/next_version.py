@@ -79,7 +79,7 @@ def schema_sql() -> str:
 
 
 def use(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The made-up version is this process's own, until the test ends."""
+    """The made-up version is this process's own until the test ends."""
     real = upgrade.migrations()
     monkeypatch.setattr(upgrade, "migrations", lambda: {**real, NEXT: MIGRATION})
     monkeypatch.setattr(schema, "schema_sql", schema_sql)

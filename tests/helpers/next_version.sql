@@ -62,7 +62,7 @@ BEGIN
 END $$;
 
 -- step: with the functions
--- It has a new parameter. Where a function or a view of theirs was made of it, that one keeps the old.
+-- It has a new parameter. A user's function or view that was made of the old one keeps that.
 DO $$
 BEGIN
     DROP FUNCTION IF EXISTS notifyq.enqueue(text, jsonb, text, timestamptz, integer, integer, jsonb);

@@ -1,7 +1,6 @@
 """A worker of the version before the made-up one: the statements of this notifyq, in the shortest of loops.
 
-It is strict where the real one is patient: an error of any statement is an error here.
-"""
+An error of any statement is an error here, also where the real worker tries again."""
 
 from __future__ import annotations
 
@@ -17,7 +16,7 @@ LARGE = 1_000_000  # bytes of payload that a claim may return
 
 
 class OldWorker:
-    """It claims, and settles in each way: every seventh task is tried twice, every eleventh handed back once, every
+    """It claims, and settles in each way: every seventh task is tried twice, every eleventh is handed back once, every
     thirteenth dies."""
 
     def __init__(self, dsn: str) -> None:
@@ -77,7 +76,7 @@ class OldWorker:
                     self.settled += applied
 
     async def _sleep(self, bell: Any, conn: Any, me: int) -> None:
-        """With SHARE on the bell, for a moment."""
+        """Hold SHARE on the bell for a moment."""
         async with bell.transaction():
             if await bell.fetchval("SELECT notifyq.fall_asleep(100)"):
                 self.sleeps += 1

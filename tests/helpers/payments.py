@@ -34,7 +34,7 @@ class Untyped(notifyq.Task):
 
 
 class Gone(notifyq.Task):
-    """Nobody here handles it."""
+    """No handler here takes it."""
 
 
 @app.handler
@@ -54,7 +54,7 @@ def untyped(task: Untyped):  # type: ignore[no-untyped-def]
 
 
 def waiting() -> int:
-    """How many tasks the app knows to be waited for."""
+    """How many tasks the app is waiting for."""
     return len(app.results._waiting)
 
 
@@ -64,7 +64,7 @@ async def marked(db: Any, count: int = 1) -> None:
 
 @asynccontextmanager
 async def wait(ref: notifyq.Ref, *args: Any, **options: Any) -> AsyncIterator[list[Any]]:
-    """Begin to wait; at the block's end it must be over, and the list has the result, or the error."""
+    """Begin to wait. At the block's end the wait must be over, and the list has the result, or the error."""
     got: list[Any] = []
 
     async def run() -> None:

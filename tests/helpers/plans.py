@@ -20,7 +20,7 @@ TOUCHED = """
 
 @asynccontextmanager
 async def rolled_back(conn: Any, moment: str = "counted now") -> AsyncIterator[None]:
-    """A transaction that is rolled back whatever happens in it, at that moment."""
+    """A transaction that is rolled back, whatever happens in it, with the statistics of that moment."""
     transaction = conn.transaction()
     await transaction.start()
     try:
@@ -40,7 +40,7 @@ async def at_moment(conn: Any, moment: str) -> None:
 
 
 async def touched(conn: Any, run: Callable[[], Any]) -> tuple[Any, int]:
-    """What it returns, and how many entries of indexes and rows of scans it read for that, as the server counted."""
+    """Returns what `call` returns, and how many entries of indexes and rows of scans it read, as the server counted."""
     before = await conn.fetchval(TOUCHED)
     result = await run()
     return result, await conn.fetchval(TOUCHED) - before

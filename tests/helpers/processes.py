@@ -57,7 +57,7 @@ class Process:
 
 
 class Story:
-    """What a worker process tells, all of it, each line with the time it came."""
+    """All that a worker process tells, each line with the time at which it came."""
 
     def __init__(self, process: Process) -> None:
         self.process = process

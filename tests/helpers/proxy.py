@@ -1,9 +1,8 @@
-"""A TCP proxy that does to connections what networks do: between a worker and its server, by what a connection is for.
+"""A TCP proxy between a worker and its server that does to connections what networks do, by what a connection is for.
 
-Each tells its role when it starts, as notifyq's connections carry it in their application_name: "claims 7", "bell 7",
-"settle", "heartbeat 7", "app". Faults take a pattern of roles, and hit the connections that are open then; what is
-opened later is well.
-"""
+Each connection tells its role when it starts: notifyq's have it in their application_name ("claims 7", "bell 7",
+"settle", "heartbeat 7", "app"). Faults take a pattern of roles, and hit the connections that are open then. A
+connection that is opened later is well."""
 
 from __future__ import annotations
 
@@ -110,12 +109,12 @@ class Proxy:
         return self._each(roles, lambda link: link.close(reset=True))
 
     def reset_in_result(self, roles: str, after: int = 20) -> int:
-        """Both ends get a RST when so many more bytes have come from the server."""
+        """Both ends get a RST when that many more bytes have come from the server."""
         return self._set(roles, "resets_after", after)
 
     def half_open(self, roles: str) -> int:
-        """From now on what either end sends vanishes, and that it closes. The other is still there, and acknowledges:
-        its kernel's keepalive finds nothing."""
+        """From now on what either end sends vanishes, and so does its close. The other end is still there and
+        acknowledges: its kernel's keepalive finds nothing."""
         return self._set(roles, "vanishes", True)
 
     def delay(self, roles: str, seconds: float) -> int:
@@ -140,7 +139,7 @@ class Proxy:
         return len(links)
 
     async def new(self, roles: str, since: float) -> float:
-        """Wait for a connection that was opened after `since`; how long after."""
+        """Wait for a connection that was opened after `since`. Returns how long after."""
         with anyio.fail_after(limit()):
             while True:
                 for link in self.open(roles):
@@ -172,7 +171,7 @@ class Proxy:
 
 
 def _role(startup: bytes) -> str:
-    """Of a startup packet: int32 length, int32 version, and names and values that NULs end."""
+    """The role in a startup packet: int32 length, int32 version, and names and values that NULs end."""
     if int.from_bytes(startup[4:8], "big") != 3 << 16:
         return "cancel"
     words = startup[8:].split(b"\0")

@@ -18,7 +18,7 @@ async def insert(db: Any, type: str, count: int = 1, queue: str = "default", **p
 
 
 async def states(db: Any, ids: list[int]) -> dict[tuple[str, int], int]:
-    """How many of them are in which state at which attempt."""
+    """How many of these tasks are in which state, at which attempt."""
     rows = await db.fetch("SELECT state, attempts FROM notifyq.all_tasks WHERE id = ANY ($1::bigint[])", ids)
     return dict(Counter((row[0], row[1]) for row in rows))
 
@@ -34,14 +34,14 @@ async def errors(db: Any, id: int) -> list[dict[str, Any]]:
 
 
 async def ended(db: Any, id: int, want: str) -> dict[str, Any]:
-    """Wait until the task is in the state `want`; its row."""
+    """Wait until the task is in the state `want`. Returns its row."""
     await eventually(lambda: state(db, id), want)
     row = await db.fetchrow("SELECT * FROM notifyq.all_tasks WHERE id = $1", id)
     return dict(row)
 
 
 async def handed_back(db: Any, *ids: int) -> bool:
-    """Ready again as if nothing had happened: no attempt counted, no error, nobody's."""
+    """Whether they are ready again as if nothing had happened: no attempt counted, no error, no worker."""
     rows = await db.fetch("SELECT worker, attempts, errors FROM notifyq.task WHERE id = ANY ($1::bigint[])", ids)
     return [tuple(row) for row in rows] == [(None, 0, None)] * len(ids)
 

@@ -1,4 +1,4 @@
-"""A stage without its worker: what it tells is kept here."""
+"""A stage of a worker, tested by itself: what it tells its worker is kept here."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from notifyq.worker.outcome import Outcome
 
 
 class Told:
-    """What a stage tells its worker, for a stage that is tested by itself: pipe.py's protocols."""
+    """What a stage tells its worker, by pipe.py's protocols."""
 
     def __init__(self, note: Callable[[Outcome], None] = lambda _: None) -> None:
         self._note = note

@@ -27,7 +27,7 @@ async def insert(conn: Any, count: int = 1, **columns: Any) -> list[int]:
 
 
 async def held(conn: Any, count: int = 1, worker: int | None = None, **columns: Any) -> tuple[int, list[int]]:
-    """A worker that has claimed `count` tasks: its id and theirs."""
+    """A worker that has claimed `count` tasks. Returns its id and the tasks' ids."""
     await insert(conn, count, **columns)
     worker = worker or await register(conn)
     jobs = await claims.claim(conn, worker, {"default": count}, count)

@@ -8,8 +8,8 @@
         await a("COMMIT")
         await waiting
 
-A step is a statement and its parameters, or a function that takes the connection first (see verbs.py). That it
-waits, and for whom, is what the server says, never a guess after a while. What doesn't come has a limit, which only a
+A step is a statement and its parameters, or a function that takes the connection first (see verbs.py). The server
+says that a step waits, and for which session: no test guesses that after a while. Each wait has a limit, which only a
 failing test reaches.
 """
 
@@ -34,7 +34,7 @@ Step: TypeAlias = str | Callable[..., Awaitable[Any]]
 
 
 class Waiting:
-    """A step that waits for somebody; await it for its result."""
+    """A step that waits for a session. Await it for its result."""
 
     def __init__(self, name: str, task: asyncio.Task[Any]) -> None:
         self._name = name
@@ -53,13 +53,13 @@ class Waiting:
         return self._task.result()
 
     async def cancelled(self) -> None:
-        """Cancel it, as a cancelled `await` of asyncpg does."""
+        """Cancel the step, as a cancelled `await` of asyncpg does."""
         self._task.cancel()
         await asyncio.wait([self._task])
 
 
 class Session:
-    """One connection. `await a(step)` takes a step that waits for nobody."""
+    """One connection. `await a(step)` takes a step that must not wait."""
 
     def __init__(self, name: str, conn: Any, db: Any) -> None:
         self.name = name
@@ -71,7 +71,7 @@ class Session:
     async def __call__(self, step: Step, *args: Any, **more: Any) -> Any:
         task = self._start(step, args, more)
         done, _ = await asyncio.wait([task], timeout=limit())
-        assert done, f"{self.name} should wait for nobody, and waits for backends {await self.blockers()}: {step}"
+        assert done, f"{self.name} should not wait, and waits for backends {await self.blockers()}: {step}"
         return task.result()
 
     async def blocked_by(self, other: Session | int | None, step: Step, *args: Any, **more: Any) -> Waiting:
@@ -82,7 +82,7 @@ class Session:
             while pid not in await self.blockers() and not task.done():
                 await asyncio.sleep(0.001)
         assert not task.done(), f"{self.name} should wait, and didn't: {step} returned {task.result()!r}"
-        assert pid in await self.blockers(), f"{self.name} waits for nobody: {step}"
+        assert pid in await self.blockers(), f"{self.name} doesn't wait: {step}"
         return Waiting(self.name, task)
 
     async def blockers(self) -> list[int]:
@@ -103,7 +103,7 @@ class Session:
 
 
 class Steps:
-    """The sessions of a test; `db` is one beside them, which is never in a transaction, to look and to help with."""
+    """The sessions of a test. `db` is one more session, which is never in a transaction, to look and to help with."""
 
     def __init__(self, dsn: str, db: Any) -> None:
         self._dsn = dsn
@@ -111,11 +111,11 @@ class Steps:
         self.sessions: list[Session] = []
 
     async def session(self, name: str) -> Session:
-        """As anybody's."""
+        """A session with the settings of any client."""
         return self._add(name, await connection.connect(self._dsn, role=name))
 
     async def worker(self, name: str) -> Session:
-        """With the settings of a worker's; what claims also gives up durability."""
+        """A session with a worker's settings. The one for claims also commits without waiting for the disk."""
         return self._add(name, await connection.connect_worker(self._dsn, name, relaxed=name.startswith("claims")))
 
     def _add(self, name: str, conn: Any) -> Session:
@@ -125,7 +125,7 @@ class Steps:
 
 @asynccontextmanager
 async def steps(dsn: str) -> AsyncIterator[Steps]:
-    """A stage for sessions, all of which have ended with it, whatever they waited for."""
+    """Sessions that have all ended with the block, whatever they waited for."""
     db = await connection.connect(dsn, role="test")
     s = Steps(dsn, db)
     try:
@@ -158,7 +158,7 @@ async def until_blocked(db: Any, role: str, by: Session) -> None:
 
 @contextmanager
 def frozen(session: Session) -> Iterator[None]:
-    """Its backend is stopped: what happens to it inside the block, it learns all at once at the end."""
+    """Its backend is stopped inside the block. What happens to it meanwhile, it learns all at once at the end."""
     os.kill(session.pid, signal.SIGSTOP)
     try:
         yield

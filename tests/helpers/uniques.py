@@ -37,7 +37,7 @@ class Daily(notifyq.Task):
 
 
 async def put(db: Any, state: str, **columns: Any) -> int:
-    """A task with the key 'k' that is in this state; its id."""
+    """Insert a task with the key 'k' in this state. Returns its id."""
     late: dict[str, Any] = {"run_at": "2100-01-01"} if state == "scheduled" else {}
     if state in ("scheduled", "ready"):
         return (await verbs.insert(db, options=KEY, **columns, **late))[0]

@@ -1,7 +1,7 @@
 """What workers and people say to the database, as functions of a connection: the statements' parameters in one place.
 
-Each is one statement of notifyq/sql, run as notifyq runs it. What settles says which ids it applied to.
-"""
+Each is one statement of notifyq/database/sql, run as notifyq runs it. Those that settle return the ids that they
+applied to."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ OVERDUE: dict[str, Any] = {"created_at": "2000-01-01", "run_at": "2001-01-01"}  
 
 
 async def insert(conn: Any, count: int = 1, **columns: Any) -> list[int]:
-    """Tasks with these columns, each an SQL literal; their ids."""
+    """Insert tasks with these columns, each an SQL literal. Returns their ids."""
     columns = {"type": KNOWN, **columns}
     values = ", ".join("NULL" if v is None else "'" + str(v).replace("'", "''") + "'" for v in columns.values())
     rows = await conn.fetch(
@@ -43,7 +43,7 @@ async def claim(conn: Any, worker: int, count: int = 9) -> list[Job]:
 
 
 async def claim_from_cursor(conn: Any, worker: int, count: int = 9) -> list[Job]:
-    """From a mark, as under a backlog; here one that hides nothing."""
+    """Claim from a cursor, as under a backlog. This cursor hides no task."""
     return await claims.claim(conn, worker, {"default": count}, count, from_cursor=FromCursor(["default"], [0], [1]))
 
 
@@ -52,7 +52,7 @@ async def adopt(conn: Any, worker: int, count: int = 9) -> list[Job]:
 
 
 async def held(conn: Any, count: int = 1, **columns: Any) -> list[Job]:
-    """A new worker's, which has just claimed so many new tasks."""
+    """Register a worker that has just claimed that many new tasks. Returns its jobs."""
     await insert(conn, count, **columns)
     jobs = await claim(conn, await register(conn), count)
     assert len(jobs) == count
@@ -60,7 +60,7 @@ async def held(conn: Any, count: int = 1, **columns: Any) -> list[Job]:
 
 
 async def admit(conn: Any, jobs: Sequence[Job]) -> list[tuple[int, str | None]]:
-    """What is said of each: None, it runs."""
+    """The verdict on each task: None if it runs."""
     keys = [job.id for job in jobs], [job.attempt for job in jobs]
     return sorted((row[0], row[1]) for row in await conn.fetch(SQL["admit"], jobs[0].worker, *keys))
 
@@ -105,27 +105,28 @@ async def promote(conn: Any) -> int:
 
 
 async def tick(conn: Any, worker: int, jobs: Sequence[Job] = ()) -> tuple[bool, list[int], list[int]]:
-    """Is it registered, what has it lost, which others are there."""
+    """Send a heartbeat: whether the worker is registered, which leases it has lost, which other workers there are."""
     keys = [job.id for job in jobs], [job.attempt for job in jobs]
     row = await conn.fetchrow(SQL["send_heartbeat"], worker, len(jobs), "ok", *keys, ["default"], [KNOWN], False)
     return row["registered"], sorted(row["lost"]), row["others"]
 
 
 async def unseen(conn: Any, worker: int) -> tuple[float, float]:
-    """The worker's last heartbeat, and how long ago: for rescue.sql, as by a rescuer that has watched it all along."""
+    """The worker's last heartbeat, and how long ago it was: for rescue.sql, as by a rescuer that has watched it all
+    along."""
     found = "SELECT extract(epoch FROM seen_at)::float8, extract(epoch FROM now() - seen_at)::float8"
     row = await conn.fetchrow(f"{found} FROM notifyq.worker WHERE id = $1", worker)
     return tuple(row) if row else (0.0, 0.0)
 
 
 async def rescue(conn: Any, worker: int, most: int = 100) -> tuple[str | None, int, int]:
-    """Whose tasks it took back, how many are ready again, how many dead."""
+    """Returns whose tasks it took back, how many are ready again, and how many are dead."""
     name, ready, dead = await conn.fetchrow(SQL["rescue"], worker, most, *await unseen(conn, worker), None)
     return name, ready, dead
 
 
 async def silent(conn: Any, worker: int) -> None:
-    """Long enough, as nobody here holds its lock."""
+    """Make the worker silent for long enough. No session here holds its lock."""
     await conn.execute("UPDATE notifyq.worker SET seen_at = now() - interval '5 s' WHERE id = $1", worker)
 
 
@@ -144,13 +145,13 @@ async def reclaim_unanswered(conn: Any, worker: int, known: Sequence[Job]) -> in
 
 
 async def end_backends(conn: Any, worker: int) -> bool:
-    """Whether none is left."""
+    """Returns whether none is left."""
     row = await conn.fetchrow(SQL["end_backends"], worker, ["claims", "bell"], 2000)
     return bool(row["remaining"] == 0)
 
 
 async def prune(conn: Any, most: int = 100) -> int:
-    """Whatever its age."""
+    """Prune whatever its age."""
     return int(await conn.fetchval(SQL["prune_finished"], 0.0, 0.0, most, None))
 
 
@@ -175,7 +176,7 @@ async def fall_asleep(conn: Any, wait_ms: int = 5000) -> bool:
 
 
 async def states(conn: Any) -> dict[int, tuple[str, int]]:
-    """State and attempts of each task that is known; none is known twice."""
+    """State and attempts of each task that is known. No task is known twice."""
     rows = await conn.fetch("SELECT id, state, attempts FROM notifyq.all_tasks ORDER BY id")
     found = {row["id"]: (row["state"], row["attempts"]) for row in rows}
     assert len(found) == len(rows), "a task lives and is over, both at once"

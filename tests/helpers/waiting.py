@@ -32,7 +32,7 @@ class Seen:
 
 
 async def eventually(query: Callable[[], Any], want: Any = True, seconds: float = LIMIT_SECONDS) -> None:
-    """Wait until what the database says is `want`: for what only it knows, and nobody signals."""
+    """Wait until `query` returns `want`: for what only the database knows, and no signal tells."""
     value, seconds = None, limit(seconds)
     try:
         with anyio.fail_after(seconds):

@@ -51,7 +51,7 @@ class Die(notifyq.Task):
 
 
 class Part(notifyq.Task):
-    """Runs in a batch, for as long as the longest of it."""
+    """It runs in a batch, for as long as the longest of it."""
 
     seconds: float = 3600
 
@@ -61,7 +61,7 @@ class Book(notifyq.Task):
 
 
 class Step(notifyq.Task):
-    """Takes up to so many seconds, and fails so often."""
+    """Its handler takes up to that many seconds, and fails that often."""
 
     max_attempts = 1000
     seconds: float = 0.0

@@ -1,7 +1,8 @@
 """Claims, settling, cancel, retry and timers against each other, statement by statement, in an order made to go wrong.
 
-Who waits for whom is asserted too. Whatever the order: a task has one lease, ends once, and is never lost.
-"""
+Each test asserts which session waits for which. Whatever the order: a task has one lease, ends once, and is never lost.
+
+In each docstring, "X during Y" means that statement X begins while Y is not committed yet; "it" is X."""
 
 from __future__ import annotations
 
@@ -47,17 +48,17 @@ async def test_a_step_that_should_wait_and_does_not_is_found(w: Session, p: Sess
         await w.blocked_by(p, "SELECT 1")
 
 
-async def test_a_step_that_waits_for_somebody_else_is_found(
+async def test_a_step_that_waits_for_another_session_is_found(
     s: Steps, w: Session, p: Session, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     [job] = await w(held)
     await p("BEGIN")
     await p(cancel, job.id)
     monkeypatch.setattr("tests.helpers.steps.limit", lambda: limit(0.3))
-    with pytest.raises(AssertionError, match="w waits for nobody"):
+    with pytest.raises(AssertionError, match="w doesn't wait"):
         await w.blocked_by(await s.session("q"), finish, [job])
     q = await s.session("q")
-    with pytest.raises(AssertionError, match=rf"q should wait for nobody, and waits for backends \[{w.pid}"):
+    with pytest.raises(AssertionError, match=rf"q should not wait, and waits for backends \[{w.pid}"):
         await q("SELECT FROM notifyq.task FOR UPDATE")
 
 
@@ -91,7 +92,7 @@ async def test_a_cancel_that_is_rolled_back_has_lost_nothing(s: Steps, w: Sessio
 async def test_a_cancel_during_a_claim_takes_the_task_from_its_worker(
     s: Steps, w: Session, p: Session, take: Any
 ) -> None:
-    """Cancel during claim: it waits, and then ends the task that runs; its worker settles nothing more."""
+    """Cancel during claim: it waits, and then ends the running task. The worker settles nothing more."""
     [id] = await insert(s.db)
     me = await w(register)
     await w("BEGIN")
@@ -117,7 +118,7 @@ async def test_a_cancel_during_a_claim_that_fails(s: Steps, w: Session, p: Sessi
 
 
 async def test_claims_of_the_same_queues_in_opposite_order(s: Steps, w: Session) -> None:
-    """Claim and claim: neither waits, whatever order they have their queues in; no task goes to both."""
+    """Claim during claim: neither waits, whatever order their queues have, and no task goes to both."""
     [a], [b] = await insert(s.db, queue="a"), await insert(s.db, queue="b")
     other, me = await s.worker("claims 2"), await w(register)
     await w("BEGIN")
@@ -130,7 +131,7 @@ async def test_claims_of_the_same_queues_in_opposite_order(s: Steps, w: Session)
 @take
 @pytest.mark.parametrize("end", ["pg_cancel_backend", "pg_terminate_backend"])
 async def test_a_claim_that_is_ended_half_way(s: Steps, w: Session, p: Session, end: str, take: Any) -> None:
-    """Claim and the end of its statement or its session: it took all or nothing, so nothing, and another has it."""
+    """A claim whose statement or session is ended took nothing, and another claim takes the tasks."""
     await insert(s.db, 3)
     me, other = await w(register), await s.worker("other")
     async with half_way(s, p):
@@ -144,7 +145,7 @@ async def test_a_claim_that_is_ended_half_way(s: Steps, w: Session, p: Session, 
 
 @asynccontextmanager
 async def half_way(s: Steps, p: Session) -> AsyncIterator[None]:
-    """Inside, whoever updates tasks waits for `p` at its second row, with the first already written."""
+    """Inside, an UPDATE of tasks waits for `p` at its second row, when the first is written already."""
     await s.db.execute("""
         CREATE FUNCTION public.halt() RETURNS trigger LANGUAGE plpgsql AS $$
         BEGIN
@@ -166,8 +167,9 @@ async def half_way(s: Steps, p: Session) -> AsyncIterator[None]:
 # --- Types that only some know
 
 
-async def test_adopted_while_it_is_set_aside(s: Steps, w: Session) -> None:
-    """Adopt and claim during release_unhandled: nobody has the task before the commit; then who knows its type does."""
+async def test_claimed_while_it_is_released_as_unhandled(s: Steps, w: Session) -> None:
+    """Claim_unhandled and claim during release_unhandled: neither gets the task before the commit. Then the worker that
+    handles its type does."""
     jobs = await w(held)
     knows = await s.worker("knows")
     other = await knows(register, "knows:1")
@@ -184,8 +186,9 @@ async def test_adopted_while_it_is_set_aside(s: Steps, w: Session) -> None:
     assert await knows(finish, [job]) == [job.id]
 
 
-async def test_two_adopt(s: Steps, w: Session) -> None:
-    """Adopt and adopt: they share, and neither waits; what the first gives up by dying is there again."""
+async def test_two_claim_unhandled_tasks(s: Steps, w: Session) -> None:
+    """Claim_unhandled during itself: they share, and neither waits. What the first loses when it dies can be claimed
+    again."""
     all_ids = await insert(s.db, 3, withheld=True)
     other, me = await s.worker("other"), await w(register)
     await w("BEGIN")
@@ -200,7 +203,8 @@ async def test_two_adopt(s: Steps, w: Session) -> None:
 
 @pytest.mark.parametrize("level", ["REPEATABLE READ", "SERIALIZABLE"])
 async def test_a_cancel_with_an_old_snapshot(s: Steps, w: Session, p: Session, level: str) -> None:
-    """Cancel in a strict transaction, of a task claimed since: the person is told, the task runs on."""
+    """Cancel in a serializable transaction, of a task that was claimed since its snapshot: the person gets an error,
+    and the task runs on."""
     [id] = await insert(s.db)
     await p(f"BEGIN ISOLATION LEVEL {level}")
     await p("SELECT FROM notifyq.all_tasks")
@@ -226,7 +230,7 @@ async def test_a_serializable_enqueuer_who_looks_before(s: Steps, w: Session, p:
 
 
 async def test_two_serializable_enqueuers_who_enqueue_unless_there_is_one(s: Steps, p: Session) -> None:
-    """Enqueue and enqueue: one of them fails, and its task never was; the other's is there."""
+    """Enqueue during enqueue: one of them fails and has enqueued nothing; the other's task is there."""
     q = await s.session("q")
     for session in (p, q):
         await session("BEGIN ISOLATION LEVEL SERIALIZABLE")

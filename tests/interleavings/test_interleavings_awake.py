@@ -40,7 +40,7 @@ def work() -> Work:
 
 
 async def sleeper(s: Steps) -> int:
-    """The backend that sleeps at the bell."""
+    """The backend of the worker that sleeps at the bell."""
     await asleep(s.db)
     return int(
         await s.db.fetchval("SELECT pid FROM pg_locks WHERE relation = 'notifyq.bell'::regclass AND mode = 'ShareLock'")
@@ -56,7 +56,8 @@ async def sleeper(s: Steps) -> int:
     ],
 )
 async def test_ddl_on_the_bell_while_a_worker_sleeps(s: Steps, p: Session, work: Work, dsn: str, ddl: str) -> None:
-    """It waits for the sleeper, and no session waits for it: enqueuers ring, and the worker runs their tasks."""
+    """The DDL waits for the sleeper, and no session waits for the DDL: enqueuers ring, and the worker runs their
+    tasks."""
     async with working(work.app, dsn):
         waiting = await p.blocked_by(await sleeper(s), ddl)
         await insert(s.db)
@@ -67,7 +68,7 @@ async def test_ddl_on_the_bell_while_a_worker_sleeps(s: Steps, p: Session, work:
 
 
 async def test_vacuum_has_the_bell_while_a_worker_wants_to_sleep(s: Steps, p: Session, work: Work, dsn: str) -> None:
-    """Enqueuers don't ring, and the worker can't sleep: it looks now and then."""
+    """Enqueuers don't ring, and the worker can't sleep: it looks for tasks now and then."""
     await p("BEGIN")
     await p("LOCK TABLE notifyq.bell IN SHARE UPDATE EXCLUSIVE MODE")
     async with working(work.app, dsn):
@@ -104,7 +105,7 @@ async def test_truncate_under_a_worker_that_sleeps_and_holds_tasks(s: Steps, p: 
 
 
 async def test_a_stranger_who_listens_in_a_transaction(s: Steps, p: Session, work: Work, dsn: str) -> None:
-    """It keeps the queue of notifications from being emptied, but keeps no worker from hearing the bell."""
+    """The stranger keeps the queue of notifications from being emptied, but keeps no worker from hearing the bell."""
     await p("LISTEN notifyq")
     await p("BEGIN")
     await p("SELECT 1")
@@ -116,8 +117,8 @@ async def test_a_stranger_who_listens_in_a_transaction(s: Steps, p: Session, wor
 
 
 async def test_a_person_puts_a_task_forward(s: Steps, p: Session, work: Work, dsn: str) -> None:
-    """UPDATE OF run_at in a transaction that stays open while the worker has looked and slept again: run at its
-    commit."""
+    """UPDATE OF run_at in a transaction that stays open while the worker has looked and slept again: the task runs at
+    its commit."""
     [id] = await insert(s.db, run_at="2999-01-01")
     async with working(work.app, dsn):
         await asleep(s.db)
@@ -132,7 +133,8 @@ async def test_a_person_puts_a_task_forward(s: Steps, p: Session, work: Work, ds
 
 @pytest.mark.parametrize("level", ["repeatable read", "serializable"])
 async def test_a_database_whose_default_is_strict(s: Steps, work: Work, dsn: str, level: str) -> None:
-    """Sleep in a database with another default isolation: no snapshot is held, or vacuum would stop."""
+    """A worker sleeps in a database whose default isolation is another: it holds no snapshot, or vacuum would remove
+    nothing."""
     name = await s.db.fetchval("SELECT current_database()")
     await s.db.execute(f"ALTER DATABASE {name} SET default_transaction_isolation = '{level}'")
     try:

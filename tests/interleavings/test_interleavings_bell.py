@@ -1,8 +1,10 @@
 """The bell and the turn, statement by statement: enqueuers, sleepers and strangers, in an order made to go wrong.
 
-Most of it without a worker: a session that falls asleep by the worker's own functions, one that listens, and a claim.
-test_doorbell.py has the same of whole workers; here are those that need one because it must be found awake.
-"""
+Most tests have no worker: a session falls asleep by the worker's own functions, one listens, and one claims.
+test_doorbell.py has the same with whole workers. The tests with a worker here need one that is awake.
+
+In each docstring, "X during Y" means that X begins while Y is not committed yet. "Hidden" is an enqueuer that didn't
+ring, since no worker slept when it inserted."""
 
 from __future__ import annotations
 
@@ -21,7 +23,7 @@ SOON = 3.0  # seconds, on an idle machine: only the bell finds a task that soon
 
 @pytest.fixture
 async def w(s: Steps) -> Session:
-    """A worker's connection for claims."""
+    """A worker's session for claims."""
     return await s.worker("claims")
 
 
@@ -36,7 +38,7 @@ class Heard:
         await self.session.conn.add_listener("notifyq", lambda *args: self.rings.append(args[3]))
 
     async def so_far(self) -> list[str]:
-        """All notifications that were committed before: a backend delivers in the order of the commits."""
+        """All notifications that were committed before: a backend delivers them in the order of the commits."""
         await self.session("NOTIFY notifyq, 'end'")
         with anyio.fail_after(limit()):
             while "end" not in self.rings:
@@ -84,7 +86,8 @@ WAYS: dict[str, Any] = {
     [*((way, "READ COMMITTED") for way in WAYS), ("INSERT", "REPEATABLE READ"), ("INSERT", "SERIALIZABLE")],
 )
 async def test_a_hidden_enqueuer(s: Steps, bell: Session, p: Session, w: Session, way: str, level: str) -> None:
-    """Sleep during enqueue, in any isolation level, by any way: granted at the commit, and the next claim takes it."""
+    """Sleep during enqueue, in any isolation level, in any way: sleep is granted at the commit, and the next claim
+    takes the task."""
     me = await w(register)
     await p(f"BEGIN ISOLATION LEVEL {level}")
     await p("SELECT FROM notifyq.task")
@@ -97,7 +100,7 @@ async def test_a_hidden_enqueuer(s: Steps, bell: Session, p: Session, w: Session
 
 
 async def test_two_hidden_enqueuers(s: Steps, bell: Session, p: Session, w: Session) -> None:
-    """Sleep during two enqueues: the last commit lets it sleep, and the claim after that takes both."""
+    """Sleep during two enqueues: the last commit lets the worker sleep, and the claim after that takes both tasks."""
     q, me = await s.session("q"), await w(register)
     for session in (p, q):
         await session("BEGIN")
@@ -114,7 +117,8 @@ async def test_two_hidden_enqueuers(s: Steps, bell: Session, p: Session, w: Sess
 
 @pytest.mark.parametrize("end", ["ROLLBACK", "killed"])
 async def test_a_hidden_enqueuer_that_fails(s: Steps, bell: Session, p: Session, w: Session, end: str) -> None:
-    """Sleep during an enqueue that is rolled back, or whose session is killed: it sleeps, and has missed no task."""
+    """Sleep during an enqueue that is rolled back, or whose session is killed: the worker sleeps, and has missed no
+    task."""
     await p("BEGIN")
     await p(insert)
     waiting = await bell.blocked_by(p, fall_asleep)
@@ -128,7 +132,8 @@ async def test_a_hidden_enqueuer_that_fails(s: Steps, bell: Session, p: Session,
 
 @pytest.mark.parametrize("end", ["COMMIT", "ROLLBACK"])
 async def test_a_hidden_enqueuer_that_is_prepared(s: Steps, bell: Session, p: Session, w: Session, end: str) -> None:
-    """Sleep during an enqueue that is prepared, so without a session: it keeps its lock until it is decided."""
+    """Sleep during an enqueue that is prepared, so that no session has it: it keeps its lock until COMMIT or ROLLBACK
+    PREPARED."""
     me, name = await w(register), await s.db.fetchval("SELECT current_database()")
     await p("BEGIN")
     await p(insert)
@@ -139,7 +144,7 @@ async def test_a_hidden_enqueuer_that_is_prepared(s: Steps, bell: Session, p: Se
     assert len(await w(claim, me)) == (end == "COMMIT")
 
 
-async def test_who_rang_can_not_be_prepared(s: Steps, bell: Session, p: Session) -> None:
+async def test_a_transaction_that_rang_can_not_be_prepared(s: Steps, bell: Session, p: Session) -> None:
     """PREPARE TRANSACTION while a worker sleeps: PostgreSQL refuses it, and no task is enqueued."""
     assert await bell(fall_asleep)
     await p("BEGIN")
@@ -149,10 +154,10 @@ async def test_who_rang_can_not_be_prepared(s: Steps, bell: Session, p: Session)
     assert await states(s.db) == {}
 
 
-async def test_it_enqueues_again_while_somebody_waits_for_it(
+async def test_it_enqueues_again_while_a_worker_waits_for_it(
     s: Steps, bell: Session, p: Session, w: Session, heard: Heard
 ) -> None:
-    """Enqueue during sleep, by the transaction that is waited for: again it doesn't ring, and both tasks are seen."""
+    """A transaction that a worker waits for enqueues once more: again it doesn't ring, and both tasks are seen."""
     me = await w(register)
     await p("BEGIN")
     await p(insert)
@@ -164,11 +169,11 @@ async def test_it_enqueues_again_while_somebody_waits_for_it(
     assert await heard.so_far() == []
 
 
-async def test_its_savepoint_is_rolled_back_while_somebody_waits_for_it(
+async def test_its_savepoint_is_rolled_back_while_a_worker_waits_for_it(
     s: Steps, bell: Session, p: Session, w: Session, heard: Heard
 ) -> None:
-    """Sleep during a savepoint's enqueue: it sleeps when that is undone, and a later enqueue of the same transaction
-    rings."""
+    """Sleep during a savepoint's enqueue: the worker sleeps when that is undone, and a later enqueue of the same
+    transaction rings."""
     await p("BEGIN")
     await p("SAVEPOINT here")
     await p(insert)
@@ -183,7 +188,8 @@ async def test_its_savepoint_is_rolled_back_while_somebody_waits_for_it(
 
 
 async def test_a_released_savepoint_keeps_its_promise(s: Steps, bell: Session, p: Session, w: Session) -> None:
-    """Sleep during a savepoint's enqueue: when that is released, the sleeper goes on waiting for it."""
+    """Sleep during a savepoint's enqueue: when the savepoint is released, the worker goes on waiting for the
+    transaction."""
     await p("BEGIN")
     await p("SAVEPOINT here")
     await p(insert)
@@ -197,8 +203,8 @@ async def test_a_released_savepoint_keeps_its_promise(s: Steps, bell: Session, p
 # --- Enqueuers that ring
 
 
-async def test_a_newcomer_while_somebody_waits_to_sleep(s: Steps, bell: Session, p: Session, heard: Heard) -> None:
-    """Enqueue during arming: it waits for no session, doesn't lengthen the wait, and rings."""
+async def test_an_enqueue_while_a_worker_waits_to_sleep(s: Steps, bell: Session, p: Session, heard: Heard) -> None:
+    """Enqueue while a worker waits to sleep: it waits for no session, doesn't lengthen the worker's wait, and rings."""
     await p("BEGIN")
     await p(insert)
     waiting = await bell.blocked_by(p, fall_asleep)
@@ -263,7 +269,7 @@ SAID: dict[str, tuple[Any, int]] = {
 
 
 @pytest.mark.parametrize("what", SAID)
-async def test_what_people_do_while_somebody_sleeps(
+async def test_what_people_do_while_a_worker_sleeps(
     s: Steps, bell: Session, p: Session, heard: Heard, what: str
 ) -> None:
     """A statement rings once for all its rows if a worker may have a task to claim, and otherwise not."""
@@ -274,7 +280,8 @@ async def test_what_people_do_while_somebody_sleeps(
 
 
 async def test_a_listener_in_a_transaction_hears_at_its_end(s: Steps, bell: Session, p: Session, heard: Heard) -> None:
-    """Ring during a listener's transaction: not lost, but late. So claims and LISTEN are never in a transaction."""
+    """A ring during a listener's transaction isn't lost, but comes late. So claims and LISTEN are never in a
+    transaction."""
     assert await bell(fall_asleep)
     await heard.session("BEGIN")
     await p(insert)
@@ -292,7 +299,7 @@ MODES = [
 
 @pytest.mark.parametrize("mode", MODES)
 async def test_a_stranger_locks_the_bell(s: Steps, bell: Session, p: Session, heard: Heard, mode: str) -> None:
-    """Enqueue while pg_dump, VACUUM or DDL has the bell: it never waits; it is silent, or rings. A worker that
+    """Enqueue while pg_dump, VACUUM or DDL has locked the bell: it never waits; it is silent, or rings. A worker that
     wants to sleep may, or waits for that session."""
     stranger = await s.session("stranger")
     await stranger("BEGIN")

@@ -17,14 +17,14 @@ from ..helpers.verbs import (
 
 
 async def over(s: Steps, w: Session, state: str = "dead") -> int:
-    """A task that has ended so."""
+    """A task that has ended in this state."""
     jobs = await w(held)
     assert await w(finish, jobs, state)
     return int(jobs[0].id)
 
 
 async def test_retried_while_it_is_pruned(s: Steps, w: Session, k: Session, p: Session) -> None:
-    """Retry during prune: it waits, and says that there is nothing to retry."""
+    """Retry during prune: it waits, and returns that there is nothing to retry."""
     id = await over(s, w)
     await k("BEGIN")
     assert await k(prune) == 1
@@ -47,7 +47,7 @@ async def test_retried_while_a_prune_fails(s: Steps, w: Session, k: Session, p: 
 
 @pytest.mark.parametrize("end", ["COMMIT", "ROLLBACK"])
 async def test_pruned_while_it_is_retried(s: Steps, w: Session, k: Session, p: Session, end: str) -> None:
-    """Prune during retry: it steps over; the task lives, or is pruned when the retry has failed."""
+    """Prune during retry: it skips the task. The task lives, or is pruned when the retry has failed."""
     id = await over(s, w)
     await p("BEGIN")
     assert await p(retry, id)
@@ -70,7 +70,7 @@ async def test_two_prune(s: Steps, w: Session, k: Session) -> None:
 
 
 async def test_pruned_while_it_is_settled(s: Steps, w: Session, k: Session) -> None:
-    """Prune during settle: what isn't committed can't be pruned, and nothing waits."""
+    """Prune during settle: it prunes no task whose end isn't committed, and doesn't wait."""
     jobs = await w(held)
     await w("BEGIN")
     await w(finish, jobs)

@@ -97,7 +97,8 @@ async def test_rescued_while_its_last_words_are_lost(s: Steps, w: Session, k: Se
 
 
 async def test_done_by_its_worker_and_dead_by_its_rescuer(s: Steps, w: Session, k: Session) -> None:
-    """Finish during the rescue of a task without attempts left: the task ends once, as the first of both says."""
+    """Settle during the rescue of a task without attempts left: the task ends once, as the statement that came first
+    says."""
     [job] = await w(held, max_attempts=1)
     await silent(s.db, job.worker)
     await k("BEGIN")
@@ -109,7 +110,7 @@ async def test_done_by_its_worker_and_dead_by_its_rescuer(s: Steps, w: Session, 
 
 
 async def test_dead_by_its_rescuer_and_done_by_its_worker(s: Steps, w: Session, k: Session) -> None:
-    """Rescue of a task without attempts left during its finish: the task is done, and not dead too."""
+    """Rescue of a task without attempts left, during its settle: the task is done, and not dead too."""
     [job] = await w(held, max_attempts=1)
     await silent(s.db, job.worker)
     await w("BEGIN")

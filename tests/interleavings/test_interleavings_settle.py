@@ -245,7 +245,7 @@ async def test_two_outcomes_of_one_attempt(s: Steps, w: Session, dsn: str, kind:
 
 
 async def test_outcomes_of_all_kinds_are_one_transaction(s: Steps, w: Session, dsn: str) -> None:
-    """Either all of a batch is written or nothing, and it costs one commit."""
+    """Either the whole batch is written or nothing of it, and it costs one commit."""
     jobs = await w(held, len(OUTCOMES))
     async with Writing(dsn, [make(job) for make, job in zip(OUTCOMES.values(), jobs, strict=True)]):
         pass
@@ -284,7 +284,7 @@ async def test_a_batch_has_outcomes_of_before_and_after_a_new_id(
 
 @pytest.fixture
 async def impatient(s: Steps) -> AsyncIterator[None]:
-    """A new session looks for a deadlock at once, others after a minute; the session that finds one is its victim."""
+    """A new session looks for a deadlock at once, others after a minute. The session that finds one is its victim."""
     await s.db.execute("ALTER ROLE CURRENT_USER SET deadlock_timeout = '10ms'")
     yield
     await s.db.execute("ALTER ROLE CURRENT_USER RESET deadlock_timeout")

@@ -33,7 +33,8 @@ async def test_cancelled_at_the_moment_of_its_promotion(s: Steps, w: Session, p:
 
 
 async def test_promoted_at_the_moment_of_its_cancel(s: Steps, w: Session, p: Session) -> None:
-    """Promotion during cancel: stepped over, without waiting; rolled back, it is promoted the next time."""
+    """Promotion during cancel: it skips the task, without waiting. When the cancel is rolled back, the next promotion
+    takes the task."""
     [id] = await insert(s.db, **OVERDUE)
     await p("BEGIN")
     await p(cancel, id)
@@ -55,7 +56,7 @@ async def test_retried_at_the_moment_of_its_promotion(s: Steps, w: Session, p: S
 
 
 async def test_promoted_at_the_moment_of_its_retry(s: Steps, w: Session, p: Session) -> None:
-    """Promotion and claim during retry: neither waits, neither has it; at the commit it is ready."""
+    """Promotion and claim during retry: neither waits, and neither gets the task. At the commit it is ready."""
     [id] = await insert(s.db, **OVERDUE)
     me = await w(register)
     await p("BEGIN")
@@ -79,7 +80,7 @@ async def test_claimed_at_the_moment_of_its_promotion(s: Steps, w: Session) -> N
 
 
 async def test_a_promoter_that_dies(s: Steps, w: Session) -> None:
-    """Promotion and promotion: what the first had in its hands when it died, the second promotes."""
+    """Promotion during promotion: what the first had locked when it died, the second promotes."""
     await insert(s.db, 2, **OVERDUE)
     other = await s.worker("other")
     await w("BEGIN")

@@ -1,4 +1,6 @@
-"""Arming the bell and waiting for the turn, statement by statement: refused, cancelled, killed."""
+"""Falling asleep and waiting for the turn, statement by statement: refused, cancelled, killed.
+
+In each docstring, "X during Y" means that X begins while Y is not committed yet."""
 
 from __future__ import annotations
 
@@ -9,11 +11,10 @@ from ..helpers.steps import Session, Steps, frozen
 from ..helpers.verbs import fall_asleep, insert, take_turn
 from .test_interleavings_bell import locks
 
-# --- Falling asleep and the turn: refused, cancelled, killed
 
-
-async def test_an_arming_that_gives_up(s: Steps, bell: Session, p: Session) -> None:
-    """Sleep during enqueue, for 20 ms: refused, it holds nothing, and may ask again in the same transaction."""
+async def test_falling_asleep_is_given_up(s: Steps, bell: Session, p: Session) -> None:
+    """Sleep during enqueue, for 20 ms: the worker is refused, holds nothing, and may ask again in the same
+    transaction."""
     await p("BEGIN")
     await p(insert)
     assert not await bell(fall_asleep, 20)
@@ -27,8 +28,8 @@ async def test_an_arming_that_gives_up(s: Steps, bell: Session, p: Session) -> N
     assert await bell(fall_asleep, 20)
 
 
-async def test_an_arming_that_is_cancelled(s: Steps, bell: Session, p: Session) -> None:
-    """Sleep during enqueue, and a cancel request: it holds nothing, and its transaction goes on."""
+async def test_falling_asleep_is_cancelled(s: Steps, bell: Session, p: Session) -> None:
+    """Sleep during enqueue, and a request to cancel it: the worker holds nothing, and its transaction goes on."""
     await p("BEGIN")
     await p(insert)
     waiting = await bell.blocked_by(p, fall_asleep)
@@ -48,8 +49,9 @@ async def late(s: Steps, why: str, waiter: Session, ms: int) -> None:
 
 
 @pytest.mark.parametrize("why", ["cancelled", "timed out"])
-async def test_an_arming_that_is_granted_when_it_ends(s: Steps, bell: Session, p: Session, why: str) -> None:
-    """Sleep, granted at the moment at which the wait ends: it holds the lock exactly if it says so."""
+async def test_falling_asleep_is_granted_when_the_wait_ends(s: Steps, bell: Session, p: Session, why: str) -> None:
+    """Sleep is granted at the moment at which the wait ends: the worker holds the lock exactly if the function says
+    so."""
     await p("BEGIN")
     await p(insert)
     ms = int(limit(0.6) * 1000)  # it is frozen before that is over
@@ -63,7 +65,8 @@ async def test_an_arming_that_is_granted_when_it_ends(s: Steps, bell: Session, p
 
 @pytest.mark.parametrize("why", ["cancelled", "timed out"])
 async def test_a_turn_that_is_granted_when_the_wait_ends(s: Steps, why: str) -> None:
-    """The turn, granted at the moment at which the wait ends: it holds it exactly if it says so, and passes it on."""
+    """The turn is granted at the moment at which the wait ends: the worker holds it exactly if the function says so,
+    and passes it on."""
     first, second, third = [await s.worker(f"bell {n}") for n in range(3)]
     assert await first(take_turn)
     ms = int(limit(0.6) * 1000)
@@ -77,7 +80,8 @@ async def test_a_turn_that_is_granted_when_the_wait_ends(s: Steps, why: str) -> 
 
 
 async def test_the_turn_goes_round_in_order(s: Steps) -> None:
-    """Turn: first come, first served; at once when its holder steps back, or is killed; other fleets have their own."""
+    """The turn is first come, first served. It is passed on at once when its holder steps back or is killed. Another
+    fleet has a turn of its own."""
     first, second, third, other = [await s.worker(f"bell {n}") for n in range(4)]
     assert await first(take_turn)
     second_waits = await second.blocked_by(first, take_turn)

@@ -69,7 +69,7 @@ async def test_a_chain_of_a_hundred_with_two_workers(bench: Bench, db: Any, dsn:
 
 
 async def test_a_chain_that_is_enqueued_at_once(bench: Bench, db: Any, dsn: str) -> None:
-    """All of it is claimed together, the last first, and all but one are parked."""
+    """The whole chain is claimed together, the last task first, and all but one are parked."""
     ids: list[int] = []
     async with db.transaction():
         for n in range(100):
@@ -139,7 +139,7 @@ async def test_what_is_over_or_unknown_is_not_waited_for(bench: Bench, db: Any, 
 
 
 async def test_history_0(bench: Bench, db: Any, dsn: str) -> None:
-    """What nobody keeps is kept for who waits for it, until it is pruned."""
+    """An outcome for which no history is kept stays for the tasks that wait for it, until it is pruned."""
     async with working(bench.app, dsn, history=0):
         alone = await bench.app.enqueue(Step("alone"))
         _, last = await bench.app.enqueue_many([Step("a", "wait"), Step("b", "wait")], then=Sum())
@@ -178,7 +178,7 @@ async def test_in_a_thread(bench: Bench, db: Any, dsn: str) -> None:
 
 
 async def test_with_limits_and_order(bench: Bench, db: Any, dsn: str) -> None:
-    """What waits for an end holds no slot of its limit, and keeps nobody of its order from running."""
+    """A task that waits for an end holds no slot of its limit, and holds up no task of its order key."""
     async with working(bench.app, dsn):
         first = await bench.app.enqueue(Step("first", "wait"))
         waits = await bench.app.enqueue(Step("waits"), after=[first], limit_key="k", limit=1, order_key="o")
@@ -239,7 +239,7 @@ async def test_inline(bench: Bench) -> None:
 
 
 async def test_other_clients(bench: Bench, db: Any, dsn: str) -> None:
-    """In their own transactions, and in plain SQL."""
+    """They enqueue in their own transactions, and in plain SQL."""
     client = notifyq.SyncClient(bench.app)
 
     def blocking() -> tuple[list[int], int]:
@@ -286,7 +286,7 @@ async def test_command_line(bench: Bench, db: Any, dsn: str) -> None:
 
 
 async def test_large_tasks_that_are_cancelled_together(db: Any) -> None:
-    """Their payloads are moved to the history: 32 MB of them, and what that cuts, in a statement. The others follow."""
+    """A statement moves at most 32 MB of their payloads to the history, and cancels those tasks. The others follow."""
     await db.execute("ALTER TABLE notifyq.task ALTER payload SET STORAGE EXTERNAL")  # not compressed: as large as it is
     await db.execute(
         """INSERT INTO notifyq.finished (id, created_at, run_at, processed_at, priority, attempts, state, queue, type,

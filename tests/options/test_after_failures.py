@@ -1,4 +1,4 @@
-"""What becomes of a task that waits for one which fails, is cancelled or is retried."""
+"""What becomes of a task that waits for a task which fails, is cancelled or is retried."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ async def bench(dsn: str) -> AsyncIterator[Bench]:
 async def test_one_that_is_not_done_cancels_all_that_wait(
     bench: Bench, db: Any, dsn: str, how: str, fate: str, when: str
 ) -> None:
-    """Those that wait for it, and those that wait for them; not those that run all the same."""
+    """It cancels the tasks that wait for it, and those that wait for them, but not those with on_dead "run"."""
     app = bench.app
     bad = await app.enqueue(Step("bad", how))
     good = await app.enqueue(Step("good", "wait"))
@@ -41,7 +41,7 @@ async def test_one_that_is_not_done_cancels_all_that_wait(
         for ref in (one, two, three):
             await ended(db, ref.id, "cancelled")
         await ended(db, anyway.id, "done")
-        assert await state(db, good.id) == "running", "nobody waited for that to end"
+        assert await state(db, good.id) == "running", "no statement waited for its end"
         bench.release.set()
     [error] = await errors(db, one.id)
     assert error["error"] == f"task {bad.id} (Step), which it was to run after, {fate}"
@@ -72,7 +72,7 @@ async def test_a_chain_of_a_hundred_is_cancelled(bench: Bench, db: Any, dsn: str
 
 
 async def test_one_of_a_type_that_is_too_long_fails(bench: Bench, db: Any, dsn: str) -> None:
-    """Those that wait for it are told of the type what a type may be."""
+    """The tasks that wait for it are told at most as much of the type as a type may have."""
     bad = await db.fetchval("INSERT INTO notifyq.task (type) SELECT repeat('x', 1000000) RETURNING id")
     one = await bench.app.enqueue(Step("one"), after=[bad])
     anyway = await bench.app.enqueue(Sum(), after=[bad], on_dead="run")

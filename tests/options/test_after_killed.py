@@ -25,7 +25,8 @@ async def bench(dsn: str) -> AsyncIterator[Bench]:
 
 @pytest.mark.slow
 async def test_killed(spawn: Callable[..., Process], db: Any, bench: Bench) -> None:
-    """With what it ran, others' dependencies among them; a chain goes on, and a fan-in has all its results."""
+    """A worker is killed with what it ran, predecessors of other tasks among it: a chain goes on, and a fan-in has all
+    its results."""
     workers = [await started(spawn, 'queues=["default"]') for _ in range(2)]
     before = await insert(db, "Sleep", 20)
     waits = await db.fetchval(INSERT, "Quick", before, None)
@@ -45,8 +46,8 @@ async def test_killed(spawn: Callable[..., Process], db: Any, bench: Bench) -> N
 
 @pytest.mark.slow
 async def test_killed_at_random(spawn: Callable[..., Process], db: Any) -> None:
-    """Three workers, one of which is killed again and again, over chains and fans: every task ends, none before what it
-    waits for."""
+    """One of three workers is killed again and again, while chains and fans run: every task ends, and none begins
+    before what it waits for has ended."""
     ids: list[int] = []
     for n in range(1500):
         # The one before it, and the one that is ten before, if there is one.

@@ -1,4 +1,7 @@
-"""The end of a task against the admission of one that waits for it, statement by statement."""
+"""The end of a task against the admission of a task that waits for it, statement by statement.
+
+The task that is waited for is the predecessor. Admission marks its row (`watched`), so that its end notifies a
+worker."""
 
 from __future__ import annotations
 
@@ -47,20 +50,20 @@ async def free(conn: Any) -> int:
 
 
 async def waiting_for(conn: Any, *ids: int, on_dead: str | None = None) -> list[Any]:
-    """A new worker's, which has just claimed one that waits for these."""
+    """A new worker, which has just claimed a task that waits for these. Returns its jobs."""
     return await held(conn, 1, priority=9, options=json.dumps({"after": ids, "on_dead": on_dead}))
 
 
-async def test_it_ends_before_the_mark_can_be_seen(dsn: str) -> None:
-    """The end waits for the mark, and tells."""
+async def test_a_predecessor_ends_before_its_mark_is_committed(dsn: str) -> None:
+    """The statement that ends the predecessor waits for the mark, and then releases the waiting task."""
     async with steps(dsn) as s:
-        judge, settler = await s.worker("claims"), await s.worker("settle")
+        admitter, settler = await s.worker("claims"), await s.worker("settle")
         needed = await held(s.db)
         waits = await waiting_for(s.db, needed[0].id)
-        await judge("BEGIN")
-        assert await judge(admit, waits) == {waits[0].id: "after"}
-        ends = await settler.blocked_by(judge, finish, needed)
-        await judge("COMMIT")
+        await admitter("BEGIN")
+        assert await admitter(admit, waits) == {waits[0].id: "after"}
+        ends = await settler.blocked_by(admitter, finish, needed)
+        await admitter("COMMIT")
         assert await ends == [needed[0].id]
         assert await free(s.db) == 1
         assert await where(s.db, waits[0].id) == ["ready"]
@@ -68,16 +71,17 @@ async def test_it_ends_before_the_mark_can_be_seen(dsn: str) -> None:
 
 
 @pytest.mark.parametrize("commits", [True, False])
-async def test_it_is_just_ending_when_it_is_judged(dsn: str, commits: bool) -> None:
-    """Its end can't be marked any more, nor is it there yet. That isn't waited for; the next free judges once more."""
+async def test_a_predecessor_is_ending_during_the_admission(dsn: str, commits: bool) -> None:
+    """The predecessor can't be marked any more, and its end isn't committed. Admission doesn't wait for it; the next
+    release_waiters looks again."""
     async with steps(dsn) as s:
-        judge, settler = await s.worker("claims"), await s.worker("settle")
+        admitter, settler = await s.worker("claims"), await s.worker("settle")
         needed = await held(s.db)
         waits = await waiting_for(s.db, needed[0].id)
         edge = needed[0].id, waits[0].id
         await settler("BEGIN")
         await settler(finish, needed)
-        assert await judge(admit, waits) == {waits[0].id: "after"}
+        assert await admitter(admit, waits) == {waits[0].id: "after"}
         assert [tuple(row) for row in await s.db.fetch(NEEDS)] == [(*edge, False)]
         assert await free(s.db) == 0
         await settler("COMMIT" if commits else "ROLLBACK")
@@ -90,33 +94,34 @@ async def test_it_is_just_ending_when_it_is_judged(dsn: str, commits: bool) -> N
         assert not await s.db.fetchval(LEFT)
 
 
-async def test_it_has_ended_a_moment_later(dsn: str) -> None:
-    """Whoever judges looks again, and sees the end. He is stopped in between; who was late to stop him tries again."""
+async def test_a_predecessor_has_ended_at_the_second_look(dsn: str) -> None:
+    """Admission looks a second time, and sees the end. The test stops the backend between the two looks. If it stops it
+    too late, it tries again."""
     async with steps(dsn) as s:
-        judge, settler = await s.worker("claims"), await s.worker("settle")
+        admitter, settler = await s.worker("claims"), await s.worker("settle")
         verdict = None
         for _ in range(20):
             needed = await held(s.db)
             waits = await waiting_for(s.db, needed[0].id)
             await settler("BEGIN")
             await settler(finish, needed)
-            judged = asyncio.create_task(admit(judge.conn, waits))
+            verdicts = asyncio.create_task(admit(admitter.conn, waits))
             with anyio.fail_after(limit()):
-                while not judged.done() and not await s.db.fetchval(SLEEPS):
+                while not verdicts.done() and not await s.db.fetchval(SLEEPS):
                     pass
-            with frozen(judge):
+            with frozen(admitter):
                 await settler("COMMIT")
-            verdict = (await judged)[waits[0].id]
+            verdict = (await verdicts)[waits[0].id]
             if verdict is None:
                 break
         assert verdict is None
 
 
-async def test_it_is_waited_for_itself_when_it_is_judged(dsn: str) -> None:
-    """Another has it locked, to mark it, and lets it go before the verdict. It wasn't asked what it waits for, so it
-    doesn't run: it is handed back."""
+async def test_a_task_is_locked_as_a_predecessor_during_its_admission(dsn: str) -> None:
+    """Another session has locked the task, to mark it as a predecessor, and unlocks it before the verdict. Admission
+    hasn't read what the task waits for. So the task doesn't run: it is handed back."""
     async with steps(dsn) as s:
-        judge, other, settler = await s.worker("claims 1"), await s.worker("claims 2"), await s.worker("settle")
+        admitter, other, settler = await s.worker("claims 1"), await s.worker("claims 2"), await s.worker("settle")
         stopped = False
         for _ in range(20):
             needed, ending = await held(s.db), await held(s.db)
@@ -129,22 +134,22 @@ async def test_it_is_waited_for_itself_when_it_is_judged(dsn: str) -> None:
             await settler(finish, ending)
             await other("BEGIN")
             assert await other(admit, third) == {third[0].id: "after"}
-            judged = asyncio.create_task(admit(judge.conn, [waits, also]))
+            verdicts = asyncio.create_task(admit(admitter.conn, [waits, also]))
             with anyio.fail_after(limit()):
-                while not judged.done() and not await s.db.fetchval(SLEEPS):
+                while not verdicts.done() and not await s.db.fetchval(SLEEPS):
                     pass
-            with frozen(judge):
-                stopped = not judged.done() and bool(await s.db.fetchval(SLEEPS))
+            with frozen(admitter):
+                stopped = not verdicts.done() and bool(await s.db.fetchval(SLEEPS))
                 await other("COMMIT")
-            assert waits.id not in await judged
+            assert waits.id not in await verdicts
             await settler("COMMIT")
             if stopped:
                 break
         assert stopped
 
 
-async def test_the_last_two_end_at_once(dsn: str) -> None:
-    """And are let out by two, neither of whom sees what the other does. The second waits for the first."""
+async def test_the_last_two_predecessors_end_at_once(dsn: str) -> None:
+    """Two workers release the task, and neither sees what the other does. The second waits for the first."""
     async with steps(dsn) as s:
         one, two = await s.worker("claims 1"), await s.worker("claims 2")
         needed = await held(s.db, 2)
@@ -160,7 +165,7 @@ async def test_the_last_two_end_at_once(dsn: str) -> None:
         assert await where(s.db, waits[0].id) == ["ready"]
 
 
-async def test_two_that_are_judged_at_once_for_the_same(dsn: str) -> None:
+async def test_two_admissions_with_the_same_predecessor_at_once(dsn: str) -> None:
     async with steps(dsn) as s:
         one, two = await s.worker("claims 1"), await s.worker("claims 2")
         needed = await held(s.db)
@@ -169,7 +174,7 @@ async def test_two_that_are_judged_at_once_for_the_same(dsn: str) -> None:
         await one(admit, first)
         assert await two(admit, second) == {second[0].id: "after"}
         await one("COMMIT")
-        assert [row["confirmed"] for row in await s.db.fetch(NEEDS)] == [True, False], "somebody had it locked"
+        assert [row["confirmed"] for row in await s.db.fetch(NEEDS)] == [True, False], "another session had locked it"
         third = await waiting_for(s.db, needed[0].id)
         await one("BEGIN")
         await one(admit, third)
@@ -184,8 +189,8 @@ async def test_two_that_are_judged_at_once_for_the_same(dsn: str) -> None:
         assert await where(s.db, *(jobs[0].id for jobs in (first, second, third, fourth))) == ["ready"] * 4
 
 
-async def test_somebody_has_it_locked_for_an_hour(dsn: str) -> None:
-    """The one that is waited for, and the one that waits: whoever judges, or frees, waits for nobody."""
+async def test_a_stranger_locks_a_waiting_task(dsn: str) -> None:
+    """Neither admission nor release_waiters waits for a row that a stranger has locked."""
     async with steps(dsn) as s:
         stranger = await s.session("stranger")
         needed = await held(s.db, 2)
@@ -203,7 +208,7 @@ async def test_somebody_has_it_locked_for_an_hour(dsn: str) -> None:
         assert await free(s.db) == 1
         assert await where(s.db, first[0].id) == ["ready"]
         assert not await s.db.fetchval(LEFT)
-        # One that is being cancelled by somebody while it is judged is nobody's to judge.
+        # A task that a person is cancelling is not admitted.
         third = await waiting_for(s.db, needed[1].id)
         await stranger("BEGIN")
         await stranger("SELECT notifyq.cancel($1)", third[0].id)
@@ -212,7 +217,7 @@ async def test_somebody_has_it_locked_for_an_hour(dsn: str) -> None:
         assert not await s.db.fetchval(LEFT)
 
 
-async def test_it_is_retried_before_anybody_saw_that_it_was_dead(dsn: str) -> None:
+async def test_a_dead_predecessor_is_retried_before_its_end_is_seen(dsn: str) -> None:
     async with steps(dsn) as s:
         needed = await held(s.db)
         waits = await waiting_for(s.db, needed[0].id)
@@ -227,8 +232,9 @@ async def test_it_is_retried_before_anybody_saw_that_it_was_dead(dsn: str) -> No
         assert await where(s.db, waits[0].id) == ["ready"]
 
 
-async def test_what_is_not_an_end(dsn: str) -> None:
-    """A retry, and a rescue, of the one that is waited for: it lives. A rescue that has it dead is an end."""
+async def test_a_retry_or_a_rescue_of_a_predecessor_is_no_end(dsn: str) -> None:
+    """After a retry or a rescue the predecessor lives, so the task waits on. A rescue that ends it as dead is an
+    end."""
     async with steps(dsn) as s:
         needed = await held(s.db)
         waits = await waiting_for(s.db, needed[0].id)
@@ -247,8 +253,8 @@ async def test_what_is_not_an_end(dsn: str) -> None:
         assert not await s.db.fetchval(LEFT)
 
 
-async def test_whom_nobody_tells_a_heartbeat_finds(bench: Bench, db: Any, dsn: str, connect: Any) -> None:
-    """What is waited for was locked by a stranger, longer than anybody looked again, and then it was gone."""
+async def test_a_heartbeat_finds_a_task_whose_release_was_missed(bench: Bench, db: Any, dsn: str, connect: Any) -> None:
+    """A stranger has locked the predecessor for longer than a worker looks again, and then it was gone."""
     stranger = await connect()
     async with working(bench.app, dsn):
         first = await bench.app.enqueue(Step("first", "wait"))
@@ -262,31 +268,31 @@ async def test_whom_nobody_tells_a_heartbeat_finds(bench: Bench, db: Any, dsn: s
         await ended(db, last.id, "cancelled")
 
 
-async def test_it_ends_a_moment_after_somebody_began_to_wait(
+async def test_a_locked_predecessor_ends_just_after_the_admission(
     bench: Bench, db: Any, dsn: str, connect: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its row was locked when the other was judged, so its end tells nobody: the worker looks again by itself, and does
-    not wait for the heartbeat."""
+    """The predecessor's row was locked during the admission, so its end notifies no worker. The worker looks again by
+    itself, and doesn't wait for the heartbeat."""
     monkeypatch.setattr(heartbeat, "BEAT_SECONDS", 3600.0)
-    someone, judged = await connect(), Admission.admit
+    canceller, admit_tasks = await connect(), Admission.admit
 
     async def admit(self: Admission, *args: Any) -> Any:
-        answer = await judged(self, *args)
-        if self.recheck and someone.is_in_transaction():
-            await someone.execute("COMMIT")
+        answer = await admit_tasks(self, *args)
+        if self.recheck and canceller.is_in_transaction():
+            await canceller.execute("COMMIT")
         return answer
 
     monkeypatch.setattr(Admission, "admit", admit)
     needed = await bench.app.enqueue(Step("needed"), delay=3600)
-    await someone.execute("BEGIN")
-    assert await someone.fetchval("SELECT notifyq.cancel($1)", needed.id)
+    await canceller.execute("BEGIN")
+    assert await canceller.fetchval("SELECT notifyq.cancel($1)", needed.id)
     async with working(bench.app, dsn):
         waits = await bench.app.enqueue(Step("waits"), after=[needed], on_dead="run")
         await ended(db, waits.id, "done")
     assert bench.seen.items == ["waits"]
 
 
-async def test_settled_in_its_handlers_transaction(bench: Bench, db: Any, dsn: str) -> None:
+async def test_a_predecessor_is_settled_in_its_handlers_transaction(bench: Bench, db: Any, dsn: str) -> None:
     class Book(notifyq.Task):
         pass
 

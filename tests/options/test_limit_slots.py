@@ -1,4 +1,4 @@
-"""Slots of a limit, step by step: who is admitted, who waits, and where a released slot goes."""
+"""Slots of a limit, step by step: which task is admitted, which waits, and where a released slot goes."""
 
 from __future__ import annotations
 
@@ -37,17 +37,18 @@ async def test_two_workers_are_admitted_one_after_the_other(dsn: str) -> None:
         assert await waiting == [(second, "limit")]
 
 
-async def test_an_end_while_somebody_is_judged(dsn: str) -> None:
-    """It was counted as running, and the task is parked for it: who lets others in waits for that to be written."""
+async def test_a_task_ends_during_the_admission_of_another(dsn: str) -> None:
+    """The task that ends was counted as running, so the other is being parked. release_waiters waits until that is
+    committed."""
     async with steps(dsn) as s:
         a, b = await s.worker("claims a"), await s.worker("claims b")
         one, two = await verbs.register(s.db), await verbs.register(s.db)
         first, second = await verbs.insert(s.db, 2, **ONE)
         running = await a(verbs.claim, one, 1)
         assert await a(admit, running) == [(first, None)]
-        judged = await b(verbs.claim, two, 1)
+        claimed = await b(verbs.claim, two, 1)
         await b("BEGIN")
-        assert await b(admit, judged) == [(second, "limit")]
+        assert await b(admit, claimed) == [(second, "limit")]
         assert await a(verbs.finish, running) == [first]
         waiting = await a.blocked_by(b, free)
         await b("COMMIT")
@@ -55,7 +56,7 @@ async def test_an_end_while_somebody_is_judged(dsn: str) -> None:
         assert await a(admit, await a(verbs.claim, one)) == [(second, None)]
 
 
-async def test_of_two_workers_that_look_for_freed_slots_one_does(dsn: str) -> None:
+async def test_only_one_of_two_workers_grants_a_released_slot(dsn: str) -> None:
     """The other neither waits for it nor does the same again."""
     async with steps(dsn) as s:
         a, b = await s.worker("claims a"), await s.worker("claims b")
@@ -84,7 +85,7 @@ async def test_a_task_that_a_session_is_cancelling_is_handed_back(dsn: str) -> N
         waiting = await settle.blocked_by(psql, verbs.hand_back, jobs[:1])
         await psql("ROLLBACK")
         assert await waiting == [first]
-        # And parked: the next one is let in.
+        # Now it is parked, and the next one gets the slot.
         more = await claims(verbs.claim, id)
         assert await claims(admit, more) == [(first, "limit"), (third, "limit")]
         await psql("BEGIN")
@@ -95,24 +96,24 @@ async def test_a_task_that_a_session_is_cancelling_is_handed_back(dsn: str) -> N
 
 
 async def test_starts_are_remembered_for_the_longest_window(db: Any, worker: int) -> None:
-    """Of tasks with one key and different windows: a start within the last hour counts for a task that asks for an
-    hour, though the task that started asked for a second."""
+    """Tasks of one key have different windows. A start within the last hour counts for a task that asks for an hour,
+    though the task that started asked for a second."""
     window = '{"limit_key": "a", "limit_rate": 2, "limit_seconds": %s}'
 
-    async def judged(seconds: float) -> str | None:
+    async def verdict(seconds: float) -> str | None:
         await verbs.insert(db, options=window % seconds)
         [(_, why)] = await admit(db, await verbs.claim(db, worker))
         return why
 
-    assert await judged(3600) is None
-    assert await judged(1) is None
+    assert await verdict(3600) is None
+    assert await verdict(1) is None
     await db.execute("UPDATE notifyq.rate_log SET at = at - interval '1 min'")
     await verbs.prune_started(db)
-    assert await judged(3600) == "rate"
+    assert await verdict(3600) == "rate"
 
 
 async def test_starts_that_no_window_reaches_are_forgotten(db: Any, worker: int) -> None:
-    """By the prune, also at a key that no task comes with any more."""
+    """The prune deletes them, also those of a key that no task comes with any more."""
     await verbs.insert(db, **RATE)
     await admit(db, await verbs.claim(db, worker))
     await verbs.prune_started(db)
@@ -132,8 +133,8 @@ async def test_a_retried_task_keeps_its_keys(db: Any, worker: int) -> None:
     assert json.loads(row["options"]) == json.loads(options)
 
 
-async def test_a_slot_is_kept_for_who_was_granted_it(db: Any, worker: int) -> None:
-    """A newcomer that is claimed first doesn't take it; after 2 s in vain it may."""
+async def test_a_granted_slot_is_reserved_for_its_task(db: Any, worker: int) -> None:
+    """A newcomer that is claimed first doesn't take the slot. Once the grant is older than 2 s, it may."""
     first, second = await verbs.insert(db, 2, **ONE)
     running = await verbs.claim(db, worker)
     assert await admit(db, running) == [(first, None), (second, "limit")]
@@ -150,8 +151,8 @@ async def test_a_slot_is_kept_for_who_was_granted_it(db: Any, worker: int) -> No
 
 
 @pytest.mark.parametrize("how", ["done", "to be tried again", "cancelled", "deleted", "released", "rescued", "unowned"])
-async def test_a_slot_is_left(db: Any, worker: int, how: str) -> None:
-    """However an attempt ends, whoever ends it: the next one is let in, though the first may come back."""
+async def test_every_end_of_an_attempt_releases_its_slot(db: Any, worker: int, how: str) -> None:
+    """However an attempt ends, the next task is released, though the first may come back."""
     first, second = await verbs.insert(db, 2, **ONE)
     jobs = await verbs.claim(db, worker)
     assert await admit(db, jobs) == [(first, None), (second, "limit")]
@@ -183,7 +184,7 @@ async def test_a_slot_is_left(db: Any, worker: int, how: str) -> None:
 
 
 @pytest.mark.parametrize("how", ["cancelled", "unhandled", "handed back"])
-async def test_a_grant_that_goes_is_passed_on(db: Any, worker: int, how: str) -> None:
+async def test_a_grant_that_is_given_up_is_passed_on(db: Any, worker: int, how: str) -> None:
     first, second, third = await verbs.insert(db, 3, **ONE)
     running = await verbs.claim(db, worker)
     assert await admit(db, running) == [(first, None), (second, "limit"), (third, "limit")]
@@ -195,13 +196,13 @@ async def test_a_grant_that_goes_is_passed_on(db: Any, worker: int, how: str) ->
         granted = await verbs.claim(db, worker)
         assert [job.id for job in granted] == [second]
         assert await (verbs.release_unhandled if how == "unhandled" else verbs.hand_back)(db, granted) == [second]
-    assert await free(db) == (0 if how == "handed back" else 1), "handed back, it keeps it"
+    assert await free(db) == (0 if how == "handed back" else 1), "a task that is handed back keeps its grant"
     next_one = second if how == "handed back" else third
     assert await admit(db, await verbs.claim(db, worker)) == [(next_one, None)]
 
 
-async def test_nobody_overtakes_those_who_wait(db: Any, worker: int) -> None:
-    """A slot is free, and who has just come is judged before anybody has told those who wait: he waits behind them."""
+async def test_a_newcomer_does_not_overtake_waiting_tasks(db: Any, worker: int) -> None:
+    """A slot is free, and a newcomer is admitted before release_waiters has run: it waits behind the others."""
     first, second = await verbs.insert(db, 2, **ONE)
     jobs = await verbs.claim(db, worker)
     assert await admit(db, jobs) == [(first, None), (second, "limit")]
@@ -213,7 +214,8 @@ async def test_nobody_overtakes_those_who_wait(db: Any, worker: int) -> None:
 
 
 async def test_a_paused_queue_takes_no_slots(db: Any, worker: int) -> None:
-    """Those of a key who wait in it are passed over, by newcomers too; resumed, they are let in."""
+    """Tasks of the key that wait in a paused queue are passed over, by newcomers too. When the queue is resumed, they
+    are released."""
     first, second = await verbs.insert(db, 2, **ONE)
     jobs = await verbs.claim(db, worker)
     assert await admit(db, jobs) == [(first, None), (second, "limit")]
@@ -231,7 +233,8 @@ async def test_a_paused_queue_takes_no_slots(db: Any, worker: int) -> None:
 
 
 async def test_a_rate_grants_ahead(db: Any, worker: int) -> None:
-    """Each start's slot, for when it is free again, to the next; if that one is cancelled, to the one after it."""
+    """The slot of each start is granted to the next task, for the time when it is free again. If that task is
+    cancelled, the one after it gets the slot."""
     ids = await verbs.insert(db, 5, **RATE)
     jobs = await verbs.claim(db, worker)
     assert await admit(db, jobs) == [(ids[0], None), (ids[1], None)] + [(id, "rate") for id in ids[2:]]
@@ -241,7 +244,7 @@ async def test_a_rate_grants_ahead(db: Any, worker: int) -> None:
     assert await verbs.cancel(db, ids[2])
     assert await free(db) == 1
     assert [row[0] for row in await db.fetch(scheduled)] == ids[3:]
-    # What was handed back, or failed, and starts again counts again.
+    # A task that was handed back, or failed, and starts again counts again.
     assert await verbs.hand_back(db, jobs[:1]) == [ids[0]]
     assert await admit(db, await verbs.claim(db, worker)) == [(ids[0], "rate")]
 
@@ -258,8 +261,8 @@ async def test_a_rate_when_the_time_has_come(db: Any, worker: int) -> None:
     assert await db.fetchval("SELECT count(*) FROM notifyq.rate_log") == 1, "the others are forgotten"
 
 
-async def test_each_goes_by_its_own_limit(db: Any, worker: int) -> None:
-    """Of a key whose tasks don't agree: nobody is let in beyond its own."""
+async def test_each_task_counts_by_its_own_limit(db: Any, worker: int) -> None:
+    """The tasks of the key have different limits: none runs beyond its own."""
     for limit in (1, 3, 3, 2):
         await verbs.insert(db, options=json.dumps({"limit_key": "a", "limit_running": limit}))
     assert [why for _, why in await admit(db, await verbs.claim(db, worker))] == [None, None, None, "limit"]
@@ -275,7 +278,7 @@ async def test_each_goes_by_its_own_limit(db: Any, worker: int) -> None:
     ],
 )
 async def test_odd_limits(db: Any, worker: int, limits: str, most: int) -> None:
-    """They are in force, and fail nobody's claim."""
+    """They are in force, and no claim fails because of them."""
     ids = await verbs.insert(db, 4, options=f'{{"limit_key": "{"a" * 200}", {limits}}}')
     jobs = await verbs.claim(db, worker)
     why = "limit" if "running" in limits else "rate"
@@ -296,7 +299,8 @@ async def test_odd_limits(db: Any, worker: int, limits: str, most: int) -> None:
     ],
 )
 async def test_limits_that_an_update_has_made_odd(db: Any, worker: int, odd: str) -> None:
-    """A rate without its time, a limit without its key, what is no number: none is a limit, and none fails a claim."""
+    """A rate without its time, a limit without its key, a value that isn't a number: none is a limit, and none fails a
+    claim."""
     await verbs.insert(db, 2, options='{"order_key": "c"}')
     await verbs.insert(db, 2, options='{"limit_key": "b", "limit_rate": 1, "limit_seconds": 1e9}')
     await db.execute(f"UPDATE notifyq.task SET options = {odd} WHERE limit_key = 'b'")

@@ -17,7 +17,8 @@ from ..helpers.waiting import eventually
 
 
 async def test_at_most_so_many_of_a_key(dsn: str, db: Any) -> None:
-    """Over two workers, and always as many as may; others go by; each key by itself."""
+    """Over two workers as many run as the limit allows, and no more. Other tasks pass, and each key counts by
+    itself."""
     bench = Bench()
     async with bench.app.connect(dsn) as app, working(app, dsn), working(app, dsn):
         for key, limit in (("a", 1), ("b", 3)):
@@ -30,8 +31,9 @@ async def test_at_most_so_many_of_a_key(dsn: str, db: Any) -> None:
     assert bench.most["free"] > 3
 
 
-async def test_a_freed_slot_is_taken_at_once(dsn: str, db: Any, probe: Probe) -> None:
-    """By a bell, not by a poll: 20 tasks of no length, one at a time, in a small part of a second."""
+async def test_a_released_slot_is_taken_at_once(dsn: str, db: Any, probe: Probe) -> None:
+    """A notification tells of it, not a poll: 20 tasks without duration run one at a time, in a small part of a
+    second."""
     bench = Bench()
     async with bench.app.connect(dsn) as app, working(app, dsn), working(app, dsn):
         began = time.monotonic()
@@ -42,6 +44,7 @@ async def test_a_freed_slot_is_taken_at_once(dsn: str, db: Any, probe: Probe) ->
     assert took < 3 + probe.lost(began)
 
 
+@pytest.mark.usefixtures("quick_heart")
 async def test_what_fails_and_what_is_cancelled_leaves_its_slot(dsn: str, db: Any) -> None:
     bench = Bench()
     async with bench.app.connect(dsn) as app, working(app, dsn):
@@ -57,7 +60,8 @@ async def test_what_fails_and_what_is_cancelled_leaves_its_slot(dsn: str, db: An
 
 
 async def test_a_rate(dsn: str, db: Any, probe: Probe) -> None:
-    """5 in half a second: in no such time do more start, by the database's clock; none waits longer than it must."""
+    """5 in half a second: in no half second do more start, by the database's clock, and none waits longer than it
+    must."""
     bench = Bench()
     await db.execute(STARTS)
     async with bench.app.connect(dsn) as app, working(app, dsn), working(app, dsn):
@@ -79,7 +83,7 @@ async def test_a_rate(dsn: str, db: Any, probe: Probe) -> None:
 
 
 async def test_one_key_with_many_tasks_costs_each_a_few_writes(dsn: str, db: Any) -> None:
-    """Parked once, granted once: not touched again and again while they wait, and in nobody's way."""
+    """Each task is parked once and granted once. It isn't written again while it waits, and it holds up no other."""
     bench = Bench()
     many = 1000
     async with bench.app.connect(dsn) as app:

@@ -19,8 +19,8 @@ from ..helpers.waiting import eventually
 
 
 class Ledger:
-    """What worker processes did, by what they said themselves: when each run began, and when it was over. A run that
-    was killed was over when its process was."""
+    """What worker processes did, as they said themselves: when each run began, and when it was over. A run that was
+    killed was over when its process was."""
 
     def __init__(self, spawn: Spawn, *options: str) -> None:
         self._spawn = spawn
@@ -34,7 +34,7 @@ class Ledger:
         self._stories.append((story, []))
 
     async def kill(self) -> None:
-        """One that runs something, if there is one."""
+        """Kill one that runs a task, if there is one."""
         events = {story: [line["event"] for _, line in story.lines] for story in self._alive}
         busy = [story for story, seen in events.items() if seen.count("ran") > seen.count("over")]
         victim = random.choice(busy or self._alive)

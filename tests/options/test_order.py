@@ -22,7 +22,7 @@ ORDER: dict[str, Any] = {"options": '{"order_key": "a"}'}
 
 
 async def test_one_at_a_time_in_the_order_of_ids(dsn: str, db: Any) -> None:
-    """However many workers, priorities and keys; what has no key goes by."""
+    """This holds for any number of workers, priorities and keys. Tasks without a key pass."""
     app, began = notifyq.App(), Seen()
     running: dict[str, int] = {}
 
@@ -58,7 +58,7 @@ async def worker(db: Any) -> int:
 
 
 async def test_a_retry_holds_back_what_follows(db: Any, worker: int) -> None:
-    """Until it has ended, however long that takes: the order is the point."""
+    """It holds them back until it has ended, however long that takes: that is what the order is for."""
     first, second = await verbs.insert(db, 2, **ORDER)
     jobs = await verbs.claim(db, worker)
     assert await admit(db, jobs) == [(first, None), (second, "order")]
@@ -72,7 +72,7 @@ async def test_a_retry_holds_back_what_follows(db: Any, worker: int) -> None:
     assert await admit(db, await verbs.claim(db, worker)) == [(second, None)]
 
 
-async def test_what_is_scheduled_holds_back_nobody_until_its_time(db: Any, worker: int) -> None:
+async def test_a_scheduled_task_holds_back_no_other_until_its_time(db: Any, worker: int) -> None:
     in_an_hour = datetime.now(UTC) + timedelta(hours=1)
     [future] = await verbs.insert(db, **ORDER, run_at=in_an_hour)
     first, second = await verbs.insert(db, 2, **ORDER)
@@ -110,7 +110,7 @@ async def test_what_happens_to_the_first(db: Any, worker: int, how: str) -> None
 
 
 async def test_a_lower_id_that_is_seen_late(dsn: str) -> None:
-    """The order is that of ids among those that can be seen; one at a time holds in any case."""
+    """The order is that of the ids that can be seen. In any case one task runs at a time."""
     async with steps(dsn) as s:
         late, worker = await s.session("late"), await s.worker("claims")
         id = await verbs.register(s.db)
@@ -127,7 +127,8 @@ async def test_a_lower_id_that_is_seen_late(dsn: str) -> None:
 
 
 async def test_claims_of_two_workers(dsn: str) -> None:
-    """Each has claimed some of a key, the later ids are judged first: they wait, and the first runs at once."""
+    """Each worker has claimed tasks of one key, and the later ids are admitted first: they wait, and the first runs at
+    once."""
     async with steps(dsn) as s:
         a, b = await s.worker("claims a"), await s.worker("claims b")
         one, two = await verbs.register(s.db), await verbs.register(s.db)
@@ -142,8 +143,8 @@ async def test_claims_of_two_workers(dsn: str) -> None:
 
 
 async def test_in_a_crowd_of_its_key(dsn: str, db: Any) -> None:
-    """50,000, half of them scheduled, the others parked: who is judged, and who is let in next, is found in the index
-    by all of its columns, and not by reading the key's entries, or all that is parked."""
+    """Of 50,000 tasks half are scheduled, the others parked. Which one is admitted, and which is released next, is
+    found in the index by all of its columns, and not by reading all entries of the key, or all that is parked."""
     id, first, second = await verbs.register(db), 25_001, 25_002
     await db.execute(
         f"""INSERT INTO notifyq.task (type, run_at, options)

@@ -1,4 +1,4 @@
-"""Unique tasks: which tasks stand in the way of another with their key, and what is done on conflict."""
+"""Unique tasks: which tasks with the same key prevent a new one, and what is done on conflict."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ async def test_states_that_are_chosen(app: notifyq.App, db: Any, state: str, cho
 
 @pytest.mark.parametrize("state", STATES)
 async def test_once_an_hour(app: notifyq.App, db: Any, state: str) -> None:
-    """By its enqueue, whatever became of it, unless it failed; when the hour is over, it is in nobody's way."""
+    """An hour from its enqueue, whatever became of it, unless it failed. After that hour it prevents no other."""
     old = await put(db, state)
     for seconds, existed in ((0, state not in ("dead", "cancelled")), (3700, False)):
         await db.fetch(SQL["advance_clock"], float(seconds))
@@ -101,7 +101,8 @@ async def test_any_key(app: notifyq.App, db: Any, key: str) -> None:
 @pytest.mark.parametrize("state", ["scheduled", "ready", "running", "done"])
 @pytest.mark.parametrize("conflict", ["keep", "replace", "move"])
 async def test_on_conflict(app: notifyq.App, db: Any, state: str, conflict: Any) -> None:
-    """What waits is changed. Beside what runs there is a new one, unless it is asked for to be kept."""
+    """A task that waits is changed. Beside a task that runs there is a new one, unless the caller asks to keep the
+    running one."""
     old = await put(db, state, payload='{"n": 1}')
     before = await verbs_row(db, old)
     new = Known(n=2)
@@ -129,7 +130,7 @@ async def test_one_that_is_moved_to_now_is_ready_at_once(app: notifyq.App, db: A
 
 
 async def test_one_that_is_moved_wakes_a_worker_in_time(app: notifyq.App, dsn: str, db: Any) -> None:
-    """From tomorrow to now, and from now to a moment later, with nothing but the bell."""
+    """It is moved from tomorrow to now, and from now to a moment later. Only the bell tells the worker."""
     seen = Seen()
 
     @app.handler
@@ -216,7 +217,7 @@ async def test_types_with_long_names_have_keys_of_their_own(app: notifyq.App) ->
     ],
 )
 async def test_what_a_class_may_not_say(app: notifyq.App, settings: dict[str, Any], message: str) -> None:
-    """Said where the handler is; and at enqueue, where there is none."""
+    """The error comes where the handler is registered; and at enqueue, if there is no handler."""
     Wrong: Any = type("Wrong", (notifyq.Task,), {"__annotations__": {"user": str}, **settings})
 
     async def wrong(task: Wrong) -> None: ...

@@ -1,4 +1,4 @@
-"""Statements that never look at a key, keys that are forgotten, roles, and other ways to enqueue."""
+"""Unique keys: statements that ignore them, keys that are forgotten, roles, and other ways to enqueue."""
 
 from __future__ import annotations
 
@@ -41,8 +41,9 @@ async def app(dsn: str) -> AsyncIterator[notifyq.App]:
         yield app
 
 
-async def test_a_retry_asks_nobody(app: notifyq.App, db: Any) -> None:
-    """Of a dead one by a person, beside a new one; and then the newest is in the way."""
+async def test_a_retry_ignores_the_unique_key(app: notifyq.App, db: Any) -> None:
+    """A person retries a dead task beside a new one with its key. Afterwards the newest task is the one that prevents
+    others."""
     old = await put(db, "dead")
     new = await app.enqueue(Known(), unique="k")
     assert not new.existed
@@ -53,8 +54,8 @@ async def test_a_retry_asks_nobody(app: notifyq.App, db: Any) -> None:
     assert not (await app.enqueue(Known(), unique="k")).existed
 
 
-async def test_returns_ask_nobody(app: notifyq.App, db: Any) -> None:
-    """Two with one key, as the first had begun when the second came: both return to the queue, and both run."""
+async def test_a_return_to_the_queue_ignores_the_unique_key(app: notifyq.App, db: Any) -> None:
+    """Two tasks have one key, as the first had begun when the second came: both return to the queue, and both run."""
     for give in (verbs.later, verbs.hand_back, verbs.release_unhandled):
         await db.execute("TRUNCATE notifyq.task, notifyq.unique_key")
         [job] = await verbs.held(db, options=KEY)
@@ -65,7 +66,8 @@ async def test_returns_ask_nobody(app: notifyq.App, db: Any) -> None:
 
 
 async def test_killed_workers(app: notifyq.App, dsn: str, db: Any, spawn: Callable[..., Process]) -> None:
-    """Two that run with one key, on a worker that is killed: both are rescued, both are there, and in the way."""
+    """A worker that runs two tasks with one key is killed: both are rescued, both run again, and they prevent a
+    third."""
 
     class Sleep(notifyq.Task):
         seconds: float = 3600
@@ -89,7 +91,7 @@ async def keys(db: Any) -> list[str]:
 
 
 async def test_prune_keys(app: notifyq.App, db: Any) -> None:
-    """When the task is over and the time has passed; a few at a time."""
+    """A key is forgotten when its task is over and its time has passed; a few are at a time."""
     await app.enqueue(Known(), unique="lives")
     await app.enqueue(Known(), unique="lives for", unique_for=3600)
     for key in ("over", "over too"):
@@ -105,7 +107,7 @@ async def test_prune_keys(app: notifyq.App, db: Any) -> None:
 
 
 async def test_a_key_is_remembered_for_the_longest_time_that_was_asked_for(app: notifyq.App, db: Any) -> None:
-    """The second caller asks for an hour, and finds the first caller's task in its way; so does the third."""
+    """The second caller asks for an hour, and finds the task of the first; so does the third."""
     old = await app.enqueue(Known(), unique="k", unique_for=60)
     assert (await app.enqueue(Known(), unique="k", unique_for=3600)).existed
     await verbs.finish(db, await verbs.claim(db, await verbs.register(db)))
@@ -115,8 +117,8 @@ async def test_a_key_is_remembered_for_the_longest_time_that_was_asked_for(app: 
     assert (again.id, again.existed) == (old.id, True)
 
 
-async def test_pruning_waits_for_nobody_and_forgets_no_new_task(s: Steps) -> None:
-    """A key whose old task is over, and that somebody is using: locked, it is stepped over."""
+async def test_pruning_keys_waits_for_no_enqueuer_and_forgets_no_new_task(s: Steps) -> None:
+    """The old task of a key is over, and an enqueuer uses the key: its row is locked, so the prune skips it."""
     a, p = await s.session("a"), await s.session("p")
     [old] = await verbs.insert(s.db, options=KEY)
     assert await s.db.fetchval("SELECT notifyq.cancel($1)", old)
@@ -130,28 +132,29 @@ async def test_pruning_waits_for_nobody_and_forgets_no_new_task(s: Steps) -> Non
 
 
 async def test_pruning_looks_at_the_task_that_the_key_names_now(s: Steps) -> None:
-    """The new one was inserted before the prune took its snapshot, and committed after: the old one is seen to be over,
-    and the new one isn't seen at all."""
-    a, p, gate = await s.session("a"), await s.session("p"), await s.session("gate")
+    """The new task was inserted before the prune took its snapshot, and committed after: the prune sees that the old
+    one is over, and doesn't see the new one at all."""
+    a, p, holder = await s.session("a"), await s.session("p"), await s.session("holder")
     [old] = await verbs.insert(s.db, options=KEY)
     assert await s.db.fetchval("SELECT notifyq.cancel($1)", old)
-    await gate("SELECT pg_advisory_lock(7)")
+    await holder("SELECT pg_advisory_lock(7)")
     await a("BEGIN")
     await a(KEYED)
-    gated = SQL["prune_unique_keys"].replace(
+    stopped = SQL["prune_unique_keys"].replace(
         "ORDER BY k.until", "AND pg_advisory_xact_lock(7)::text = '' ORDER BY k.until"
     )
-    assert gated != SQL["prune_unique_keys"]
-    waiting = await p.blocked_by(gate, gated, 10)
+    assert stopped != SQL["prune_unique_keys"]
+    waiting = await p.blocked_by(holder, stopped, 10)
     await a("COMMIT")
-    await gate("SELECT pg_advisory_unlock(7)")
+    await holder("SELECT pg_advisory_unlock(7)")
     assert [row[0] for row in await waiting] == [0]
     assert await a(f"{KEYED} RETURNING id") == []
     assert await count(s.db) == 1
 
 
 async def test_the_grants(server: Server, template: str, roles: Any) -> None:
-    """An enqueuer without those for keys enqueues plain tasks, and is told; with them it sees no payload."""
+    """An enqueuer without the grants for keys enqueues plain tasks, and an error names what is missing. With them it
+    sees no payload."""
     await admin(server, "DROP ROLE IF EXISTS keyed", "CREATE ROLE keyed LOGIN")
     owner = await connection.connect(server.dsn("roles"), role="test")
     for grant in (*grants("enqueuer"), *grants("keys")):

@@ -41,7 +41,7 @@ def by_psql(program: str, dsn: str) -> None:
 
 
 async def test_hundreds_at_once_are_one(app: notifyq.App, dsn: str, db: Any) -> None:
-    """Over asyncpg, and psql, and while they start and end."""
+    """They come over asyncpg and psql."""
     refs: list[notifyq.Ref] = []
 
     async def send() -> None:
@@ -58,7 +58,7 @@ async def test_hundreds_at_once_are_one(app: notifyq.App, dsn: str, db: Any) -> 
 
 
 async def test_inserts_and_copies_at_once_are_one(dsn: str, db: Any) -> None:
-    """By clients that know nothing but the table, each with a connection of its own."""
+    """The clients know nothing but the table, and each has a connection of its own."""
 
     async def insert(conn: Any, *keys: str) -> None:
         for _ in keys:
@@ -74,7 +74,7 @@ async def test_inserts_and_copies_at_once_are_one(dsn: str, db: Any) -> None:
 
 
 async def test_one_at_a_time_while_they_come_and_go(app: notifyq.App, dsn: str, db: Any) -> None:
-    """With a worker that runs them: never two at once, each one that is new runs, and it isn't one for all."""
+    """A worker runs them meanwhile: never two at once, each new one runs, and there is more than one."""
     running, most, ran = 0, 0, Seen()
 
     @app.handler
@@ -130,7 +130,7 @@ async def test_a_savepoint_frees_the_key(s: Steps) -> None:
 
 
 async def test_what_stands_in_the_way_begins_after_the_enqueuer_has_committed(s: Steps) -> None:
-    """Or else its handler could miss what was written beside the enqueue."""
+    """Otherwise its handler could miss what was written beside the enqueue."""
     a, w = await s.session("a"), await s.worker("claims")
     [old] = await verbs.insert(s.db, options=KEY)
     me = await w(verbs.register)
@@ -143,7 +143,7 @@ async def test_what_stands_in_the_way_begins_after_the_enqueuer_has_committed(s:
 
 
 async def test_the_worker_that_stepped_over_it_is_rung(app: notifyq.App, dsn: str, db: Any, s: Steps) -> None:
-    """It sleeps, with nothing but the bell, and the one that waits is held back until the enqueuer commits."""
+    """The worker sleeps, with nothing but the bell, and the waiting task is held back until the enqueuer commits."""
     seen = Seen()
 
     @app.handler
@@ -162,7 +162,7 @@ async def test_the_worker_that_stepped_over_it_is_rung(app: notifyq.App, dsn: st
 
 
 async def test_one_that_is_being_claimed_is_waited_for(s: Steps) -> None:
-    """It has begun: so there is a new one, if only those that wait are in the way; else it is kept."""
+    """Then it has begun. If only waiting tasks prevent a new one, there is a new one; otherwise it is kept."""
     a, w = await s.session("a"), await s.worker("claims")
     await verbs.insert(s.db, options=KEY)
     me = await w(verbs.register)
@@ -188,7 +188,8 @@ async def test_a_claim_that_is_rolled_back_leaves_it_in_the_way(s: Steps) -> Non
 
 
 async def test_no_worker_waits_for_an_enqueuer(s: Steps) -> None:
-    """What runs is not locked: it is settled, handed back or put off while somebody has its key in a transaction."""
+    """A running task isn't locked: it is settled, handed back or scheduled while an enqueuer's transaction has its
+    key."""
     a, w = await s.session("a"), await s.worker("settle")
     for settle in (verbs.finish, verbs.later, verbs.hand_back, verbs.release_unhandled):
         await s.db.execute("TRUNCATE notifyq.task, notifyq.unique_key")
@@ -201,7 +202,8 @@ async def test_no_worker_waits_for_an_enqueuer(s: Steps) -> None:
 
 @pytest.mark.parametrize("end", ["COMMIT", "ROLLBACK"])
 async def test_the_old_one_ends_while_the_new_one_is_inserted(s: Steps, end: str) -> None:
-    """Settled, and not committed: it is still there. Whatever happens then, one of them is, or has run."""
+    """Its outcome isn't committed, so it is still there. Whichever way that ends, one of the two is there, or has
+    run."""
     a, w = await s.session("a"), await s.worker("settle")
     [job] = await w(verbs.held, options=KEY)
     await w("BEGIN")
@@ -226,7 +228,7 @@ async def test_cancelled_while_the_new_one_is_inserted(s: Steps) -> None:
 
 @pytest.mark.parametrize("level", ["REPEATABLE READ", "SERIALIZABLE"])
 async def test_under_a_snapshot_of_the_callers(s: Steps, level: str) -> None:
-    """What others did since then, to the key or to the task in the way, is a serialization failure; no second task."""
+    """What others did to the key or its task since the snapshot is a serialization failure, and no second task."""
     a, b, w = await s.session("a"), await s.session("b"), await s.worker("claims")
     me = await w(verbs.register)
     for what in ("enqueued", "claimed", "nothing"):

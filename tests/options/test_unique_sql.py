@@ -38,7 +38,7 @@ async def copy(db: Any, *keys: str) -> None:
 
 
 async def test_rows_of_one_statement(db: Any) -> None:
-    """Several with one key are one task, and RETURNING has no row for those that were left out."""
+    """Several rows with one key are one task, and RETURNING has no row for those that were left out."""
     rows = await db.fetch(
         "INSERT INTO notifyq.task (type, options)"
         " SELECT 'T', jsonb_build_object('unique_key', 'k' || i % 3) FROM generate_series(1, 9) AS i RETURNING id"
@@ -72,7 +72,7 @@ async def test_the_function(db: Any) -> None:
 
 
 async def test_plain_tasks_touch_no_key(app: notifyq.App, dsn: str, db: Any) -> None:
-    """Enqueued, run and settled by all the ways there are, with the table gone."""
+    """They are enqueued, run and settled in all the ways there are, although the table of keys is gone."""
     await db.execute("ALTER TABLE notifyq.unique_key RENAME TO elsewhere")
     try:
         seen = Seen()
@@ -95,7 +95,8 @@ async def test_plain_tasks_touch_no_key(app: notifyq.App, dsn: str, db: Any) -> 
 
 
 async def test_many_in_order(app: notifyq.App, db: Any) -> None:
-    """Unique or not, twice in the call or there before; more than one statement has, too."""
+    """Tasks are unique or not, occur twice in the call, or were there before. More than one statement has this order,
+    too."""
     [old] = await app.enqueue_many([Daily(user="old", day=1)])
     for size in (10, 5000):
         tasks = [Known(n=n) if n % 2 else Daily(user=str(n % 8), day=size) for n in range(size)]
@@ -132,7 +133,7 @@ async def test_many_that_replace_have_the_last_word(app: notifyq.App, db: Any) -
 
 @pytest.mark.slow
 async def test_bulk_in_orders_that_make_for_deadlocks(app: notifyq.App, db: Any) -> None:
-    """Ten at once, each with the same keys in another order, over several statements: none fails."""
+    """Ten calls at once have the same keys, each in another order, over several statements: none fails."""
     tasks = [Daily(user=str(n), day=1) for n in range(2500)]
 
     async def send(n: int) -> None:

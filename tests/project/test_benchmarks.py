@@ -1,4 +1,4 @@
-"""Every benchmark runs, with a tenth of its work; what it measures then is nobody's business."""
+"""Every benchmark runs, with a tenth of its work. What it measures then means nothing."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ FAST = {"codec"}
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in FAST else [pytest.mark.long]) for n in NAMES])
 def test_benchmark(name: str, tmp_path: Path) -> None:
-    """It ends well, and leaves its lines and plots."""
+    """It ends without error, and leaves its lines and plots."""
     command = [sys.executable, "-m", "benchmarks", name, "--quick", "--out", str(tmp_path)]
     done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

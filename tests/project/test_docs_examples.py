@@ -70,7 +70,7 @@ def test_limits(tmp_path: Path, dsn: str) -> None:
 
 
 def test_cron(tmp_path: Path, dsn: str) -> None:
-    """A worker beats until that is paused, as the page shows, and runs what it is told to run."""
+    """A worker enqueues the slots until the cron is paused, as the page shows, and runs what it is told to run."""
     page = (DOCS / "cron.md").read_text()
     [(name, text)] = FILE.findall(page)
     (tmp_path / name).write_text(text)

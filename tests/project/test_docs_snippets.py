@@ -47,7 +47,10 @@ RUN = {
     "testing.md": ("test_docs_examples", "test_testing"),
     "transactions.md": ("test_doc_apps", "test_the_example_of_transactions"),
     "unique.md": ("test_docs_examples", "test_unique"),
-    "upgrades.md": ("test_migrations", "test_nobody_waits_for_an_upgrade_that_waits"),  # its lines, with other names
+    "upgrades.md": (
+        "test_migrations",
+        "test_no_statement_waits_for_an_upgrade_that_waits",
+    ),  # its lines, with other names
     "web.md": ("test_doc_apps", "test_the_example_of_a_web_application"),
 }
 
@@ -79,7 +82,7 @@ def named(block: Block) -> str:
 
 
 def test_each_block_is_seen_to() -> None:
-    """Nothing is left out because nobody has thought of it. `text` is a drawing, or what a program prints."""
+    """No block is forgotten. `text` is a drawing, or what a program prints."""
     for block in blocks():
         assert block.language in ("python", "sql", "sh", "console", "text"), named(block)
         if block.language in ("python", "console"):

@@ -88,7 +88,7 @@ async def message(awaitable: Any) -> str:
 
 
 async def test_what_the_messages_say(connected: notifyq.App) -> None:
-    """What is there instead, the nearest first, and how it differs."""
+    """They say what is there instead, the nearest first, and how it differs."""
     assert await message(assert_enqueued(app, Mail)) == "no task is enqueued as Mail(); there is none of this type"
     await fill()
     text = await message(assert_enqueued(app, Mail, to="bob", user={"email": "ann@b.c"}, queue="mail"))
@@ -117,7 +117,7 @@ async def test_what_the_messages_say(connected: notifyq.App) -> None:
 
 
 async def test_a_field_that_is_not_there(connected: notifyq.App) -> None:
-    """Never matches, so refuting it would be a test that can't fail."""
+    """It never matches, so refuting it would be a test that can't fail."""
     with pytest.raises(ConfigError, match=r"Mail has no field 'too'; did you mean 'to'\?"):
         await refute_enqueued(app, Mail, too="x")
     with pytest.raises(ConfigError, match="Act has no field 'zzz'; it has how"):
@@ -141,7 +141,7 @@ async def test_a_payload_that_does_not_fit(connected: notifyq.App, dsn: str) -> 
 
 
 async def test_in_a_transaction(connected: notifyq.App, dsn: str) -> None:
-    """Of a user's connection, with whatever codec it has for jsonb; others don't see it yet."""
+    """It is a user's connection, with whatever codec it has for jsonb. Other sessions don't see the task yet."""
     conn = await asyncpg.connect(dsn)
     await conn.set_type_codec("jsonb", schema="pg_catalog", encoder=json.dumps, decoder=json.loads)
     async with conn.transaction():

@@ -22,7 +22,7 @@ from ..helpers.kit import Thread, app
 
 
 async def test_databases(notifyq_server_dsn: str) -> None:
-    """Each is its own, has the schema, and goes, with its template, whoever is still connected."""
+    """Each test has its own, with the schema. It is dropped with its template, even if sessions are still connected."""
     async with Databases(notifyq_server_dsn) as databases:
         async with databases.new() as one, databases.new() as other:
             first = await connection.connect(one)

@@ -74,8 +74,8 @@ async def test_a_trickle_runs_after_the_linger(db: Any, dsn: str) -> None:
 
 
 async def test_nothing_more_can_come(db: Any, dsn: str) -> None:
-    """All slots are with tasks that are gathered, of two types: both begin, though neither is full. A slot that
-    something else runs in will be free again, so that is waited for."""
+    """All slots are with tasks that are gathered, of two types: both batches begin, though neither is full. A slot in
+    which something else runs will be free again, so the batch waits for that."""
     app, seen, release = notifyq.App(), Seen(), anyio.Event()
 
     @app.handler(batch=4, linger=120)
@@ -110,7 +110,7 @@ async def test_no_larger_than_concurrency(bench: Bench, dsn: str, logged: Logged
 
 
 async def test_more_than_slots(bench: Bench, db: Any, dsn: str) -> None:
-    """Never more at once than `concurrency`, and all of it runs, in full batches."""
+    """Never more than `concurrency` run at once, and all of them run, in full batches."""
     app, seen = notifyq.App(), Seen()
     running, peak = 0, 0
 
@@ -132,7 +132,7 @@ async def test_more_than_slots(bench: Bench, db: Any, dsn: str) -> None:
 
 
 async def test_drained(bench: Bench, dsn: str) -> None:
-    """Nothing more comes, so the rest doesn't linger."""
+    """In a drain nothing more comes, so the rest doesn't linger."""
     ids = await bench.app.enqueue_many([*items(13), Threaded(), Threaded()])
     with anyio.fail_after(limit()):
         assert (await drain(bench.app)).done == 15
@@ -173,7 +173,7 @@ async def test_each_its_own_end(bench: Bench, db: Any, dsn: str) -> None:
     ],
 )
 async def test_all_of_it_fails(bench: Bench, db: Any, dsn: str, how: str, error: str) -> None:
-    """Each by itself: those with an attempt left try again, the others are dead."""
+    """Each task fails by itself: those with an attempt left try again, the others are dead."""
     async with db.transaction():
         more = await bench.app.enqueue_many(items(5, how), conn=db)
         last = await bench.app.enqueue_many(items(5, how), conn=db, max_attempts=1)

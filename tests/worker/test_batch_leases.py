@@ -38,7 +38,7 @@ async def bench(dsn: str) -> AsyncIterator[Bench]:
 
 
 async def test_what_is_gathered_is_handed_back_at_once(db: Any, dsn: str) -> None:
-    """And a running batch has its time, as a handler has."""
+    """A running batch has its time, as a handler has."""
     app, seen, release = notifyq.App(), Seen(), anyio.Event()
 
     @app.handler(batch=10, linger=120)
@@ -62,7 +62,8 @@ async def test_what_is_gathered_is_handed_back_at_once(db: Any, dsn: str) -> Non
 
 @pytest.mark.parametrize("how", ["", "to its end"])
 async def test_at_the_deadline(db: Any, dsn: str, how: str) -> None:
-    """Cancelled, and each handed back; but a handler that gets to its end all the same has done its work."""
+    """The batch is cancelled, and each task is handed back. But the tasks of a handler that gets to its end all the
+    same are done."""
     app, seen = notifyq.App(), Seen()
 
     @app.handler(batch=10, linger=120)
@@ -126,7 +127,8 @@ async def test_one_that_will_not_be_cancelled_cannot_keep_the_worker(dsn: str, d
 
 
 async def test_a_cancel_of_one_and_then_of_all(db: Any, dsn: str, logged: Logged, quick_heart: None) -> None:
-    """The call goes on for the others, and its end changes nothing for that one. With nobody left, it is cancelled."""
+    """The call goes on for the others, and its end changes nothing for the cancelled one. When all are cancelled, so is
+    the call."""
     app, seen, release = notifyq.App(), Seen(), anyio.Event()
 
     @app.handler(batch=3, linger=120)
@@ -183,14 +185,15 @@ async def test_a_cancel_of_one_that_is_gathered(
 
 
 async def test_all_leave_before_it_begins(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between two steps of the loop. The handler, which might get far without waiting for anything, is never called."""
+    """All are cancelled between two steps of the loop. The handler, which might get far without waiting for anything,
+    is never called."""
     app, began, numbers = notifyq.App(), Seen(), itertools.count()
     app.handler(batch=2, linger=0.01)(listed)
     handler = app.registry.get("Item")
     assert handler is not None
 
     async def call(*_: Any) -> None:
-        raise AssertionError("nobody is in it")
+        raise AssertionError("no task is in it")
 
     calls, group = Calls(1), RunGroup()
     monkeypatch.setattr(calls, "call", call)
@@ -263,7 +266,7 @@ async def test_two_workers(dsn: str, db: Any) -> None:
 
 
 async def test_killed_in_a_batch(spawn: Callable[..., Process], db: Any, probe: Probe) -> None:
-    """One batch runs and one is half gathered: all of it runs in another within 5 s, each once more."""
+    """One batch runs and one is half gathered. All tasks run in another worker within 5 s, each once more."""
     workers = [await started(spawn, "lease=3600") for _ in range(2)]
     ids = await insert(db, "Part", 30)
     await eventually(lambda: states(db, ids), {("running", 1): 30})
@@ -281,7 +284,7 @@ async def test_killed_in_a_batch(spawn: Callable[..., Process], db: Any, probe: 
 
 @pytest.mark.slow
 async def test_frozen_past_its_lease(spawn: Callable[..., Process], db: Any) -> None:
-    """All its leases are lost: thawed, it cancels the batch and settles nothing."""
+    """All its leases are lost. When the worker goes on, it cancels the batch and settles nothing."""
     workers = [await started(spawn, "lease=6", "shutdown_timeout=0.1") for _ in range(2)]
     ids = await insert(db, "Part", 20)
     await eventually(lambda: states(db, ids), {("running", 1): 20})

@@ -121,8 +121,8 @@ async def rig(tcp: Server, tcp_template: str) -> AsyncIterator[Rig]:
 
 
 async def test_payloads_that_no_single_answer_can_carry(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All of them at once would take 6 s, and a statement has 2 s. None is lost, none runs twice, each with its own
-    size, in the order of their ids; a small one too."""
+    """All of them at once would take 6 s, and a statement has 2 s. None is lost, none runs twice, each has its own
+    size, and they come in the order of their ids; a small one does too."""
     monkeypatch.setattr(connection, "WORKER_TIMEOUT_SECONDS", 2.0)
     for module in (connection, large_payloads):
         monkeypatch.setattr(module, "STATEMENT_BYTES", 500_000)
@@ -139,8 +139,8 @@ async def test_payloads_that_no_single_answer_can_carry(rig: Rig, monkeypatch: p
 
 
 async def test_what_all_hold_at_once_is_bounded(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    """40 payloads of 300 kB, which are 4 kB each on disk, and room for three of them. The others wait, and nobody else
-    waits for them."""
+    """40 payloads of 300 kB are 4 kB each on disk, and the worker may hold three of them. The others wait, and no other
+    task waits for them."""
     monkeypatch.setattr(large_payloads, "HELD_BYTES", 900_000)
     monkeypatch.setattr(large_payloads, "STATEMENT_BYTES", 400_000)
     await rig.insert("large", "repeat('x', 300000)", 40, waits=True)
@@ -169,8 +169,8 @@ async def test_in_a_batch_and_in_a_drain(rig: Rig, drain: bool) -> None:
     assert all(len(sizes) <= 10 for sizes in rig.parts.items)
 
 
-async def test_what_others_set_aside(rig: Rig) -> None:
-    """The statement that adopts leaves them out too."""
+async def test_unhandled_tasks_of_other_workers(rig: Rig) -> None:
+    """The statement that claims unhandled tasks leaves them out too."""
     await rig.insert("aside", "repeat('x', 300000)", 3)
     await rig.db.execute("UPDATE notifyq.task SET withheld = true")
     async with working(rig.app, rig.dsn):
@@ -179,8 +179,8 @@ async def test_what_others_set_aside(rig: Rig) -> None:
 
 
 async def test_one_that_can_not_be_fetched_is_dead(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In three tries, each with twice the time: with the reason. One that can be had in the second runs; and small
-    ones, which need no such answer, run meanwhile."""
+    """It is tried three times, each with twice the time, and the error has the reason. A payload that comes at the
+    second try runs. Small ones, which need no such answer, run meanwhile."""
     monkeypatch.setattr(connection, "WORKER_TIMEOUT_SECONDS", 0.5)
     monkeypatch.setattr(connection, "SLOWEST", 1e9)
     (hopeless,) = await rig.insert("hopeless", NOISE.format(size=300_000))
@@ -200,7 +200,8 @@ async def test_one_that_can_not_be_fetched_is_dead(rig: Rig, monkeypatch: pytest
 async def test_a_server_that_is_away_is_no_tasks_fault(
     rig: Rig, monkeypatch: pytest.MonkeyPatch, logged: Logged
 ) -> None:
-    """The connection that fetches is cut in each answer, five times: then it is whole, and the task runs, once."""
+    """The connection that fetches is cut in each answer, five times. Then an answer is whole, and the task runs,
+    once."""
     monkeypatch.setattr(connection, "SLOWEST", 1e9)
     await rig.insert("large", NOISE.format(size=300_000))
     rig.proxy.rates["payloads"] = 100_000.0
@@ -220,7 +221,8 @@ async def test_a_server_that_is_away_is_no_tasks_fault(
 
 
 async def test_a_claim_that_times_out_is_repeated_without_payloads(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small ones, but too many for a very slow line. Whatever makes an answer take too long, the next is smaller."""
+    """They are small, but too many for a very slow line. Whatever makes an answer take too long, the next one is
+    smaller."""
     monkeypatch.setattr(connection, "WORKER_TIMEOUT_SECONDS", 2.0)
     await rig.insert("note", NOISE.format(size=15_000), 60)
     rig.proxy.rates["claims *"] = 100_000.0
@@ -231,7 +233,7 @@ async def test_a_claim_that_times_out_is_repeated_without_payloads(rig: Rig, mon
 
 
 async def test_a_stop_hands_back_what_waits_for_its_payload(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At once: it hasn't begun. What runs may end."""
+    """It is handed back at once, since it hasn't begun. Running tasks may end."""
     monkeypatch.setattr(large_payloads, "HELD_BYTES", 100_000)
     await rig.insert("large", "repeat('x', 300000)", 5, waits=True)
     async with working(rig.app, rig.dsn, shutdown_timeout=60.0) as worker:
@@ -275,7 +277,7 @@ async def test_results_that_no_single_write_can_carry(rig: Rig, monkeypatch: pyt
 
 
 async def test_nothing_is_claimed_while_too_much_waits_to_be_written(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By bytes: results that can't be written as fast as they are made stay in the memory."""
+    """Bytes are counted: results that can't be written as fast as they are made stay in memory."""
     monkeypatch.setattr(unwritten, "FULL_BYTES", 1_000_000)
     monkeypatch.setattr(unwritten, "STATEMENT_BYTES", 300_000)
     most = 0
@@ -297,7 +299,7 @@ async def test_nothing_is_claimed_while_too_much_waits_to_be_written(rig: Rig, m
 async def test_a_result_that_can_not_be_written_in_time(
     rig: Rig, monkeypatch: pytest.MonkeyPatch, logged: Logged
 ) -> None:
-    """It is dead, with the reason. Small ones don't wait for it for long."""
+    """The task is dead, with the reason. Small results don't wait for it for long."""
     monkeypatch.setattr(connection, "WORKER_TIMEOUT_SECONDS", 1.0)
     monkeypatch.setattr(connection, "SLOWEST", 1e9)
     (id,) = await rig.insert("large", "''", 1, "Make", size=400_000)
@@ -313,7 +315,7 @@ async def test_a_result_that_can_not_be_written_in_time(
 
 
 async def test_a_lock_is_no_results_fault(rig: Rig, monkeypatch: pytest.MonkeyPatch, logged: Logged) -> None:
-    """A large result whose write waits for a lock is put off, and written as it is when the lock is gone."""
+    """The write of a large result waits for a lock: it is postponed, and written as it is when the lock is gone."""
     monkeypatch.setattr(connection, "WORKER_TIMEOUT_SECONDS", 1.0)
     await rig.insert("large", "''", 1, "Make", size=400_000)
     async with working(rig.app, rig.dsn):
@@ -332,7 +334,7 @@ async def test_a_lock_is_no_results_fault(rig: Rig, monkeypatch: pytest.MonkeyPa
 
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """A statement takes 10,000 characters; how many tasks were in each that was made."""
+    """A statement takes 10,000 characters. The list has how many tasks were in each statement."""
     sent: list[int] = []
     made = bulk.columns
 
@@ -369,7 +371,7 @@ SIZES = [*range(2_400, 2_440), 30_000, *[1] * 500, 30_000, 30_000, 1]
 
 @pytest.mark.parametrize("how", ["async", "sync"])
 async def test_many_large_tasks_go_in_several_statements(rig: Rig, dsn: str, how: str, small_chunks: list[int]) -> None:
-    """In one transaction, in their order. A task that is larger than a statement should be is one by itself."""
+    """They go in one transaction, in their order. A task that is larger than a statement should be goes alone."""
     tasks: Any = notes(*SIZES)
     ids = await enqueue_many(how, rig, dsn, tasks)
     db = await connection.connect(dsn, role="test")
@@ -385,7 +387,7 @@ async def test_many_large_tasks_go_in_several_statements(rig: Rig, dsn: str, how
 
 @pytest.mark.parametrize("how", ["async", "sync"])
 async def test_many_large_ones_are_all_or_none(rig: Rig, dsn: str, how: str, small_chunks: list[int]) -> None:
-    """The last can't be stored, when many statements have been sent."""
+    """The last one can't be stored, after many statements have been sent."""
     tasks: Any = [*notes(*SIZES), Note(name="\x00")]
     with pytest.raises(notifyq.ConfigError, match="PostgreSQL can't store"):
         await enqueue_many(how, rig, dsn, tasks)
@@ -411,7 +413,8 @@ async def test_unique_ones_go_in_several_statements_too(rig: Rig, dsn: str, how:
 
 
 async def test_too_much_for_one_statement(rig: Rig, dsn: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where it has to be one (with conn= of a library that isn't asyncpg, with then=), it is said before it is sent."""
+    """Where it must be one statement (with conn= of a library that isn't asyncpg, with then=), the error comes before
+    anything is sent."""
     monkeypatch.setattr(bulk, "ONE_STATEMENT", 50_000)
     monkeypatch.setattr(bulk, "CHUNK_SIZE", 10_000)
     tasks: Any = notes(*[3_000] * 20)
@@ -443,7 +446,7 @@ async def kept(db: Any, count: int, size: int) -> list[int]:
 
 
 async def test_results_that_no_single_answer_can_carry(rig: Rig, dsn: str) -> None:
-    """Whoever waits for many gets them in several answers, each whole."""
+    """A caller that waits for many gets them in several answers, each result whole."""
     db = await connection.connect(dsn, role="test")
     ids = await kept(db, 12, 1_500_000)
     got: list[str] = []
@@ -492,7 +495,7 @@ async def test_results_of_predecessors_come_in_several_answers(rig: Rig, dsn: st
 
 
 async def test_a_rescue_moves_some_bytes_at_a_time(dsn: str) -> None:
-    """64 MB in a statement, and then the next."""
+    """It moves 64 MB in a statement, and the rest in the next."""
     worker: Any = await connection.connect_worker(dsn, "test")
     await worker.execute("ALTER TABLE notifyq.task ALTER payload SET STORAGE EXTERNAL")
     await worker.execute("""INSERT INTO notifyq.task (type, payload, max_attempts)
@@ -505,7 +508,7 @@ async def test_a_rescue_moves_some_bytes_at_a_time(dsn: str) -> None:
 
 
 async def test_a_row_that_no_rescue_can_move(rig: Rig, dsn: str, logged: Logged) -> None:
-    """It is said once. All others are rescued, and the heartbeat goes on."""
+    """The worker logs that once. All others are rescued, and the heartbeat goes on."""
     db: Any = await connection.connect(dsn, role="test")
     app = notifyq.App()
     await db.execute("""

@@ -134,7 +134,7 @@ def listened(monkeypatch: pytest.MonkeyPatch) -> Seen:
 
 
 async def listening(seen: Seen, count: int = 1) -> None:
-    """Heartbeats' threads have begun to listen, this many times."""
+    """Wait until heartbeats' threads have begun to listen, this many times."""
     with anyio.fail_after(limit()):
         while seen.items.count(("LISTEN", heartbeat.CANCELS)) < count:  # in another thread
             await anyio.sleep(0.005)
@@ -196,6 +196,7 @@ async def test_soon_after_its_start_it_is_the_heartbeat(bench: Bench, dsn: str, 
             await bench.ended.reach(1)
 
 
+@pytest.mark.usefixtures("quick_heart")
 async def test_it_may_be_retried_at_once(bench: Bench, dsn: str, db: Any, listened: Seen) -> None:
     """The old handler winds up while the new one begins, both of attempt 1."""
     async with working(bench.app, dsn):
@@ -248,6 +249,7 @@ async def test_the_flag_at_a_shutdown(bench: Bench, dsn: str, kind: type[notifyq
         assert (await bench.ended.reach(1))[0][:2] == (ref.id, True)
 
 
+@pytest.mark.usefixtures("quick_heart")
 @pytest.mark.parametrize("kind", [Sleep, Block])
 async def test_the_flag_when_the_lease_is_lost(bench: Bench, dsn: str, db: Any, kind: type[notifyq.Task]) -> None:
     """Another worker runs the task again while the first handler still runs."""
@@ -334,7 +336,7 @@ async def test_it_listens_only_while_something_runs_for_long(bench: Bench, dsn: 
     assert len([item for item in listened.items if item[1] == heartbeat.CANCELS]) == 4
 
 
-async def test_cancels_that_nobody_meant(
+async def test_forged_cancels(
     bench: Bench, dsn: str, connect: Sessions, db: Any, listened: Seen, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Any role can NOTIFY. A handler goes on, the worker sends no heartbeat for each forgery, and a real cancel still

@@ -122,7 +122,7 @@ async def counted(logged: Logged, text: str) -> int:
     return len(logged(text))
 
 
-async def test_two_who_have_seen_the_same_slot(dsn: str, db: Any, connect: Sessions) -> None:
+async def test_two_workers_have_seen_the_same_slot(dsn: str, db: Any, connect: Sessions) -> None:
     """The second worker waits for the first, and finds the slot enqueued."""
     await db.execute("INSERT INTO notifyq.cron (name, expression, type, next_at) VALUES ('n', '* * * * *', 'T', now())")
     slot = await db.fetchval("SELECT next_at FROM notifyq.cron")
@@ -372,7 +372,7 @@ def test_utc_needs_no_time_zones() -> None:
     assert "pip install tzdata" in done.stderr.splitlines()[-1]
 
 
-def test_of_whom_it_cannot_be() -> None:
+def test_what_cannot_have_a_cron() -> None:
     app = notifyq.App()
 
     async def nobody(task: Nightly) -> None: ...

@@ -110,7 +110,8 @@ async def test_b_commits_after_a_has_run(
 async def test_a_full_worker_lets_go_of_the_turn_while_it_waits_to_sleep(
     db: Any, dsn: str, connect: Sessions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One waits for SHARE, since B is open. A ring gives it a task, and it is full: the next ring is for the other."""
+    """One worker waits for SHARE, since transaction B is open. A ring gives it a task, and it is full: the next ring is
+    for the other worker."""
     monkeypatch.setattr(doorbell, "ASLEEP_WAIT_MS", (60_000,))
     seen, never = Seen(), anyio.Event()
     app = notifyq.App()
@@ -134,7 +135,7 @@ async def test_a_full_worker_lets_go_of_the_turn_while_it_waits_to_sleep(
 
 
 async def test_b_stays_open_for_seconds(app: notifyq.App, seen: Seen, db: Any, dsn: str, connect: Sessions) -> None:
-    """Other tasks start at once meanwhile, and B does at its commit, although its session never rang."""
+    """Other tasks start at once meanwhile, and B's does at its commit, although its session never rang."""
     b = await connect()
     in_b = await silent_insert(db, b, "b", app, seen)
     async with working(app, dsn):
@@ -218,7 +219,7 @@ async def test_another_role_enqueues(app: notifyq.App, seen: Seen, db: Any, dsn:
 async def test_the_holder_of_the_turn_is_killed_in_between(
     app: notifyq.App, seen: Seen, db: Any, dsn: str, connect: Sessions
 ) -> None:
-    """While it waits to fall asleep, its backend is ended: another worker gets the turn, and runs B."""
+    """Its backend is ended while it waits to fall asleep: another worker gets the turn, and runs B's task."""
     b = await connect()
     in_b = await silent_insert(db, b, "b", app, seen)
     async with working(app, dsn), working(app, dsn):
@@ -358,7 +359,7 @@ async def test_a_worker_that_is_busy_passes_the_turn_on(app: notifyq.App, seen: 
 
 
 async def test_the_turn_is_waited_for_in_few_statements(app: notifyq.App, db: Any, dsn: str) -> None:
-    """Each waits for seconds. An idle worker costs the server next to nothing."""
+    """Each statement waits for seconds. An idle worker costs the server next to nothing."""
     begun = """SELECT a.pid, a.query_start FROM pg_stat_activity a JOIN pg_locks l USING (pid)
                WHERE l.locktype = 'advisory' AND l.classid = 1852990836 AND NOT l.granted
                  AND a.datname = current_database()"""
@@ -437,9 +438,10 @@ DBA = {
 }
 
 
+@pytest.mark.usefixtures("quick_heart")
 @pytest.mark.parametrize("name", DBA)
 async def test_a_sleeper_lets_go_for_others(app: notifyq.App, seen: Seen, db: Any, dsn: str, name: str) -> None:
-    """Those of two fleets both do. They sleep again, and hear the bell, once the statement is over."""
+    """The sleepers of two fleets both let go. They sleep again, and hear the bell, once the statement is over."""
     other = notifyq.App()
 
     @other.handler
@@ -456,7 +458,7 @@ async def test_a_sleeper_lets_go_for_others(app: notifyq.App, seen: Seen, db: An
 
 
 async def test_no_sleeper_lets_go_for_other_sleepers_and_enqueuers(app: notifyq.App, db: Any, dsn: str) -> None:
-    """Neither counts as a waiter, so a sleeper goes on sleeping; and asking leaves no lock."""
+    """Neither counts as a waiter, so a sleeper goes on sleeping; and the question leaves no lock."""
     wanted = "SELECT notifyq.bell_wanted()"
     async with db.transaction():
         assert not await db.fetchval(wanted), "no worker is there at all"
@@ -474,7 +476,7 @@ async def test_no_sleeper_lets_go_for_other_sleepers_and_enqueuers(app: notifyq.
 async def test_no_snapshot_is_held_while_sleeping_or_waiting(
     app: notifyq.App, db: Any, dsn: str, isolation: str
 ) -> None:
-    """Three idle workers: one asleep, two waiting for the turn; vacuum's horizon goes on, whatever isolation the
+    """Of three idle workers one sleeps and two wait for the turn. Vacuum's horizon goes on, whatever isolation the
     database has for a default."""
     name = await db.fetchval("SELECT current_database()")
     await db.execute(f"ALTER DATABASE {name} SET default_transaction_isolation = '{isolation}'")

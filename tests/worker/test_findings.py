@@ -82,6 +82,7 @@ async def test_a_version_that_was_deleted_is_no_reason_to_drop_anything(db: Any)
     assert await schema.check(db) == schema.SCHEMA_VERSION
 
 
+@pytest.mark.usefixtures("quick_heart")
 async def test_a_worker_that_does_not_see_its_tasks_says_so(
     dsn: str, db: Any, hand: str, logged: Logged, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -151,8 +152,8 @@ async def test_row_level_security_that_is_forced_on_the_owner(
         await admin(server, "DROP ROLE landlord")
 
 
-async def test_a_hidden_worker_is_not_robbed(dsn: str, db: Any, connect: Sessions, hand: str) -> None:
-    """A worker that another one doesn't see isn't gone: its tasks are not taken back as unowned."""
+async def test_tasks_of_a_hidden_worker_are_not_taken_back(dsn: str, db: Any, connect: Sessions, hand: str) -> None:
+    """A worker that another one can't see isn't gone: its tasks are not taken back as unowned."""
     me = await db.fetchval(SQL["register_worker"], "host:1", ["default"], ["Say"], [10], 1, 30.0)
     await db.execute(
         "INSERT INTO notifyq.task (type, worker, attempts, processing_at) VALUES ('Say', $1, 1, now())", me
@@ -273,7 +274,7 @@ async def old(db: Any, seconds: int) -> dict[str, tuple[str, str]]:
     return {row["about"]: (row["problem"], row["cure"]) for row in await db.fetch(text, False)}
 
 
-async def test_a_transaction_that_keeps_everybody_awake(dsn: str, db: Any) -> None:
+async def test_a_transaction_that_keeps_workers_awake(dsn: str, db: Any) -> None:
     """The transaction is prepared, or a session left it open, and it is old. Both cures are SQL."""
     async with steps(dsn) as s:
         a, b, c = [await s.session(name) for name in "abc"]
@@ -299,7 +300,7 @@ async def test_a_transaction_that_keeps_everybody_awake(dsn: str, db: Any) -> No
 
 
 async def test_locks_that_were_truncated_are_made_again(dsn: str, db: Any) -> None:
-    """A limit holds although somebody has emptied the table of locks, and so does the order of waiting tasks."""
+    """The rows of key_lock were truncated. A limit holds nevertheless, and so does the order of waiting tasks."""
     await db.execute("TRUNCATE notifyq.key_lock")
     seen, running, most = Seen(), 0, 0
     app = notifyq.App()
@@ -321,8 +322,9 @@ async def test_locks_that_were_truncated_are_made_again(dsn: str, db: Any) -> No
     assert await db.fetchval("SELECT count(*) FROM notifyq.key_lock") == 257
 
 
-async def test_gates_are_made_by_who_locks_them(dsn: str) -> None:
-    """Two sessions at the same time: the second waits for the first, though neither found the row."""
+async def test_a_missing_key_lock_is_made_by_the_session_that_locks_it(dsn: str) -> None:
+    """Two sessions lock a missing row of key_lock at the same time: the second waits for the first, though neither
+    found the row."""
     async with steps(dsn) as s:
         a, b = await s.session("a"), await s.session("b")
         await a("TRUNCATE notifyq.key_lock")

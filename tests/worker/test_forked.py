@@ -228,7 +228,7 @@ def worker(*words: str, loop: str = "uvloop") -> list[str]:
 
 
 async def result(db: Any, id: int) -> Any:
-    """Of a task, once it is done."""
+    """The result of a task, once it is done."""
     query = "SELECT state, result, error FROM notifyq.all_tasks WHERE id = $1 AND state IN ('done', 'dead')"
     await eventually(lambda: db.fetchval(f"SELECT EXISTS ({query})", id))
     state, value, error = await db.fetchrow(query, id)
@@ -244,8 +244,8 @@ async def all_ways(db: Any, type: str, expected: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("loop", LOOPS)
 async def test_a_signal_to_a_child_ends_the_child(start: Start, db: Any, loop: str) -> None:
-    """From a thread and from the event loop, however the child came to be. The worker lives, and ends when it is told
-    to, by one signal."""
+    """The signal comes from a thread or from the event loop, however the child was made. The worker lives, and one
+    signal to it ends it."""
     program = start(*worker(loop=loop))
     await program.line("stop it")
     await all_ways(db, "FORK", FROM_THREADS)
@@ -259,7 +259,7 @@ async def test_a_signal_to_a_child_ends_the_child(start: Start, db: Any, loop: s
     assert "lost the database" not in program.said
 
 
-async def test_in_a_family(start: Start, db: Any) -> None:
+async def test_with_several_processes(start: Start, db: Any) -> None:
     program = start(*worker("--processes", "2"))
     await program.line("worker started", 2)
     for _ in range(3):
@@ -315,7 +315,7 @@ def test_what_a_child_starts_with() -> None:
 
 
 async def test_a_signal_to_the_whole_group_counts_once(start: Start, db: Any) -> None:
-    """As a service manager sends it. The children end, and the worker lets its handler finish."""
+    """A service manager sends it so. The children end, and the worker lets its handler finish."""
     program = start(*worker("--shutdown-timeout", "60"))
     await program.line("stop it")
     id = await db.fetchval(INSERT, "REST", b"{}")

@@ -116,7 +116,7 @@ async def test_the_others_run(
     assert not logged("lost the database")
 
 
-async def test_a_crowd_that_is_refused_hides_nobody(db: Any, dsn: str) -> None:
+async def test_a_crowd_of_refused_tasks_hides_no_other(db: Any, dsn: str) -> None:
     """A worker with one slot looks at one task at a time."""
     await insert(db, 30, type="Bad")
     await insert(db, 3, type="Good")
@@ -315,7 +315,7 @@ def rescuing(conn: Any, dead: int) -> Callable[[list[int] | None], Awaitable[int
 
 
 async def test_a_task_that_was_alone_and_is_refused_was_alone(db: Any) -> None:
-    """However often others look after it in the meantime."""
+    """Other workers look after it meanwhile, and that doesn't count."""
     dead = await register(db, "dead:1")
     await insert(db, 1, type="Bad")
     assert await claim(db, dead, {"default": 5}, 5)
@@ -349,7 +349,7 @@ async def test_the_other_unowned_tasks_are_taken_back(
 
 
 async def test_a_worker_that_stops_hands_the_others_back(db: Any, dsn: str, logged: Logged) -> None:
-    """What it holds at its end without knowing of it, as the answer to a claim was lost."""
+    """At its end it holds tasks without knowing of them, as the answer to a claim was lost."""
     bench = Bench()
     async with working(bench.app, dsn, queues=["other"]):
         me = await db.fetchval("SELECT id FROM notifyq.worker")

@@ -42,7 +42,8 @@ async def test_result_and_times_are_kept(bench: Bench, db: Any, dsn: str) -> Non
 
 
 async def test_a_failing_task_is_tried_again_until_it_is_dead(bench: Bench, db: Any, dsn: str) -> None:
-    """As often as its class says, or its row if it does; each attempt's error is kept, with the traceback's tail."""
+    """It has as many attempts as its row says, or else its class. Each attempt's error is kept, with the traceback's
+    tail."""
     async with working(bench.app, dsn):
         four = (await bench.app.enqueue(Fail())).id
         two = (await bench.app.enqueue(Fail("worse"), max_attempts=2)).id
@@ -58,7 +59,8 @@ async def test_a_failing_task_is_tried_again_until_it_is_dead(bench: Bench, db: 
 
 @pytest.mark.parametrize("most", [0, -5])
 async def test_below_one_is_one_attempt(bench: Bench, db: Any, dsn: str, most: int) -> None:
-    """Of an INSERT: it runs once, is told so, and its first failure is its last."""
+    """An INSERT asks for fewer than one attempt: the task runs once, sees that it has one, and its first failure is its
+    last."""
 
     class Once(notifyq.Task):
         pass
@@ -78,8 +80,9 @@ async def test_below_one_is_one_attempt(bench: Bench, db: Any, dsn: str, most: i
     assert sorted(bench.seen.items, key=str) == ["", 1]
 
 
-async def test_a_type_that_nobody_can_have(bench: Bench, db: Any, dsn: str, logged: Any) -> None:
-    """Longer than a type may be, it is dead, and kept whole. One that somebody may know one day is set aside."""
+async def test_a_type_that_no_worker_can_have(bench: Bench, db: Any, dsn: str, logged: Any) -> None:
+    """A type that is longer than a type may be is dead, and kept whole. One that a worker may know one day stays
+    unhandled."""
     insert = "INSERT INTO notifyq.task (type) VALUES (repeat($1, $2)) RETURNING id"
     long = {length: await db.fetchval(insert, "\U0001f600", length) for length in (201, 1_000_000)}
     unknown, good = await db.fetchval(insert, "\U0001f600", 200), await db.fetchval(insert, "Note", 1)
@@ -141,7 +144,7 @@ async def test_timeouts(bench: Bench, db: Any, dsn: str) -> None:
 
 
 async def test_threads_that_were_left_alone_are_not_in_the_way(bench: Bench, db: Any, dsn: str) -> None:
-    """As many as there are slots are stuck past their timeout; the next plain handler runs all the same."""
+    """As many threads as there are slots are stuck past their timeout. The next plain handler runs all the same."""
     async with working(bench.app, dsn, concurrency=2):
         stuck = await bench.app.enqueue_many([SlowThread() for _ in range(6)])
         for id in stuck:
@@ -149,8 +152,10 @@ async def test_threads_that_were_left_alone_are_not_in_the_way(bench: Bench, db:
         assert len(bench.seen.items) == 6, "each of them has begun"
 
 
+@pytest.mark.usefixtures("quick_heart")
 async def test_threads_that_were_left_alone_are_told(bench: Bench, db: Any, dsn: str, logged: Any) -> None:
-    """Nothing can end them, so the log and `stats` say when they are as many as there are slots; once, and the end."""
+    """No code can end them. So the log and `stats` say once when they are as many as there are slots, and when they
+    have ended."""
     app, over = notifyq.App(), threading.Event()
 
     @app.handler
@@ -186,7 +191,7 @@ async def test_priorities_and_then_age_decide_the_order(bench: Bench, db: Any, d
 
 
 async def test_a_worker_claims_no_more_than_it_has_slots_for(bench: Bench, db: Any, dsn: str) -> None:
-    """As long as it doesn't know its tasks to be short: a task that waits here could run in another worker."""
+    """This holds while it doesn't know its tasks to be short: a task that waits here could run in another worker."""
     await bench.app.enqueue_many([Hold() for _ in range(10)])
     async with working(bench.app, dsn, concurrency=3):
         await bench.held.reach(3)
@@ -220,8 +225,9 @@ async def test_a_queue_takes_no_more_than_its_limit(bench: Bench, db: Any, dsn: 
 # A person steps in.
 
 
+@pytest.mark.usefixtures("quick_heart")
 async def test_cancelling_a_running_task_cancels_its_handler(bench: Bench, db: Any, dsn: str) -> None:
-    """At the next heartbeat, which is every 1.5 s; its slot is free then. A dead one can be retried meanwhile."""
+    """The next heartbeat cancels it; then its slot is free. A dead task can be retried meanwhile."""
     async with working(bench.app, dsn, concurrency=1, queues=["default:1"]), working(bench.app, dsn, queues=["b"]):
         id = (await bench.app.enqueue(Hold())).id
         await bench.held.reach(1)

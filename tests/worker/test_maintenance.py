@@ -47,7 +47,7 @@ async def test_a_worker_forgets_what_ended_long_ago(bench: Bench, db: Any, dsn: 
 
 @pytest.mark.usefixtures("at_once")
 async def test_a_worker_finds_tasks_of_workers_that_are_gone(bench: Bench, db: Any, dsn: str) -> None:
-    """Such as one that was rescued while its claim was under way: no heartbeat tells of it."""
+    """Such a worker was rescued while its claim was under way, and no heartbeat tells of the task."""
     await db.execute("INSERT INTO notifyq.task (type, payload, worker) VALUES ('Note', '{\"name\": \"a\"}', 4711)")
     async with working(bench.app, dsn):
         assert await bench.seen.reach(1) == ["a"]

@@ -62,7 +62,7 @@ class Return(notifyq.Task):
 
 
 class Odd(notifyq.Task):
-    """Handlers that don't do what they should."""
+    """Its handlers do what they should not."""
 
     max_attempts = 1
     timeout = 0.1
@@ -236,7 +236,8 @@ else:
 
 
 async def test_payloads(bench: Bench, db: Any, dsn: str) -> None:
-    """Dead at once with msgspec's message, which has the path, and nothing is run; fields too many are fine."""
+    """Each is dead at once with msgspec's message, which has the path, and its handler isn't called. Additional fields
+    are fine."""
     bad = {}
     for number, payload in enumerate(BAD_PAYLOADS):
         bad[payload] = await insert(db, "Strict", payload)
@@ -259,7 +260,7 @@ async def test_payloads(bench: Bench, db: Any, dsn: str) -> None:
 
 
 async def test_large_payloads(bench: Bench, db: Any, dsn: str) -> None:
-    """50 MB, and 26 that PostgreSQL can't make smaller: dead with a clear message. 10 MB are fine."""
+    """50 MB, and 26 MB that PostgreSQL can't compress, are dead with a clear message. 10 MB are fine."""
     sent = """INSERT INTO notifyq.task (type, payload) SELECT 'Good', jsonb_build_object('name', text)
               FROM (VALUES (repeat('x', 50000000)),
                            ((SELECT string_agg(sha256(n::text::bytea)::text, '') FROM generate_series(1, 400000) n)),
@@ -276,7 +277,8 @@ async def test_large_payloads(bench: Bench, db: Any, dsn: str) -> None:
 
 
 async def test_odd_rows(bench: Bench, db: Any, dsn: str, probe: Probe) -> None:
-    """Columns nobody but a person with all rights sets, at the end of their ranges: they run, or wait, like others."""
+    """Only a person with all rights sets such columns, to the ends of their ranges. The tasks run, or wait, like
+    others."""
     odd = [
         "created_at", "'infinity'",
         "created_at", "'-infinity'",
@@ -305,7 +307,8 @@ async def test_odd_rows(bench: Bench, db: Any, dsn: str, probe: Probe) -> None:
 
 
 async def test_what_handlers_raise(bench: Bench, db: Any, dsn: str) -> None:
-    """Whatever it is, it is that task's failure, told with the handler's line, and nobody else's; in threads too."""
+    """Whatever a handler raises, in a thread too, is the failure of that task alone, and the error names the handler's
+    line."""
     ids = {}
     for what in EXCEPTIONS:
         for type in ("Raise", "RaiseThread"):
@@ -325,7 +328,7 @@ async def test_what_handlers_raise(bench: Bench, db: Any, dsn: str) -> None:
 
 
 async def test_what_handlers_return(bench: Bench, db: Any, dsn: str) -> None:
-    """A result that isn't JSON, or that PostgreSQL refuses: only that task is dead, others of its batch are done."""
+    """A result isn't JSON, or PostgreSQL refuses it: only that task is dead, and others of its batch are done."""
     ids = {}
     for what in RESULTS:
         ids[what] = await insert(db, "Return", {"what": what})
@@ -343,7 +346,7 @@ async def test_what_handlers_return(bench: Bench, db: Any, dsn: str) -> None:
 
 @pytest.mark.parametrize("concurrency", [1, 2])
 async def test_what_handlers_do(bench: Bench, db: Any, dsn: str, concurrency: int) -> None:
-    """Each between good tasks, on few runners, so that a successor would notice."""
+    """Each runs between good tasks, on few runners, so that the next task would suffer."""
     expected = {
         "never returns": "timed out after 0.1 s",
         "swallows its cancellation": None,
@@ -375,10 +378,11 @@ async def test_what_handlers_do(bench: Bench, db: Any, dsn: str, concurrency: in
         assert (found["error"] or "").startswith(error or "")
 
 
-async def test_an_unknown_type_waits_for_one_who_knows_it(
+async def test_an_unknown_type_waits_for_a_worker_that_knows_it(
     bench: Bench, db: Any, dsn: str, logged: Callable[[str], list[dict[str, Any]]], probe: Probe
 ) -> None:
-    """Left aside, not failed, not looped on, visible; run at once when a worker that knows it starts."""
+    """The task is left unhandled: it doesn't fail, no worker claims it again and again, and people see it. A worker
+    that knows the type runs it at once when it starts."""
     types = ["Later", "", "x" * 200, "'; DROP TABLE", "%s %d {}", "zeilen\numbruch", "\N{PILE OF POO}"]
     knower, seen = notifyq.App(), Seen()
 
@@ -408,10 +412,11 @@ async def test_an_unknown_type_waits_for_one_who_knows_it(
 
 
 @pytest.mark.parametrize("tasks", [15, 150], ids=["few", "more than it has slots"])
-async def test_a_sleeper_who_knows_it_is_told(
+async def test_a_sleeping_worker_that_knows_the_type_is_woken(
     bench: Bench, db: Any, dsn: str, logged: Callable[[str], list[dict[str, Any]]], tasks: int, probe: Probe
 ) -> None:
-    """Two fleets sleep at the bell; what one of them claims in ignorance and sets aside, the other runs at once."""
+    """Two fleets sleep at the bell. A worker of one claims a task of a type that it doesn't know, and releases it; the
+    other runs it at once."""
     knower, seen = notifyq.App(), Seen()
 
     class Other(notifyq.Task):
@@ -430,4 +435,4 @@ async def test_a_sleeper_who_knows_it_is_told(
                 await seen.reach(round * tasks)
             await nothing_live(db)
     assert sorted(seen.items) == sorted([*range(1, tasks + 1)] * 5)
-    assert logged("no handler here"), "somebody was ignorant"
+    assert logged("no handler here"), "a worker that didn't know the type claimed it"

@@ -32,13 +32,13 @@ STEPS = [notifyq.Progress(0.25, "a"), notifyq.Progress(0.5), notifyq.Progress(0.
 
 
 class Walk(notifyq.Task):
-    """A handler that reports a step each time the test lets it."""
+    """Its handler reports a step each time the test lets it."""
 
     backoff = 0.0
 
 
 class March(Walk):
-    """A plain handler that does the same, in a thread."""
+    """Its plain handler does the same, in a thread."""
 
 
 class Race(notifyq.Task):
@@ -105,8 +105,9 @@ async def told(db: Any) -> Any:
     return tuple(row)
 
 
+@pytest.mark.usefixtures("quick_heart")
 @pytest.mark.parametrize("kind", [Walk, March])
-async def test_who_waits_sees_each_step(bench: Bench, dsn: str, db: Any, kind: type[notifyq.Task]) -> None:
+async def test_a_caller_that_waits_sees_each_step(bench: Bench, dsn: str, db: Any, kind: type[notifyq.Task]) -> None:
     """Steps of both kinds of handlers are pushed until the task ends, and are in the view meanwhile."""
     async with working(bench.app, dsn):
         ref = await bench.app.enqueue(kind())
@@ -122,6 +123,7 @@ async def test_who_waits_sees_each_step(bench: Bench, dsn: str, db: Any, kind: t
         assert await told(db) == ("done", None, None)
 
 
+@pytest.mark.usefixtures("quick_heart")
 async def test_it_is_pushed(bench: Bench, dsn: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Several callers get it, without the slow look."""
     monkeypatch.setattr(results, "LOOK_SECONDS", 3600.0)
@@ -142,7 +144,7 @@ async def test_it_is_pushed(bench: Bench, dsn: str, monkeypatch: pytest.MonkeyPa
                 bench.go.release()
 
 
-async def test_who_stops_watching_leaves_nothing(bench: Bench, dsn: str) -> None:
+async def test_a_caller_that_stops_watching_leaves_nothing(bench: Bench, dsn: str) -> None:
     async with working(bench.app, dsn):
         ref = await bench.app.enqueue(Walk())
         steps = ref.progress()
@@ -158,7 +160,8 @@ async def test_who_stops_watching_leaves_nothing(bench: Bench, dsn: str) -> None
 async def test_only_the_latest_is_written_and_not_often(
     bench: Bench, dsn: str, db: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """However often a handler reports. For handlers that report nothing, nothing is written."""
+    """The number of writes doesn't grow with the number of reports. For handlers that report nothing, nothing is
+    written."""
     written: list[dict[Any, Any]] = []
     real = maintenance.WRITE_PROGRESS.run
 
@@ -298,7 +301,8 @@ async def test_awaiting_it_lets_a_cancellation_in() -> None:
     assert scope.cancelled_caught
 
 
-async def test_notifications_that_nobody_meant(bench: Bench, dsn: str, connect: Sessions) -> None:
+@pytest.mark.usefixtures("quick_heart")
+async def test_forged_notifications(bench: Bench, dsn: str, connect: Sessions) -> None:
     """Notifications carry ids and no progress, so a forged one tells no caller anything false."""
     stranger, seen = await connect(), Seen()
 

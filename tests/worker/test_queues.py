@@ -20,7 +20,8 @@ from ..helpers.waiting import eventually
 
 
 async def test_paused_and_resumed(dsn: str, db: Any, probe: Probe) -> None:
-    """Nothing of it starts, others go on, what runs goes on; resumed, it starts at once, without a poll."""
+    """A task of the paused queue doesn't start. Tasks of others do, and a running one goes on. When the queue is
+    resumed, its task starts at once, without a poll."""
     bench = Bench()
     async with bench.app.connect(dsn) as app, working(app, dsn, queues=["mail", "default"]):
         running = await app.enqueue(bench.Job(key="a", seconds=0.3), queue="mail")
@@ -38,7 +39,7 @@ async def test_paused_and_resumed(dsn: str, db: Any, probe: Probe) -> None:
 
 
 async def test_paused_with_all_its_queues(dsn: str, db: Any) -> None:
-    """The worker still hears the bell; two of them, so that one has the turn and one hasn't."""
+    """Two workers still hear the bell: one has the turn and one hasn't."""
     bench = Bench()
     await db.execute("SELECT notifyq.pause('default')")
     async with bench.app.connect(dsn) as app, working(app, dsn), working(app, dsn):
@@ -64,7 +65,8 @@ async def test_paused_under_a_backlog(dsn: str, db: Any, probe: Probe) -> None:
 
 
 async def test_limited_and_limited_otherwise(dsn: str, db: Any) -> None:
-    """Over two workers; what ran before counts; more, less and no limit are in force at once."""
+    """Over two workers. Running tasks that had started before count. A higher limit, a lower one and none are in force
+    at once."""
     bench = Bench()
     running = "SELECT count(*) FROM notifyq.task WHERE worker IS NOT NULL"
     async with bench.app.connect(dsn) as app, working(app, dsn), working(app, dsn):
@@ -103,7 +105,7 @@ async def test_a_queue_with_a_rate(dsn: str, db: Any, probe: Probe) -> None:
 
 
 async def test_draining_leaves_a_paused_queue_alone(dsn: str, db: Any) -> None:
-    """And what is parked: neither is runnable."""
+    """It leaves parked tasks alone too: neither can run."""
     bench = Bench()
     await db.execute("SELECT notifyq.pause('mail')")
     worker = await verbs.register(db)

@@ -123,7 +123,7 @@ def ways() -> tuple[Any, ...]:
 
 
 async def test_signals_are_left_alone(dsn: str) -> None:
-    """Unless they are asked for; and where the worker can't start they are as they were before."""
+    """A worker takes no signals unless it is asked to. Where it can't start, they are as they were before."""
     app, before = notifyq.App(), ways()
 
     class Never(notifyq.Task):

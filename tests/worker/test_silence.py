@@ -30,7 +30,7 @@ def test_the_server_s_clock_is_stepped() -> None:
 
 
 def test_what_it_did_not_watch_it_cannot_judge() -> None:
-    """It was frozen, or cut off: the others may have been as well."""
+    """The watching process was frozen, or cut off: the others may have been as well."""
     watch = SilenceWatch()
     late = 1.5 + GRACE_SECONDS + 0.1
     assert looks(watch, (0.0, {1: 5.0}), (1.5, {1: 5.0}), (late, {1: 5.0})) == [{}, {}, {}]

@@ -27,7 +27,7 @@ def job(size: int = 0) -> Job:
 
 
 def test_every_outcome_gets_smaller_and_ends() -> None:
-    """At each step, until there is no smaller form."""
+    """It gets smaller at each step, until there is no smaller form."""
     for first, kinds in (
         (returned(job(), None, {"a": 1}), ["dead", "dead"]),  # type: ignore[arg-type]
         (RetryLater(job(), 5.0, '{"attempt":2,"error":"e\U0001f40d\\nmore"}'.encode()), [5.0, "dead"]),

@@ -50,7 +50,8 @@ async def test_stop_lets_handlers_end_and_writes_their_outcomes(bench: Bench, db
 async def test_what_waits_its_turn_in_the_worker_is_handed_back_at_once(
     bench: Bench, db: Any, dsn: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Claimed ahead of the slots and not begun, at the stop: ready for others while a handler still runs here."""
+    """Tasks that were claimed ahead of the slots haven't begun at the stop. They are ready for other workers while a
+    handler still runs here."""
     # As on an idle machine, which runs so many short tasks a second.
     monkeypatch.setattr(Rate, "ahead", lambda rate, now, finished: 50)
     async with working(bench.app, dsn, concurrency=1, shutdown_timeout=3600) as worker:
@@ -104,7 +105,7 @@ async def test_an_attempt_that_fails_because_it_is_stopped_does_not_count(db: An
 
 
 async def test_force_hands_back_now(bench: Bench, db: Any, dsn: str) -> None:
-    """At once, and also in the middle of a drain that has an hour."""
+    """It does so at once, and also in the middle of a drain that has an hour."""
     for first in ("stop", "force"):
         async with working(bench.app, dsn, shutdown_timeout=3600) as worker:
             id = (await bench.app.enqueue(Hold())).id
@@ -134,7 +135,8 @@ async def test_cancelling_run_worker_hands_everything_back(bench: Bench, db: Any
 async def test_an_outcome_on_its_way_survives_the_cancellation(
     bench: Bench, db: Any, dsn: str, connect: Sessions
 ) -> None:
-    """It ran to its end, and its row is locked by somebody while the worker is cancelled: done, and not run again."""
+    """The handler has ended, and a session has locked the task's row while the worker is cancelled: the task is done,
+    and doesn't run again."""
     async with anyio.create_task_group() as group:
         await group.start(
             lambda *, task_status: bench.app.run_worker(dsn=dsn, poll_interval=0, task_status=task_status)
@@ -188,7 +190,8 @@ async def test_a_handler_that_will_not_be_cancelled_cannot_keep_the_worker(db: A
 
 
 async def test_it_ends_in_time_without_a_database(bench: Bench, dsn: str, probe: Probe) -> None:
-    """Stopped or cancelled while handlers run: the deadline, 2 s to cancel, 3 to write, 4 for a good-bye at most."""
+    """The worker is stopped or cancelled while handlers run. It may take the deadline, 2 s to cancel, 3 to write, and 4
+    for its last statements."""
     ended: dict[str, anyio.Event] = {"stop": anyio.Event(), "cancel": anyio.Event()}
     stop, cancel = anyio.Event(), anyio.CancelScope()
 
@@ -213,7 +216,7 @@ async def test_it_ends_in_time_without_a_database(bench: Bench, dsn: str, probe:
 
 
 async def test_drain_returns_when_nothing_is_runnable(bench: Bench, db: Any, dsn: str) -> None:
-    """What handlers enqueue is run too; what is due later is not waited for."""
+    """Tasks that handlers enqueue are run too; the drain doesn't wait for those that are due later."""
     parent = await bench.app.enqueue(Parent(50))
     again = await bench.app.enqueue(Say("retry", 3600))
     later = await bench.app.enqueue(Note("tomorrow"), delay=86400)

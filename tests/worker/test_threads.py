@@ -94,7 +94,7 @@ async def enqueue(db: Any, type: str, count: int = 1, queue: str = "default", n:
 
 
 async def test_two_workers_share_what_each_has_threads_for(bench: Bench, db: Any, dsn: str) -> None:
-    """Neither holds more than it can run, whatever a claim took; what is left has used no attempt."""
+    """Neither holds more than it can run, whatever a claim took. Tasks that are left have used no attempt."""
     async with working(bench.app, dsn, threads=3), working(bench.app, dsn, threads=3):
         await enqueue(db, "Plain", 20)
         await eventually(begun(bench, 6))
@@ -106,7 +106,8 @@ async def test_two_workers_share_what_each_has_threads_for(bench: Bench, db: Any
 
 
 async def test_async_handlers_go_on(bench: Bench, db: Any, dsn: str) -> None:
-    """While all threads are taken: in another queue, and in the same one if no plain handler's task waits before."""
+    """They do while all threads are taken: in another queue, and in the same one if no plain handler's task waits
+    before them."""
     async with working(bench.app, dsn, threads=2, queues=["default", "other"]):
         await enqueue(db, "Plain", 2)
         await eventually(begun(bench, 2))
@@ -171,7 +172,8 @@ async def test_an_async_handler_in_a_plain_wrapper_needs_no_thread(db: Any, dsn:
 
 
 async def test_the_loop_gets_no_time(bench: Bench, db: Any, dsn: str, logged: Any) -> None:
-    """One cause, one line: it names the threads, and what fails only as the loop didn't run isn't a lost database."""
+    """There is one cause and one log line: it names the threads. Errors that only say that the loop didn't run are not
+    taken for a lost database."""
     async with working(bench.app, dsn, threads=2):
         await enqueue(db, "Compute", 2)
         await eventually(begun(bench, 2))
@@ -190,7 +192,7 @@ async def test_the_loop_gets_no_time(bench: Bench, db: Any, dsn: str, logged: An
 
 
 async def test_a_handler_blocks_the_loop_beside_threads_that_wait(bench: Bench, db: Any, dsn: str, logged: Any) -> None:
-    """It is named, and the threads aren't blamed."""
+    """The log names the handler, and doesn't blame the threads."""
 
     class Block(notifyq.Task):
         pass
@@ -228,7 +230,7 @@ SETTLED: Any = SimpleNamespace(pending=0, full=False)  # all outcomes are writte
 
 
 def jobs(types: str) -> list[Job]:
-    """All that is asked of them."""
+    """All tasks that a worker asks for."""
     made = []
     for number, letter in enumerate(types):
         job = Job.__new__(Job)
@@ -238,7 +240,7 @@ def jobs(types: str) -> list[Job]:
 
 
 def test_how_much_is_asked_for(bench: Bench) -> None:
-    """It grows while claims come full of async tasks. A queue whose next task needs a thread is left alone."""
+    """The number grows while claims come full of async tasks. A queue whose next task needs a thread is left alone."""
     config = WorkerConfig(queues={"q": None, "r": None}, threads=2)
     slots = Slots(bench.app.registry)
     capacity = Capacity(config, slots, SETTLED)
@@ -278,7 +280,8 @@ def test_how_much_is_asked_for(bench: Bench) -> None:
 
 @pytest.mark.parametrize("shares", [[1], [1, 1], [4], [4, 1], [3, 5], [2, 3, 1]])
 def test_what_fits_whatever_the_types_are(shares: list[int]) -> None:
-    """Against all that may come: as many as that need no more threads than are free, and one more may."""
+    """The worker asks for as many tasks as need no more threads than are free, whatever types come. One task more could
+    need more."""
     app = notifyq.App()
     for number, share in enumerate(shares):
         type = msgspec.defstruct(f"T{number}", [], bases=(notifyq.Task,))
@@ -302,7 +305,7 @@ def test_what_fits_whatever_the_types_are(shares: list[int]) -> None:
 
 
 def most_threads(slots: Slots, more: int) -> int:
-    """How many are needed at most, with so many more tasks of whatever types."""
+    """How many threads are needed at most, with that many more tasks of any types."""
     share, held = list(slots.plain.values()), slots.plain_held.values()
     splits = (split for split in itertools.product(range(more + 1), repeat=len(share)) if sum(split) == more)
     return max(sum(-(-(h + m) // s) for h, m, s in zip(held, split, share, strict=True)) for split in splits)
@@ -327,7 +330,7 @@ MIXED = """INSERT INTO notifyq.task (type, priority)
            SELECT CASE WHEN i % 5 = 0 THEN 'Plain' ELSE 'Async' END, i % 3 FROM generate_series(1, $1::integer) AS i"""
 
 
-async def test_no_task_is_claimed_for_want_of_a_thread(bench: Bench, db: Any, dsn: str, handed_back: list[str]) -> None:
+async def test_no_task_is_claimed_without_a_thread(bench: Bench, db: Any, dsn: str, handed_back: list[str]) -> None:
     """Three workers with six threads, after many async tasks: none claims a plain task beyond its threads."""
     async with (
         working(bench.app, dsn, threads=2),
@@ -362,8 +365,11 @@ async def test_async_tasks_behind_plain_ones_of_one_claim(
     assert (len(bench.seen.items), len(bench.begun), handed_back) == (110, 20, [])
 
 
-async def test_no_task_is_adopted_for_want_of_a_thread(bench: Bench, db: Any, dsn: str, handed_back: list[str]) -> None:
-    """Tasks that other workers have set aside: as many plain ones as there are threads, and all others."""
+async def test_no_unhandled_task_is_claimed_without_a_thread(
+    bench: Bench, db: Any, dsn: str, handed_back: list[str]
+) -> None:
+    """Of tasks that other workers have left unhandled, it claims as many plain ones as there are threads, and all
+    others."""
     await enqueue(db, "Async", 130)  # it asks for more and more
     await db.execute("INSERT INTO notifyq.task (type, withheld) SELECT 'Plain', true FROM generate_series(1, 30)")
     await db.execute("INSERT INTO notifyq.task (type, withheld) SELECT 'Async', true FROM generate_series(1, 30)")
@@ -377,7 +383,7 @@ async def test_no_task_is_adopted_for_want_of_a_thread(bench: Bench, db: Any, ds
 
 
 async def test_no_task_is_claimed_beside_a_refused_one(bench: Bench, db: Any, dsn: str, handed_back: list[str]) -> None:
-    """Nor while PostgreSQL refuses some tasks, and a claim goes another way."""
+    """This holds also while PostgreSQL refuses some tasks, and a claim takes another way."""
     await db.execute("ALTER TABLE notifyq.task ADD CONSTRAINT nobody CHECK (worker IS NULL OR priority <> 7)")
     await db.execute("INSERT INTO notifyq.task (type, priority) VALUES ('Async', 7)")
     await enqueue(db, "Async", 130)

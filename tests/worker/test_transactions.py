@@ -27,7 +27,7 @@ from ..helpers.running import working
 from ..helpers.waiting import Seen, eventually
 
 LEDGER = "CREATE TABLE ledger (task bigint, attempt integer)"
-# COMMIT waits for whoever has this lock.
+# COMMIT waits for the session that has this lock.
 SLOW_COMMIT = """
     CREATE FUNCTION wait() RETURNS trigger LANGUAGE plpgsql AS
     $$ BEGIN PERFORM pg_advisory_xact_lock(7); RETURN NULL; END $$;
@@ -111,7 +111,7 @@ async def ledger(db: Any, id: int) -> list[int]:
 
 @asynccontextmanager
 async def slow_commit(db: Any, connect: Any) -> AsyncIterator[Callable[[], Awaitable[int]]]:
-    """Inside, whoever commits an entry waits; `await waiting()` is the pid of one that does."""
+    """Inside, the COMMIT of a ledger entry waits. `await waiting()` is the pid of a backend that waits so."""
     await db.execute(SLOW_COMMIT)
     holder = await connect()
     await holder.execute("SELECT pg_advisory_lock(7)")
@@ -175,16 +175,18 @@ async def test_raising_inside_rolls_back_and_the_attempt_fails_as_usual(books: B
     assert await db.fetchval("SELECT count(*) FROM notifyq.task WHERE type = 'Next'") == 1
 
 
-async def test_a_trigger_that_keeps_the_row_and_says_nothing(books: Books, db: Any, dsn: str) -> None:
+async def test_a_trigger_that_keeps_the_row_and_says_nothing(books: Books, db: Any, dsn: str, connect: Any) -> None:
     """It returns NULL on DELETE. The lease isn't lost: the attempt fails, with the cause, and is tried again."""
     await db.execute(
         "CREATE FUNCTION public.audit() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RETURN NEW; END $$;"
         "CREATE TRIGGER audit BEFORE DELETE ON notifyq.task FOR EACH ROW EXECUTE FUNCTION public.audit()"
     )
 
+    person = await connect()  # `db` is the test's: a connection can do one thing at a time
+
     async def inside(ctx: notifyq.Context, conn: Any) -> None:
         if ctx.attempt == 2:
-            await db.execute("DROP TRIGGER audit ON notifyq.task")
+            await person.execute("DROP TRIGGER audit ON notifyq.task")
 
     books.inside = inside
     id = await booked(books, db, dsn)
@@ -194,7 +196,7 @@ async def test_a_trigger_that_keeps_the_row_and_says_nothing(books: Books, db: A
 
 
 async def test_an_error_that_is_swallowed_inside_fails_the_block(books: Books, db: Any, dsn: str) -> None:
-    """PostgreSQL would turn the COMMIT into a ROLLBACK, and say so in a way that nobody hears."""
+    """PostgreSQL would turn the COMMIT into a ROLLBACK, and raise no error."""
 
     async def inside(ctx: notifyq.Context, conn: Any) -> None:
         if ctx.attempt == 1:
@@ -290,7 +292,8 @@ async def test_from_a_handler_that_has_ended(books: Books, db: Any, dsn: str) ->
 
 @pytest.mark.parametrize("by", ["cancel", "rescue", "rescue, and done"])
 async def test_a_lease_lost_in_the_middle(books: Books, db: Any, dsn: str, by: str) -> None:
-    """Cancelled, or taken by another worker, which runs it, or has settled it, when this one's block ends."""
+    """The task is cancelled, or another worker takes it, and runs it or has settled it when this worker's block
+    ends."""
     inside, taken, go_on, others_go_on = Seen(), Seen(), anyio.Event(), anyio.Event()
     other = Books()
 
@@ -351,7 +354,7 @@ async def test_the_heartbeat_leaves_a_handler_alone_that_has_settled_itself(
 
 
 async def test_serialization_failures(books: Books, db: Any, dsn: str) -> None:
-    """Two that read what the other writes: one commits, the other runs again."""
+    """Two handlers read what the other writes: one commits, the other runs again."""
     both = anyio.Event()
     read: list[int] = []
 
@@ -440,7 +443,7 @@ async def test_cut_short_while_it_commits(
 
 
 async def test_the_connection_is_lost_while_it_commits(books: Books, db: Any, dsn: str, connect: Any) -> None:
-    """By the server's doing, which rolls back: it runs again."""
+    """The server ended it, and rolls back: the task runs again."""
     async with working(books.app, dsn):
         async with slow_commit(db, connect) as waiting:
             ref = await books.app.enqueue(Book())
@@ -455,7 +458,7 @@ async def test_the_connection_is_lost_while_it_commits(books: Books, db: Any, ds
 async def test_the_answer_to_commit_is_lost(
     books: Books, db: Any, dsn: str, connect: Any, monkeypatch: pytest.MonkeyPatch, when: str
 ) -> None:
-    """The way to the server is cut while it commits, or before it has answered: it has happened, once."""
+    """The connection is cut while it commits, or before the answer: the commit has happened, once."""
     commit = asyncpg.transaction.Transaction.commit
     cut = anyio.Event()
 
@@ -479,7 +482,7 @@ async def test_the_answer_to_commit_is_lost(
                 await waiting()
                 cut.set()
                 await eventually(lambda: db.fetchval(f"SELECT count(*) FROM pg_stat_activity WHERE {ASKS}"), 1)
-                assert not books.over.items, "it is in progress, so nobody knows"
+                assert not books.over.items, "it is in progress, so its end is unknown"
         await books.over.reach(1)
         await ended(db, ref.id, "done")
     assert not books.raised.items
@@ -491,7 +494,7 @@ async def test_the_answer_to_commit_is_lost(
 
 @pytest.mark.slow
 async def test_killed_at_random_each_has_happened_once(db: Any, dsn: str, spawn: Callable[..., Process]) -> None:
-    """Three workers, two of them killed, one after the other, with tasks at every point of their way."""
+    """Two of three workers are killed, one after the other, with tasks at every step."""
     await db.execute(LEDGER)
     stories = [Story(spawn("concurrency=20")) for _ in range(3)]
     for story in stories:

@@ -1,4 +1,4 @@
-"""Whatever a handler gives as its reason, its task ends as it says, with a text, and its worker goes on."""
+"""Whatever a handler gives as its reason, its task ends as the handler says, with a text, and its worker goes on."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def test_delays_that_cannot_be(delay: Any) -> None:
 
 
 async def test_a_worker_goes_on_and_stores_a_text(dsn: str, db: Any) -> None:
-    """One exception as a reason stopped the whole worker."""
+    """Once an exception as a reason stopped the whole worker."""
     app = notifyq.App()
     odd: Any = ValueError("x")
     hows: dict[str, Any] = {"exception": Dead(odd), "empty": Dead(""), "class": Dead, "none": Retry(0, NOTHING)}

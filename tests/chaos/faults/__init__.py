@@ -1,8 +1,8 @@
-"""What is done to notifyq: each fault one function that does it and returns when it is over, and a row of the list.
+"""What is done to notifyq: each fault is a function that does it and returns when it is over, and a row of the list.
 
-A fault says by `hit.who` which processes it touched. With `everybody` it may touch all; without either it touches no
-worker: then nothing may be rescued or run again because of it, only late. Found nothing to do, it raises Missed.
-"""
+A fault says by `hit.who` which processes it touched. With `everybody` it may touch all. Without either it touches no
+worker: then nothing may be rescued or run again because of it, only late. A fault that finds nothing to do raises
+Missed."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ async def restart(stage: Stage, hit: Hit) -> None:
 
 @fault("a backend is killed", everybody=True)
 async def backend_killed(stage: Stage, hit: Hit) -> None:
-    """kill -9, of one: PostgreSQL then ends all the others and recovers."""
+    """kill -9 of one backend: PostgreSQL then ends all the others and recovers."""
     rows = await stage.sql("SELECT pid FROM pg_stat_activity WHERE usename LIKE 'w%' ORDER BY random() LIMIT 1")
     if not rows:
         raise Missed
@@ -36,8 +36,8 @@ async def backend_killed(stage: Stage, hit: Hit) -> None:
 
 @fault("clock step")
 async def clock_step(stage: Stage, hit: Hit) -> None:
-    """By hours, forward or back, and then back to where it was: what workers write in between is that wrong. What was
-    written under a clock that was ahead are slots of crons, and starts of tasks that have a rate."""
+    """The clock is stepped by hours, forward or back, and then back to where it was. What workers write in between is
+    wrong by that much. Under a clock that is ahead they write slots of crons, and starts of tasks that have a rate."""
     hours = stage.random.choice((-5, -1, 1, 5))
     async with stage.session() as conn:
         ahead = f"interval '{abs(hours)} hours'"
@@ -86,7 +86,7 @@ def _children(parent: int) -> list[int]:
 
 @fault("connections exhausted", everybody=True)
 async def exhausted(stage: Stage, hit: Hit) -> None:
-    """A stranger takes all there are, and then some sessions of ours have to come back."""
+    """A stranger takes all connections, and then some sessions of ours have to come back."""
     dsn = stage.dsn.replace("//notifyq@", "//chaos_stranger@", 1)
     taken: list[asyncpg.Connection[asyncpg.Record]] = []
 
@@ -118,8 +118,8 @@ async def vacuum_full(stage: Stage, hit: Hit) -> None:
 
 @fault("publication", heal=0.5)
 async def publication(stage: Stage, hit: Hit) -> None:
-    """Of all tables, as change data capture makes it: a table without a key can't be updated or deleted from. It stays
-    until the next time."""
+    """A publication of all tables, as change data capture makes it: a table without a key can't be updated or deleted
+    from. It stays until this fault's next turn."""
     if await stage.sql("SELECT FROM pg_publication"):
         await stage.sql("DROP PUBLICATION IF EXISTS chaos")
     else:
@@ -131,7 +131,7 @@ async def publication(stage: Stage, hit: Hit) -> None:
 
 @fault("REINDEX, ANALYZE, VACUUM")
 async def reindex(stage: Stage, hit: Hit) -> None:
-    """All the indexes anew, and plans made in the middle of it."""
+    """All the indexes are made anew, and plans are made in the middle of it."""
     for statement in ("REINDEX TABLE notifyq.task", "ANALYZE notifyq.task", "VACUUM notifyq.task"):
         await stage.sql(statement)
         await asyncio.sleep(0.2)

@@ -31,7 +31,7 @@ def some(stage: Stage) -> Member:
 
 
 async def found(stage: Stage, query: str, seconds: float = 3.0) -> Member:
-    """The worker whose session the query finds, as soon as it does."""
+    """Wait for a worker whose session the query finds."""
     until = time.monotonic() + seconds
     while time.monotonic() < until:
         rows = await stage.sql(query)
@@ -58,7 +58,8 @@ async def killed_with_turn(stage: Stage, hit: Hit) -> None:
 
 @fault("worker killed while arming")
 async def killed_arming(stage: Stage, hit: Hit) -> None:
-    """An open transaction that was told nobody sleeps keeps it from falling asleep, until after its death."""
+    """An open transaction that was told that no worker sleeps keeps the worker from falling asleep, until after its
+    death."""
     async with stage.open_enqueue("arming"):
         kill(await found(stage, ARMING), hit)
         await asyncio.sleep(0.5)
@@ -77,7 +78,7 @@ FORKED = """SELECT l.who FROM notifyq.task t JOIN chaos.ledger l ON l.op = 'W' A
 
 @fault("worker killed with living children")
 async def killed_with_children(stage: Stage, hit: Hit) -> None:
-    """They outlive it by seconds, and have copies of its sockets."""
+    """The children outlive it by seconds, and have copies of its sockets."""
     await stage.insert("Forks", 4, seconds=8.0)
     member = await found(stage, FORKED)
     await asyncio.sleep(1.0)  # for the children to be there
@@ -102,7 +103,8 @@ async def frozen_with_turn(stage: Stage, hit: Hit) -> None:
 
 @fault("worker frozen past its lease")
 async def frozen_long(stage: Stage, hit: Hit) -> None:
-    """Those of 6 s. With something in hand that ends while it is frozen, so that it tries to settle when it wakes."""
+    """Workers with a lease of 6 s are frozen for longer. A task ends while its worker is frozen, so the worker tries to
+    settle it when it goes on."""
     await stage.insert("Slow", 100, seconds=4.0)
     await asyncio.sleep(0.5)
     for row in await stage.sql(BUSIEST):

@@ -76,7 +76,7 @@ async def snapshot(stage: Stage, hit: Hit) -> None:
 
 @fault("enqueuer idle in transaction", heal=0.5)
 async def idle_in_transaction(stage: Stage, hit: Hit) -> None:
-    """What it enqueued starts when it commits, and nobody else waits for it."""
+    """The tasks that it enqueued start when it commits, and no other session waits for it."""
     async with stage.open_enqueue("idle in transaction"):
         await asyncio.sleep(stage.random.uniform(1, 4))
 
@@ -101,7 +101,7 @@ async def psql_killed(stage: Stage, hit: Hit) -> None:
 
 @fault("stranger listens in a transaction", heal=0.5)
 async def stranger(stage: Stage, hit: Hit) -> None:
-    """One that has heard nothing since, so that the queue of notifications can't be emptied."""
+    """A session that listens and hears nothing, so that the queue of notifications can't be emptied."""
     async with stage.session() as conn:
         await conn.execute("LISTEN notifyq")
         async with conn.transaction():
@@ -111,7 +111,7 @@ async def stranger(stage: Stage, hit: Hit) -> None:
 
 @fault("task table locked for 1 s")
 async def table_locked(stage: Stage, hit: Hit) -> None:
-    """As a migration of somebody's would."""
+    """A user's migration would lock it so."""
     async with stage.session() as conn, conn.transaction():
         await conn.execute("LOCK TABLE notifyq.task IN ACCESS EXCLUSIVE MODE")
         await asyncio.sleep(1)
@@ -119,7 +119,7 @@ async def table_locked(stage: Stage, hit: Hit) -> None:
 
 @fault("bell locked for 2 s")
 async def bell_locked(stage: Stage, hit: Hit) -> None:
-    """Nobody can fall asleep, everybody rings."""
+    """No worker can fall asleep, and every enqueuer rings."""
     async with stage.session() as conn, conn.transaction():
         await conn.execute("LOCK TABLE notifyq.bell IN ACCESS EXCLUSIVE MODE")
         await asyncio.sleep(2)
@@ -127,8 +127,8 @@ async def bell_locked(stage: Stage, hit: Hit) -> None:
 
 @fault("rows locked for 2 s", heal=6.5)
 async def rows_locked(stage: Stage, hit: Hit) -> None:
-    """A stranger's FOR UPDATE on whatever is there. Claims step over it, and nobody rings when it lets go: what was
-    ready then is found by the fallback poll."""
+    """A stranger locks rows with FOR UPDATE. Claims skip them, and no ring comes when they are unlocked: the fallback
+    poll finds tasks that became ready meanwhile."""
     async with stage.session() as conn, conn.transaction():
         for _ in range(20):
             await conn.fetch("SELECT FROM notifyq.task ORDER BY id FOR UPDATE SKIP LOCKED")

@@ -13,15 +13,15 @@ if TYPE_CHECKING:
 
 @fault("handler blocks the loop")
 async def block(stage: Stage, hit: Hit) -> None:
-    """For 2 s. The checker itself adds the worker to those that were touched."""
+    """The loop is blocked for 2 s. The checker itself adds the worker to those that were touched."""
     await stage.insert("Block", 1, seconds=2.0)
     await asyncio.sleep(2.2)
 
 
 @fault("handler kills its worker")
 async def kamikaze(stage: Stage, hit: Hit) -> None:
-    """Among the producers' tasks, and others that are long and have two attempts. Each time it crashes those beside it
-    with it; when it has run alone twice, it is dead, and no other is."""
+    """It comes among the producers' tasks, and others that are long and have two attempts. Each time it crashes those
+    beside it with it. When it has run alone twice, it is dead, and no other is."""
     await stage.insert("Bystander", 20, seconds=3.0)
     await stage.until("SELECT count(*) = 0 FROM notifyq.task WHERE type = 'Bystander' AND worker IS NULL", 3)
     await stage.insert("Kamikaze", 1)
@@ -49,7 +49,7 @@ async def rude(stage: Stage, hit: Hit) -> None:
 
 @fault("poison rows")
 async def poison(stage: Stage, hit: Hit) -> None:
-    """2,000 that can't be decoded, and 200 of a type that nobody knows, before all others."""
+    """2,000 tasks that can't be decoded, and 200 of a type that no worker knows, before all others."""
     await stage.sql(
         """INSERT INTO notifyq.task (type, payload, priority)
            SELECT 'Quick', CASE g % 4 WHEN 0 THEN '[]' WHEN 1 THEN '{"n": "x"}' WHEN 2 THEN 'null'
@@ -64,7 +64,7 @@ async def poison(stage: Stage, hit: Hit) -> None:
 
 @fault("a burst")
 async def burst(stage: Stage, hit: Hit) -> None:
-    """Of tasks that are all settled at once, in all queues."""
+    """Tasks in all queues that are all settled at once."""
     for queue in ("default", "mail", "narrow"):
         await stage.insert("Quick", 1000, queue=queue)
 
@@ -81,7 +81,7 @@ FROM unnest($1::bigint[], $2::integer[]) AS o (n, size), noise
 
 @fault("large payloads and results")
 async def large(stage: Stage, hit: Hit) -> None:
-    """Of 1 MB, and of 15 MB that compress; a few are above the limit. Half of them return as much."""
+    """Tasks of 1 MB, and of 15 MB that compress; a few are above the limit. Half of them return as much."""
     sizes = [1] * 30 + [15] * 8 + [17] * 2
     stage.random.shuffle(sizes)
     batch = stage.batch("fault", len(sizes))

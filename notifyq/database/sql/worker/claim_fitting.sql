@@ -12,13 +12,13 @@ WHERE t.id = ANY ((
                                   $9::integer)
     FROM (
         SELECT ready.id, ready.type
-        FROM unnest($2::text[], $3::integer[]) AS q (queue, room)
+        FROM unnest($2::text[], $3::integer[]) AS q (queue, capacity)
         CROSS JOIN LATERAL (
             SELECT r.id, r.type
             FROM notifyq.task r
             WHERE r.queue = q.queue AND r.worker IS NULL AND NOT r.withheld AND (r.run_at <= r.created_at OR r.promoted)
             ORDER BY r.priority DESC, r.id + 0
-            LIMIT q.room
+            LIMIT q.capacity
             FOR UPDATE SKIP LOCKED
         ) AS ready
         LIMIT $4::integer

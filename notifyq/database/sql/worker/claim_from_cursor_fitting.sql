@@ -7,7 +7,7 @@ WHERE t.id = ANY ((
                                   $11::integer[], $12::integer)
     FROM (
         SELECT ready.id, ready.type
-        FROM unnest($2::text[], $3::integer[]) AS q (queue, room)
+        FROM unnest($2::text[], $3::integer[]) AS q (queue, capacity)
         CROSS JOIN LATERAL (
             SELECT level.id, level.type
             FROM unnest($5::text[], $6::smallint[], $7::bigint[]) AS m (queue, priority, mark)
@@ -17,11 +17,11 @@ WHERE t.id = ANY ((
                 WHERE r.queue = m.queue AND r.priority = m.priority AND r.id + 0 >= m.mark
                   AND r.worker IS NULL AND NOT r.withheld AND (r.run_at <= r.created_at OR r.promoted)
                 ORDER BY r.id + 0
-                LIMIT q.room
+                LIMIT q.capacity
                 FOR UPDATE SKIP LOCKED
             ) AS level
             WHERE m.queue = q.queue
-            LIMIT q.room
+            LIMIT q.capacity
         ) AS ready
         LIMIT $4::integer
     ) AS found

@@ -4,14 +4,14 @@ UPDATE notifyq.task t
 SET worker = $1, attempts = least(t.attempts, 32766) + 1, processing_at = clock_timestamp(), withheld = false
 WHERE t.id = ANY (ARRAY(
     SELECT ready.id
-    FROM unnest($2::text[], $3::integer[]) AS q (queue, room)
+    FROM unnest($2::text[], $3::integer[]) AS q (queue, capacity)
     CROSS JOIN unnest($5::text[]) AS k (type)
     CROSS JOIN LATERAL (
         SELECT r.id
         FROM notifyq.task r
         WHERE r.type = k.type AND r.queue = q.queue AND r.worker IS NULL AND r.withheld AND r.parked IS NULL
         ORDER BY r.priority DESC, r.id
-        LIMIT q.room
+        LIMIT q.capacity
         FOR UPDATE SKIP LOCKED
     ) AS ready
     LIMIT $4::integer

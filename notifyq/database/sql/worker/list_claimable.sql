@@ -8,14 +8,14 @@
 SELECT ready.id
 FROM (
     SELECT ready.id, ready.type
-    FROM unnest($1::text[], $2::integer[]) AS q (queue, room)
+    FROM unnest($1::text[], $2::integer[]) AS q (queue, capacity)
     CROSS JOIN LATERAL (
         (SELECT r.id, r.type
          FROM notifyq.task r
          WHERE r.queue = q.queue AND r.worker IS NULL AND NOT r.withheld AND (r.run_at <= r.created_at OR r.promoted)
            AND r.id <> ALL ($4::bigint[]) AND $5::text[] IS NULL
          ORDER BY r.priority DESC, r.id + 0
-         LIMIT q.room)
+         LIMIT q.capacity)
         UNION ALL
         (SELECT r.id, r.type
          FROM unnest($5) AS k (type)
@@ -25,9 +25,9 @@ FROM (
              WHERE r.type = k.type AND r.queue = q.queue AND r.worker IS NULL AND r.withheld AND r.parked IS NULL
                AND r.id <> ALL ($4)
              ORDER BY r.priority DESC, r.id
-             LIMIT q.room
+             LIMIT q.capacity
          ) AS r
-         LIMIT q.room)
+         LIMIT q.capacity)
     ) AS ready
     LIMIT $3::integer
 ) AS ready
