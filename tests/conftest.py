@@ -44,19 +44,9 @@ settings.load_profile("notifyq")
 FIRST = (
     *("faults", "connections_lost", "clock_steps", "bytes", "left_out", "migrations", "refusals", "smaller_outcomes"),
     *("forked", "network", "embedded", "models", "plans", "doorbell", "schedule", "cli_worker", "cancel", "unique"),
-    *("progress", "options", "limits", "drain", "after", "findings", "odd_values", "transactions", "foreign"),
-    *(
-        "docs_snippets",
-        "dsn",
-        "batch_leases",
-        "statements",
-        "cron",
-        "cli",
-        "refs",
-        "lifecycle",
-        "cli_processes",
-        "stop",
-    ),
+    *("cli_processes", "docs_snippets", "batch_leases", "results_cost", "unique_keys", "django", "stop", "odd_values"),
+    *("progress", "options", "limits", "drain", "after", "findings", "transactions", "drivers", "publication"),
+    *("interleavings_turn", "dsn", "statements", "cron", "cli", "refs", "lifecycle"),
 )
 
 

@@ -190,6 +190,7 @@ async def test_a_search_path_of_the_callers(app: notifyq.App, db: Any) -> None:
     await app.enqueue(Mail(to="a"), conn=db, delay=1)
     await app.enqueue_many([Mail(to="a")], conn=db, delay=1)
     await db.execute("RESET search_path")
+    assert await db.fetchval("SELECT count(*) FROM notifyq.task") == 2
 
 
 async def test_many_in_order_of_any_type(app: notifyq.App, dsn: str, db: Any) -> None:
@@ -205,9 +206,14 @@ async def test_many_in_order_of_any_type(app: notifyq.App, dsn: str, db: Any) ->
 
 
 async def test_a_hundred_thousand_in_one_call(app: notifyq.App, dsn: str, db: Any) -> None:
+    """The ids come in the order of the tasks."""
     async with app.connect(dsn):
-        ids = await app.enqueue_many(Mail(to="a@b.c", size=n) for n in range(100_000))
+        ids = await app.enqueue_many((Mail(to="a@b.c", size=n) for n in range(100_000)), queue="bulk", priority=3)
+        assert await app.enqueue_many([]) == []
     assert len(set(ids)) == 100_000
+    for n in (0, 1, 54_321, 99_999):
+        row = await db.fetchrow("SELECT payload ->> 'size', queue, priority FROM notifyq.task WHERE id = $1", ids[n])
+        assert tuple(row) == (str(n), "bulk", 3)
     assert await db.fetchval("SELECT count(DISTINCT payload) FROM notifyq.task") == 100_000
 
 

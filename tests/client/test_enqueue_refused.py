@@ -26,10 +26,7 @@ async def bench(dsn: str) -> AsyncIterator[Bench]:
         bench.release.set()
 
 
-# Enqueue.
-
-
-async def test_in_the_callers_transaction(bench: Bench, db: Any, dsn: str, connect: Sessions) -> None:
+async def test_a_worker_runs_what_the_caller_commits(bench: Bench, db: Any, dsn: str, connect: Sessions) -> None:
     """If it is rolled back, the task never existed. If it is committed, the task runs, and not before."""
     conn = await connect()
     async with working(bench.app, dsn):
@@ -45,16 +42,6 @@ async def test_in_the_callers_transaction(bench: Bench, db: Any, dsn: str, conne
         await eventually(lambda: db.fetchval("SELECT count(*) FROM notifyq.finished"), 5)
     assert bench.seen.items == ["beside rollback", "beside commit", "commit", "commit", "commit"]
     assert await db.fetchval("SELECT count(*) FROM notifyq.all_tasks") == 5
-
-
-async def test_a_hundred_thousand_in_one_call(bench: Bench, db: Any) -> None:
-    """All are inserted or none, and the ids come in the order of the tasks."""
-    ids = await bench.app.enqueue_many((Note(str(n)) for n in range(100_000)), queue="bulk", priority=3)
-    assert len(set(ids)) == 100_000
-    for n in (0, 1, 54_321, 99_999):
-        row = await db.fetchrow("SELECT payload ->> 'name', queue, priority FROM notifyq.task WHERE id = $1", ids[n])
-        assert tuple(row) == (str(n), "bulk", 3)
-    assert await bench.app.enqueue_many([]) == []
 
 
 class Typed(notifyq.Task):
@@ -104,13 +91,3 @@ async def test_what_cannot_be_is_refused_before_it_is_sent(bench: Bench, db: Any
         with pytest.raises(notifyq.ConfigError, match=message):
             await bench.app.enqueue_many([Note(), task], **options)
     assert await db.fetchval("SELECT count(*) FROM notifyq.task") == 0
-
-
-async def test_enqueue_says_what_is_missing(empty_dsn: str) -> None:
-    """A connection or a schema may be missing."""
-    bench = Bench()
-    with pytest.raises(notifyq.ConfigError, match="not connected"):
-        await bench.app.enqueue(Note())
-    async with bench.app.connect(empty_dsn):
-        with pytest.raises(notifyq.SchemaError, match="notifyq migrate"):
-            await bench.app.enqueue(Note())

@@ -14,9 +14,9 @@ from ..helpers.steps import Session, Steps, steps
 from ..helpers.verbs import (
     OVERDUE,
     admit,
-    adopt,
     claim,
     claim_from_cursor,
+    claim_unhandled,
     free,
     hand_back,
     held,
@@ -131,7 +131,7 @@ async def test_no_claim_and_no_chore_waits_for_the_row_of_a_task(s: Steps, w: Se
     await p("BEGIN")
     await p("SELECT FROM notifyq.task FOR UPDATE")
     me = await w(register)
-    for take in (claim, claim_from_cursor, adopt):
+    for take in (claim, claim_from_cursor, claim_unhandled):
         assert await w(take, me) == []
     assert await w(claim_by_id, me, [ready], 9) == []
     assert await w(admit, [job]) == await w(admit, [after]) == []

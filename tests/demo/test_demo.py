@@ -57,8 +57,8 @@ def mail(id: int, key: str, attempts: int = 1, *, wait: float = 0.002, user: str
 
 @pytest.fixture
 def facts() -> Facts:
-    """All as it should be: a mail, and one that was refused once; a malformed row; a task that was scheduled;
-    and a mail that had gone already when its worker was killed."""
+    """A run in which all is as it should be: a mail, and one that was refused once; a malformed row; a task that was
+    scheduled; and a mail that had been sent already when its worker was killed."""
     dead = mail(3, "none")._replace(type="EXPIRE_KEY", state="dead", key=None, error="Expected str")
     scheduled = mail(4, "none")._replace(type="EXPIRE_KEY", key=None, run_at=at(8), processing_at=at(8.001))
     made = Facts()
@@ -94,7 +94,7 @@ def row(index: int, **fields: Any) -> Callable[[Facts], None]:
 
 
 def drained(code: int | None) -> Callable[[Facts], None]:
-    """The worker that got SIGTERM ends with this exit code; None: not at all."""
+    """The worker that got SIGTERM ends with this exit code; None: it doesn't end."""
     return lambda facts: setattr(facts, "drained", Stopped("worker 2", at(30), held={}, exit_code=code))
 
 
@@ -201,7 +201,8 @@ def test_each_malformed_row_is_malformed() -> None:
 
 
 def test_processes_find_the_database_by_variables(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not by arguments, which all users of a machine can see. What is set for other programs is gone meanwhile."""
+    """They don't by arguments, which all users of a machine can see. Variables of other programs are removed
+    meanwhile."""
     for name in ("PGSERVICE", "DATABASE_URL", "NOTIFYQ_CONCURRENCY"):
         monkeypatch.setenv(name, "1")
     monkeypatch.setenv("PGSERVICE", "")
@@ -226,7 +227,7 @@ def test_missing_libraries_have_a_cure(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 async def test_mail_is_counted_by_key(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is refused raises in the handler, so that notifyq tries again."""
+    """A refused mail raises in the handler, so that notifyq tries again."""
     async with MailServer(refuse=0.0, seconds=(0, 0)).serve() as server:
         monkeypatch.setattr(demo_app, "SMTP_PORT", server.port)
         await demo_app.send("a@example.org", "k1", "subject")
@@ -284,12 +285,12 @@ class Demo:
         self.process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT)
 
     async def output(self) -> str:
-        """All of it, once the demo has ended."""
+        """All that it printed, once the demo has ended."""
         output, _ = await anyio.to_thread.run_sync(lambda: self.process.communicate(timeout=limit()))
         return output
 
     def workers(self) -> list[int]:
-        """The processes of its workers, once they are at work."""
+        """The processes of its workers, once they work."""
         assert self.process.stdout is not None
         lines = []
         for line in self.process.stdout:

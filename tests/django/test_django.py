@@ -71,7 +71,7 @@ def app(site: Any) -> notifyq.App:
 
 
 async def apart(function: Callable[[], T]) -> T:
-    """In a thread, as Django's connection wants it, and the thread's connections closed."""
+    """Run it in a thread, as Django's connection wants it, and close the thread's connections."""
     from django.db import connections
 
     def run() -> T:
@@ -98,7 +98,8 @@ async def finished(db: Any, *ids: str) -> None:
 
 
 async def test_djangos_connection(site: Any, dsn: str, db: Any) -> None:
-    """In its transaction: committed with it, rolled back with it; the same with values sent beside the statement."""
+    """A task is committed and rolled back with its transaction; the same holds when values are sent beside the
+    statement."""
     from django.db import connection, connections, transaction
 
     client = notifyq.SyncClient(notifyq.App())
@@ -168,7 +169,7 @@ async def test_a_task_from_enqueue_to_result(site: Any, app: notifyq.App, dsn: s
 
 
 async def close_shared() -> None:
-    """Of the thread that Django's own async methods share."""
+    """Close the connections of the thread that Django's own async methods share."""
     from asgiref.sync import sync_to_async
     from django.db import connections
 
@@ -176,7 +177,7 @@ async def close_shared() -> None:
 
 
 async def test_tasks_that_fail(site: Any, app: notifyq.App, dsn: str, db: Any) -> None:
-    """Tried again until the attempts are used up, told once that it is over, and each error kept."""
+    """They are tried again until the attempts are used up; the end is told once, and each error is kept."""
     from notifyq.django.framework import task_finished, task_started
 
     told: list[tuple[str, str]] = []
@@ -221,7 +222,7 @@ async def test_tasks_that_fail(site: Any, app: notifyq.App, dsn: str, db: Any) -
 
 
 async def test_nothing_of_a_row_is_imported(site: Any, app: notifyq.App, dsn: str, db: Any) -> None:
-    """Neither the task nor the exception that somebody with the right to insert has named there."""
+    """Neither the task nor the exception that a row names is imported: any role that may insert can write them."""
     assert "antigravity" not in sys.modules
     strange, known = await db.fetch(
         "INSERT INTO notifyq.task (type, payload) VALUES ('antigravity.fly', '{\"args\": []}'), ($1, $2) RETURNING id",
@@ -242,7 +243,7 @@ async def test_nothing_of_a_row_is_imported(site: Any, app: notifyq.App, dsn: st
 
 
 async def test_the_settings_of_a_backend(site: Any, app: notifyq.App, dsn: str) -> None:
-    """Those of a task class, for all tasks that are declared for it; others have their own."""
+    """They hold for all tasks that are declared for it, as those of a task class; other backends have their own."""
     once, add = (app.registry.get(f"tests.django.site.tasks.{name}") for name in ("once", "_add"))
     assert once
     assert add
@@ -257,7 +258,8 @@ WHERE datname = current_database() AND application_name = 'from Django' AND wait
 
 
 async def test_as_many_connections_as_threads(site: Any, app: notifyq.App, dsn: str, db: Any) -> None:
-    """However many tasks there are: by default few enough for a small server, and none when all is done."""
+    """The number of tasks doesn't matter: by default they are few enough for a small server, and none is left when all
+    is done."""
     most = default_threads()
     await db.execute("SELECT pg_advisory_lock(5711)")
     sent = await apart(lambda: [site.waits.enqueue(HOLD) for _ in range(3 * most)])
@@ -308,7 +310,7 @@ async def test_what_cannot_be_declared_or_sent(site: Any, dsn: str) -> None:
 
 
 async def test_it_works_on_the_database_that_its_options_name(site: Any, dsn: str) -> None:
-    """The task is in that one's open transaction: a result is found there, and a rollback takes it along."""
+    """The task is in that database's open transaction: a result is found there, and a rollback takes it along."""
     from django.db import transaction
 
     from notifyq.django.framework import TaskResultDoesNotExist
@@ -340,7 +342,7 @@ def blocks() -> list[str]:
 
 
 async def test_the_examples_of_the_page(site: Any, dsn: str, db: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    """Each is run as it stands, what awaits on the event loop and the others in a thread, and so are their tasks."""
+    """Each is run as it stands: those that await on the event loop, the others in a thread, and so are their tasks."""
     await db.execute("CREATE TABLE person (email text)")
     space: dict[str, Any] = {"__name__": "example", "dsn": dsn}
     for number, block in enumerate(blocks()):

@@ -1,4 +1,4 @@
-"""Ids that are given a second time, since somebody has set the sequence back. The log names the cure, no outcome is
+"""Ids that are given a second time, since a person has set the sequence back. The log names the cure, no outcome is
 lost, no task runs twice because of it, and a caller that waits gets the end of the new task."""
 
 from __future__ import annotations
@@ -140,7 +140,7 @@ async def test_ids_of_tasks_that_wait_are_seen_at_a_start_too(db: Any, dsn: str)
 
 
 async def test_a_rescue_a_cancel_and_a_retry(db: Any, dsn: str) -> None:
-    """Each has the id of an older task in the history."""
+    """Each of the tasks has the id of an older task in the history."""
     for n in range(4):
         await db.execute(
             """INSERT INTO notifyq.finished (id, created_at, run_at, processed_at, priority, attempts, state, queue,

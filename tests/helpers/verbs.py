@@ -47,7 +47,7 @@ async def claim_from_cursor(conn: Any, worker: int, count: int = 9) -> list[Job]
     return await claims.claim(conn, worker, {"default": count}, count, from_cursor=FromCursor(["default"], [0], [1]))
 
 
-async def adopt(conn: Any, worker: int, count: int = 9) -> list[Job]:
+async def claim_unhandled(conn: Any, worker: int, count: int = 9) -> list[Job]:
     return await claims.claim(conn, worker, {"default": count}, count, unhandled=[KNOWN])
 
 

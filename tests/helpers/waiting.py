@@ -42,6 +42,14 @@ async def eventually(query: Callable[[], Any], want: Any = True, seconds: float 
         raise AssertionError(f"after {seconds:.0f} s it is {value!r}, not {want!r}") from None
 
 
+async def heartbeats(db: Any, count: int = 2) -> None:
+    """Wait until each worker has sent that many more heartbeats. After two of them each chore that was due has run."""
+    query = "SELECT min(seen_at) > $1 FROM notifyq.worker"
+    for _ in range(count):
+        last = await db.fetchval("SELECT max(seen_at) FROM notifyq.worker")
+        await eventually(lambda last=last: db.fetchval(query, last))  # type: ignore[misc]
+
+
 async def asleep(db: Any, workers: int = 1) -> None:
     """Wait until a worker holds SHARE on the bell, granted, and the claim after that is over."""
     query = """SELECT count(*) FROM pg_locks l JOIN pg_stat_activity a USING (pid)

@@ -24,10 +24,10 @@ from ..helpers.running import working
 from ..helpers.steps import Session, Steps
 from ..helpers.verbs import (
     SETTLES,
-    adopt,
     cancel,
     claim,
     claim_from_cursor,
+    claim_unhandled,
     finish,
     held,
     insert,
@@ -175,10 +175,10 @@ async def test_claimed_while_it_is_released_as_unhandled(s: Steps, w: Session) -
     other = await knows(register, "knows:1")
     await w("BEGIN")
     await w(release_unhandled, jobs)
-    assert await knows(adopt, other) == await knows(claim, other) == []
+    assert await knows(claim_unhandled, other) == await knows(claim, other) == []
     await w("COMMIT")
     assert await knows(claim, other) == []
-    [job] = await knows(adopt, other)
+    [job] = await knows(claim_unhandled, other)
     assert (job.id, job.attempt) == (jobs[0].id, jobs[0].attempt)
     assert await w(release_unhandled, jobs) == [], (
         "said again, after a lost connection: the same attempt, another's lease"
@@ -192,10 +192,10 @@ async def test_two_claim_unhandled_tasks(s: Steps, w: Session) -> None:
     all_ids = await insert(s.db, 3, withheld=True)
     other, me = await s.worker("other"), await w(register)
     await w("BEGIN")
-    assert [job.id for job in await w(adopt, me, 2)] == all_ids[:2]
-    assert [job.id for job in await other(adopt, me)] == all_ids[2:]
+    assert [job.id for job in await w(claim_unhandled, me, 2)] == all_ids[:2]
+    assert [job.id for job in await other(claim_unhandled, me)] == all_ids[2:]
     await s.db.fetch("SELECT pg_terminate_backend($1, 2000)", w.pid)
-    assert [job.id for job in await other(adopt, me)] == all_ids[:2]
+    assert [job.id for job in await other(claim_unhandled, me)] == all_ids[:2]
 
 
 # --- Other isolation levels

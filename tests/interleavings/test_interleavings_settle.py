@@ -23,9 +23,9 @@ from ..helpers.stages import Told
 from ..helpers.steps import PREPARED, Session, Steps, until_blocked
 from ..helpers.verbs import (
     SETTLES,
-    adopt,
     cancel,
     claim,
+    claim_unhandled,
     finish,
     held,
     insert,
@@ -72,7 +72,7 @@ async def test_cancelled_while_it_is_being_settled(s: Steps, w: Session, p: Sess
     state, attempts = SETTLES[settle]
     assert await waiting is (state != "done")
     assert await states(s.db) == {job.id: ("done" if state == "done" else "cancelled", attempts)}
-    assert await w(claim, job.worker) == await w(adopt, job.worker) == []
+    assert await w(claim, job.worker) == await w(claim_unhandled, job.worker) == []
 
 
 async def test_a_cancel_in_a_savepoint_that_is_rolled_back(s: Steps, w: Session, p: Session) -> None:
@@ -197,7 +197,7 @@ OUTCOMES: dict[str, Any] = {
     "finish": lambda job: Finished(job, "done"),
     "later": lambda job: RetryLater(job, 3600.0, verbs.ERROR),
     "hand back": HandedBack,
-    "aside": Unhandled,
+    "unhandled": Unhandled,
 }
 
 

@@ -47,10 +47,10 @@ class Model(Protocol[S]):
     def steps(self, state: S) -> Iterable[Step[S]]: ...
 
     def wrong(self, state: S) -> str | None:
-        """What is wrong with a state, in words; None if nothing."""
+        """What is wrong with a state, in words; None if nothing is."""
 
     def same(self, state: S) -> Hashable:
-        """Equal for states that differ only in the numbers of workers, tasks and so on."""
+        """A value that is equal for states that differ only in the numbers of workers, tasks and so on."""
 
 
 @dataclass

@@ -5,12 +5,12 @@ A process has four parts, each of which goes on by itself: the heartbeat (heartb
 the worker's advisory lock. A worker's id here is its process and how many times that process has registered.
 
 A fault may come at any time. A process is killed, frozen and thawed, or told to stop. A connection is cut. An answer is
-lost after its statement ran. The server crashes, and with it goes a claim that was committed without a flush. Somebody
+lost after its statement ran. The server crashes, and with it goes a claim that was committed without a flush. A person
 at psql cancels and retries.
 
 The model sees one thing that no program sees: for each job and outcome, whether the claim that it comes from is still
 the last one of the task (`current`). An outcome of another claim must never be applied, whatever worker and attempt it
-names. If a crash or somebody at psql undid a claim, and the same worker claims the task again, both claims have the
+names. If a crash or a person at psql undid a claim, and the same worker claims the task again, both claims have the
 same worker and attempt: they are the same lease.
 
 What is merged or left out, and why that hides nothing:

@@ -129,7 +129,8 @@ def test_a_counter_example_is_the_shortest() -> None:
 
 
 def test_what_may_happen_keeps_no_promise() -> None:
-    """At 1 it stops, and only up would be left; told of the state where nothing moves, not of the first one."""
+    """At 1 it stops, and only the step up would be left. The message has the state where nothing moves, not the first
+    one."""
     explored = explore(Countdown(bottom=1))
     assert (explored.problem, explored.trace) == ("it ends", ["3 goes down", "2 goes down"])
     assert explore(Countdown(by=Comes.NOW)).trace == ["3 goes down"]

@@ -151,7 +151,7 @@ async def test_history_0(bench: Bench, db: Any, dsn: str) -> None:
         await eventually(lambda: where(db, alone.id, last.id), [None, None])
         await eventually(lambda: db.fetchval("SELECT count(*) FROM notifyq.task"), 0)
     assert ["a", "b"] in bench.seen.items
-    # Cancelled before it was judged, it may be unknown by then; else it is known as cancelled.
+    # Cancelled before its admission, it may be unknown by then; otherwise it is known as cancelled.
     assert (await where(db, after.id) == ["cancelled"]) == ("never" not in bench.seen.items)
 
 

@@ -104,7 +104,7 @@ async def test_what_happens_to_the_first(db: Any, worker: int, how: str) -> None
     assert await free(db) == gone
     if how == "unhandled":
         assert not await verbs.claim(db, worker)
-        assert await admit(db, await verbs.adopt(db, worker)) == [(first, None)]
+        assert await admit(db, await verbs.claim_unhandled(db, worker)) == [(first, None)]
     else:
         assert await admit(db, await verbs.claim(db, worker)) == [(second if gone else first, None)]
 

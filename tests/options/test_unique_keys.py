@@ -181,7 +181,7 @@ async def test_the_grants(server: Server, template: str, roles: Any) -> None:
     await admin(server, "DROP ROLE keyed")
 
 
-async def test_sync_and_foreign(app: notifyq.App, dsn: str, db: Any) -> None:
+async def test_sync_and_other_drivers(app: notifyq.App, dsn: str, db: Any) -> None:
     with notifyq.SyncClient(app).connect(dsn) as client:
         ref = client.enqueue(Known(), unique="k")
         again = client.enqueue(Known(), unique="k", unique_for=60, unique_states=STATES, on_conflict="move", delay=60)

@@ -1,4 +1,4 @@
-"""Which changes of a task's type break what is queued: by a table of changes, and against msgspec with any types."""
+"""Which changes of a task's type break queued tasks: by a table of changes, and against msgspec with any types."""
 
 from __future__ import annotations
 
@@ -322,7 +322,7 @@ def test_what_breaks(old: Any, new: Any, what: str) -> None:
 
 
 def test_breaks_of_the_task_itself() -> None:
-    """Fields gone and come, defaults lost, names changed; each with its cure, in one line."""
+    """Fields are gone or new, defaults are lost, names changed. Each message is one line, with its cure."""
     old = task(("to", str), ("size", int, 0), ("note", str, ""), tag="MAIL")
     new = task(("to", str), ("size", int), ("subject", str), tag="MAIL")
     lost, came = map(str, breaks(of(old), of(new)))
@@ -350,7 +350,7 @@ def test_types_come_and_go() -> None:
 
 
 def test_a_task_in_a_task() -> None:
-    """There it has its tag, which the payload itself has not."""
+    """Inside another task it has its tag, which a payload itself has not."""
     child = task(("n", int), tag="CHILD", name="Child")
     parent = task(("child", child | None, None), name="Parent")
     found = of(parent, child)
@@ -368,7 +368,7 @@ def test_a_task_in_a_task() -> None:
 
 
 def test_the_document_is_deterministic() -> None:
-    """Whatever the order in which handlers were registered."""
+    """It is the same in whatever order handlers were registered."""
     tasks = [task(("a", Inner), ("b", Cat | Dog | None, None), name=name) for name in ("B", "A", "C")]
     texts = {document.render(document.document(registry(*order))) for order in (tasks, tasks[::-1])}
     assert len(texts) == 1

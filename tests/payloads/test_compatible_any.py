@@ -1,4 +1,4 @@
-"""Any change of any type that passes as compatible decodes what is queued: hypothesis against msgspec."""
+"""Any change of any type that passes as compatible decodes queued tasks: hypothesis against msgspec."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def types(draw: st.DrawFn) -> Typing:
 
 @st.composite
 def changed(draw: st.DrawFn) -> tuple[Typing, Typing]:
-    """Two types that are chosen alike, up to somewhere."""
+    """Two types that are drawn alike, up to some place."""
     choices: list[Any] = []
 
     def first(strategy: st.SearchStrategy[Any]) -> Any:
@@ -163,7 +163,7 @@ def as_task(of: Any) -> type[notifyq.Task]:
 @settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
 @given(changed(), st.data())
 def test_what_passes_decodes(both: tuple[Typing, Typing], data: st.DataObject) -> None:
-    """Whatever two types: if nothing is said to break, payloads of the one decode as the other."""
+    """For any two types: if nothing is said to break, payloads of the one decode as the other."""
     (old, values), (new, _) = both
     before, after = as_task(old), as_task(new)
     found = breaks(of(before), of(after))

@@ -24,11 +24,11 @@ CURE = "a msgspec.Struct, a dataclass or a TypedDict"
 
 
 class Money:
-    """msgspec knows nothing of it."""
+    """A type that msgspec doesn't know."""
 
 
 class Model:
-    """As pydantic makes them."""
+    """A class as pydantic makes them."""
 
     __pydantic_fields__: ClassVar[dict[str, object]] = {}
 

@@ -33,6 +33,7 @@ def test_its_files_are_there(page: str) -> None:
     """A path may begin anywhere: `worker/settle.py`."""
     paths = [f"/{path.relative_to(ROOT).as_posix()}" for path in files()]
     named = re.findall(r"[\w./-]+\.(?:py|sql|md|toml|yml)\b", prose(page))
+    assert named
     for name in named:
         if not name.endswith("N.sql"):
             assert any(path.endswith(f"/{name}") for path in paths), name

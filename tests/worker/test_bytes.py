@@ -171,11 +171,11 @@ async def test_in_a_batch_and_in_a_drain(rig: Rig, drain: bool) -> None:
 
 async def test_unhandled_tasks_of_other_workers(rig: Rig) -> None:
     """The statement that claims unhandled tasks leaves them out too."""
-    await rig.insert("aside", "repeat('x', 300000)", 3)
+    await rig.insert("unhandled", "repeat('x', 300000)", 3)
     await rig.db.execute("UPDATE notifyq.task SET withheld = true")
     async with working(rig.app, rig.dsn):
         await rig.settled({"done": 3})
-    assert rig.ran.items == [("aside", 300_000)] * 3
+    assert rig.ran.items == [("unhandled", 300_000)] * 3
 
 
 async def test_one_that_can_not_be_fetched_is_dead(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:

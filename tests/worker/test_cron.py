@@ -30,7 +30,7 @@ from ..helpers.databases import Sessions
 from ..helpers.logs import Logged
 from ..helpers.machine import Probe
 from ..helpers.running import working
-from ..helpers.waiting import Seen, eventually
+from ..helpers.waiting import Seen, eventually, heartbeats
 
 pytestmark = pytest.mark.usefixtures("quick_heart")
 
@@ -91,7 +91,7 @@ async def test_a_slot_has_one_task(dsn: str, db: Any, probe: Probe) -> None:
             assert seen.items[0][1] == "de"
             row = await db.fetchrow(CRON)
             assert (row["last_at"], row["next_at"]) == (soon, next_slot("0 3 * * *", "Europe/Berlin", soon))
-            await asyncio.sleep(1)  # two heartbeats of each, which find nothing to do
+            await heartbeats(db, 3)  # they find nothing to do
     [task] = await db.fetch("SELECT * FROM notifyq.all_tasks")
     assert (task["id"], task["run_at"], task["queue"], task["priority"]) == (row["recent"][0], soon, "night", 3)
     late = (task["processing_at"] - soon).total_seconds()
@@ -207,7 +207,7 @@ async def test_a_schedule_that_is_changed(dsn: str, db: Any) -> None:
     async with working(made(seen), dsn):
         first = await known(db)
     async with working(made(seen), dsn):
-        await asyncio.sleep(0.1)
+        await heartbeats(db)
         assert (await db.fetchrow(CRON))["next_at"] == first
     async with working(made(seen, "0 4 * * *", task=Nightly(region="us")), dsn):
         assert await known(db) == next_slot("0 4 * * *", "UTC", datetime.now(UTC))
@@ -215,8 +215,8 @@ async def test_a_schedule_that_is_changed(dsn: str, db: Any) -> None:
 
 
 async def test_a_change_when_slots_were_put_ahead(dsn: str, db: Any) -> None:
-    """Slots that were enqueued ahead are not enqueued again if the new schedule has them too. Those that a pause has
-    cancelled are."""
+    """Slots that were enqueued ahead are not enqueued again if the new schedule has them too. Slots that a pause has
+    cancelled are enqueued again."""
     cron = Cron("n", "* * * * * *", "UTC", "T", "{}", "default", 0, "once")
     schedule = Crons({"n": cron})
     for changed in (cron, cron._replace(tz="Europe/Berlin")):
@@ -239,7 +239,8 @@ async def test_a_change_when_slots_were_put_ahead(dsn: str, db: Any) -> None:
 
 
 async def test_pause_resume_run(dsn: str, db: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A pause cancels slots enqueued ahead; resumed, the cron goes on with the next slot. Run now changes neither."""
+    """A pause cancels slots that were enqueued ahead. When the cron is resumed, it goes on with the next slot. Run now
+    changes neither."""
     monkeypatch.setattr("notifyq.worker.crons.AHEAD_SECONDS", 600.0)
     seen, far = Seen(), f"0 {(datetime.now(UTC).hour + 12) % 24} * * *"
     async with working(made(seen, far), dsn):
@@ -251,7 +252,7 @@ async def test_pause_resume_run(dsn: str, db: Any, monkeypatch: pytest.MonkeyPat
         await db.execute("UPDATE notifyq.cron SET next_at = clock_timestamp()")
         id = await db.fetchval("SELECT notifyq.cron_run('Nightly')")
         assert await seen.reach(1) == [(id, "eu")]
-        await asyncio.sleep(0.5)  # a heartbeat, or two
+        await heartbeats(db)
         assert await db.fetchval("SELECT notifyq.cron_resume('Nightly')")
         assert await known(db) == next_slot(far, "UTC", datetime.now(UTC))
     assert len(seen.items) == 1

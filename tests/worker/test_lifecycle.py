@@ -92,8 +92,8 @@ async def test_a_type_that_no_worker_can_have(bench: Bench, db: Any, dsn: str, l
             assert (row["attempts"], row["worker"]) == (1, worker.info.name)
             assert row["error"] == "its type is longer than 200 characters"
         await ended(db, good, "done")
-        aside = "SELECT withheld AND worker IS NULL AND attempts = 0 FROM notifyq.task WHERE id = $1"
-        await eventually(lambda: db.fetchval(aside, unknown))
+        is_unhandled = "SELECT withheld AND worker IS NULL AND attempts = 0 FROM notifyq.task WHERE id = $1"
+        await eventually(lambda: db.fetchval(is_unhandled, unknown))
     for length, id in long.items():
         assert await db.fetchval("SELECT length(type) FROM notifyq.all_tasks WHERE id = $1", id) == length
     told = logged("task dead")

@@ -398,10 +398,10 @@ async def test_an_unknown_type_waits_for_a_worker_that_knows_it(
             await insert(db, type, {"n": n})
             await insert(db, "Good", {})
         await bench.good.reach(len(types))
-        aside = (
+        unhandled = (
             "SELECT count(*) FROM notifyq.task WHERE withheld AND worker IS NULL AND attempts = 0 AND errors IS NULL"
         )
-        await eventually(lambda: db.fetchval(aside), len(types))
+        await eventually(lambda: db.fetchval(unhandled), len(types))
         assert await db.fetchval("SELECT count(*) FROM notifyq.all_tasks WHERE state = 'ready'") == len(types)
         told = logged("no handler here")
         assert sum(fields["tasks"] for fields in told) == len(types), "once for each, and no more"

@@ -99,13 +99,19 @@ async def bench(dsn: str) -> AsyncIterator[Bench]:
     bench.go.release(1000)
 
 
+@pytest.fixture
+def quick_reports(quick_heart: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reports are written every 0.1 s: for tests that wait for one, whenever it is written."""
+    monkeypatch.setattr(maintenance.WRITE_PROGRESS, "every", 0.1)
+
+
 async def told(db: Any) -> Any:
     """The progress of the first task in all_tasks."""
     row = await db.fetchrow("SELECT state, progress, note FROM notifyq.all_tasks ORDER BY id LIMIT 1")
     return tuple(row)
 
 
-@pytest.mark.usefixtures("quick_heart")
+@pytest.mark.usefixtures("quick_reports")
 @pytest.mark.parametrize("kind", [Walk, March])
 async def test_a_caller_that_waits_sees_each_step(bench: Bench, dsn: str, db: Any, kind: type[notifyq.Task]) -> None:
     """Steps of both kinds of handlers are pushed until the task ends, and are in the view meanwhile."""
@@ -123,7 +129,7 @@ async def test_a_caller_that_waits_sees_each_step(bench: Bench, dsn: str, db: An
         assert await told(db) == ("done", None, None)
 
 
-@pytest.mark.usefixtures("quick_heart")
+@pytest.mark.usefixtures("quick_reports")
 async def test_it_is_pushed(bench: Bench, dsn: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Several callers get it, without the slow look."""
     monkeypatch.setattr(results, "LOOK_SECONDS", 3600.0)
@@ -301,7 +307,7 @@ async def test_awaiting_it_lets_a_cancellation_in() -> None:
     assert scope.cancelled_caught
 
 
-@pytest.mark.usefixtures("quick_heart")
+@pytest.mark.usefixtures("quick_reports")
 async def test_forged_notifications(bench: Bench, dsn: str, connect: Sessions) -> None:
     """Notifications carry ids and no progress, so a forged one tells no caller anything false."""
     stranger, seen = await connect(), Seen()
