@@ -209,9 +209,11 @@ def translate_connect_errors(url: str | None, source: str) -> Generator[None, No
         yield
     except asyncpg.exceptions.TargetServerAttributeNotMatched as error:
         raise DatabaseError(f"no server of {source} will do: {redact(str(error))}") from None
+    except (asyncpg.PostgresError, OSError) as error:  # first: ssl.SSLCertVerificationError is a ValueError too
+        raise DatabaseError(_unreachable(url, source, error)) from without_traceback(error)
     except (asyncpg.ClientConfigurationError, asyncpg.UnsupportedClientFeatureError, ValueError) as error:
         raise ConfigError(f"{source} can't be used: {redact(str(error))}") from None
-    except (asyncpg.PostgresError, OSError, asyncpg.InternalClientError, asyncpg.InterfaceError) as error:
+    except (asyncpg.InternalClientError, asyncpg.InterfaceError) as error:
         raise DatabaseError(_unreachable(url, source, error)) from without_traceback(error)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ssl
 from typing import Any
 
 import asyncpg
@@ -9,7 +10,16 @@ import psycopg
 import pytest
 
 from notifyq.database.connection import connect
-from notifyq.database.errors import ACCESS, RULES_FOR_ALL, RULES_TO_READ, is_answer, is_refusal, schema_gone, translate
+from notifyq.database.errors import (
+    ACCESS,
+    RULES_FOR_ALL,
+    RULES_TO_READ,
+    is_answer,
+    is_refusal,
+    schema_gone,
+    translate,
+    translate_connect_errors,
+)
 from notifyq.database.reconnect import reconnecting
 from notifyq.errors import ConfigError, DatabaseError, NotifyqError, SchemaError
 from notifyq.pause import Pause
@@ -57,6 +67,25 @@ def test_each_has_its_class_and_cure(error: Exception, rules: Any, kind: type[No
 @pytest.mark.parametrize("error", [MISSING, asyncpg.UniqueViolationError("theirs"), TimeoutError(), ValueError("x")])
 def test_what_has_no_rule_stays_as_it_is(error: Exception) -> None:
     assert translate(error, "dance", rules=ACCESS) is None
+
+
+UNTRUSTED = ssl.SSLCertVerificationError(1, "[SSL: CERTIFICATE_VERIFY_FAILED] no")  # an OSError and a ValueError
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "message"),
+    [
+        (UNTRUSTED, DatabaseError, "no; check sslmode and sslrootcert"),
+        (ConnectionRefusedError("refused"), DatabaseError, "refused; is the server running there?"),
+        (asyncpg.InvalidPasswordError("no"), DatabaseError, "no; check the user and the password"),
+        (asyncpg.ClientConfigurationError("no such host"), ConfigError, "--dsn can't be used: no such host"),
+        (UnicodeError("label too long"), ConfigError, "--dsn can't be used: label too long"),
+    ],
+)
+def test_what_fails_while_connecting(error: Exception, kind: type[NotifyqError], message: str) -> None:
+    with pytest.raises(kind) as raised, translate_connect_errors("postgresql://db", "--dsn"):
+        raise error
+    assert str(raised.value).endswith(message)
 
 
 def test_an_error_is_translated_once() -> None:
