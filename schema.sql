@@ -512,6 +512,29 @@ CREATE FUNCTION notifyq.cancel(id bigint) RETURNS boolean LANGUAGE sql BEGIN ATO
 END;
 COMMENT ON FUNCTION notifyq.cancel(bigint) IS 'Cancel a live task, a running one too. Returns whether it was live.';
 
+-- Cancel these live tasks, whose rows are locked by now, each with its reason as the last of its errors. A task that a
+-- worker has claimed has not been run: the claim is no attempt. Returns the cancelled tasks.
+CREATE FUNCTION notifyq.cancel_for(ids bigint[], reasons text[]) RETURNS bigint[]
+    LANGUAGE plpgsql SET search_path = pg_catalog AS $$
+DECLARE
+    cancelled bigint[];
+BEGIN
+    WITH gone AS (
+        DELETE FROM notifyq.task t USING unnest(ids, reasons) AS r (id, reason) WHERE t.id = ANY (ARRAY[r.id])
+        RETURNING t AS task, t.attempts - (t.worker IS NOT NULL)::integer AS attempts, r.reason
+    ), outcome AS MATERIALIZED (
+        SELECT notifyq.write_outcome(g.task, 'cancelled', NULL, g.attempts, notifyq.append_error(
+                   (g.task).errors,
+                   jsonb_build_object('attempt', g.attempts, 'at', clock_timestamp(), 'error', g.reason))) AS id
+        FROM gone g
+    )
+    SELECT array_agg(o.id) INTO cancelled FROM outcome o;
+    DELETE FROM notifyq.dependency d WHERE d.task = ANY (cancelled);
+    RETURN coalesce(cancelled, '{}');
+END $$;
+COMMENT ON FUNCTION notifyq.cancel_for(bigint[], text[]) IS
+    'Internal: cancels tasks that no worker runs, and says why.';
+
 -- Run a task again, now. A dead or cancelled task starts over with all its attempts; a scheduled one is due at once. A
 -- running, ready or done task is left alone. Returns whether it applied.
 CREATE FUNCTION notifyq.retry(id bigint) RETURNS boolean LANGUAGE sql BEGIN ATOMIC
@@ -1454,30 +1477,20 @@ COMMENT ON FUNCTION notifyq.await_predecessors(integer, bigint[], smallint[]) IS
 CREATE FUNCTION notifyq.cancel_dependents(ids bigint[]) RETURNS bigint[]
     LANGUAGE plpgsql SET search_path = pg_catalog AS $$
 DECLARE
-    cancelled bigint[];
+    bad bigint[];
+    reasons text[];
 BEGIN
-    WITH bad AS MATERIALIZED (
-        SELECT DISTINCT ON (t.id) t.id, 'task ' || f.id || ' (' || left(f.type, 200) || '), which it was to run after, '
-                                  || CASE f.state WHEN 'dead' THEN 'is dead' ELSE 'was cancelled' END AS error
-        FROM notifyq.task t
-        CROSS JOIN unnest(t.after) AS a (id)
-        JOIN notifyq.finished f ON f.id = ANY (ARRAY[a.id])
-        WHERE t.id = ANY (ids) AND f.state <> 'done'
-          AND NOT EXISTS (SELECT FROM notifyq.task d WHERE d.id = f.id)  -- an older task may have had the same id
-        ORDER BY t.id, f.id
-    ), gone AS (
-        DELETE FROM notifyq.task t USING bad b WHERE t.id = ANY (ARRAY[b.id])
-        -- A claim of the task, which only now turns out to be cancelled, is no attempt.
-        RETURNING t AS task, t.attempts - (t.worker IS NOT NULL)::integer AS attempts, b.error
-    ), outcome AS MATERIALIZED (
-        SELECT notifyq.write_outcome(g.task, 'cancelled', NULL, g.attempts, notifyq.append_error(
-                   (g.task).errors, jsonb_build_object('attempt', g.attempts, 'at', clock_timestamp(), 'error', g.error)
-               )) AS id
-        FROM gone g
-    )
-    SELECT array_agg(o.id) INTO cancelled FROM outcome o;
-    DELETE FROM notifyq.dependency d WHERE d.task = ANY (cancelled);
-    RETURN coalesce(cancelled, '{}');
+    SELECT array_agg(b.id), array_agg(b.reason) INTO bad, reasons
+    FROM (SELECT DISTINCT ON (t.id) t.id,
+                 'task ' || f.id || ' (' || left(f.type, 200) || '), which it was to run after, '
+                     || CASE f.state WHEN 'dead' THEN 'is dead' ELSE 'was cancelled' END AS reason
+          FROM notifyq.task t
+          CROSS JOIN unnest(t.after) AS a (id)
+          JOIN notifyq.finished f ON f.id = ANY (ARRAY[a.id])
+          WHERE t.id = ANY (ids) AND f.state <> 'done'
+            AND NOT EXISTS (SELECT FROM notifyq.task d WHERE d.id = f.id)  -- an older task may have had the same id
+          ORDER BY t.id, f.id) AS b;
+    RETURN CASE WHEN bad IS NULL THEN '{}' ELSE notifyq.cancel_for(bad, reasons) END;
 END $$;
 COMMENT ON FUNCTION notifyq.cancel_dependents(bigint[]) IS
     'Internal: cancels tasks that wait for one which is dead or was cancelled.';
