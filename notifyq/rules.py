@@ -1,8 +1,7 @@
-"""What a Task class says of how its tasks are enqueued: queue, priority, order_key, limit_key, limit and rate.
+"""What a Task class says of how its tasks are enqueued: its queue, keys, limits, ...
 
 An option of enqueue wins over each. A key is a str, which all tasks of the class share, or is made of a task's fields:
-the type, and the values of the fields as JSON. `Export:42` is the key of tenant 42. (unique.py has the rule for unique
-tasks. The worker reads max_attempts, backoff and timeout from the class when it runs a task.)
+the type, and the values of the fields as JSON. `Export:42` is the key of tenant 42.
 """
 
 from __future__ import annotations
@@ -20,7 +19,9 @@ from .options import OPTIONS, is_names
 from .task import Task
 
 KEYS: Final = ("order_key", "limit_key")
-NAMES: Final = ("queue", "priority", *KEYS, "limit", "rate")
+# A task gets these from its class when it is enqueued. A worker reads max_attempts, backoff and timeout from the class
+# when it runs the task. unique.py has the rule for unique tasks.
+NAMES: Final = tuple(name for name, row in OPTIONS.items() if row.of_class and (row.json or row.required))
 DIGEST_LENGTH = 40  # hex digits: 160 bits of SHA-256
 
 Key: TypeAlias = str | tuple[str, ...]
