@@ -101,10 +101,11 @@ CREATE TABLE notifyq.task (
     type          text        NOT NULL,
     payload       jsonb       NOT NULL DEFAULT '{}',
     errors        jsonb,                               -- see append_error()
-    options       jsonb,                               -- apply_options() takes the next three columns from it
+    options       jsonb,                               -- apply_options() takes the next four columns from it
     order_key     text,
     limit_key     text,
     after         bigint[],
+    expires_at    timestamptz,
     parked        text,                                -- limit, rate, queue, order, after or crashed
     waiting_on    text,                                -- the key, for all of these but after
     admitted_at   timestamptz,
@@ -145,12 +146,14 @@ COMMENT ON COLUMN notifyq.task.type IS 'The name of the kind of task, by which a
 COMMENT ON COLUMN notifyq.task.payload IS 'The input of its handler, a JSON object. You may set it.';
 COMMENT ON COLUMN notifyq.task.errors IS 'A JSON array with one object for each failed attempt.';
 COMMENT ON COLUMN notifyq.task.options IS
-    'A JSON object with unique_key, order_key, limit_key, after and the settings of these; NULL for most. You may set'
-    ' it.';
+    'A JSON object with unique_key, order_key, limit_key, after and the settings of these, and expires; NULL for most.'
+    ' You may set it.';
 COMMENT ON COLUMN notifyq.task.order_key IS
     'From options: of tasks with the same key one runs at a time, in the order of ids.';
 COMMENT ON COLUMN notifyq.task.limit_key IS 'From options: limits count all tasks with the same key.';
 COMMENT ON COLUMN notifyq.task.after IS 'From options: the ids of tasks whose ends it still waits for.';
+COMMENT ON COLUMN notifyq.task.expires_at IS
+    'From options: if it has not started by then, it is cancelled; NULL: it never expires, or has started.';
 COMMENT ON COLUMN notifyq.task.parked IS
     'If withheld, what it waits for: limit, rate, queue, order, after, or crashed, which is until a worker runs it'
     ' isolated. If not withheld, what it was granted.';
@@ -583,6 +586,8 @@ COMMENT ON FUNCTION notifyq.retry(bigint) IS
 --     limit_seconds      in any limit_seconds seconds
 --     after            ids of tasks, its predecessors; it waits for their ends, and
 --     on_dead            is cancelled (cancel), or runs all the same (run), if one of these isn't done
+--     expires          is cancelled if it hasn't started this many seconds after it was due: after its run_at, or its
+--                      INSERT if that is later
 --
 -- Unique
 -- ------
@@ -628,6 +633,7 @@ DECLARE
     my_key CONSTANT text := mine.options ->> 'unique_key';
     on_conflict CONSTANT text := mine.options ->> 'on_conflict';
     period CONSTANT interval := make_interval(secs => (mine.options -> 'unique_for')::float8);
+    expires CONSTANT interval := make_interval(secs => (mine.options -> 'expires')::float8);
     -- Replace and move concern a task that waits. "Once an hour" means that a done task counts too.
     states CONSTANT text[] := CASE
         WHEN mine.options ? 'unique_states'
@@ -678,11 +684,14 @@ BEGIN
     -- A task that isn't known any more counts as done: it was pruned, or wasn't kept.
     IF coalesce(state, 'done') = ANY (states) AND (period IS NULL OR since + period > clock_timestamp()) THEN
         IF locked AND on_conflict = 'replace' THEN
-            UPDATE notifyq.task t SET type = mine.type, payload = mine.payload WHERE t.id = old;
+            UPDATE notifyq.task t
+            SET type = mine.type, payload = mine.payload, expires_at = greatest(t.run_at, mine.created_at) + expires
+            WHERE t.id = old;
         ELSIF locked AND on_conflict = 'move' THEN
             -- Not a task whose time has come and that waits for a limit, its turn or its predecessors: its release sets
             -- run_at.
-            UPDATE notifyq.task t SET run_at = mine.run_at, promoted = mine.run_at <= clock_timestamp()
+            UPDATE notifyq.task t
+            SET run_at = mine.run_at, promoted = mine.run_at <= clock_timestamp(), expires_at = mine.expires_at
             WHERE t.id = old AND NOT t.withheld AND t.waiting_on IS NULL;
         END IF;
         RETURN false;
@@ -714,7 +723,7 @@ DECLARE
                 WHEN key IN ('limit_running', 'limit_rate') THEN
                     CASE WHEN NOT value @? 'strict $ ? (@ >= 1 && @ <= 2147483647 && @.floor() == @)'
                          THEN 'is not a whole number from 1 to 2147483647' END
-                WHEN key IN ('limit_seconds', 'unique_for') THEN
+                WHEN key IN ('limit_seconds', 'unique_for', 'expires') THEN
                     CASE WHEN NOT value @? 'strict $ ? (@ > 0 && @ <= 1000000000 && @.double() > 0)'  -- not 1e-400
                          THEN 'is not a number of seconds, above 0 and up to 1e9' END
                 WHEN key = 'unique_states' THEN
@@ -732,7 +741,7 @@ DECLARE
                                  value, 'strict $[*] ? (@ >= 1 && @ <= 9223372036854775807 && @.floor() == @)'))
                          THEN 'contains something other than an id' END
                 ELSE 'is none of the options, which are unique_key, unique_states, unique_for, on_conflict, order_key, '
-                     'limit_key, limit_running, limit_rate, limit_seconds, after, on_dead'
+                     'limit_key, limit_running, limit_rate, limit_seconds, after, on_dead, expires'
                 END AS wrong
               FROM jsonb_each(o)) AS e
         WHERE e.wrong IS NOT NULL
@@ -743,6 +752,7 @@ BEGIN
         NEW.order_key := o ->> 'order_key';
         NEW.limit_key := o ->> 'limit_key';
         NEW.after := nullif(ARRAY(SELECT jsonb_array_elements(o -> 'after')::bigint), '{}');
+        NEW.expires_at := greatest(NEW.run_at, NEW.created_at) + make_interval(secs => (o -> 'expires')::float8);
         NEW.watched := NEW.order_key IS NOT NULL OR NEW.limit_key IS NOT NULL;
         wrong := CASE
             WHEN o ?| '{unique_states,unique_for,on_conflict}' AND NOT o ? 'unique_key'
@@ -1225,6 +1235,28 @@ END $$;
 COMMENT ON FUNCTION notifyq.log_starts(bigint[], text[], timestamptz) IS
     'Internal: notes when tasks start at keys with a rate.';
 
+-- Cancel those of the tasks that this worker has just claimed that have expired. Returns them.
+CREATE FUNCTION notifyq.cancel_expired(worker integer, ids bigint[], attempts smallint[]) RETURNS bigint[]
+    LANGUAGE plpgsql SET search_path = pg_catalog AS $$
+#variable_conflict use_column
+DECLARE
+    expired bigint[];
+    reasons text[];
+BEGIN
+    SELECT array_agg(m.id),
+           array_agg('expired: not started by ' || date_trunc('second', m.expires_at AT TIME ZONE 'UTC') || ' UTC')
+    INTO expired, reasons
+    FROM (SELECT t.id, t.expires_at
+          FROM unnest(cancel_expired.ids, cancel_expired.attempts) AS o (id, attempt)
+          JOIN notifyq.task t ON t.id = ANY (ARRAY[o.id])
+          WHERE t.worker IS NOT DISTINCT FROM cancel_expired.worker AND t.attempts = o.attempt
+            AND t.expires_at <= clock_timestamp()
+          FOR UPDATE OF t SKIP LOCKED) AS m;
+    RETURN CASE WHEN expired IS NULL THEN '{}' ELSE notifyq.cancel_for(expired, reasons) END;
+END $$;
+COMMENT ON FUNCTION notifyq.cancel_expired(integer, bigint[], smallint[]) IS
+    'Internal: cancels claimed tasks that have expired.';
+
 -- Decide which of the tasks that this worker has just claimed may run: waits_for is null. The others are parked. A task
 -- that isn't in the answer is locked by a session that is cancelling it, or isn't the worker's any more.
 CREATE FUNCTION notifyq.admit(worker integer, ids bigint[], attempts smallint[])
@@ -1236,7 +1268,8 @@ DECLARE
     kinds text[];         -- of these keys
     moment timestamptz;
     waiting bigint[];     -- tasks that wait for their predecessors: see chapter 7
-    cancelled bigint[];   -- because of one of these
+    expired bigint[];     -- tasks that were cancelled because they expired
+    cancelled bigint[];   -- tasks that were cancelled because of a predecessor
     passed bigint[];      -- tasks that no check has kept back so far
     kept bigint[];        -- the others,
     reasons text[];       -- and for each what it waits for
@@ -1254,6 +1287,7 @@ BEGIN
     WHERE t.id = ANY (admit.ids) AND k IS NOT NULL;
     kinds := ARRAY(SELECT DISTINCT split_part(k, ':', 1) FROM unnest(keys) AS k);
     PERFORM notifyq.lock_keys(keys);
+    expired := notifyq.cancel_expired(admit.worker, admit.ids, admit.attempts);
     SELECT a.waiting, a.cancelled INTO waiting, cancelled
     FROM notifyq.await_predecessors(admit.worker, admit.ids, admit.attempts) AS a;
     moment := clock_timestamp();
@@ -1292,6 +1326,7 @@ BEGIN
                               WHEN d.why = 'queue' THEN 'queue:' || t.queue
                               WHEN d.why IN ('limit', 'rate') THEN 'limit:' || t.limit_key END,
             admitted_at = CASE WHEN d.why IS NULL THEN t.processing_at END,
+            expires_at = CASE WHEN d.why IS NOT NULL THEN t.expires_at END,  -- else it starts
             worker = CASE WHEN d.why IS NULL THEN t.worker END,
             attempts = t.attempts - (d.why IS NOT NULL)::integer
         FROM (SELECT k.id, k.why FROM unnest(kept, reasons) AS k (id, why)
@@ -1306,7 +1341,7 @@ BEGIN
     END IF;
     PERFORM notifyq.grant_slots(keys);
     RETURN QUERY
-    SELECT * FROM unnest(decided, answers) UNION ALL SELECT c, 'cancelled' FROM unnest(cancelled) AS c;
+    SELECT * FROM unnest(decided, answers) UNION ALL SELECT c, 'cancelled' FROM unnest(expired || cancelled) AS c;
 END $$;
 COMMENT ON FUNCTION notifyq.admit(integer, bigint[], smallint[]) IS
     'Internal: which claimed tasks may run; it parks the others.';
@@ -1830,12 +1865,12 @@ END;
 COMMENT ON FUNCTION notifyq.inline_payload(jsonb, integer) IS 'Internal: a payload that is short enough for a claim.';
 
 -- Whether a claimed task must be admitted before it runs: see chapters 6 and 7.
-CREATE FUNCTION notifyq.needs_admission(limit_key text, order_key text, after bigint[]) RETURNS boolean IMMUTABLE
-LANGUAGE sql BEGIN ATOMIC
-    SELECT limit_key IS NOT NULL OR order_key IS NOT NULL OR after IS NOT NULL;
+CREATE FUNCTION notifyq.needs_admission(limit_key text, order_key text, after bigint[], expires_at timestamptz)
+    RETURNS boolean IMMUTABLE LANGUAGE sql BEGIN ATOMIC
+    SELECT limit_key IS NOT NULL OR order_key IS NOT NULL OR after IS NOT NULL OR expires_at IS NOT NULL;
 END;
-COMMENT ON FUNCTION notifyq.needs_admission(text, text, bigint[]) IS
-    'Internal: whether a task has a key or predecessors.';
+COMMENT ON FUNCTION notifyq.needs_admission(text, text, bigint[], timestamptz) IS
+    'Internal: whether a task has a key, predecessors or a time by which it must start.';
 
 -- moment, or the nearest time that Python's datetime has.
 CREATE FUNCTION notifyq.readable_time(moment timestamptz) RETURNS timestamptz IMMUTABLE LANGUAGE sql BEGIN ATOMIC
@@ -1890,8 +1925,8 @@ COMMENT ON FUNCTION notifyq.choose_fitting(bigint[], text[], text[], integer[], 
 --   with keys     GRANT SELECT, INSERT, UPDATE ON notifyq.unique_key TO r;  -- in addition, to enqueue unique tasks
 --                 GRANT SELECT (id, state) ON notifyq.all_tasks TO r;
 --                 GRANT SELECT (worker, options), UPDATE (note) ON notifyq.task TO r;  -- UPDATE, to lock
---                 GRANT SELECT (withheld, waiting_on) ON notifyq.task TO r;  -- this and the next: to replace and move
---                 GRANT UPDATE (type, payload, run_at, promoted) ON notifyq.task TO r;
+--                 GRANT SELECT (withheld, waiting_on, run_at) ON notifyq.task TO r;  -- and the next: to replace, move
+--                 GRANT UPDATE (type, payload, run_at, promoted, expires_at) ON notifyq.task TO r;
 --   may read      GRANT USAGE ON SCHEMA notifyq TO r;
 --                 GRANT SELECT ON notifyq.all_tasks, notifyq.all_queues, notifyq.worker TO r;
 --                 GRANT SELECT ON notifyq.queue, notifyq.cron, notifyq.schema_version TO r;

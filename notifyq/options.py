@@ -225,6 +225,13 @@ OPTIONS: Final[Mapping[str, Option]] = {
         "what to do if a task of --after ends dead or cancelled  [default: cancel]",
         json="on_dead",
     ),
+    "expires": Option(
+        Seconds(LONGEST_SECONDS, above_zero=True),
+        "TIME",
+        "cancel it if it hasn't started TIME after it was due",
+        of_class=True,
+        json="expires",
+    ),
     "unique": Option(
         UniqueRule(),
         "KEY",

@@ -35,6 +35,7 @@ ALIASES: Final[Mapping[str, str]] = {
     **dict.fromkeys(("concurrency", "max_concurrency", "concurrency_limit", "limit_running"), "limit"),
     **dict.fromkeys(("countdown", "defer_by", "delay_seconds"), "delay"),
     **dict.fromkeys(("eta", "defer_until", "scheduled_at", "schedule_at", "run_after"), "run_at"),
+    **dict.fromkeys(("expires_in", "expiry", "ttl", "job_ttl", "max_age"), "expires"),
     "rate_limit": "rate",
     "queue_name": "queue",
     "routing_key": "queue",
@@ -42,8 +43,7 @@ ALIASES: Final[Mapping[str, str]] = {
     "unique_key": "unique",
     "concurrency_key": "limit_key",
 }
-MISSING: Final = ("expires", "expires_in", "expiry", "ttl", "job_ttl", "max_age")
-NO_EXPIRY = "notifyq has no such setting; a handler can compare ctx.created_at with the time, and return notifyq.Cancel"
+
 # Other libraries list the exceptions that are tried again. Here the handler decides.
 BY_ERROR: Final = (
     *("autoretry_for", "dont_autoretry_for", "retry_for", "retry_on", "retry_when", "no_retry_on", "dont_retry_on"),
@@ -59,7 +59,7 @@ LONG = 7  # letters: a misspelt field is compared with settings of this length o
 
 def find_meant(name: str, known: tuple[str, ...] = (*SETTINGS, *ENQUEUE_ONLY)) -> str | None:
     """The setting, or the option of enqueue, that an author who writes this name means; None: none of them."""
-    if name in known or (name in MISSING and known[: len(SETTINGS)] == SETTINGS):
+    if name in known:
         return name
     if name in ALIASES and ALIASES[name] in known:
         return ALIASES[name]
@@ -118,13 +118,13 @@ def _check_field(task: str, name: str, value: object) -> None:
     known = (*SETTINGS, *ENQUEUE_ONLY)
     if not _is_setting(value) or (setting := find_meant(name)) is None:
         return
-    if name not in (*known, *ALIASES, *MISSING) and len(setting) < LONG:
+    if name not in (*known, *ALIASES) and len(setting) < LONG:
         return
     other = (
         "or, if the payload is to have it, name the field otherwise: "
         f"`{name}_: ... = msgspec.field(default={value!r}, name={name!r})`"
     )
-    if setting in MISSING or setting in ENQUEUE_ONLY:
+    if setting in ENQUEUE_ONLY:
         raise ConfigError(f"{_no_setting(task, name, setting)}; {other}")
     what = "is a setting of the class, not a field of the payload"
     if name != setting:
@@ -146,8 +146,6 @@ def _check_attribute(task: str, name: str, value: object) -> None:
 
 
 def _no_setting(task: str, name: str, meant: str) -> str:
-    if meant in MISSING:
-        return f"task {task}: {name!r}: {NO_EXPIRY}"
     return (
         f"task {task}: {name!r} is no setting of a class; it is an option of each enqueue: "
         f"app.enqueue(task, {meant}=...)"

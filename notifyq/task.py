@@ -52,6 +52,7 @@ class Task(msgspec.Struct, metaclass=StructMeta, tag=True, tag_field="$type"):
     limit_key     a key, or fields whose values make one: ("tenant",). None: the type. For all tasks with the same key:
     limit         how many may run at the same time
     rate          how many may start in a period, as in "100/minute"
+    expires       a task that hasn't started this long after it was due is cancelled; None: never
 
     An option that is given to enqueue wins over each of them.
 
@@ -72,6 +73,7 @@ class Task(msgspec.Struct, metaclass=StructMeta, tag=True, tag_field="$type"):
         limit_key: ClassVar[str | tuple[str, ...] | None] = None
         limit: ClassVar[int | None] = None
         rate: ClassVar[str | None] = None
+        expires: ClassVar[float | timedelta | None] = None
 
 
 class Progress(msgspec.Struct, frozen=True):

@@ -1,9 +1,9 @@
 """Admission: which of the claimed tasks may run now. The others are parked, as schema.sql tells.
 
-PostgreSQL is asked only about tasks with a limit_key, an order_key or `after`, and about those of a queue that has a
-limit for all workers together. That is one round trip between a task's claim and its start. The settings of the queues
-come with each due check (check_due.sql): before the worker sleeps, at least every 0.25 s while it claims, and when the
-bell says that they have changed.
+PostgreSQL is asked only about tasks with a limit_key, an order_key, `after` or `expires`, and about those of a queue
+that has a limit for all workers together. It cancels those that have expired. That is one round trip between a task's
+claim and its start. The settings of the queues come with each due check (check_due.sql): before the worker sleeps, at
+least every 0.25 s while it claims, and when the bell says that they have changed.
 """
 
 from __future__ import annotations

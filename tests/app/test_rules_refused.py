@@ -29,8 +29,8 @@ WRONG_ATTRIBUTES: dict[str, str] = {
     "delay = 3": r"app\.enqueue\(task, delay=\.\.\.\)",
     "countdown = 3": r"app\.enqueue\(task, delay=\.\.\.\)",
     "eta = 3": r"app\.enqueue\(task, run_at=\.\.\.\)",
-    "expires = 60": "notifyq has no such setting",
-    "ttl = 60": "notifyq has no such setting",
+    "expires_in = 60": "did you mean 'expires'",
+    "ttl = 60": "did you mean 'expires'",
     "max_retry = 3": "did you mean 'max_attempts'",
     "timeout_seconds = 3": "did you mean 'timeout'",
     "autoretry_for = (ValueError,)": r"the handler catches it and returns notifyq\.Dead",
@@ -45,7 +45,7 @@ WRONG_FIELDS: dict[str, str] = {
     "rate_limit: str = '5/s'": "did you mean 'rate'",
     "max_atempts: int = 3": "did you mean 'max_attempts'",
     "delay: float = 3.0": r"app\.enqueue\(task, delay=\.\.\.\)",
-    "expires: int = 60": "notifyq has no such setting",
+    "expires: int = 60": "'expires' is a setting of the class, not a field",
     "limit: int = 100": "name='limit'",
 }
 

@@ -40,6 +40,7 @@ async def test_enqueue_in_order_and_within_limits(run: Run, dsn: str, db: Any) -
         ("--limit-key k --rate 5/10s", {"limit_key": "k", "limit_rate": 5, "limit_seconds": 10}),
         ("--order-key o --limit-key k --limit-running 3", {"order_key": "o", "limit_key": "k", "limit_running": 3}),
         ("--order-key o", {"order_key": "o"}),
+        ("--expires 15m", {"expires": 900}),
     ):
         said = await run(f"enqueue X {words}", dsn=dsn)
         assert (said.code, said.err) == (0, "")

@@ -34,7 +34,8 @@ async def send(task: Mail) -> None: ...
         ({"eta": 5}, "did you mean run_at?"),
         ({"max_retries": 5}, "did you mean max_attempts?"),
         ({"priorty": 5}, "did you mean priority?"),
-        ({"expires": 5}, "enqueue has no option 'expires'; it has queue, delay"),
+        ({"ttl": 5}, "did you mean expires?"),
+        ({"colour": 5}, "enqueue has no option 'colour'; it has queue, delay"),
         ({"timeout": 5}, "enqueue has no option 'timeout'; it is a setting of the task's class"),
     ],
 )

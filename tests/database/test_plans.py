@@ -7,6 +7,7 @@ the statistics of a queue are always out of date.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import AsyncIterator
 from functools import partial
 from typing import Any
@@ -135,6 +136,18 @@ async def test_plans_in_an_empty_database(worker: Any) -> None:
     """A plan made here may be kept for hours."""
     for name in WORKERS:
         assert_plan(name, await plan_of(worker, name))
+
+
+@pytest.mark.parametrize("name", [name for name in STATEMENTS if name.startswith("claim")])
+async def test_a_claim_calls_no_function_for_a_plain_task(worker: Any, name: str) -> None:
+    """PostgreSQL inlines them; and no claim reads options, which may be large, compressed and out of line."""
+    count = len((await worker.prepare(SQL[name])).get_parameters())
+    await worker.execute(f"PREPARE planned AS {SQL[name]}")
+    plan = await worker.fetch(f"EXPLAIN (VERBOSE) EXECUTE planned({', '.join(['NULL'] * count)})")
+    text = "\n".join(row[0] for row in plan)
+    assert "expires_at IS NOT NULL" in text
+    assert set(re.findall(r"notifyq\.(\w+)\(", text)) <= {"decompress_payload", "choose_fitting"}
+    assert "options" not in text
 
 
 @pytest.mark.parametrize("moment", MOMENTS)

@@ -53,6 +53,7 @@ WRONG: dict[str, list[tuple[str, list[str]]]] = {
     "limit_rate": [NO_COUNT],
     "limit_seconds": [NO_SECONDS],
     "unique_for": [NO_SECONDS],
+    "expires": [NO_SECONDS],
     "unique_states": [
         (
             "is not an array of scheduled, ready, running, done, dead, cancelled",
@@ -77,7 +78,7 @@ WRONG: dict[str, list[tuple[str, list[str]]]] = {
 }
 NONE_OF_THEM = (
     "is none of the options, which are unique_key, unique_states, unique_for, on_conflict, order_key, limit_key, "
-    "limit_running, limit_rate, limit_seconds, after, on_dead"
+    "limit_running, limit_rate, limit_seconds, after, on_dead, expires"
 )
 ASK_FOR_KEY = "unique_states, unique_for and on_conflict need a unique_key"
 ASK_FOR_LONG = "unique_states with done, dead or cancelled needs a unique_for"

@@ -216,7 +216,7 @@ async def test_the_readme(tmp_path: Path, dsn: str, db: Any) -> None:
         await app.run_worker(queues=["default", "mail"], drain=True)
         assert await ref.result() == "receipt 17"
     await connection.close()
-    assert await db.fetchval("SELECT count(*) FROM notifyq.all_tasks WHERE type = 'Mine'") == 4
+    assert await db.fetchval("SELECT count(*) FROM notifyq.all_tasks WHERE type = 'Mine'") == 5
 
 
 FILE = re.compile(r"`([\w/]+\.py)`[^\n`]*:\n\n```python\n(.*?)```", re.DOTALL)

@@ -4,7 +4,8 @@
 WITH live AS (
     UPDATE notifyq.task t
     SET created_at = t.created_at - p.past, run_at = t.run_at - p.past,
-        processing_at = t.processing_at - p.past, processed_at = t.processed_at - p.past
+        processing_at = t.processing_at - p.past, processed_at = t.processed_at - p.past,
+        expires_at = t.expires_at - p.past
     FROM (SELECT make_interval(secs => $1::float8) AS past) AS p
     WHERE t.worker IS NULL
     RETURNING t.run_at > t.created_at AND NOT t.promoted AND t.run_at <= statement_timestamp()

@@ -30,6 +30,6 @@ AND EXISTS (SELECT FROM notifyq.worker w WHERE w.id = $1)
 RETURNING t.id, t.attempts, left(t.type, 201) AS type, t.queue, t.priority, t.max_attempts,
           notifyq.readable_time(t.created_at) AS created_at,
           notifyq.inline_payload(t.payload, $8) AS payload,
-          CASE WHEN t.worker = $1 THEN notifyq.needs_admission(t.limit_key, t.order_key, t.after) END
+          CASE WHEN t.worker = $1 THEN notifyq.needs_admission(t.limit_key, t.order_key, t.after, t.expires_at) END
               AS needs_admission,
           t.crashes

@@ -1,0 +1,258 @@
+"""expires: a task that hasn't started in time is cancelled when a worker takes it, and its error says so."""
+
+from __future__ import annotations
+
+import re
+from datetime import UTC, datetime, timedelta
+from typing import Any, Literal
+
+import pytest
+
+import notifyq
+from notifyq.testing import Drained, advance, drain
+from notifyq.worker.job import claim
+
+from ..helpers.statements import register
+
+EXPIRED = re.compile(r"expired: not started by 20\d\d-\d\d-\d\d \d\d:\d\d:\d\d UTC")
+
+
+class Note(notifyq.Task):
+    n: int = 0
+
+
+class Short(notifyq.Task):
+    expires = timedelta(minutes=1)
+
+
+class Nightly(Short):
+    pass
+
+
+class Again(notifyq.Task):
+    backoff = 1e9  # at most an hour
+
+
+class Last(notifyq.Task):
+    pass
+
+
+@pytest.fixture
+def ran() -> list[Any]:
+    return []
+
+
+@pytest.fixture
+def app(ran: list[Any]) -> notifyq.App:
+    app = notifyq.App()
+
+    @app.handler
+    async def note(task: Note) -> None:
+        ran.append(task.n)
+
+    @app.handler
+    async def short(task: Short) -> None:
+        ran.append("short")
+
+    @app.handler
+    async def again(task: Again, ctx: notifyq.Context) -> None:
+        ran.append(ctx.attempt)
+        if ctx.attempt < 3:
+            raise ValueError("not yet")
+
+    @app.handler
+    async def last(task: Last) -> None:
+        ran.append("last")
+
+    return app
+
+
+async def ends(db: Any, *ids: int) -> list[tuple[str, int, str | None]]:
+    """State, attempts and error of each; an error that says when a task expired is "expired"."""
+    rows = await db.fetch("SELECT id, state, attempts, error FROM notifyq.all_tasks")
+    found = {
+        row["id"]: (
+            row["state"],
+            row["attempts"],
+            "expired" if row["error"] is not None and EXPIRED.fullmatch(row["error"]) else row["error"],
+        )
+        for row in rows
+    }
+    return [found[id] for id in ids]
+
+
+async def states(db: Any, *ids: int) -> list[str]:
+    return [state for state, _, _ in await ends(db, *ids)]
+
+
+async def test_late_tasks_are_cancelled_and_say_why(app: notifyq.App, ran: list[Any], dsn: str, db: Any) -> None:
+    async with app.connect(dsn):
+        late = await app.enqueue(Note(1), expires=60)
+        by_class = await app.enqueue(Short())
+        many = await app.enqueue_many([Note(2), Note(3)], expires=timedelta(minutes=1))
+        by_sql = await db.fetchval("""SELECT notifyq.enqueue('Note', options => '{"expires": 60}')""")
+        in_time = await app.enqueue(Note(4), expires=3600)
+        plain = await app.enqueue(Note(5))
+        await advance(app, 61)
+        assert await drain(app) == Drained(done=2, cancelled=5)
+        assert sorted(map(str, ran)) == ["4", "5"]
+        assert await ends(db, late.id, by_class.id, *many, by_sql) == [("cancelled", 0, "expired")] * 5
+        assert await ends(db, in_time.id, plain.id) == [("done", 1, None)] * 2
+        with pytest.raises(notifyq.TaskCancelled, match="expired: not started by"):
+            await app.ref(late.id).result(timeout=5)
+
+
+def test_the_tasks_of_a_cron_have_that_of_their_class(app: notifyq.App) -> None:
+    @app.cron("0 3 * * *")
+    @app.handler
+    async def nightly(task: Nightly) -> None: ...
+
+    assert app.registry.crons["Nightly"].options == '{"expires":60.0}'
+
+
+async def test_the_time_counts_from_when_the_task_is_due(app: notifyq.App, ran: list[Any], dsn: str, db: Any) -> None:
+    async with app.connect(dsn):
+        delayed = await app.enqueue(Note(1), delay=3600, expires=60)
+        overdue = await app.enqueue(Note(2), run_at=datetime.now(UTC) - timedelta(days=1), expires=60)
+        forgotten = await app.enqueue(Note(3), delay=3600, expires=60)
+        await drain(app)
+        await advance(app, 3601)
+        await app.ref(forgotten.id).cancel()
+        forgotten = await app.enqueue(Note(3), delay=3600, expires=60)
+        await drain(app)
+        await advance(app, 3661)
+        await drain(app)
+    assert ran == [2, 1]
+    assert await states(db, delayed.id, overdue.id, forgotten.id) == ["done", "done", "cancelled"]
+
+
+async def test_a_task_that_has_started_goes_on(app: notifyq.App, ran: list[Any], dsn: str, db: Any) -> None:
+    """A retry may come after the time is over, and so may an attempt that a shutdown cut short, which doesn't count."""
+    async with app.connect(dsn):
+        ref = await app.enqueue(Again(), expires=60)
+        await drain(app)
+        await db.execute("UPDATE notifyq.task SET attempts = 0")
+        await advance(app, 3600)
+        await drain(app, with_scheduled=True)
+    assert ran == [1, 1, 2, 3]
+    assert await ends(db, ref.id) == [("done", 3, "ValueError: not yet")]
+
+
+async def test_with_limits_order_and_predecessors(app: notifyq.App, ran: list[Any], dsn: str, db: Any) -> None:
+    """A task that waited for another is asked when its turn comes; the slot that it had goes to the next one."""
+    long, short = 9999, 60
+    async with app.connect(dsn):
+        limited = [
+            (await app.enqueue(Note(n), limit_key="k", limit=1, expires=expires)).id
+            for n, expires in enumerate((long, short, short, long))
+        ]
+        ordered = [
+            (await app.enqueue(Note(n), order_key="o", expires=expires)).id
+            for n, expires in enumerate((short, long, short, long), 10)
+        ]
+        first = await app.enqueue(Note(20), expires=short)
+        then = await app.enqueue(Last(), after=[first])
+        anyway = await app.enqueue(Last(), after=[first], on_dead="run")
+        late = await app.enqueue(Last(), after=[limited[0]], expires=short)
+        await advance(app, 61)
+        await drain(app)
+    assert await states(db, *limited) == ["done", "cancelled", "cancelled", "done"]
+    assert await states(db, *ordered) == ["cancelled", "done", "cancelled", "done"]
+    assert await states(db, first.id, then.id, anyway.id, late.id) == ["cancelled", "cancelled", "done", "cancelled"]
+    assert sorted(map(str, ran)) == ["0", "11", "13", "3", "last"]
+
+
+async def test_the_clock_goes_on_while_a_task_is_parked(app: notifyq.App, ran: list[Any], dsn: str, db: Any) -> None:
+    """Its release sets run_at, but doesn't give it more time."""
+    async with app.connect(dsn):
+        running = await app.enqueue(Note(1), order_key="o")
+        worker = await register(db)
+        assert await claim(db, worker, {"default": 1}, 1)
+        assert await db.fetch("SELECT * FROM notifyq.admit($1, $2, '{1}')", worker, [running.id])
+        parked = await app.enqueue(Note(2), order_key="o", expires=60)
+        await drain(app)
+        assert await db.fetchval("SELECT parked FROM notifyq.task WHERE id = $1", parked.id) == "order"
+        await advance(app, 61)
+        assert await db.fetchval("SELECT notifyq.cancel($1)", running.id)
+        assert await db.fetchval("SELECT notifyq.release_waiters()") == 1
+        await drain(app)
+    assert ran == []
+    assert await ends(db, parked.id) == [("cancelled", 0, "expired")]
+
+
+@pytest.mark.parametrize("on_conflict", ["replace", "move"])
+async def test_a_newer_unique_task_gives_the_waiting_one_its_time(
+    app: notifyq.App, ran: list[Any], dsn: str, db: Any, on_conflict: Literal["replace", "move"]
+) -> None:
+    """A debounced task is as old as the newest request. The time counts from when the waiting task is due."""
+    async with app.connect(dsn):
+
+        async def ask(n: int) -> notifyq.Ref:
+            return await app.enqueue(Note(n), unique="key", on_conflict=on_conflict, delay=40, expires=20)
+
+        waiting = await ask(1)
+        await advance(app, 30)
+        assert (await ask(2)).id == waiting.id
+        await advance(app, 25)
+        if on_conflict == "move":
+            assert (await ask(3)).id == waiting.id
+            await advance(app, 50)
+        await drain(app)
+        assert ran == [2 if on_conflict == "replace" else 1]
+        waiting = await app.enqueue(Note(4), unique="other", on_conflict=on_conflict)
+        await app.enqueue(Note(5), unique="other", on_conflict=on_conflict, expires=20)
+        await advance(app, 21)
+        await drain(app)
+        assert await ends(db, waiting.id) == [("cancelled", 0, "expired")]
+
+
+async def test_a_retry_gives_it_the_time_again(app: notifyq.App, ran: list[Any], dsn: str, db: Any) -> None:
+    async with app.connect(dsn):
+        ref = await app.enqueue(Note(1), expires=60)
+        for late, run in ((61, []), (61, []), (59, [1])):
+            await advance(app, late)
+            await drain(app)
+            assert ran == run
+            assert await db.fetchval("SELECT notifyq.retry($1)", ref.id) == (not run)
+    assert (await ends(db, ref.id))[0][:2] == ("done", 1)
+
+
+async def test_what_is_refused(app: notifyq.App, dsn: str) -> None:
+    async with app.connect(dsn):
+        for wrong in (0, -1, 1e10, True, "60"):
+            options: dict[str, Any] = {"expires": wrong}
+            with pytest.raises(notifyq.ConfigError, match=r"expires is .*; expected seconds above 0, or a timedelta"):
+                await app.enqueue(Note(), **options)
+
+
+@pytest.mark.parametrize("at", ["infinity", "-infinity", "294276-01-01"])
+async def test_odd_times_stop_no_claim(app: notifyq.App, ran: list[Any], dsn: str, db: Any, at: str) -> None:
+    async with app.connect(dsn):
+        await app.enqueue(Note(1), expires=60)
+        await db.execute("UPDATE notifyq.task SET expires_at = $1::text::timestamptz", at)
+        await app.enqueue(Note(2))
+        await drain(app)
+    assert sorted(ran) == ([2] if at == "-infinity" else [1, 2])
+
+
+async def test_plain_tasks_are_not_asked(app: notifyq.App, dsn: str, db: Any) -> None:
+    """A claim tells which tasks need a second statement before they run."""
+    async with app.connect(dsn):
+        for options in ({}, {"unique": "key"}, {"expires": 60}):
+            given: Any = options
+            await app.enqueue(Note(), **given)
+    worker = await register(db)
+    jobs = await claim(db, worker, {"default": 10}, 10)
+    assert [job.needs_admission for job in jobs] == [False, False, True]
+
+
+async def test_a_worker_is_told_which_tasks_are_gone(app: notifyq.App, dsn: str, db: Any) -> None:
+    """Then it doesn't try to hand them back."""
+    async with app.connect(dsn):
+        late = await app.enqueue(Note(), expires=60)
+        in_time = await app.enqueue(Note(), expires=3600)
+        await advance(app, 61)
+    worker = await register(db)
+    assert len(await claim(db, worker, {"default": 2}, 2)) == 2
+    rows = await db.fetch("SELECT * FROM notifyq.admit($1, $2, '{1,1}')", worker, [late.id, in_time.id])
+    assert {row["id"]: row["waits_for"] for row in rows} == {late.id: "cancelled", in_time.id: None}
