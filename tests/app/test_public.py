@@ -242,7 +242,7 @@ MISTAKES = [
     'app.enqueue_many([], then=Thumbnail)',
 ]  # fmt: skip
 
-# The same, as statements: nobody awaits them, or a class's setting is of another type.
+# The same, as statements: they aren't awaited, or a class's setting is of another type.
 STATEMENTS = [
     'app.enqueue(Thumbnail(path="x"))',
     'app.enqueue_many([Thumbnail(path="x")])',

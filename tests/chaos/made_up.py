@@ -330,7 +330,7 @@ def waiting(
     rows = of(2, [row("I", born, n="8", **second), claim(born + 0.01), row("U", born + 0.02, withheld=True, **lease)])
     runs = [ran("w1-1", 0.02, end)]
     if by:
-        rows += of(2, [row("D", told, who=by), row("F", told, who=by, note="cancelled by somebody")])
+        rows += of(2, [row("D", told, who=by), row("F", told, who=by, note="cancelled by a person")])
     else:
         rows += of(2, [row("U", told, run_at=T + told), claim(told + 0.01), *done(told + 0.1, run="w1-2")])
         runs += [ran("w1-2", told + 0.02, told + 0.1)]

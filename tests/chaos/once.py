@@ -42,7 +42,7 @@ def in_the_way(history: History) -> Iterator[Breach]:
     """An enqueue was refused for a task that was there sometime between its question and the answer."""
     for batch in history.batches:
         for id in batch.existed:
-            there, why, rows = False, "nobody has inserted", history.rows_of.get(id, [])
+            there, why, rows = False, "no enqueuer has inserted", history.rows_of.get(id, [])
             for row in rows:
                 if row.op == "D" and row.committed + SEEN_SECONDS < batch.began:
                     there, why = False, f"had ended {batch.began - row.committed:.1f} s before"

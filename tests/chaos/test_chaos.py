@@ -89,7 +89,7 @@ WRONG: dict[Callable[[], History], str] = {
     before_its_end_was_committed: "P7 inserted with key k, which task 1 had",
     refused: "P7 an enqueue by test was refused for task 1, which had ended 1.9 s before",
     impatient: "P7 claimed while an enqueue by test was open",
-    lambda: refused(2): "P7 an enqueue by test was refused for task 2, which nobody has inserted",
+    lambda: refused(2): "P7 an enqueue by test was refused for task 2, which no enqueuer has inserted",
     lambda: waiting(1, 0.5): "P8 run w1-2 began before task 1 had ended",
     lambda: retried(2.2): "P8 run w1-2 began before task 1 had ended",
     lambda: waiting(1, 3.1): "P8 told 2.1 s after the last one's end",
@@ -183,11 +183,11 @@ def test_slots() -> None:
         assert check(late) == []
 
 
-@pytest.mark.parametrize("excuse", ["a slot of nobody's", "a lag of the machine", "a slow machine"])
+@pytest.mark.parametrize("excuse", ["no free slot", "a lag of the machine", "a slow machine"])
 def test_a_late_start_with_an_excuse(excuse: str) -> None:
     """All slots were taken, or the canary was late as well, or slow."""
     late = not_woken()
-    if excuse == "a slot of nobody's":
+    if excuse == "no free slot":
         late.processes = []
     elif excuse == "a lag of the machine":
         late.lags = [Lag(at=T + 2, seconds=1.5)]

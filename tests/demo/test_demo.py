@@ -322,7 +322,7 @@ def demo(dsn: str) -> Iterator[Demo]:
 def alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)
-        # A zombie is dead, and stays where nobody waits for orphans (a container without an init).
+        # A zombie is dead, and stays where no process waits for orphans (a container without an init).
         return "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except (ProcessLookupError, FileNotFoundError):
         return False

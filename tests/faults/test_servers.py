@@ -414,7 +414,7 @@ async def fill(disk: Path) -> None:
             try:
                 db = await connection.connect(server.dsn(), role="test")
             except notifyq.DatabaseError as error:
-                print("a PANIC:", error)  # it was WAL that found no space; then the server is somebody's to start
+                print("a PANIC:", error)  # it was WAL that found no space; then a person has to start the server
                 await anyio.to_thread.run_sync(server.restart)
                 db = await connection.connect(server.dsn(), role="test")
             print(f"healed {await bench.woken(db, 10):.2f} s after")

@@ -18,6 +18,7 @@ from notifyq import Context
 from notifyq.database.connection import SQL
 from notifyq.worker import heartbeat
 from notifyq.worker.admission import Admission
+from notifyq.worker.intake import RECHECK_SECONDS
 
 from ..helpers.machine import limit
 from ..helpers.predecessors import INSERT, LEFT, Bench, Step, Sum, where
@@ -263,7 +264,7 @@ async def test_a_heartbeat_finds_a_task_whose_release_was_missed(bench: Bench, d
             await stranger.execute("SELECT FROM notifyq.task WHERE id = $1 FOR UPDATE", first.id)
             last = await bench.app.enqueue(Step("last"), after=[first])
             await eventually(lambda: where(db, last.id), ["after"])
-            await anyio.sleep(0.1)  # of five times UNSURE_SECONDS nothing tells
+            await anyio.sleep(5 * RECHECK_SECONDS)  # no signal tells that a worker has looked again
             await stranger.execute("SELECT notifyq.cancel($1)", first.id)
         await ended(db, last.id, "cancelled")
 

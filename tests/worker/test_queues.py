@@ -16,7 +16,7 @@ from ..helpers import verbs
 from ..helpers.limits import ONE, Bench, idle
 from ..helpers.machine import Probe, limit
 from ..helpers.running import working
-from ..helpers.waiting import eventually
+from ..helpers.waiting import eventually, heartbeats
 
 
 async def test_paused_and_resumed(dsn: str, db: Any, probe: Probe) -> None:
@@ -38,13 +38,14 @@ async def test_paused_and_resumed(dsn: str, db: Any, probe: Probe) -> None:
         assert bench.ended.items[2] == waits.id
 
 
+@pytest.mark.usefixtures("quick_heart")
 async def test_paused_with_all_its_queues(dsn: str, db: Any) -> None:
     """Two workers still hear the bell: one has the turn and one hasn't."""
     bench = Bench()
     await db.execute("SELECT notifyq.pause('default')")
     async with bench.app.connect(dsn) as app, working(app, dsn), working(app, dsn):
         await app.enqueue_many([bench.Job(key="a") for _ in range(5)])
-        await anyio.sleep(0.3)
+        await heartbeats(db)
         assert not bench.begun.items
         await db.execute("SELECT notifyq.resume('default')")
         await bench.ended.reach(5)
