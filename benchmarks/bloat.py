@@ -1,9 +1,12 @@
-"""Does a queue slow down while somebody holds a snapshot (a backup, a report), so that no dead row can go?
+"""Does a queue slow down while a session holds a snapshot (a backup, a report), so that no dead row can be removed?
 
-One session holds a REPEATABLE READ snapshot from before the first task until after the last; the same without it, in
-turns. Two ways: continuous, where a process of its own enqueues and keeps some thousands ready while one worker works
-them off; and backlog, where all are enqueued first. Throughput by tenths of the tasks in the order of their outcomes,
-by the database's clock.
+One session holds a REPEATABLE READ snapshot from before the first task until after the last. The same without it is
+measured in turns. There are two ways:
+
+    continuous  a process of its own enqueues and keeps some thousands ready, while one worker works them off
+    backlog     all are enqueued first
+
+Throughput is by tenths of the tasks in the order of their outcomes, by the database's clock.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """From a claimed row's type and payload to a typed task and the function for it: unions of 1, 10 and 100 types.
 
-Beside what notifyq does (a dict of decoders, by the type column), in turns: msgspec's one decoder of the whole union,
-on JSON that has the tag in it; and json.loads with a dict of constructors, which validates nothing. No database.
+Three ways are measured in turns, without a database: what notifyq does (a dict of decoders, by the type column);
+msgspec's one decoder of the whole union, on JSON that has the tag in it; and json.loads with a dict of constructors,
+which validates nothing.
 """
 
 from __future__ import annotations

@@ -125,7 +125,7 @@ class Bench:
 async def warm_up(conn: connection.Connection) -> None:
     """Make a new server like one that has run for a while: with WAL files to use again.
 
-    A new file is 16 MB of zeroes and an fsync, during which nobody commits: 50 ms each here, and one a second under
+    A new file is 16 MB of zeroes and an fsync, during which no session commits: 50 ms each here, and one a second under
     load. It made the p99 of latency at half load 60 ms instead of 9. A superuser's; 4 s.
     """
     for _ in range(WAL_FILES):

@@ -1,6 +1,6 @@
 """What a server was asked to do, and what processes used: counted by pg_stat_statements and Linux's /proc.
 
-A server of its own has that extension; one that is given with --dsn must have it, and run on this machine.
+A server of our own has that extension. A server that is given with --dsn must have it, and run on this machine.
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
 """100,000 ready tasks, worked off by 1, 2 and 4 processes with no-op handlers, history kept and not kept.
 
-A process runs `app.run_worker(drain=True)`. Clock: from the moment all of them are told to go, before they connect,
-until the last has returned: every outcome is committed and flushed by then.
+A process runs `app.run_worker(drain=True)`. The clock runs from the moment at which all of them are told to go, before
+they connect, until the last has returned. Every outcome is committed and flushed by then.
 
-Floors beside it, in turns, each a process with one connection: the same statements without a framework (claim 500,
-decode, call, settle 500); and the same loop over one plain table that keeps no history and settles by DELETE.
+Two floors are measured beside it, in turns, each a process with one connection: the same statements without a framework
+(claim 500, decode, call, settle 500); and the same loop over one plain table that keeps no history and settles by
+DELETE.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""What the doorbell costs those who enqueue, and how fast they can.
+"""What the doorbell costs the clients that enqueue, and how fast they can enqueue.
 
 Single-row INSERTs by pgbench, 1 to 64 clients, a worker draining, on the local disk and on one that takes 1 ms longer
 for each fsync. Clock: pgbench's own, over transactions that have committed. Each round runs every variant once:
 
-    no trigger             nobody rings, so the worker polls, every 2 ms; it has the work of the busy one
+    no trigger             no enqueuer rings, so the worker polls, every 2 ms; it has as much to do as the busy one
     always, per row        a trigger that calls pg_notify for each row, as most queues ship
     always, per statement  the same, once a statement
     notifyq, busy worker   tasks come in all the while, 500 a second beside pgbench's, so it never sleeps
@@ -125,7 +125,7 @@ async def curve(bench: Bench, dsn: str) -> Rates:
                                 found = await pgbench(bench, dsn, script.name, clients)
                             rates.setdefault((name, clients), []).append(found)
                             await drained(conn)
-    finally:  # it may be somebody's database
+    finally:  # it may be a user's database
         await use_trigger(conn, "ring")
         await conn.execute("DROP SCHEMA bench CASCADE")
         await conn.close()

@@ -1,7 +1,7 @@
 """One task, many idle workers: what it costs with 1, 8 and 32 worker processes.
 
-200 tasks each, one every 20 to 50 ms. What the same workers do and use without tasks is measured just before, over as
-long a time, and subtracted: that is the price of being there, see `idle`. One worker comes first and last.
+Each size has 200 tasks, one every 20 to 50 ms. What the same workers do and use without tasks is measured just before,
+over as long a time, and subtracted: that is the price of having them, see `idle`. One worker comes first and last.
 """
 
 from __future__ import annotations

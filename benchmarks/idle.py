@@ -1,7 +1,7 @@
 """What an idle worker costs with 1 and with 50 queues, and how much memory one keeps after a million tasks.
 
-Idle for 30 s each: statements (pg_stat_statements), CPU of the process and of its backends. Then a fresh one works off
-100,000 no-op tasks, and 900,000 more; its memory is read when it has been idle again for a second.
+For 30 s of idling each: statements (pg_stat_statements), and CPU of the process and of its backends. Then a new worker
+works off 100,000 no-op tasks, and 900,000 more. Its memory is read when it has been idle again for a second.
 """
 
 from __future__ import annotations

@@ -1,14 +1,14 @@
 """From before the enqueue call to the first line of the handler: on idle workers, and under load.
 
-Every worker is a process of its own, and so is who enqueues; all read the system's one monotonic clock.
+Every worker is a process of its own, and so is the enqueuer. All of them read the system's one monotonic clock.
 
 Idle: one task every 50 ms by `app.enqueue`, with 1 and with 16 idle workers. The floor beside it, in turns: a bare
 asyncpg connection enqueues by INSERT and pg_notify in one statement; in a process of its own, another hears it,
 claims one row with an UPDATE, and is there.
 
-Load: 25, 50 and 75 % of the drain rate, as measured here a moment before, from a schedule that waits for nobody: every
-4 ms a batch by INSERT ... SELECT, which takes the enqueuer the least CPU. The clock starts when a batch is due, so
-whatever holds up the enqueuer counts too.
+Load: 25, 50 and 75 % of the drain rate, as measured here a moment before. The enqueuer keeps to a schedule: every 4 ms
+a batch by INSERT ... SELECT, which takes it the least CPU. The clock starts when a batch is due, so a delay of the
+enqueuer counts too.
 """
 
 from __future__ import annotations

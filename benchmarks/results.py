@@ -1,11 +1,14 @@
 """From before the enqueue call until the caller has the result: one at a time, and thousands side by side.
 
-The worker is a process of its own. One at a time, in turns: `await ref.result()`; what people do without it, a look
-at the row every 0.2 s; and the floor, bare asyncpg on both sides: INSERT and pg_notify in one statement, a claim by
-UPDATE, a DELETE that notifies the one who waits. Its claim doesn't wait for the disk, its DELETE does, as with ours.
+The worker is a process of its own. One at a time, three ways are measured in turns:
 
-Side by side: 5,000 tasks enqueued at once, until the results of all are here, against until all rows are in
-notifyq.finished, which nobody waits for.
+    result  `await ref.result()`
+    poll    a look at the row every 0.2 s, which is what people do without it
+    floor   bare asyncpg on both sides: INSERT and pg_notify in one statement, a claim by UPDATE, and a DELETE that
+            notifies the caller that waits. As with ours, its DELETE waits for the disk, and its claim doesn't
+
+Side by side: 5,000 tasks are enqueued at once, until the results of all are here. Against that: until all rows are in
+notifyq.finished while no caller waits for a result.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """Does a claim cost more when more is waiting, when more has been finished, or when more is due some day?
 
-A database for each case. A claim is the worker's own statement, timed from Python, for 100 tasks; they are claimed and
-deleted for good, in turns with the other cases. Throughput is of one worker's first 10,000 tasks, from the first
-claim to the last outcome by the database's clock, its ramp included: comparable between cases, not with `drain`.
-Autovacuum is off on the server of its own that this makes, so that it doesn't fall into one case and not into another.
+Each case has a database. A claim is the worker's own statement for 100 tasks, timed from Python. The tasks are claimed
+and deleted for good, in turns with the other cases. Throughput is of one worker's first 10,000 tasks, from the first
+claim to the last outcome by the database's clock. It includes the worker's ramp, so compare it between cases, and not
+with `drain`. The server is of its own, with autovacuum off, so that autovacuum doesn't run in one case and not in
+another.
 """
 
 from __future__ import annotations

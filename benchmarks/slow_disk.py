@@ -37,7 +37,7 @@ def slow_server() -> Generator[Server]:
         library = Path(folder) / "slow_fsync.so"
         build = ["cc", "-shared", "-fPIC", "-O2", f"-DEXTRA_NS={EXTRA_NS}", "-o", str(library), str(SOURCE), "-ldl"]
         subprocess.run(build, check=True)
-        for path in (Path(folder), library):  # root's server runs as somebody else
+        for path in (Path(folder), library):  # root's server runs as another user
             path.chmod(0o755)
         before = os.environ.get("LD_PRELOAD")
         server = Server(durable=True, settings=SERVER | {"wal_sync_method": "fdatasync"})

@@ -52,7 +52,7 @@ async def measure(names: list[str], server: Server, rounds: int) -> tuple[Figure
     found: Figures = {step: {peer.name: [] for peer in peers if asked(step, peer)} for step in STEPS}
     for round_ in range(rounds):
         for step, ask in STEPS.items():
-            for peer in peers[round_:] + peers[:round_]:  # nobody is always first
+            for peer in peers[round_:] + peers[:round_]:  # no peer is always first
                 if peer.name not in found[step] or (step == "defaults" and round_):  # of these, once says enough
                     continue
                 if sys.stderr.isatty():

@@ -76,7 +76,7 @@ def tenths(samples: list[Sample]) -> list[float]:
 
 
 async def enqueue(peer: Peer, consuming: bool) -> float:
-    """Enqueues a second by 16 coroutines of one process, each awaiting its call, with a worker or with nobody."""
+    """Enqueues a second by 16 coroutines of one process, each awaiting its call, with a worker or without one."""
     async with peer.database("tuned") as dsn, AsyncExitStack() as stack:
         if consuming:
             worker = await stack.enter_async_context(peer.working(dsn, "tuned"))

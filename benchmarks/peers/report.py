@@ -10,7 +10,7 @@ import msgspec
 from ..common import Line, Plot, median, percentile, ratio
 from .driven import Peer
 
-BLOAT = ("notifyq", "graphile-worker", "pg-boss", "pgqueuer")  # who is asked for it
+BLOAT = ("notifyq", "graphile-worker", "pg-boss", "pgqueuer")  # the peers that are measured so
 
 Figures = dict[str, dict[str, list[Any]]]  # step -> queue -> what each round gave
 

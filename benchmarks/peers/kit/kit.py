@@ -103,6 +103,6 @@ def main(peer):
 
 
 async def ended(job):
-    """Print the answer and be gone: how long a peer's worker takes to stop is nobody's question here."""
+    """Print the answer and exit: how long a peer's worker takes to stop isn't measured here."""
     print(json.dumps(await job), flush=True)
     os._exit(0)
