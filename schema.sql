@@ -246,7 +246,8 @@ COMMENT ON COLUMN notifyq.finished.options IS 'The options it was enqueued with.
 CREATE FUNCTION notifyq.write_outcome(task notifyq.task, state text, worker text, attempts integer, errors jsonb)
     RETURNS bigint LANGUAGE plpgsql AS $$
 BEGIN
-    DELETE FROM notifyq.finished f WHERE f.id = task.id;  -- an older task may have had this id: read_highest_ids.sql
+    -- An older task had this id if the sequence of ids was set back: see read_highest_ids.sql.
+    DELETE FROM notifyq.finished f WHERE f.id OPERATOR(pg_catalog.=) task.id;
     INSERT INTO notifyq.finished (id, created_at, run_at, processing_at, processed_at, priority, attempts, max_attempts,
                                   state, queue, type, worker, payload, errors, options)
     VALUES (task.id, task.created_at, task.run_at, task.processing_at, pg_catalog.clock_timestamp(), task.priority,
@@ -276,14 +277,15 @@ COMMENT ON FUNCTION notifyq.enqueue(text, jsonb, text, timestamptz, integer, int
     'the default, for all but type. It cannot be in a transaction that is to be prepared for two-phase commit; see '
     'notifyq.two_phase in docs/transactions.md.';
 
--- `errors` with one more entry. It keeps the first hundred and the last hundred entries. One entry between them says
--- how many were left out, so each failure of a task that fails thousands of times costs the same. If the errors take
--- more than 8 MB on disk, only the new entry is kept. The same holds if the new entry has a left_out itself: it could
--- not be stored beside the others.
-CREATE FUNCTION notifyq.append_error(errors jsonb, error jsonb) RETURNS jsonb STABLE LANGUAGE plpgsql AS $$
+-- `errors` with one more entry. It keeps the first hundred and the last hundred entries. Between them is a marker, an
+-- entry whose left_out says how many entries it stands for. So each failure of a task that fails thousands of times
+-- costs the same. If the errors take more than 8 MB on disk, only a marker and the new entry are kept. A worker asks
+-- for that too, by a left_out in the new entry, after PostgreSQL refused to store the entry beside the others.
+CREATE FUNCTION notifyq.append_error(errors jsonb, error jsonb) RETURNS jsonb
+    STABLE LANGUAGE plpgsql SET search_path = pg_catalog AS $$
 DECLARE
-    first CONSTANT integer := 100;
-    last CONSTANT integer := 100;
+    first integer := 100;  -- how many entries are kept at the beginning
+    last integer := 100;   -- and at the end, the new one among them
     length integer;
     omitted numeric;
 BEGIN
@@ -294,10 +296,8 @@ BEGIN
     END IF;
     length := jsonb_array_length(errors);
     IF pg_column_size(errors) > 8388608 OR error ? 'left_out' THEN
-        RETURN jsonb_build_array(
-            jsonb_build_object('left_out', length,
-                               'error', 'entries that were left out, as they are too large: ' || length),
-            error - 'left_out');
+        first := 0;
+        last := 1;
     ELSIF length < first + last THEN
         RETURN errors || jsonb_build_array(error);
     END IF;
@@ -306,6 +306,12 @@ BEGIN
     INTO omitted
     FROM jsonb_array_elements(errors) WITH ORDINALITY AS e (entry, n)
     WHERE e.n > first AND e.n <= length - last + 1;
+    IF first = 0 THEN
+        RETURN jsonb_build_array(
+            jsonb_build_object('left_out', coalesce(omitted, 0),
+                               'error', 'entries that were left out, as they are too large: ' || coalesce(omitted, 0)),
+            error - 'left_out');
+    END IF;
     RETURN jsonb_path_query_array(errors, '$[0 to 99]')
         || jsonb_build_array(jsonb_build_object(
                'left_out', omitted, 'error', 'entries that were left out here: ' || omitted))
@@ -446,7 +452,7 @@ COMMENT ON FUNCTION notifyq.notify_unless_full(text, text) IS
 -- Wait for the turn of a fleet, at most wait_ms.
 CREATE FUNCTION notifyq.take_turn(fleet integer, wait_ms integer) RETURNS boolean LANGUAGE plpgsql AS $$
 BEGIN
-    PERFORM pg_catalog.set_config('lock_timeout', wait_ms::text, true);
+    PERFORM pg_catalog.set_config('lock_timeout', wait_ms::pg_catalog.text, true);
     PERFORM pg_catalog.pg_advisory_lock(1852990836, fleet);
     RETURN true;
 EXCEPTION WHEN lock_not_available OR query_canceled THEN
@@ -471,7 +477,7 @@ COMMENT ON FUNCTION notifyq.take_turn(integer, integer) IS 'Internal: waits for 
 -- Wait for SHARE on the bell, at most wait_ms.
 CREATE FUNCTION notifyq.fall_asleep(wait_ms integer) RETURNS boolean LANGUAGE plpgsql AS $$
 BEGIN
-    PERFORM pg_catalog.set_config('lock_timeout', wait_ms::text, true);
+    PERFORM pg_catalog.set_config('lock_timeout', wait_ms::pg_catalog.text, true);
     LOCK TABLE notifyq.bell IN SHARE MODE;
     RETURN true;
 EXCEPTION WHEN lock_not_available OR query_canceled THEN
@@ -627,7 +633,8 @@ COMMENT ON COLUMN notifyq.unique_key.enqueued_at IS 'When that task was enqueued
 COMMENT ON COLUMN notifyq.unique_key.until IS 'The end of the longest unique_for that was asked for.';
 
 -- Whether this task, which is about to be inserted, is the only one with its unique_key; if so, the key's row names it.
-CREATE FUNCTION notifyq.claim_unique_key(mine notifyq.task) RETURNS boolean LANGUAGE plpgsql AS $$
+CREATE FUNCTION notifyq.claim_unique_key(mine notifyq.task) RETURNS boolean
+    LANGUAGE plpgsql SET search_path = pg_catalog AS $$
 DECLARE
     waiting CONSTANT text[] := ARRAY['scheduled', 'ready'];
     my_key CONSTANT text := mine.options ->> 'unique_key';
@@ -917,7 +924,7 @@ BEGIN
         VALUES (OLD.id, true, OLD.queue, OLD.order_key, OLD.limit_key);
     END IF;
     IF OLD.awaited THEN
-        PERFORM notifyq.notify_unless_full('notifyq_done', OLD.id::text);
+        PERFORM notifyq.notify_unless_full('notifyq_done', OLD.id::pg_catalog.text);
     END IF;
     RETURN NULL;
 END $$;
@@ -1853,14 +1860,14 @@ END;
 COMMENT ON FUNCTION notifyq.decompress_payload(jsonb, integer) IS
     'Internal: a compressed payload, if it is short enough.';
 
--- payload if its text is short enough to come with a claim, else NULL: the runner fetches it later. most: in bytes.
+-- payload, if it takes at most `most` bytes when it isn't compressed; else NULL, and the runner fetches it later.
 --
--- pg_column_size is the size on disk. A compressed payload can be 87 times as large (pglz), or 255 times (lz4), so its
--- whole size counts, unless it is small in any case: up to an eighth of most.
+-- pg_column_size is the size on disk, where a compressed payload can take an 87th of its size (pglz), or a 255th (lz4).
+-- To measure such a payload costs 2 us.
 CREATE FUNCTION notifyq.inline_payload(payload jsonb, most integer) RETURNS jsonb STABLE LANGUAGE sql BEGIN ATOMIC
-    SELECT CASE WHEN pg_column_size(payload) <= most / 8
-                  OR pg_column_size(payload) <= most AND pg_column_compression(payload) IS NULL THEN payload
-                WHEN pg_column_size(payload) <= most THEN notifyq.decompress_payload(payload, most) END;
+    SELECT CASE WHEN pg_column_size(payload) > most THEN NULL
+                WHEN pg_column_compression(payload) IS NULL THEN payload
+                ELSE notifyq.decompress_payload(payload, most) END;
 END;
 COMMENT ON FUNCTION notifyq.inline_payload(jsonb, integer) IS 'Internal: a payload that is short enough for a claim.';
 

@@ -166,13 +166,14 @@ async def test_a_claim_leaves_out_large_payloads(worker: Any) -> None:
     statement."""
     me = await register(worker)
     insert_one = """INSERT INTO notifyq.task (type, payload, withheld) SELECT 'Known', to_jsonb(text), $1
-                    FROM (VALUES (repeat('x', 3000)), (repeat('x', 1000000)),
+                    FROM (VALUES (repeat('x', 3000)), (repeat('x', 1000000)), (repeat('x', 60000)),
                                  ((SELECT string_agg(md5(n::text), '') FROM generate_series(1, 1000) n)))
                          AS v (text) RETURNING id"""
     for statement in ("claim", "claim_from_cursor", "claim_fitting", "claim_from_cursor_fitting", "claim_unhandled"):
         all_ids = [row[0] for row in await worker.fetch(insert_one, statement == "claim_unhandled")]
-        stored = "SELECT pg_column_size(payload) < 16000 FROM notifyq.task WHERE id = $1"
-        assert await worker.fetchval(stored, all_ids[1]), "compressed"
+        stored = "SELECT pg_column_size(payload) FROM notifyq.task WHERE id = $1"
+        assert await worker.fetchval(stored, all_ids[1]) < 16000, "compressed"
+        assert await worker.fetchval(stored, all_ids[2]) < 1000, "compressed, to a small part of what is allowed"
         from_cursor = FromCursor(["default"], [0], [1]) if "from_cursor" in statement else None
         unhandled = ["Known"] if statement == "claim_unhandled" else None
         threads = claims.Threads([], [], [], 0) if "fitting" in statement else None
@@ -180,13 +181,13 @@ async def test_a_claim_leaves_out_large_payloads(worker: Any) -> None:
             worker, me, {"default": 9}, 9, from_cursor=from_cursor, unhandled=unhandled, threads=threads
         )
         assert [job.id for job in jobs] == all_ids
-        assert [job.payload is None for job in jobs] == [False, True, True], statement
+        assert [job.payload is None for job in jobs] == [False, True, True, True], statement
         assert jobs[0].payload == b'"' + b"x" * 3000 + b'"'
         await worker.execute("UPDATE notifyq.task SET worker = NULL, withheld = $1", statement == "claim_unhandled")
         jobs = await claims.claim(
             worker, me, {"default": 9}, 9, from_cursor=from_cursor, unhandled=unhandled, threads=threads, blind=True
         )
-        assert [job.payload for job in jobs] == [None] * 3
+        assert [job.payload for job in jobs] == [None] * 4
         await worker.execute("DELETE FROM notifyq.task")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
@@ -268,16 +269,138 @@ EVIL = f"""
     CREATE TABLE evil.bell (nothing boolean);"""
 
 
+# These have few names, all of them qualified. So they need no SET search_path, for which each call would pay.
+QUALIFIED = {
+    "bell_wanted", "enqueue", "fall_asleep", "note_lease_given_up", "on_task_deleted", "ring", "take_turn",
+    "write_outcome",
+}  # fmt: skip
+NAME_FREE = {"coalesce", "nullif", "greatest", "least"}  # PostgreSQL's grammar: no schema can have them
+
+
+async def test_no_function_looks_names_up_by_the_search_path(conn: Any) -> None:
+    """BEGIN ATOMIC has names looked up once, when the function is created. The others set search_path or qualify."""
+    free = await conn.fetch(
+        "SELECT proname, prosrc FROM pg_proc WHERE pronamespace = 'notifyq'::regnamespace AND prosqlbody IS NULL"
+        " AND NOT coalesce('search_path=pg_catalog' = ANY (proconfig), false)"
+    )
+    assert {name for name, _ in free} == QUALIFIED
+    for name, body in free:
+        code = re.sub(r"--.*|'[^']*'|OPERATOR\(pg_catalog\.[^)]+\)|:=|ERRCODE =", " ", body)
+        assert set(re.findall(r"(?<![.\w])(\w+)\(", code)) <= NAME_FREE, name
+        assert not re.search(r"[-<>=+*/|&~!@#%^?]", code), name
+        assert not re.search(r"::(?!pg_catalog\.)", code), name
+
+
+# Functions and operators that hide all those of PostgreSQL, and types that hide some. Each tells, then fails.
+SHADOWS = """
+    CREATE SCHEMA evil;
+    CREATE SEQUENCE evil.called;
+    CREATE DOMAIN evil.text AS pg_catalog.text CHECK (nextval('evil.called') IS NULL);
+    CREATE DOMAIN evil.jsonb AS pg_catalog.jsonb CHECK (nextval('evil.called') IS NULL);
+    CREATE DOMAIN evil.timestamptz AS pg_catalog.timestamptz CHECK (nextval('evil.called') IS NULL);
+    CREATE TABLE evil.task (id bigint);
+    CREATE TABLE evil.bell (nothing boolean);
+    DO $do$
+    DECLARE
+        f record;
+    BEGIN
+        FOR f IN
+            SELECT p.proname, pg_get_function_identity_arguments(p.oid) AS args, p.proretset,
+                   format_type(p.prorettype, NULL) AS returns
+            FROM pg_proc p
+            WHERE p.pronamespace = 'pg_catalog'::regnamespace AND p.prokind = 'f' AND p.proargmodes IS NULL
+              AND NOT EXISTS (SELECT FROM unnest(p.proargtypes::oid[] || p.prorettype) AS a (type)
+                              JOIN pg_type t ON t.oid = a.type
+                              WHERE t.typtype = 'p' AND t.typname NOT IN ('anyelement', 'anyarray'))
+              AND NOT (p.prorettype IN ('anyelement'::regtype, 'anyarray'::regtype)
+                       AND NOT p.proargtypes::oid[] && ARRAY['anyelement'::regtype, 'anyarray'::regtype]::oid[])
+        LOOP
+            EXECUTE format(
+                'CREATE FUNCTION evil.%I(%s) RETURNS %s %s LANGUAGE plpgsql AS $$BEGIN'
+                ' PERFORM pg_catalog.nextval(''evil.called''); RAISE ''evil %s''; END$$',
+                f.proname, f.args, CASE WHEN f.proretset THEN 'SETOF' ELSE '' END, f.returns, f.proname);
+        END LOOP;
+        FOR f IN
+            SELECT o.oprname, p.proname, o.oprleft, o.oprright
+            FROM pg_operator o JOIN pg_proc p ON p.oid = o.oprcode
+            WHERE to_regprocedure(format(
+                'evil.%I(%s)', p.proname, concat_ws(',', nullif(o.oprleft, 0)::regtype, o.oprright::regtype)))
+                IS NOT NULL
+        LOOP
+            EXECUTE format(
+                'CREATE OPERATOR evil.%s (%s RIGHTARG = %s, FUNCTION = evil.%I)', f.oprname,
+                CASE WHEN f.oprleft <> 0 THEN format('LEFTARG = %s,', f.oprleft::regtype) ELSE '' END,
+                f.oprright::regtype, f.proname);
+        END LOOP;
+    END $do$;"""
+
+UNIQUE = """SELECT notifyq.enqueue('Unique', options => '{"unique_key": "k", "unique_for": 60}')"""
+LIMITED = """SELECT notifyq.enqueue('Limited', options =>
+    '{"limit_key": "l", "limit_running": 1, "limit_rate": 9, "limit_seconds": 60}')"""
+ORDERED = LIMITED.replace("}'", """, "order_key": "o"}'""")
+
+
 async def test_the_functions_take_no_names_from_the_search_path(conn: Any) -> None:
-    """Nor does the view. Its names are those of the time when it was made, and cost nothing at a call."""
-    await conn.execute(EVIL)
-    await conn.execute("SET LOCAL search_path = evil, pg_catalog")
+    """The views too. Each function in PL/pgSQL is called, as the statements of clients and workers call them."""
+    await conn.execute(SHADOWS)
+    assert await conn.fetchval("SELECT count(*) FROM pg_operator WHERE oprnamespace = 'evil'::regnamespace") > 700
+    worker = await conn.fetchval(
+        "INSERT INTO notifyq.worker (name, queues, types, max_attempts, concurrency, lease)"
+        " VALUES ('host:1', '{default}', '{}', '{}', 1, '1 minute') RETURNING id"
+    )
+    functions = await conn.fetchval(
+        "SELECT array_agg(p.oid) FROM pg_proc p JOIN pg_language l ON l.oid = p.prolang"
+        " WHERE p.pronamespace = 'notifyq'::regnamespace AND l.lanname = 'plpgsql'"
+    )
+
+    # asyncpg learns of these types here, with names that it doesn't qualify.
+    await conn.prepare("SELECT $1::bigint[], $2::smallint[], $3::text[], $4::integer[], oid FROM pg_class")
+
+    async def own(sql: str, *args: Any) -> Any:
+        """A statement of this test's own, with names that it needn't qualify."""
+        await conn.execute("SET LOCAL search_path = pg_catalog")
+        rows = await conn.fetch(sql, *args)
+        await conn.execute("SET LOCAL search_path = evil, pg_catalog")
+        return [tuple(row) for row in rows]
+
+    await conn.execute("SET LOCAL track_functions = 'all'; SET LOCAL search_path = evil, pg_catalog")
+    with pytest.raises(asyncpg.RaiseError, match=r"^evil jsonb_array_length$"):
+        async with conn.transaction():
+            await conn.execute("SELECT jsonb_array_length('[]')")
+    await conn.execute("SELECT pg_catalog.setval('evil.called', 1, false)")
+
     other = await conn.fetchval("SELECT notifyq.enqueue('Other')")
-    id = await conn.fetchval("SELECT notifyq.enqueue('T')")
-    assert await conn.fetchval("SELECT notifyq.cancel($1)", id) is True
-    assert await conn.fetchval("SELECT notifyq.retry($1)", id) is True
+    assert await conn.fetchval(UNIQUE) == await conn.fetchval(UNIQUE)
+    first, second, third = [await conn.fetchval(sql) for sql in (ORDERED, ORDERED, LIMITED)]
+    after = await conn.fetchval(
+        "SELECT notifyq.enqueue('After', options => $1)", json.dumps({"after": [other]}).encode()
+    )
+    await conn.execute("SELECT notifyq.limit_queue('default', 10, 10, 60)")
+    claimed = await own(
+        "UPDATE notifyq.task SET worker = $1, attempts = attempts + 1, processing_at = now() RETURNING id, attempts",
+        worker,
+    )
+    ids, attempts = [id for id, _ in claimed], [attempt for _, attempt in claimed]
+    answer = dict(await conn.fetch("SELECT * FROM notifyq.admit($1, $2, $3)", worker, ids, attempts))
+    assert [answer[id] for id in (first, second, third, after)] == [None, "order", "limit", "after"]
+    await conn.execute("UPDATE notifyq.task t SET worker = NULL RETURNING notifyq.note_lease_given_up(t)")
+    assert await conn.fetchval("SELECT notifyq.cancel($1)", first) is True
+    assert await conn.fetchval("SELECT notifyq.release_waiters()") == 2
+    assert await conn.fetchval("SELECT notifyq.cancel($1)", other) is True
+    assert await conn.fetchval("SELECT notifyq.release_waiters()") == 0
+    assert await conn.fetchval("SELECT notifyq.retry($1)", other) is True
     assert await conn.fetchval("SELECT notifyq.fall_asleep(100)") is True
+    assert await conn.fetchval("SELECT notifyq.bell_wanted()") is False
     assert await conn.fetchval("SELECT notifyq.take_turn(1, 100)") is True
-    rows = await conn.fetch("SELECT id, state FROM notifyq.all_tasks")
-    assert sorted(tuple(row) for row in rows) == [(other, "ready"), (id, "ready")]
-    assert await conn.fetchval("SELECT called FROM evil.called") == 0
+    assert await conn.fetchval("SELECT notifyq.choose_fitting($1, $2, '{}', '{}', '{}', 1)", [other], ["Other"]) == [
+        other
+    ]
+    for n in range(2):
+        for entry in ("{}", '{"left_out": true}'):
+            errors = json.dumps([{}] * (200 * n + 1)).encode()
+            assert await conn.fetchval("SELECT notifyq.append_error($1, $2)", errors, entry.encode())
+    states = dict(await conn.fetch("SELECT id, state FROM notifyq.all_tasks"))
+    assert (states[other], states[first], states[after]) == ("ready", "cancelled", "cancelled")
+    assert await own("SELECT is_called FROM evil.called") == [(False,)]
+    called = "SELECT funcid FROM pg_stat_xact_user_functions"
+    assert await own(f"SELECT proname FROM pg_proc WHERE oid = ANY ($1) AND oid NOT IN ({called})", functions) == []

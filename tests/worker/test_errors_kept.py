@@ -52,6 +52,13 @@ async def test_errors_that_are_long_or_large_already(db: Any) -> None:
     await db.execute(f"UPDATE notifyq.task SET errors = {large}")
     found = json.loads(await db.fetchval("SELECT notifyq.append_error(errors, '{\"attempt\": 0}') FROM notifyq.task"))
     assert [entry.get("left_out") for entry in found] == [10, None]
+    await db.execute("UPDATE notifyq.task SET errors = jsonb_set(errors, '{0,left_out}', '5000')")
+    found = json.loads(await db.fetchval("SELECT notifyq.append_error(errors, '{\"attempt\": 0}') FROM notifyq.task"))
+    assert [entry.get("left_out") for entry in found] == [5009, None], "an entry that stands for 5000, and nine others"
+    alone = 'SELECT notifyq.append_error($1, \'{"attempt": 2, "left_out": true}\')'
+    found = json.loads(await db.fetchval(alone, b'[{"left_out": 5000}, {"attempt": 1}]'))
+    assert [(entry["left_out"], entry["error"].split(": ")[1]) for entry in found[:1]] == [(5001, "5001")]
+    assert found[1:] == [{"attempt": 2}]
     for odd in ("'\"none\"'", "'{\"a\": 1}'", "'null'", "'[]'", "NULL"):
         found = json.loads(await db.fetchval(add.format(f"{odd}::jsonb")))
         assert found[-1] == {"attempt": 0}
