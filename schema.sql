@@ -2,14 +2,22 @@
 --
 -- The life of a task
 -- ------------------
--- A task is a row of notifyq.task from its INSERT until its outcome is written; then it is a row of notifyq.finished.
+-- A task is a row of notifyq.task from its INSERT until its outcome is written; then, if outcomes are kept, a row of
+-- notifyq.finished until it is pruned.
 --
---     INSERT --> ready --claim--> running --settle--> finished (done, dead, cancelled)
---       `-> scheduled --promote-> ready     `- retry --> scheduled      `- hand back, rescue --> ready
+--     INSERT          --> ready, or scheduled if its run_at lies in the future
+--     scheduled       --promote--> ready
+--     ready           --claim--> running
+--     running         --settle--> finished: done, dead or cancelled
+--     running         --settle--> scheduled, after a failed attempt that is to be tried again
+--     running         --hand back, rescue--> ready
+--     claimed         --park--> waits for a limit, its turn, or other tasks (chapters 6 and 7) --release--> ready
+--     any live task   --cancel()--> finished: cancelled
+--     dead, cancelled --retry()--> ready
 --
--- Workers claim ready tasks, run their handlers, and settle them: they write how the attempt ended. The lease of
--- a running task is (worker, attempts): every claim raises attempts, and every later write names both and says whether
--- it applied. So a worker that was given up for dead can never settle a task that runs elsewhere.
+-- Workers claim ready tasks, run their handlers, and settle them: they write how the attempt ended. The lease of a
+-- running task is (worker, attempts). Each claim raises attempts (up to 32767), and each later write of a worker names
+-- both and says whether it applied. So a worker that was given up for dead never settles a task that runs elsewhere.
 --
 -- Chapters
 -- --------
@@ -27,7 +35,8 @@
 --    12 Roles               the GRANTs
 --
 -- The first four chapters concern every task. Chapters 5 to 7 concern tasks with options, and tasks in queues with a
--- limit. Other tasks have NULL in those columns, and touch none of those tables.
+-- limit. Other tasks touch the tables and columns of these chapters only if they crash twice, or if another task waits
+-- for their end.
 --
 -- What a user of the database may call: enqueue, cancel, retry; pause, resume and limit_queue of queues; cron_pause,
 -- cron_resume and cron_run. All other functions are internal. Each object has a comment: \dt+, \dv+, \df+ notifyq.*,
@@ -37,10 +46,12 @@
 --
 --   * Every table whose rows are updated or deleted has a primary key. In a publication, which may be one FOR ALL
 --     TABLES that was not made for notifyq, PostgreSQL refuses the UPDATE or DELETE of a table without one.
---   * No function takes a name from its caller's search_path. BEGIN ATOMIC has names looked up when the function is
---     created, which costs a call nothing; other functions set search_path, or qualify every name.
---   * Plans are cached, and may be made when a table is empty, or with the statistics of another moment. So rows are
---     looked up by `id = ANY (ARRAY[x])`: with `id = x` the planner may choose to read a whole table, or another index.
+--   * No function looks a name up by its caller's search_path. BEGIN ATOMIC has names looked up when the function is
+--     created, which costs a call nothing; the others set search_path, or qualify every function, operator and cast.
+--   * Plans are cached, and may be made when a table is empty, or with the statistics of another moment. So where many
+--     ids are given, each row is looked up by `id = ANY (ARRAY[x])`: with `id = x` the planner may choose to read a
+--     whole table, or another index. For a single id both get the same plan (cancel, retry, write_outcome).
+--     apply_options and claim_unique_key run with enable_seqscan off.
 
 CREATE SCHEMA notifyq;
 COMMENT ON SCHEMA notifyq IS
@@ -64,26 +75,27 @@ COMMENT ON COLUMN notifyq.schema_version.serves IS 'The version of the oldest no
 -- 1 Tasks
 -- =====================================================================================================================
 --
--- Six columns of a live task say where it stands:
+-- Six columns of a live task say where it stands. The first of these that fits counts:
 --
---     worker set                                         running: that worker holds the lease
---     worker null, run_at <= created_at or promoted      ready: in the index that claims read
---     worker null, run_at > created_at, not promoted     scheduled: in the index that timers read
---     withheld, parked null                              ready, but a worker that claimed it had no handler for its
---                                                        type: left to a worker that has one
---     withheld, parked set                               parked: `parked` says what it waits for (chapters 2, 6, 7)
+--     worker set                           running: that worker holds the lease
+--     withheld, parked null                unhandled: ready, but a worker that claimed it had no handler for its type.
+--                                          It is left to a worker that has one
+--     withheld, parked set                 parked: `parked` says what it waits for (chapters 2, 6, 7)
+--     run_at <= created_at, or promoted    ready: in the index that claims read
+--     none of these                        scheduled: in the index that timers read
 --
--- Withheld tasks have indexes of their own, so that claims needn't step over them.
+-- Withheld tasks have indexes of their own, so that claims needn't step over them. On a task that isn't withheld,
+-- `parked` says what it was granted (chapter 6). The view all_tasks calls parked tasks scheduled.
 --
 -- A plain INSERT decides by itself whether its row is ready, since run_at and created_at have defaults; that needs no
 -- row trigger. The claims' index never holds a future, a running or a finished task, so what a claim costs depends on
 -- none of them.
 --
--- A row whose payload doesn't fit its type, or whose type is impossible, can be inserted: a worker finds it, and the
--- task ends dead with a message. A constraint would abort the enqueuer's whole transaction instead, and would cost
--- every INSERT: PostgreSQL parses a CHECK or a trigger's WHEN anew for every statement, at 4 000 to 5 000
--- instructions for each column, operator and constant in it, and a whole INSERT takes 170 000. Only wrong options are
--- refused.
+-- A row whose payload doesn't fit its task type, or with an impossible task type, can be inserted: a worker finds it,
+-- and the task ends dead with a message. A constraint would abort the enqueuer's whole transaction instead, and would
+-- cost every INSERT: PostgreSQL parses a CHECK or a trigger's WHEN anew for every statement, at 4 000 to 5 000
+-- instructions for each column, operator and constant in it, and a whole INSERT takes 170 000. Only wrong options, NULL
+-- in a column that is NOT NULL, and values of another data type are refused.
 
 CREATE TABLE notifyq.task (
     id            bigint      GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
@@ -130,12 +142,16 @@ COMMENT ON TABLE notifyq.task IS
     'notifyq.enqueue. To read, use notifyq.all_tasks.';
 COMMENT ON COLUMN notifyq.task.id IS 'Given by the database, in the order of INSERTs.';
 COMMENT ON COLUMN notifyq.task.created_at IS 'When it was inserted.';
-COMMENT ON COLUMN notifyq.task.run_at IS 'The earliest time to run it; the default is now. You may set it.';
+COMMENT ON COLUMN notifyq.task.run_at IS
+    'The earliest time to run it; the default is now. You may set it. A further attempt, notifyq.retry, on_conflict'
+    ' move, and the end of a wait overwrite it.';
 COMMENT ON COLUMN notifyq.task.processing_at IS 'When its latest attempt was claimed.';
 COMMENT ON COLUMN notifyq.task.processed_at IS 'When its latest attempt ended.';
 COMMENT ON COLUMN notifyq.task.worker IS 'The id of the worker that runs it; NULL: no worker runs it.';
 COMMENT ON COLUMN notifyq.task.priority IS 'Higher runs first, within a queue; the default is 0. You may set it.';
-COMMENT ON COLUMN notifyq.task.attempts IS 'How often it was claimed. With worker, it identifies the lease.';
+COMMENT ON COLUMN notifyq.task.attempts IS
+    'How many attempts have begun; a claim that was parked, handed back or left to another worker does not count. With'
+    ' worker, it identifies the lease.';
 COMMENT ON COLUMN notifyq.task.max_attempts IS
     'After this many failed attempts it is dead; NULL: as many as its type says, else 10. You may set it.';
 COMMENT ON COLUMN notifyq.task.promoted IS 'It was scheduled, and its time has come.';
@@ -144,7 +160,7 @@ COMMENT ON COLUMN notifyq.task.withheld IS
 COMMENT ON COLUMN notifyq.task.queue IS 'Its queue; the default is default. You may set it.';
 COMMENT ON COLUMN notifyq.task.type IS 'The name of the kind of task, by which a handler is found. You set it.';
 COMMENT ON COLUMN notifyq.task.payload IS 'The input of its handler, a JSON object. You may set it.';
-COMMENT ON COLUMN notifyq.task.errors IS 'A JSON array with one object for each failed attempt.';
+COMMENT ON COLUMN notifyq.task.errors IS 'A JSON array of what went wrong, oldest first; shortened beyond 200.';
 COMMENT ON COLUMN notifyq.task.options IS
     'A JSON object with unique_key, order_key, limit_key, after and the settings of these, and expires; NULL for most.'
     ' You may set it.';
@@ -157,7 +173,8 @@ COMMENT ON COLUMN notifyq.task.expires_at IS
 COMMENT ON COLUMN notifyq.task.parked IS
     'If withheld, what it waits for: limit, rate, queue, order, after, or crashed, which is until a worker runs it'
     ' isolated. If not withheld, what it was granted.';
-COMMENT ON COLUMN notifyq.task.waiting_on IS 'The key at which it waits, or of which a slot is reserved for it.';
+COMMENT ON COLUMN notifyq.task.waiting_on IS
+    'The key at which it waits, or of which a slot is reserved for it; NULL for after.';
 COMMENT ON COLUMN notifyq.task.admitted_at IS 'Equal to processing_at: this attempt holds slots of its keys.';
 COMMENT ON COLUMN notifyq.task.watched IS
     'Other tasks may wait for its end, so its end adds a row to notifyq.slot_released.';
@@ -170,7 +187,8 @@ COMMENT ON COLUMN notifyq.task.crashes_alone IS
     'How often its worker vanished while it ran nothing else. These attempts count, and the third is the last.';
 
 -- The claims' index: its order is the claim's ORDER BY, its predicate the claim's WHERE, word for word. It has `id + 0`
--- so that no planner uses task_pkey for "from this id on, in the order of ids", and reads all tasks that aren't ready.
+-- lest the planner answer "from this id on, in the order of ids" from task_pkey, and walk through all tasks that aren't
+-- ready.
 CREATE INDEX task_ready ON notifyq.task (queue, priority DESC, (id + 0))
     WHERE worker IS NULL AND NOT withheld AND (run_at <= created_at OR promoted);
 CREATE INDEX task_scheduled ON notifyq.task (queue, run_at)
@@ -180,11 +198,13 @@ CREATE INDEX task_unhandled ON notifyq.task (type, queue, priority DESC, id)
     WHERE worker IS NULL AND withheld AND parked IS NULL;
 
 -- Three indexes for chapter 6: the tasks that hold a slot of a key or a queue, the tasks that wait at a key, and the
--- tasks in an order. Of tasks without options they have only those that crashed, or that a queue's limit concerns.
+-- tasks in an order. Of tasks without options these indexes have only those that crashed, or that a queue's limit
+-- concerns.
 CREATE INDEX task_admitted ON notifyq.task (limit_key, queue) WHERE admitted_at IS NOT NULL AND worker IS NOT NULL;
 CREATE INDEX task_parked ON notifyq.task (waiting_on, withheld, priority DESC, id) WHERE waiting_on IS NOT NULL;
 
--- A task's place in its order: 0 = may run next; a worker's id = running; NULL = not in the order yet.
+-- A task's place in the order of its order_key. NULL: not in the order yet, as it was never due, or waits for others
+-- before its first attempt. A worker's id: running. 0: in the order, not running; the lowest id of these is next.
 CREATE FUNCTION notifyq.place_in_order(
     attempts smallint, parked text, promoted boolean, run_at timestamptz, created_at timestamptz, worker integer
 ) RETURNS integer IMMUTABLE LANGUAGE sql BEGIN ATOMIC
@@ -230,7 +250,7 @@ COMMENT ON COLUMN notifyq.finished.run_at IS 'The earliest time at which it was 
 COMMENT ON COLUMN notifyq.finished.processing_at IS 'When its last attempt was claimed.';
 COMMENT ON COLUMN notifyq.finished.processed_at IS 'When it ended.';
 COMMENT ON COLUMN notifyq.finished.priority IS 'Its priority.';
-COMMENT ON COLUMN notifyq.finished.attempts IS 'How many attempts there were.';
+COMMENT ON COLUMN notifyq.finished.attempts IS 'How many attempts there were, since its last notifyq.retry if any.';
 COMMENT ON COLUMN notifyq.finished.max_attempts IS 'How many were allowed; NULL: what its type says, else 10.';
 COMMENT ON COLUMN notifyq.finished.state IS 'done, dead or cancelled.';
 COMMENT ON COLUMN notifyq.finished.queue IS 'Its queue.';
@@ -238,15 +258,15 @@ COMMENT ON COLUMN notifyq.finished.type IS 'The name of the kind of task.';
 COMMENT ON COLUMN notifyq.finished.worker IS 'host:pid of the worker that ran it last.';
 COMMENT ON COLUMN notifyq.finished.payload IS 'What its handler got.';
 COMMENT ON COLUMN notifyq.finished.result IS 'What its handler returned.';
-COMMENT ON COLUMN notifyq.finished.errors IS 'A JSON array with one object for each failed attempt.';
-COMMENT ON COLUMN notifyq.finished.options IS 'The options it was enqueued with.';
+COMMENT ON COLUMN notifyq.finished.errors IS 'A JSON array of what went wrong, oldest first; shortened beyond 200.';
+COMMENT ON COLUMN notifyq.finished.options IS 'The options it was enqueued with, or what notifyq.retry left of them.';
 
 -- Write the outcome of one task that its caller has just deleted from notifyq.task. Returns its id. finish.sql, which
 -- settles thousands of tasks at a time, has an INSERT of its own.
 CREATE FUNCTION notifyq.write_outcome(task notifyq.task, state text, worker text, attempts integer, errors jsonb)
     RETURNS bigint LANGUAGE plpgsql AS $$
 BEGIN
-    -- An older task had this id if the sequence of ids was set back: see read_highest_ids.sql.
+    -- An older task had this id if the sequence of ids was set back, by a failover or a restore: read_highest_ids.sql.
     DELETE FROM notifyq.finished f WHERE f.id OPERATOR(pg_catalog.=) task.id;
     INSERT INTO notifyq.finished (id, created_at, run_at, processing_at, processed_at, priority, attempts, max_attempts,
                                   state, queue, type, worker, payload, errors, options)
@@ -274,8 +294,8 @@ BEGIN
 END $$;
 COMMENT ON FUNCTION notifyq.enqueue(text, jsonb, text, timestamptz, integer, integer, jsonb) IS
     'Enqueue a task. Returns its id; for a unique task that is not inserted, the id of the existing one. NULL means '
-    'the default, for all but type. It cannot be in a transaction that is to be prepared for two-phase commit; see '
-    'notifyq.two_phase in docs/transactions.md.';
+    'the default, for all but type. Before PREPARE TRANSACTION, SET LOCAL notifyq.two_phase = on first: see '
+    'docs/transactions.md.';
 
 -- `errors` with one more entry. It keeps the first hundred and the last hundred entries. Between them is a marker, an
 -- entry whose left_out says how many entries it stands for. So each failure of a task that fails thousands of times
@@ -327,7 +347,8 @@ COMMENT ON FUNCTION notifyq.append_error(jsonb, jsonb) IS
 -- A worker has one row here, and one heartbeat for all its tasks. Besides, all its sessions share the session-level
 -- advisory lock (1852990827, id), which is free the moment the last of their backends is gone. A worker is dead when
 -- its heartbeat has not changed for 2 seconds and that lock is free, or when its heartbeat has not changed for the
--- length of its lease. Another worker then rescues its tasks (sql/worker/rescue.sql).
+-- length of its lease. Another worker then rescues its tasks (sql/worker/rescue.sql). For people and crons a heartbeat
+-- within the lease is enough: is_alive() asks for no lock.
 --
 -- Tasks whose worker vanished
 -- ---------------------------
@@ -339,7 +360,7 @@ COMMENT ON FUNCTION notifyq.append_error(jsonb, jsonb) IS
 --                           task is dead
 --
 -- After its first crash a task is ready again at once. After a later one it is parked ('crashed') until a worker runs
--- it isolated.
+-- it isolated, which is beside other such tasks only.
 --
 -- To run such tasks isolated, a worker stops claiming until it holds no task. Then it runs 16 of them, or 4 that have
 -- crashed three times, or one that has crashed more often. Then it claims as usual. One worker at a time does that,
@@ -348,7 +369,7 @@ COMMENT ON FUNCTION notifyq.append_error(jsonb, jsonb) IS
 -- starts this again.
 
 -- An id is drawn at random, not from a sequence. After a failover that lost a worker's row, or after a restore, a
--- sequence would give the id of a living worker to another one, and no fence could tell the two apart.
+-- sequence would give the id of a living worker to another one, and their leases would look the same.
 CREATE TABLE notifyq.worker (
     id            integer     NOT NULL DEFAULT 1 + floor(random() * 2147483647) PRIMARY KEY,
     name          text        NOT NULL,
@@ -400,11 +421,14 @@ COMMENT ON FUNCTION notifyq.is_alive(timestamptz, interval) IS 'Internal: whethe
 --   * The enqueuer is refused: a worker sleeps or is about to. It rings.
 --   * The lock is granted: no worker sleeps. The enqueuer doesn't ring, and keeps the lock until it commits. A worker
 --     that wants to sleep waits for that, and PostgreSQL releases locks after the rows are visible. So the worker's
---     last claim, made once SHARE is granted, sees the rows of all transactions that didn't ring. No wake-up can be
---     lost, however long a transaction stays open, and in whatever order transactions commit.
+--     last claim, made once SHARE is granted, sees the rows of all transactions that didn't ring. So no wake-up is
+--     lost but in the two cases that ring() names, however long a transaction stays open, and in whatever order
+--     transactions commit.
 --
--- notifyq/worker/doorbell.py is the worker's side. Of the workers of a fleet one has the turn, an advisory lock: it
--- claims, and sleeps at the bell.
+-- notifyq/worker/doorbell.py is the worker's side. A fleet is all workers that serve the same queues and task types.
+-- One of them has the turn, an advisory lock: only it looks for tasks when none is known to be ready, and sleeps at the
+-- bell. Now and then it sends itself a notification, an echo. If that doesn't come back, the bell doesn't work, and
+-- the worker polls.
 
 CREATE TABLE notifyq.bell (nothing boolean CHECK (false)) WITH (autovacuum_enabled = false);
 
@@ -434,7 +458,8 @@ END $$;
 COMMENT ON FUNCTION notifyq.ring() IS 'Internal: trigger ring, which wakes a worker if one sleeps.';
 
 -- It fires once for a statement, however many rows that has; for COPY and INSERT ... SELECT too. UPDATE OF run_at is
--- how a retry, a hand-back, a rescue, or a person at psql says "look again". Claims and promotions don't name run_at.
+-- how others say "look again": a failed attempt that is to be tried again, a hand-back, a rescue, a grant (chapter 6),
+-- a release (chapter 7), retry(), or a person at psql. Claims and promotions don't name run_at.
 CREATE TRIGGER ring AFTER INSERT OR UPDATE OF run_at ON notifyq.task
     FOR EACH STATEMENT EXECUTE FUNCTION notifyq.ring();
 
@@ -449,7 +474,7 @@ COMMENT ON FUNCTION notifyq.notify_unless_full(text, text) IS
 -- The worker's side. A blocked SELECT holds a snapshot, and so holds back vacuum: each wait is bounded, and repeated. A
 -- wait that ends without the lock, or because the worker stops, returns false: it is no error for the server's log.
 
--- Wait for the turn of a fleet, at most wait_ms.
+-- Wait for the turn of a fleet, at most wait_ms; 0: without a bound, here and below.
 CREATE FUNCTION notifyq.take_turn(fleet integer, wait_ms integer) RETURNS boolean LANGUAGE plpgsql AS $$
 BEGIN
     PERFORM pg_catalog.set_config('lock_timeout', wait_ms::pg_catalog.text, true);
@@ -486,8 +511,9 @@ END $$;
 COMMENT ON FUNCTION notifyq.fall_asleep(integer) IS 'Internal: waits for SHARE on notifyq.bell.';
 
 -- Whether a statement (VACUUM, ANALYZE, ALTER PUBLICATION, ...) waits for a lock on the bell that conflicts with a
--- sleeper's SHARE. It is asked while a worker sleeps. PostgreSQL grants no SHARE ahead of such a waiter, so NOWAIT
--- tells, at a fraction of what pg_locks costs. The exception releases at once a lock that was granted.
+-- sleeper's SHARE. The heartbeat of a worker that sleeps asks, in a session of its own: in the sleeper's the answer is
+-- always false. PostgreSQL grants no SHARE ahead of such a waiter, so NOWAIT tells, at a fraction of what pg_locks
+-- costs. The exception releases at once a lock that was granted.
 CREATE FUNCTION notifyq.bell_wanted() RETURNS boolean LANGUAGE plpgsql AS $$
 BEGIN
     LOCK TABLE notifyq.bell IN SHARE MODE NOWAIT;
@@ -521,7 +547,7 @@ CREATE FUNCTION notifyq.cancel(id bigint) RETURNS boolean LANGUAGE sql BEGIN ATO
 END;
 COMMENT ON FUNCTION notifyq.cancel(bigint) IS 'Cancel a live task, a running one too. Returns whether it was live.';
 
--- Cancel these live tasks, whose rows are locked by now, each with its reason as the last of its errors. A task that a
+-- Cancel these live tasks, which the caller has locked, each with its reason as the last of its errors. A task that a
 -- worker has claimed has not been run: the claim is no attempt. Returns the cancelled tasks.
 CREATE FUNCTION notifyq.cancel_for(ids bigint[], reasons text[]) RETURNS bigint[]
     LANGUAGE plpgsql SET search_path = pg_catalog AS $$
@@ -544,8 +570,8 @@ END $$;
 COMMENT ON FUNCTION notifyq.cancel_for(bigint[], text[]) IS
     'Internal: cancels tasks that no worker runs, and says why.';
 
--- Run a task again, now. A dead or cancelled task starts over with all its attempts; a scheduled one is due at once. A
--- running, ready or done task is left alone. Returns whether it applied.
+-- Run a task again, now. A dead or cancelled task starts again with attempts = 0 and the errors it has. A task that
+-- waits for its run_at is due at once. A running, ready, parked or done task is left alone. Returns whether it applied.
 CREATE FUNCTION notifyq.retry(id bigint) RETURNS boolean LANGUAGE sql BEGIN ATOMIC
     WITH again AS (
         DELETE FROM notifyq.finished f
@@ -556,7 +582,7 @@ CREATE FUNCTION notifyq.retry(id bigint) RETURNS boolean LANGUAGE sql BEGIN ATOM
                                   errors, options)
         OVERRIDING SYSTEM VALUE
         SELECT a.id, a.created_at, now(), a.priority, a.max_attempts, true, a.queue, a.type, a.payload, a.errors,
-               -- No task with its unique_key is in its way any more; and it runs, whatever became of its predecessors.
+               -- Without its unique_key, no other task can be in its way. It runs whatever became of its predecessors.
                a.options - '{unique_key,unique_states,unique_for,on_conflict}'::text[]
                || CASE WHEN a.options ? 'after' THEN '{"on_dead": "run"}' ELSE '{}' END::jsonb
         FROM again a
@@ -571,8 +597,8 @@ CREATE FUNCTION notifyq.retry(id bigint) RETURNS boolean LANGUAGE sql BEGIN ATOM
     SELECT EXISTS (SELECT FROM back) OR EXISTS (SELECT FROM due);
 END;
 COMMENT ON FUNCTION notifyq.retry(bigint) IS
-    'Run a task again, now: a dead or cancelled one with all its attempts, a scheduled one at once. Returns whether'
-    ' it did.';
+    'Run a task again, now: a dead or cancelled one from attempts = 0, one that waits for its run_at at once. Others, '
+    'also parked ones (waits_for is set), are left alone. Returns whether it applied.';
 
 -- =====================================================================================================================
 -- 5 Options and unique
@@ -582,9 +608,11 @@ COMMENT ON FUNCTION notifyq.retry(bigint) IS
 -- costs their INSERT one short WHEN.
 --
 --     unique_key       a task with this key isn't inserted while another task with it
---     unique_states      is in one of these states
+--     unique_states      is in one of these states (the default is scheduled, ready, running, and with unique_for done;
+--                        but if on_conflict is replace or move, scheduled and ready),
 --     unique_for         and was enqueued in the last unique_for seconds;
---     on_conflict        the other one is left as it is (keep), or gets the new payload (replace) or run_at (move)
+--     on_conflict        the other one is left as it is (keep), or gets the new task's type and payload (replace), or
+--                        its run_at (move)
 --     order_key        tasks with the same key run one at a time, in the order of ids
 --     limit_key        of tasks with the same key, over all workers,
 --     limit_running      at most limit_running run at the same time,
@@ -675,8 +703,9 @@ BEGIN
         WHERE k.key = my_key;
     END IF;
     LOOP
-        -- KEY SHARE, as it hinders nothing but claims. A running task is not locked: its worker would wait to settle
-        -- it. The id may have been given twice, and be that of a task with another key.
+        -- KEY SHARE hinders claims, which skip the row, and cancel() and cron_pause(), which wait; nothing else. A
+        -- running task is not locked: its worker would wait to settle it. The id may have been given twice, and be that
+        -- of a task with another key.
         PERFORM FROM notifyq.task t
         WHERE t.id = old AND t.worker IS NULL AND t.options ->> 'unique_key' = my_key
         FOR KEY SHARE;
@@ -713,9 +742,9 @@ COMMENT ON FUNCTION notifyq.claim_unique_key(notifyq.task) IS
 
 -- Check the options of a new task, and apply them. Wrong options are refused here, where they are written.
 --
--- It sets search_path instead of qualifying each operator, also for claim_unique_key, which it calls: only tasks with
--- options pay for that. A plan may be kept for hours, and one that was made while the tables were empty would read them
--- whole: hence enable_seqscan.
+-- It sets search_path instead of qualifying each operator: only tasks with options pay for that. A plan may be kept for
+-- hours, and one that was made while the tables were empty would read them whole: hence enable_seqscan, also for
+-- claim_unique_key.
 CREATE FUNCTION notifyq.apply_options() RETURNS trigger LANGUAGE plpgsql
 SET search_path = pg_catalog SET enable_seqscan = off AS $$
 DECLARE
@@ -804,9 +833,12 @@ COMMENT ON FUNCTION notifyq.find_unique_task(text) IS 'Internal: the newest task
 -- locks nothing, and claims find them in their order. After the claim, notifyq.admit decides whether they run:
 --
 --     claimed --admit--> runs         the slot is the row itself: a row whose attempt was admitted counts
---                `-----> parked       no claim looks at it until a slot is granted to it
+--                `-----> parked       no claim looks at it until a slot is granted to it. It has begun no attempt, so
+--                                     attempts is set back
 --     its end, or its worker's loss of it --> a row in notifyq.slot_released --release_waiters--> slots are granted to
 --                                                                  parked tasks, which are ready again, or scheduled
+--
+-- A slot is one of the places that a limit has, or the turn in an order. (A slot of a cron is something else.)
 --
 -- Keys
 -- ----
@@ -816,11 +848,14 @@ COMMENT ON FUNCTION notifyq.find_unique_task(text) IS 'Internal: the newest task
 --
 --     parked   withheld   waiting_on
 --     set      true       the key    the task waits at that key, until a slot is granted to it there
---     set      false      the key    granted: a slot of that key is reserved for it. It is ready, or scheduled for the
---                                    time at which a rate lets it start. Once claimed it is admitted or parked like
---                                    others
---     null     -          null       other tasks. (Parked are also crashed tasks, at 'crashed:' and their queue, see
---                                    chapter 2, and tasks that wait for others, at no key, see chapter 7.)
+--     set      false      the key    granted, at a limit: or queue: key: a slot of that key is reserved for it. It is
+--                                    ready, or scheduled for the time at which a rate lets it start
+--     null     -          null       other tasks, also one whose turn in its order has come. (Parked are also crashed
+--                                    tasks, at 'crashed:' and their queue, see chapter 2, and tasks that wait for
+--                                    others, at no key, see chapter 7.)
+--
+-- A granted task, and one whose turn has come, is claimed and then admitted or parked like others. So the next task of
+-- an order may be parked at its limit, and meanwhile still keeps the later ones back.
 --
 -- Exact
 -- -----
@@ -839,22 +874,25 @@ COMMENT ON FUNCTION notifyq.find_unique_task(text) IS 'Internal: the newest task
 -- that gives up the lease. The next worker that settles, is about to sleep, or sends a heartbeat, calls
 -- release_waiters.
 --
--- release_waiters and admit grant as many slots as neither running nor granted tasks have, in the order of priority and
--- id. They pass over tasks in paused queues. A task that is claimed while others wait at its key is parked behind them.
+-- release_waiters and admit grant as many slots as neither running nor granted tasks have: at limit: and queue: keys by
+-- priority and id, without tasks in paused queues; in an order by id. A task that is claimed while others wait at its
+-- key is parked too, even if a slot is free; with a higher priority it is granted before them.
 --
--- A row of slot_released is written before its cause can be seen, and deleted only after the keys were locked. So each
--- admit that still counted the old attempt has committed by then, with the tasks that it parked.
+-- No release is missed. A row of slot_released commits together with its cause, and a worker deletes it only after it
+-- has locked the keys. An admit that still counted the ended attempt held these locks before. So it has committed by
+-- then, and the worker sees the tasks that it parked.
 --
 -- A slot of a rate is released by time only. So it is granted in advance, for that time, and the timers do the rest.
 --
--- A claimed task that is not admitted yet holds no slot, and no task waits for it; a granted one keeps its slot
--- reserved until it is admitted. A grant may lead to no claim: the queue was paused a moment ago, or no worker serves
--- it. So a grant reserves its slot for 2 s after its time and no longer; notifyq.recheck_waiting, called now and
--- then, has such keys looked at again.
+-- A grant reserves its slot until 2 s after the task's run_at; if the task is claimed by then, until it is admitted or
+-- parked. It may never be claimed: the queue was paused a moment ago, or no worker serves it. Then the slot is for
+-- others: notifyq.recheck_waiting, called now and then, has such keys looked at again. Any other claimed task holds no
+-- slot before it is admitted, and none waits for it.
 --
 -- Mostly a task is parked and granted once. One whose keys are both full may be parked at each, several times.
 
--- Ended attempts that other tasks may wait for. A row stays until a worker has handled it: the table is mostly empty.
+-- Keys to look at again, mostly because an attempt ended. A worker deletes the rows that it has handled: the table is
+-- mostly empty.
 CREATE TABLE notifyq.slot_released (
     n             bigint      GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
     task          bigint      NOT NULL,
@@ -865,11 +903,13 @@ CREATE TABLE notifyq.slot_released (
 ) WITH (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 500, vacuum_truncate = off);
 
 COMMENT ON TABLE notifyq.slot_released IS
-    'Ended attempts that other tasks may wait for. A worker takes each row, and releases the tasks that may run.';
+    'Keys to look at again, mostly because an attempt ended. A worker takes each row, and releases the tasks that may '
+    'run.';
 COMMENT ON COLUMN notifyq.slot_released.n IS 'The order of the rows.';
 COMMENT ON COLUMN notifyq.slot_released.task IS
-    'The task whose attempt ended; 0: none, only the keys are to be looked at.';
-COMMENT ON COLUMN notifyq.slot_released.ended IS 'True: the task is over. False: it gave up its slot and lives.';
+    'The task whose attempt ended; or one that waits at the key; or 0, for none.';
+COMMENT ON COLUMN notifyq.slot_released.ended IS
+    'True: the task is over, and tasks may wait for its end. False: only the keys are to be looked at.';
 COMMENT ON COLUMN notifyq.slot_released.queue IS 'The queue of that task.';
 COMMENT ON COLUMN notifyq.slot_released.order_key IS 'The order_key of that task.';
 COMMENT ON COLUMN notifyq.slot_released.limit_key IS 'The limit_key of that task.';
@@ -915,8 +955,8 @@ COMMENT ON COLUMN notifyq.queue.limit_rate IS
 COMMENT ON COLUMN notifyq.queue.limit_seconds IS 'The length of the window of limit_rate, in seconds.';
 
 -- Released slots. The trigger's WHEN costs 0.14 us for a row that no task or client waits for, and its length a
--- little for each statement, INSERTs too. It isn't for UPDATE OF run_at as well: each claimed row would be fetched
--- once more, though claims don't name that column.
+-- little for each statement, INSERTs too. Tasks that give up their lease and live don't fire it, though they could, by
+-- UPDATE OF run_at: then each claimed row would be fetched once more, though claims don't name that column.
 CREATE FUNCTION notifyq.on_task_deleted() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
     IF OLD.watched THEN
@@ -934,8 +974,8 @@ COMMENT ON FUNCTION notifyq.on_task_deleted() IS
 CREATE TRIGGER on_task_deleted AFTER DELETE ON notifyq.task FOR EACH ROW
     WHEN (OLD.watched OR OLD.awaited) EXECUTE FUNCTION notifyq.on_task_deleted();
 
--- A statement that sets worker = NULL calls this in its RETURNING for a watched task: the task lives, and has given
--- up its slot. Returns true.
+-- A statement that sets worker = NULL calls this in its RETURNING for a watched task: the task lives, and has given up
+-- any slot that it held. Only admit doesn't, as the tasks that it parks held none. Returns true.
 CREATE FUNCTION notifyq.note_lease_given_up(t notifyq.task) RETURNS boolean LANGUAGE plpgsql AS $$
 BEGIN
     INSERT INTO notifyq.slot_released (task, ended, queue, order_key, limit_key)
@@ -1055,7 +1095,8 @@ DECLARE
     used record;
     free integer;
 BEGIN
-    -- The limits are those of the first task that waits. Tasks with other limits are checked by their own once claimed.
+    -- The limits of a limit: key are those of the first task that waits there. Tasks with other limits are checked by
+    -- their own once claimed.
     SELECT l.* INTO limits FROM notifyq.task t CROSS JOIN LATERAL notifyq.parse_limits(t.options) AS l
     WHERE t.waiting_on = key AND t.withheld
       AND NOT EXISTS (SELECT FROM notifyq.queue q WHERE q.name = t.queue AND q.paused)
@@ -1081,7 +1122,7 @@ BEGIN
     IF free <= 0 THEN
         RETURN 0;
     END IF;
-    -- With a rate, a task may start once as many logged starts have left the window as its place is beyond the rate.
+    -- With a rate, the task that is the k-th too many may start when the k-th oldest logged start leaves the window.
     WITH first AS MATERIALIZED (
         SELECT t.id, t.priority FROM notifyq.task t
         WHERE t.waiting_on = key AND t.withheld AND t.worker IS NULL
@@ -1132,12 +1173,13 @@ END $$;
 COMMENT ON FUNCTION notifyq.grant_slots(text[]) IS
     'Internal: grants the free slots of keys to tasks that wait at them.';
 
--- Admit. There are three checks. Each returns the tasks that it keeps back, and why. It is given the tasks (`ids`) that
--- have passed the checks before it; `claimed` are all tasks that are being decided. By priority and id, each of these
--- tasks gets a place among those of its key, and is kept back if its place is beyond the free slots.
+-- Admit. There are three checks. Each is given the tasks (`ids`) that have passed the checks before it, and returns
+-- those that it keeps back, and why. The two for limits number the `ids` of each key by priority and id, and keep back
+-- those whose place is beyond the free slots. `claimed` are all tasks that this admit decides: none uses a slot yet.
 
--- A task waits for its turn while an earlier task of its order is ready, runs or waits, and while any other task of its
--- order runs that was admitted.
+-- A task waits for its turn while an earlier task (of lower id) of its order is ready, running, parked or due to be
+-- tried again, and while any other task of its order runs that was admitted. Tasks without a place in the order
+-- (place_in_order) keep none back.
 CREATE FUNCTION notifyq.check_order(ids bigint[]) RETURNS TABLE (id bigint, why text)
     LANGUAGE sql STABLE BEGIN ATOMIC
     SELECT m.id, 'order'
@@ -1264,22 +1306,27 @@ END $$;
 COMMENT ON FUNCTION notifyq.cancel_expired(integer, bigint[], smallint[]) IS
     'Internal: cancels claimed tasks that have expired.';
 
--- Decide which of the tasks that this worker has just claimed may run: waits_for is null. The others are parked. A task
--- that isn't in the answer is locked by a session that is cancelling it, or isn't the worker's any more.
+-- Decide which of the tasks that this worker has just claimed may run. waits_for in the answer:
+--
+--     null             it runs
+--     cancelled        it is gone: it has expired, or a predecessor is dead or was cancelled
+--     another word     it was parked, and waits for this
+--     no row           undecided: its row is locked, or was when its predecessors were asked about, or its lease is
+--                      lost. The worker hands it back, which does nothing to a lost lease
 CREATE FUNCTION notifyq.admit(worker integer, ids bigint[], attempts smallint[])
     RETURNS TABLE (id bigint, waits_for text) LANGUAGE plpgsql SET search_path = pg_catalog AS $$
 #variable_conflict use_column
 DECLARE
-    limited text[];       -- queues
+    limited text[];       -- queues with limits
     keys text[];
-    kinds text[];         -- of these keys
+    kinds text[];         -- the kinds of these keys
     moment timestamptz;
     waiting bigint[];     -- tasks that wait for their predecessors: see chapter 7
     expired bigint[];     -- tasks that were cancelled because they expired
     cancelled bigint[];   -- tasks that were cancelled because of a predecessor
     passed bigint[];      -- tasks that no check has kept back so far
-    kept bigint[];        -- the others,
-    reasons text[];       -- and for each what it waits for
+    kept bigint[];        -- tasks that were kept back
+    reasons text[];       -- for each of these what it waits for
     decided bigint[];
     answers text[];
 BEGIN
@@ -1303,8 +1350,8 @@ BEGIN
         FROM unnest(admit.ids, admit.attempts) AS o (id, attempt)
         JOIN notifyq.task t ON t.id = ANY (ARRAY[o.id])
         WHERE t.worker IS NOT DISTINCT FROM admit.worker AND t.attempts = o.attempt
-          -- A task that was locked while await_predecessors looked, and isn't now, was not asked about its
-          -- predecessors.
+          -- await_predecessors steps over a locked task. If the task isn't locked any more, its predecessors weren't
+          -- asked about.
           AND (t.after IS NULL OR t.id = ANY (waiting))
         FOR UPDATE OF t SKIP LOCKED);
 
@@ -1335,7 +1382,7 @@ BEGIN
             admitted_at = CASE WHEN d.why IS NULL THEN t.processing_at END,
             expires_at = CASE WHEN d.why IS NOT NULL THEN t.expires_at END,  -- else it starts
             worker = CASE WHEN d.why IS NULL THEN t.worker END,
-            attempts = t.attempts - (d.why IS NOT NULL)::integer
+            attempts = t.attempts - (d.why IS NOT NULL)::integer  -- a claim that parks the task begins no attempt
         FROM (SELECT k.id, k.why FROM unnest(kept, reasons) AS k (id, why)
               UNION ALL SELECT p.id, NULL FROM unnest(passed) AS p (id) WHERE p.id <> ALL (kept)) AS d
         WHERE t.id = ANY (ARRAY[d.id])
@@ -1432,7 +1479,7 @@ COMMENT ON FUNCTION notifyq.recheck_waiting(text, integer) IS 'Internal: has key
 -- for those in turn; unless on_dead is 'run'. A task that a person retries waits again for those predecessors that
 -- live then, and runs whatever became of the others.
 --
--- A task can only wait for tasks that exist, and whose ids are lower than its own: so there are no circles.
+-- A task can only wait for ids lower than its own, whether such tasks exist or not: so there are no circles.
 
 CREATE TABLE notifyq.dependency (
     needs         bigint      NOT NULL,
@@ -1514,8 +1561,8 @@ END $$;
 COMMENT ON FUNCTION notifyq.await_predecessors(integer, bigint[], smallint[]) IS
     'Internal: which claimed tasks have to wait for the ends of others.';
 
--- Cancel those of these tasks, whose rows are locked by now, that have a predecessor which is dead or was cancelled.
--- Returns them.
+-- Cancel those of these tasks that have a predecessor which is dead or was cancelled. Returns them. The caller has
+-- locked the rows of all.
 CREATE FUNCTION notifyq.cancel_dependents(ids bigint[]) RETURNS bigint[]
     LANGUAGE plpgsql SET search_path = pg_catalog AS $$
 DECLARE
@@ -1621,7 +1668,7 @@ COMMENT ON FUNCTION notifyq.release_dependents(bigint[]) IS
 -- The table notifyq.queue is in chapter 6. Workers read it at least four times a second while they claim, and when a
 -- notification says 'queues'.
 
--- No more tasks start from the queue; running ones go on. Returns whether it was running.
+-- No more tasks start from the queue; running ones go on. Returns whether the queue wasn't paused before.
 CREATE FUNCTION notifyq.pause(queue text) RETURNS boolean LANGUAGE sql BEGIN ATOMIC
     WITH changed AS (
         INSERT INTO notifyq.queue AS q (name, paused) VALUES ($1, true)
@@ -1631,7 +1678,7 @@ CREATE FUNCTION notifyq.pause(queue text) RETURNS boolean LANGUAGE sql BEGIN ATO
     SELECT EXISTS (SELECT FROM changed);
 END;
 COMMENT ON FUNCTION notifyq.pause(text) IS
-    'Start no more tasks from a queue; running ones go on. Returns whether the queue was running.';
+    'Start no more tasks from a queue; running ones go on. Returns whether the queue was not paused before.';
 
 CREATE FUNCTION notifyq.resume(queue text) RETURNS boolean LANGUAGE sql BEGIN ATOMIC
     WITH changed AS (
@@ -1683,11 +1730,11 @@ COMMENT ON FUNCTION notifyq.admit_running(text[], integer) IS
 -- =====================================================================================================================
 --
 -- A row says what to enqueue when. Workers whose app has the cron write the row when they start, and look here every
--- 1.5 s. A slot is a time at which the cron is due. One that comes within 3 s is inserted as a scheduled task, and
--- next_at moves on to the slot after it, in one statement, which applies only if next_at is what it was. So each slot
--- has one task, however many workers look, and whenever one dies; and the timers that every scheduled task has start
--- it at its time. Python computes the next slot (notifyq/cron.py), in the row's time zone; the current time is this
--- server's.
+-- 1.5 s. In this chapter a slot is a time at which the cron is due. One that comes within 3 s is inserted as a
+-- scheduled task, and next_at moves on to the slot after it, in one statement, which applies only if next_at is what it
+-- was. So each slot has one task, however many workers look, and whenever one dies; and the timers that every scheduled
+-- task has start it at its time. Python computes the next slot (notifyq/cron.py), in the row's time zone; the current
+-- time is this server's.
 
 CREATE TABLE notifyq.cron (
     name          text        NOT NULL PRIMARY KEY CHECK (length(name) <= 200),
@@ -1718,14 +1765,14 @@ COMMENT ON COLUMN notifyq.cron.queue IS 'The queue of the tasks.';
 COMMENT ON COLUMN notifyq.cron.priority IS 'The priority of the tasks.';
 COMMENT ON COLUMN notifyq.cron.missed IS 'once or skip: what to do about slots that came while no worker ran.';
 COMMENT ON COLUMN notifyq.cron.options IS 'The options of the tasks: their keys and limits.';
-COMMENT ON COLUMN notifyq.cron.paused IS 'True: nothing is enqueued.';
+COMMENT ON COLUMN notifyq.cron.paused IS 'True: no slot is enqueued. notifyq.cron_run works all the same.';
 COMMENT ON COLUMN notifyq.cron.next_at IS 'The next slot; NULL: it is computed from now on.';
 COMMENT ON COLUMN notifyq.cron.last_at IS 'The latest slot that was enqueued.';
 COMMENT ON COLUMN notifyq.cron.recent IS 'The ids of the latest tasks, the newest first.';
 
--- From now on the cron enqueues nothing. Its tasks that were inserted in advance, or that wait for a free slot, are
--- cancelled. Returns whether there is such a cron. These are statements of their own, since the second must see what
--- the first waits for.
+-- From now on no slot of the cron is enqueued. Of its latest tasks (recent) those that have begun no attempt are
+-- cancelled: tasks that were inserted in advance, are ready, or are parked. Returns whether there is such a cron. These
+-- are statements of their own, since the second must see what the first waits for.
 CREATE FUNCTION notifyq.cron_pause(name text) RETURNS boolean LANGUAGE sql BEGIN ATOMIC
     UPDATE notifyq.cron c SET paused = true WHERE c.name = $1;
     SELECT count(notifyq.cancel(waiting.id))
@@ -1738,7 +1785,7 @@ CREATE FUNCTION notifyq.cron_pause(name text) RETURNS boolean LANGUAGE sql BEGIN
     SELECT EXISTS (SELECT FROM notifyq.cron c WHERE c.name = $1);
 END;
 COMMENT ON FUNCTION notifyq.cron_pause(text) IS
-    'Stop a cron, and cancel those of its tasks that no worker has claimed. Returns whether there is such a cron.';
+    'Stop a cron, and cancel those of its tasks that have begun no attempt. Returns whether there is such a cron.';
 
 -- Go on, with the next slot from now: slots of the pause don't count as missed. Returns whether there is such a cron.
 CREATE FUNCTION notifyq.cron_resume(name text) RETURNS boolean LANGUAGE sql BEGIN ATOMIC
@@ -1781,9 +1828,10 @@ COMMENT ON VIEW notifyq.all_tasks IS
 COMMENT ON COLUMN notifyq.all_tasks.id IS 'The id of the task.';
 COMMENT ON COLUMN notifyq.all_tasks.queue IS 'Its queue.';
 COMMENT ON COLUMN notifyq.all_tasks.type IS 'The name of the kind of task.';
-COMMENT ON COLUMN notifyq.all_tasks.state IS 'scheduled, ready, running, done, dead or cancelled.';
+COMMENT ON COLUMN notifyq.all_tasks.state IS
+    'scheduled (parked tasks too: see waits_for), ready, running, done, dead or cancelled.';
 COMMENT ON COLUMN notifyq.all_tasks.priority IS 'Higher runs first, within a queue.';
-COMMENT ON COLUMN notifyq.all_tasks.attempts IS 'How often it was claimed.';
+COMMENT ON COLUMN notifyq.all_tasks.attempts IS 'How many attempts have begun.';
 COMMENT ON COLUMN notifyq.all_tasks.max_attempts IS
     'After this many failed attempts it is dead; NULL: what its type says, else 10.';
 COMMENT ON COLUMN notifyq.all_tasks.created_at IS 'When it was inserted.';
@@ -1794,15 +1842,15 @@ COMMENT ON COLUMN notifyq.all_tasks.payload IS 'What its handler gets.';
 COMMENT ON COLUMN notifyq.all_tasks.error IS 'The text of the latest error.';
 COMMENT ON COLUMN notifyq.all_tasks.result IS 'What its handler returned.';
 COMMENT ON COLUMN notifyq.all_tasks.worker IS 'host:pid of the worker that runs it, or ran it last.';
-COMMENT ON COLUMN notifyq.all_tasks.errors IS 'A JSON array with one object for each failed attempt.';
+COMMENT ON COLUMN notifyq.all_tasks.errors IS 'A JSON array of what went wrong, oldest first; shortened beyond 200.';
 COMMENT ON COLUMN notifyq.all_tasks.waits_for IS
     'What keeps it back: limit, rate, queue, order, after or crashed; NULL: nothing.';
 COMMENT ON COLUMN notifyq.all_tasks.progress IS 'How far its handler says it is, from 0 to 1.';
 COMMENT ON COLUMN notifyq.all_tasks.note IS 'What its handler says it is doing.';
-COMMENT ON COLUMN notifyq.all_tasks.options IS 'The options it was enqueued with.';
+COMMENT ON COLUMN notifyq.all_tasks.options IS 'The options it was enqueued with, or what notifyq.retry left of them.';
 
--- Queues that were paused or limited, that a live worker serves, or that have a ready or running task. `waiting`
--- counts the tasks that the queue's own limits keep back.
+-- Queues that were paused or limited, that a live worker serves, or that have a ready or running task; unhandled tasks
+-- don't count as ready here. `waiting` counts the tasks that the queue's own limits keep back.
 CREATE VIEW notifyq.all_queues AS
 WITH RECURSIVE ready AS (  -- from one queue's first entry of index task_ready to the next one's
     (SELECT t.queue FROM notifyq.task t
@@ -1923,7 +1971,8 @@ COMMENT ON FUNCTION notifyq.choose_fitting(bigint[], text[], text[], integer[], 
 -- 12 Roles
 -- =====================================================================================================================
 --
--- Roles. Nothing is granted by default; give each of your roles what it needs:
+-- Roles. No privilege on the schema or its tables is granted by default; give each of your roles what it needs. EXECUTE
+-- on the functions is granted to all: each function runs with its caller's rights, and no more.
 --
 --   may enqueue   GRANT USAGE ON SCHEMA notifyq TO r;
 --                 GRANT INSERT (type, payload, queue, priority, run_at, max_attempts, options) ON notifyq.task TO r;
@@ -1952,4 +2001,4 @@ COMMENT ON FUNCTION notifyq.choose_fitting(bigint[], text[], text[], integer[], 
 --                 GRANT ALL ON ALL SEQUENCES IN SCHEMA notifyq TO r;
 
 REVOKE ALL ON ALL FUNCTIONS IN SCHEMA notifyq FROM PUBLIC;
-GRANT EXECUTE ON ALL FUNCTIONS IN SCHEMA notifyq TO PUBLIC;  -- each runs with its caller's rights, and no more
+GRANT EXECUTE ON ALL FUNCTIONS IN SCHEMA notifyq TO PUBLIC;

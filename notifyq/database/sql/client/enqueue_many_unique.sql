@@ -1,6 +1,7 @@
 -- Enqueue as enqueue_many_placed.sql does, if some of the tasks are unique. Send the rows sorted by key, so that
--- concurrent calls can't deadlock. Returns the id of each task with a key, and whether it existed before; then the ids
--- of the tasks without a key, in their order. enqueue_unique.sql explains find_unique_task.
+-- concurrent calls can't deadlock. Returns id, key, existed: first a row for each task that was inserted, in their
+-- order, whose key is NULL if it has none; then a row with the existing task for each given one whose key was in the
+-- way. Given tasks that share a new key share its one row. enqueue_unique.sql explains find_unique_task.
 WITH given AS (
     SELECT t.type, t.payload, t.queue, t.priority, t.options::jsonb AS options
     FROM unnest($1::text[], $2::text[], $3::text[], $6::smallint[], $8::text[])

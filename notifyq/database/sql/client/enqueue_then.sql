@@ -1,6 +1,6 @@
--- Enqueue as enqueue_many_placed.sql does; the last item of each array is a task that runs when all others have
--- ended, and $9 is its on_dead. Returns that task's id, its created_at as enqueue.sql returns it, and the others' ids
--- as after, or NULL if there are none.
+-- Enqueue as enqueue_many_placed.sql does; the last item of each array is a task that runs when all others have ended,
+-- and $9 is its on_dead. The delay $4 and the time $5 are for the others only. Returns that task's id, its created_at
+-- as enqueue.sql returns it, and the others' ids as after, or NULL if there are none.
 WITH given AS (
     SELECT t.type, t.payload::jsonb AS payload, t.queue, t.priority, t.options::jsonb AS options,
            t.n = cardinality($1::text[]) AS last

@@ -1,13 +1,13 @@
--- Of the tasks $1, which somebody waits for: what is known of each, and mark those that live, so that whoever ends
--- one tells (schema.sql: on_task_deleted). "marked" is true of those that were ended or are marked; if it isn't,
--- somebody has locked the row at this moment, and has to be asked about again. No row: there is no such task, in this
--- statement's snapshot.
+-- Read what is known of the tasks $1, for which a client waits. Mark those that live: their ends will send a NOTIFY
+-- (schema.sql: on_task_deleted). Returns a row for each task that this statement's snapshot has. "marked" is true if
+-- the task has ended or is marked. It is false if another session has locked the row: then ask again.
 --
--- Results that are more than 4 MB together, as they are stored, come in several answers: "later" is true of those whose
--- result isn't in this one.
+-- If the results take more than 4 MB together, as they are stored, they come in several answers. "later" is true of
+-- tasks whose result isn't in this one.
 --
--- It waits for nobody: SKIP LOCKED. A claim steps over what it locks, for as long as a commit takes that flushes
--- nothing; the worker looks again after 2 ms. What ends between the snapshot and the lock is found unmarked.
+-- The statement waits for no lock. A claim steps over the rows that it locks, until its commit, which flushes nothing;
+-- the worker looks again after 2 ms. A task that ends between the snapshot and the lock can't be locked, and is
+-- returned as not marked.
 WITH free AS MATERIALIZED (
     SELECT t.id
     FROM notifyq.task t

@@ -1,5 +1,6 @@
--- For people: the session whose transaction has held a lock on one of notifyq's tables $1 for longest, in words; NULL
--- if there is none.
+-- For people: of the transactions that hold any lock on one of notifyq's tables $1, the session with the oldest, in
+-- words. NULL if there is none, if this role may not see what that session does, or if only prepared transactions hold
+-- such locks, which have no session.
 SELECT coalesce(nullif(a.application_name, ''), a.backend_type) || ' (process ' || a.pid
        || coalesce(', user ' || a.usename, '')
        || coalesce(', ' || a.state, '') || ', open for '

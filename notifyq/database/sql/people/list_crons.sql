@@ -1,6 +1,6 @@
 -- For people: a row for each cron: the cron as JSON, with the state of its last task if that is still known; its name;
--- the seconds until its next slot; and the seconds since the last one. A cron that no live worker serves enqueues
--- nothing.
+-- the seconds until its next slot; and the seconds since the last one. Its slots are enqueued only while a live worker
+-- serves it ("served").
 SELECT to_json(t)::text AS cron, t.name,
        extract(epoch FROM t.next_at - statement_timestamp())::float8 AS next_seconds,
        CASE WHEN isfinite(t.last_at)

@@ -1,5 +1,5 @@
 -- For tests: the queues, of $1 (NULL: of all), with a task that could run now; the seconds until the next scheduled
--- task is due; and the time. Parked tasks and those in paused queues don't count.
+-- task is due; and the time. Parked tasks and those in paused queues don't count; unhandled tasks do.
 SELECT coalesce(array_agg(DISTINCT queue) FILTER (
            WHERE state = 'ready' OR state = 'scheduled' AND run_at <= statement_timestamp()), '{}') AS queues,
        extract(epoch FROM min(run_at) FILTER (

@@ -1,5 +1,6 @@
 -- End the backends of worker $1 that serve its connections named $2 ('claims', 'bell'), and wait for each until it has
--- ended, up to $3 ms (0: don't wait). Returns how many were ended, and how many remain.
+-- ended, up to $3 ms (0: don't wait; all that were told to end count as ended). Returns how many were ended, and how
+-- many remain.
 --
 -- * After a worker lost its connection for claims, it ends both and waits. Otherwise its next statement couldn't see
 --   what the backend is still claiming, and the backend would keep the turn.

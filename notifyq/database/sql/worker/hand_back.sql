@@ -1,6 +1,6 @@
 -- Hand back tasks that were not run, or not to their end: give up the lease of worker $1 on the tasks $2, attempts $3.
--- The attempts don't count. Returns the ids that it applied to, and whether each released a slot. It sets run_at to its
--- own value, so that the bell rings.
+-- The attempts don't count. Returns the ids that it applied to, and for each whether it left a row in
+-- notifyq.slot_released. It sets run_at to its own value, so that the bell rings.
 UPDATE notifyq.task t
 SET worker = NULL, attempts = t.attempts - 1, run_at = t.run_at, progress = NULL, note = NULL
 FROM unnest($2::bigint[], $3::smallint[]) AS o (id, attempt)

@@ -1,6 +1,6 @@
 -- Read the outcomes of the tasks that task $1 waited for, in their order, from position $2 on (the first is 1). It
--- returns up to 4 MB of results, as they are stored, or a single larger one. "left" is how many tasks there are from
--- that position on. For a task that was deleted, or that runs again after a retry, only the id is returned.
+-- stops after the result with which 4 MB are reached, as they are stored. "left" is how many tasks there are from that
+-- position on. For a task that was deleted, or that runs again after a retry, only the id is returned.
 SELECT r.id, r.type, r.state, r.result, r.error, r.left
 FROM (
     SELECT a.id, left(f.type, 200) AS type, f.state, f.result, f.errors -> -1 ->> 'error' AS error, o.n,

@@ -1,7 +1,7 @@
 -- Leave tasks $2, attempts $3, to another worker, since worker $1 has no handler for their types. They move to an index
 -- of their own, so that claims needn't step over them. Sleeping workers are told to look there, unless the queue of
 -- notifications is nearly full. A task that was granted a slot gives it back. Returns the ids that it applied to, and
--- whether each released a slot.
+-- for each whether it left a row in notifyq.slot_released.
 WITH moved AS (
     UPDATE notifyq.task t
     SET worker = NULL, attempts = t.attempts - 1, withheld = true, parked = NULL, waiting_on = NULL

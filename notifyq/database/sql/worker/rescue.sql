@@ -4,19 +4,22 @@
 -- forward would make all workers look silent, and after a step back a dead one's last heartbeat would lie in the
 -- future.
 --
--- With $5, of those tasks only: left_out.py passes it after a refusal. What counts a crash as alone is all that the
--- worker held.
+-- With $5, of those tasks only: left_out.py passes it after a refusal. Whether a task crashed alone is decided by all
+-- that the worker held, not by $5.
 --
--- It stops when 64 MB would be moved, or rewritten, of payloads and errors, so that it isn't held up for long.
+-- It stops after the task with which 64 MB of payloads and errors are moved or rewritten, so that it isn't held up for
+-- long.
 --
--- What the worker held is ready again, and the bell rings; for the second time, it is parked until a worker runs it
--- isolated. These attempts don't count. If the worker held only one task, that attempt counts, and after the third
--- such, or the last one that is allowed, the task is dead. See "Tasks whose worker vanished" in schema.sql. The worker
--- itself goes when it holds nothing more; its status tells a later round that there was more than that round sees.
+-- A task is ready again after its first crash, and the bell rings; from the second crash on it is parked until a worker
+-- runs it isolated. If the worker held other tasks, the attempt doesn't count. If it held only this one, the attempt
+-- counts, and after the third such, or the last one that is allowed, the task is dead. See "Tasks whose worker
+-- vanished" in schema.sql. The worker's row is deleted by the round that finds no task of it. Its status, vanished,
+-- tells a later round that the worker held more than that round sees.
 --
 -- Returns one row: the worker's name (NULL: it lives, or another rescues it), how many tasks are ready again or parked,
--- how many are dead. FOR UPDATE makes rescuers take turns; SKIP LOCKED steps over what the worker, not quite dead, is
--- settling at this moment. Both leave the rest to the next round. Of ANY (ARRAY[...]): finish.sql.
+-- how many are dead. A rescuer that finds the worker's row locked by another leaves it alone. It steps over tasks that
+-- the worker, not quite dead, is settling at this moment, and leaves them to the next round. finish.sql explains
+-- ANY (ARRAY[...]).
 WITH corpse AS MATERIALIZED (
     SELECT w.id, w.name, w.types, w.max_attempts,
            w.status <> 'vanished'

@@ -1,6 +1,6 @@
 -- Settle failed attempts of worker $1 that will be tried again: ids $2, attempts $3, delays in seconds $4, errors $5.
--- Returns the ids that it applied to, and whether each released a slot. It sets run_at, so that the bell rings: a
--- worker must set a timer.
+-- Returns the ids that it applied to, and for each whether it left a row in notifyq.slot_released. It sets run_at, so
+-- that the bell rings: a worker must set a timer.
 UPDATE notifyq.task t
 SET worker = NULL, run_at = clock_timestamp() + make_interval(secs => o.delay), promoted = o.delay <= 0,
     processed_at = clock_timestamp(), progress = NULL, note = NULL,
