@@ -86,7 +86,7 @@ def _row(task: dict[str, object], seconds: float | None) -> list[object]:
 def retry(*, ids: tuple[int, ...], dsn: str | None) -> int:
     """Run tasks again, now.
 
-    A dead or cancelled task starts over with all its attempts. A scheduled one becomes due.
+    A dead or cancelled task starts again with attempts at 0. A task that waits for its time becomes due.
     """
     reasons = {
         "ready": "it is ready already",

@@ -214,3 +214,14 @@ async def test_a_stranger_may_not_even_look(roles: Any, as_role: Any, server: Se
         await schema.check(conn)
     await conn.close()
     await admin(server, "DROP ROLE stranger")
+
+
+async def test_the_holder_of_a_lock_is_named_to_a_role_that_may_not_see_what_it_does(as_role: Any) -> None:
+    holder, looks = await as_role("worker"), await as_role("reader")
+    async with holder.transaction():
+        await holder.execute("LOCK TABLE notifyq.task IN ACCESS SHARE MODE")
+        pid = holder.get_server_pid()
+        found = await looks.fetchval(SQL["find_lock_holder"], ["task"])
+        assert found == f"notifyq test (process {pid}, user worker)"
+        found = await holder.fetchval(SQL["find_lock_holder"], ["bell"])
+        assert found is None

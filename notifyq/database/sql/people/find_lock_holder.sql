@@ -1,10 +1,11 @@
 -- For people: of the transactions that hold any lock on one of notifyq's tables $1, the session with the oldest, in
--- words. NULL if there is none, if this role may not see what that session does, or if only prepared transactions hold
--- such locks, which have no session.
-SELECT coalesce(nullif(a.application_name, ''), a.backend_type) || ' (process ' || a.pid
+-- words; NULL if there is none. A prepared transaction has no session, and isn't found. What a role may not see of
+-- another's session is left out.
+SELECT coalesce(nullif(a.application_name, ''), a.backend_type, 'a session') || ' (process ' || a.pid
        || coalesce(', user ' || a.usename, '')
-       || coalesce(', ' || a.state, '') || ', open for '
-       || round(extract(epoch FROM clock_timestamp() - a.xact_start)::numeric, 1) || ' s)' AS holder
+       || coalesce(', ' || a.state, '')
+       || coalesce(', open for ' || round(extract(epoch FROM clock_timestamp() - a.xact_start)::numeric, 1) || ' s', '')
+       || ')' AS holder
 FROM pg_locks l
 JOIN pg_class c ON c.oid = l.relation
 JOIN pg_stat_activity a ON a.pid = l.pid
