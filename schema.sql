@@ -884,7 +884,7 @@ COMMENT ON FUNCTION notifyq.find_unique_task(text) IS 'Internal: the newest task
 --
 -- A slot of a rate is released by time only. So it is granted in advance, for that time, and the timers do the rest.
 --
--- A grant reserves its slot until 2 s after the task's run_at; if the task is claimed by then, until it is admitted or
+-- A grant reserves its slot until 2 s after the task's run_at and, once the task is claimed, until it is admitted or
 -- parked. It may never be claimed: the queue was paused a moment ago, or no worker serves it. Then the slot is for
 -- others: notifyq.recheck_waiting, called now and then, has such keys looked at again. Any other claimed task holds no
 -- slot before it is admitted, and none waits for it.
