@@ -241,10 +241,11 @@ class Claimer:
         self._state.slept(late, now)
 
     async def _check_due(self, conn: Connection, worker: int, poll: bool) -> None:
-        if await self._due.check(conn, worker, poll=poll):
+        checked = await self._due.check(conn, worker, poll=poll)
+        if checked.sent_echo:
             self._bell.renew_sleep()
         if poll:
-            self._state.polled(self._next_poll())
+            self._state.polled(checked.found, self._next_poll())
 
     # The bell.
 

@@ -300,7 +300,7 @@ DRAIN: tuple[Row, ...] = (
     _ROWS["release"],
     Row(
         "drain, due",
-        lambda s, now, free: now - s.due.checked_at > DUE_BUSY_SECONDS,
+        lambda s, now, free: now >= s.due.next_at or now - s.due.checked_at > DUE_BUSY_SECONDS,
         CHECK_DUE,
         "Tasks come due while it works.",
     ),
@@ -311,10 +311,17 @@ DRAIN: tuple[Row, ...] = (
         "It claims until nothing comes. The last of these claims must see all tasks, also those before the cursors.",
     ),
     Row(
+        "drain, full",
+        lambda s, now, free: not free.total and not free.is_idle,
+        _always(Wait(math.inf, looks=True, starts_batches=True)),
+        "It can't claim until a handler ends, which frees a slot.",
+    ),
+    Row(
         "drain, busy",
         lambda s, now, free: not free.is_idle,
-        _always(Wait(math.inf, looks=True, starts_batches=True)),
-        "Handlers that still run may enqueue tasks, and each that ends frees a slot.",
+        lambda s, now: Wait(min(now + s.drain_wait, s.due.next_at), looks=True, starts_batches=True),
+        "A handler may wait for a task that it has enqueued. No ring tells of that task, as this worker never sleeps. "
+        "So it looks now and then, less often each time that it finds nothing, and when a task is due.",
     ),
     _ROWS["isolate"],
     Row(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from datetime import datetime
+from typing import NamedTuple
 
 from ..database.connection import PROOF_SECONDS, SQL, Connection
 from .admission import Admission
@@ -17,6 +18,11 @@ from .listen import Listener
 from .state import PROMOTED_AT_ONCE, Found, Position, State
 
 _Args = tuple[list[str], list[str]]
+
+
+class Checked(NamedTuple):
+    sent_echo: bool
+    found: bool  # ready tasks, or due ones, which are ready now
 
 
 class DueCheck:
@@ -29,13 +35,13 @@ class DueCheck:
         self._listener = listener
         self._state = state
 
-    async def check(self, conn: Connection, worker: int, *, poll: bool = False) -> bool:
+    async def check(self, conn: Connection, worker: int, *, poll: bool = False) -> Checked:
         """Promote due tasks and set the timer for the next. `poll`: look for ready tasks in all queues.
 
         Otherwise it looks for them in the queues that are full here, if there are any: those tasks are for another
         worker. If no queue is full, it looks in all that aren't paused. A check from the cursor looks for none.
 
-        Returns whether an echo was sent."""
+        Its answer is in the State then."""
         clock = asyncio.get_running_loop().time
         state, capacity = self._state, self._capacity
         began = clock()
@@ -55,7 +61,7 @@ class DueCheck:
         await self._admission.note_settings(conn, worker, settings)
         now = clock()
         state.due_checked(found, now, seconds=now - began, from_cursor=from_cursor, full=full, poll=poll)
-        return echo is not None
+        return Checked(echo is not None, found.ready or found.promoted > 0)
 
     async def _ask(
         self, conn: Connection, args: _Args, echo: str | None, cursor: datetime | None

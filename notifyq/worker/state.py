@@ -22,6 +22,8 @@ DUE_AWAKE_SECONDS = 0.010  # from one due check to the next while awake
 PASS_SECONDS, PASS_MOST = 0.05, 1.0  # from passing the turn on to doing so again; doubles for a queue that stays full
 PASS_FORGET_SECONDS = 5.0  # without passing it on, after which it begins at PASS_SECONDS again
 AGAIN_LEAST, AGAIN_MOST = 0.002, 0.5  # until a claim of what another session had locked; doubles
+# With --drain: until it claims again while handlers run; doubles with each claim that finds nothing.
+DRAIN_LEAST, DRAIN_MOST = 0.01, 0.5
 PROMOTED_AT_ONCE = 1000  # due tasks of a queue, at most
 
 
@@ -146,7 +148,7 @@ class State:
     backlog: bool = False  # the last claim came back full
     left: set[str] = field(default_factory=set[str])  # queues with a limit in which it may have left tasks
     timer_unknown: bool = False  # due tasks weren't looked for since the last claim
-    poll_found: bool = False  # the poll found tasks, and another worker has the turn
+    poll_found: bool = False  # the last poll found tasks, and it was made without the turn
     unhandled: bool = False  # this worker may have handlers for tasks that other workers had none for
     unhandled_plain: bool = False  # such tasks may be left, for want of a thread
     release_wanted: bool = False  # tasks may wait for one that has ended
@@ -155,6 +157,7 @@ class State:
     settings_changed: bool = False  # a queue may have been paused, resumed or limited
     stopping: bool = False
     draining: bool = False  # it ends when nothing is left to do (--drain)
+    drain_wait: float = DRAIN_LEAST  # until it claims again while handlers run; only with `draining`
     looked_once_more: bool = False  # since something was found, or a task ended; only with `draining`
     failure: BaseException | None = None
     poll_at: float = math.inf
@@ -232,6 +235,8 @@ class State:
         self.moderation.arrived(count, now)
         if self.draining and count:
             self._look_again()
+        elif self.draining:
+            self.drain_wait = min(DRAIN_MOST, 2 * self.drain_wait)
         if not looks:
             if full:
                 self.wanted = AWAY
@@ -264,6 +269,7 @@ class State:
     def _look_again(self) -> None:
         self.look = True
         self.looked_once_more = False
+        self.drain_wait = DRAIN_LEAST
 
     # Due tasks.
 
@@ -295,9 +301,10 @@ class State:
             else:
                 self.due.next_at = min(self.due.next_at, self.turn.not_before)
 
-    def polled(self, next_at: float) -> None:
+    def polled(self, found: bool, next_at: float) -> None:
+        """`found`: ready tasks, or due ones, which are ready now."""
         self.poll_at = next_at
-        self.poll_found = self.look and self.position is AWAY
+        self.poll_found = found and self.position is AWAY
 
     @property
     def wakes_at(self) -> float:

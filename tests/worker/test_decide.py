@@ -153,8 +153,9 @@ def test_without_the_turn_it_claims_only_what_the_poll_found() -> None:
     state = asleep()
     be_away(state)
     state.look = True
-    assert row(state) == "away"
-    state.polled(NOW + 5)
+    state.polled(False, NOW + 5)
+    assert row(state) == "away", "it would claim, but the poll found nothing"
+    state.polled(True, NOW + 5)
     assert next_action(state, NOW, FREE) == decide.Claim(looks=True, without_turn=True)
     state.claim_begins(looks=True)
     assert row(state) == "away"
@@ -256,6 +257,7 @@ MAKES_DRAIN: dict[str, Callable[[State], object]] = {
     "drained": lambda s: setattr(s, "looked_once_more", True),
     "isolate": lambda s: setattr(s, "isolation_wanted", True),
     "drain, busy": lambda s: None,
+    "drain, full": lambda s: None,
     "drain": lambda s: s.notified(),
     "drain, due": lambda s: setattr(s.due, "checked_at", NOW - 1),
     "release": lambda s: setattr(s, "release_wanted", True),
@@ -269,7 +271,7 @@ def test_each_row_of_a_drain_comes_before_all_that_follow_it() -> None:
     state, free = drained(), IDLE
     for name, make in MAKES_DRAIN.items():
         make(state)
-        free = BUSY if name == "drain, busy" else free
+        free = {"drain, busy": BUSY, "drain, full": FULL, "drain": BUSY}.get(name, free)
         assert drain_row(state, free) == name
         before = repr(state), vars(state.moderation).copy()
         next_action(state, NOW, free, DRAIN)
@@ -283,7 +285,33 @@ def test_a_drain_claims_until_nothing_comes_and_last_from_the_head() -> None:
         assert next_action(state, NOW, BUSY, DRAIN) == decide.Claim(looks=from_head, from_head=from_head)
         find(state, count=count, full=full)
     find(state, count=0)
-    assert next_action(state, NOW, BUSY, DRAIN) == decide.Wait(math.inf, looks=True, starts_batches=True)
+    assert drain_row(state, BUSY) == "drain, busy"
+
+
+def test_a_drain_that_has_a_free_slot_claims_now_and_then_while_handlers_run() -> None:
+    state, waits = drained(), []
+    state.slot_released(fits=False)
+    for _ in range(8):
+        find(state, count=0)
+        action = next_action(state, NOW, BUSY, DRAIN)
+        assert isinstance(action, decide.Wait)
+        assert action.looks
+        waits.append(round(action.until - NOW, 4))
+        state.waited(action.looks)
+    assert waits == [0.02, 0.04, 0.08, 0.16, 0.32, 0.5, 0.5, 0.5]
+    find(state, count=1)
+    find(state, count=0)
+    assert next_action(state, NOW, BUSY, DRAIN) == decide.Wait(NOW + 0.02, looks=True, starts_batches=True)
+    state.due.next_at = NOW + 0.01
+    assert next_action(state, NOW, BUSY, DRAIN) == decide.Wait(NOW + 0.01, looks=True, starts_batches=True)
+    state.due.next_at = NOW
+    assert drain_row(state, BUSY) == "drain, due"
+
+
+def test_a_drain_that_is_full_waits_for_a_handler_to_end() -> None:
+    state = drained()
+    state.due.next_at = NOW + 1
+    assert next_action(state, NOW, FULL, DRAIN) == decide.Wait(math.inf, looks=True, starts_batches=True)
 
 
 def test_a_drain_looks_once_more_for_all_that_may_be_left() -> None:
@@ -323,7 +351,7 @@ def test_a_drain_that_finds_something_does_not_end_yet(what: str) -> None:
 def test_a_drain_ends_when_it_can_claim_no_more() -> None:
     state = drained()
     state.slot_released(fits=False)
-    assert drain_row(state, FULL) == "drain, busy"
+    assert drain_row(state, FULL) == "drain, full"
     assert next_action(state, NOW, REFUSED, DRAIN) == decide.Finish()
 
 

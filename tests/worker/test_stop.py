@@ -230,3 +230,22 @@ async def test_drain_returns_when_nothing_is_runnable(bench: Bench, db: Any, dsn
     assert await nobody_left(db)
     with anyio.fail_after(limit()):
         await bench.app.run_worker(dsn=dsn, drain=True, poll_interval=0)  # nothing at all to do
+
+
+async def test_a_drain_runs_tasks_that_come_or_are_due_while_a_handler_runs(bench: Bench, db: Any, dsn: str) -> None:
+    """The handler may wait for them. The drain isn't told of either, and it has looked in vain for a while."""
+    rests = """SELECT state = 'idle' AND clock_timestamp() - state_change > '0.2 s' FROM pg_stat_activity
+               WHERE application_name LIKE 'notifyq claims %' AND datname = current_database()"""
+    await bench.app.enqueue(Hold())
+    await bench.app.enqueue(Note("due"), delay=0.5)
+    async with working(bench.app, dsn, drain=True) as worker:
+        await bench.held.reach(1)
+        assert await bench.seen.reach(1) == ["due"]
+        await eventually(lambda: db.fetchval(rests))
+        await bench.app.enqueue(Note("child"))
+        assert await bench.seen.reach(2) == ["due", "child"]
+        assert not worker.done.is_set()
+        bench.release.set()
+        with anyio.fail_after(limit()):
+            await worker.done.wait()
+    assert await db.fetchval("SELECT count(*) FROM notifyq.task") == 0
