@@ -56,8 +56,9 @@ class Settler:
         self._worker: int | None = None
         self._proven: int | None = None  # the worker that the connection proves to be alive
         self._most = BATCH  # outcomes in a statement: fewer, after one that failed because of its rows
-        self._held_up = False  # a lock is in the way of this batch
-        self._patient = False  # the lock isn't one of a task's row: the connection waits for it as long as for anything
+        self._was_locked_out = False  # a lock was in the way of this batch: look for locked rows before the next try
+        self._lock_seconds = LOCK_SECONDS  # how long to wait for a lock; 0: as long as for anything else
+        self._set_lock_seconds = LOCK_SECONDS  # what the connection is set to
 
     @property
     def pending(self) -> int:
@@ -163,7 +164,7 @@ class Settler:
         try:
             size = sum(outcome.size for outcome in batch) if unwritten.size else 0
             seconds = seconds_for(size) * 2 ** unwritten.tries(batch[0])
-            if self._held_up or unwritten.is_postponed(batch[0]):
+            if self._was_locked_out or unwritten.is_postponed(batch[0]):
                 batch = await self._without_locked(conn, batch, seconds)
                 if not batch:
                     return
@@ -179,9 +180,9 @@ class Settler:
                 await self._note_too_slow(batch[0], seconds)
             await self._recovery.back_off("settle", error)
         except asyncpg.LockNotAvailableError:
-            if self._held_up:
-                await self._set_lock_timeout(conn, patient=True)
-            self._held_up = True
+            if self._was_locked_out:  # and no task's row was locked: it is a lock of another kind, on a table say
+                self._lock_seconds = 0.0
+            self._was_locked_out = True
         except TRANSIENT as error:
             if not is_refusal(error):
                 self._disconnect()
@@ -194,9 +195,8 @@ class Settler:
         else:
             del unwritten.batch[: len(batch)]
             self._most = min(BATCH, self._most * 2)
-            self._held_up = False
-            if self._patient:
-                await self._set_lock_timeout(conn, patient=False)
+            self._was_locked_out = False
+            self._lock_seconds = LOCK_SECONDS
             unwritten.note_written([outcome for outcome in batch if outcome.job not in kept] if kept else batch)
             for outcome in kept.values():
                 unwritten.postpone(outcome, KEPT)
@@ -209,13 +209,6 @@ class Settler:
         if ids:
             self._unwritten.postpone_locked(ids)
         return [outcome for outcome in batch if outcome.job.id not in ids]
-
-    async def _set_lock_timeout(self, conn: Connection, *, patient: bool) -> None:
-        """patient  wait for locks as long as for anything else, and not for LOCK_SECONDS only"""
-        self._patient = patient
-        if not is_pooled(conn):
-            milliseconds = 0 if patient else round(LOCK_SECONDS * 1000)
-            await conn.execute("SELECT set_config('lock_timeout', $1, false)", str(milliseconds))
 
     async def _try_smaller(self, conn: Connection, outcome: Outcome, seconds: float) -> None:
         """Write a smaller form, and roll that back. If PostgreSQL takes it, go on with the form that was decided."""
@@ -267,12 +260,17 @@ class Settler:
             self._proven = None
 
     async def _connect(self) -> Connection:
+        """The connection, with the settings and the proof that it must have now."""
         if self._conn is None:
             self._conn = await connect_worker(self._dsn, "settle", worker=self._worker, lock_seconds=LOCK_SECONDS)
-            self._patient = False
+            self._lock_seconds = self._set_lock_seconds = LOCK_SECONDS
             self._conn.add_termination_listener(lambda _: self._wake.set())
         elif self._proven != self._worker and self._worker is not None and not is_pooled(self._conn):
             await self._conn.execute("SELECT pg_advisory_unlock_all()")
             await prove_alive(self._conn, self._worker)
         self._proven = self._worker
+        if self._set_lock_seconds != self._lock_seconds and not is_pooled(self._conn):
+            milliseconds = f"{self._lock_seconds * 1000:.0f}"
+            await self._conn.execute("SELECT set_config('lock_timeout', $1, false)", milliseconds)
+            self._set_lock_seconds = self._lock_seconds
         return self._conn

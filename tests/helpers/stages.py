@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
+from typing import Any
+
+import anyio
 
 from notifyq.worker.outcome import Outcome
+from notifyq.worker.settle import Settler
+
+from .machine import limit
 
 
 class Told:
@@ -25,3 +32,22 @@ class Told:
         self.failures.append(error)
 
     def note_success(self, stage: str) -> None: ...
+
+
+class Writing:
+    """A settler that writes these outcomes."""
+
+    def __init__(self, dsn: str, outcomes: list[Any]) -> None:
+        self.told = Told()
+        self.settler = Settler(dsn, True, self.told, self.told)
+        for outcome in outcomes:
+            self.settler.put(outcome)
+        self.settler.finish()
+
+    async def __aenter__(self) -> Writing:
+        self.task = asyncio.create_task(self.settler.run())
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        with anyio.fail_after(limit()):
+            await self.task

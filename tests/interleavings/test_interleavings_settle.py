@@ -5,21 +5,17 @@ A task has one lease, ends once, and is never lost, in any order of the statemen
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
-import anyio
 import asyncpg
 import pytest
 
 from notifyq.database.connection import SQL
 from notifyq.worker.outcome import Finished, HandedBack, RetryLater, Unhandled
-from notifyq.worker.settle import Settler
 
 from ..helpers import verbs
-from ..helpers.machine import limit
-from ..helpers.stages import Told
+from ..helpers.stages import Writing
 from ..helpers.steps import PREPARED, Session, Steps, until_blocked
 from ..helpers.verbs import (
     SETTLES,
@@ -199,25 +195,6 @@ OUTCOMES: dict[str, Any] = {
     "hand back": HandedBack,
     "unhandled": Unhandled,
 }
-
-
-class Writing:
-    """A settler that writes these outcomes."""
-
-    def __init__(self, dsn: str, outcomes: list[Any]) -> None:
-        self.told = Told()
-        self.settler = Settler(dsn, True, self.told, self.told)
-        for outcome in outcomes:
-            self.settler.put(outcome)
-        self.settler.finish()
-
-    async def __aenter__(self) -> Writing:
-        self.task = asyncio.create_task(self.settler.run())
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        with anyio.fail_after(limit()):
-            await self.task
 
 
 @pytest.mark.parametrize("kind", OUTCOMES)
