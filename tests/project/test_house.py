@@ -14,6 +14,8 @@ from ..conftest import FIRST
 PACKAGE = Path(notifyq.__file__).parent
 ROOT = Path(__file__).parents[2]
 EDGES = {"cli", "demo", "django", "embedded", "testing"}
+MOST_LINES, MOST_FUNCTION_LINES = 350, 60
+LONGER = {"embedded/server.py": 425}  # exceptions, which CONTRIBUTING.md names; they grow no longer
 RUNS_SQL = {"client", "worker", "database"} | EDGES
 
 
@@ -105,6 +107,20 @@ def test_lines_of_sql_end_at_column_120() -> None:
     for path in paths:
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
             assert len(line) <= 120, f"{path}:{number}"
+
+
+def test_files_and_functions_are_short() -> None:
+    for path in PACKAGE.rglob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        name = path.relative_to(PACKAGE).as_posix()
+        lines = len(text.splitlines())
+        most = LONGER.get(name, MOST_LINES)
+        assert lines <= most, name
+        assert name not in LONGER or lines > MOST_LINES, f"{name} is no exception any more"
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                assert node.end_lineno is not None
+                assert node.end_lineno - node.lineno < MOST_FUNCTION_LINES, f"{name}: {node.name}"
 
 
 def test_the_files_that_begin_first_are_there() -> None:
