@@ -40,10 +40,10 @@ class Free(NamedTuple):
     by_queue: dict[str, int]
     # Not 0 though by_queue is empty: all queues are paused, and the claimer must hear when one is resumed.
     total: int
-    is_idle: bool = False  # nothing runs, and all outcomes are written
+    is_idle: bool = False  # as Capacity.is_idle
 
 
-NOTHING = Free({}, 0)  # and not idle
+NOTHING = Free({}, 0)  # while something runs or waits to be written
 
 
 class Rate:
@@ -79,11 +79,12 @@ class Capacity:
 
     @property
     def is_idle(self) -> bool:
-        """Nothing runs, and all outcomes are written."""
+        """Nothing runs, and all outcomes are written, but for those that PostgreSQL refuses and that are tried again
+        later."""
         return not self._slots.held and not self._settler.pending
 
     def has_written(self, ids: Set[int]) -> bool:
-        """None of these tasks runs, and all outcomes are written."""
+        """None of these tasks runs, and all outcomes are written, with the same exception."""
         return not (ids & self._slots.held.keys()) and not self._settler.pending
 
     @property

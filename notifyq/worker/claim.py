@@ -11,6 +11,7 @@ import asyncio
 import math
 import random
 from collections.abc import Callable
+from contextlib import ExitStack, suppress
 from typing import assert_never
 
 import anyio
@@ -18,6 +19,7 @@ import anyio
 from .. import log
 from ..config import WorkerConfig
 from ..database.connection import Connection, connect_worker, is_pooled
+from ..database.errors import TRANSIENT
 from . import decide
 from .admission import Admission
 from .capacity import Capacity, Free
@@ -57,7 +59,7 @@ class Claimer:
         self._isolation = Isolation(self._capacity, self._admission, self._intake, runners, self._waiting, state)
         self._bell = BellConnection(fleet_key(config.queues, types), self._bell_moved)
         self._connections: list[Connection] = []
-        self.bell_pid: int | None = None  # of the backend that keeps the turn
+        self.bell_pid: int | None = None  # of the backend at the bell
 
     # Called by others on this loop.
 
@@ -86,7 +88,9 @@ class Claimer:
     def note_slot_released(self) -> None:
         """A slot is free, or outcomes were written."""
         state = self._state
-        state.slot_released(fits=state.unhandled_plain and self._capacity.fitting() > 0)
+        state.slot_released()
+        if state.unhandled_plain and self._capacity.fitting():
+            state.thread_released()
         self._wake.set()
 
     def look_for_unhandled(self) -> None:
@@ -132,7 +136,7 @@ class Claimer:
 
     async def run(self, worker: int, ready: Callable[[], None]) -> None:
         """Claim as `worker` until `stop`, or, with --drain, until nothing is left to do. Raises one of
-        connection.TRANSIENT, alone or in groups, when it can't."""
+        errors.TRANSIENT, alone or in groups, when it can't."""
         self._state.session_began(self._next_poll())
         self._bell.reset()
         try:
@@ -144,17 +148,20 @@ class Claimer:
                 ready()
                 await self._serve(conn, worker)
                 return
-            # end_backends.sql finds it by this name, to end it when its worker is frozen.
-            bell = await connect_worker(self._dsn, f"bell {worker}", worker=worker)
-            self._connections.append(bell)
-            self.bell_pid = bell.get_server_pid()
+            bell = None
+            if not self._config.drain:
+                # By this name end_backends.sql finds it: to end it when its worker is frozen, or has lost `conn`.
+                bell = await connect_worker(self._dsn, f"bell {worker}", worker=worker)
+                self._connections.append(bell)
+                self.bell_pid = bell.get_server_pid()
             for connection in self._connections:
                 connection.add_termination_listener(self._cut)
             await self._listener.listen(conn)
             await self._listener.prove(conn)
             await self._due.check(conn, worker, poll=True)
             async with anyio.create_task_group() as group:
-                group.start_soon(self._bell.run, bell, name="notifyq bell")
+                if bell is not None:
+                    group.start_soon(self._bell.run, bell, name="notifyq bell")
                 ready()
                 await self._serve(conn, worker)
                 group.cancel_scope.cancel()
@@ -163,14 +170,18 @@ class Claimer:
             await self._disconnect()
 
     async def _disconnect(self) -> None:
-        while self._connections:
-            connection = self._connections.pop(0)
-            connection.remove_termination_listener(self._cut)
-            # Closed properly, where that is quick: an end of file is a line in the server's log.
-            if self.stopping and self._state.failure is None and not connection.is_closed():
-                with anyio.move_on_after(1.0, shield=True):
-                    await connection.close()
-            connection.terminate()
+        with ExitStack() as stack:
+            stack.callback(self._connections.clear)
+            for connection in self._connections:
+                connection.remove_termination_listener(self._cut)
+                stack.callback(connection.terminate)
+            if not self.stopping or self._state.failure is not None:
+                return
+            for connection in self._connections:
+                if not connection.is_closed():
+                    # A connection that just ends is a line in the server's log. So close it properly, if that is quick.
+                    with suppress(*TRANSIENT), anyio.move_on_after(1.0, shield=True):
+                        await connection.close()
 
     def _cut(self, _: object) -> None:
         self.fail(ConnectionError("the server closed the connection"))
@@ -192,7 +203,7 @@ class Claimer:
                     if action.starts_batches:
                         self._runners.start_batches()
                     await self._waiting.wait(action.until)
-                    state.waited(action.looks)
+                    state.waited(action.then_claims)
                 case decide.Claim():
                     await self._claim(conn, worker, action, free)
                 case decide.Sleep():
@@ -209,8 +220,8 @@ class Claimer:
                     await self._waiting.write_heartbeat(conn, worker)
                 case decide.Isolate():
                     await self._isolation.run(conn, worker, bell)
-                case decide.LookOnceMore():
-                    state.look_once_more()
+                case decide.LastCheck():
+                    state.last_check_begins()
                 case decide.Finish():
                     return
                 case decide.Fail():
@@ -220,25 +231,27 @@ class Claimer:
 
     async def _claim(self, conn: Connection, worker: int, action: decide.Claim, free: Free) -> None:
         state = self._state
-        state.claim_begins(action.looks)
+        state.claim_begins(action.answers)
         count, full = await self._intake.claim(conn, worker, free, from_head=action.from_head)
         state.claimed(
             count,
             asyncio.get_running_loop().time(),
-            looks=action.looks,
+            answers=action.answers,
             without_turn=action.without_turn,
             full=full,
             enough=self._capacity.is_half_used,
         )
         if action.without_turn and count:
             self._bell.suspect_theft()
-        if action.looks:
-            await asyncio.sleep(0)  # what was claimed starts before anything else is asked
+        if action.answers:
+            # The claimed tasks start before the next statement is sent: they come one by one, so their latency counts.
+            # Under a backlog the server works on the next claim while they start.
+            await asyncio.sleep(0)
 
     async def _sleep(self, seconds: float, now: float) -> None:
         await asyncio.sleep(seconds)
-        late = asyncio.get_running_loop().time() - now - seconds > LAG_SECONDS
-        self._state.slept(late, now)
+        woke_up = asyncio.get_running_loop().time()
+        self._state.slept(woke_up - now - seconds > LAG_SECONDS, woke_up)
 
     async def _check_due(self, conn: Connection, worker: int, poll: bool) -> None:
         checked = await self._due.check(conn, worker, poll=poll)

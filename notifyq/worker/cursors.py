@@ -59,7 +59,7 @@ class Usual:
     def __init__(self) -> None:
         self._last = 0.0
 
-    def of(self, seconds: float) -> float:
+    def note(self, seconds: float) -> float:
         """Note that it took `seconds` now. Returns how long it usually takes."""
         usual, self._last = min(seconds, self._last), seconds
         return usual
@@ -94,7 +94,7 @@ class Cursors:
         for task in tasks:  # as `claim` sorts them: the last one of a level has its highest id
             self._highest[task.queue, task.priority] = task.id
         if not from_cursor:
-            self._from_head_at, self._head_seconds = now, self._usual.of(seconds)
+            self._from_head_at, self._head_seconds = now, self._usual.note(seconds)
             self._slow = self._head_seconds > SLOW_SECONDS + SLOW_EACH * len(tasks) and now >= self._not_before
             self.head_scan_at = math.inf
         else:

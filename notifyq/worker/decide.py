@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 DUE_BUSY_SECONDS = 0.25  # from one due check to the next under a backlog, where due tasks queue up behind the others
 UNLISTEN_SECONDS = 1.0  # for which a worker that has lost the turn still listens: it mostly has the turn again soon
 # From one claim to the next while it waits for SHARE: this part of the wait so far; at least, and at most, in seconds.
-ARMING_SHARE, ARMING_LEAST, ARMING_MOST = 0.02, 0.002, 0.05
+ARMING_PART, ARMING_LEAST, ARMING_MOST = 0.02, 0.002, 0.05
 
 
 class BellSilent(ConnectionError):
@@ -77,34 +77,34 @@ class CheckDue(_Action):
 
 @dataclass(frozen=True, slots=True)
 class Claim(_Action):
-    """`looks`: this claim answers all that has happened so far, so the State's `look` is cleared before it.
+    """`answers`: this claim answers all that has happened so far, so State.claim_wanted is cleared before it.
     `without_turn`: another worker has the turn. `from_head`: begin at the head, whatever the cursors say."""
 
-    looks: bool = False
+    answers: bool = False
     without_turn: bool = False
     from_head: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Sleep(_Action):
-    """Do nothing for `seconds`, whatever happens. Then look."""
+    """Do nothing for `seconds`, whatever happens. Then claim."""
 
     seconds: float
 
 
 @dataclass(frozen=True, slots=True)
 class Wait(_Action):
-    """Do nothing until something happens, or until this time. `looks`: then look. `starts_batches`: batches that wait
-    for more tasks begin with those that they have."""
+    """Do nothing until something happens, or until this time. `then_claims`: claim then, whatever happened.
+    `starts_batches`: batches that wait for more tasks begin with those that they have."""
 
     until: float
-    looks: bool = False
+    then_claims: bool = False
     starts_batches: bool = False
 
 
 @dataclass(frozen=True, slots=True)
-class LookOnceMore(_Action):
-    """Before the end of --drain: look once more for due tasks, waiters, ready tasks and tasks to isolate."""
+class LastCheck(_Action):
+    """Before the end of --drain: ask once more for due tasks, waiters, ready tasks and tasks to isolate."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +114,7 @@ class Finish(_Action):
 
 Action = (
     Fail | WriteHeartbeat | ReleaseWaiters | Isolate | Listen | Unlisten | CheckDue | Claim | Sleep | Wait
-    | LookOnceMore | Finish
+    | LastCheck | Finish
 )  # fmt: skip
 
 
@@ -142,8 +142,8 @@ def _waits_away(s: State, now: float) -> Action:
 
 def _waits_for_share(s: State, now: float) -> Action:
     armed = now - s.arming_since if s.wanted is ASLEEP else 0.0
-    gap = min(max(armed * ARMING_SHARE, ARMING_LEAST), ARMING_MOST)
-    return Wait(min(s.wakes_at, now + gap), looks=True, bell=ASLEEP)
+    gap = min(max(armed * ARMING_PART, ARMING_LEAST), ARMING_MOST)
+    return Wait(min(s.wakes_at, now + gap), then_claims=True, bell=ASLEEP)
 
 
 def _always(action: Action) -> Callable[[State, float], Action]:
@@ -192,7 +192,7 @@ TABLE: tuple[Row, ...] = (
         "It can't claim. Another worker may need the turn.",
     ),
     Row(
-        "deaf",
+        "not listening",
         lambda s, now, free: s.position is not AWAY and not s.listening,
         _always(Listen()),
         "LISTEN comes before the claim that comes before falling asleep, or a ring in between is lost.",
@@ -213,7 +213,8 @@ TABLE: tuple[Row, ...] = (
         "backlog",
         lambda s, now, free: _leaves_tasks(s, free),
         _always(Claim()),
-        "More is ready, and known to be: no other worker needs the turn meanwhile.",
+        "More is ready, and known to be, so this needs no turn. A worker that has it gives it up if this claim comes "
+        "back full too (State.claimed).",
     ),
     Row(
         "passing",
@@ -224,7 +225,7 @@ TABLE: tuple[Row, ...] = (
     Row(
         "poll found",
         lambda s, now, free: s.poll_found and s.position is AWAY,
-        _always(Claim(looks=True, without_turn=True)),
+        _always(Claim(answers=True, without_turn=True)),
         "The holder of the turn should have claimed these tasks. It may be a session that is no worker.",
     ),
     Row(
@@ -258,9 +259,9 @@ TABLE: tuple[Row, ...] = (
         "A scheduled task is due.",
     ),
     Row(
-        "look",
-        lambda s, now, free: s.look or now >= s.head_scan_at or now >= s.due.again_at,
-        _always(Claim(looks=True)),
+        "claim",
+        lambda s, now, free: s.claim_wanted or now >= s.head_scan_at or now >= s.due.again_at,
+        _always(Claim(answers=True)),
         "Something happened. Or a claim is due: from the head, or of tasks that another session had locked.",
     ),
     Row(
@@ -279,8 +280,8 @@ TABLE: tuple[Row, ...] = (
         "arming",
         lambda s, now, free: s.position is TURN,
         _waits_for_share,
-        "Transactions that didn't ring are open, or it would be asleep. The first of them to commit notifies no worker "
-        "either, and SHARE waits for the last. So look, each time after 2 % of the wait so far.",
+        "It asks for SHARE, which waits for open transactions that didn't ring. The first of them to commit notifies "
+        "no worker, and SHARE waits for the last. So claim now and then, each time after 2 % of the wait so far.",
     ),
     Row(
         "asleep",
@@ -292,12 +293,13 @@ TABLE: tuple[Row, ...] = (
 
 _ROWS = {row.name: row for row in TABLE}
 
-# The same with --drain, where a worker ends when it has nothing left to do. It waits for no new task, so it uses
-# neither the bell nor the turn.
+# The same with --drain, where a worker ends when it has nothing left to do. It never sleeps, so it needs no turn, and
+# no connection at the bell. It listens all the same: it hears at once that a queue was paused or resumed.
 DRAIN: tuple[Row, ...] = (
     _ROWS["failed"],
     _ROWS["heartbeat"],
     _ROWS["release"],
+    _ROWS["settings"],
     Row(
         "drain, due",
         lambda s, now, free: now >= s.due.next_at or now - s.due.checked_at > DUE_BUSY_SECONDS,
@@ -305,35 +307,35 @@ DRAIN: tuple[Row, ...] = (
         "Tasks come due while it works.",
     ),
     Row(
-        "drain",
-        lambda s, now, free: s.look and free.total > 0,
-        lambda s, now: Claim() if s.backlog else Claim(looks=True, from_head=True),
+        "drain, claim",
+        lambda s, now, free: s.claim_wanted and free.total > 0,
+        lambda s, now: Claim() if s.backlog else Claim(answers=True, from_head=True),
         "It claims until nothing comes. The last of these claims must see all tasks, also those before the cursors.",
     ),
     Row(
         "drain, full",
         lambda s, now, free: not free.total and not free.is_idle,
-        _always(Wait(math.inf, looks=True, starts_batches=True)),
+        _always(Wait(math.inf, then_claims=True, starts_batches=True)),
         "It can't claim until a handler ends, which frees a slot.",
     ),
     Row(
         "drain, busy",
         lambda s, now, free: not free.is_idle,
-        lambda s, now: Wait(min(now + s.drain_wait, s.due.next_at), looks=True, starts_batches=True),
+        lambda s, now: Wait(min(now + s.drain_wait, s.due.next_at), then_claims=True, starts_batches=True),
         "A handler may wait for a task that it has enqueued. No ring tells of that task, as this worker never sleeps. "
-        "So it looks now and then, less often each time that it finds nothing, and when a task is due.",
+        "So it claims now and then, less often each time that it finds nothing, and when a task is due.",
     ),
     _ROWS["isolate"],
     Row(
         "drained",
-        lambda s, now, free: s.looked_once_more or not free.total,
+        lambda s, now, free: s.last_check_begun or not free.total,
         _always(Finish()),
         "Nothing is left. Or it can't claim, though it is idle: it keeps too many outcomes that PostgreSQL refuses.",
     ),
     Row(
         "drain, idle",
         lambda s, now, free: True,
-        _always(LookOnceMore()),
+        _always(LastCheck()),
         "A handler may have enqueued a task as the last thing it did. Other tasks may be due, released or to isolate.",
     ),
 )

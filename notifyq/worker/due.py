@@ -77,7 +77,7 @@ class DueCheck:
             )
         if row is None or row[0] is None:
             if row is not None:
-                self._state.look = True  # some others may have been made ready
+                self._state.claim_wanted = True  # some others may have been made ready
                 echo = None  # it is sent
             promoted = await self._left_out.promote(conn, args[0], PROMOTED_AT_ONCE)
             row = await conn.fetchrow(SQL["check_due"], *args, 0, echo, cursor, timeout=timeout)

@@ -151,8 +151,8 @@ class Intake:
             answer = await unless_refused(
                 claim(*where, from_cursor=from_cursor, unhandled=unhandled, threads=threads, blind=blind)
             )
-            if answer is not None and ((jobs := self._left_out.taken(answer)) or not self._left_out):
-                self._state.look |= bool(self._left_out)  # more may be behind those that were left out just now
+            if answer is not None and ((jobs := self._left_out.drop_undone(answer)) or not self._left_out):
+                self._state.claim_wanted |= bool(self._left_out)  # more may be behind those that were left out just now
                 return jobs
         without = threads.types if threads else []
         return await self._left_out.claim(*where, unhandled=unhandled, without=without, blind=blind)

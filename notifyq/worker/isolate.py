@@ -64,7 +64,7 @@ class Isolation:
         finally:
             if locked and not conn.is_closed():
                 await conn.execute("SELECT pg_advisory_unlock(1852990835, 0)")
-        self._state.look |= count is not None
+        self._state.claim_wanted |= count is not None
         return count or 0
 
     async def _run_alone(self, conn: Connection, worker: int, keys: list[str], crashes: int) -> int | None:

@@ -102,8 +102,8 @@ class LeftOut:
         pauses = (*self._pauses.items(), *self._not_parked.items())
         return [id for id, pause in pauses if pause.due > now]
 
-    def taken(self, jobs: list[Job]) -> list[Job]:
-        """Of a claim's rows those that it has really claimed. A trigger has undone the others: leave them out."""
+    def drop_undone(self, jobs: list[Job]) -> list[Job]:
+        """The jobs that were really claimed. A trigger has undone the others' claim: leave them out from now on."""
         if None not in [job.needs_admission for job in jobs]:
             return jobs
         self._leave_out({job.id for job in jobs if job.needs_admission is None})
@@ -249,7 +249,7 @@ class LeftOut:
         blind: bool = False,
     ) -> list[Job]:
         async def these(ids: list[int]) -> list[Job]:
-            return self.taken(await claim_by_id(conn, worker, ids, limit, blind=blind))
+            return self.drop_undone(await claim_by_id(conn, worker, ids, limit, blind=blind))
 
         refusals = self._refusals
         jobs = await self._each([row[0] for row in await look(self.ids)], these)

@@ -99,7 +99,7 @@ class Found(NamedTuple):
     seconds: float | None  # until the next one is due; None: there is none
     ready: bool  # tasks are ready in the queues that it was asked about
     inserted: int  # how many tasks were ever inserted into these queues
-    cursor: datetime | None  # no task is scheduled for an earlier time
+    next_cursor: datetime | None  # no task is scheduled for an earlier time
 
 
 @dataclass(slots=True)
@@ -122,11 +122,11 @@ class DueTimer:
         self.checked_at = now
         self.next_at = math.inf if found.seconds is None else now + max(0.0, found.seconds)
         if found.promoted < PROMOTED_AT_ONCE:
-            self.cursor = found.cursor
+            self.cursor = found.next_cursor
         if from_cursor:
             self.next_at = min(self.next_at, self.head_scan_at)
         else:
-            takes = self.usual.of(seconds)
+            takes = self.usual.note(seconds)
             self.head_scan_at = now + (HEAD_SCAN_TIMES * takes if takes > SLOW_SECONDS else 0.0)
         if found.promoted >= PROMOTED_AT_ONCE:
             self.next_at = now
@@ -144,7 +144,7 @@ class State:
     position: Position = AWAY
     wanted: Position = AWAY
     listening: bool = False
-    look: bool = False  # something happened: claim
+    claim_wanted: bool = False  # something happened since the last claim that answers (decide.Claim)
     backlog: bool = False  # the last claim came back full
     left: set[str] = field(default_factory=set[str])  # queues with a limit in which it may have left tasks
     timer_unknown: bool = False  # due tasks weren't looked for since the last claim
@@ -158,7 +158,7 @@ class State:
     stopping: bool = False
     draining: bool = False  # it ends when nothing is left to do (--drain)
     drain_wait: float = DRAIN_LEAST  # until it claims again while handlers run; only with `draining`
-    looked_once_more: bool = False  # since something was found, or a task ended; only with `draining`
+    last_check_begun: bool = False  # and nothing was found since, and no task ended; only with `draining`
     failure: BaseException | None = None
     poll_at: float = math.inf
     head_scan_at: float = math.inf  # when to claim from the head even if nothing happens (cursors.py)
@@ -175,8 +175,8 @@ class State:
         self.position = self.wanted = AWAY
         self.failure = None
         self.backlog = self.listening = self.turn.passing = self.timer_unknown = self.poll_found = False
-        self.looked_once_more = False
-        self.look = self.unhandled = self.release_wanted = True
+        self.last_check_begun = False
+        self.claim_wanted = self.unhandled = self.release_wanted = True
         self.echo.text = ""
         self.due.next_at, self.due.checked_at = math.inf, 0.0
         self.poll_at = poll_at
@@ -196,48 +196,51 @@ class State:
             self.away_since = now
             self.turn.passing = False
         else:
-            self.look = True  # the claim that follows getting the turn, and falling asleep
+            self.claim_wanted = True  # the claim that follows getting the turn, and falling asleep
 
     def listens(self) -> None:
         # Notifications that came before weren't heard.
-        self.listening = self.look = self.unhandled = self.settings_changed = True
+        self.listening = self.claim_wanted = self.unhandled = self.settings_changed = True
 
     def unlistened(self) -> None:
         self.listening = False
         self.echo.text = ""
 
     def notified(self, *, unhandled: bool = False, settings: bool = False) -> None:
-        self.look = True
+        self.claim_wanted = True
         self.unhandled |= unhandled
         self.settings_changed |= settings
 
     # Claims.
 
-    def slot_released(self, fits: bool) -> None:
-        """A slot is free, or outcomes were written. `fits`: one more task fits, also if its handler is a plain one."""
-        if self.unhandled_plain and fits:
-            self.unhandled_plain = False
-            self.unhandled = self.look = True
+    def slot_released(self) -> None:
+        """A slot is free, or outcomes were written."""
         if self.draining:
-            self._look_again()
+            self._found_something()
 
-    def claim_begins(self, looks: bool) -> None:
-        """Called before the statement. What happens from here on asks for another claim."""
-        if looks:
-            self.look = self.poll_found = False
+    def thread_released(self) -> None:
+        """One more task fits, also if its handler is a plain one. Called only while `unhandled_plain` is true."""
+        self.unhandled_plain = False
+        self.unhandled = self.claim_wanted = True
+
+    def claim_begins(self, answers: bool) -> None:
+        """Called before the statement. If this claim answers what has happened so far, what happens from here on asks
+        for another."""
+        if answers:
+            self.claim_wanted = self.poll_found = False
 
     def claimed(
-        self, count: int, now: float, *, looks: bool, without_turn: bool = False, full: bool, enough: bool
+        self, count: int, now: float, *, answers: bool, without_turn: bool = False, full: bool, enough: bool
     ) -> None:
         """`count` tasks came. `full`: as many as were asked for. `enough`: they keep this worker busy."""
         self.backlog = full
         self.claimed_since += count
         self.moderation.arrived(count, now)
         if self.draining and count:
-            self._look_again()
+            self._found_something()
         elif self.draining:
             self.drain_wait = min(DRAIN_MOST, 2 * self.drain_wait)
-        if not looks:
+        if not answers:
             if full:
                 self.wanted = AWAY
         elif not without_turn:
@@ -256,19 +259,20 @@ class State:
         self.moderation.update(now)
         if late:
             self.pass_on(now)
-        self.look = True
+        self.claim_wanted = True
 
-    def waited(self, looks: bool) -> None:
-        self.look |= looks
+    def waited(self, then_claims: bool) -> None:
+        self.claim_wanted |= then_claims
 
-    def look_once_more(self) -> None:
-        """Nothing seems to be left to do."""
-        self.look = self.release_wanted = self.isolation_wanted = self.looked_once_more = True
+    def last_check_begins(self) -> None:
+        """Nothing seems to be left to do. Ask for all that may still be."""
+        self.claim_wanted = self.release_wanted = self.isolation_wanted = self.last_check_begun = True
         self.due.checked_at = -math.inf
 
-    def _look_again(self) -> None:
-        self.look = True
-        self.looked_once_more = False
+    def _found_something(self) -> None:
+        """Tasks came or became ready, or one ended, which may have enqueued others."""
+        self.claim_wanted = True
+        self.last_check_begun = False
         self.drain_wait = DRAIN_LEAST
 
     # Due tasks.
@@ -282,7 +286,7 @@ class State:
         """A due check was answered at `now`. `full`: the queues that it can't claim from, but for paused ones."""
         self.due.checked(found, now, seconds=seconds, from_cursor=from_cursor)
         if found.promoted:
-            self._look_again()
+            self._found_something()
         if self.inserted >= 0:
             # Tasks for other workers have arrived too. While they come in numbers, don't make them ring either.
             self.moderation.arrived(max(0, found.inserted - self.inserted - self.claimed_since), now)
@@ -294,7 +298,7 @@ class State:
             return
         self.due.again_wait = 0.0
         if poll:
-            self.look |= found.ready
+            self.claim_wanted |= found.ready
         elif found.ready and self.position is not AWAY:
             if self.turn.pass_on_for_full_queue(now):
                 self.wanted = AWAY

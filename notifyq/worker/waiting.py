@@ -39,7 +39,7 @@ class Waiting:
         ready = 0
         with anyio.CancelScope(shield=True):
             ready = await self._left_out.release_waiters(conn)
-        self._state.look |= ready > 0
+        self._state.claim_wanted |= ready > 0
         return ready
 
     async def wait_until(self, conn: Connection, worker: int, done: Callable[[], bool], seconds: float) -> bool:

@@ -27,10 +27,14 @@ MUTANTS: dict[str, list[Change]] = {
     "final claim": [
         (
             "worker/state.py",
-            "self.look = True  # the claim that follows getting the turn, and falling asleep",
-            "self.look |= position is TURN",
+            "self.claim_wanted = True  # the claim that follows getting the turn, and falling asleep",
+            "self.claim_wanted |= position is TURN",
         ),
-        ("worker/state.py", "self.look |= looks", "self.look |= looks and self.position is TURN"),
+        (
+            "worker/state.py",
+            "self.claim_wanted |= then_claims",
+            "self.claim_wanted |= then_claims and self.position is TURN",
+        ),
     ],
     # A rescuer takes every other worker for dead, whatever its lock and its heartbeat say.
     "liveness": [

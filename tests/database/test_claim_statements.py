@@ -300,16 +300,16 @@ async def test_due_promotes_and_tells_the_next(worker: Any) -> None:
     row = await worker.fetchrow(SQL["check_due"], ["default", "none"], [], 2, None, None)
     assert row["promoted"] == 1
     assert 3590 < row["next_seconds"] <= 3600
-    assert (row["blocked"], row["inserted"], row["echo"]) == (False, 6, None)
+    assert (row["ready"], row["inserted"], row["echo"]) == (False, 6, None)
     assert {id for id, state in (await states(worker)).items() if state == "ready"} == set(overdue)
 
 
 async def test_due_sees_tasks_in_a_queue_without_capacity(worker: Any) -> None:
-    assert not (await worker.fetchrow(SQL["check_due"], [], ["default"], 9, None, None))["blocked"]
+    assert not (await worker.fetchrow(SQL["check_due"], [], ["default"], 9, None, None))["ready"]
     await insert(worker, run_at="2999-01-01")
-    assert not (await worker.fetchrow(SQL["check_due"], [], ["default"], 9, None, None))["blocked"]
+    assert not (await worker.fetchrow(SQL["check_due"], [], ["default"], 9, None, None))["ready"]
     await insert(worker)
-    assert (await worker.fetchrow(SQL["check_due"], [], ["none", "default"], 9, None, None))["blocked"]
+    assert (await worker.fetchrow(SQL["check_due"], [], ["none", "default"], 9, None, None))["ready"]
 
 
 @pytest.mark.parametrize("at", ["infinity", "294276-12-31 23:59:59"])

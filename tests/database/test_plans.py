@@ -241,7 +241,7 @@ async def test_claims_from_a_cursor_step_over_no_dead_entries(worker: Any, conne
     for name, run, from_cursor in (
         ("claim", lambda mark: claims.claim(worker, me, {"default": 5}, 5, from_cursor=mark),
          FromCursor(["default"], [0], [max(job.id for job in jobs)])),
-        ("check_due", lambda mark: worker.fetch(SQL["check_due"], ["default"], [], 5, None, mark), later),
+        ("check_due", lambda cursor: worker.fetch(SQL["check_due"], ["default"], [], 5, None, cursor), later),
     ):  # fmt: skip
         async with rolled_back(worker):
             _, front = await touched(worker, lambda run=run: run(None))  # type: ignore[misc]

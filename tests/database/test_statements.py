@@ -70,8 +70,8 @@ STATEMENTS = {
     "list_misdated": Statement("text", "failed:int8[] granted:int8[]", "task_scheduled"),
     "check_due": Statement(
         "text[] text[] int4 text timestamptz",
-        "promoted:int8 next_seconds:float8 blocked:bool inserted:int8 slot_released:bool settings:text "
-        "mark:timestamptz echo:text",
+        "promoted:int8 next_seconds:float8 ready:bool inserted:int8 slot_released:bool settings:text "
+        "next_cursor:timestamptz echo:text",
         "task_pkey task_ready task_scheduled",
     ),
     "end_backends": Statement("int4 text[] int8", "ended:int4 remaining:int4", ""),

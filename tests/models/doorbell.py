@@ -12,18 +12,18 @@ What is merged or left out, and why that hides nothing:
 * The position that an action asks for (`bell`) is wanted together with what it is decided from. Only the connection at
   the bell reads it, and one that acts late looks the same as a loop that decides late.
 * A claim is one step: its begin, the statement's snapshot, and its answer. A ring in between is delivered at the
-  statement's end and sets `look` again, as it does a moment later; a task that is committed in between rings, or keeps
-  SHARE away. Only the loop reads what the answer changes.
+  statement's end and sets `claim_wanted` again, as it does a moment later; a task that is committed in between rings,
+  or keeps SHARE away. Only the loop reads what the answer changes.
 * A lock that is granted and the client's hearing of it are one step: meanwhile no other session is treated otherwise
   than while it waits. So are BEGIN and fall_asleep, and `position = AWAY` and pg_advisory_unlock.
 * Time isn't modelled: a wait's timer may go off whenever the wait lasts, and `Moderation` may say anything after a
   claim. A wait of less than a second comes soon, a longer one maybe never.
 * Handlers end when they like. Of the table's rows, those stay out of reach that a failure, the heartbeat, a timer, an
-  echo, the fallback poll, a set-aside, a setting or a queue's limit leads to (OUT_OF_REACH): other stories, that end in
-  `look`, as a ring does, or in the end of the session. So a claim and the due check after it are one step. A session
-  that fails is a worker killed and another that starts.
+  echo, the fallback poll, a setting or a queue's limit leads to (OUT_OF_REACH): other stories, that end in
+  `claim_wanted`, as a ring does, or in the end of the session. So a claim and the due check after it are one step. A
+  session that fails is a worker killed and another that starts.
 * Two rings that a worker hasn't heard yet are one; and one that comes while it is away is heard at once, as nothing
-  comes of it: `look` is set with the turn.
+  comes of it: `claim_wanted` is set with the turn.
 * What a worker ran when it was killed is the other model's story.
 * Claims see all that is ready. From a cursor (cursors.py) they may overlook a task until the next claim from the head,
   which has a timer: tests/worker/test_cursors.py shows that it comes in time.
@@ -91,8 +91,8 @@ class Worker(NamedTuple):
     queued: int = 0  # rank in the turn's queue; 0: not in it
     listening: bool = True
     rung: bool = False  # a NOTIFY that isn't delivered yet
-    look: bool = False
-    clearing: bool = False  # only in the variant that clears `look` after the claim
+    claim_wanted: bool = False
+    clearing: bool = False  # only in the variant that clears `claim_wanted` after the claim
     backlog: bool = False
     passing: bool = False
     awake: bool = False  # what Moderation says
@@ -119,7 +119,7 @@ def to_state(worker: Worker) -> state.State:
         position=POSITION.get(worker.bell, AWAY),
         wanted=Position(worker.wanted),
         listening=worker.listening,
-        look=worker.look,
+        claim_wanted=worker.claim_wanted,
         backlog=worker.backlog,
         moderation=Says(worker.awake),
     )
@@ -131,7 +131,7 @@ def from_state(worker: Worker, now: state.State) -> Worker:
     return worker._replace(
         wanted=int(now.wanted),
         listening=now.listening,
-        look=now.look,
+        claim_wanted=now.claim_wanted,
         backlog=now.backlog,
         passing=now.turn.passing,
         awake=now.moderation.is_awake(0.0),
@@ -168,12 +168,12 @@ REFUSES = {Bell.ARMING, Bell.ASLEEP}  # SHARE, held or waited for
 
 # Changes that look harmless, and aren't.
 WRONG = {
-    "late flag": "`look` is cleared after the claim instead of before",
+    "late flag": "`claim_wanted` is cleared after the claim instead of before",
     "no last claim": "falling asleep isn't followed by a claim",
     "no share": "an enqueuer that is granted its lock doesn't keep it until commit",
     "late listen": "LISTEN after falling asleep instead of before",
-    "deaf": "LISTEN on the connection that waits for the locks",
-    "no arming look": "a worker that waits for SHARE doesn't look now and then",
+    "one connection": "LISTEN on the connection that waits for the locks",
+    "no claims while arming": "a worker that waits for SHARE doesn't claim now and then",
     "long wait": "the wait for SHARE goes on when the worker wants to be away",
     "locks first": "locks are released before the rows are visible",
     "flag row": "an enqueuer decides by its snapshot whether a worker sleeps, as with a flag in a row",
@@ -200,9 +200,13 @@ def _waits_for_share(s: state.State, now: float) -> Action:
 
 # The wrong variants that are another table.
 WRONG_TABLES = {
-    "late listen": change("deaf", lambda s, now, free: s.position is ASLEEP and not s.listening and not s.look),
-    "never again": drop("deaf"),
-    "no arming look": tuple(replace(row, action=_waits_for_share) if row.name == "arming" else row for row in TABLE),
+    "late listen": change(
+        "not listening", lambda s, now, free: s.position is ASLEEP and not s.listening and not s.claim_wanted
+    ),
+    "never again": drop("not listening"),
+    "no claims while arming": tuple(
+        replace(row, action=_waits_for_share) if row.name == "arming" else row for row in TABLE
+    ),
 }
 # Rows that no state of the model reaches: see above.
 OUT_OF_REACH = {
@@ -319,7 +323,7 @@ class Doorbell:
 
     def _hears(self, worker: Worker) -> Iterator[Move]:
         """What happens to it."""
-        if worker.rung and not (self._wrong == "deaf" and worker.bell in {Bell.QUEUED, Bell.ARMING}):
+        if worker.rung and not (self._wrong == "one connection" and worker.bell in {Bell.QUEUED, Bell.ARMING}):
             heard = self._event(worker._replace(rung=False), lambda s: s.notified())
             yield self._move("hears the bell (State.notified)", heard, NOW)
         if worker.held:
@@ -331,22 +335,24 @@ class Doorbell:
     def _loop(self, worker: Worker, sees: Sees) -> Iterator[Move]:
         """What comes of the action that Claimer carries out."""
         if worker.clearing:
-            cleared = worker._replace(clearing=False, look=False)
-            yield self._move("has the claim's answer, and clears `look`", cleared, NOW)
+            cleared = worker._replace(clearing=False, claim_wanted=False)
+            yield self._move("has the claim's answer, and clears `claim_wanted`", cleared, NOW)
             return
         match self._action(worker, 0.0):
             case decide.Wait() as wait:
                 yield from self._waits(worker, wait)
             case decide.Listen():
-                yield self._move("LISTEN, and will look", self._event(worker, self._listens), NOW)
+                yield self._move("LISTEN, and will claim", self._event(worker, self._listens), NOW)
             case decide.Claim() as claim:
-                text = "clears `look` and claims" if claim.looks else "claims again, as the last came back full"
-                yield from self._claim(worker, sees, claim.looks, text)
+                text = (
+                    "clears `claim_wanted` and claims" if claim.answers else "claims again, as the last came back full"
+                )
+                yield from self._claim(worker, sees, claim.answers, text)
             case decide.Sleep():
-                looks = self._event(worker, lambda s: s.slept(False, 0.0))
-                yield self._move("stays awake, and will look", looks, NOW)
+                slept = self._event(worker, lambda s: s.slept(False, 0.0))
+                yield self._move("stays awake, and will claim", slept, NOW)
                 late = self._event(worker, lambda s: s.slept(True, 0.0))
-                yield self._move("wakes up late, so passes the turn on", late._replace(look=False), MAYBE)
+                yield self._move("wakes up late, so passes the turn on", late._replace(claim_wanted=False), MAYBE)
             case action:
                 raise AssertionError(f"{action} is none that the model knows")
 
@@ -354,47 +360,47 @@ class Doorbell:
         """The timer goes off."""
         if wait.until == math.inf:
             return
-        if wait.looks:
-            looks = self._event(worker, lambda s: s.waited(wait.looks))
-            yield self._move("looks again, while it waits for SHARE", looks, SOON if wait.until < 1.0 else MAYBE)
+        if wait.then_claims:
+            waited = self._event(worker, lambda s: s.waited(wait.then_claims))
+            yield self._move("will claim again, while it waits for SHARE", waited, SOON if wait.until < 1.0 else MAYBE)
             return
         action = self._action(worker, wait.until)
         assert isinstance(action, decide.Unlisten), action
         yield self._move("UNLISTEN, away for a second", self._event(worker, lambda s: s.unlistened()), MAYBE)
 
     def _listens(self, s: state.State) -> None:
-        look = s.look
+        wanted = s.claim_wanted
         s.listens()
         if self._wrong == "late listen":
-            s.look = look
+            s.claim_wanted = wanted
 
-    def _claim(self, worker: Worker, sees: Sees, looks: bool, text: str) -> Iterator[Move]:
+    def _claim(self, worker: Worker, sees: Sees, answers: bool, text: str) -> Iterator[Move]:
         free = self.slots - worker.held
         taken = min(free, sees.rung + sees.silent)
         text = f"{text} (claim.sql: {taken or 'nothing'})"
         for rung in range(max(0, taken - sees.silent), min(taken, sees.rung) + 1):
-            after = self._claimed(worker, looks, taken, awake=False, enough=False)
+            after = self._claimed(worker, answers, taken, awake=False, enough=False)
             yield self._move(text, after, NOW, rung, taken - rung)
-            after = self._claimed(worker, looks, taken, awake=True, enough=False)
+            after = self._claimed(worker, answers, taken, awake=True, enough=False)
             yield self._move(f"{text}; more may come", after, NOW, rung, taken - rung)
-            if taken and looks and (worker.held + taken) * 2 > self.slots:
-                after = self._claimed(worker, looks, taken, awake=False, enough=True)
+            if taken and answers and (worker.held + taken) * 2 > self.slots:
+                after = self._claimed(worker, answers, taken, awake=False, enough=True)
                 yield self._move(f"{text}; that is work enough", after, NOW, rung, taken - rung)
 
-    def _claimed(self, worker: Worker, looks: bool, taken: int, *, awake: bool, enough: bool) -> Worker:
+    def _claimed(self, worker: Worker, answers: bool, taken: int, *, awake: bool, enough: bool) -> Worker:
         full = taken >= self.slots - worker.held
 
         def claim(s: state.State) -> None:
             if self._wrong != "late flag":
-                s.claim_begins(looks)
+                s.claim_begins(answers)
             s.moderation = Says(awake)
-            s.claimed(taken, 0.0, looks=looks, full=full, enough=enough)
+            s.claimed(taken, 0.0, answers=answers, full=full, enough=enough)
 
         after = self._event(worker._replace(held=worker.held + taken), claim)
-        return after._replace(clearing=looks and self._wrong == "late flag")
+        return after._replace(clearing=answers and self._wrong == "late flag")
 
     def _move_bell(self, worker: Worker, sees: Sees) -> Iterator[Move]:
-        """BellConnection.run. State.bell_moved sets `look` with each new position but AWAY."""
+        """BellConnection.run. State.bell_moved sets `claim_wanted` with each new position but AWAY."""
         here, wanted = worker.bell, worker.wanted
         if here is Bell.AWAY and wanted != AWAY:
             queued = worker._replace(bell=Bell.QUEUED, queued=max(0, sees.last) + 1)
@@ -455,7 +461,9 @@ class Doorbell:
         """With the position that the next action asks for."""
         if worker.bell not in POSITION:
             # Nothing of this is read before it is set again, with the turn, and by the first claim.
-            worker = worker._replace(look=False, awake=False, rung=worker.rung and self._wrong == "deaf")
+            worker = worker._replace(
+                claim_wanted=False, awake=False, rung=worker.rung and self._wrong == "one connection"
+            )
         if worker.clearing:
             return worker
         bell = self._action(worker, 0.0).bell

@@ -70,7 +70,7 @@ MAKES: dict[str, Callable[[State], object]] = {
     "arming": lambda s: setattr(s, "position", Position.TURN),
     "echo": lambda s: setattr(s, "echo", Echo(on=True, sent_at=NOW - ECHO_SECONDS - 1)),
     "awake": burst,
-    "look": lambda s: s.notified(),
+    "claim": lambda s: s.notified(),
     "due": lambda s: setattr(s.due, "next_at", NOW),
     "echo lost": lose_echo,
     "away": be_away,
@@ -81,7 +81,7 @@ MAKES: dict[str, Callable[[State], object]] = {
     "backlog": lambda s: setattr(s, "backlog", True),
     "backlog, due": lambda s: setattr(s.due, "checked_at", NOW - 1),
     "settings": lambda s: s.notified(settings=True),
-    "deaf": lambda s: s.unlistened(),
+    "not listening": lambda s: s.unlistened(),
     "no capacity": lambda s: None,
     "timer unknown": lambda s: setattr(s, "timer_unknown", True),
     "isolate": lambda s: setattr(s, "isolation_wanted", True),
@@ -133,7 +133,7 @@ def test_it_looks_ever_more_rarely_while_it_waits_for_share() -> None:
         state.want(Position.ASLEEP, NOW - armed)
         action = next_action(state, NOW, FREE)
         assert isinstance(action, decide.Wait)
-        assert action.looks
+        assert action.then_claims
         gaps.append(round(action.until - NOW, 4))
     assert gaps == [0.002, 0.002, 0.02, 0.05]
 
@@ -152,12 +152,12 @@ def test_an_echo_that_is_not_heard_ends_the_session() -> None:
 def test_without_the_turn_it_claims_only_what_the_poll_found() -> None:
     state = asleep()
     be_away(state)
-    state.look = True
+    state.claim_wanted = True
     state.polled(False, NOW + 5)
     assert row(state) == "away", "it would claim, but the poll found nothing"
     state.polled(True, NOW + 5)
-    assert next_action(state, NOW, FREE) == decide.Claim(looks=True, without_turn=True)
-    state.claim_begins(looks=True)
+    assert next_action(state, NOW, FREE) == decide.Claim(answers=True, without_turn=True)
+    state.claim_begins(answers=True)
     assert row(state) == "away"
 
 
@@ -165,18 +165,18 @@ def test_a_claim_is_followed_by_a_due_check_unless_it_came_full_or_more_may_come
     for full, checked_at, follows in ((False, NOW - 1, True), (False, NOW, True), (True, NOW - 1, False)):
         state = asleep()
         state.due.checked_at = checked_at
-        state.claimed(1, NOW, looks=True, full=full, enough=False)
+        state.claimed(1, NOW, answers=True, full=full, enough=False)
         assert state.timer_unknown is follows
     state = asleep()
-    state.claimed(9, NOW, looks=True, full=False, enough=False)
+    state.claimed(9, NOW, answers=True, full=False, enough=False)
     assert not state.timer_unknown, "it stays awake, and has looked a moment ago"
 
 
 def test_a_second_full_claim_leaves_the_turn_to_others() -> None:
     state = asleep()
-    state.claimed(3, NOW, looks=True, full=True, enough=False)
+    state.claimed(3, NOW, answers=True, full=True, enough=False)
     wanted = [state.wanted]
-    state.claimed(3, NOW, looks=False, full=True, enough=False)
+    state.claimed(3, NOW, answers=False, full=True, enough=False)
     assert [*wanted, state.wanted] == [Position.ASLEEP, Position.AWAY]
 
 
@@ -234,7 +234,7 @@ BUSY, IDLE, REFUSED = Free({"q": 3}, 3), Free({"q": 3}, 3, is_idle=True), Free({
 
 def drained() -> State:
     """A worker with --drain that has found nothing, and then has looked once more."""
-    state = State(draining=True, looked_once_more=True)
+    state = State(draining=True, last_check_begun=True)
     state.due.checked_at = NOW
     return state
 
@@ -247,19 +247,20 @@ def find(state: State, *, count: int, full: bool = False) -> None:
     """Carry out the claim that is next, which finds this."""
     action = next_action(state, NOW, BUSY, DRAIN)
     assert isinstance(action, decide.Claim)
-    state.claim_begins(action.looks)
-    state.claimed(count, NOW, looks=action.looks, full=full, enough=True)
+    state.claim_begins(action.answers)
+    state.claimed(count, NOW, answers=action.answers, full=full, enough=True)
 
 
 # As above: from the last row to the first.
 MAKES_DRAIN: dict[str, Callable[[State], object]] = {
-    "drain, idle": lambda s: setattr(s, "looked_once_more", False),
-    "drained": lambda s: setattr(s, "looked_once_more", True),
+    "drain, idle": lambda s: setattr(s, "last_check_begun", False),
+    "drained": lambda s: setattr(s, "last_check_begun", True),
     "isolate": lambda s: setattr(s, "isolation_wanted", True),
     "drain, busy": lambda s: None,
     "drain, full": lambda s: None,
-    "drain": lambda s: s.notified(),
+    "drain, claim": lambda s: s.notified(),
     "drain, due": lambda s: setattr(s.due, "checked_at", NOW - 1),
+    "settings": lambda s: s.notified(settings=True),
     "release": lambda s: setattr(s, "release_wanted", True),
     "heartbeat": lambda s: setattr(s, "heartbeat_wanted", True),
     "failed": lambda s: setattr(s, "failure", ConnectionError("cut")),
@@ -271,7 +272,7 @@ def test_each_row_of_a_drain_comes_before_all_that_follow_it() -> None:
     state, free = drained(), IDLE
     for name, make in MAKES_DRAIN.items():
         make(state)
-        free = {"drain, busy": BUSY, "drain, full": FULL, "drain": BUSY}.get(name, free)
+        free = {"drain, busy": BUSY, "drain, full": FULL, "drain, claim": BUSY}.get(name, free)
         assert drain_row(state, free) == name
         before = repr(state), vars(state.moderation).copy()
         next_action(state, NOW, free, DRAIN)
@@ -280,9 +281,9 @@ def test_each_row_of_a_drain_comes_before_all_that_follow_it() -> None:
 
 def test_a_drain_claims_until_nothing_comes_and_last_from_the_head() -> None:
     state = drained()
-    state.look = True
+    state.claim_wanted = True
     for count, full, from_head in ((3, True, True), (3, True, False), (2, False, False), (1, False, True)):
-        assert next_action(state, NOW, BUSY, DRAIN) == decide.Claim(looks=from_head, from_head=from_head)
+        assert next_action(state, NOW, BUSY, DRAIN) == decide.Claim(answers=from_head, from_head=from_head)
         find(state, count=count, full=full)
     find(state, count=0)
     assert drain_row(state, BUSY) == "drain, busy"
@@ -290,20 +291,20 @@ def test_a_drain_claims_until_nothing_comes_and_last_from_the_head() -> None:
 
 def test_a_drain_that_has_a_free_slot_claims_now_and_then_while_handlers_run() -> None:
     state, waits = drained(), []
-    state.slot_released(fits=False)
+    state.slot_released()
     for _ in range(8):
         find(state, count=0)
         action = next_action(state, NOW, BUSY, DRAIN)
         assert isinstance(action, decide.Wait)
-        assert action.looks
+        assert action.then_claims
         waits.append(round(action.until - NOW, 4))
-        state.waited(action.looks)
+        state.waited(action.then_claims)
     assert waits == [0.02, 0.04, 0.08, 0.16, 0.32, 0.5, 0.5, 0.5]
     find(state, count=1)
     find(state, count=0)
-    assert next_action(state, NOW, BUSY, DRAIN) == decide.Wait(NOW + 0.02, looks=True, starts_batches=True)
+    assert next_action(state, NOW, BUSY, DRAIN) == decide.Wait(NOW + 0.02, then_claims=True, starts_batches=True)
     state.due.next_at = NOW + 0.01
-    assert next_action(state, NOW, BUSY, DRAIN) == decide.Wait(NOW + 0.01, looks=True, starts_batches=True)
+    assert next_action(state, NOW, BUSY, DRAIN) == decide.Wait(NOW + 0.01, then_claims=True, starts_batches=True)
     state.due.next_at = NOW
     assert drain_row(state, BUSY) == "drain, due"
 
@@ -311,25 +312,25 @@ def test_a_drain_that_has_a_free_slot_claims_now_and_then_while_handlers_run() -
 def test_a_drain_that_is_full_waits_for_a_handler_to_end() -> None:
     state = drained()
     state.due.next_at = NOW + 1
-    assert next_action(state, NOW, FULL, DRAIN) == decide.Wait(math.inf, looks=True, starts_batches=True)
+    assert next_action(state, NOW, FULL, DRAIN) == decide.Wait(math.inf, then_claims=True, starts_batches=True)
 
 
 def test_a_drain_looks_once_more_for_all_that_may_be_left() -> None:
     state = State(draining=True)
     state.due.checked_at = NOW
-    assert next_action(state, NOW, IDLE, DRAIN) == decide.LookOnceMore()
-    state.look_once_more()
+    assert next_action(state, NOW, IDLE, DRAIN) == decide.LastCheck()
+    state.last_check_begins()
     rows = [drain_row(state)]
     state.release_wanted = False
     rows.append(drain_row(state))
     state.due_check_begins()
     state.due_checked(found(), NOW, seconds=0.001, from_cursor=False, full=[], poll=False)
     rows.append(drain_row(state))
-    assert next_action(state, NOW, IDLE, DRAIN) == decide.Claim(looks=True, from_head=True)
+    assert next_action(state, NOW, IDLE, DRAIN) == decide.Claim(answers=True, from_head=True)
     find(state, count=0)
     rows.append(drain_row(state))
     state.isolation_wanted = False
-    assert [*rows, drain_row(state)] == ["release", "drain, due", "drain", "isolate", "drained"]
+    assert [*rows, drain_row(state)] == ["release", "drain, due", "drain, claim", "isolate", "drained"]
     assert next_action(state, NOW, IDLE, DRAIN) == decide.Finish()
 
 
@@ -340,27 +341,25 @@ def test_a_drain_that_finds_something_does_not_end_yet(what: str) -> None:
     if what == "promoted":
         state.due_checked(found(1), NOW, seconds=0.001, from_cursor=False, full=[], poll=False)
     elif what == "claimed":
-        state.look = True
+        state.claim_wanted = True
         find(state, count=1)
     else:
-        state.slot_released(fits=False)
+        state.slot_released()
     find(state, count=0)
     assert drain_row(state) == "drain, idle"
 
 
 def test_a_drain_ends_when_it_can_claim_no_more() -> None:
     state = drained()
-    state.slot_released(fits=False)
+    state.slot_released()
     assert drain_row(state, FULL) == "drain, full"
     assert next_action(state, NOW, REFUSED, DRAIN) == decide.Finish()
 
 
 def test_without_drain_a_free_slot_alone_is_no_reason_to_claim() -> None:
     state = asleep()
-    state.slot_released(fits=True)
-    assert row(state) == "asleep"
     state.unhandled_plain = True
-    state.slot_released(fits=False)
+    state.slot_released()
     assert row(state) == "asleep"
-    state.slot_released(fits=True)
-    assert (row(state), state.unhandled, state.unhandled_plain) == ("look", True, False)
+    state.thread_released()
+    assert (row(state), state.unhandled, state.unhandled_plain) == ("claim", True, False)

@@ -6,9 +6,12 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import anyio
+import asyncpg
 import pytest
 
 import notifyq
+from notifyq.database.connection import Connection, connect_worker
+from notifyq.worker import claim
 from notifyq.worker.capacity import Rate
 
 from ..helpers.databases import Sessions, outage
@@ -249,3 +252,36 @@ async def test_a_drain_runs_tasks_that_come_or_are_due_while_a_handler_runs(benc
         with anyio.fail_after(limit()):
             await worker.done.wait()
     assert await db.fetchval("SELECT count(*) FROM notifyq.task") == 0
+
+
+async def test_a_connection_that_fails_to_close_leaves_no_other_open(
+    bench: Bench, dsn: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[Connection] = []
+    close = asyncpg.Connection.close
+
+    async def note(*args: Any, **options: Any) -> Connection:
+        opened.append(await connect_worker(*args, **options))
+        return opened[-1]
+
+    async def fail(conn: Any, **options: Any) -> None:
+        await close(conn, **options)
+        if conn in opened:
+            raise asyncpg.InterfaceError("cut")
+
+    monkeypatch.setattr(claim, "connect_worker", note)
+    monkeypatch.setattr(asyncpg.Connection, "close", fail)
+    async with working(bench.app, dsn) as worker:
+        await worker.stopped()
+        assert [conn.is_closed() for conn in opened] == [True, True]
+
+
+async def test_a_drain_has_no_connection_at_the_bell(bench: Bench, db: Any, dsn: str) -> None:
+    await bench.app.enqueue(Hold())
+    async with working(bench.app, dsn, drain=True):
+        await bench.held.reach(1)
+        names = await db.fetch("SELECT application_name FROM pg_stat_activity WHERE datname = current_database()")
+        kinds = {row[0].split()[1] for row in names if row[0].startswith("notifyq ")}
+        assert {"claims", "heartbeat"} <= kinds
+        assert "bell" not in kinds
+        bench.release.set()

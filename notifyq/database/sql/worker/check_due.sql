@@ -2,16 +2,17 @@
 --
 --     promoted      how many tasks it made ready; NULL: a BEFORE trigger has undone that for some of them
 --     next_seconds  when the next scheduled task is due
---     blocked       whether another transaction locks a ready task of the queues $2, or a due one of the queues $1
+--     ready         whether the queues $2 have a ready task, or the queues $1 a due one that it left scheduled (another
+--                   transaction has locked it, or there are more than $3). What it made ready doesn't count
 --     inserted      how many tasks were ever inserted, rolled back or not
 --     slot_released whether notifyq.slot_released has a row: a slot was released, or a task that others wait for has
 --                   ended
 --     settings      which queues are paused or limited, as JSON, or NULL for none
---     mark          the next $5: a moment ago, as rows become visible a little after their time
+--     next_cursor   what to give as $5 the next time: a moment ago, as rows become visible a little after their time
 --
--- With $4 it sends an echo, which proves that the bell works. With $5 it looks only for tasks that are due from that
--- time on. So it skips the index entries of tasks that were promoted earlier and that VACUUM may not remove yet
--- (cursors.py).
+-- With $4 it sends an echo, which proves that the bell works. $5 is a cursor: with it, it looks only for tasks that are
+-- due from that time on. So it skips the index entries of tasks that were promoted earlier and that VACUUM may not
+-- remove yet (cursors.py).
 --
 -- statement_timestamp() can be an index condition, clock_timestamp() can't. Both scans have one snapshot, so the second
 -- still sees the promoted tasks as scheduled, and leaves out what is due by the clock. It subtracts two epochs: before
@@ -63,11 +64,11 @@ SELECT (SELECT CASE WHEN bool_and(p.promoted) IS NOT FALSE THEN count(*) END FRO
                   AND r.run_at <= statement_timestamp() AND r.run_at >= coalesce($5::timestamptz, '-infinity')
                   AND NOT r.id = ANY (ARRAY(SELECT id FROM due))
                 LIMIT 1
-            ) AS s) AS blocked,
+            ) AS s) AS ready,
        (SELECT last_value FROM notifyq.task_id_seq) AS inserted,
        EXISTS (SELECT FROM notifyq.slot_released) AS slot_released,
        (SELECT json_object_agg(
                    q.name, json_build_array(q.paused, coalesce(q.limit_running, q.limit_rate) IS NOT NULL))::text
         FROM notifyq.queue q WHERE q.name = ANY ($1)) AS settings,
-       statement_timestamp() - interval '50 ms' AS mark,
+       statement_timestamp() - interval '50 ms' AS next_cursor,
        CASE WHEN $4::text IS NOT NULL THEN notifyq.notify_unless_full('notifyq', $4)::text END AS echo

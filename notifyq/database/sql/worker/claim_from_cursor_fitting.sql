@@ -10,11 +10,11 @@ WHERE t.id = ANY ((
         FROM unnest($2::text[], $3::integer[]) AS q (queue, capacity)
         CROSS JOIN LATERAL (
             SELECT level.id, level.type
-            FROM unnest($5::text[], $6::smallint[], $7::bigint[]) AS m (queue, priority, mark)
+            FROM unnest($5::text[], $6::smallint[], $7::bigint[]) AS m (queue, priority, cursor)
             CROSS JOIN LATERAL (
                 SELECT r.id, r.type
                 FROM notifyq.task r
-                WHERE r.queue = m.queue AND r.priority = m.priority AND r.id + 0 >= m.mark
+                WHERE r.queue = m.queue AND r.priority = m.priority AND r.id + 0 >= m.cursor
                   AND r.worker IS NULL AND NOT r.withheld AND (r.run_at <= r.created_at OR r.promoted)
                 ORDER BY r.id + 0
                 LIMIT q.capacity
