@@ -25,47 +25,71 @@ KEPT = (
 )
 
 
+class _Written:
+    """What one transaction has done. The worker and the log are told of it once it is committed."""
+
+    def __init__(self) -> None:
+        self.kept: dict[Job, Outcome] = {}  # accepted, though the rows of their tasks didn't change
+        self.released = False  # other tasks may have waited for one of these
+        self.older: list[int] = []  # ids of older tasks that were deleted from the history
+        self.cancelled: list[int] = []  # ids of tasks that were cancelled while they ran
+        self.lost: list[int] = []  # ids of tasks whose lease was lost otherwise
+        self.unhandled: list[Unhandled] = []
+
+
 class OutcomeWriter:
     """Writes batches, and tells the worker which of its stages must act on them."""
 
     def __init__(self, keeps_history: bool, worker: Ends) -> None:
         self._keeps_history = keeps_history  # done and cancelled tasks go to notifyq.finished
         self._worker = worker
-        self._kept: dict[Job, Outcome] = {}
 
     async def write(self, conn: Connection, batch: Sequence[Outcome], seconds: float) -> dict[Job, Outcome]:
         """Write a batch, a transaction for each worker. Raises one of TRANSIENT.
 
         Returns the outcomes that PostgreSQL accepted without changing the rows of their tasks: see KEPT.
         """
-        self._kept = {}
+        kept: dict[Job, Outcome] = {}
         for worker in {outcome.job.worker for outcome in batch}:  # one, unless it was given up and registered again
             own = [outcome for outcome in batch if outcome.job.worker == worker]
             own.sort(key=attrgetter("job.id"))  # every statement locks rows in this order
-            try:
-                if len({type(outcome) for outcome in own}) == 1:
-                    await self._write_kinds(conn, worker, own, seconds)
-                else:
-                    async with conn.transaction():
-                        await self._write_kinds(conn, worker, own, seconds)
-            except asyncpg.UniqueViolationError as error:
-                if error.constraint_name != "finished_pkey":
-                    raise
-                await self._write_reused_ids(conn, worker, own, seconds)
-        return self._kept
+            written = await self._write_own(conn, worker, own, seconds)
+            self._tell(written)
+            kept |= written.kept
+        return kept
 
-    async def _write_reused_ids(self, conn: Connection, worker: int, own: list[Outcome], seconds: float) -> None:
-        """The history has an id of these already: the sequence of ids was set back. The older row is deleted."""
+    async def rehearse(self, conn: Connection, outcome: Outcome, seconds: float) -> bool:
+        """Write an outcome, and roll that back. Returns whether the row changed. Raises what `write` raises."""
+        transaction = conn.transaction()
+        await transaction.start()
+        try:
+            written = await self._write_own(conn, outcome.job.worker, [outcome], seconds)
+        except asyncpg.PostgresError:
+            await transaction.rollback()
+            raise
+        await transaction.rollback()
+        return not written.kept
+
+    async def _write_own(self, conn: Connection, worker: int, own: list[Outcome], seconds: float) -> _Written:
+        """Write the outcomes of one worker, in one transaction, or in a savepoint of the caller's."""
+        try:
+            if len({type(outcome) for outcome in own}) == 1 and not conn.is_in_transaction():
+                return await self._write_kinds(conn, worker, own, seconds)
+            async with conn.transaction():
+                return await self._write_kinds(conn, worker, own, seconds)
+        except asyncpg.UniqueViolationError as error:
+            if error.constraint_name != "finished_pkey":
+                raise
+        # The history has an id of these already: the sequence of ids was set back. The older row is deleted.
         async with conn.transaction():
-            gone = await conn.fetch(SQL["forget_older_outcomes"], worker, *_keys(own), timeout=seconds)
-            await self._write_kinds(conn, worker, own, seconds)
-        logger.warning(
-            "ids were given out a second time: the older tasks with these ids were deleted from the history",
-            extra={"fields": {"ids": sorted(row[0] for row in gone)[:20], "tasks": len(gone)}},
-        )
-        self._worker.on_ids_reused()
+            older = await conn.fetch(SQL["forget_older_outcomes"], worker, *_keys(own), timeout=seconds)
+            written = await self._write_kinds(conn, worker, own, seconds)
+        written.older = sorted(row[0] for row in older)
+        return written
 
-    async def _write_kinds(self, conn: Connection, worker: int, outcomes: Sequence[Outcome], seconds: float) -> None:
+    async def _write_kinds(
+        self, conn: Connection, worker: int, outcomes: Sequence[Outcome], seconds: float
+    ) -> _Written:
         finished: list[Finished] = []
         later: list[RetryLater] = []
         back: list[HandedBack] = []
@@ -82,57 +106,79 @@ class OutcomeWriter:
                     unhandled.append(outcome)
                 case _:
                     assert_never(outcome)
+        written = _Written()
+
+        async def write(statement: str, outcomes: Sequence[Outcome], *args: object) -> None:
+            rows = await conn.fetch(SQL[statement], worker, *_keys(outcomes), *args, timeout=seconds)
+            await _check(conn, outcomes, rows, written)
+
         if finished:
             results, errors = [o.result for o in finished], [o.error for o in finished]
             states = [o.state for o in finished]
             args = states, results if any(results) else [], errors if any(errors) else [], self._keeps_history
-            rows = await conn.fetch(SQL["finish"], worker, *_keys(finished), *args, timeout=seconds)
-            await self._check(conn, finished, rows)
+            await write("finish", finished, *args)
         if later:
-            delays, errors = [o.delay for o in later], [o.error for o in later]
-            rows = await conn.fetch(SQL["retry_later"], worker, *_keys(later), delays, errors, timeout=seconds)
-            await self._check(conn, later, rows)
+            await write("retry_later", later, [o.delay for o in later], [o.error for o in later])
         if back:
-            await self._check(conn, back, await conn.fetch(SQL["hand_back"], worker, *_keys(back)))
+            await write("hand_back", back)
         if unhandled:
-            types = sorted({o.job.type[:100] for o in unhandled})
+            written.unhandled = unhandled
+            await write("release_unhandled", unhandled)
+        return written
+
+    def _tell(self, written: _Written) -> None:
+        if written.older:
+            logger.warning(
+                "ids were given out a second time: the older tasks with these ids were deleted from the history",
+                extra={"fields": _fields(written.older)},
+            )
+            self._worker.on_ids_reused()
+        if written.unhandled:
+            types = sorted({o.job.type[:100] for o in written.unhandled})
             logger.warning(
                 "no handler here for these types, leaving their tasks to other workers",
-                extra={"fields": {"types": types[:20], "tasks": len(unhandled)}},
+                extra={"fields": {"types": types[:20], "tasks": len(written.unhandled)}},
             )
-            await self._check(conn, unhandled, await conn.fetch(SQL["release_unhandled"], worker, *_keys(unhandled)))
-
-    async def _check(self, conn: Connection, outcomes: Sequence[Outcome], rows: Sequence[asyncpg.Record]) -> None:
-        """Compare the rows that a statement returned with the outcomes that it was to write.
-
-        A missing row is mostly a lost lease. Or the outcome was written before, and only the answer was lost: that
-        looks the same, and is harmless. Two outcomes of one attempt have one row together: a crash of the server undid
-        the claim, and this worker has claimed and run the same attempt once more.
-        """
-        if any(map(itemgetter(1), rows)):
-            self._worker.on_released()
-        if len(rows) == len(outcomes):
-            return
-        applied = {row[0] for row in rows}
-        missed = [outcome for outcome in outcomes if outcome.job.id not in applied]
-        if not missed:
-            return
-        kept = {row[0] for row in await conn.fetch(SQL["list_still_leased"], missed[0].job.worker, *_keys(missed))}
-        self._kept |= {outcome.job: outcome for outcome in missed if outcome.job.id in kept}
-        lost = [outcome.job.id for outcome in missed if outcome.job.id not in kept]
-        if not lost:
-            return
-        cancelled = {id for id, state in await conn.fetch(SQL["read_final_states"], lost) if state == "cancelled"}
-        if cancelled:
+        if written.cancelled:
             logger.info(
                 "cancelled while they ran: what their handlers returned doesn't count",
-                extra={"fields": {"ids": sorted(cancelled)[:20], "tasks": len(cancelled)}},
+                extra={"fields": _fields(sorted(written.cancelled))},
             )
-        if lost := [id for id in lost if id not in cancelled]:
-            logger.warning(
-                "settled nothing for tasks whose lease was lost",
-                extra={"fields": {"ids": lost[:20], "tasks": len(lost)}},
-            )
+        if written.lost:
+            logger.warning("settled nothing for tasks whose lease was lost", extra={"fields": _fields(written.lost)})
+        if written.released:
+            self._worker.on_released()
+
+
+async def _check(
+    conn: Connection, outcomes: Sequence[Outcome], rows: Sequence[asyncpg.Record], written: _Written
+) -> None:
+    """Compare the rows that a statement returned with the outcomes that it was to write.
+
+    A missing row is mostly a lost lease. Or the outcome was written before, and only the answer was lost: that looks
+    the same, and is harmless. Two outcomes of one attempt have one row together: a crash of the server undid the claim,
+    and this worker has claimed and run the same attempt once more.
+    """
+    if any(map(itemgetter(1), rows)):
+        written.released = True
+    if len(rows) == len(outcomes):
+        return
+    applied = {row[0] for row in rows}
+    missed = [outcome for outcome in outcomes if outcome.job.id not in applied]
+    if not missed:
+        return
+    kept = {row[0] for row in await conn.fetch(SQL["list_still_leased"], missed[0].job.worker, *_keys(missed))}
+    written.kept |= {outcome.job: outcome for outcome in missed if outcome.job.id in kept}
+    lost = [outcome.job.id for outcome in missed if outcome.job.id not in kept]
+    if not lost:
+        return
+    cancelled = {id for id, state in await conn.fetch(SQL["read_final_states"], lost) if state == "cancelled"}
+    written.cancelled += cancelled
+    written.lost += [id for id in lost if id not in cancelled]
+
+
+def _fields(ids: list[int]) -> dict[str, object]:
+    return {"ids": ids[:20], "tasks": len(ids)}
 
 
 def _keys(outcomes: Iterable[Outcome]) -> tuple[list[int], list[int]]:

@@ -212,19 +212,11 @@ class Settler:
 
     async def _try_smaller(self, conn: Connection, outcome: Outcome, seconds: float) -> None:
         """Write a smaller form, and roll that back. If PostgreSQL takes it, go on with the form that was decided."""
-        transaction = conn.transaction()
-        await transaction.start()
-        try:
-            kept = await self._writer.write(conn, [outcome], seconds)
-        except asyncpg.PostgresError:
-            await transaction.rollback()
-            raise
-        await transaction.rollback()
-        if kept:
+        if await self._writer.rehearse(conn, outcome, seconds):
+            self._unwritten.note_storable(outcome)
+        else:
             del self._unwritten.batch[0]
             self._unwritten.postpone(outcome, KEPT)
-        else:
-            self._unwritten.note_storable(outcome)
 
     async def _note_too_slow(self, outcome: Outcome, seconds: float) -> None:
         """An outcome alone wasn't written in `seconds`. The next try has twice the time. After that it is postponed, so

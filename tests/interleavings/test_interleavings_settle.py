@@ -12,10 +12,9 @@ import asyncpg
 import pytest
 
 from notifyq.database.connection import SQL
-from notifyq.worker.outcome import Finished, HandedBack, RetryLater, Unhandled
+from notifyq.worker.outcome import Finished
 
-from ..helpers import verbs
-from ..helpers.stages import Writing
+from ..helpers.stages import OUTCOMES, Writing
 from ..helpers.steps import PREPARED, Session, Steps, until_blocked
 from ..helpers.verbs import (
     SETTLES,
@@ -187,14 +186,6 @@ async def test_a_settle_whose_await_is_cancelled(s: Steps, w: Session, p: Sessio
     await p("COMMIT")
     await w(finish, [job])
     assert await states(s.db) == {job.id: ("done", 1)}
-
-
-OUTCOMES: dict[str, Any] = {
-    "finish": lambda job: Finished(job, "done"),
-    "later": lambda job: RetryLater(job, 3600.0, verbs.ERROR),
-    "hand back": HandedBack,
-    "unhandled": Unhandled,
-}
 
 
 @pytest.mark.parametrize("kind", OUTCOMES)
