@@ -66,11 +66,6 @@ class Settler:
         return self._unwritten.pending
 
     @property
-    def postponed(self) -> int:
-        """Outcomes that PostgreSQL refuses, or that wait for a lock."""
-        return self._unwritten.postponed
-
-    @property
     def full(self) -> bool:
         return self._unwritten.is_full
 
@@ -80,6 +75,7 @@ class Settler:
 
     @property
     def leases(self) -> list[Job]:
+        """The jobs whose outcomes aren't in the database yet, postponed or not."""
         return self._unwritten.leases
 
     def put(self, outcome: Outcome) -> None:
@@ -252,16 +248,19 @@ class Settler:
             self._proven = None
 
     async def _connect(self) -> Connection:
-        """The connection, with the settings and the proof that it must have now."""
+        """The connection, with the lock_timeout and the proof that it must have now."""
         if self._conn is None:
-            self._conn = await connect_worker(self._dsn, "settle", worker=self._worker, lock_seconds=LOCK_SECONDS)
+            self._conn = await connect_worker(self._dsn, "settle", lock_seconds=LOCK_SECONDS)
             self._lock_seconds = self._set_lock_seconds = LOCK_SECONDS
             self._conn.add_termination_listener(lambda _: self._wake.set())
-        elif self._proven != self._worker and self._worker is not None and not is_pooled(self._conn):
-            await self._conn.execute("SELECT pg_advisory_unlock_all()")
-            await prove_alive(self._conn, self._worker)
-        self._proven = self._worker
-        if self._set_lock_seconds != self._lock_seconds and not is_pooled(self._conn):
+        if is_pooled(self._conn):
+            return self._conn
+        if self._worker is not None and self._proven != self._worker:
+            if self._proven is not None:
+                await self._conn.execute("SELECT pg_advisory_unlock_all()")
+            # If another session has the lock, the next batch tries again.
+            self._proven = self._worker if await prove_alive(self._conn, self._worker) else None
+        if self._set_lock_seconds != self._lock_seconds:
             milliseconds = f"{self._lock_seconds * 1000:.0f}"
             await self._conn.execute("SELECT set_config('lock_timeout', $1, false)", milliseconds)
             self._set_lock_seconds = self._lock_seconds

@@ -48,7 +48,7 @@ class Postponed:
         self.pause = Pause(PAUSE_LEAST, PAUSE_MOST)
         self.is_storable = False  # PostgreSQL has just shown that it would take a form of it
         self.is_locked = False
-        self.wait_longer()
+        self.due = 0.0  # when to try again, by time.monotonic()
 
     def wait_longer(self) -> None:
         self.is_storable = self.is_locked = False
@@ -80,7 +80,7 @@ class Unwritten:
     @property
     def pending(self) -> int:
         """How many are to be written now: all but those that are postponed until later, unless a lock is the reason."""
-        count = len(self._pending) + len(self.batch)
+        count = len(self._pending) + len(self._first_tries())
         if self._postponed:
             now = time.monotonic()
             count += sum(one.is_locked or one.due <= now for one in self._postponed.values())
@@ -90,10 +90,6 @@ class Unwritten:
     def has_new(self) -> bool:
         """Whether there are outcomes that no statement has carried yet."""
         return bool(self._pending)
-
-    @property
-    def postponed(self) -> int:
-        return len(self._postponed)
 
     @property
     def is_full(self) -> bool:
@@ -116,8 +112,14 @@ class Unwritten:
 
     @property
     def leases(self) -> list[Job]:
-        """The jobs whose outcomes these are."""
-        return [outcome.job for outcome in (*self._pending, *self.batch)] + list(self._postponed)
+        """The jobs whose outcomes these are, each once."""
+        return [outcome.job for outcome in (*self._pending, *self._first_tries())] + list(self._postponed)
+
+    def _first_tries(self) -> list[Outcome]:
+        """The outcomes of the batch that aren't postponed."""
+        if not self._postponed:
+            return self.batch
+        return [outcome for outcome in self.batch if outcome.job not in self._postponed]
 
     def hurry(self) -> None:
         """The worker stops: what is postponed is tried now, for the last time."""
@@ -155,7 +157,7 @@ class Unwritten:
 
     def put_back_batch(self) -> None:
         """The settler ends in the middle of a batch: leave it to the next run."""
-        self._pending[:0] = [outcome for outcome in self.batch if outcome.job not in self._postponed]
+        self._pending[:0] = self._first_tries()
         self.batch = []
 
     def tries(self, outcome: Outcome) -> int:
@@ -210,26 +212,25 @@ class Unwritten:
 
     def postpone(self, outcome: Outcome, why: str) -> None:
         """Try an outcome again after a pause, a longer one each time. It isn't in the batch any more."""
-        job = outcome.job
-        self.size -= outcome.size
-        decided, _ = self._decided.pop(job, (outcome, 0))
-        if job in self._postponed:
-            self._postponed[job].wait_longer()
-        else:
-            self._postponed[job] = Postponed(decided if sent_bytes(decided) <= KEPT_BYTES else outcome)
-            self._to_log[job.id] = REFUSED, why
-        self.size += self._postponed[job].outcome.size
+        self._set_aside(outcome, REFUSED, why).wait_longer()
 
     def postpone_locked(self, ids: Collection[int]) -> None:
         """Take the outcomes of these tasks out of the batch, until another session unlocks the rows."""
         for outcome in self.batch:
-            job = outcome.job
-            if job.id in ids:
-                if job not in self._postponed:
-                    self._postponed[job] = Postponed(outcome)
-                    self._to_log[job.id] = LOCKED, ""
-                self._postponed[job].wait_for_lock()
+            if outcome.job.id in ids:
+                self._set_aside(outcome, LOCKED, "").wait_for_lock()
         self.batch = [outcome for outcome in self.batch if outcome.job.id not in ids]
+
+    def _set_aside(self, outcome: Outcome, message: str, why: str) -> Postponed:
+        """Keep an outcome to try it again, as it was decided unless that is too large."""
+        job = outcome.job
+        decided, _ = self._decided.pop(job, (outcome, 0))
+        if job not in self._postponed:
+            self._postponed[job] = Postponed(decided if sent_bytes(decided) <= KEPT_BYTES else outcome)
+            self._to_log[job.id] = message, why
+        one = self._postponed[job]
+        self.size += one.outcome.size - outcome.size
+        return one
 
     def log(self) -> None:
         """Log what became of refused outcomes since the last time: a line for each reason, not for each task."""

@@ -203,10 +203,10 @@ class Worker:
         if self._settler.pending:  # the settler's own task has ended
             with anyio.move_on_after(self._write_seconds):
                 await self._settler.run()
-        if left := self._settler.pending + self._settler.postponed:
+        if left := self._settler.leases:
             logger.warning(
                 "stopped with outcomes that could not be written: their tasks will run again",
-                extra={"fields": {"tasks": left}},
+                extra={"fields": {"tasks": len(left)}},
             )
         await self._heartbeat.stop(WRITE_SECONDS)
 

@@ -236,7 +236,7 @@ async def test_a_batch_of_two_kinds_and_the_admission_of_what_runs(s: Steps, w: 
     assert not writing.told.failures, "no deadlock"
     # Those that it still found locked when it gave up are postponed.
     running = [id for id, (state, _) in (await states(s.db)).items() if state == "running"]
-    assert len(running) == 1 + writing.settler.postponed
+    assert len(running) == 1 + len(writing.settler.leases)
 
 
 async def test_a_batch_has_outcomes_of_before_and_after_a_new_id(

@@ -15,7 +15,7 @@ from ..helpers.logs import Logged
 from ..helpers.stages import OUTCOMES, Told, Writing
 from ..helpers.steps import Session, Steps, until_blocked
 from ..helpers.verbs import held, states
-from ..helpers.waiting import Seen
+from ..helpers.waiting import Seen, eventually
 
 
 @pytest.mark.parametrize("moment", ["the second refusal", "the write"])
@@ -137,3 +137,20 @@ async def test_each_kind_is_given_a_time(s: Steps, w: Session, p: Session, kind:
     await w("SET lock_timeout = '5s'")  # so that a statement without that time fails otherwise
     with pytest.raises(TimeoutError):
         await OutcomeWriter(True, Told()).write(w.conn, [OUTCOMES[kind](job)], 0.05)
+
+
+async def test_a_proof_that_is_not_granted_is_tried_again(s: Steps, w: Session, p: Session, dsn: str) -> None:
+    """Another session has the lock that proves that the worker lives. The settler writes, and asks for the lock again
+    with the next outcome."""
+    first, second = await w(held, 2)
+    await p("SELECT pg_advisory_lock(1852990827, $1::integer)", first.worker)
+    writing = Writing(dsn, [Finished(first, "done")])
+    writing.settler.work_as(first.worker)
+    proof = """SELECT count(*) FROM pg_locks JOIN pg_stat_activity USING (pid)
+               WHERE application_name = 'notifyq settle' AND locktype = 'advisory' AND mode = 'ShareLock' AND granted"""
+    async with writing:
+        await eventually(lambda: states(s.db), {first.id: ("done", 1), second.id: ("running", 1)})
+        assert await s.db.fetchval(proof) == 0
+        await p("SELECT pg_advisory_unlock_all()")
+        writing.settler.put(Finished(second, "done"))
+        await eventually(lambda: s.db.fetchval(proof), 1)

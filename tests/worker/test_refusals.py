@@ -14,6 +14,7 @@ import pytest
 import notifyq
 from notifyq.database import connection
 from notifyq.worker import heartbeat, maintenance, unwritten
+from notifyq.worker import worker as worker_stages
 from notifyq.worker.outcome import Finished, Outcome
 from notifyq.worker.outcome_writer import OutcomeWriter
 
@@ -242,6 +243,24 @@ async def test_a_stop_waits_for_a_locked_row(
         await worker.stopped()
     assert await states(db) == {("Bad", "done"): 1}
     assert bench.ran.items == ["bad"]
+
+
+async def test_a_stop_waits_no_longer_for_a_locked_row(
+    bench: Bench, db: Any, dsn: str, connect: Sessions, logged: Logged, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The row stays locked: the log counts its task once."""
+    monkeypatch.setattr(worker_stages, "WRITE_SECONDS", 0.2)
+    other = await connect()
+    [bad] = await insert(db, "Bad", how="wait")
+    async with other.transaction(), working(bench.app, dsn) as worker:
+        await bench.ran.reach(1)
+        await other.execute("SELECT FROM notifyq.task WHERE id = $1 FOR UPDATE", bad)
+        bench.wait.set()
+        with anyio.fail_after(limit()):
+            while not logged("has locked the rows of these tasks"):
+                await anyio.sleep(0.02)
+        await worker.stopped()
+    assert [line["tasks"] for line in logged("stopped with outcomes that could not be written")] == [1]
 
 
 async def test_a_heartbeat_that_is_refused(

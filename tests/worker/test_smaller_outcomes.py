@@ -54,12 +54,53 @@ def test_the_pauses_of_postponed_outcomes() -> None:
     one = unwritten.Postponed(HandedBack(job()))
     pauses = []
     for _ in range(12):
+        one.wait_longer()
         assert before + one.pause.seconds <= one.due <= time.monotonic() + one.pause.seconds
         pauses.append(one.pause.seconds)
         before = time.monotonic()
-        one.wait_longer()
     assert pauses[:9] == [2.0**n for n in range(9)]
     assert pauses[9:] == [unwritten.PAUSE_MOST] * 3
+
+
+def test_a_locked_outcome_is_kept_as_it_was_decided() -> None:
+    """PostgreSQL refused it, and then its row was locked, as a smaller form was to be written. `size` stays right."""
+    kept, outcome = unwritten.Unwritten(), returned(job(), None, "x" * 1000)  # type: ignore[arg-type]
+    kept.put(outcome)
+    assert kept.next_batch()
+    assert kept.shrink(outcome, "why")
+    assert kept.size == kept.batch[0].size < outcome.size
+    kept.postpone_locked({outcome.job.id})
+    assert kept.size == outcome.size
+    kept.hurry()
+    assert kept.next_batch()
+    assert kept.batch == [outcome]
+    assert not kept.is_trial(outcome)
+    kept.note_written(kept.batch)
+    assert kept.size == 0
+
+
+def test_each_outcome_counts_once() -> None:
+    """New, or postponed and tried again, or put back as the settler ends in the middle of a batch."""
+    kept, outcomes = unwritten.Unwritten(), [HandedBack(job()) for _ in range(3)]
+
+    def counts() -> tuple[int, int]:
+        return kept.pending, len(kept.leases)
+
+    for outcome in outcomes:
+        kept.put(outcome)
+    assert counts() == (3, 3)
+    assert kept.next_batch()
+    assert counts() == (3, 3)
+    refused = kept.batch.pop()
+    kept.postpone(refused, "why")
+    assert counts() == (2, 3)
+    kept.put_back_batch()
+    kept.hurry()
+    assert kept.next_batch()
+    assert kept.batch == [refused]
+    assert counts() == (3, 3)
+    kept.put_back_batch()
+    assert counts() == (3, 3)
 
 
 async def test_a_result_that_is_too_large(db: Any, dsn: str, monkeypatch: pytest.MonkeyPatch) -> None:
