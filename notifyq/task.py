@@ -113,7 +113,7 @@ class Context(msgspec.Struct, frozen=True):
         run = current_run.get()
         if run is None:
             raise ConfigError("ctx.transaction() is for handlers that a worker runs: it settles a claimed task")
-        return run.begin(self, isolation)
+        return run.begin_transaction(self, isolation)
 
     @property
     def cancelled(self) -> bool:
@@ -167,7 +167,7 @@ class Context(msgspec.Struct, frozen=True):
 class Run(Protocol):
     """The attempt that a Context belongs to. Runners, batches and calls in threads implement it."""
 
-    def begin(self, context: Context, isolation: Isolation | None) -> Transaction: ...
+    def begin_transaction(self, context: Context, isolation: Isolation | None) -> Transaction: ...
     def is_cancelled(self, context: Context) -> bool: ...
     def report(self, context: Context, progress: Progress) -> None: ...
     def results(self, context: Context) -> Awaitable[list[Any]]: ...

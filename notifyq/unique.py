@@ -1,4 +1,4 @@
-"""Unique tasks: which tasks are the same, by a key. Whether one is in another's way is decided in schema.sql.
+"""Unique tasks: tasks with the same key are the same. schema.sql decides when an enqueue finds such a task.
 
 A key is given to enqueue, or is made of the task by a rule, which its class has or enqueue is given. A key that is made
 has the type, and a digest of the payload or of some fields, as JSON with all keys sorted. All types share one space of

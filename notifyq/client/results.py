@@ -237,7 +237,8 @@ class Results:
             rows: dict[int, asyncpg.Record] = {}
             seconds = WORKER_TIMEOUT_SECONDS * self._patience
             for found in await conn.fetch(SQL["read_and_await"], ids, timeout=seconds):
-                # Two tasks may have had the same id. The older one has ended, and the awaited one is the other.
+                # If the sequence of ids was set back, an older task in the history may have the same id. Then the
+                # awaited task is the one that hasn't ended.
                 if found["id"] not in rows or found["state"] not in ENDED:
                     rows[found["id"]] = found
             self._most = min(BATCH, self._most * 2)

@@ -44,7 +44,7 @@ COMMAND_TIMEOUT_SECONDS = 30.0  # asyncpg then waits as long again for the cance
 # connection is half-open, and keepalives can't detect it: bytes vanish, though some kernel on the way acknowledges
 # them.
 WORKER_TIMEOUT_SECONDS = 8.0
-HOST_SECONDS = 3.0  # how soon each of several hosts must answer, except the last one
+HOST_SECONDS = 3.0  # how long each of several hosts may take to answer; the last one has the whole timeout
 PROOF_SECONDS = 3.0  # for a statement that only proves that the server answers
 
 # The backend of a worker that is gone must end soon too, and release its locks.
@@ -187,8 +187,9 @@ async def connect_worker(
     """`connect`, with the settings of a worker.
 
     worker        while the connection lasts, it proves that this worker lives
-    relaxed       its commits don't wait for the disk. If the server crashes, a claim may be lost: the task is ready
-    again lock_seconds  how long its statements wait for a lock; 0: as long as for anything else
+    relaxed       its commits don't wait for the disk. If the server crashes, a claim may be lost: its tasks are ready
+                  again
+    lock_seconds  how long its statements wait for each lock; 0: as long as for anything else
     """
     settings = {**WORKER_SETTINGS, "lock_timeout": f"{lock_seconds * 1000:.0f}"}
     if relaxed:

@@ -20,7 +20,8 @@ _parse = msgspec.json.Decoder(dict[str, tuple[bool, bool]]).decode
 
 
 class Admission:
-    """Those of one claimer. It gets the queues' settings from each due check, and is asked after each claim."""
+    """Decides which of the tasks that one worker claims may run. It gets the queues' settings from each due check, and
+    is asked after each claim."""
 
     def __init__(self, types: list[str], left_out: LeftOut) -> None:
         self.types = types

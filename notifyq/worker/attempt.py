@@ -44,7 +44,7 @@ class Runner:
         self.stop: HandedBack | None = None  # the outcome, if `scope` was cancelled to hand the job back
         self.task: asyncio.Task[Any] | None = None
 
-    def begin(self, context: Context, isolation: Isolation | None) -> Transaction:
+    def begin_transaction(self, context: Context, isolation: Isolation | None) -> Transaction:
         if self._services.transactions is None:
             raise ConfigError(
                 "ctx.transaction() needs a worker, which settles the task; in tests: notifyq.testing.drain"
@@ -79,7 +79,7 @@ class Attempts:
         self._calls = calls
         self._batches = batches
         self._services = services
-        self._states = services.states
+        self._transactions = services.transaction_states
 
     async def run(self, runner: Runner, job: Job) -> Outcome:
         """Raises nothing but a cancellation of the runner's scope."""
@@ -90,7 +90,7 @@ class Attempts:
         if task is None:
             return HandedBack(job)
         if isinstance(task, str):
-            return self._log(runner, handler, outcome.undecodable(job, task))
+            return self._conclude(runner, handler, outcome.undecodable(job, task))
         context = Context(
             id=job.id,
             queue=job.queue,
@@ -100,7 +100,7 @@ class Attempts:
             created_at=job.created_at,
         )
         if handler.batch is not None:
-            return self._log(runner, handler, await self._batches.join(handler, job, task, context))
+            return self._conclude(runner, handler, await self._batches.join(handler, job, task, context))
         try:
             if handler.timeout is None:
                 value = await self._call(handler, task, context)
@@ -109,12 +109,12 @@ class Attempts:
         except BaseException as error:
             if is_our_cancellation(error):
                 raise
-            return self._log(runner, handler, outcome.raised(job, handler, error))
-        if value is None and not self._states and not is_debugging():
-            return Finished(job, "done")  # as most tasks end: there is nothing to log
+            return self._conclude(runner, handler, outcome.raised(job, handler, error))
+        if value is None and not self._transactions and not is_debugging():
+            return Finished(job, "done")  # as most tasks end, so this is quick: _conclude would do no more
         if value is TIMED_OUT:
-            return self._log(runner, handler, outcome.timed_out(job, handler))
-        return self._log(runner, handler, outcome.returned(job, handler, value))
+            return self._conclude(runner, handler, outcome.timed_out(job, handler))
+        return self._conclude(runner, handler, outcome.returned(job, handler, value))
 
     def name_handler(self, job: Job) -> str:
         handler = self._handlers.get(job.type)
@@ -145,8 +145,10 @@ class Attempts:
             return self._calls.call(handler, task, context)
         return awaited(handler.around(task, context, functools.partial(self._calls.call, handler)))
 
-    def _log(self, runner: Runner, handler: Handler, result: Outcome) -> Outcome:
-        if self._states and self._states.get(result.job) == "committed":
+    def _conclude(self, runner: Runner, handler: Handler, result: Outcome) -> Outcome:
+        """Log how the attempt ended. Its outcome is `result`, or done if the handler's own transaction has settled the
+        task."""
+        if self._transactions and self._transactions.get(result.job) == "committed":
             log_ignored(handler, result)
             result = Finished(result.job, "done")
         log_outcome(handler, result, runner.began)

@@ -64,7 +64,7 @@ class Batch:
         self.task: asyncio.Task[Any] | None = None
         self.timer: asyncio.TimerHandle | None = None
 
-    def begin(self, context: Context, isolation: Isolation | None) -> Transaction:
+    def begin_transaction(self, context: Context, isolation: Isolation | None) -> Transaction:
         raise ConfigError(
             f"ctx.transaction() settles one task, and task {context.id} runs in a batch; use a connection of your own, "
             "or a handler without batch="

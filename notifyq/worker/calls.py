@@ -109,10 +109,10 @@ class ThreadCall:
         self.has_ended = False
         self.is_abandoned = False
 
-    def begin(self, context: Context, isolation: Isolation | None) -> Transaction:
+    def begin_transaction(self, context: Context, isolation: Isolation | None) -> Transaction:
         if self.run is None:
             raise ConfigError("ctx.transaction() is for handlers that a worker runs")
-        return self.run.begin(context, isolation)
+        return self.run.begin_transaction(context, isolation)
 
     def is_cancelled(self, context: Context) -> bool:
         return self.is_abandoned or (self.run is not None and self.run.is_cancelled(context))

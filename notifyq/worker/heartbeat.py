@@ -18,8 +18,9 @@ it hears of one, it sends a heartbeat at once, whose answer says which leases ar
 since each NOTIFY in the database, those of the bell first, wakes every listener. Any role can send such a notification:
 it is only a reason to ask early.
 
-The thread also watches the worker's loop (loop_watch.py). If the loop doesn't answer while the worker has the turn at
-the bell, the thread ends the backend that has it. So another worker gets the turn, and the log names the handler.
+The thread also watches the worker's loop (loop_watch.py). If the loop doesn't answer, the thread ends the backend of
+the worker's connection for the bell, whatever that holds. So another worker gets the turn if this one had it. The log
+names the handler.
 """
 
 from __future__ import annotations
@@ -54,7 +55,8 @@ LATE_SECONDS = 2.0  # since the last heartbeat: longer than BEAT_SECONDS and ASK
 ASK_SECONDS = 0.4  # between two questions to the worker's loop
 MORE_SECONDS = 0.05  # between two turns of a chore that has more to do
 CANCELS = "notifyq_cancel"  # the channel
-IGNORE_SECONDS = 1.0  # how long cancels are ignored after one was announced and the heartbeat found no lost lease
+# A cancel was announced, and the heartbeat that followed found no lost lease: cancels are then ignored for this long.
+IGNORE_SECONDS = 1.0
 OUT_OF_REACH = "heartbeat: the database is out of reach"
 REFUSED = (
     "heartbeat: PostgreSQL refuses it, and other workers take the tasks of one that has none; is a privilege missing, "
@@ -94,7 +96,7 @@ class Heartbeat:
         self._stop = asyncio.Event()
         self._wake = asyncio.Event()  # ends a sleep early
         # Written by the thread; `late` reads the first on the worker's loop, and `compare_ids` writes into the second.
-        self._sent_at = -math.inf  # when the last heartbeat was answered; -inf: there is no connection
+        self._answered_at = -math.inf  # when the last heartbeat was answered; -inf: there is no connection
         self._due: dict[Chore, float] = {}  # when to do each, by time.monotonic()
         # Used by the thread only.
         self._id: int | None = None
@@ -116,7 +118,7 @@ class Heartbeat:
     @property
     def late(self) -> bool:
         """Whether the next heartbeat is overdue: the thread has no connection, or no answer on it."""
-        return time.monotonic() - self._sent_at > LATE_SECONDS
+        return time.monotonic() - self._answered_at > LATE_SECONDS
 
     @property
     def loop_was_blocked(self) -> bool:
@@ -167,7 +169,7 @@ class Heartbeat:
     async def _recover(self, error: Exception) -> None:
         """Log that the connection is lost or PostgreSQL refuses, and wait. Raises what another try won't cure."""
         self._is_locked = False
-        self._sent_at = -math.inf
+        self._answered_at = -math.inf
         if not self._registered.done():
             if (found := translate(error, "run a worker", rules=RULES_FOR_ALL)) is not None:
                 raise found from error
@@ -215,7 +217,7 @@ class Heartbeat:
         listens = False
         while not self._stop.is_set():
             self._watch.ask()
-            if self._watch.runs_long is not listens and not is_pooled(conn):
+            if self._watch.runs_long != listens and not is_pooled(conn):
                 listens = self._watch.runs_long
                 await (conn.add_listener if listens else conn.remove_listener)(CANCELS, self._on_cancel)
             now = time.monotonic()
@@ -251,7 +253,7 @@ class Heartbeat:
         id: int | None = None
         while id is None:  # the statement draws an id, and returns None if another worker has it
             id = await conn.fetchval(SQL["register_worker"], *args)
-        self._sent_at = time.monotonic()
+        self._answered_at = time.monotonic()
         self._is_locked = await prove_alive(conn, id)  # if it fails, the next heartbeat tries again
         await self._upkeep.crons.register(conn, id)
         self._id = self._upkeep.worker = id
@@ -277,16 +279,15 @@ class Heartbeat:
         )  # fmt: skip
         assert row is not None
         registered, lost, others, seen, unhandled, suspects, released, bell_wanted = row
-        self._sent_at = time.monotonic()
-        silent = self._silence.look(others, seen, self._sent_at)
-        if not registered:
-            await self._register_again(conn)
-            watch.call(self._worker.on_leases_lost, held, set[int]())
-            watch.call(self._worker.on_new_id, self._id)
+        self._answered_at = time.monotonic()
+        silent = self._silence.look(others, seen, self._answered_at)
         if self._is_down:
             self._is_down = False
             logger.info("heartbeat: the database is back")
         if not registered:
+            await self._register_again(conn)
+            watch.call(self._worker.on_leases_lost, held, set[int]())
+            watch.call(self._worker.on_new_id, self._id)
             return True
         if not self._is_locked:
             self._is_locked = await prove_alive(conn, self._id)
@@ -312,14 +313,13 @@ class Heartbeat:
         """This worker was frozen or cut off for too long. Others took it for dead, and have rescued all that it
         held."""
         await conn.execute("SELECT pg_advisory_unlock_all()")
-        old = self._id
+        old, new = self._id, await self._register(conn)
         logger.warning(
-            "others took this worker for dead; it goes on under a new id",
-            extra={"fields": {"old": old, "new": await self._register(conn)}},
+            "others took this worker for dead; it goes on under a new id", extra={"fields": {"old": old, "new": new}}
         )
 
     async def _outlast_block(self, conn: Connection) -> None:
-        """The worker's loop is blocked. Free the turn at the bell, and send heartbeats until the loop answers again."""
+        """The worker's loop is blocked. End its backend at the bell; send heartbeats until the loop answers again."""
         watch, since = self._watch, self._watch.seen_at
         watch.blocked = True
         watch.log_cause()
@@ -327,12 +327,12 @@ class Heartbeat:
             await conn.fetchval("SELECT pg_terminate_backend($1::integer, 0::bigint)", pid)
         try:
             while watch.seen_at == since:
+                logger.debug("the event loop has been blocked for %.1f s", time.monotonic() - since)
                 await self._send(conn)
                 await self._sleep(BEAT_SECONDS)
                 if self._stop.is_set():
                     return
                 watch.ask()
-                logger.debug("the event loop is still blocked after %.1f s", time.monotonic() - since)
         finally:
             watch.note_end()
         logger.info("the event loop answers again", extra={"fields": {"seconds": round(watch.seen_at - since, 1)}})

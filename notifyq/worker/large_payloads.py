@@ -34,7 +34,7 @@ Answer: TypeAlias = bytes | str | None  # the payload; a str: why there is none;
 
 
 class LargePayloads:
-    """Those of one worker. `read` them, and `release` each when its attempt has ended."""
+    """The large payloads of one worker. `read` them, and `release` each when its attempt has ended."""
 
     def __init__(self, dsn: str | None, recovery: Recovery) -> None:
         self._dsn = dsn

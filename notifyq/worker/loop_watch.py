@@ -36,6 +36,8 @@ class LoopWatch:
         self._loop = asyncio.get_running_loop()
         cpu_clock = getattr(time, "pthread_getcpuclockid", None)
         self._cpu_clock: int | None = cpu_clock(threading.get_ident()) if cpu_clock else None  # of the loop's thread
+        # The loop writes, and reads.
+        self._first_seen: dict[Job, float] = {}  # of `held`: when an answer had each for the first time
         # The loop writes, the thread reads.
         self.held: list[Job] = []
         self.ids: frozenset[int] = frozenset()  # of `held`
@@ -43,7 +45,6 @@ class LoopWatch:
         self.asleep = False  # whether the claimer sleeps at the bell
         self.runs_long = False
         self.seen_at = time.monotonic()  # the last answer
-        self._first_seen: dict[Job, float] = {}  # of `held`
         self._cpu = (0.0, 0.0)  # seconds that the process, and the loop's thread, had computed at the last answer
         # The thread writes, the loop reads.
         self._asked_at = 0.0  # the oldest question without an answer

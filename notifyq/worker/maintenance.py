@@ -2,7 +2,7 @@
 
 Each function gets the thread's connection and the worker's Upkeep, and does a bounded piece of work. It returns True if
 more is left: then it is called again 0.05 s later, with a heartbeat in between if one is due. A statement that
-PostgreSQL refuses is logged once, and keeps neither the heartbeat nor the other chores from being done.
+PostgreSQL refuses is logged once, and the heartbeat and the other chores go on.
 
 Two things aren't in the table, since they follow each heartbeat: the tasks of due cron slots are enqueued (crons.py),
 and the tasks of dead workers are rescued.

@@ -24,7 +24,7 @@ REFUSED_SECONDS = 60.0  # between two lines about the same refusal
 
 
 class Outages:
-    """Those of one worker. A stage awaits `back_off` after each failure, and calls `note_success` when it works
+    """The outages of one worker. A stage awaits `back_off` after each failure, and calls `note_success` when it works
     again."""
 
     def __init__(self, host: Host) -> None:

@@ -19,7 +19,7 @@ from ..errors import failure
 
 
 class Predecessors:
-    """Those of one worker's tasks. It answers one call at a time."""
+    """The predecessors of one worker's tasks. It answers one call at a time."""
 
     def __init__(self, dsn: str | None) -> None:
         self._dsn = dsn

@@ -52,7 +52,7 @@ class Runners:
         self._sink = sink
         self._put = sink.settle
         self._services = services = services or Services()
-        self._states = services.states
+        self._transactions = services.transaction_states
         self.slots = Slots(registry)
         self.held = self.slots.held
         self._next_attempts: dict[int, Job] = {}  # of tasks whose lost attempts are still held, by the task's id
@@ -83,7 +83,7 @@ class Runners:
         """The jobs whose leases count: those held, and the next attempts, without those that are lost or were settled
         by their own transactions."""
         jobs = [*self.held.values(), *self._next_attempts.values()]
-        return [job for job in jobs if job not in self.slots.lost and self._states.get(job) != "committed"]
+        return [job for job in jobs if job not in self.slots.lost and self._transactions.get(job) != "committed"]
 
     def name_handler(self, task: asyncio.Task[Any] | None) -> str | None:
         """`app.send_mail (task 5)`: what this asyncio task runs. Called in the heartbeat's thread."""
@@ -152,7 +152,7 @@ class Runners:
     def cancel_lost(self, job: Job) -> bool:
         """The lease of this job is lost: cancel its handler, and settle nothing. False if the job isn't held any more,
         or if its own transaction settles it: that finds out by itself, or has ended the lease."""
-        if self.held.get(job.id) is not job or self._states.get(job) in ("ending", "committed"):
+        if self.held.get(job.id) is not job or self._transactions.get(job) in ("ending", "committed"):
             return False
         if job in self.slots.waiting:
             self.slots.waiting.remove(job)
@@ -275,15 +275,15 @@ class Runners:
             self._settle(stop)
 
     def _settle(self, result: Outcome) -> None:
-        if not self._states or self._states.get(result.job) != "committed":
+        if not self._transactions or self._transactions.get(result.job) != "committed":
             self._put(result)
         self._release(result.job)
 
     def _release(self, job: Job) -> None:
         """The attempt has ended: forget what is known about it."""
         self.slots.remove(job)
-        if self._states:
-            self._states.pop(job, None)
+        if self._transactions:
+            self._transactions.pop(job, None)
         if job.size and (large := self._services.large_payloads) is not None:
             large.release(job)
         if self._next_attempts and (again := self._next_attempts.pop(job.id, None)) is not None:

@@ -29,8 +29,8 @@ class Services(NamedTuple):
         return self.predecessors.results(task) if self.predecessors is not None else no_results(task)
 
     @property
-    def states(self) -> dict[Job, State]:
-        """Of the jobs that have begun a transaction of their own."""
+    def transaction_states(self) -> dict[Job, State]:
+        """The states of the transactions that handlers have begun for their jobs."""
         return self.transactions.states if self.transactions is not None else {}
 
     async def close(self) -> None:

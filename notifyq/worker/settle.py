@@ -1,4 +1,4 @@
-"""Write outcomes, in fenced batches, each exactly as decided, as often as it takes.
+"""Write outcomes, in fenced batches: each as it was decided, or in a smaller form if PostgreSQL can't store that.
 
 The outcomes that come in while a batch is being written are the next batch: a lone outcome is written at once, and
 under load batches grow by themselves. A batch has at most BATCH outcomes and STATEMENT_BYTES, or one outcome. The time
@@ -7,9 +7,9 @@ it is given grows with its bytes. Only the write is tried again, never the handl
     PostgreSQL refuses a batch     try half as many, down to one; the others are written at once
     it refuses that one            write a smaller form of it: outcome.smaller
     it refuses all forms           postpone it, and keep its lease. After a pause, which doubles each time, try it again
-                                   as it was decided: what was in its way may be gone. If that fails, and a smaller form
-                                   would be taken, what was in its way may have gone just between the two: start again
-                                   with the form that was decided
+                                   as it was decided. If PostgreSQL refuses that, but would now take a smaller form, the
+                                   cause may have gone between the two tries: try the decided form once more before a
+                                   smaller one is written
     it accepts one, and its row    a trigger has returned NULL: postpone it at once, as above
     stays as it was
     a batch isn't written in time  try half as many, down to one; that one with twice the time, and then as above
@@ -34,10 +34,11 @@ from .outcome_writer import KEPT, OutcomeWriter
 from .pipe import Ends, Recovery
 from .unwritten import BATCH, KEPT_BYTES, Unwritten, sent_bytes
 
-TRIES = 2  # how often an outcome alone is not written in time until it is postponed
-LOCK_SECONDS = 0.5  # how long a whole batch waits for another session's lock
+TRIES = 2  # an outcome alone that isn't written in time so often is postponed, or made smaller
+LOCK_SECONDS = 0.5  # how long each wait for another session's lock lasts; a batch may have several such waits
 
-# These say little about the row: a server that has no memory left, or is broken.
+# These say little about the row: the server may have no memory left, or be broken. So they make an outcome no smaller,
+# unless it is larger than KEPT_BYTES: then its own size may be the cause.
 DISORDER = (asyncpg.OutOfMemoryError, asyncpg.InternalServerError)
 
 
@@ -120,7 +121,7 @@ class Settler:
 
     async def _prove(self) -> bool:
         """Have a connection though there is nothing to write: any of the worker's sessions may be the last one left.
-        Returns whether there is one."""
+        Returns False if that failed, and is to be tried again now."""
         if self._worker is None:
             return True
         try:
@@ -158,7 +159,7 @@ class Settler:
             await self._recovery.back_off("settle", error)
             return
         try:
-            size = sum(outcome.size for outcome in batch) if unwritten.size else 0
+            size = sum(outcome.size for outcome in batch) if unwritten.size else 0  # mostly 0: nothing to add up
             seconds = seconds_for(size) * 2 ** unwritten.tries(batch[0])
             if self._was_locked_out or unwritten.is_postponed(batch[0]):
                 batch = await self._without_locked(conn, batch, seconds)

@@ -5,12 +5,13 @@
     finish_in_transaction.sql   the task is done, if the lease is still ours; if not: LeaseLost, and ROLLBACK
     COMMIT                      all of it, or nothing
 
-The task's row isn't touched before the end, so no rescue waits for a handler. From then on nothing interrupts the
-transaction: a timeout or a shutdown waits for the answer to COMMIT. If the connection fails before that answer, another
-connection asks by the transaction's id whether it was committed. If the database can't be asked either, the attempt's
-outcome is written as if there had been no transaction; the fence refuses it if there was one. So a wrong belief here
-reaches the handler and the log, and never decides whether the task runs again. The row decides that, and it is
-committed together with the handler's writes.
+The task's row isn't touched before the end, so no rescue waits for a handler. From then on the handler's timeout and a
+shutdown wait for the answer to COMMIT. Only two things end that wait: COMMAND_TIMEOUT_SECONDS, and a cancellation of
+the asyncio task itself, which no shield holds off. If there was no answer, another connection asks by the transaction's
+id whether it was committed. If the database can't be asked either, the attempt's outcome is written as if there had
+been no transaction; the fence refuses it if there was one. So if the worker takes a transaction wrongly for committed,
+or for rolled back, that misleads the handler and the log. It never decides whether the task runs again. The row decides
+that, and it is committed together with the handler's writes.
 """
 
 from __future__ import annotations
@@ -59,7 +60,8 @@ State: TypeAlias = Literal["open", "ending", "committed"]
 
 
 class Transactions:
-    """Those of one worker. `states` has the jobs that have begun one; Runners removes a job whose attempt has ended."""
+    """The transactions of one worker's handlers. `states` has the jobs that have begun one; Runners removes a job whose
+    attempt has ended."""
 
     def __init__(self, dsn: str | None, keep: bool, worker: Waiters) -> None:
         self._dsn = dsn

@@ -61,8 +61,8 @@ class Postponed:
 
 
 class Unwritten:
-    """Those of one settler. `put` adds outcomes, `next_batch` chooses which to write, and `note_...`, `shrink` and
-    `postpone...` are told what became of them."""
+    """The unwritten outcomes of one worker. `put` adds outcomes, `next_batch` chooses which to write, and `note_...`,
+    `shrink` and `postpone...` are told what became of them."""
 
     def __init__(self) -> None:
         self._pending: list[Outcome] = []
@@ -88,7 +88,7 @@ class Unwritten:
 
     @property
     def has_new(self) -> bool:
-        """Whether there are outcomes that no statement has carried yet."""
+        """Whether there are outcomes that are neither postponed nor in the batch."""
         return bool(self._pending)
 
     @property
