@@ -18,9 +18,9 @@ from .hosts import where_of
 
 _Error = TypeVar("_Error", bound=BaseException)
 
-# The errors of the database, or of the way to it. None of them ends a worker: it tries again. All of PostgresError is
-# among them, a violated check too: what a trigger or a constraint refuses today may pass tomorrow. `is_refusal` tells
-# which ones hardly pass by themselves.
+# The errors of the database, or of the way to it. A running worker tries again after each
+# of them, unless the schema has gone (`schema_gone`). All of PostgresError is among them, a violated check too: what a
+# trigger or a constraint refuses today may pass tomorrow. `is_refusal` tells which ones hardly pass by themselves.
 # asyncpg raises InterfaceError on a connection that is lost. `connect` translates all of them into DatabaseError.
 TRANSIENT: Final = (
     asyncpg.PostgresError,
