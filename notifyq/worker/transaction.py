@@ -93,11 +93,15 @@ class Transactions:
                     await transaction.start()
                     yield cast("asyncpg.Connection[asyncpg.Record]", conn)
                     await self._commit(job, conn, transaction, lost)
-                except BaseException:
+                except BaseException as error:
+                    was_lost = _is_lost(conn)
                     with anyio.move_on_after(ROLLBACK_SECONDS, shield=True) as late:
                         await _roll_back(conn, transaction)
                     if late.cancelled_caught:
                         _cut(conn)
+                    if was_lost and isinstance(error, asyncpg.InterfaceError):
+                        # asyncpg blames the caller, as its pool has taken the lost connection back.
+                        raise _lost(job) from error
                     raise
             finally:
                 with anyio.CancelScope(shield=True):
@@ -134,6 +138,8 @@ class Transactions:
             return self._pool
 
     async def _commit(self, job: Job, conn: Pooled, transaction: Transaction, lost: Callable[[Job], None]) -> None:
+        if _is_lost(conn):
+            raise _lost(job)
         if not conn.is_in_transaction():
             raise ConfigError("the transaction was ended inside of its block; leave that to ctx.transaction()")
         self._note_state(job, "ending")
@@ -195,10 +201,21 @@ class Transactions:
 async def _roll_back(conn: Pooled, transaction: Transaction) -> None:
     """A lost connection has rolled it back."""
     try:
-        if not conn.is_closed() and conn.is_in_transaction():
+        if not _is_lost(conn) and conn.is_in_transaction():
             await transaction.rollback()
     except TRANSIENT:
         _cut(conn)
+
+
+def _is_lost(conn: Pooled) -> bool:
+    try:
+        return conn.is_closed()
+    except asyncpg.InterfaceError:
+        return True  # the pool has taken the connection back
+
+
+def _lost(job: Job) -> DatabaseError:
+    return DatabaseError(f"task {job.id}: the connection of its transaction was lost, so the transaction is rolled back")
 
 
 def _cut(conn: Pooled) -> None:

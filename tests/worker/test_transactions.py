@@ -454,6 +454,34 @@ async def test_the_connection_is_lost_while_it_commits(books: Books, db: Any, ds
     assert await ledger(db, ref.id) == [2]
 
 
+@pytest.mark.parametrize("then", ["the block ends", "a statement"])
+async def test_the_connection_is_lost_between_statements(
+    books: Books, db: Any, dsn: str, connect: Any, then: str
+) -> None:
+    """The task's error says so. asyncpg's own would say that the handler has released the connection."""
+
+    other = await connect()
+
+    async def lose(ctx: notifyq.Context, conn: Any) -> None:
+        if ctx.attempt > 1:
+            return
+        await other.execute("SELECT pg_terminate_backend($1, 5000)", conn.get_server_pid())
+        with anyio.fail_after(limit()):
+            while conn._con is not None:  # the pool takes it back
+                await asyncio.sleep(0.001)
+        if then == "a statement":
+            await conn.execute("SELECT 1")
+
+    books.inside = lose
+    async with working(books.app, dsn):
+        ref = await books.app.enqueue(Book())
+        await ended(db, ref.id, "done")
+    (error,) = await errors(db, ref.id)
+    said = f"DatabaseError: task {ref.id}: the connection of its transaction was lost, so the transaction is rolled back"
+    assert error["error"] == said
+    assert await ledger(db, ref.id) == [2]
+
+
 @pytest.mark.parametrize("when", ["while", "after"])
 async def test_the_answer_to_commit_is_lost(
     books: Books, db: Any, dsn: str, connect: Any, monkeypatch: pytest.MonkeyPatch, when: str
