@@ -145,7 +145,10 @@ class OutcomeWriter:
                 extra={"fields": _fields(sorted(written.cancelled))},
             )
         if written.lost:
-            logger.warning("settled nothing for tasks whose lease was lost", extra={"fields": _fields(written.lost)})
+            logger.warning(
+                "settled nothing for tasks whose lease was lost, or whose outcome was written by an earlier try",
+                extra={"fields": _fields(written.lost)},
+            )
         if written.released:
             self._worker.on_released()
 
