@@ -9,6 +9,7 @@ pool           the pool that a connected App keeps
 crons          a cron's row: the task that each slot enqueues
 sync, sync_pool  SyncClient: the same for code that isn't async, and its pool
 ref, cancel    an enqueued task, to wait for and to cancel
+clock          how far tests have moved the times of tasks
 results        waits for the results, ends and progress of tasks, for all callers in this process
 values         decodes a result
 """

@@ -18,4 +18,6 @@ async def cancel(pool: AppPool, ref: Ref) -> bool:
             row = await pool.fetchrow("SELECT notifyq.cancel($1)", ref.id)
         elif (row := await pool.fetchrow(SQL["cancel_if_created_at"], ref.id, ref.created_at)) is not None:
             check_same(ref.id, ref.created_at, row["created_at"])
+            if row["cancelled"] is None:  # the task is the Ref's, and a test has moved its time
+                row = await pool.fetchrow(SQL["cancel_if_created_at"], ref.id, row["created_at"])
     return row is not None and bool(row[0])

@@ -13,6 +13,7 @@ from ..config import in_seconds, is_number
 from ..errors import ConfigError, NotifyqError
 from ..options import is_id
 from ..task import Progress
+from . import clock
 from .calls import check_cancel
 
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
@@ -59,9 +60,10 @@ class Ref(msgspec.Struct, frozen=True, dict=True, eq=False, omit_defaults=True):
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Ref):
             return NotImplemented
-        return self.id == other.id and (
-            self.created_at is None or other.created_at is None or self.created_at == other.created_at
-        )
+        if self.id != other.id or self.created_at is None or other.created_at is None:
+            return self.id == other.id
+        mine, its = self.created_at, other.created_at
+        return clock.is_same_time(mine, its) or clock.is_same_time(its, mine)
 
     def __ne__(self, other: object) -> bool:
         return not self == other  # a Struct's own goes by identity where it has no __eq__
@@ -147,7 +149,7 @@ def check_same(id: int, expected: datetime | str | None, found: datetime | str) 
     expected  the Ref's created_at; None if it isn't known
     found     the task's created_at. A str is a time as PostgreSQL prints it, which has times that Python hasn't
     """
-    if expected is not None and found != expected:
+    if expected is not None and found != expected and not clock.is_same_time(expected, found):
         raise NotifyqError(
             f"task {id} isn't the one that this Ref is of: it was created at {found}, and that one at {expected}. That "
             "one is lost: its server failed before the standby had it, or ids were given twice (TRUNCATE ... RESTART "

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 
+from notifyq.client.clock import Move
 from notifyq.config import is_number
 from notifyq.database.connection import SQL
 from notifyq.errors import ConfigError
@@ -26,5 +27,7 @@ async def advance(source: Source, seconds: float) -> int:
     if not (is_number(seconds) and math.isfinite(seconds) and seconds >= 0):
         raise ConfigError(f"advance got {seconds!r}; expected seconds, 0 or more: time can't be moved back")
     async with connection(source) as conn:
+        move = Move(seconds)  # for the Refs that the test holds, of which one may be waited for meanwhile
         due: int = await conn.fetchval(SQL["advance_clock"], float(seconds))
+        move.made_at = await conn.fetchval("SELECT clock_timestamp()")
     return due

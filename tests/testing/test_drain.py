@@ -19,6 +19,7 @@ from notifyq.testing import (
 )
 
 from ..helpers.kit import NOW, Act, Chain, Unhandled, app, contexts
+from ..helpers.machine import limit
 from ..helpers.running import working
 from ..helpers.waiting import Seen
 
@@ -132,6 +133,62 @@ async def test_advance_wakes_a_worker(connected: notifyq.App, dsn: str) -> None:
         await app.enqueue(Act(), delay=3600)
         assert await advance(app, 3601) == 1
         await seen.reach(1)
+
+
+async def _advance(app: notifyq.App) -> None:
+    await advance(app, 40.5)
+    await advance(app, 30)
+    await drain(app)
+
+
+async def _drain_with_scheduled(app: notifyq.App) -> None:
+    await drain(app, with_scheduled=True)
+
+
+MOVES = pytest.mark.parametrize("let_pass", [_advance, _drain_with_scheduled])
+
+
+@MOVES
+async def test_a_ref_finds_its_task_after_the_clock_moved(connected: notifyq.App, let_pass: Any) -> None:
+    ref = await app.enqueue(Act(), delay=60)
+    await let_pass(app)
+    assert await ref.result(timeout=limit()) == {"number": 7, "at": "2030-01-01T00:00:00Z"}
+    assert [step async for step in ref.progress()] == []
+    assert await ref.cancel() is False
+
+
+@MOVES
+async def test_a_ref_cancels_its_task_after_the_clock_moved(connected: notifyq.App, let_pass: Any) -> None:
+    """It also equals the Ref that enqueue makes of the same task later."""
+    ref = await app.enqueue(Unhandled(), unique="k")
+    await app.enqueue(Act(), delay=60)
+    await let_pass(app)
+    again = await app.enqueue(Unhandled(), unique="k")
+    assert again.existed
+    assert again == ref
+    assert again != app.ref(ref.id, NOW.replace(year=9000))
+    assert await ref.cancel() is True
+
+
+async def test_a_ref_sees_that_its_task_expired(connected: notifyq.App) -> None:
+    ref = await app.enqueue(Act(), expires=30)
+    await advance(app, 31)
+    await drain(app)
+    with pytest.raises(notifyq.TaskCancelled):
+        await ref.result(timeout=limit())
+
+
+async def test_a_ref_is_of_no_other_task_after_the_clock_moved(connected: notifyq.App, dsn: str) -> None:
+    """A task that got the same id was created later, and moves can't hide that."""
+    await advance(app, 3600)
+    lost = await app.enqueue(Act())
+    db = await connection.connect(dsn)
+    await db.execute("TRUNCATE notifyq.task RESTART IDENTITY CASCADE")
+    await db.close()
+    other = await app.enqueue(Act())
+    assert lost.id == other.id
+    with pytest.raises(notifyq.NotifyqError, match="isn't the one that this Ref is of"):
+        await lost.cancel()
 
 
 @pytest.mark.parametrize("seconds", [-1, float("nan"), float("inf"), "60"])
