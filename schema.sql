@@ -47,7 +47,8 @@
 --   * Every table whose rows are updated or deleted has a primary key. In a publication, which may be one FOR ALL
 --     TABLES that was not made for notifyq, PostgreSQL refuses the UPDATE or DELETE of a table without one.
 --   * No function looks a name up by its caller's search_path. BEGIN ATOMIC has names looked up when the function is
---     created, which costs a call nothing; the others set search_path, or qualify every function, operator and cast.
+--     created, which costs a call nothing; the others set search_path, or qualify every function, operator and type.
+--     search_path ends with pg_temp: unless it is named, PostgreSQL looks for types among temporary tables first.
 --   * Plans are cached, and may be made when a table is empty, or with the statistics of another moment. So where many
 --     ids are given, each row is looked up by `id = ANY (ARRAY[x])`: with `id = x` the planner may choose to read a
 --     whole table, or another index. For a single id both get the same plan (cancel, retry, write_outcome).
@@ -302,7 +303,7 @@ COMMENT ON FUNCTION notifyq.enqueue(text, jsonb, text, timestamptz, integer, int
 -- costs the same. If the errors take more than 8 MB on disk, only a marker and the new entry are kept. A worker asks
 -- for that too, by a left_out in the new entry, after PostgreSQL refused to store the entry beside the others.
 CREATE FUNCTION notifyq.append_error(errors jsonb, error jsonb) RETURNS jsonb
-    STABLE LANGUAGE plpgsql SET search_path = pg_catalog AS $$
+    STABLE LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     first integer := 100;  -- how many entries are kept at the beginning
     last integer := 100;   -- and at the end, the new one among them
@@ -550,7 +551,7 @@ COMMENT ON FUNCTION notifyq.cancel(bigint) IS 'Cancel a live task, a running one
 -- Cancel these live tasks, which the caller has locked, each with its reason as the last of its errors. A task that a
 -- worker has claimed has not been run: the claim is no attempt. Returns the cancelled tasks.
 CREATE FUNCTION notifyq.cancel_for(ids bigint[], reasons text[]) RETURNS bigint[]
-    LANGUAGE plpgsql SET search_path = pg_catalog AS $$
+    LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     cancelled bigint[];
 BEGIN
@@ -662,7 +663,7 @@ COMMENT ON COLUMN notifyq.unique_key.until IS 'The end of the longest unique_for
 
 -- Whether this task, which is about to be inserted, is the only one with its unique_key; if so, the key's row names it.
 CREATE FUNCTION notifyq.claim_unique_key(mine notifyq.task) RETURNS boolean
-    LANGUAGE plpgsql SET search_path = pg_catalog AS $$
+    LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     waiting CONSTANT text[] := ARRAY['scheduled', 'ready'];
     my_key CONSTANT text := mine.options ->> 'unique_key';
@@ -746,7 +747,7 @@ COMMENT ON FUNCTION notifyq.claim_unique_key(notifyq.task) IS
 -- hours, and one that was made while the tables were empty would read them whole: hence enable_seqscan, also for
 -- claim_unique_key.
 CREATE FUNCTION notifyq.apply_options() RETURNS trigger LANGUAGE plpgsql
-SET search_path = pg_catalog SET enable_seqscan = off AS $$
+SET search_path = pg_catalog, pg_temp SET enable_seqscan = off AS $$
 DECLARE
     o CONSTANT jsonb := CASE jsonb_typeof(NEW.options)
         WHEN 'object' THEN jsonb_strip_nulls(NEW.options) WHEN 'null' THEN '{}' END;
@@ -986,7 +987,7 @@ COMMENT ON FUNCTION notifyq.note_lease_given_up(notifyq.task) IS
     'Internal: adds a row to notifyq.slot_released for a task that gave up its slot.';
 
 -- Lock these keys. All sessions lock them in the same order.
-CREATE FUNCTION notifyq.lock_keys(keys text[]) RETURNS void LANGUAGE plpgsql SET search_path = pg_catalog AS $$
+CREATE FUNCTION notifyq.lock_keys(keys text[]) RETURNS void LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     locks CONSTANT smallint[] := ARRAY(SELECT DISTINCT (hashtext(k) & 255)::smallint FROM unnest(keys) AS k);
     found_locks integer;
@@ -1054,7 +1055,8 @@ COMMENT ON FUNCTION notifyq.count_slots(text, timestamptz, bigint[]) IS 'Interna
 -- Grant. The keys are locked.
 
 -- Make the next task of an order ready, if it waits for its turn. Returns how many are: 1 or 0.
-CREATE FUNCTION notifyq.grant_turn(name text) RETURNS integer LANGUAGE plpgsql SET search_path = pg_catalog AS $$
+CREATE FUNCTION notifyq.grant_turn(name text) RETURNS integer
+    LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     key CONSTANT text := 'order:' || name;
     head record;
@@ -1085,7 +1087,8 @@ END $$;
 COMMENT ON FUNCTION notifyq.grant_turn(text) IS 'Internal: makes the next task of an order_key ready.';
 
 -- Grant the free slots of a limit: or queue: key. Returns how many tasks became ready, or scheduled.
-CREATE FUNCTION notifyq.grant_slots(key text) RETURNS integer LANGUAGE plpgsql SET search_path = pg_catalog AS $$
+CREATE FUNCTION notifyq.grant_slots(key text) RETURNS integer
+    LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     most CONSTANT integer := 1000;
     kind CONSTANT text := split_part(key, ':', 1);
@@ -1156,7 +1159,8 @@ END $$;
 COMMENT ON FUNCTION notifyq.grant_slots(text) IS 'Internal: grants the free slots of a key to tasks that wait at it.';
 
 -- Grant at all of these keys. Returns how many tasks became ready, or scheduled.
-CREATE FUNCTION notifyq.grant_slots(keys text[]) RETURNS integer LANGUAGE plpgsql SET search_path = pg_catalog AS $$
+CREATE FUNCTION notifyq.grant_slots(keys text[]) RETURNS integer
+    LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     key text;
     ready integer := 0;
@@ -1259,7 +1263,7 @@ COMMENT ON FUNCTION notifyq.check_limits(bigint[], bigint[], timestamptz) IS
 
 -- These tasks start at `moment`: note it for the keys that have a rate, of these keys, which are locked.
 CREATE FUNCTION notifyq.log_starts(ids bigint[], keys text[], moment timestamptz) RETURNS void
-    LANGUAGE plpgsql SET search_path = pg_catalog AS $$
+    LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
     INSERT INTO notifyq.rate_log AS known (key, at, n, seconds)
     SELECT s.key, moment, count(*),
@@ -1286,7 +1290,7 @@ COMMENT ON FUNCTION notifyq.log_starts(bigint[], text[], timestamptz) IS
 
 -- Cancel those of the tasks that this worker has just claimed that have expired. Returns them.
 CREATE FUNCTION notifyq.cancel_expired(worker integer, ids bigint[], attempts smallint[]) RETURNS bigint[]
-    LANGUAGE plpgsql SET search_path = pg_catalog AS $$
+    LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 #variable_conflict use_column
 DECLARE
     expired bigint[];
@@ -1314,7 +1318,7 @@ COMMENT ON FUNCTION notifyq.cancel_expired(integer, bigint[], smallint[]) IS
 --     no row           undecided: its row is locked, or was when its predecessors were asked about, or its lease is
 --                      lost. The worker hands it back, which does nothing to a lost lease
 CREATE FUNCTION notifyq.admit(worker integer, ids bigint[], attempts smallint[])
-    RETURNS TABLE (id bigint, waits_for text) LANGUAGE plpgsql SET search_path = pg_catalog AS $$
+    RETURNS TABLE (id bigint, waits_for text) LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 #variable_conflict use_column
 DECLARE
     limited text[];       -- queues with limits
@@ -1403,7 +1407,7 @@ COMMENT ON FUNCTION notifyq.admit(integer, bigint[], smallint[]) IS
 -- Take up to `most` rows of notifyq.slot_released, grant at their keys, and release the tasks that waited for these
 -- ends. Returns how many tasks became ready, or scheduled.
 CREATE FUNCTION notifyq.release_waiters(most integer DEFAULT 1000) RETURNS integer
-    LANGUAGE plpgsql SET search_path = pg_catalog AS $$
+    LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     taken bigint[];
     ended bigint[];
@@ -1498,7 +1502,8 @@ COMMENT ON COLUMN notifyq.dependency.confirmed IS
 
 -- Have the ends of these tasks recorded, of those that live and are not locked. Returns these; they live until this
 -- transaction ends.
-CREATE FUNCTION notifyq.watch_ends(ids bigint[]) RETURNS bigint[] LANGUAGE plpgsql SET search_path = pg_catalog AS $$
+CREATE FUNCTION notifyq.watch_ends(ids bigint[]) RETURNS bigint[]
+    LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
     UPDATE notifyq.task t SET watched = true
     WHERE t.id = ANY (ARRAY(
@@ -1511,7 +1516,7 @@ COMMENT ON FUNCTION notifyq.watch_ends(bigint[]) IS 'Internal: has the ends of t
 -- because a predecessor is dead or was cancelled. The others have waited for theirs.
 CREATE FUNCTION notifyq.await_predecessors(worker integer, ids bigint[], attempts smallint[],
                                            OUT waiting bigint[], OUT cancelled bigint[])
-    LANGUAGE plpgsql SET search_path = pg_catalog AS $$
+    LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 #variable_conflict use_column
 DECLARE
     asked bigint[];
@@ -1564,7 +1569,7 @@ COMMENT ON FUNCTION notifyq.await_predecessors(integer, bigint[], smallint[]) IS
 -- Cancel those of these tasks that have a predecessor which is dead or was cancelled. Returns them. The caller has
 -- locked the rows of all.
 CREATE FUNCTION notifyq.cancel_dependents(ids bigint[]) RETURNS bigint[]
-    LANGUAGE plpgsql SET search_path = pg_catalog AS $$
+    LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     bad bigint[];
     reasons text[];
@@ -1587,7 +1592,7 @@ COMMENT ON FUNCTION notifyq.cancel_dependents(bigint[]) IS
 -- These tasks have ended: make the tasks ready that waited for them and wait for no others, or cancel them. Returns
 -- how many are ready. It also looks at dependencies that are not confirmed.
 CREATE FUNCTION notifyq.release_dependents(ended bigint[]) RETURNS integer
-    LANGUAGE plpgsql SET search_path = pg_catalog AS $$
+    LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     needed bigint[];
     held bigint[];
@@ -1696,7 +1701,7 @@ COMMENT ON FUNCTION notifyq.resume(text) IS
 -- workers; null: no such limit. Running tasks count.
 CREATE FUNCTION notifyq.limit_queue(queue text, running integer DEFAULT NULL, rate integer DEFAULT NULL,
                                     seconds float8 DEFAULT NULL) RETURNS void
-    LANGUAGE plpgsql SET search_path = pg_catalog AS $$
+    LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
     IF (rate IS NULL) <> (seconds IS NULL) THEN
         RAISE EXCEPTION 'rate and seconds go together: at most this many starts in any period of this length'
@@ -1945,7 +1950,7 @@ COMMENT ON FUNCTION notifyq.readable_time(timestamptz) IS 'Internal: a time with
 -- that first thread, or if the task that opens its thread is among the first spare ones.
 CREATE FUNCTION notifyq.choose_fitting(
     ids bigint[], types text[], plain text[], shares integer[], held integer[], spare integer
-) RETURNS bigint[] STABLE LANGUAGE plpgsql SET search_path = pg_catalog AS $$
+) RETURNS bigint[] STABLE LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
     RETURN ARRAY(
         SELECT f.id

@@ -39,12 +39,12 @@ def schema_sql() -> str:
 async def installed_version(conn: Connection) -> int | None:
     """The schema's version in this database; None if there is no schema notifyq. Raises SchemaError for a schema of
     that name which isn't notifyq's."""
-    found = await conn.fetchrow("SELECT to_regnamespace('notifyq') IS NULL AS missing, current_user::text AS role")
+    found = await conn.fetchrow("SELECT pg_catalog.to_regnamespace('notifyq') IS NULL AS missing, current_user AS role")
     assert found is not None
     if found["missing"]:
         return None
     try:
-        version: object = await conn.fetchval("SELECT max(version) FROM notifyq.schema_version")
+        version: object = await conn.fetchval("SELECT pg_catalog.max(version) FROM notifyq.schema_version")
     except (asyncpg.UndefinedTableError, asyncpg.UndefinedColumnError, asyncpg.UndefinedFunctionError):
         raise SchemaError(STRANGER) from None
     except asyncpg.InsufficientPrivilegeError as error:
@@ -61,8 +61,9 @@ async def _explain_no_version(conn: Connection) -> None:
     """Raise an error that explains why no row of schema_version was found, if row level security hides it, or if the
     other tables are notifyq's."""
     found = await conn.fetchrow(
-        """SELECT to_regclass('notifyq.task') IS NOT NULL AND to_regclass('notifyq.bell') IS NOT NULL AS ours,
-                  row_security_active(to_regclass('notifyq.schema_version')) AS hidden, current_user::text AS role"""
+        """SELECT pg_catalog.to_regclass('notifyq.task') IS NOT NULL
+                      AND pg_catalog.to_regclass('notifyq.bell') IS NOT NULL AS ours,
+                  pg_catalog.row_security_active('notifyq.schema_version') AS hidden, current_user AS role"""
     )
     assert found is not None
     if found["hidden"]:
@@ -115,7 +116,7 @@ async def _install(conn: Connection) -> int | None:
     session has installed meanwhile.
     """
     async with conn.transaction(isolation="read_committed"):
-        await conn.execute("SET LOCAL search_path = pg_catalog")  # PostgreSQL's own objects
+        await conn.execute("SET LOCAL search_path = pg_catalog, pg_temp")  # PostgreSQL's own objects
         await conn.execute("SELECT pg_advisory_xact_lock(1852990817, 0)")
         before = await installed_version(conn)
         if before is None:

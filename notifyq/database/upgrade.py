@@ -48,7 +48,7 @@ HEAD = """\
 -- An upgrade of the schema notifyq, beside running workers and producers; run it as the schema's owner. It stops at a
 -- table that another transaction has locked: then run it again, from its beginning, until it reaches its end.
 \\set ON_ERROR_STOP on
-SET search_path = pg_catalog;
+SET search_path = pg_catalog, pg_temp;
 SET statement_timeout = 0;"""
 
 
@@ -118,7 +118,7 @@ async def run(conn: Connection, version: int, schema_sql: str, say: Callable[[st
         "SELECT pg_catalog.set_config('role', owner, false)"
         " FROM pg_catalog.pg_namespace CROSS JOIN LATERAL pg_catalog.pg_get_userbyid(nspowner) AS owner"
         " WHERE nspname = 'notifyq' AND owner <> current_user;"
-        " SET search_path = pg_catalog; SET statement_timeout = 0; SET lock_timeout = 0"
+        " SET search_path = pg_catalog, pg_temp; SET statement_timeout = 0; SET lock_timeout = 0"
     )
     try:
         for step in steps(version, schema_sql):
@@ -139,7 +139,7 @@ async def _patiently(conn: Connection, locks: list[str], sql: str, say: Callable
     while True:
         try:
             async with conn.transaction(isolation="read_committed"):
-                await conn.execute("SELECT set_config('lock_timeout', $1::text, true)", str(LOCK_MS))
+                await conn.execute("SELECT pg_catalog.set_config('lock_timeout', $1, true)", str(LOCK_MS))
                 await conn.execute(sql, timeout=LONG_SECONDS)
             return
         except (asyncpg.LockNotAvailableError, asyncpg.DeadlockDetectedError):

@@ -13,7 +13,7 @@ from notifyq.database import connection, schema
 from notifyq.database.schema import SCHEMA_VERSION
 from notifyq.errors import DatabaseError, SchemaError
 
-from .test_schema import EVIL
+from .test_schema import EVIL, TEMPORARY
 
 
 @pytest.fixture
@@ -53,6 +53,9 @@ async def test_migrate_takes_no_names_from_the_search_path(empty_dsn: str) -> No
     settings = {"search_path": "evil, pg_catalog"}
     conn: Any = await connection.connect(empty_dsn, role="test", settings=settings)
     await conn.execute(EVIL)
+    await conn.execute("SET search_path = pg_catalog")
+    await conn.execute(TEMPORARY)
+    await conn.execute("RESET search_path")
     await schema.migrate(conn)
     assert await conn.fetchval("SELECT notifyq.enqueue('T', '{}')") == 1
     assert await conn.fetchval("SELECT called FROM evil.called") == 0

@@ -34,6 +34,7 @@ from ..helpers.old_worker import OldWorker
 from ..helpers.processes import Process, started
 from ..helpers.running import working
 from ..helpers.waiting import Seen, eventually
+from .test_schema import TEMPORARY
 
 pytestmark = pytest.mark.slow
 
@@ -138,6 +139,14 @@ async def test_an_upgrade_makes_what_an_installation_makes(conn: Any, fresh: dic
     upgraded = await catalogs(conn)
     assert differences(fresh, upgraded) == []
     assert set(LEFT) <= set(upgraded) - set(fresh), "LEFT has what isn't left"
+
+
+async def test_an_upgrade_takes_no_names_from_temporary_tables(conn: Any, fresh: dict[str, str]) -> None:
+    await install(conn)
+    await conn.execute(TEMPORARY)
+    assert await schema.migrate(conn) == (SCHEMA_VERSION, NEXT)
+    await conn.execute("DISCARD TEMP")
+    assert differences(fresh, await catalogs(conn)) == []
 
 
 def test_there_is_a_migration_to_each_version_and_a_frozen_schema_of_each_before() -> None:

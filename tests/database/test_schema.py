@@ -275,21 +275,39 @@ QUALIFIED = {
     "write_outcome",
 }  # fmt: skip
 NAME_FREE = {"coalesce", "nullif", "greatest", "least"}  # PostgreSQL's grammar: no schema can have them
+GRAMMAR_TYPES = {"bigint", "boolean", "integer", "interval", "real", "smallint"}  # nor these
 
 
 async def test_no_function_looks_names_up_by_the_search_path(conn: Any) -> None:
-    """BEGIN ATOMIC has names looked up once, when the function is created. The others set search_path or qualify."""
+    """BEGIN ATOMIC has names looked up once, when the function is created. The others set search_path or qualify. Where
+    search_path doesn't name pg_temp, types are looked up among temporary tables first."""
     free = await conn.fetch(
         "SELECT proname, prosrc FROM pg_proc WHERE pronamespace = 'notifyq'::regnamespace AND prosqlbody IS NULL"
-        " AND NOT coalesce('search_path=pg_catalog' = ANY (proconfig), false)"
+        " AND NOT coalesce('search_path=pg_catalog, pg_temp' = ANY (proconfig), false)"
     )
     assert {name for name, _ in free} == QUALIFIED
     for name, body in free:
         code = re.sub(r"--.*|'[^']*'|OPERATOR\(pg_catalog\.[^)]+\)|:=|ERRCODE =", " ", body)
         assert set(re.findall(r"(?<![.\w])(\w+)\(", code)) <= NAME_FREE, name
         assert not re.search(r"[-<>=+*/|&~!@#%^?]", code), name
-        assert not re.search(r"::(?!pg_catalog\.)", code), name
+        assert not re.search(r"::(?!pg_catalog\.)|\bcast\b", code, re.IGNORECASE), name
+        declared = re.findall(r"^ +\w+ (?:constant )?(\w+)", code.partition("BEGIN")[0], re.MULTILINE | re.IGNORECASE)
+        assert set(declared) <= GRAMMAR_TYPES, name
 
+
+# A temporary table for each type of PostgreSQL, by the type's name. They come first wherever pg_temp isn't named.
+TEMPORARY = """
+    DO $do$
+    DECLARE
+        f record;
+    BEGIN
+        FOR f IN
+            SELECT typname FROM pg_type
+            WHERE typnamespace = 'pg_catalog'::regnamespace AND typtype IN ('b', 'p') AND typname !~ '^_'
+        LOOP
+            EXECUTE format('CREATE TEMP TABLE %I (x integer)', f.typname);
+        END LOOP;
+    END $do$;"""
 
 # Functions and operators that hide all those of PostgreSQL, and types that hide some. Each tells, then fails.
 SHADOWS = """
@@ -341,7 +359,8 @@ ORDERED = LIMITED.replace("}'", """, "order_key": "o"}'""")
 
 
 async def test_the_functions_take_no_names_from_the_search_path(conn: Any) -> None:
-    """The views too. Each function in PL/pgSQL is called, as the statements of clients and workers call them."""
+    """Nor of temporary tables; and the views don't. Each function in PL/pgSQL is called, as the statements of clients
+    and workers call them."""
     await conn.execute(SHADOWS)
     assert await conn.fetchval("SELECT count(*) FROM pg_operator WHERE oprnamespace = 'evil'::regnamespace") > 700
     worker = await conn.fetchval(
@@ -355,6 +374,10 @@ async def test_the_functions_take_no_names_from_the_search_path(conn: Any) -> No
 
     # asyncpg learns of these types here, with names that it doesn't qualify.
     await conn.prepare("SELECT $1::bigint[], $2::smallint[], $3::text[], $4::integer[], oid FROM pg_class")
+    await conn.execute(TEMPORARY)
+    with pytest.raises(asyncpg.CannotCoerceError):
+        async with conn.transaction():
+            await conn.execute("SELECT 1::text")
 
     async def own(sql: str, *args: Any) -> Any:
         """A statement of this test's own, with names that it needn't qualify."""
