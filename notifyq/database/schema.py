@@ -17,7 +17,7 @@ import asyncpg
 from ..errors import DatabaseError, SchemaError
 from . import upgrade
 from .connection import is_pooled
-from .errors import ACCESS, translate_errors
+from .errors import ACCESS, GRANTS, translate_errors
 
 if TYPE_CHECKING:
     from .connection import Connection
@@ -39,7 +39,10 @@ def schema_sql() -> str:
 async def installed_version(conn: Connection) -> int | None:
     """The schema's version in this database; None if there is no schema notifyq. Raises SchemaError for a schema of
     that name which isn't notifyq's."""
-    found = await conn.fetchrow("SELECT pg_catalog.to_regnamespace('notifyq') IS NULL AS missing, current_user AS role")
+    found = await conn.fetchrow(
+        """SELECT n IS NULL AS missing, pg_catalog.has_schema_privilege(n, 'USAGE') AS usable, current_user AS role
+           FROM (SELECT pg_catalog.to_regnamespace('notifyq')::pg_catalog.oid AS n) AS s"""
+    )
     assert found is not None
     if found["missing"]:
         return None
@@ -48,9 +51,10 @@ async def installed_version(conn: Connection) -> int | None:
     except (asyncpg.UndefinedTableError, asyncpg.UndefinedColumnError, asyncpg.UndefinedFunctionError):
         raise SchemaError(STRANGER) from None
     except asyncpg.InsufficientPrivilegeError as error:
-        raise DatabaseError(
-            f"user {found['role']} may not use the schema notifyq; schema.sql ends with the GRANTs"
-        ) from error
+        what = "use the schema notifyq"
+        if found["usable"]:
+            what = "read the table notifyq.schema_version, as roles that may read, operators and workers may"
+        raise DatabaseError(f"user {found['role']} may not {what}; {GRANTS}") from error
     if not isinstance(version, int):
         await _explain_no_version(conn)
         raise SchemaError(STRANGER)

@@ -15,6 +15,7 @@ from notifyq.database.connection import SQL
 from notifyq.embedded import Server
 from notifyq.errors import DatabaseError
 
+from ..helpers.command import Run
 from ..helpers.databases import admin, grants
 from ..helpers.machine import limit
 from ..helpers.running import working
@@ -214,6 +215,21 @@ async def test_a_stranger_may_not_even_look(roles: Any, as_role: Any, server: Se
         await schema.check(conn)
     await conn.close()
     await admin(server, "DROP ROLE stranger")
+
+
+async def test_a_command_says_which_right_it_lacks(roles: Any, run: Run) -> None:
+    """Both roles may use the schema. These commands look at its version, which their GRANTs don't include."""
+    for role, command in (
+        ("enqueuer", "tasks"),
+        ("enqueuer", "stats"),
+        ("enqueuer", "cancel 1"),
+        ("awaiter", "show 1"),
+    ):
+        found = await run(command, dsn=roles(role))
+        want = f"user {role} may not read the table notifyq.schema_version, as roles that may read, operators and"
+        assert want in found.err, command
+        assert "GRANTs, see: notifyq migrate --sql" in found.err
+    assert (await run("enqueue T", dsn=roles("enqueuer"))).code == 0
 
 
 async def test_the_holder_of_a_lock_is_named_to_a_role_that_may_not_see_what_it_does(as_role: Any) -> None:
