@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -284,10 +285,24 @@ def test_the_tree_of_errors_and_their_exit_codes() -> None:
         assert error.exit_code == code
 
 
+README = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[2] / "README.md").read_text("utf-8"), re.DOTALL)
+[FIRST] = [block for block in README if "app = notifyq.App()" in block]
+[FAILURES] = [block for block in README if "class Charge(" in block]
+# What the example of failures calls, and the reader knows the rest of.
+CALLED = """
+async def busy() -> bool:
+    return False
+
+async def refused() -> bool:
+    return True
+"""
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A user's project: the example, and each mistake in a file of its own."""
+    """A user's project: the example, those of the README, and each mistake in a file of its own."""
     folder = tmp_path_factory.mktemp("user")
+    (folder / "readme.py").write_text("\n\n".join([FIRST, CALLED, FAILURES]))
     (folder / "example.py").write_text(EXAMPLE)
     for number, mistake in enumerate(WRONG):
         (folder / f"mistake{number}.py").write_text(f"{EXAMPLE}\n\nasync def wrong() -> None:\n    {mistake}\n")
