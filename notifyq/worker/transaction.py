@@ -215,7 +215,9 @@ def _is_lost(conn: Pooled) -> bool:
 
 
 def _lost(job: Job) -> DatabaseError:
-    return DatabaseError(f"task {job.id}: the connection of its transaction was lost, so the transaction is rolled back")
+    return DatabaseError(
+        f"task {job.id}: the connection of its transaction was lost, so the transaction is rolled back"
+    )
 
 
 def _cut(conn: Pooled) -> None:

@@ -477,7 +477,9 @@ async def test_the_connection_is_lost_between_statements(
         ref = await books.app.enqueue(Book())
         await ended(db, ref.id, "done")
     (error,) = await errors(db, ref.id)
-    said = f"DatabaseError: task {ref.id}: the connection of its transaction was lost, so the transaction is rolled back"
+    said = (
+        f"DatabaseError: task {ref.id}: the connection of its transaction was lost, so the transaction is rolled back"
+    )
     assert error["error"] == said
     assert await ledger(db, ref.id) == [2]
 
