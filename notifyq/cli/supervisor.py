@@ -27,6 +27,7 @@ logger = log.logger("notifyq.cli")
 VARIABLE = "_NOTIFYQ_PARENT"  # tells a child the file descriptor of the socket
 READY = b"+"
 AT_START = (2, 3, 4)  # exit codes of errors that another start would meet again
+UNWRITTEN = 5  # a child's exit code: it stopped in order, with outcomes that could not be written. Its parent's is 1
 PATIENCE_SECONDS = 3.0  # added to the time that a child gives itself to end
 BACKOFF_SECONDS = (0.5, 30.0)  # between restarts: doubles from the first to the second
 
@@ -60,13 +61,13 @@ async def supervise(argv: Sequence[str], processes: int, timeout: float, drain: 
     """Run `notifyq *argv` in `processes` processes, and return one exit code for all of them.
 
     timeout  seconds that a child waits for its running handlers
-    drain    a child that ends with exit code 0 isn't started again
+    drain    a child that has drained isn't started again
     """
     return await Supervisor(argv, processes, timeout, drain).run()
 
 
 class Supervisor:
-    """Starts the children, restarts those that die, and ends them. Its exit code is 1 after a second signal."""
+    """Starts the children, restarts those that die, and ends them. Its exit code is 1 after a second signal, or if a child failed."""
 
     def __init__(self, argv: Sequence[str], processes: int, timeout: float, drain: bool) -> None:
         self._argv = argv
@@ -99,7 +100,8 @@ class Supervisor:
             if self._stop.is_set():
                 if code not in (0, -signal.SIGTERM):  # SIGTERM kills a child that hasn't set up its handler yet
                     self._code = self._code or 1
-            elif code == 0 and self._drain:
+            elif code in (0, UNWRITTEN) and self._drain:
+                self._code = self._code or min(code, 1)
                 break
             elif code in AT_START and not (code == 3 and was_ready):  # 3, the database, may pass
                 self._code = code

@@ -150,22 +150,24 @@ def worker(
 def _run(app: App, config: WorkerConfig, dsn: str | None, parent: socket.socket | None, log_format: str) -> int:
     watch: Watch | None = None
 
-    async def main() -> None:
+    async def main() -> bool:
         nonlocal watch
         stop, force = anyio.Event(), anyio.Event()
         watch = Watch(stop, force, config.shutdown_timeout_seconds, parent)
         try:
             async with app.connect(dsn):  # so that handlers can enqueue
                 started = Started(config, parent, log_format)
-                await work(app.registry, config, dsn, stop, force, started)
+                return await work(app.registry, config, dsn, stop, force, started)
         finally:
             watch.loop_ends()
 
     code = 1
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
         try:
-            runner.run(main())
-            code = 0
+            if runner.run(main()):
+                code = 0
+            elif parent is not None:
+                code = supervisor.UNWRITTEN
         except NotifyqError as error:
             say(str(error))
             code = error.exit_code

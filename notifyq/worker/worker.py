@@ -75,6 +75,7 @@ class Worker:
         self._id = 0
         self._fatal: BaseException | None = None
         self._write_seconds = WRITE_SECONDS
+        self.wrote_all = True  # False once it has stopped with outcomes that could not be written
         self._ready = asyncio.Event()  # connected, and about to claim
         self._claimed_all = asyncio.Event()  # the claiming stage has ended: drained, stopped, or failed
         self._changed = asyncio.Event()  # one of the conditions that `run` waits for may be true now
@@ -204,6 +205,7 @@ class Worker:
             with anyio.move_on_after(self._write_seconds):
                 await self._settler.run()
         if left := self._settler.leases:
+            self.wrote_all = False
             logger.warning(
                 "stopped with outcomes that could not be written: their tasks will run again",
                 extra={"fields": {"tasks": len(left)}},
@@ -332,12 +334,17 @@ async def work(
     stop: anyio.Event,
     force: anyio.Event,
     task_status: TaskStatus[WorkerInfo],
-) -> None:
-    """Run a worker inside of its app's lifespan."""
+) -> bool:
+    """Run a worker inside of its app's lifespan. Returns whether all outcomes are written."""
+    wrote_all = True
 
     async def run(given: Sequence[object] | None) -> None:
+        nonlocal wrote_all
         log.enable()  # the app, or its lifespan, may have set up logging
-        await Worker(registry.bound(given), config, dsn).run(stop=stop, force=force, task_status=task_status)
+        worker = Worker(registry.bound(given), config, dsn)
+        await worker.run(stop=stop, force=force, task_status=task_status)
+        wrote_all = worker.wrote_all
 
     with forked.signals_are_ours():
         await within(registry.lifespan, run)
+    return wrote_all

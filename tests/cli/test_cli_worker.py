@@ -45,6 +45,17 @@ async def test_a_worker(start: Start, db: Any, loop: str) -> None:
     assert await db.fetchval("SELECT count(*) FROM notifyq.worker") == 0
 
 
+@pytest.mark.parametrize("processes", ["", "--processes 2"])
+async def test_an_outcome_that_could_not_be_written(start: Start, db: Any, processes: str) -> None:
+    """The worker ends all the same, once, and its exit code is 1: the task will run again."""
+    await db.execute("ALTER TABLE notifyq.finished ADD CONSTRAINT no CHECK (type <> 'SEND_MAIL')")
+    await db.fetchval(INSERT, "SEND_MAIL", b'{"to": "x"}')
+    worker = start(f"worker mailer:app --drain {processes}")
+    assert await worker.end() == 1
+    assert "stopped with outcomes that could not be written" in worker.said
+    assert "starting another" not in worker.said
+
+
 async def test_drain_and_json_logs(start: Start, db: Any) -> None:
     """The app and the flags may come from variables. Every line of the log is an object."""
     await db.execute(
