@@ -67,7 +67,8 @@ async def supervise(argv: Sequence[str], processes: int, timeout: float, drain: 
 
 
 class Supervisor:
-    """Starts the children, restarts those that die, and ends them. Its exit code is 1 after a second signal, or if a child failed."""
+    """Starts the children, restarts those that die, and ends them. Its exit code is 1 after a second signal, or if a
+    child failed."""
 
     def __init__(self, argv: Sequence[str], processes: int, timeout: float, drain: bool) -> None:
         self._argv = argv
