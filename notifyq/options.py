@@ -235,7 +235,7 @@ OPTIONS: Final[Mapping[str, Option]] = {
     "unique": Option(
         UniqueRule(),
         "KEY",
-        "if a task with this key exists, enqueue nothing, and print that task's id",
+        "while another task with this key hasn't ended, enqueue nothing, and print that one's id",
         of_class=True,
     ),
     "unique_for": Option(

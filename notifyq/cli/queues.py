@@ -61,7 +61,7 @@ def _rate(queue: dict[str, Any]) -> str:
 def queue() -> None:
     """Pause, resume or limit queues, for every worker.
 
-    Workers follow within a second.
+    Workers follow within a quarter of a second.
     """
 
 

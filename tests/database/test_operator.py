@@ -121,17 +121,18 @@ async def test_the_connections_of_a_worker(dsn: str, db: Any) -> None:
 
     async def kinds() -> list[str]:
         rows = await db.fetch(
-            "SELECT split_part(application_name, ' ', 2) FROM pg_stat_activity"
+            "SELECT application_name FROM pg_stat_activity"
             " WHERE application_name LIKE 'notifyq %' AND datname = current_database() AND pid <> pg_backend_pid()"
         )
-        return sorted(row[0] for row in rows)
+        return sorted(row[0].removeprefix("notifyq ") for row in rows)
 
-    async with working(app, dsn):
-        await eventually(kinds, ["bell", "claims", "heartbeat", "settle"])
+    async with working(app, dsn) as worker:
+        id = worker.info.id
+        await eventually(kinds, [f"bell {id}", f"claims {id}", f"heartbeat {id}", "settle"])
         bell = (
             "SELECT count(*) FROM pg_stat_activity WHERE application_name LIKE 'notifyq bell %'"
             " AND datname = current_database() AND state = 'idle in transaction' AND backend_xmin IS NULL"
         )
         await eventually(lambda: db.fetchval(bell), 1)
-    for kind in ("app", "bell", "claims", "client", "handler", "heartbeat", "payloads", "results", "settle"):
+    for kind in ("app", "bell", "claims", "cli", "client", "handler", "heartbeat", "payloads", "results", "settle"):
         assert f"`notifyq {kind}" in PAGE

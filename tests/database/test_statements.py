@@ -121,7 +121,7 @@ STATEMENTS = {
     "list_unfinished": Statement("", "id:int8 type:text payload:jsonb", None),
     "list_queues": Statement("", "queue:text", None),
     "list_ran": Statement("timestamptz", "id:int8 state:text", None),
-    "register_worker": Statement("text text[] text[] int2[] int4 float8", "id:int4", ""),
+    "register_worker": Statement("text text[] text[] int2[] int4 float8", "id:int4 name:text", ""),
     "hand_back_all": Statement("int4 int8[]", "count:int4", "task_pkey task_running"),
     "rescue": Statement("int4 int4 float8 float8 int8[]", "name:text ready:int4 dead:int4", "task_pkey task_running"),
     "retry_later": Statement("int4 int8[] int2[] float8[] jsonb[]", "id:int8 slot_released:bool", "task_pkey"),

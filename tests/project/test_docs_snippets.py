@@ -59,7 +59,9 @@ STANDS_FOR = {"ID": "1", "FILE": "file", "NAME": "name", "FOLDER": "folder", "VE
 
 
 # Not commands: how connections are called.
-CONNECTIONS = {"app", "bell", "claims", "client", "handler", "heartbeat", "payloads", "results", "settle"}
+CONNECTIONS = {
+    "app", "bell", "claims", "cli", "client", "handler", "heartbeat", "payloads", "reclaim", "results", "settle",
+}  # fmt: skip
 
 
 class Block(NamedTuple):
