@@ -777,8 +777,11 @@ DECLARE
                          WHEN jsonb_array_length(value) <> jsonb_array_length(jsonb_path_query_array(
                                  value, 'strict $[*] ? (@ >= 1 && @ <= 9223372036854775807 && @.floor() == @)'))
                          THEN 'contains something other than an id' END
-                ELSE 'is none of the options, which are unique_key, unique_states, unique_for, on_conflict, order_key, '
-                     'limit_key, limit_running, limit_rate, limit_seconds, after, on_dead, expires'
+                ELSE CASE key WHEN 'unique' THEN 'is written unique_key in SQL'
+                              WHEN 'limit' THEN 'is written limit_running in SQL'
+                              WHEN 'rate' THEN 'is written limit_rate and limit_seconds in SQL'
+                     ELSE 'is none of the options, which are order_key, limit_key, limit_running, limit_rate, '
+                     'limit_seconds, after, on_dead, expires, unique_key, unique_for, unique_states, on_conflict' END
                 END AS wrong
               FROM jsonb_each(o)) AS e
         WHERE e.wrong IS NOT NULL

@@ -173,7 +173,7 @@ async def test_enqueue_takes_names_and_positions(conn: Any) -> None:
         ("'T', priority => 40000", "smallint out of range"),
         ("'T', max_attempts => 40000", "smallint out of range"),
         ("'T', '{nope'", "invalid input syntax for type json"),
-        ("'T', options => '{\"prio\": 1}'", "notifyq.task: prio is none of the options, which are unique_key, "),
+        ("'T', options => '{\"prio\": 1}'", "notifyq.task: prio is none of the options, which are order_key, "),
     ],
 )
 async def test_enqueue_refuses(conn: Any, arguments: str, message: str) -> None:

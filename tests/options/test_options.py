@@ -76,9 +76,10 @@ WRONG: dict[str, list[tuple[str, list[str]]]] = {
         ),
     ],
 }
-NONE_OF_THEM = (
-    "is none of the options, which are unique_key, unique_states, unique_for, on_conflict, order_key, limit_key, "
-    "limit_running, limit_rate, limit_seconds, after, on_dead, expires"
+OTHERWISE = {"unique": "unique_key", "limit": "limit_running", "rate": "limit_rate, limit_seconds"}
+COLUMNS = ("queue", "delay", "run_at", "priority", "max_attempts")
+NONE_OF_THEM = "is none of the options, which are " + ", ".join(
+    OTHERWISE.get(name, name) for name in OPTIONS if name not in COLUMNS
 )
 ASK_FOR_KEY = "unique_states, unique_for and on_conflict need a unique_key"
 ASK_FOR_LONG = "unique_states with done, dead or cancelled needs a unique_for"
@@ -98,8 +99,11 @@ REFUSED: list[tuple[str, str]] = [
     ),
     *(
         (f'{{"{name}": 1}}', f"{name} {NONE_OF_THEM}")
-        for name in ("uniqe_key", "Unique_key", "unique_key ", "", "limit")
+        for name in ("uniqe_key", "Unique_key", "unique_key ", "", "Limit")
     ),
+    ('{"unique": "k"}', "unique is written unique_key in SQL"),
+    ('{"limit_key": "k", "limit": 3}', "limit is written limit_running in SQL"),
+    ('{"limit_key": "k", "rate": "3/s"}', "rate is written limit_rate and limit_seconds in SQL"),
     ('{"payload": {"x": null}}', f"payload {NONE_OF_THEM}"),
     # The first by its name, whatever the order in which they were written.
     ('{"unique_key": 7, "on_dead": 7, "after": 7}', "after is not an array of ids"),
@@ -157,7 +161,7 @@ def test_each_message_has_a_case() -> None:
     _, _, text = schema.schema_sql().partition("CREATE FUNCTION notifyq.apply_options()")
     text = re.sub(r"'\s*\n\s*'", "", text.partition("CREATE TRIGGER apply_options")[0])
     said = re.findall(r"(?:THEN|ELSE)\s+'([^']* [^']*)'", text)
-    assert len(said) == 17
+    assert len(said) == 20
     assert [words for words in said if not any(message.endswith(words) for _, message in REFUSED)] == []
     named = re.findall(r"'(\w+)'", " ".join(re.findall(r"WHEN key (?:=|IN) (.*) THEN", text)))
     assert sorted(named) == sorted(WRONG)
