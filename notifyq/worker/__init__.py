@@ -15,5 +15,6 @@ worker.py starts and stops the stages, in order. pipe.py has what each stage tel
     outages                                 what a stage does while it has no database
     heartbeat, loop_watch, silence          whether this worker, its event loop and other workers live
     maintenance, crons, server_clock        the chores: rescue, prune, crons
+    unreachable                             what its settings keep it from, logged at its start
     signals                                 SIGTERM and SIGINT
 """

@@ -22,7 +22,7 @@ import anyio
 
 from .. import log
 from ..errors import ConfigError
-from ..registry import Handler, Registry
+from ..registry import Handler
 from ..task import Context, Isolation, Progress, Task, Transaction
 from . import outcome
 from .calls import Calls, is_our_cancellation
@@ -217,13 +217,3 @@ class Batches:
             await batch.run(self._calls)
         finally:
             self._running.discard(batch)
-
-
-def log_clipped_batches(registry: Registry, concurrency: int) -> None:
-    """Log which batch handlers never get as many tasks as they take."""
-    for handler in registry.handlers:
-        if handler.batch is not None and handler.batch > concurrency:
-            logger.warning(
-                "a batch counts as that many of the worker's concurrency, so it gets no larger than that",
-                extra={"fields": {"handler": handler.name, "batch": handler.batch, "concurrency": concurrency}},
-            )

@@ -28,7 +28,6 @@ from ..database.errors import TRANSIENT
 from ..errors import first_error
 from ..lifespan import within
 from ..registry import Registry
-from .batch import log_clipped_batches
 from .claim import Claimer
 from .heartbeat import Heartbeat
 from .job import Job
@@ -41,6 +40,7 @@ from .runners import CANCEL_SECONDS, Runners
 from .services import Services
 from .settle import Settler
 from .transaction import Transactions
+from .unreachable import log_unreachable
 
 logger = log.logger("notifyq.worker")
 
@@ -106,7 +106,7 @@ class Worker:
         try:
             self._id = await self._heartbeat.start()
             self._settler.work_as(self._id)
-            log_clipped_batches(self._registry, self._config.concurrency)
+            log_unreachable(self._registry, self._config)
             async with anyio.create_task_group() as group:
                 group.start_soon(self._runners.run, name="notifyq run")
                 group.start_soon(self._settler.run, name="notifyq settle")

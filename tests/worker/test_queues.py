@@ -9,11 +9,13 @@ from typing import Any
 import anyio
 import pytest
 
+import notifyq
 from notifyq.database.connection import SQL
 from notifyq.testing import drain
 
 from ..helpers import verbs
 from ..helpers.limits import ONE, Bench, idle
+from ..helpers.logs import Logged
 from ..helpers.machine import Probe, limit
 from ..helpers.running import working
 from ..helpers.waiting import eventually, heartbeats
@@ -147,3 +149,20 @@ async def test_a_worker_that_is_silent_serves_no_queue(db: Any) -> None:
 async def test_limits_that_are_none(db: Any, arguments: str, message: str) -> None:
     with pytest.raises(Exception, match=message):
         await db.execute(f"SELECT notifyq.limit_queue({arguments})")
+
+
+async def test_a_worker_says_which_queues_of_its_tasks_it_leaves(dsn: str, logged: Logged) -> None:
+    class Mail(notifyq.Task):
+        queue = "mailq"
+
+    app = notifyq.App()
+
+    @app.handler
+    async def mail(task: Mail) -> None: ...
+
+    async with working(app, dsn, queues=["mailq"]):
+        pass
+    assert logged("this worker doesn't serve") == []
+    async with working(app, dsn):
+        pass
+    assert [fields["queues"] for fields in logged("this worker doesn't serve")] == [["mailq"]]
