@@ -65,10 +65,10 @@ def default_threads() -> int:
     return min(32, (len(affinity(0)) if affinity else os.cpu_count() or 1) + 4)
 
 
-def check_name(what: str, name: str) -> None:
+def check_name(what: str, name: str, expected: str = "its name, a str") -> None:
     """Raise ConfigError unless PostgreSQL can hold `name` and schema.sql allows it."""
     if not isinstance(name, str):
-        raise ConfigError(f"{what} is {name!r}; expected its name, a str")
+        raise ConfigError(f"{what} is {name!r}; expected {expected}")
     # A lone surrogate isn't a character, and can't be written as UTF-8.
     if not 1 <= len(name) <= NAME_LENGTH or "\x00" in name or any("\ud800" <= c <= "\udfff" for c in name):
         shown = name if len(name) <= 40 else name[:40] + "..."
@@ -139,7 +139,7 @@ def resolve_dsn(dsn: str | None, environ: Mapping[str, str] = os.environ) -> tup
     any other text.
     """
     for text, source in (
-        (dsn, "--dsn"),
+        (dsn, "the given DSN"),
         (environ.get("NOTIFYQ_DSN"), "NOTIFYQ_DSN"),
         (environ.get("DATABASE_URL"), "DATABASE_URL"),
     ):

@@ -49,7 +49,10 @@ class Name(NamedTuple):
     of_queue: bool = False
 
     def check(self, what: str, value: Any) -> str:
-        (check_queue if self.of_queue else check_name)(what, value)
+        if self.of_queue:
+            check_queue(what, value)
+        else:
+            check_name(what, value, 'a key, a str such as "account:7"')
         return cast("str", value)
 
 

@@ -133,20 +133,20 @@ async def test_run_worker_says_so_before_it_connects() -> None:
 @pytest.mark.parametrize(
     ("given", "environ", "resolved"),
     [
-        ("postgres://a/b", {"NOTIFYQ_DSN": "postgresql://n/"}, ("postgresql://a/b", "--dsn")),
+        ("postgres://a/b", {"NOTIFYQ_DSN": "postgresql://n/"}, ("postgresql://a/b", "the given DSN")),
         (None, {"NOTIFYQ_DSN": "postgresql://n/", "DATABASE_URL": "x"}, ("postgresql://n/", "NOTIFYQ_DSN")),
         (None, {"DATABASE_URL": "postgresql+asyncpg://d/e"}, ("postgresql://d/e", "DATABASE_URL")),
         ("", {"DATABASE_URL": " postgres+psycopg2://d/e\n"}, ("postgresql://d/e", "DATABASE_URL")),
         (None, {"NOTIFYQ_DSN": "", "DATABASE_URL": ""}, (None, "the PG* environment variables")),
-        ("postgresql:///db?host=/tmp/s&port=5", {}, ("postgresql:///db?host=/tmp/s&port=5", "--dsn")),
-        ("postgresql://u:p%2F%40@[::1]:5432/db", {}, ("postgresql://u:p%2F%40@[::1]:5432/db", "--dsn")),
-        ("postgresql://u:se#cret@h/db", {}, ("postgresql://u:se#cret@h/db", "--dsn")),  # as libpq has it
-        ("postgresql://u@a:1,b:2,c/db", {}, ("postgresql://u@a:1,b:2,c/db", "--dsn")),
-        ("postgresql://me@corp:pw@host/db", {}, ("postgresql://me@corp:pw@host/db", "--dsn")),
+        ("postgresql:///db?host=/tmp/s&port=5", {}, ("postgresql:///db?host=/tmp/s&port=5", "the given DSN")),
+        ("postgresql://u:p%2F%40@[::1]:5432/db", {}, ("postgresql://u:p%2F%40@[::1]:5432/db", "the given DSN")),
+        ("postgresql://u:se#cret@h/db", {}, ("postgresql://u:se#cret@h/db", "the given DSN")),  # as libpq has it
+        ("postgresql://u@a:1,b:2,c/db", {}, ("postgresql://u@a:1,b:2,c/db", "the given DSN")),
+        ("postgresql://me@corp:pw@host/db", {}, ("postgresql://me@corp:pw@host/db", "the given DSN")),
         (
             "host=h  dbname = 'my shop' password=a\\ b",
             {},
-            ("postgresql://:a%20b@/my%20shop?host=h", "--dsn"),
+            ("postgresql://:a%20b@/my%20shop?host=h", "the given DSN"),
         ),
     ],
 )
@@ -157,18 +157,21 @@ def test_where_the_dsn_comes_from(given: str | None, environ: dict[str, str], re
 @pytest.mark.parametrize(
     ("dsn", "message"),
     [
-        ("mysql://u:secret@h/db", "--dsn is mysql://...; expected postgresql://user:password@host:5432/database"),
-        ("host=h password='secret", "--dsn can't be used: it is not name=value name='value with spaces'"),
-        ("host=h password=my secret", "--dsn can't be used: it is not name=value name='value with spaces'"),
-        ("postgresql://u:12?se@cret@h/db", "--dsn has no number for a port"),
-        ("u:secret@h://db", "--dsn is no URL; expected postgresql://"),
-        ("localhost", "--dsn is no URL"),
-        ("postgresql://u:secret/x@h/db", "--dsn has no number for a port; in a password, write / as %2F"),
-        ("postgresql://u:secret?x@h/db", "--dsn has no number for a port"),
-        ("postgresql://u:12/secret@h/db", "--dsn has no number for a port"),
-        ("postgresql://u:se[cret@h/db", "--dsn is no URL; in a password, write / as %2F"),
-        ("postgresql://u@h:port/db", "--dsn has no number for a port"),
-        ("postgresql://u@h:99999/db", "--dsn has no number for a port"),
+        (
+            "mysql://u:secret@h/db",
+            "the given DSN is mysql://...; expected postgresql://user:password@host:5432/database",
+        ),
+        ("host=h password='secret", "the given DSN can't be used: it is not name=value name='value with spaces'"),
+        ("host=h password=my secret", "the given DSN can't be used: it is not name=value name='value with spaces'"),
+        ("postgresql://u:12?se@cret@h/db", "the given DSN has no number for a port"),
+        ("u:secret@h://db", "the given DSN is no URL; expected postgresql://"),
+        ("localhost", "the given DSN is no URL"),
+        ("postgresql://u:secret/x@h/db", "the given DSN has no number for a port; in a password, write / as %2F"),
+        ("postgresql://u:secret?x@h/db", "the given DSN has no number for a port"),
+        ("postgresql://u:12/secret@h/db", "the given DSN has no number for a port"),
+        ("postgresql://u:se[cret@h/db", "the given DSN is no URL; in a password, write / as %2F"),
+        ("postgresql://u@h:port/db", "the given DSN has no number for a port"),
+        ("postgresql://u@h:99999/db", "the given DSN has no number for a port"),
     ],
 )
 def test_a_dsn_that_cannot_be(dsn: str, message: str) -> None:
@@ -245,7 +248,7 @@ async def test_no_password_when_connecting_fails(password: str, after: str) -> N
     for error in (caught.value, again.value):
         assert "qZ" not in str(error)
         assert "qZ" not in "".join(traceback.format_exception(error)), "nor in what it was raised from"
-        assert "--dsn" in str(error)
+        assert "the given DSN" in str(error)
 
 
 @pytest.mark.parametrize(

@@ -190,7 +190,7 @@ async def test_no_server(run: Run, command: str) -> None:
     """Exit code 3. The message says where it looked and which setting said so, and doesn't show the password."""
     said = await run(command, dsn=NOWHERE)
     assert (said.code, said.out) == (3, "")
-    assert "--dsn: postgresql://somebody:***@127.0.0.1:1/nothing" in said.err
+    assert "the given DSN: postgresql://somebody:***@127.0.0.1:1/nothing" in said.err
     assert "secret" not in said.err
     assert len(said.err.splitlines()) == 1
 

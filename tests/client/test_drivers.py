@@ -497,12 +497,12 @@ async def test_a_client_that_is_not_connected(app: notifyq.App, dsn: str, monkey
     with pytest.raises(ConfigError, match="not connected"):
         client.enqueue_many([Other()])
     with pytest.raises(
-        DatabaseError, match=r"can't connect to the database \(--dsn: postgresql://u:\*\*\*@127\.0\.0\.1:1/db\)"
+        DatabaseError, match=r"can't connect to the database \(the given DSN: postgresql://u:\*\*\*@127\.0\.0\.1:1/db\)"
     ):
         client.connect("postgresql://u:secret@127.0.0.1:1/db")
-    with pytest.raises(ConfigError, match="--dsn can't be used: "):
+    with pytest.raises(ConfigError, match="the given DSN can't be used: "):
         client.connect("postgresql://127.0.0.1/db?nonsense=1")
-    with pytest.raises(ConfigError, match=r"--dsn is no URL; expected postgresql://"):
+    with pytest.raises(ConfigError, match=r"the given DSN is no URL; expected postgresql://"):
         client.connect("nonsense")
     for name in ("psycopg_pool", "psycopg"):
         monkeypatch.setitem(sys.modules, name, None)

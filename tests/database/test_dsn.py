@@ -262,9 +262,9 @@ async def test_in_tests_and_by_the_command_line(there: There) -> None:
 )
 async def test_what_asyncpg_cannot_do_is_said(there: There, form: str, says: str) -> None:
     """The message comes before any connection is tried."""
-    with pytest.raises(ConfigError, match=f"^--dsn can't be used: .*{re.escape(says)}"):
+    with pytest.raises(ConfigError, match=f"^the given DSN can't be used: .*{re.escape(says)}"):
         await by_asyncpg(there(form))
-    with pytest.raises(ConfigError, match=f"^--dsn can't be used: .*{re.escape(says)}"):
+    with pytest.raises(ConfigError, match=f"^the given DSN can't be used: .*{re.escape(says)}"):
         await by_app(there(form))
 
 

@@ -250,7 +250,7 @@ async def test_a_standby_at_the_start() -> None:
             dsn = f"{standby.dsn()}&target_session_attrs=read-write"
             code, said = await command("worker", "tests.helpers.workers:app", "--dsn", dsn)
             print(said)
-            assert (code, "no server of --dsn will do" in said) == (3, True)
+            assert (code, "no server of the given DSN will do" in said) == (3, True)
 
 
 # A pooler.
