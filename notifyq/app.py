@@ -13,9 +13,9 @@ import anyio
 import asyncpg
 from anyio.abc import TaskStatus
 
-from . import lifespan, log, loops
+from . import lifespan, log, loops, settings
 from .client import drivers, enqueue
-from .client.calls import RESULT_ELSEWHERE, check_cancel, check_enqueue
+from .client.calls import NO_RESULTS, RESULT_ELSEWHERE, check_cancel, check_enqueue
 from .client.cancel import cancel
 from .client.crons import register_cron
 from .client.enqueue import Via
@@ -65,6 +65,7 @@ class App:
         batch: int | None = None,
         linger: float | timedelta | None = None,
         middleware: bool = True,
+        **unknown: Any,
     ) -> Any:
         """Register a handler. Use it as a decorator of an `async def`, or of a plain `def`, which runs in a thread.
 
@@ -79,6 +80,8 @@ class App:
         """
         caller = inspect.currentframe()
         caller = caller.f_back if caller is not None else None
+        for name in unknown:
+            raise settings.unknown_option("handler", name, ("batch", "linger", "middleware"))
         options = HandlerOptions.validated(batch, linger, middleware)
 
         def register(function: _Handler) -> _Handler:
@@ -269,7 +272,7 @@ class App:
     def results(self) -> Results:
         """What Ref's methods wait for results by. Raises ConfigError outside of `async with app.connect():`."""
         if self._results is None:
-            raise ConfigError("not connected: wait for results inside `async with app.connect():`")
+            raise ConfigError(NO_RESULTS)
         self.check_loop("waiting for a task", RESULT_ELSEWHERE)
         return self._results
 

@@ -12,13 +12,22 @@ database's.
 from __future__ import annotations
 
 from datetime import UTC, datetime, tzinfo
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Final, Literal, NamedTuple, TypeAlias
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from cronsim import CronSim, CronSimError
 
 from .errors import ConfigError
 
+NICKNAMES: Final = {  # of other crons
+    "@hourly": "0 * * * *",
+    "@daily": "0 0 * * *",
+    "@midnight": "0 0 * * *",
+    "@weekly": "0 0 * * 0",
+    "@monthly": "0 0 1 * *",
+    "@yearly": "0 0 1 1 *",
+    "@annually": "0 0 1 1 *",
+}
 Missed: TypeAlias = Literal["once", "skip"]
 
 
@@ -39,6 +48,8 @@ class Cron(NamedTuple):
 def check_schedule(expression: str, tz: str) -> None:
     """Raise ConfigError for an expression that isn't one or never comes, or for an unknown time zone."""
     zone = _zone(tz)
+    if isinstance(expression, str) and (fields := NICKNAMES.get(expression)):
+        raise ConfigError(f"{expression!r} is no cron expression here; write {fields!r}")
     try:
         next(CronSim(expression, datetime.now(zone)))
     except (CronSimError, StopIteration, AttributeError, TypeError) as error:

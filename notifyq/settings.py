@@ -53,6 +53,8 @@ NO_LIST = (
     "notifyq has no such setting; a handler's error is tried again, unless the handler catches it and returns "
     "notifyq.Dead(error)"
 )
+# By what else the type of a task goes: it is no attribute but an argument of the class.
+NAMES_OF_TAG: Final = ("tag", "type", "type_name", "task_name", "task_type")
 NEAR = 0.85  # how similar a misspelt name is to the right one
 LONG = 7  # letters: a misspelt field is compared with settings of this length only, as short words are often similar
 
@@ -65,6 +67,16 @@ def find_meant(name: str, known: tuple[str, ...] = (*SETTINGS, *ENQUEUE_ONLY)) -
         return ALIASES[name]
     near = difflib.get_close_matches(name, known, n=1, cutoff=NEAR)
     return near[0] if near else None
+
+
+def unknown_option(function: str, name: str, known: tuple[str, ...]) -> ConfigError:
+    """The error for an option that a function, of these `known` options, doesn't have."""
+    if name in SETTINGS:
+        hint = f"it is a setting of the task's class: write `{name} = ...` there"
+    else:
+        near = find_meant(name, known)
+        hint = f"did you mean {near}?" if near else f"it has {', '.join(known)}"
+    return ConfigError(f"{function} has no option {name!r}; {hint}")
 
 
 @dataclass_transform(field_specifiers=(msgspec.field,))
@@ -83,6 +95,8 @@ class StructMeta(msgspec.StructMeta):
             # `timeout: float = 30.0` before a required field: msgspec would name that field and not the setting.
             for field in namespace.get("__annotations__", {}):
                 _check_field(name, field, namespace.get(field))
+            for argument, value in config.items():
+                _check_argument(name, argument, value)
             raise
 
 
@@ -132,7 +146,23 @@ def _check_field(task: str, name: str, value: object) -> None:
     raise ConfigError(f"task {task}: {name!r} {what}; write `{setting} = ...` without an annotation; {other}")
 
 
+def _check_argument(task: str, name: str, value: object) -> None:
+    """Raise ConfigError for an argument of a class, `class T(Task, queue="mail")`, that isn't one of msgspec's."""
+    if name in NAMES_OF_TAG and name != "tag":
+        raise ConfigError(f"task {task}: a class takes no {name!r}; write class {task}(notifyq.Task, tag={value!r})")
+    if (setting := find_meant(name, SETTINGS)) is not None:
+        raise ConfigError(
+            f"task {task}: a class takes no {name!r}; it is a setting: write `{setting} = {value!r}` in the class's "
+            "body"
+        )
+
+
 def _check_attribute(task: str, name: str, value: object) -> None:
+    if name in NAMES_OF_TAG and value and isinstance(value, str):
+        raise ConfigError(
+            f"task {task}: {name!r} in the body of the class doesn't name its type; write class "
+            f"{task}(notifyq.Task, tag={value!r}) (a constant of your own: name it _{name})"
+        )
     if name in BY_ERROR and value and not callable(getattr(value, "__get__", None)):
         raise ConfigError(f"task {task}: {name!r}: {NO_LIST}; a constant of your own: name it _{name}")
     if not _is_setting(value) or (setting := find_meant(name)) is None or (name == setting and setting in SETTINGS):

@@ -19,6 +19,11 @@ _ELSEWHERE: Final = (
 CANCEL_ELSEWHERE: Final = _ELSEWHERE.format(blocking="app.cancel, id", other="SELECT notifyq.cancel(id)")
 RESULT_ELSEWHERE: Final = _ELSEWHERE.format(blocking="ref.result", other="look into notifyq.all_tasks")
 
+NO_RESULTS: Final = (
+    "not connected: wait for results inside `async with app.connect():`. A SyncClient can't wait for results; without "
+    "async, read the task's state and result in notifyq.all_tasks"
+)
+
 
 class HasLoop(Protocol):
     """An App, as the checks see it."""

@@ -159,12 +159,8 @@ def _ids_of(after: Any) -> list[Any]:
 def _unknown_option(name: str) -> ConfigError:
     if name == "then":
         hint = "a task that runs after others: enqueue_many([...], then=task), or enqueue(task, after=[...])"
-    elif name in settings.SETTINGS:
-        hint = f"it is a setting of the task's class: write `{name} = ...` there"
-    else:
-        near = settings.find_meant(name, tuple(OPTIONS))
-        hint = f"did you mean {near}?" if near else f"it has {', '.join(OPTIONS)}"
-    return ConfigError(f"enqueue has no option {name!r}; {hint}")
+        return ConfigError(f"enqueue has no option {name!r}; {hint}")
+    return settings.unknown_option("enqueue", name, tuple(OPTIONS))
 
 
 def _check_together(given: Mapping[str, Any], *, has_follower: bool) -> None:

@@ -17,6 +17,7 @@ import msgspec
 from notifyq.codec import type_name
 from notifyq.database.connection import SQL
 from notifyq.errors import ConfigError
+from notifyq.options import OPTIONS
 from notifyq.task import Task
 
 from .source import Source, connection
@@ -132,6 +133,12 @@ async def refute_enqueued(
 async def _find(source: Source, task: type[T], expected: Fields, wanted: Wanted) -> list[_Found[T]]:
     if not (isinstance(task, type) and issubclass(task, Task)):
         raise ConfigError(f"expected a subclass of notifyq.Task and some of its fields, not {task!r:.100}")
+    for name in expected:
+        if name in OPTIONS and name not in task.__struct_fields__:
+            raise ConfigError(
+                f"{name!r} is an option of enqueue that isn't compared here, and no field of {task.__name__}; of the "
+                f"options, {', '.join(Wanted._fields)} are compared"
+            )
     _check_names(task, expected)
     name, decode = type_name(task), msgspec.json.Decoder(task).decode
     async with connection(source) as conn:

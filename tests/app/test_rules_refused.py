@@ -35,6 +35,9 @@ WRONG_ATTRIBUTES: dict[str, str] = {
     "timeout_seconds = 3": "did you mean 'timeout'",
     "autoretry_for = (ValueError,)": r"the handler catches it and returns notifyq\.Dead",
     "dont_retry_on = [ValueError]": r"the handler catches it and returns notifyq\.Dead",
+    "tag = 'X'": r"write class Wrong\(notifyq\.Task, tag='X'\)",
+    "type = 'X'": r"write class Wrong\(notifyq\.Task, tag='X'\)",
+    "task_name = 'X'": r"write class Wrong\(notifyq\.Task, tag='X'\)",
     "discard_on = KeyError": r"the handler catches it and returns notifyq\.Dead",
 }
 WRONG_FIELDS: dict[str, str] = {
@@ -110,6 +113,8 @@ def struct(line: str) -> Any:
         "_max_retries = 3",
         "URL = 'https://example.com'\ntemplate = 'a.html'",
         "def delay(self): ...",
+        "type: str = 'X'\ntag: str = 'Y'",
+        "_type = 'X'\ntype = None",
         "retries: int",
         "queue: str = ''\npriority: int = 0\nexpires: bool = False",
         "ttl: int",
@@ -119,6 +124,21 @@ def struct(line: str) -> Any:
 )
 def test_what_a_class_may_have(body: str) -> None:
     notifyq.App().handler(handler_of(define(body)))
+
+
+@pytest.mark.parametrize(
+    ("argument", "cure"),
+    [
+        ("queue='X'", r"'queue'; it is a setting: write `queue = 'X'` in the class's body"),
+        ("max_retries=3", r"'max_retries'; it is a setting: write `max_attempts = 3` in"),
+        ("type='X'", r"'type'; write class Wrong\(notifyq\.Task, tag='X'\)"),
+    ],
+)
+def test_a_setting_is_no_argument_of_the_class(argument: str, cure: str) -> None:
+    with pytest.raises(notifyq.ConfigError, match=cure):
+        define("x: int = 1", f"notifyq.Task, {argument}")
+    with pytest.raises(TypeError, match="colour"):
+        define("x: int = 1", "notifyq.Task, colour=5")
 
 
 def handler_of(cls: Any) -> Callable[..., Any]:

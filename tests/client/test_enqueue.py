@@ -86,6 +86,7 @@ async def test_every_option(app: notifyq.App, dsn: str, db: Any) -> None:
         ({"queue": "x" * 201}, "expected 1 to 200 characters"),
         ({"queue": "a\x00"}, "none of them NUL"),
         ({"queue": None}, "queue is None; expected its name, a str"),
+        ({"order_key": 7}, 'order_key is 7; expected a key, a str such as "account:7"'),
         ({"queue": "default mail"}, "queue 'default mail': a name has no spaces, commas or colons; for several queues"),
         ({"queue": "mail:5"}, "queue 'mail:5': a name has no spaces, commas or colons"),
         ({"queue": "mail,sms"}, "queue 'mail,sms': a name has no"),

@@ -47,6 +47,14 @@ async def test_options_of_other_queues(dsn: str, options: dict[str, Any], words:
             assert words in str(caught.value)
 
 
+def test_a_setting_is_no_option_of_a_handler() -> None:
+    handler: Any = app.handler
+    with pytest.raises(notifyq.ConfigError, match=r"handler has no option 'queue'; .* write `queue = \.\.\.` there"):
+        handler(queue="mail")
+    with pytest.raises(notifyq.ConfigError, match="handler has no option 'colour'; it has batch, linger, middleware"):
+        handler(colour=5)
+
+
 async def test_what_is_no_task(dsn: str, db: Any) -> None:
     async with app.connect(dsn, timeout=timedelta(seconds=30)):
         wrong: Any = send

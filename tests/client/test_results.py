@@ -102,11 +102,16 @@ async def test_what_is_no_id(id: Any) -> None:
         app.ref(id)
 
 
-async def test_without_an_app_or_a_connection() -> None:
+async def test_without_an_app_or_a_connection(dsn: str) -> None:
     with pytest.raises(notifyq.ConfigError, match=r"Ref\(5\) belongs to no app here; make one .*app.ref\(5\)"):
         await notifyq.Ref(5).result()
     with pytest.raises(notifyq.ConfigError, match="not connected: wait for results inside"):
         await app.ref(5).result()
+    with (
+        notifyq.SyncClient(app).connect(dsn) as client,
+        pytest.raises(notifyq.ConfigError, match=r"A SyncClient can't wait for results; .*notifyq\.all_tasks"),
+    ):
+        await client.enqueue(Untyped()).result()
     with pytest.raises(notifyq.ConfigError, match="not connected: cancel inside"):
         await app.ref(5).cancel()
 

@@ -120,6 +120,9 @@ async def test_a_field_that_is_not_there(connected: notifyq.App) -> None:
     """It never matches, so refuting it would be a test that can't fail."""
     with pytest.raises(ConfigError, match=r"Mail has no field 'too'; did you mean 'to'\?"):
         await refute_enqueued(app, Mail, too="x")
+    for helper in (enqueued, assert_enqueued, refute_enqueued):
+        with pytest.raises(ConfigError, match=r"'after' is an option .* isn't compared .*, delay, run_at"):
+            await helper(app, Mail, after=[1])
     with pytest.raises(ConfigError, match="Act has no field 'zzz'; it has how"):
         await enqueued(app, Act, zzz=1)
     await fill()

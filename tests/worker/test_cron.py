@@ -339,6 +339,7 @@ def handled(app: notifyq.App) -> Any:
     ("args", "message"),
     [
         ({"expression": "61 * * * *"}, r"'61 \* \* \* \*' is no cron expression: Bad minute; expected five fields"),
+        ({"expression": "@hourly"}, r"'@hourly' is no cron expression here; write '0 \* \* \* \*'"),
         ({"expression": "daily"}, "is no cron expression: Wrong number of fields"),
         ({"expression": "0 0 30 2 *"}, "is no cron expression: Bad day-of-month"),
         ({"tz": "Berlin"}, "tz is 'Berlin', which isn't known here; expected a name such as 'Europe/Berlin'"),
