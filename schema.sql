@@ -51,8 +51,9 @@
 --     search_path ends with pg_temp: unless it is named, PostgreSQL looks for types among temporary tables first.
 --   * Plans are cached, and may be made when a table is empty, or with the statistics of another moment. So where many
 --     ids are given, each row is looked up by `id = ANY (ARRAY[x])`: with `id = x` the planner may choose to read a
---     whole table, or another index. For a single id both get the same plan (cancel, retry, write_outcome).
---     apply_options and claim_unique_key run with enable_seqscan off.
+--     whole table, or another index. For a single id both get the same plan. A plan for an empty table reads it whole
+--     either way, unless enable_seqscan is off: it is in the sessions of workers, and in the functions that other
+--     sessions call for each of many tasks (cancel, retry, write_outcome, apply_options, find_unique_task).
 
 CREATE SCHEMA notifyq;
 COMMENT ON SCHEMA notifyq IS
@@ -265,7 +266,7 @@ COMMENT ON COLUMN notifyq.finished.options IS 'The options it was enqueued with,
 -- Write the outcome of one task that its caller has just deleted from notifyq.task. Returns its id. finish.sql, which
 -- settles thousands of tasks at a time, has an INSERT of its own.
 CREATE FUNCTION notifyq.write_outcome(task notifyq.task, state text, worker text, attempts integer, errors jsonb)
-    RETURNS bigint LANGUAGE plpgsql AS $$
+    RETURNS bigint LANGUAGE plpgsql SET enable_seqscan = off AS $$
 BEGIN
     -- An older task had this id if the sequence of ids was set back, by a failover or a restore: read_highest_ids.sql.
     DELETE FROM notifyq.finished f WHERE f.id OPERATOR(pg_catalog.=) task.id;
@@ -532,7 +533,7 @@ COMMENT ON FUNCTION notifyq.bell_wanted() IS 'Internal: whether a statement wait
 -- Cancel a live task: move it to finished. Returns whether it was live. A running task is taken from its worker: the
 -- worker listens while it runs something for long, and is told to look; its next heartbeat finds the lease gone in any
 -- case, and cancels the handler.
-CREATE FUNCTION notifyq.cancel(id bigint) RETURNS boolean LANGUAGE sql BEGIN ATOMIC
+CREATE FUNCTION notifyq.cancel(id bigint) RETURNS boolean LANGUAGE sql SET enable_seqscan = off BEGIN ATOMIC
     WITH gone AS (
         DELETE FROM notifyq.task t WHERE t.id = $1 RETURNING t AS task
     ), outcome AS MATERIALIZED (
@@ -573,7 +574,7 @@ COMMENT ON FUNCTION notifyq.cancel_for(bigint[], text[]) IS
 
 -- Run a task again, now. A dead or cancelled task starts again with attempts = 0 and the errors it has. A task that
 -- waits for its run_at is due at once. A running, ready, parked or done task is left alone. Returns whether it applied.
-CREATE FUNCTION notifyq.retry(id bigint) RETURNS boolean LANGUAGE sql BEGIN ATOMIC
+CREATE FUNCTION notifyq.retry(id bigint) RETURNS boolean LANGUAGE sql SET enable_seqscan = off BEGIN ATOMIC
     WITH again AS (
         DELETE FROM notifyq.finished f
         WHERE f.id = $1 AND f.state IN ('dead', 'cancelled') AND NOT EXISTS (SELECT FROM notifyq.task t WHERE t.id = $1)
@@ -743,9 +744,8 @@ COMMENT ON FUNCTION notifyq.claim_unique_key(notifyq.task) IS
 
 -- Check the options of a new task, and apply them. Wrong options are refused here, where they are written.
 --
--- It sets search_path instead of qualifying each operator: only tasks with options pay for that. A plan may be kept for
--- hours, and one that was made while the tables were empty would read them whole: hence enable_seqscan, also for
--- claim_unique_key.
+-- It sets search_path instead of qualifying each operator: only tasks with options pay for that. Its enable_seqscan
+-- holds for claim_unique_key too.
 CREATE FUNCTION notifyq.apply_options() RETURNS trigger LANGUAGE plpgsql
 SET search_path = pg_catalog, pg_temp SET enable_seqscan = off AS $$
 DECLARE
@@ -823,7 +823,7 @@ CREATE TRIGGER apply_options BEFORE INSERT ON notifyq.task FOR EACH ROW WHEN (NE
 
 -- The newest task with this key, by a snapshot of its own: a statement that has inserted no row learns of the
 -- existing task.
-CREATE FUNCTION notifyq.find_unique_task(key text) RETURNS bigint LANGUAGE sql BEGIN ATOMIC
+CREATE FUNCTION notifyq.find_unique_task(key text) RETURNS bigint LANGUAGE sql SET enable_seqscan = off BEGIN ATOMIC
     SELECT k.task FROM notifyq.unique_key k WHERE k.key = $1;
 END;
 COMMENT ON FUNCTION notifyq.find_unique_task(text) IS 'Internal: the newest task with a unique_key.';

@@ -286,6 +286,57 @@ async def test_a_unique_task_looks_up_one(sessions: dict[str, Any], moment: str)
     assert max(first, second) <= 10, (first, second)
 
 
+CALLS = 600
+READY = "INSERT INTO notifyq.task (type) SELECT 'Known' FROM generate_series(1, 600)"
+PEOPLE_CALL = {  # what fills the tables, and what is called for each row
+    "cancel": (READY, "SELECT count(notifyq.cancel(t.id)) FROM notifyq.task t"),
+    "retry": (HISTORY.replace("'done'", "'dead'"), "SELECT count(notifyq.retry(f.id)) FROM notifyq.finished f"),
+    "enqueue": (
+        "SELECT",
+        """SELECT count(notifyq.enqueue('Known', options => jsonb_build_object('unique_key', (i / 2)::text)))
+           FROM generate_series(2, 601) AS i""",
+    ),
+}
+
+
+async def count_empty(db: Any) -> None:
+    """VACUUM leaves the pages that an earlier test used, and with these the planner takes an index."""
+    await db.execute("TRUNCATE notifyq.task, notifyq.finished, notifyq.unique_key")
+    await db.execute("VACUUM (ANALYZE) notifyq.task, notifyq.finished, notifyq.unique_key")
+
+
+@pytest.mark.parametrize("name", PEOPLE_CALL)
+async def test_many_calls_look_up_one_row_each(db: Any, name: str) -> None:
+    """The connection is an ordinary one, and has called the function before. Its plans are from when the tables were
+    empty, and counted as that."""
+    fill, call = PEOPLE_CALL[name]
+    await count_empty(db)
+    for _ in range(10):
+        await db.execute("SELECT notifyq.cancel(1), notifyq.retry(1), notifyq.find_unique_task('')")
+    async with rolled_back(db):
+        await db.execute(fill.replace(str(MANY), str(CALLS)))
+        count, read = await touched(db, lambda: db.fetchval(call))
+    assert count == CALLS
+    assert read < 20 * CALLS
+
+
+async def test_handlers_transactions_look_up_one_row_each(worker: Any, db: Any) -> None:
+    """So do their ends, on connections with the user's settings."""
+    me = await register(worker)
+    await count_empty(db)
+    async with rolled_back(db):
+        await db.execute(READY)
+        await db.execute("UPDATE notifyq.task SET worker = $1, attempts = 1", me)
+        ids = [row[0] for row in await db.fetch("SELECT id FROM notifyq.task")]
+
+        async def settle() -> None:
+            for id in ids:
+                assert await db.fetchrow(SQL["finish_in_transaction"], me, id, 1, True)
+
+        _, read = await touched(db, settle)
+    assert read < 20 * CALLS
+
+
 async def test_the_newest_tasks_are_read_from_the_end(sessions: dict[str, Any]) -> None:
     conn = sessions["person, counted now"]
     async with conn.transaction():

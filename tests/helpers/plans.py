@@ -15,7 +15,7 @@ MOMENTS = {
 TOUCHED = """
     SELECT coalesce(sum(pg_stat_get_xact_tuples_returned(oid)), 0)::bigint
     FROM pg_class
-    WHERE relnamespace = 'notifyq'::regnamespace AND (relname LIKE 'task%' OR relname LIKE 'finished%')"""
+    WHERE relnamespace = 'notifyq'::regnamespace AND relname ~ '^(task|finished|unique_key)'"""
 
 
 @asynccontextmanager
