@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import shlex
+import shutil
+import sys
 import time
 from collections import Counter
 
@@ -60,5 +64,13 @@ class Screen:
             self.print(f"\n{failed} of {len(CHECKS)} checks failed", "bold")
         else:
             self.print(f"\nall {len(CHECKS)} checks hold", "bold")
-            self.print('what next: `notifyq dev` for a database to try things on, and README\'s "A first task"')
+            next_one = f"{notifyq_command()} dev"
+            self.print(f'what next: `{next_one}` for a database to try things on, and README\'s "A first task"')
         return failed
+
+
+def notifyq_command() -> str:
+    """How this notifyq is run from the shell: `make demo` has neither installed nor activated the command."""
+    if shutil.which("notifyq"):
+        return "notifyq"
+    return f"{shlex.quote(os.path.relpath(sys.executable))} -m notifyq"

@@ -23,6 +23,7 @@ import pytest
 from notifyq.demo import app as demo_app
 from notifyq.demo import check, main, web
 from notifyq.demo.check import Facts, Row, Stopped
+from notifyq.demo.screen import notifyq_command
 from notifyq.demo.smtp import MailServer
 from notifyq.demo.stage import exported
 from notifyq.demo.story import USERS
@@ -35,6 +36,16 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
 NOON = datetime(2026, 1, 1, 12, tzinfo=UTC)
+
+
+def test_the_command_that_comes_next_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also after `make demo` alone, which puts no `notifyq` on the PATH."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    done = subprocess.run(f"{notifyq_command()} dev --help", shell=True, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "Ctrl-C" in done.stdout
+    (tmp_path / "notifyq").touch(mode=0o755)
+    assert notifyq_command() == "notifyq"
 
 
 def at(seconds: float) -> datetime:
