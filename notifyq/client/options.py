@@ -173,7 +173,10 @@ def _check_together(given: Mapping[str, Any], *, has_follower: bool) -> None:
 def _check_limit(given: Mapping[str, Any]) -> None:
     has_limit = "limit" in given or "rate" in given
     if "limit_key" in given and not has_limit:
-        raise ConfigError(f'limit_key is {given["limit_key"]!r}, and no limit; add limit=3, rate="100/minute", or both')
+        raise ConfigError(
+            f'limit_key is {given["limit_key"]!r}, and no limit; add limit=3, rate="100/minute", or both, '
+            "here or in the task's class"
+        )
     if "limit_key" not in given and has_limit:
         raise ConfigError(
             'limit= and rate= are of tasks with the same limit_key; add limit_key="...", or limit a whole queue: '

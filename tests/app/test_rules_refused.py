@@ -198,7 +198,7 @@ async def test_a_key_without_a_limit_says_so(dsn: str) -> None:
 
     app = notifyq.App()
     async with app.connect(dsn):
-        with pytest.raises(notifyq.ConfigError, match="limit_key is 'Keyed:0', and no limit"):
+        with pytest.raises(notifyq.ConfigError, match=r"limit_key is 'Keyed:0', and no limit; .* class$"):
             await app.enqueue(Keyed())
         await app.enqueue(Keyed(), limit=3)
         for wrong in ({"limit": 3}, {"limit_key": "k"}):
