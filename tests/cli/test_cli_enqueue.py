@@ -137,7 +137,7 @@ async def test_enqueue_validates_against_an_app(run: Run, dsn: str, folder: Path
     """A type or a payload that the app doesn't take is refused before it is sent."""
     assert (await run("enqueue SEND_MAIL --app mailer:app", '{"to": "a@b.c"}', dsn=dsn)).code == 0
     for words, payload, says in (
-        ("SEND_MIAL --app mailer:app", "{}", "no handler takes type 'SEND_MIAL'; did you mean SEND_MAIL?"),
+        ("SEND_MIAL --app mailer:app", "{}", "no handler takes type 'SEND_MIAL'; did you mean SEND_MAIL"),
         ("SEND_MAIL --app mailer:app", '{"to": 5}', "doesn't fit SEND_MAIL: Expected `str`, got `int` - at `$.to`"),
         ("SEND_MAIL --app mailer:ap", "{}", "mailer has no 'ap'; did you mean 'app'?"),
     ):  # fmt: skip
