@@ -114,7 +114,7 @@ async def test_an_app_without_handlers_validates(run: Run, dsn: str, db: Any, fo
     assert (said.code, said.out) == (2, "")
     assert "the payload doesn't fit BUY: Expected `str`, got `int`" in said.err
     said = await run("enqueue BYU --app shop:app", '{"what": "tea"}', dsn=dsn)
-    assert "no handler takes type 'BYU'; did you mean BUY?" in said.err
+    assert "no handler takes type 'BYU'; did you mean BUY" in said.err
 
 
 @pytest.mark.parametrize(
