@@ -1901,8 +1901,8 @@ COMMENT ON COLUMN notifyq.all_queues.workers IS 'How many live workers serve it.
 -- 11 Claims
 -- =====================================================================================================================
 --
--- Functions of the statements in sql/worker/claim*.sql, mostly of what these return. PostgreSQL inlines a function whose
--- body is one expression without a subquery: plans and costs are as if its callers had the expression.
+-- Functions of the statements in sql/worker/claim*.sql, mostly for what these return. PostgreSQL inlines a function
+-- whose body is one expression without a subquery: plans and costs are as if its callers had the expression.
 
 -- Not inlined, and called for compressed payloads only. The elements of an array aren't compressed. So payload is made
 -- an element once, to be measured and to be returned.
