@@ -1300,7 +1300,8 @@ DECLARE
     reasons text[];
 BEGIN
     SELECT array_agg(m.id),
-           array_agg('expired: not started by ' || date_trunc('second', m.expires_at AT TIME ZONE 'UTC') || ' UTC')
+           array_agg('expired: not started by '
+                     || to_char(notifyq.readable_time(m.expires_at) AT TIME ZONE 'UTC', 'YYYY-MM-DD HH24:MI:SS" UTC"'))
     INTO expired, reasons
     FROM (SELECT t.id, t.expires_at
           FROM unnest(cancel_expired.ids, cancel_expired.attempts) AS o (id, attempt)
@@ -1313,7 +1314,8 @@ END $$;
 COMMENT ON FUNCTION notifyq.cancel_expired(integer, bigint[], smallint[]) IS
     'Internal: cancels claimed tasks that have expired.';
 
--- Decide which of the tasks that this worker has just claimed may run. waits_for in the answer:
+-- Decide which of the tasks that this worker has just claimed may run. If one runs, it must begin before expires_at.
+-- waits_for in the answer:
 --
 --     null             it runs
 --     cancelled        it is gone: it has expired, or a predecessor is dead or was cancelled
@@ -1321,7 +1323,8 @@ COMMENT ON FUNCTION notifyq.cancel_expired(integer, bigint[], smallint[]) IS
 --     no row           undecided: its row is locked, or was when its predecessors were asked about, or its lease is
 --                      lost. The worker hands it back, which does nothing to a lost lease
 CREATE FUNCTION notifyq.admit(worker integer, ids bigint[], attempts smallint[])
-    RETURNS TABLE (id bigint, waits_for text) LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+    RETURNS TABLE (id bigint, waits_for text, expires_at timestamptz)
+    LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 #variable_conflict use_column
 DECLARE
     limited text[];       -- queues with limits
@@ -1336,6 +1339,7 @@ DECLARE
     reasons text[];       -- for each of these what it waits for
     decided bigint[];
     answers text[];
+    times timestamptz[];
 BEGIN
     PERFORM set_config('synchronous_commit', 'on', true);  -- a server that crashes must not forget which tasks run
     SELECT array_agg(q.name) INTO limited
@@ -1387,22 +1391,24 @@ BEGIN
                               WHEN d.why = 'queue' THEN 'queue:' || t.queue
                               WHEN d.why IN ('limit', 'rate') THEN 'limit:' || t.limit_key END,
             admitted_at = CASE WHEN d.why IS NULL THEN t.processing_at END,
-            expires_at = CASE WHEN d.why IS NOT NULL THEN t.expires_at END,  -- else it starts
+            expires_at = CASE WHEN d.why IS NOT NULL THEN t.expires_at END,  -- else the worker looks to it
             worker = CASE WHEN d.why IS NULL THEN t.worker END,
             attempts = t.attempts - (d.why IS NOT NULL)::integer  -- a claim that parks the task begins no attempt
         FROM (SELECT k.id, k.why FROM unnest(kept, reasons) AS k (id, why)
               UNION ALL SELECT p.id, NULL FROM unnest(passed) AS p (id) WHERE p.id <> ALL (kept)) AS d
         WHERE t.id = ANY (ARRAY[d.id])
-        RETURNING t.id, t.parked
+        RETURNING t.id, t.parked,  -- and its expires_at from before this UPDATE
+                  (SELECT o.expires_at FROM notifyq.task o WHERE o.id = ANY (ARRAY[t.id])) AS expires_at
     )
-    SELECT array_agg(w.id), array_agg(w.parked) INTO decided, answers FROM written w;
+    SELECT array_agg(w.id), array_agg(w.parked), array_agg(w.expires_at) INTO decided, answers, times FROM written w;
     IF kinds && '{limit,queue}' THEN
         PERFORM notifyq.log_starts(
             ARRAY(SELECT d.id FROM unnest(decided, answers) AS d (id, why) WHERE d.why IS NULL), keys, moment);
     END IF;
     PERFORM notifyq.grant_slots(keys);
     RETURN QUERY
-    SELECT * FROM unnest(decided, answers) UNION ALL SELECT c, 'cancelled' FROM unnest(expired || cancelled) AS c;
+    SELECT * FROM unnest(decided, answers, times)
+    UNION ALL SELECT c, 'cancelled', NULL FROM unnest(expired || cancelled) AS c;
 END $$;
 COMMENT ON FUNCTION notifyq.admit(integer, bigint[], smallint[]) IS
     'Internal: which claimed tasks may run; it parks the others.';

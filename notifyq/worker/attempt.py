@@ -91,6 +91,8 @@ class Attempts:
             return HandedBack(job)
         if isinstance(task, str):
             return self._conclude(runner, handler, outcome.undecodable(job, task))
+        if job.deadline is not None and job.deadline.has_passed:
+            return self._conclude(runner, handler, outcome.expired(job, job.deadline.expires_at))
         context = Context(
             id=job.id,
             queue=job.queue,

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Mapping, Sequence
 from typing import Any
 
 import anyio
@@ -95,14 +95,14 @@ class Batch:
             self.scope.cancel()
 
     async def run(self, calls: Calls) -> None:
-        """Call the handler, once. Then each member has an outcome, unless all have left."""
+        """Call the handler, at most once. Then each member has an outcome, unless all have left."""
         self.task = me = asyncio.current_task()
         assert me is not None
         try:
             if not self.scope.cancel_called:  # it is, if all have left before this began
                 with self.scope:
-                    for member, result in zip(self.members.values(), await self._outcomes(calls), strict=True):
-                        member.outcome = result
+                    for job, result in (await self._outcomes(calls)).items():
+                        self.members[job].outcome = result
         finally:
             self._running = {}
             self.over.set()
@@ -112,11 +112,21 @@ class Batch:
             except asyncio.CancelledError:
                 pass
 
-    async def _outcomes(self, calls: Calls) -> Sequence[Outcome]:
+    async def _outcomes(self, calls: Calls) -> Mapping[Job, Outcome]:
+        """The handler gets no task that has expired while the batch gathered. Raises as `_call`."""
+        late = {
+            job: outcome.expired(job, job.deadline.expires_at)
+            for job in self.members
+            if job.deadline is not None and job.deadline.has_passed
+        }
+        jobs = [job for job in self.members if job not in late]
+        return late | dict(zip(jobs, await self._call(calls, jobs), strict=True)) if jobs else late
+
+    async def _call(self, calls: Calls, jobs: list[Job]) -> Sequence[Outcome]:
         """Raises nothing but a cancellation of the batch's scope."""
-        handler, jobs = self.handler, list(self.members)
-        tasks = [member.task for member in self.members.values()]
-        contexts = [member.context for member in self.members.values()]
+        handler = self.handler
+        tasks = [self.members[job].task for job in jobs]
+        contexts = [self.members[job].context for job in jobs]
         try:
             value = None
             with anyio.CancelScope(deadline=anyio.current_time() + (handler.timeout or math.inf)) as self.limit:

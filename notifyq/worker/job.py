@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
@@ -20,12 +21,24 @@ CLAIM_BYTES = 4 * 1024 * 1024
 INLINE_LEAST, INLINE_MOST = 2 * 1024, 16 * 1024
 
 
+class Deadline(NamedTuple):
+    """By when an attempt must begin, or else the task is cancelled: it has `expires`."""
+
+    expires_at: datetime  # by the server's clock
+    until: float  # the same time, of time.monotonic()
+
+    @property
+    def has_passed(self) -> bool:
+        return time.monotonic() >= self.until
+
+
 class Job:
     """A claimed row: one attempt of one task. (id, worker, attempt) is its lease."""
 
     __slots__ = (
         "attempt",
         "created_at",
+        "deadline",
         "excused",
         "id",
         "max_attempts",
@@ -53,6 +66,7 @@ class Job:
         self.excused: int = excused or 0  # attempts that don't count, as another task may have killed their worker
         self.payload: bytes | None = payload  # None: large, its runner fetches it (large_payloads.py)
         self.size = 0  # bytes of the payload, if it was large
+        self.deadline: Deadline | None = None  # set by its admission
 
 
 class Threads(NamedTuple):
@@ -141,3 +155,11 @@ def put_in_order(jobs: list[Job]) -> None:
     keep."""
     jobs.sort(key=attrgetter("id"))
     jobs.sort(key=attrgetter("priority"), reverse=True)  # a stable sort: the order by id stays
+
+
+def set_deadlines(jobs: Iterable[Job], answer: Iterable[asyncpg.Record]) -> None:
+    """Note by when these jobs must begin, as admit.sql has just answered."""
+    now = time.monotonic()
+    left = {row["id"]: Deadline(row["expires_at"], now + row["seconds_left"]) for row in answer if row["expires_at"]}
+    for job in jobs if left else ():
+        job.deadline = left.get(job.id)

@@ -29,7 +29,7 @@ from ..codec import first_line
 from ..database.connection import SQL, Connection
 from ..database.errors import is_refusal
 from ..pause import Pause
-from .job import Job, claim_by_id, put_in_order
+from .job import Job, claim_by_id, put_in_order, set_deadlines
 
 logger = log.logger("notifyq.claim")
 
@@ -161,13 +161,16 @@ class LeftOut:
         return len(await self._each([row[0] for row in rows], promote_these))
 
     async def admit(self, conn: Connection, worker: int, jobs: Sequence[Job]) -> list[asyncpg.Record]:
-        """The rows that admit.sql returns for claimed tasks. It returns none for a task that is refused."""
+        """The rows that admit.sql returns for claimed tasks. It returns none for a task that is refused. Sets the
+        deadlines of the jobs that have one."""
         rows: list[asyncpg.Record] = []
         refused: dict[str, list[int]] = {}
 
         async def these(part: Sequence[Job]) -> None:
             ids, attempts = [job.id for job in part], [job.attempt for job in part]
-            rows.extend(await conn.fetch(SQL["admit"], worker, ids, attempts))
+            answer = await conn.fetch(SQL["admit"], worker, ids, attempts)
+            set_deadlines(part, answer)
+            rows.extend(answer)
             if self._not_parked and [id for id in ids if self._not_parked.pop(id, None)] and not self:
                 logger.info("no task is refused any more")
 

@@ -7,6 +7,7 @@ a batch handler returned no list of the right size  the same
 it raised or returned Dead, Cancel                  Finished dead, Finished cancelled
 the payload can't be decoded                        Finished dead: another attempt would end the same
 the result isn't JSON, or exceeds RESULT_LIMIT      the same
+its deadline passed before its handler began        Finished cancelled
 the worker has no handler of the type               Unhandled
 not begun, or cut short by a shutdown               HandedBack: the attempt doesn't count
 """
@@ -14,6 +15,7 @@ not begun, or cut short by a shutdown               HandedBack: the attempt does
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator, Sequence
+from datetime import UTC, datetime
 from typing import Literal, TypeAlias, cast
 
 import msgspec
@@ -166,6 +168,12 @@ def timed_out(job: Job, handler: Handler) -> Outcome:
 def failed(job: Job, handler: Handler, why: str) -> Outcome:
     """The outcome of an attempt that failed for this reason, without an exception."""
     return _again(job, handler, encode_error(job.attempt, why))
+
+
+def expired(job: Job, expires_at: datetime) -> Outcome:
+    """The outcome of a task that didn't begin in time, in the words of cancel_expired in schema.sql."""
+    why = f"expired: not started by {expires_at.astimezone(UTC):%Y-%m-%d %H:%M:%S} UTC"
+    return Finished(job, "cancelled", error=encode_error(job.attempt, why))
 
 
 def undecodable(job: Job, why: str) -> Outcome:

@@ -25,7 +25,7 @@ class Statement(NamedTuple):
 
 
 STATEMENTS = {
-    "admit": Statement("int4 int8[] int2[]", "id:int8 waits_for:text", ""),
+    "admit": Statement("int4 int8[] int2[]", "id:int8 waits_for:text expires_at:timestamptz seconds_left:float8", ""),
     "claim_unhandled": Statement("int4 text[] int4[] int4 text[] int4", ROW, "task_pkey task_unhandled"),
     "advance_clock": Statement("float8", "count:int8", None),
     "read_and_await": Statement(

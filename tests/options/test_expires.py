@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from datetime import UTC, datetime, timedelta
 from typing import Any, Literal
 
@@ -10,15 +11,34 @@ import pytest
 
 import notifyq
 from notifyq.testing import Drained, advance, drain
-from notifyq.worker.job import claim
+from notifyq.worker.batch import Batches
+from notifyq.worker.capacity import Rate
+from notifyq.worker.job import Deadline, claim
+from notifyq.worker.left_out import LeftOut
 
+from ..helpers.machine import limit
+from ..helpers.running import working
 from ..helpers.statements import register
+from ..helpers.waiting import Seen, eventually
 
 EXPIRED = re.compile(r"expired: not started by 20\d\d-\d\d-\d\d \d\d:\d\d:\d\d UTC")
 
 
 class Note(notifyq.Task):
     n: int = 0
+    ballast: str = ""
+
+
+class First(notifyq.Task):
+    pass
+
+
+class Gathered(notifyq.Task):
+    n: int
+
+
+class Others(notifyq.Task):
+    pass
 
 
 class Short(notifyq.Task):
@@ -215,6 +235,109 @@ async def test_a_retry_gives_it_the_time_again(app: notifyq.App, ran: list[Any],
             assert ran == run
             assert await db.fetchval("SELECT notifyq.retry($1)", ref.id) == (not run)
     assert (await ends(db, ref.id))[0][:2] == ("done", 1)
+
+
+@pytest.fixture
+def skip(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Seconds by which workers here take deadlines to be nearer."""
+    seconds = [0.0]
+    passed = property(lambda deadline: time.monotonic() + seconds[0] >= deadline.until)
+    monkeypatch.setattr(Deadline, "has_passed", passed)
+    return seconds
+
+
+async def test_tasks_that_wait_inside_a_worker_expire(
+    app: notifyq.App, ran: list[Any], dsn: str, db: Any, skip: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker claims tasks ahead of its slots. Those that it can't begin in time are cancelled."""
+    monkeypatch.setattr(Rate, "ahead", lambda *_: 100)
+
+    @app.handler
+    async def first(task: First) -> None:
+        await eventually(lambda: db.fetchval("SELECT count(*) FROM notifyq.task WHERE expires_at IS NULL"), 6)
+        skip[0] += 61
+
+    async with app.connect(dsn):
+        begun = await app.enqueue(First(), expires=60)
+        late = [await app.enqueue(Note(1), expires=60), await app.enqueue(Note(2, "x" * 40_000), expires=60)]
+        others = [await app.enqueue(Note(3)), await app.enqueue(Note(4), expires=3600)]
+        await app.enqueue(Note(5), expires=1e9)
+        assert await drain(app, concurrency=1) == Drained(done=4, cancelled=2)
+        with pytest.raises(notifyq.TaskCancelled, match="expired: not started by"):
+            await app.ref(late[0].id).result(timeout=5)
+    assert ran == [3, 4, 5]
+    assert await ends(db, begun.id, *[ref.id for ref in others]) == [("done", 1, None)] * 3
+    assert await ends(db, *[ref.id for ref in late]) == [("cancelled", 1, "expired")] * 2
+
+
+async def test_the_deadline_is_that_of_the_database(app: notifyq.App, dsn: str, db: Any) -> None:
+    worker = await register(db)
+    async with app.connect(dsn):
+        for expires in (60, 3600):
+            await app.enqueue(Note(), expires=expires)
+        await app.enqueue(Note(), limit_key="k", limit=1)
+        await app.enqueue(Note(), limit_key="k", limit=1, expires=60)
+    times = [row[0] for row in await db.fetch("SELECT expires_at FROM notifyq.task ORDER BY id")]
+    jobs = await claim(db, worker, {"default": 9}, 9)
+    before = time.monotonic()
+    await LeftOut().admit(db, worker, jobs)
+    for job, at, seconds in zip(jobs[:2], times, (60, 3600), strict=False):
+        assert job.deadline is not None
+        assert job.deadline.expires_at == at
+        assert seconds - limit(5) < job.deadline.until - before <= seconds + limit(5)
+        assert not job.deadline.has_passed
+    assert jobs[2].deadline is None
+    parked = await db.fetchrow("SELECT parked, expires_at FROM notifyq.task WHERE id = $1", jobs[3].id)
+    assert tuple(parked) == ("limit", times[3])
+    for left, passed in ((-0.1, True), (limit(60), False)):
+        assert Deadline(times[0], time.monotonic() + left).has_passed is passed
+
+
+async def test_tasks_that_linger_in_a_batch_expire(
+    app: notifyq.App, ran: list[Any], dsn: str, db: Any, skip: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The handler gets the others. If there are none, it isn't called."""
+    joined, join = Seen(), Batches.join
+
+    async def noted(self: Batches, *args: Any) -> Any:
+        joined.add(args)
+        return await join(self, *args)
+
+    @app.handler(batch=3, linger=120)
+    async def gathered(tasks: list[Gathered]) -> list[int]:
+        ran.append([task.n for task in tasks])
+        return [task.n for task in tasks]
+
+    @app.handler(batch=3, linger=120)
+    async def others(tasks: list[Others]) -> None:
+        ran.append(len(tasks))
+
+    monkeypatch.setattr(Batches, "join", noted)
+    async with app.connect(dsn), working(app, dsn, concurrency=3):
+        late = await app.enqueue_many([Gathered(1), Gathered(2)], expires=60)
+        await joined.reach(2)
+        skip[0] = 61
+        assert await (await app.enqueue(Gathered(3))).result(timeout=limit()) == 3
+        skip[0] = 0
+        late += await app.enqueue_many([Gathered(4)], expires=60)
+        await joined.reach(4)
+        skip[0] = 61
+        await app.enqueue_many([Others(), Others()])
+        await eventually(lambda: db.fetchval("SELECT count(*) FROM notifyq.task"), 0)
+    assert ran == [[3], 2]
+    assert await ends(db, *late) == [("cancelled", 1, "expired")] * 3
+
+
+@pytest.mark.parametrize("style", ["SQL, DMY", "German"])
+async def test_the_reason_is_the_same_in_every_session(app: notifyq.App, dsn: str, db: Any, style: str) -> None:
+    async with app.connect(dsn):
+        late = await app.enqueue(Note(), expires=60)
+        await advance(app, 61)
+    worker = await register(db)
+    [job] = await claim(db, worker, {"default": 1}, 1)
+    await db.execute(f"SET datestyle = '{style}'; SET timezone = 'Asia/Tokyo'")
+    await db.fetch("SELECT * FROM notifyq.admit($1, $2, '{1}')", worker, [job.id])
+    assert await ends(db, late.id) == [("cancelled", 0, "expired")]
 
 
 async def test_what_is_refused(app: notifyq.App, dsn: str) -> None:
