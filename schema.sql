@@ -590,7 +590,9 @@ CREATE FUNCTION notifyq.retry(id bigint) RETURNS boolean LANGUAGE sql SET enable
         FROM again a
         RETURNING 1
     ), due AS (
-        UPDATE notifyq.task t SET run_at = now(), promoted = true
+        UPDATE notifyq.task t
+        SET run_at = now(), promoted = true, expires_at = CASE WHEN t.expires_at IS NOT NULL THEN
+                now() + make_interval(secs => (t.options -> 'expires')::float8) END
         -- CASE, so that the planner sees one way, the id. With statistics from when the table was empty it took
         -- task_scheduled, whose predicate these conditions are, and read a million entries.
         WHERE t.id = $1 AND CASE WHEN t.worker IS NULL THEN t.run_at > t.created_at AND NOT t.promoted END
@@ -670,7 +672,7 @@ DECLARE
     my_key CONSTANT text := mine.options ->> 'unique_key';
     on_conflict CONSTANT text := mine.options ->> 'on_conflict';
     period CONSTANT interval := make_interval(secs => (mine.options -> 'unique_for')::float8);
-    expires CONSTANT interval := make_interval(secs => (mine.options -> 'expires')::float8);
+    expires CONSTANT jsonb := jsonb_strip_nulls(jsonb_build_object('expires', mine.options -> 'expires'));
     -- Replace and move concern a task that waits. "Once an hour" means that a done task counts too.
     states CONSTANT text[] := CASE
         WHEN mine.options ? 'unique_states'
@@ -680,6 +682,7 @@ DECLARE
         ELSE waiting || '{running,done}' END;
     old bigint;
     since timestamptz;
+    expired boolean;
     locked boolean;
     state text;
 BEGIN
@@ -708,28 +711,35 @@ BEGIN
         -- KEY SHARE hinders claims, which skip the row, and cancel() and cron_pause(), which wait; nothing else. A
         -- running task is not locked: its worker would wait to settle it. The id may have been given twice, and be that
         -- of a task with another key.
-        PERFORM FROM notifyq.task t
+        SELECT t.expires_at <= clock_timestamp() INTO expired FROM notifyq.task t
         WHERE t.id = old AND t.worker IS NULL AND t.options ->> 'unique_key' = my_key
         FOR KEY SHARE;
-        locked := FOUND;
-        state := (SELECT a.state FROM notifyq.all_tasks a
+        locked := FOUND AND expired IS NOT TRUE;
+        state := CASE WHEN expired THEN 'cancelled' ELSE (  -- as soon as a worker takes it
+                  SELECT a.state FROM notifyq.all_tasks a
                   WHERE a.id = old AND NOT EXISTS (
                       SELECT FROM notifyq.task t
                       WHERE t.id = old AND t.options ->> 'unique_key' IS DISTINCT FROM my_key)
-                  ORDER BY a.state IN ('done', 'dead', 'cancelled') LIMIT 1);
+                  ORDER BY a.state IN ('done', 'dead', 'cancelled') LIMIT 1) END;
         EXIT WHEN locked OR state IS NULL OR state <> ALL (waiting);  -- else it was handed back in between: look again
     END LOOP;
     -- A task that isn't known any more counts as done: it was pruned, or wasn't kept.
     IF coalesce(state, 'done') = ANY (states) AND (period IS NULL OR since + period > clock_timestamp()) THEN
+        -- A task that has started doesn't expire. The new `expires` counts if a person retries it.
         IF locked AND on_conflict = 'replace' THEN
             UPDATE notifyq.task t
-            SET type = mine.type, payload = mine.payload, expires_at = greatest(t.run_at, mine.created_at) + expires
+            SET type = mine.type, payload = mine.payload, options = t.options - 'expires' || expires,
+                expires_at = CASE WHEN t.attempts = 0 THEN
+                    greatest(least(t.run_at, '294244-1-1'), mine.created_at)  -- the sum must be a time
+                    + make_interval(secs => (expires -> 'expires')::float8) END
             WHERE t.id = old;
         ELSIF locked AND on_conflict = 'move' THEN
             -- Not a task whose time has come and that waits for a limit, its turn or its predecessors: its release sets
             -- run_at.
             UPDATE notifyq.task t
-            SET run_at = mine.run_at, promoted = mine.run_at <= clock_timestamp(), expires_at = mine.expires_at
+            SET run_at = mine.run_at, promoted = mine.run_at <= clock_timestamp(),
+                options = t.options - 'expires' || expires,
+                expires_at = CASE WHEN t.attempts = 0 THEN mine.expires_at END
             WHERE t.id = old AND NOT t.withheld AND t.waiting_on IS NULL;
         END IF;
         RETURN false;
@@ -786,13 +796,13 @@ DECLARE
               FROM jsonb_each(o)) AS e
         WHERE e.wrong IS NOT NULL
         ORDER BY e.key LIMIT 1) END;
+    due CONSTANT timestamptz := greatest(NEW.run_at, NEW.created_at);
 BEGIN
     IF wrong IS NULL THEN
         NEW.options := nullif(o, '{}');
         NEW.order_key := o ->> 'order_key';
         NEW.limit_key := o ->> 'limit_key';
         NEW.after := nullif(ARRAY(SELECT jsonb_array_elements(o -> 'after')::bigint), '{}');
-        NEW.expires_at := greatest(NEW.run_at, NEW.created_at) + make_interval(secs => (o -> 'expires')::float8);
         NEW.watched := NEW.order_key IS NOT NULL OR NEW.limit_key IS NOT NULL;
         wrong := CASE
             WHEN o ?| '{unique_states,unique_for,on_conflict}' AND NOT o ? 'unique_key'
@@ -805,11 +815,13 @@ BEGIN
                 THEN 'limit_key goes with limit_running, or with limit_rate and limit_seconds, or with all three'
             WHEN o ? 'on_dead' AND NOT o ? 'after' THEN 'on_dead needs after'
             WHEN NOT NEW.id > ALL (NEW.after) THEN 'after has an id that no task has yet'
+            WHEN o ? 'expires' AND isfinite(due) AND due > '294244-1-1' THEN 'expires needs a run_at before year 294244'
             END;
     END IF;
     IF wrong IS NOT NULL THEN
         RAISE EXCEPTION 'notifyq.task: %', wrong USING ERRCODE = 'check_violation';
     END IF;
+    NEW.expires_at := due + make_interval(secs => (o -> 'expires')::float8);
     IF o ? 'unique_key' AND NOT notifyq.claim_unique_key(NEW) THEN
         RETURN NULL;
     END IF;
@@ -1299,11 +1311,9 @@ DECLARE
     expired bigint[];
     reasons text[];
 BEGIN
-    SELECT array_agg(m.id),
-           array_agg('expired: not started by '
-                     || to_char(notifyq.readable_time(m.expires_at) AT TIME ZONE 'UTC', 'YYYY-MM-DD HH24:MI:SS" UTC"'))
+    SELECT array_agg(m.id), array_agg(to_char(m.at, '"expired: not started by "YYYY-MM-DD HH24:MI:SS" UTC"'))
     INTO expired, reasons
-    FROM (SELECT t.id, t.expires_at
+    FROM (SELECT t.id, notifyq.readable_time(t.expires_at) AT TIME ZONE 'UTC' AS at
           FROM unnest(cancel_expired.ids, cancel_expired.attempts) AS o (id, attempt)
           JOIN notifyq.task t ON t.id = ANY (ARRAY[o.id])
           WHERE t.worker IS NOT DISTINCT FROM cancel_expired.worker AND t.attempts = o.attempt
@@ -1314,10 +1324,9 @@ END $$;
 COMMENT ON FUNCTION notifyq.cancel_expired(integer, bigint[], smallint[]) IS
     'Internal: cancels claimed tasks that have expired.';
 
--- Decide which of the tasks that this worker has just claimed may run. If one runs, it must begin before expires_at.
--- waits_for in the answer:
+-- Decide which of the tasks that this worker has just claimed may run. waits_for in the answer:
 --
---     null             it runs
+--     null             it runs, and must begin before expires_at
 --     cancelled        it is gone: it has expired, or a predecessor is dead or was cancelled
 --     another word     it was parked, and waits for this
 --     no row           undecided: its row is locked, or was when its predecessors were asked about, or its lease is
@@ -1397,10 +1406,9 @@ BEGIN
         FROM (SELECT k.id, k.why FROM unnest(kept, reasons) AS k (id, why)
               UNION ALL SELECT p.id, NULL FROM unnest(passed) AS p (id) WHERE p.id <> ALL (kept)) AS d
         WHERE t.id = ANY (ARRAY[d.id])
-        RETURNING t.id, t.parked,  -- and its expires_at from before this UPDATE
-                  (SELECT o.expires_at FROM notifyq.task o WHERE o.id = ANY (ARRAY[t.id])) AS expires_at
+        RETURNING t.id, t.parked, (SELECT o.expires_at FROM notifyq.task o WHERE o.id = ANY (ARRAY[t.id])) AS old_time
     )
-    SELECT array_agg(w.id), array_agg(w.parked), array_agg(w.expires_at) INTO decided, answers, times FROM written w;
+    SELECT array_agg(w.id), array_agg(w.parked), array_agg(w.old_time) INTO decided, answers, times FROM written w;
     IF kinds && '{limit,queue}' THEN
         PERFORM notifyq.log_starts(
             ARRAY(SELECT d.id FROM unnest(decided, answers) AS d (id, why) WHERE d.why IS NULL), keys, moment);
@@ -1990,9 +1998,9 @@ COMMENT ON FUNCTION notifyq.choose_fitting(bigint[], text[], text[], integer[], 
 --                 GRANT INSERT ON notifyq.bell TO r;  -- to lock it; it takes no row. Without this, each INSERT rings
 --   with keys     GRANT SELECT, INSERT, UPDATE ON notifyq.unique_key TO r;  -- in addition, to enqueue unique tasks
 --                 GRANT SELECT (id, state) ON notifyq.all_tasks TO r;
---                 GRANT SELECT (worker, options), UPDATE (note) ON notifyq.task TO r;  -- UPDATE, to lock
---                 GRANT SELECT (withheld, waiting_on, run_at) ON notifyq.task TO r;  -- and the next: to replace, move
---                 GRANT UPDATE (type, payload, run_at, promoted, expires_at) ON notifyq.task TO r;
+--                 GRANT SELECT (worker, options, expires_at), UPDATE (note) ON notifyq.task TO r;  -- UPDATE, to lock
+--                 GRANT SELECT (withheld, waiting_on, run_at, attempts) ON notifyq.task TO r;  -- to replace and move:
+--                 GRANT UPDATE (type, payload, run_at, promoted, options, expires_at) ON notifyq.task TO r;
 --   may read      GRANT USAGE ON SCHEMA notifyq TO r;
 --                 GRANT SELECT ON notifyq.all_tasks, notifyq.all_queues, notifyq.worker TO r;
 --                 GRANT SELECT ON notifyq.queue, notifyq.cron, notifyq.schema_version TO r;
@@ -2001,8 +2009,8 @@ COMMENT ON FUNCTION notifyq.choose_fitting(bigint[], text[], text[], integer[], 
 --                 GRANT SELECT (id, awaited), UPDATE (awaited) ON notifyq.task TO r;
 --   operator      GRANT USAGE ON SCHEMA notifyq TO r;  -- pause, resume and limit queues; retry and cancel tasks; crons
 --                 GRANT SELECT ON ALL TABLES IN SCHEMA notifyq TO r;
---                 GRANT INSERT, DELETE, UPDATE (run_at, promoted, admitted_at, watched) ON notifyq.task TO r;
---                 GRANT INSERT, DELETE ON notifyq.finished TO r;
+--                 GRANT INSERT, DELETE ON notifyq.task, notifyq.finished TO r;
+--                 GRANT UPDATE (run_at, promoted, expires_at, admitted_at, watched) ON notifyq.task TO r;
 --                 GRANT INSERT ON notifyq.slot_released, notifyq.bell TO r;
 --                 GRANT INSERT, UPDATE ON notifyq.queue TO r;
 --                 GRANT DELETE, UPDATE (paused, next_at) ON notifyq.cron TO r;

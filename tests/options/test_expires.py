@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
 import time
 from datetime import UTC, datetime, timedelta
 from typing import Any, Literal
 
+import asyncpg
 import pytest
 
 import notifyq
@@ -226,6 +228,76 @@ async def test_a_newer_unique_task_gives_the_waiting_one_its_time(
         assert await ends(db, waiting.id) == [("cancelled", 0, "expired")]
 
 
+async def test_a_task_that_has_expired_is_not_in_the_way(app: notifyq.App, ran: list[Any], dsn: str, db: Any) -> None:
+    """It counts as cancelled, as it is as soon as a worker takes it. One that expires later is in the way."""
+    async with app.connect(dsn):
+        waiting = await app.enqueue(Note(1), unique="k", expires=60)
+        assert (await app.enqueue(Note(2), unique="k", expires=3600)).id == waiting.id
+        await advance(app, 61)
+        for on_conflict in ("keep", "replace", "move"):
+            given: Any = {"unique": "k", "on_conflict": on_conflict}
+            counts = await app.enqueue(Note(3), **given, unique_for=3600, unique_states=["cancelled"])
+            assert (counts.id, counts.existed) == (waiting.id, True)
+        assert await db.fetchval("SELECT payload ->> 'n' FROM notifyq.task") == "1"
+        newer = await app.enqueue(Note(4), unique="k", on_conflict="replace")
+        assert not newer.existed
+        assert (await app.enqueue(Note(5), unique="k")).id == newer.id
+        assert await drain(app) == Drained(done=1, cancelled=1)
+    assert ran == [4]
+    assert await states(db, waiting.id, newer.id) == ["cancelled", "done"]
+
+
+@pytest.mark.parametrize("on_conflict", ["replace", "move"])
+async def test_a_newer_unique_task_lets_no_started_one_expire(
+    app: notifyq.App, ran: list[Any], dsn: str, db: Any, on_conflict: Literal["replace", "move"]
+) -> None:
+    async with app.connect(dsn):
+        ref = await app.enqueue(Again(), unique="k")
+        await drain(app)
+        newer = await app.enqueue(Again(), unique="k", on_conflict=on_conflict, expires=1)
+        assert newer.id == ref.id
+        await advance(app, 3600)
+        await drain(app, with_scheduled=True)
+    assert ran == [1, 2, 3]
+    assert await states(db, ref.id) == ["done"]
+
+
+@pytest.mark.parametrize("on_conflict", ["replace", "move"])
+async def test_a_newer_unique_task_replaces_the_option(
+    app: notifyq.App, ran: list[Any], dsn: str, db: Any, on_conflict: Literal["replace", "move"]
+) -> None:
+    """A retry by hand applies it, and people read it."""
+    async with app.connect(dsn):
+        waiting = await app.enqueue(Note(1), unique="k", order_key="o", expires=60)
+        for expires in (20, None, 30):
+            await app.enqueue(Note(2), unique="k", on_conflict=on_conflict, expires=expires)
+            options = json.loads(await db.fetchval("SELECT options FROM notifyq.all_tasks"))
+            assert options.pop("expires", None) == expires
+            assert options == {"unique_key": "k", "on_conflict": "keep", "order_key": "o"}
+        await app.ref(waiting.id).cancel()
+        assert await db.fetchval("SELECT notifyq.retry($1)", waiting.id)
+        await advance(app, 31)
+        await drain(app)
+    assert ran == []
+    assert await ends(db, waiting.id) == [("cancelled", 0, "expired")]
+
+
+async def test_a_retry_of_a_scheduled_task_counts_from_then(
+    app: notifyq.App, ran: list[Any], dsn: str, db: Any
+) -> None:
+    async with app.connect(dsn):
+        late, in_time = [await app.enqueue(Note(n), delay=3600, expires=60) for n in (1, 2)]
+        again = await app.enqueue(Again(), expires=60)
+        await drain(app)
+        for ref in (late, again):
+            assert await db.fetchval("SELECT notifyq.retry($1)", ref.id)
+        await advance(app, 61)
+        assert await db.fetchval("SELECT notifyq.retry($1)", in_time.id)
+        await drain(app)
+    assert ran == [1, 2, 2]
+    assert await states(db, late.id, in_time.id) == ["cancelled", "done"]
+
+
 async def test_a_retry_gives_it_the_time_again(app: notifyq.App, ran: list[Any], dsn: str, db: Any) -> None:
     async with app.connect(dsn):
         ref = await app.enqueue(Note(1), expires=60)
@@ -338,6 +410,19 @@ async def test_the_reason_is_the_same_in_every_session(app: notifyq.App, dsn: st
     await db.execute(f"SET datestyle = '{style}'; SET timezone = 'Asia/Tokyo'")
     await db.fetch("SELECT * FROM notifyq.admit($1, $2, '{1}')", worker, [job.id])
     assert await ends(db, late.id) == [("cancelled", 0, "expired")]
+
+
+@pytest.mark.parametrize("on_conflict", ["replace", "move"])
+async def test_the_last_times_that_there_are(db: Any, on_conflict: str) -> None:
+    insert = "INSERT INTO notifyq.task (type, run_at, options) VALUES ('Note', $1::text::timestamptz, $2::text::jsonb)"
+    most: dict[str, Any] = {"expires": 1_000_000_000}
+    with pytest.raises(asyncpg.CheckViolationError, match="expires needs a run_at before year 294244"):
+        await db.execute(insert, "294276-12-31", json.dumps(most))
+    for at in ("294243-12-31", "infinity"):
+        await db.execute(insert, at, json.dumps(most))
+    await db.execute(insert, "294276-12-31", json.dumps({"unique_key": "k"}))
+    await db.execute(insert, "2030-01-01", json.dumps(most | {"unique_key": "k", "on_conflict": on_conflict}))
+    assert await db.fetchval("SELECT count(*) FROM notifyq.task WHERE expires_at > '2060-01-01'") == 3
 
 
 async def test_what_is_refused(app: notifyq.App, dsn: str) -> None:
