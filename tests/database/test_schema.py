@@ -404,7 +404,7 @@ async def test_the_functions_take_no_names_from_the_search_path(conn: Any) -> No
         worker,
     )
     ids, attempts = [id for id, _ in claimed], [attempt for _, attempt in claimed]
-    answer = dict(await conn.fetch("SELECT * FROM notifyq.admit($1, $2, $3)", worker, ids, attempts))
+    answer = dict(await conn.fetch("SELECT id, waits_for FROM notifyq.admit($1, $2, $3)", worker, ids, attempts))
     assert [answer[id] for id in (first, second, third, after)] == [None, "order", "limit", "after"]
     await conn.execute("UPDATE notifyq.task t SET worker = NULL RETURNING notifyq.note_lease_given_up(t)")
     assert await conn.fetchval("SELECT notifyq.cancel($1)", first) is True
