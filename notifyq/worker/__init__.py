@@ -2,11 +2,12 @@
 
 worker.py starts and stops the stages, in order. pipe.py has what each stage tells it.
 
-    claim, decide, state, moderation        the loop that claims, and the table that decides what it does next
+    claim, decide, drain, state, moderation
+                                            the loop that claims, and the tables that decide what it does next
     listen, doorbell                        how it hears of new tasks
     intake, capacity, slots, job, cursors   what it claims, and how much
-    admission, due, isolate, left_out,
-    waiting                                 what else it does on its connection
+    admission, due, isolate, last_check,
+    left_out, waiting                       what else it does on its connection
     runners, group, attempt, calls, batch   tasks while they run, one by one or in batches
     services, large_payloads, transaction,
     predecessors                            what a running task uses of the database

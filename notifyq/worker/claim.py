@@ -24,9 +24,11 @@ from . import decide
 from .admission import Admission
 from .capacity import Capacity, Free
 from .doorbell import BellConnection, fleet_key
+from .drain import DRAIN
 from .due import DueCheck
 from .intake import Intake
 from .isolate import Isolation
+from .last_check import LastCheck
 from .left_out import LeftOut
 from .listen import Listener
 from .runners import Runners
@@ -57,6 +59,7 @@ class Claimer:
         self._due = DueCheck(self._capacity, self._admission, self._listener, state)
         self._waiting = Waiting(state, self._wake, self._admission.left_out)
         self._isolation = Isolation(self._capacity, self._admission, self._intake, runners, self._waiting, state)
+        self._last_check = LastCheck(list(config.queues), types, state)
         self._bell = BellConnection(fleet_key(config.queues, types), self._bell_moved)
         self._connections: list[Connection] = []
         self.bell_pid: int | None = None  # of the backend at the bell
@@ -189,7 +192,7 @@ class Claimer:
     async def _serve(self, conn: Connection, worker: int) -> None:
         clock = asyncio.get_running_loop().time
         state, capacity, admission, bell = self._state, self._capacity, self._admission, self._bell
-        table = decide.DRAIN if self._config.drain else decide.TABLE
+        table = DRAIN if self._config.drain else decide.TABLE
         while not state.stopping:
             self._wake.clear()  # first, so that what happens from here on ends the next wait
             now = clock()
@@ -221,7 +224,7 @@ class Claimer:
                 case decide.Isolate():
                     await self._isolation.run(conn, worker, bell)
                 case decide.LastCheck():
-                    state.last_check_begins()
+                    await self._last_check.run(conn, worker)
                 case decide.Finish():
                     return
                 case decide.Fail():

@@ -1,7 +1,7 @@
 """Decide: what a claimer does next, as a table. Pure: no clock, no connection, no event loop.
 
 `next_action` returns the action of the first row that holds in a State (state.py). claim.py carries it out. A worker
-goes by TABLE, or, with --drain, by DRAIN.
+goes by TABLE, or, with --drain, by the table in drain.py.
 
 The doorbell's model (tests/models/doorbell.py) explores TABLE itself and the State's events: docs/protocol.md tells
 what holds. After a change of either, `python -m tests.models` explores them anew.
@@ -104,7 +104,8 @@ class Wait(_Action):
 
 @dataclass(frozen=True, slots=True)
 class LastCheck(_Action):
-    """Before the end of --drain: ask once more for due tasks, waiters, ready tasks and tasks to isolate."""
+    """Before the end of --drain: ask once more for due tasks, waiters, ready tasks, tasks to isolate, and tasks that
+    other workers may have to give up."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,11 +147,11 @@ def _waits_for_share(s: State, now: float) -> Action:
     return Wait(min(s.wakes_at, now + gap), then_claims=True, bell=ASLEEP)
 
 
-def _always(action: Action) -> Callable[[State, float], Action]:
+def always(action: Action) -> Callable[[State, float], Action]:
     return lambda s, now: action
 
 
-CHECK_DUE = _always(CheckDue())
+CHECK_DUE = always(CheckDue())
 
 
 # The first row that holds is what happens next. Later rows may rely on the earlier ones not to hold.
@@ -164,19 +165,19 @@ TABLE: tuple[Row, ...] = (
     Row(
         "heartbeat",
         lambda s, now, free: s.heartbeat_wanted,
-        _always(WriteHeartbeat()),
+        always(WriteHeartbeat()),
         "The heartbeat's thread can't write it at the moment. Other workers give up a worker that stays silent.",
     ),
     Row(
         "release",
         lambda s, now, free: s.release_wanted,
-        _always(ReleaseWaiters()),
+        always(ReleaseWaiters()),
         "A task that waited for an ended one becomes ready by this, so this comes before any claim.",
     ),
     Row(
         "isolate",
         lambda s, now, free: s.isolation_wanted,
-        _always(Isolate()),
+        always(Isolate()),
         "A task whose workers vanished twice, while they ran others too, is parked until a worker runs it isolated.",
     ),
     Row(
@@ -188,13 +189,13 @@ TABLE: tuple[Row, ...] = (
     Row(
         "no capacity",
         lambda s, now, free: not free.total,
-        _always(Wait(math.inf, bell=AWAY)),
+        always(Wait(math.inf, bell=AWAY)),
         "It can't claim. Another worker may need the turn.",
     ),
     Row(
         "not listening",
         lambda s, now, free: s.position is not AWAY and not s.listening,
-        _always(Listen()),
+        always(Listen()),
         "LISTEN comes before the claim that comes before falling asleep, or a ring in between is lost.",
     ),
     Row(
@@ -212,32 +213,32 @@ TABLE: tuple[Row, ...] = (
     Row(
         "backlog",
         lambda s, now, free: _leaves_tasks(s, free),
-        _always(Claim()),
+        always(Claim()),
         "More is ready, and known to be, so this needs no turn. A worker that has it gives it up if this claim comes "
         "back full too (State.claimed).",
     ),
     Row(
         "passing",
         lambda s, now, free: s.turn.passing,
-        _always(Wait(math.inf)),
+        always(Wait(math.inf)),
         "The turn is on its way to another worker, and a claim here would take that one's tasks.",
     ),
     Row(
         "poll found",
         lambda s, now, free: s.poll_found and s.position is AWAY,
-        _always(Claim(answers=True, without_turn=True)),
+        always(Claim(answers=True, without_turn=True)),
         "The holder of the turn should have claimed these tasks. It may be a session that is no worker.",
     ),
     Row(
         "poll",
         lambda s, now, free: now >= s.poll_at,
-        _always(CheckDue(poll=True)),
+        always(CheckDue(poll=True)),
         "The fallback, should the bell fail. In good health it finds nothing.",
     ),
     Row(
         "away, listening",
         lambda s, now, free: s.position is AWAY and s.listening and now - s.away_since > UNLISTEN_SECONDS,
-        _always(Unlisten(bell=TURN)),
+        always(Unlisten(bell=TURN)),
         "Rings would wake it in vain. Not at once: it mostly has the turn again soon, and would have to LISTEN again.",
     ),
     Row(
@@ -261,7 +262,7 @@ TABLE: tuple[Row, ...] = (
     Row(
         "claim",
         lambda s, now, free: s.claim_wanted or now >= s.head_scan_at or now >= s.due.again_at,
-        _always(Claim(answers=True)),
+        always(Claim(answers=True)),
         "Something happened. Or a claim is due: from the head, or of tasks that another session had locked.",
     ),
     Row(
@@ -288,55 +289,6 @@ TABLE: tuple[Row, ...] = (
         lambda s, now, free: True,
         lambda s, now: Wait(s.wakes_at, bell=ASLEEP),
         "Each enqueue rings from now on.",
-    ),
-)
-
-_ROWS = {row.name: row for row in TABLE}
-
-# The same with --drain, where a worker ends when it has nothing left to do. It never sleeps, so it needs no turn, and
-# no connection at the bell. It listens all the same: it hears at once that a queue was paused or resumed.
-DRAIN: tuple[Row, ...] = (
-    _ROWS["failed"],
-    _ROWS["heartbeat"],
-    _ROWS["release"],
-    _ROWS["settings"],
-    Row(
-        "drain, due",
-        lambda s, now, free: now >= s.due.next_at or now - s.due.checked_at > DUE_BUSY_SECONDS,
-        CHECK_DUE,
-        "Tasks come due while it works.",
-    ),
-    Row(
-        "drain, claim",
-        lambda s, now, free: s.claim_wanted and free.total > 0,
-        lambda s, now: Claim() if s.backlog else Claim(answers=True, from_head=True),
-        "It claims until nothing comes. The last of these claims must see all tasks, also those before the cursors.",
-    ),
-    Row(
-        "drain, full",
-        lambda s, now, free: not free.total and not free.is_idle,
-        _always(Wait(math.inf, then_claims=True, starts_batches=True)),
-        "It can't claim until a handler ends, which frees a slot.",
-    ),
-    Row(
-        "drain, busy",
-        lambda s, now, free: not free.is_idle,
-        lambda s, now: Wait(min(now + s.drain_wait, s.due.next_at), then_claims=True, starts_batches=True),
-        "A handler may wait for a task that it has enqueued. No ring tells of that task, as this worker never sleeps. "
-        "So it claims now and then, less often each time that it finds nothing, and when a task is due.",
-    ),
-    _ROWS["isolate"],
-    Row(
-        "drained",
-        lambda s, now, free: s.last_check_begun or not free.total,
-        _always(Finish()),
-        "Nothing is left. Or it can't claim, though it is idle: it keeps too many outcomes that PostgreSQL refuses.",
-    ),
-    Row(
-        "drain, idle",
-        lambda s, now, free: True,
-        _always(LastCheck()),
-        "A handler may have enqueued a task as the last thing it did. Other tasks may be due, released or to isolate.",
     ),
 )
 

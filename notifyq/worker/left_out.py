@@ -233,14 +233,15 @@ class LeftOut:
 
         return len(await self._each(ids, these, message))
 
-    async def reclaim_unowned(self, conn: Connection) -> int:
-        """Take the tasks of workers that aren't registered any more. Returns how many."""
+    async def reclaim_unowned(self, conn: Connection) -> None:
+        """Take the tasks of workers that aren't registered any more."""
 
         async def these(ids: list[int]) -> list[None]:
             return [None] * await conn.fetchval(SQL["reclaim_unowned"], ids)
 
         ids = [row[0] for row in await conn.fetch(SQL["list_unowned"], self.ids)]
-        return len(await self._each(ids, these, NOT_TAKEN_BACK))
+        if taken := await self._each(ids, these, NOT_TAKEN_BACK):
+            logger.warning("took back tasks of workers that are gone", extra={"fields": {"tasks": len(taken)}})
 
     async def _claim_these(
         self,

@@ -136,8 +136,7 @@ async def compare_ids(conn: Connection, upkeep: Upkeep) -> None:
 
 
 async def reclaim_unowned(conn: Connection, upkeep: Upkeep) -> None:
-    if tasks := await upkeep.left_out.reclaim_unowned(conn):
-        logger.warning("took back tasks of workers that are gone", extra={"fields": {"tasks": tasks}})
+    await upkeep.left_out.reclaim_unowned(conn)
 
 
 async def recheck_waiting(conn: Connection, upkeep: Upkeep) -> None:

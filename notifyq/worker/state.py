@@ -24,6 +24,7 @@ PASS_FORGET_SECONDS = 5.0  # without passing it on, after which it begins at PAS
 AGAIN_LEAST, AGAIN_MOST = 0.002, 0.5  # until a claim of what another session had locked; doubles
 # With --drain: until it claims again while handlers run; doubles with each claim that finds nothing.
 DRAIN_LEAST, DRAIN_MOST = 0.01, 0.5
+QUIET_SECONDS = 0.5  # with --drain: how long it must find nothing, beside a worker that has other handlers
 PROMOTED_AT_ONCE = 1000  # due tasks of a queue, at most
 
 
@@ -159,6 +160,8 @@ class State:
     draining: bool = False  # it ends when nothing is left to do (--drain)
     drain_wait: float = DRAIN_LEAST  # until it claims again while handlers run; only with `draining`
     last_check_begun: bool = False  # and nothing was found since, and no task ended; only with `draining`
+    check_again: bool = False  # another last check must follow, even if this one finds nothing
+    quiet_since: float = math.inf  # when the first of the last checks that found nothing began
     failure: BaseException | None = None
     poll_at: float = math.inf
     head_scan_at: float = math.inf  # when to claim from the head even if nothing happens (cursors.py)
@@ -176,6 +179,7 @@ class State:
         self.failure = None
         self.backlog = self.listening = self.turn.passing = self.timer_unknown = self.poll_found = False
         self.last_check_begun = False
+        self.quiet_since = math.inf
         self.claim_wanted = self.unhandled = self.release_wanted = True
         self.echo.text = ""
         self.due.next_at, self.due.checked_at = math.inf, 0.0
@@ -263,17 +267,27 @@ class State:
 
     def waited(self, then_claims: bool) -> None:
         self.claim_wanted |= then_claims
+        if self.check_again:
+            self.last_check_begun = self.check_again = False
 
-    def last_check_begins(self) -> None:
-        """Nothing seems to be left to do. Ask for all that may still be."""
-        self.claim_wanted = self.release_wanted = self.isolation_wanted = self.last_check_begun = True
+    def last_check_begins(self, now: float, *, awaits_rescue: bool, others: bool) -> None:
+        """Nothing seems to be left to do. Ask for all that may still be.
+
+        awaits_rescue  a dead worker holds tasks that will be ready soon
+        others         a worker without some of the handlers may hold tasks for a moment
+        """
+        self.claim_wanted = self.release_wanted = self.isolation_wanted = self.unhandled = True
+        self.last_check_begun = True
         self.due.checked_at = -math.inf
+        self.quiet_since = min(self.quiet_since, now)
+        self.check_again = awaits_rescue or (others and now - self.quiet_since < QUIET_SECONDS)
 
     def _found_something(self) -> None:
         """Tasks came or became ready, or one ended, which may have enqueued others."""
         self.claim_wanted = True
         self.last_check_begun = False
         self.drain_wait = DRAIN_LEAST
+        self.quiet_since = math.inf
 
     # Due tasks.
 

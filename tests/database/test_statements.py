@@ -106,6 +106,7 @@ STATEMENTS = {
     "find_lock_holder": Statement("text[]", "holder:text", None),
     "list_names": Statement("", "queues:text[] types:text[]", None),
     "list_next_types": Statement("text[]", "queue:text type:text", "task_ready"),
+    "list_others": Statement("int4 text[] text[]", "id:int4 seen:float8 dead:bool", "task_running"),
     "list_unowned": Statement("int8[]", "id:int8", "task_running"),
     "reclaim_unowned": Statement("int8[]", "count:int4", "task_pkey"),
     "measure_payloads": Statement("int4 int8[] int2[] int8", "id:int8 bytes:int8", "task_pkey"),

@@ -12,6 +12,7 @@ import asyncpg
 import pytest
 
 import notifyq
+from notifyq.database.connection import prove_alive
 from notifyq.testing import Drained, advance, drain
 from notifyq.worker.batch import Batches
 from notifyq.worker.capacity import Rate
@@ -189,6 +190,7 @@ async def test_the_clock_goes_on_while_a_task_is_parked(app: notifyq.App, ran: l
     async with app.connect(dsn):
         running = await app.enqueue(Note(1), order_key="o")
         worker = await register(db)
+        assert await prove_alive(db, worker)  # or else a drain waits for its rescue
         assert await claim(db, worker, {"default": 1}, 1)
         assert await db.fetch("SELECT * FROM notifyq.admit($1, $2, '{1}')", worker, [running.id])
         parked = await app.enqueue(Note(2), order_key="o", expires=60)

@@ -10,7 +10,8 @@ import pytest
 
 from notifyq.worker import decide
 from notifyq.worker.capacity import Free
-from notifyq.worker.decide import DRAIN, TABLE, BellSilent, next_action
+from notifyq.worker.decide import TABLE, BellSilent, next_action
+from notifyq.worker.drain import CHECK_AGAIN_SECONDS, DRAIN
 from notifyq.worker.moderation import Moderation
 from notifyq.worker.state import (
     AGAIN_LEAST,
@@ -19,6 +20,7 @@ from notifyq.worker.state import (
     PASS_FORGET_SECONDS,
     PASS_SECONDS,
     PROMOTED_AT_ONCE,
+    QUIET_SECONDS,
     DueTimer,
     Echo,
     Found,
@@ -255,6 +257,7 @@ def find(state: State, *, count: int, full: bool = False) -> None:
 MAKES_DRAIN: dict[str, Callable[[State], object]] = {
     "drain, idle": lambda s: setattr(s, "last_check_begun", False),
     "drained": lambda s: setattr(s, "last_check_begun", True),
+    "drain, again": lambda s: setattr(s, "check_again", True),
     "isolate": lambda s: setattr(s, "isolation_wanted", True),
     "drain, busy": lambda s: None,
     "drain, full": lambda s: None,
@@ -319,7 +322,8 @@ def test_a_drain_looks_once_more_for_all_that_may_be_left() -> None:
     state = State(draining=True)
     state.due.checked_at = NOW
     assert next_action(state, NOW, IDLE, DRAIN) == decide.LastCheck()
-    state.last_check_begins()
+    state.last_check_begins(NOW, awaits_rescue=False, others=False)
+    assert state.unhandled
     rows = [drain_row(state)]
     state.release_wanted = False
     rows.append(drain_row(state))
@@ -347,6 +351,27 @@ def test_a_drain_that_finds_something_does_not_end_yet(what: str) -> None:
         state.slot_released()
     find(state, count=0)
     assert drain_row(state) == "drain, idle"
+
+
+@pytest.mark.parametrize("why", ["rescue", "others"])
+def test_a_drain_looks_again_while_other_workers_may_give_tasks_up(why: str) -> None:
+    """Until a rescue, however long it takes, and for a moment beside a worker that has other handlers."""
+    state = drained()
+    for seconds in (0.0, QUIET_SECONDS - 0.01):
+        state.last_check_begins(NOW + seconds, awaits_rescue=why == "rescue", others=why == "others")
+        state.release_wanted = state.claim_wanted = state.isolation_wanted = False
+        state.due.checked_at = NOW
+        again = decide.Wait(NOW + CHECK_AGAIN_SECONDS, then_claims=True)
+        assert next_action(state, NOW, IDLE, DRAIN) == again
+        assert next_action(state, NOW, REFUSED, DRAIN) == decide.Finish()
+        state.waited(again.then_claims)
+        find(state, count=0)
+        assert next_action(state, NOW, IDLE, DRAIN) == decide.LastCheck()
+    state.last_check_begins(NOW + QUIET_SECONDS, awaits_rescue=why == "rescue", others=why == "others")
+    assert state.check_again is (why == "rescue")
+    state.slot_released()
+    state.last_check_begins(NOW + QUIET_SECONDS, awaits_rescue=False, others=True)
+    assert state.check_again, "it has found something since"
 
 
 def test_a_drain_ends_when_it_can_claim_no_more() -> None:

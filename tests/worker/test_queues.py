@@ -10,7 +10,7 @@ import anyio
 import pytest
 
 import notifyq
-from notifyq.database.connection import SQL
+from notifyq.database.connection import SQL, prove_alive
 from notifyq.testing import drain
 
 from ..helpers import verbs
@@ -112,6 +112,7 @@ async def test_draining_leaves_a_paused_queue_alone(dsn: str, db: Any) -> None:
     bench = Bench()
     await db.execute("SELECT notifyq.pause('mail')")
     worker = await verbs.register(db)
+    assert await prove_alive(db, worker)  # or else a drain waits for its rescue
     await verbs.insert(db, type="Job", queue="default", payload='{"key": "a"}', **ONE)
     [held] = await verbs.claim(db, worker)
     await db.execute("SELECT notifyq.admit($1, ARRAY[$2::bigint], ARRAY[$3::smallint])", worker, held.id, held.attempt)
