@@ -59,7 +59,6 @@ class Claimer:
         self._due = DueCheck(self._capacity, self._admission, self._listener, state)
         self._waiting = Waiting(state, self._wake, self._admission.left_out)
         self._isolation = Isolation(self._capacity, self._admission, self._intake, runners, self._waiting, state)
-        self._last_check = LastCheck(list(config.queues), types, state)
         self._bell = BellConnection(fleet_key(config.queues, types), self._bell_moved)
         self._connections: list[Connection] = []
         self.bell_pid: int | None = None  # of the backend at the bell
@@ -193,6 +192,7 @@ class Claimer:
         clock = asyncio.get_running_loop().time
         state, capacity, admission, bell = self._state, self._capacity, self._admission, self._bell
         table = DRAIN if self._config.drain else decide.TABLE
+        last_check = LastCheck(self._config.queues, admission.types, state)
         while not state.stopping:
             self._wake.clear()  # first, so that what happens from here on ends the next wait
             now = clock()
@@ -224,7 +224,7 @@ class Claimer:
                 case decide.Isolate():
                     await self._isolation.run(conn, worker, bell)
                 case decide.LastCheck():
-                    await self._last_check.run(conn, worker)
+                    await last_check.run(conn, worker)
                 case decide.Finish():
                     return
                 case decide.Fail():

@@ -12,7 +12,7 @@ keep a lock. A frozen worker has sessions, so a drain leaves its tasks to the wo
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 from .. import log
 from ..database.connection import SQL, Connection
@@ -42,9 +42,9 @@ class Rescues:
 
 
 class LastCheck:
-    """Makes the last checks of one claimer."""
+    """Makes the last checks of one session of a claimer."""
 
-    def __init__(self, queues: Sequence[str], types: Sequence[str], state: State) -> None:
+    def __init__(self, queues: Iterable[str], types: Iterable[str], state: State) -> None:
         self._queues = list(queues)
         self._types = list(types)
         self._state = state

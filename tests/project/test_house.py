@@ -123,6 +123,19 @@ def test_files_and_functions_are_short() -> None:
                 assert node.end_lineno - node.lineno < MOST_FUNCTION_LINES, f"{name}: {node.name}"
 
 
+def test_a_claimer_keeps_little() -> None:
+    """What it does next is decide.py's, so what that depends on is in the State."""
+    tree = ast.parse((PACKAGE / "worker/claim.py").read_text(encoding="utf-8"))
+    [claimer] = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Claimer"]
+    kept = {
+        node.attr
+        for node in ast.walk(claimer)
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)
+        if isinstance(node.value, ast.Name) and node.value.id == "self"
+    }
+    assert 10 < len(kept) <= 15, kept
+
+
 def test_the_files_that_begin_first_are_there() -> None:
     """A file that was renamed would begin among the last, and nothing else would say so."""
     names = {path.stem.removeprefix("test_") for path in (ROOT / "tests").rglob("test_*.py")}
