@@ -35,7 +35,7 @@ class EnqueueOptions(TypedDict, total=False):
     after         the tasks to wait for, as Refs or ids, at most 10,000
     on_dead       what happens to this task if one of those ends dead or cancelled: "cancel" (default) or "run" it
     expires       seconds, or a timedelta, from run_at (now, if it isn't given): a task that hasn't started by then is
-                  cancelled when a worker takes it; its error begins with "expired"
+                  cancelled by the worker that takes it; its error begins with "expired"
     unique        a key: nothing is enqueued while another task with the same key is there. True makes the key of the
                   payload, a tuple of fields' names of these fields, as Task.unique does. False: never unique
     unique_for    seconds, or a timedelta: only a task that was enqueued within this time counts
