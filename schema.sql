@@ -171,7 +171,7 @@ COMMENT ON COLUMN notifyq.task.order_key IS
 COMMENT ON COLUMN notifyq.task.limit_key IS 'From options: limits count all tasks with the same key.';
 COMMENT ON COLUMN notifyq.task.after IS 'From options: the ids of tasks whose ends it still waits for.';
 COMMENT ON COLUMN notifyq.task.expires_at IS
-    'From options: if it has not started by then, it is cancelled; NULL: never, or a worker sees to that, or it started.';
+    'From options: if it has not started by then, it is cancelled; NULL: never, or a worker sees to that, or it began.';
 COMMENT ON COLUMN notifyq.task.parked IS
     'If withheld, what it waits for: limit, rate, queue, order, after, or crashed, which is until a worker runs it'
     ' isolated. If not withheld, what it was granted.';
