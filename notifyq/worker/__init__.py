@@ -8,7 +8,8 @@ worker.py starts and stops the stages, in order. pipe.py has what each stage tel
     intake, capacity, slots, job, cursors   what it claims, and how much
     admission, due, isolate, last_check,
     left_out, waiting                       what else it does on its connection
-    runners, group, attempt, calls, batch   tasks while they run, one by one or in batches
+    runners, group, handler_run, attempt,
+    calls, batch                            tasks while they run, one by one or in batches
     services, large_payloads, transaction,
     predecessors                            what a running task uses of the database
     outcome, backoff, outcome_log           how an attempt ended: decided, and logged

@@ -15,10 +15,11 @@ from ..config import NAME_LENGTH
 from ..errors import ConfigError, LeaseLost
 from ..loops import awaited
 from ..registry import Handler, Registry
-from ..task import Context, Isolation, Progress, Task, Transaction
+from ..task import Context, Isolation, Task, Transaction
 from . import outcome
 from .batch import Batches
 from .calls import Calls, is_our_cancellation
+from .handler_run import HandlerRun
 from .job import Job
 from .outcome import Finished, HandedBack, Outcome, Unhandled
 from .outcome_log import is_debugging, log_ignored, log_outcome, log_unnameable
@@ -28,19 +29,15 @@ from .slots import Slots
 TIMED_OUT = object()  # in the place of a handler's result
 
 
-class Runner:
-    """The state of one runner: the job that it runs, and the scopes that cancel it. Its handlers' Contexts talk to it,
-    as their Run."""
+class Runner(HandlerRun):
+    """The state of one runner: the job that it runs, and the scopes that cancel it."""
 
-    __slots__ = ("_services", "_slots", "began", "job", "limit", "scope", "stop", "task")
+    __slots__ = ("began", "job", "stop", "task")
 
     def __init__(self, slots: Slots, services: Services) -> None:
-        self._slots = slots
-        self._services = services
+        super().__init__(slots, services)
         self.job: Job | None = None
         self.began = 0.0
-        self.scope = anyio.CancelScope()
-        self.limit: anyio.CancelScope | None = None  # inside of `scope`, while a handler with a timeout runs
         self.stop: HandedBack | None = None  # the outcome, if `scope` was cancelled to hand the job back
         self.task: asyncio.Task[Any] | None = None
 
@@ -56,19 +53,9 @@ class Runner:
             raise LeaseLost(f"task {job.id} isn't this run's any more")
         return self._services.transactions.begin(job, isolation, self._slots.lost.add)
 
-    def is_cancelled(self, context: Context) -> bool:
-        if self.scope.cancel_called or (self.limit is not None and self.limit.cancel_called):
-            return True
+    def job_of(self, context: Context) -> Job | None:
         job = self.job  # another, if the Context is of a handler that has ended, in an asyncio task that it left behind
-        return job is None or (job.id, job.attempt) != (context.id, context.attempt)
-
-    def report(self, context: Context, progress: Progress) -> None:
-        job = self.job
-        if job is not None and not self.is_cancelled(context):
-            self._slots.reports[job] = progress
-
-    def results(self, context: Context) -> Awaitable[list[Any]]:
-        return self._services.results(context.id)
+        return job if job is not None and (job.id, job.attempt) == (context.id, context.attempt) else None
 
 
 class Attempts:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Awaitable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import anyio
@@ -23,10 +23,11 @@ import anyio
 from .. import log
 from ..errors import ConfigError
 from ..registry import Handler
-from ..task import Context, Isolation, Progress, Task, Transaction
+from ..task import Context, Isolation, Task, Transaction
 from . import outcome
 from .calls import Calls, is_our_cancellation
 from .group import RunGroup
+from .handler_run import HandlerRun
 from .job import Job
 from .outcome import Outcome
 from .services import Services
@@ -46,21 +47,17 @@ class Member:
         self.outcome: Outcome | None = None
 
 
-class Batch:
-    """Tasks for one call of their handler: gathered, then running, then `over`. The handler's Contexts talk to it, as
-    their Run."""
+class Batch(HandlerRun):
+    """Tasks for one call of their handler: gathered, then running, then `over`."""
 
-    __slots__ = ("_running", "_services", "_slots", "handler", "limit", "members", "over", "scope", "task", "timer")
+    __slots__ = ("_running", "handler", "members", "over", "task", "timer")
 
     def __init__(self, handler: Handler, slots: Slots, services: Services) -> None:
+        super().__init__(slots, services)
         self.handler = handler
-        self._slots = slots
-        self._services = services
         self.members: dict[Job, Member] = {}
         self._running: dict[int, Job] = {}  # while the handler runs: the members that haven't left, by the task's id
         self.over = asyncio.Event()
-        self.scope = anyio.CancelScope()
-        self.limit: anyio.CancelScope | None = None  # inside of `scope`: the timeout
         self.task: asyncio.Task[Any] | None = None
         self.timer: asyncio.TimerHandle | None = None
 
@@ -70,19 +67,9 @@ class Batch:
             "or a handler without batch="
         )
 
-    def is_cancelled(self, context: Context) -> bool:
-        if self.scope.cancel_called or (self.limit is not None and self.limit.cancel_called):
-            return True
+    def job_of(self, context: Context) -> Job | None:
         job = self._running.get(context.id)  # None, in an asyncio task that an ended handler left behind
-        return job is None or job.attempt != context.attempt
-
-    def report(self, context: Context, progress: Progress) -> None:
-        job = self._running.get(context.id)
-        if job is not None and not self.is_cancelled(context):
-            self._slots.reports[job] = progress
-
-    def results(self, context: Context) -> Awaitable[list[Any]]:
-        return self._services.results(context.id)
+        return job if job is not None and job.attempt == context.attempt else None
 
     def start(self) -> None:
         """Nothing joins it any more."""
