@@ -32,6 +32,7 @@ from .helpers.databases import Sessions, Stock, admin, database, grants
 from .helpers.logs import Logged
 from .helpers.machine import Probe, probing
 from .helpers.processes import Process, Spawn
+from .helpers.steps import Steps, steps
 
 pytest_plugins = ["notifyq.testing.plugin"]
 
@@ -121,6 +122,13 @@ async def connect(dsn: str) -> AsyncIterator[Sessions]:
 async def db(connect: Sessions) -> Any:
     """A connection to the test's database."""
     return await connect()
+
+
+@pytest.fixture
+async def s(dsn: str) -> AsyncIterator[Steps]:
+    """Sessions on the test's database, which the test steps by hand."""
+    async with steps(dsn) as s:
+        yield s
 
 
 @pytest.fixture

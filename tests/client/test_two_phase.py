@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-
 import asyncpg
 import pytest
 
 import notifyq
 
 from ..helpers.running import working
-from ..helpers.steps import Session, Steps, steps
+from ..helpers.steps import Session, Steps
 from ..helpers.waiting import Seen, asleep, eventually
 
 INSERT = "INSERT INTO notifyq.task (type) VALUES ('Note')"
@@ -29,12 +27,6 @@ def noting(seen: Seen) -> notifyq.App:
         seen.add(ctx.id)
 
     return app
-
-
-@pytest.fixture
-async def s(dsn: str) -> AsyncIterator[Steps]:
-    async with steps(dsn) as stage:
-        yield stage
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
@@ -10,7 +9,7 @@ import pytest
 from notifyq.database.connection import SQL, prove_alive
 from notifyq.worker.job import claim_by_id
 
-from ..helpers.steps import Session, Steps, steps
+from ..helpers.steps import Session, Steps
 from ..helpers.verbs import (
     OVERDUE,
     admit,
@@ -30,12 +29,6 @@ from ..helpers.verbs import (
 
 LOW, HIGH = '{"limit_key": "k3", "limit_running": 1}', '{"limit_key": "k1", "limit_running": 1}'
 EVERY_ROW = "SELECT FROM notifyq.task FOR UPDATE NOWAIT"
-
-
-@pytest.fixture
-async def s(dsn: str) -> AsyncIterator[Steps]:
-    async with steps(dsn) as s:
-        yield s
 
 
 @pytest.fixture

@@ -2,17 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-
 import pytest
 
-from ..helpers.steps import Session, Steps, steps
-
-
-@pytest.fixture
-async def s(dsn: str) -> AsyncIterator[Steps]:
-    async with steps(dsn) as s:
-        yield s
+from ..helpers.steps import Session, Steps
 
 
 @pytest.fixture

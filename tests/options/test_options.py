@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import AsyncIterator
 from typing import Any
 
 import asyncpg
@@ -23,13 +22,6 @@ from ..helpers.waiting import Seen
 
 class Known(notifyq.Task):
     pass
-
-
-@pytest.fixture
-async def app(dsn: str) -> AsyncIterator[notifyq.App]:
-    app = notifyq.App()
-    async with app.connect(dsn):
-        yield app
 
 
 # Wrong values of each option, as JSON.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
@@ -15,23 +14,8 @@ from notifyq.unique import DIGEST_LENGTH
 
 from ..helpers import verbs
 from ..helpers.running import working
-from ..helpers.steps import Steps, steps
 from ..helpers.uniques import WAITING, Daily, Known, Whole, put
 from ..helpers.waiting import Seen, eventually
-
-
-@pytest.fixture
-async def app(dsn: str) -> AsyncIterator[notifyq.App]:
-    app = notifyq.App()
-    async with app.connect(dsn):
-        yield app
-
-
-@pytest.fixture
-async def s(dsn: str) -> AsyncIterator[Steps]:
-    async with steps(dsn) as s:
-        yield s
-
 
 STATES: tuple[State, ...] = ("scheduled", "ready", "running", "done", "dead", "cancelled")
 

@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from typing import Any
 
 import asyncpg
@@ -22,23 +22,10 @@ from notifyq.errors import DatabaseError
 from ..helpers import verbs
 from ..helpers.databases import admin, grants
 from ..helpers.processes import Process
-from ..helpers.steps import Steps, steps
+from ..helpers.steps import Steps
 from ..helpers.uniques import KEY, KEYED, WAITING, Known, Whole, put
 from .test_unique import STATES
 from .test_unique_sql import count
-
-
-@pytest.fixture
-async def s(dsn: str) -> AsyncIterator[Steps]:
-    async with steps(dsn) as s:
-        yield s
-
-
-@pytest.fixture
-async def app(dsn: str) -> AsyncIterator[notifyq.App]:
-    app = notifyq.App()
-    async with app.connect(dsn):
-        yield app
 
 
 async def test_a_retry_ignores_the_unique_key(app: notifyq.App, db: Any) -> None:

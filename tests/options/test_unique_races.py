@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-from collections.abc import AsyncIterator
 from typing import Any
 
 import anyio
@@ -17,23 +16,10 @@ from notifyq.database import connection
 
 from ..helpers import verbs
 from ..helpers.running import working
-from ..helpers.steps import Steps, steps
+from ..helpers.steps import Steps
 from ..helpers.uniques import KEY, KEYED, UNTIL_BEGUN, Known
 from ..helpers.waiting import Seen, eventually
 from .test_unique_sql import copy, count
-
-
-@pytest.fixture
-async def s(dsn: str) -> AsyncIterator[Steps]:
-    async with steps(dsn) as s:
-        yield s
-
-
-@pytest.fixture
-async def app(dsn: str) -> AsyncIterator[notifyq.App]:
-    app = notifyq.App()
-    async with app.connect(dsn):
-        yield app
 
 
 def by_psql(program: str, dsn: str) -> None:

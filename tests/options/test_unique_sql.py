@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator
 from typing import Any
 
 import anyio
@@ -18,13 +17,6 @@ from ..helpers.running import working
 from ..helpers.uniques import KEYED, Daily, Known, Whole
 from ..helpers.waiting import Seen
 from .test_unique import verbs_row
-
-
-@pytest.fixture
-async def app(dsn: str) -> AsyncIterator[notifyq.App]:
-    app = notifyq.App()
-    async with app.connect(dsn):
-        yield app
 
 
 async def count(db: Any) -> int:
